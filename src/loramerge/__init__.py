@@ -1,0 +1,48 @@
+"""loramerge merges LoRA adapters of diffusion models: any dialect in, an exact merge, any dialect out.
+
+    import loramerge as lm
+
+    both = lm.merge(["person.safetensors", "jersey.safetensors"], weights=[0.7, 0.5])
+    lm.save(both, "both.safetensors", dialect="kohya")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "LoRA": "lora",
+    "Plan": "merging",
+    "convert": "files",
+    "errors": "errors",
+    "load": "files",
+    "merge": "merging",
+    "open": "files",
+    "plan": "merging",
+    "save": "files",
+}
+"""Where each public name lives: imported when it is first used, so that importing loramerge is cheap."""
+
+if TYPE_CHECKING:
+    from . import errors
+    from .files import convert, load, open, save
+    from .lora import LoRA
+    from .merging import Plan, merge, plan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'loramerge' has no attribute {name!r}")
+    from importlib import import_module
+
+    module = import_module(f".{_HOMES[name]}", __name__)
+    value = module if name == _HOMES[name] else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+__all__ = ["LoRA", "Plan", "__version__", "convert", "errors", "load", "merge", "open", "plan", "save"]

@@ -1,0 +1,87 @@
+"""Blocks of a model, and the weight-a-block vectors of the WebUI world.
+
+Source: https://github.com/hako-mikan/sd-webui-lora-block-weight
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from .architectures import ARCHITECTURES, sgm
+from .errors import OptionError
+
+
+def _numbered(prefix: str, numbers: Sequence[int]) -> list[str]:
+    return [f"{prefix}{n:02d}" for n in numbers]
+
+
+FLUX_BLOCKS = [*_numbered("D", range(19)), *_numbered("S", range(38))]
+
+VECTORS: Mapping[str, Mapping[int, list[str]]] = {
+    "sd": {
+        17: ["BASE", *_numbered("IN", (1, 2, 4, 5, 7, 8)), "MID", *_numbered("OUT", range(3, 12))],
+        26: ["BASE", *_numbered("IN", range(12)), "MID", *_numbered("OUT", range(12))],
+    },
+    "sdxl": {
+        12: ["BASE", *_numbered("IN", (4, 5, 7, 8)), "MID", *_numbered("OUT", range(6))],
+        20: ["BASE", *_numbered("IN", range(9)), "MID", *_numbered("OUT", range(9))],
+    },
+    "flux": {
+        57: FLUX_BLOCKS,
+        58: ["BASE", *FLUX_BLOCKS],
+        61: ["CLIP", "T5", "IN", *FLUX_BLOCKS, "OUT"],
+    },
+}
+"""Names of the blocks that a vector of some length gives numbers for; BASE is the text encoders."""
+
+FAMILY = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl", "ssd-1b": "sdxl", "segmind-vega": "sdxl", "flux": "flux"}
+
+
+def block(module: str, architecture: str | None = None) -> str:
+    """The block that a module belongs to: ``IN04``, ``MID``, ``OUT11``, ``D18``, ``S37``, ``BASE``, ``CLIP`` …
+
+    ``-`` for a module outside of every block, such as the time embedding.
+    """
+    component, _, path = module.partition(".")
+    if component.startswith("text_encoder"):
+        if architecture == "flux":
+            return "CLIP" if component == "text_encoder" else "T5"
+        return "BASE"
+    if component == "unet":
+        return _unet_block(path)
+    if match := re.match(r"(single_)?transformer_blocks\.(\d+)\.", path):
+        return f"{'S' if match[1] else 'D'}{int(match[2]):02d}"
+    if component == "transformer":
+        return "OUT" if path.startswith(("proj_out", "norm_out")) else "IN"
+    return "-"
+
+
+def _unet_block(path: str) -> str:
+    try:
+        section, number, *_ = sgm.block(path).split(".")
+    except (KeyError, ValueError, IndexError):
+        return "-"
+    if section == "middle_block":
+        return "MID"
+    names = {"input_blocks": "IN", "output_blocks": "OUT"}
+    return f"{names[section]}{int(number):02d}" if section in names else "-"
+
+
+def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, float]:
+    """The weight of each block, from a vector of the length that the family uses.
+
+    Raises:
+        OptionError: No such length for this family.
+    """
+    family = FAMILY.get(architecture or "")
+    if family is None:
+        raise OptionError(f"There are no block vectors for {architecture or 'an unknown architecture'}; use patterns.")
+    lengths = VECTORS[family]
+    if len(numbers) not in lengths:
+        wanted = ", ".join(map(str, lengths))
+        raise OptionError(
+            f"A block vector of {len(numbers)} numbers; {ARCHITECTURES[architecture or ''].title} takes {wanted}."
+        )
+    weights = dict(zip(lengths[len(numbers)], numbers, strict=True))
+    if family == "flux" and "BASE" in weights:
+        weights |= {"CLIP": weights["BASE"], "T5": weights.pop("BASE")}
+    return weights

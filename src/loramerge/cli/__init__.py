@@ -1,0 +1,22 @@
+"""The command line: the verbs of the library."""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run a command; an error of ours is one readable block, and exit code 1."""
+    # Threads work on modules; BLAS with threads of its own below them would only spin.
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    from .run import guarded
+
+    # `inspect FILE` reads a header and is done before the parser of options would be loaded.
+    if len(sys.argv) == 3 and sys.argv[1] == "inspect" and not sys.argv[2].startswith("-"):
+        from .inspect import show
+
+        guarded(lambda: show(sys.argv[2]))
+    else:
+        from .app import app
+
+        guarded(app)

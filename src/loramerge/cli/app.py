@@ -1,0 +1,267 @@
+"""The commands and their options."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+
+from .. import __version__
+from ..errors import OptionError
+from .run import progress, size, table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Scope(str, Enum):
+    """What "l2" takes the norms over."""
+
+    module = "module"
+    component = "component"
+    whole = "whole"
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Workers = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads; the bytes are the same for any number.")]
+Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
+Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
+To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"loramerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Merge LoRAs of diffusion models: any dialect in, an exact merge, any dialect out."""
+
+
+@app.command()
+def inspect(
+    file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
+    norms: Annotated[bool, typer.Option("--norms", help="Read the tensors too: norms by block, as a bar chart.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs: every module, all metadata.")] = False,
+    architecture: Arch = None,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Say what a LoRA is: its dialect, family, ranks, alphas, kinds, blocks.
+
+    Example: loramerge inspect person.safetensors --norms
+    """
+    from .inspect import show
+
+    show(file, norms=norms, as_json=json, architecture=architecture, pickle=allow_pickle)
+
+
+@app.command()
+def convert(
+    file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")],
+    to: Annotated[str, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")],
+    dtype: Dtype = None,
+    architecture: Arch = None,
+    allow_lossy: Lossy = False,
+    allow_pickle: Pickle = False,
+    workers: Workers = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Write a LoRA under another tool's names; what it does to the model stays the same.
+
+    Example: loramerge convert person.safetensors -o person-diffusers.safetensors --to diffusers
+    """
+    from ..files import open, save
+
+    with open(file, architecture=architecture, allow_pickle=allow_pickle) as lora, progress("Converting", quiet) as report:
+        path = save(
+            lora, output, dialect=to, dtype=dtype, allow_lossy=allow_lossy, workers=workers, progress=report
+        )
+        if not quiet:
+            print(f"{lora.name} ({lora.dialect}, {lora.architecture or 'unknown family'}) → {path} ({to})")
+            for note in lora.notes:
+                print(f"  note: {note}")
+
+
+@app.command()
+def merge(
+    files: Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write; for peft a directory.")] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight", "-w", help="One a file: 0.8, or '0.8;text_encoder=0;OUT*=0.5', or 'lbw:1,0,0,…'. Default 1/N."
+        ),
+    ] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")] = None,
+    scope: Annotated[Scope, typer.Option("--scope", help="What l2 takes the norms over.")] = Scope.module,
+    method: Annotated[str, typer.Option("--method", "-m", help="See 'loramerge methods'.")] = "linear",
+    rank: Annotated[str, typer.Option("--rank", "-r", help="sum (exact), max, or a number.")] = "sum",
+    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="NAME=VALUE of the method.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of modules to leave out.")] = None,
+    to: To = None,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")] = None,
+    architecture: Arch = None,
+    allow_lossy: Lossy = False,
+    allow_pickle: Pickle = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, read and write nothing else.")] = False,
+    workers: Workers = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Merge LoRAs into one: the exact weighted sum, or its best fit at a smaller rank.
+
+    Example: loramerge merge person.safetensors jersey.safetensors -o both.safetensors -w 0.7 -w 0.5
+    """
+    from ..files import open, save
+    from ..merging import plan
+
+    if output is None and not dry_run:
+        raise OptionError("Where should the merged LoRA go? Give --output FILE, or --dry-run to see the plan.")
+    if weight and weights:
+        raise OptionError("Give either --weight once a file, or --weights, not both.")
+    loras = [open(file, architecture=architecture, allow_pickle=allow_pickle) for file in files]
+    planned = plan(
+        loras,
+        weights=cast(Any, weight or weights),
+        method=method,
+        rank=_rank(rank),
+        scope=cast(Literal["module", "component", "whole"], scope.value),
+        exclude=exclude or (),
+        device=device,
+        **_options(method, option or []),
+    )
+    if not quiet:
+        print(_plan_table(planned))
+    if dry_run or output is None:
+        return
+    with progress("Merging", quiet) as report:
+        path = save(
+            planned.lora(), output, dialect=to, dtype=dtype, allow_lossy=allow_lossy, workers=workers, progress=report
+        )
+    if not quiet:
+        written = path if path.is_file() else path / "adapter_model.safetensors"
+        where = f", {size(written.stat().st_size)}" if written.exists() else ""
+        print(f"→ {path} ({to or planned.dialect}{where})")
+
+
+def _rank(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _options(method: str, given: list[str]) -> dict[str, Any]:
+    """A method's options from NAME=VALUE, in the types of its parameters."""
+    from ..methods import METHODS
+
+    known = METHODS[method].options
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        METHODS[method].check({name: value})
+        if not equals:
+            raise OptionError(f"Can't read the option {item!r}: wanted NAME=VALUE.")
+        kind = known[name].annotation
+        try:
+            options[name] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
+        except ValueError:
+            raise OptionError(f"The option {name} wants a {kind.__name__}, got {value!r}.") from None
+    return options
+
+
+def _plan_table(planned: Any) -> str:
+    rows = [
+        [lora.name, lora.dialect, str(len(lora)), lora.summary("rank").removeprefix("rank "), label]
+        for lora, label in zip(planned.loras, planned.weights.label, strict=True)
+    ]
+    steps = planned.steps.values()
+    exact = sum(step.exact for step in steps)
+    shared = sum(len(step.inputs) == len(planned.loras) for step in steps)
+    low, high = min(s.rank for s in steps), max(s.rank for s in steps)
+    kind = "exact" if exact == len(steps) else f"{len(steps) - exact} modules cut to a smaller rank"
+    return "\n".join(
+        [
+            table(["file", "dialect", "modules", "rank", "weight"], rows),
+            f"{planned.method.name}: {len(steps)} modules of {planned.architecture or 'an unknown family'} "
+            f"({shared} in all files), rank {low if low == high else f'{low} to {high}'}, {kind}, "
+            f"{size(planned.size)} in {planned.dtype}",
+        ]
+    )
+
+
+@app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="A LoRA.")],
+    second: Annotated[str, typer.Argument(help="Another, in any dialect.")],
+    tolerance: Annotated[float, typer.Option(help="Relative difference of ΔW that counts as none.")] = 1e-6,
+    most: Annotated[int, typer.Option("--most", help="Rows to print.")] = 20,
+    quiet: Quiet = False,
+) -> None:
+    """Say whether two files are the same LoRA: the difference of ΔW, module by module. Exit code 1 if not.
+
+    Example: loramerge diff person.safetensors person-diffusers.safetensors
+    """
+    from ..comparison import differences
+    from ..files import open
+
+    with open(first) as a, open(second) as b, progress("Comparing", quiet) as report:
+        total = len({*a, *b})
+        found = []
+        for done, difference in enumerate(differences(a, b), start=1):
+            found.append(difference)
+            report(done, total)
+    found.sort(key=lambda d: -d.relative)
+    same = found[0].relative <= tolerance
+    if not quiet:
+        rows = [[d.module, f"{d.norm:.4g}", f"{d.distance:.3g}", f"{d.relative:.3g}"] for d in found[:most]]
+        print(table(["module", "‖ΔW‖", "‖difference‖", "relative"], rows))
+        left = len(found) - len(rows)
+        print(f"… and {left} more, none larger" if left > 0 else "")
+        answer = "The same LoRA" if same else "Not the same LoRA"
+        print(f"{answer}: the largest relative difference is {found[0].relative:.3g}, of {len(found)} modules.")
+    raise typer.Exit(0 if same else 1)
+
+
+@app.command()
+def dialects(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """List the dialects that are read and written.
+
+    Example: loramerge dialects
+    """
+    from ..dialects import DIALECTS
+
+    if json:
+        _print_json([{"name": d.name, "writes": d.writes, "title": d.title, "source": d.source} for d in DIALECTS.values()])
+        return
+    rows = [[d.name, "read, write" if d.writes else "read", d.title] for d in DIALECTS.values()]
+    print(table(["dialect", "", "tools"], rows))
+
+
+@app.command()
+def methods(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """List the merge methods and their options.
+
+    Example: loramerge methods
+    """
+    from ..methods import METHODS
+
+    if json:
+        _print_json([{"name": m.name, "title": m.title, "source": m.source, "options": list(m.options)} for m in METHODS.values()])
+        return
+    print(table(["method", "what it does"], [[m.name, m.title] for m in METHODS.values()]))
+
+
+def _print_json(data: Any) -> None:
+    import json
+
+    print(json.dumps(data, indent=2))

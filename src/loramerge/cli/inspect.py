@@ -1,0 +1,141 @@
+"""``loramerge inspect``: what a file is, from its header."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from .. import blocks
+from ..architectures import ARCHITECTURES
+from ..dialects import DIALECTS
+from ..files import open
+from ..lora import LoRA
+from ..metadata import RECIPE
+from .run import bar, table
+
+
+def show(
+    source: str, *, norms: bool = False, as_json: bool = False, architecture: str | None = None, pickle: bool = False
+) -> None:
+    """Print what a LoRA is."""
+    with open(source, architecture=architecture, allow_pickle=pickle) as lora:
+        found = _norms(lora) if norms else {}
+        if as_json:
+            print(json.dumps(as_data(lora, found), indent=2))
+            return
+        print(_summary(lora))
+        print()
+        print(_by_block(lora, found))
+        if not norms:
+            print("\nNorms of the blocks: --norms.  Every module: --json.")
+
+
+def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "name": lora.name,
+        "architecture": lora.architecture,
+        "dialect": lora.dialect,
+        "trigger_words": trigger_words(lora),
+        "base_model": _base_model(lora),
+        "notes": list(lora.notes),
+        "extras": list(lora.extras),
+        "modules": {
+            module: {
+                "kind": layer.kind,
+                "shape": list(layer.shape),
+                "rank": layer.rank,
+                "alpha": _alpha(layer),
+                "dtype": layer.dtype,
+                **({"norm": norms[module]} if module in norms else {}),
+            }
+            for module, layer in lora.layouts.items()
+        },
+        "metadata": dict(lora.metadata),
+    }
+
+
+def _summary(lora: LoRA) -> str:
+    family = ARCHITECTURES[lora.architecture].title if lora.architecture else "unknown"
+    layers = lora.layouts.values()
+    facts = {
+        "file": lora.name,
+        "architecture": f"{family} ({lora.architecture})" if lora.architecture else family,
+        "dialect": f"{lora.dialect} ({DIALECTS[lora.dialect].title})",
+        "modules": f"{len(lora)}: " + _counts(layer.kind for layer in layers),
+        "ranks": _counts(layer.rank for layer in layers if layer.rank is not None),
+        "alphas": _counts(_alpha(layer) for layer in layers) or "none: scale 1",
+        "dtypes": _counts(layer.dtype for layer in layers),
+        "base model": _base_model(lora),
+        "trigger words": ", ".join(trigger_words(lora)),
+        "extras": ", ".join(lora.extras),
+        "merged from": _merged_from(lora),
+    }
+    lines = [f"{name + ':':15s}{value}" for name, value in facts.items() if value]
+    return "\n".join([*lines, *(f"{'note:':15s}{note}" for note in lora.notes)])
+
+
+def _counts(values: Iterable[Any]) -> str:
+    counts = Counter(v for v in values if v is not None)
+    shown = [f"{v:g}" if isinstance(v, float) else str(v) for v, _ in counts.most_common(6)]
+    if len(counts) == 1:
+        return shown[0]
+    texts = [f"{text} ({n})" for text, (_, n) in zip(shown, counts.most_common(6), strict=True)]
+    return ", ".join(texts) + (f" and {len(counts) - 6} more" if len(counts) > 6 else "")
+
+
+def _alpha(layer: Any) -> float | None:
+    alpha = getattr(getattr(layer, "direction", layer), "alpha", None)
+    return None if alpha is None else float(alpha)
+
+
+def _by_block(lora: LoRA, norms: dict[str, float]) -> str:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for module in lora:
+        component = module.partition(".")[0]
+        groups.setdefault((component, blocks.block(module, lora.architecture)), []).append(module)
+    head = ["component", "block", "modules", "ranks", *["norm", ""] * bool(norms)]
+    sums = {group: math.sqrt(sum(norms.get(m, 0.0) ** 2 for m in modules)) for group, modules in groups.items()}
+    largest = max(sums.values(), default=0.0)
+    rows = []
+    for group, modules in groups.items():
+        ranks = [rank for m in modules if (rank := lora.layout(m).rank) is not None]
+        span = "" if not ranks else str(min(ranks)) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
+        shown = [f"{sums[group]:.4g}", bar(sums[group], largest)] if norms else []
+        rows.append([*group, str(len(modules)), span, *shown])
+    return table(head, rows)
+
+
+def _norms(lora: LoRA) -> dict[str, float]:
+    """Norms of the modules whose ΔW the file alone determines."""
+    return {m: lora[m].norm() for m in lora if lora.layout(m).kind in ("lora", "loha", "lokr", "full", "norm")}
+
+
+def _base_model(lora: LoRA) -> str:
+    keys = ("ss_sd_model_name", "modelspec.architecture", "ss_base_model_version", "base_model")
+    return next((value for key in keys if (value := lora.metadata.get(key))), "")
+
+
+def trigger_words(lora: LoRA, most: int = 8) -> list[str]:
+    """The trigger phrase of the metadata, or the commonest tags of the training captions."""
+    phrase = lora.metadata.get("modelspec.trigger_phrase")
+    if phrase:
+        return [phrase]
+    try:
+        folders = json.loads(lora.metadata.get("ss_tag_frequency", "{}"))
+        counts: Counter[str] = Counter()
+        for tags in folders.values():
+            counts.update({tag.strip(): int(n) for tag, n in tags.items()})
+    except (ValueError, AttributeError, TypeError):
+        return []
+    return [tag for tag, _ in counts.most_common(most)]
+
+
+def _merged_from(lora: LoRA) -> str:
+    try:
+        recipe = json.loads(lora.metadata.get(RECIPE, "{}"))
+        inputs = ", ".join(f"{i['name']} × {i['weight']}" for i in recipe.get("inputs", []))
+    except (ValueError, AttributeError, KeyError, TypeError):
+        return ""
+    return f"{inputs} by {recipe['method']}, rank {recipe['rank']}" if inputs else ""

@@ -1,0 +1,81 @@
+"""What every command shares: errors as text, tables, progress."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import LoRAMergeError
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Run a command; errors that loramerge raises on purpose are shown without a traceback."""
+    try:
+        command()
+        sys.stdout.flush()
+    except LoRAMergeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain table; columns of numbers stand right."""
+    widths = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
+    right = [all(_is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(head), line(["─" * w for w in widths]), *map(line, rows)])
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).replace("-", "").replace("e", "").replace("+", "").isdigit() or text in ("", "–")
+
+
+def bar(value: float, largest: float, width: int = 30) -> str:
+    """A bar whose length is a value's share of the largest, in eighths of a character."""
+    eighths = round(8 * width * value / largest) if largest > 0 else 0
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+@contextmanager
+def progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, which appears when the work has taken half a second."""
+    began = time.monotonic()
+    shown: list[Any] = []
+
+    def report(done: int, total: int) -> None:
+        if not shown and time.monotonic() - began > 0.5 and sys.stderr.isatty() and not quiet:
+            from rich.console import Console
+            from rich.progress import MofNCompleteColumn, Progress
+
+            live = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
+            live.start()
+            shown.extend([live, live.add_task(label, total=total)])
+        if shown:
+            shown[0].update(shown[1], completed=done)
+
+    try:
+        yield report
+    finally:
+        if shown:
+            shown[0].stop()

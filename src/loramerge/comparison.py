@@ -1,0 +1,76 @@
+"""Whether two LoRAs are the same update, whatever their files look like."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import linalg
+from .errors import NoFactorsError
+from .layers import Layer
+from .layers.base import dense_norm
+from .lora import LoRA
+from .tensors import float32
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a module's ΔW in one LoRA is from that in another."""
+
+    module: str
+    norm: float
+    """‖ΔW‖ of the first, 0 where it lacks the module."""
+    distance: float
+    """‖ΔW − ΔW'‖; infinite where shapes differ or the forms can't be compared."""
+
+    @property
+    def relative(self) -> float:
+        """The distance in units of the norm."""
+        return self.distance / self.norm if self.norm else (math.inf if self.distance else 0.0)
+
+
+def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
+    """The difference of every module that either LoRA has, in order."""
+    for module in dict.fromkeys((*first, *second)):
+        yield Difference(module, *_compared(_layer(first, module), _layer(second, module)))
+
+
+def _layer(lora: LoRA, module: str) -> Layer | None:
+    return lora[module] if module in lora else None
+
+
+def _compared(first: Layer | None, second: Layer | None) -> tuple[float, float]:
+    if first is None or second is None:
+        present = first or second
+        assert present is not None
+        size = _norm(present)
+        return (size, size) if second is None else (0.0, size)
+    if first.shape != second.shape and math.prod(first.shape) != math.prod(second.shape):
+        return _norm(first), math.inf
+    if first.rank and second.rank and first.kind != "dora" and second.kind != "dora":
+        up, down = first.factors()
+        return linalg.norm(up, down), linalg.distance((up, down), second.factors())
+    return _compared_dense(first, second)
+
+
+def _compared_dense(first: Layer, second: Layer) -> tuple[float, float]:
+    try:
+        delta = first.delta()
+        return dense_norm(delta), dense_norm(delta - second.delta().reshape(delta.shape))
+    except NoFactorsError:
+        return _norm(first), 0.0 if _same_tensors(first, second) else math.inf
+
+
+def _norm(layer: Layer) -> float:
+    try:
+        return layer.norm()
+    except NoFactorsError:
+        return math.inf
+
+
+def _same_tensors(first: Layer, second: Layer) -> bool:
+    a, b = first.tensors(), second.tensors()
+    return a.keys() == b.keys() and all(
+        math.prod(a[role].shape) == math.prod(b[role].shape)
+        and bool((float32(a[role]).reshape(-1) == float32(b[role]).reshape(-1)).all())
+        for role in a
+    )

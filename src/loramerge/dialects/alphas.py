@@ -1,0 +1,55 @@
+"""Where a file keeps its scales, in order of precedence.
+
+A tensor of the module's own (``.alpha``, or ``.scale`` as it is), then diffusers'
+``lora_adapter_metadata``, then PEFT's ``adapter_config.json``, else alpha = rank.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import FileError
+
+Config = Mapping[str, Any]
+
+
+def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -> dict[str, Config]:
+    """LoRA configurations by component; ``""`` is the one that names none."""
+    found = dict(adapter_config)
+    text = metadata.get("lora_adapter_metadata")
+    if text:
+        try:
+            flat = json.loads(text)
+        except ValueError as error:
+            raise FileError(f"lora_adapter_metadata in the file's header is not JSON: {error}") from error
+        for key, value in flat.items():
+            component, dot, option = key.partition(".")
+            if not dot or component not in COMPONENTS:
+                component, option = "", key
+            found[component] = {**found.get(component, {}), option: value}
+    return found
+
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def alpha(config: Config, path: str, rank: int) -> float | None:
+    """Effective alpha of a module: what alpha / rank must be for the configuration's scale."""
+    value = _pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha"))
+    if value is None:
+        return None
+    if config.get("use_rslora"):
+        return float(value) * math.sqrt(rank)
+    return float(value)
+
+
+def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the path, or the end of it after a dot."""
+    if path in patterns:
+        return patterns[path]
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default

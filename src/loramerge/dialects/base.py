@@ -1,0 +1,92 @@
+"""A dialect: how one tool names the tensors of a LoRA.
+
+It is a naming of the architecture's modules and a table of suffixes, used both ways: the
+names that a file may have are looked up in the forward rule's own output, never parsed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from ..architectures import Architecture
+from ..architectures.names import Parts
+from .suffixes import SPELLINGS, STYLES
+
+Names = Callable[[Architecture], Mapping[str, Parts]]
+"""Stems of every weight that the dialect can name, each with the modules that it holds."""
+
+_TABLES: dict[tuple[Names, str], Mapping[str, Parts]] = {}
+
+
+def table(names: Names, a: Architecture) -> Mapping[str, Parts]:
+    """What a naming gives for an architecture; computed once."""
+    key = (names, a.name)
+    if key not in _TABLES:
+        _TABLES[key] = names(a)
+    return _TABLES[key]
+
+
+LOW_RANK = frozenset({"lora"})
+PEFT_KINDS = frozenset({"lora", "dora"})
+LYCORIS_KINDS = frozenset({"lora", "loha", "lokr", "dora", "full", "norm", "bias", "set"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How one tool names the tensors of a LoRA."""
+
+    name: str
+    title: str
+    source: str
+    """The code that writes or reads it."""
+    names: Names
+    style: str
+    """How it spells LoRA's own tensors, see `suffixes.STYLES`."""
+    text_style: str | None = None
+    """The same for text encoders, where it differs."""
+    also_reads: frozenset[str] = frozenset()
+    """Other styles that its files have."""
+    also_names: tuple[Names, ...] = ()
+    """Other names that its files have: read, never written."""
+    begins: tuple[str, ...]
+    """Beginnings of its stems: a quick test before any table is built."""
+    writes: bool = False
+    alpha: Literal["constant", "keep", "bake"] = "bake"
+    """``constant``: one alpha for the whole file; ``keep``: one a module; ``bake``: none, scales go into ``up``."""
+    holds: frozenset[str] = LOW_RANK
+    """Kinds of layers that its readers understand."""
+    dora_axis: Literal["out", "any"] = "any"
+    recognised_by: Names | None = None
+    """Names that tell the dialect from its kin, where `names` are shared."""
+    numbered: bool = False
+    """Stems are numbers: a numbering is right only when every layer fits."""
+    free: Callable[[str], str | None] | None = None
+    """The stem of a module that no architecture has; without it, a module that begins like a stem is its own."""
+    free_module: Callable[[str], str] = str
+    """The module of a stem that no architecture has."""
+
+    @cached_property
+    def styles(self) -> frozenset[str]:
+        return self.also_reads | {self.style, self.text_style or self.style}
+
+    @property
+    def tables(self) -> tuple[Names, ...]:
+        return (self.names, *self.also_names)
+
+    def free_stem(self, module: str) -> str | None:
+        """The stem of a module of an unknown architecture, or None if the dialect can't say it."""
+        if self.free is not None:
+            return self.free(module)
+        return module if module.startswith(self.begins) else None
+
+    def suffix(self, role: str, module: str) -> str:
+        """The suffix of a tensor of a module."""
+        text = module.startswith("text_encoder")
+        style = STYLES[self.text_style if text and self.text_style else self.style]
+        return style.get(role) or SPELLINGS[role]
+
+
+def flat(path: str) -> str:
+    """A path as kohya's tools write it: dots as underscores."""
+    return path.replace(".", "_")

@@ -1,0 +1,84 @@
+"""ComfyUI's dialect, OMI's and the bare native one: the model's own dotted names."""
+
+from collections.abc import Mapping
+
+from ..architectures import Architecture
+from ..architectures.names import Parts
+from .base import LYCORIS_KINDS, PEFT_KINDS, Dialect
+
+
+def comfyui_names(a: Architecture) -> Mapping[str, Parts]:
+    names = {f"diffusion_model.{path}": parts for path, parts in a.native_paths.items()}
+    for encoder in a.text_encoders:
+        paths = a.text_paths(encoder).items()
+        names |= {f"text_encoders.{encoder.comfyui}.transformer.{path}": parts for path, parts in paths}
+    return names
+
+
+COMFYUI = Dialect(
+    name="comfyui",
+    title="ComfyUI, ai-toolkit's transformers, diffusion-pipe",
+    source="https://github.com/comfyanonymous/ComfyUI, comfy/lora.py, model_lora_keys_unet",
+    names=comfyui_names,
+    style="kohya",
+    also_reads=frozenset({"peft", "peft-short", "peft-named"}),
+    begins=("diffusion_model.", "text_encoders."),
+    writes=True,
+    alpha="keep",
+    holds=LYCORIS_KINDS,
+)
+
+
+def omi_names(a: Architecture) -> Mapping[str, Parts]:
+    """Native names with fused projections split again: ``qkv.0``, ``qkv.1``, ``qkv.2``."""
+    names: dict[str, Parts] = {}
+    for path, parts in a.native_paths.items():
+        if len(parts) == 1:
+            names[f"{a.denoiser}.{path}"] = parts
+        else:
+            names |= {f"{a.denoiser}.{path}.{i}": (part._replace(rows=None),) for i, part in enumerate(parts)}
+    for encoder in a.text_encoders:
+        prefix = "t5" if encoder.comfyui == "t5xxl" else encoder.comfyui
+        names |= {f"{prefix}.{path}": parts for path, parts in a.text_paths(encoder).items()}
+    return names
+
+
+OMI = Dialect(
+    name="omi",
+    title="OMI: OneTrainer 2024 to 2026",
+    source="https://github.com/Open-Model-Initiative/OMI-Model-Standards",
+    names=omi_names,
+    style="kohya",
+    begins=("unet.", "transformer.", "clip_", "t5."),
+    alpha="keep",
+    holds=LYCORIS_KINDS,
+)
+
+
+def native_bare_names(a: Architecture) -> Mapping[str, Parts]:
+    return a.native_paths
+
+
+NATIVE = Dialect(
+    name="native",
+    title="the model's own paths with nothing in front: Black Forest Labs' control LoRAs",
+    source="https://huggingface.co/black-forest-labs/FLUX.1-Depth-dev-lora",
+    names=native_bare_names,
+    style="peft",
+    also_reads=frozenset({"kohya"}),
+    begins=(
+        "double_blocks.",
+        "single_blocks.",
+        "joint_blocks.",
+        "input_blocks.",
+        "middle_block.",
+        "output_blocks.",
+        "img_in",
+        "txt_in",
+        "final_layer.",
+        "vector_in.",
+        "guidance_in.",
+        "time_in.",
+    ),
+    holds=PEFT_KINDS,
+)

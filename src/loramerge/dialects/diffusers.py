@@ -1,0 +1,181 @@
+"""The dialects of diffusers and PEFT: dotted names of diffusers' own modules."""
+
+import re
+from collections.abc import Mapping
+
+from ..architectures import Architecture
+from ..architectures.names import Parts
+from .base import PEFT_KINDS, Dialect
+
+ATTENTION = re.compile(r"(.*\.attn\d*)\.to_(q|k|v|out)(?:\.0)?")
+TEXT_ATTENTION = re.compile(r"(.*\.self_attn)\.(q|k|v|out)_proj")
+COMPONENTS = re.compile(r"(unet|transformer|text_encoder(_\d)?)\.")
+
+
+def module_names(a: Architecture) -> Mapping[str, Parts]:
+    """``component.path``: loramerge's own names."""
+    names = {f"{a.denoiser}.{path}": parts for path, parts in a.denoiser_paths.items()}
+    for encoder in a.text_encoders:
+        names |= {f"{encoder.component}.{path}": parts for path, parts in a.text_paths(encoder).items()}
+    return names
+
+
+def bare_names(a: Architecture) -> Mapping[str, Parts]:
+    """The denoiser's paths without a component in front."""
+    return a.denoiser_paths
+
+
+def old_names(a: Architecture) -> Mapping[str, Parts]:
+    """Attention processors: ``attn1.processor.to_out`` for ``attn1.to_out.0``; ``self_attn.to_q`` for ``q_proj``."""
+    return {old: parts for name, parts in module_names(a).items() if (old := _old(name))}
+
+
+def old_bare_names(a: Architecture) -> Mapping[str, Parts]:
+    return {old: parts for path, parts in a.denoiser_paths.items() if (old := _old(path))}
+
+
+def oldest_text_names(a: Architecture) -> Mapping[str, Parts]:
+    """diffusers 0.16 and 0.17 hung four layers on each projection, of which one is its own."""
+    return {
+        f"{name}.to_{match[2]}": parts
+        for name, parts in module_names(a).items()
+        if (match := TEXT_ATTENTION.fullmatch(name))
+    }
+
+
+def _old(name: str) -> str | None:
+    if match := ATTENTION.fullmatch(name):
+        return f"{match[1]}.processor.to_{match[2]}"
+    if match := TEXT_ATTENTION.fullmatch(name):
+        return f"{match[1]}.to_{match[2]}"
+    return None
+
+
+def peft_names(a: Architecture) -> Mapping[str, Parts]:
+    """PEFT saves one model a directory; the denoiser's is the directory itself."""
+    names = {f"base_model.model.{path}": parts for path, parts in a.denoiser_paths.items()}
+    for encoder in a.text_encoders:
+        paths = a.text_paths(encoder).items()
+        names |= {f"{encoder.component}/base_model.model.{path}": parts for path, parts in paths}
+    return names
+
+
+def peft_folder_names(a: Architecture) -> Mapping[str, Parts]:
+    return {f"{a.denoiser}/base_model.model.{path}": parts for path, parts in a.denoiser_paths.items()}
+
+
+def peft_text_names(a: Architecture) -> Mapping[str, Parts]:
+    """A text encoder's own directory, loaded by itself."""
+    names: dict[str, Parts] = {}
+    for encoder in reversed(a.text_encoders):
+        names |= {f"base_model.model.{path}": parts for path, parts in a.text_paths(encoder).items()}
+    return names
+
+
+def _free_peft_module(stem: str) -> str:
+    folder, _, path = stem.rpartition("base_model.model.")
+    unet = path.startswith(("down_blocks.", "mid_block.", "up_blocks."))
+    text = path.startswith(("text_model.", "encoder."))
+    guess = "unet" if unet else "text_encoder" if text else "transformer"
+    return f"{folder.rstrip('/') or guess}.{path}"
+
+
+def _free(module: str) -> str | None:
+    return module if COMPONENTS.match(module) else None
+
+
+def _free_peft(module: str) -> str | None:
+    component, _, path = module.partition(".")
+    if not _free(module):
+        return None
+    return f"base_model.model.{path}" if component in ("unet", "transformer") else f"{component}/base_model.model.{path}"
+
+
+DIFFUSERS = Dialect(
+    name="diffusers",
+    title="diffusers' training scripts for UNets",
+    source="https://github.com/huggingface/diffusers, utils/state_dict_utils.py, convert_state_dict_to_diffusers",
+    names=module_names,
+    also_names=(bare_names,),
+    style="diffusers",
+    text_style="diffusers-text",
+    begins=("unet.", "transformer.", "text_encoder"),
+    writes=True,
+    free=_free,
+)
+
+DIFFUSERS_PEFT = Dialect(
+    name="diffusers-peft",
+    title="diffusers' training scripts for transformers, save_lora_weights",
+    source="https://github.com/huggingface/diffusers, loaders/lora_base.py, pack_weights and _save_lora_adapter_metadata",
+    names=module_names,
+    also_names=(bare_names,),
+    style="peft",
+    also_reads=frozenset({"peft-short", "peft-named", "diffusers-text"}),
+    begins=("unet.", "transformer.", "text_encoder"),
+    writes=True,
+    holds=PEFT_KINDS,
+    dora_axis="out",
+    free=_free,
+)
+
+DIFFUSERS_OLD = Dialect(
+    name="diffusers-old",
+    title="diffusers 0.12 to 0.20: attention processors",
+    source="https://github.com/huggingface/diffusers, v0.20, loaders.py",
+    names=old_names,
+    also_names=(old_bare_names, oldest_text_names),
+    style="diffusers-old",
+    begins=("unet.", "down_blocks.", "mid_block.", "up_blocks.", "text_encoder"),
+)
+
+PEFT = Dialect(
+    name="peft",
+    title="PEFT: adapter_model.safetensors and adapter_config.json",
+    source="https://github.com/huggingface/peft, utils/save_and_load.py",
+    names=peft_names,
+    also_names=(peft_folder_names, peft_text_names),
+    style="peft",
+    also_reads=frozenset({"peft-short", "peft-named"}),
+    begins=("base_model.model.", "unet/", "transformer/", "text_encoder"),
+    writes=True,
+    holds=PEFT_KINDS,
+    dora_axis="out",
+    free=_free_peft,
+    free_module=_free_peft_module,
+)
+
+BARE = Dialect(
+    name="bare",
+    title="diffusers' module paths with nothing in front: DiffSynth, Lightning, save_lora_adapter",
+    source="https://github.com/modelscope/DiffSynth-Studio",
+    names=bare_names,
+    style="kohya",
+    also_reads=frozenset({"peft", "peft-short", "peft-named", "diffusers"}),
+    begins=(
+        "down_blocks.",
+        "mid_block.",
+        "up_blocks.",
+        "conv_",
+        "time_",
+        "add_embedding.",
+        "transformer_blocks.",
+        "single_transformer_blocks.",
+        "x_embedder",
+        "context_embedder",
+        "pos_embed.",
+        "proj_out",
+        "norm_out.",
+        "txt_in",
+        "img_in",
+    ),
+)
+
+ZIPLORA = Dialect(
+    name="ziplora",
+    title="mkshing's ZipLoRA: whole merged differences",
+    source="https://github.com/mkshing/ziplora-pytorch, ziplora_pytorch/utils.py",
+    names=module_names,
+    style="merged",
+    begins=("unet.",),
+)

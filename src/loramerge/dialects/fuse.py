@@ -1,0 +1,197 @@
+"""Several modules as one weight of the model's own code: fused projections and moved rows."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from ..architectures.names import Parts
+from ..errors import LayerError
+from ..layers import DoRA, Full, Layer, LowRank, Rows
+from ..tensors import Array, Ranges, Spec, code, float32, namespace
+
+
+class Block(Spec):
+    """A shape that depends on values: shared ``down`` or block-diagonal ``up``."""
+
+    __slots__ = ()
+
+
+def depends(layout: LowRank) -> bool:
+    """Whether the rank of a layout depends on values."""
+    return isinstance(layout.down, Block)
+
+
+def fused(
+    parts: Parts,
+    layers: Mapping[str, Layer],
+    rows_of: Callable[[str], int],
+    as_lora: Callable[[Layer], Layer],
+) -> Layer:
+    """One layer of the modules of one weight; a module without a layer is zero.
+
+    Parts with the same ``down`` are stacked without loss of rank, others side by side
+    (``up`` block-diagonal, ranks add up).  Kinds that can't be joined become the LoRA with the
+    same ΔW, where there is one.
+
+    Args:
+        parts: The modules of the weight, with their rows.
+        layers: The modules' layers.
+        rows_of: Number of rows of a module's weight.
+        as_lora: Gives the LoRA with the same ΔW.
+    """
+    if len(parts) == 1:
+        layer = layers[parts[0].module]
+        return layer if parts[0].rows is None else _moved(layer, parts[0].rows)
+    given = [layers.get(part.module) for part in parts]
+    found = [layer for layer in given if layer is not None]
+    if whole := _same_whole(parts, found):
+        return whole
+    if all(layer.rank is not None and not isinstance(layer, DoRA) for layer in found):
+        return _fused_low_rank(parts, [layer and _low_rank(layer, as_lora) for layer in given], rows_of)
+    if len(found) == len(parts) and all(isinstance(layer, Full) and layer.diff_b is None for layer in found):
+        return Full(diff=_concat([layer.diff for layer in found]))  # type: ignore[attr-defined]
+    if len(found) == len(parts) and all(isinstance(layer, DoRA) and layer.axis == "out" for layer in found):
+        return _fused_dora(parts, found, rows_of, as_lora)
+    kinds = ", ".join(sorted({layer.kind for layer in found}))
+    raise LayerError(
+        f"{', '.join(part.module for part in parts)} are one weight here, and layers of kind {kinds} on parts "
+        "of it can't be joined. Way out: a dialect with diffusers' names"
+    )
+
+
+def _low_rank(layer: Layer, as_lora: Callable[[Layer], Layer]) -> LowRank:
+    lora = layer if isinstance(layer, LowRank) else as_lora(layer)
+    assert isinstance(lora, LowRank)
+    return lora.plain()
+
+
+def _moved(layer: Layer, rows: Ranges) -> Layer:
+    """A layer whose rows stand elsewhere in the weight: halves exchanged."""
+    if isinstance(layer, Rows) and layer.ranges == rows:
+        return layer.whole
+    back = tuple(sorted((i for i in range(len(rows))), key=lambda i: rows[i][0]))
+    starts = [sum(stop - start for start, stop in rows[:i]) for i in range(len(rows))]
+    return layer.rows(tuple((starts[i], starts[i] + rows[i][1] - rows[i][0]) for i in back), None)
+
+
+def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:
+    """The layer that was cut into these very parts."""
+    if len(layers) != len(parts) or not all(isinstance(layer, Rows) for layer in layers):
+        return None
+    cuts = [layer for layer in layers if isinstance(layer, Rows)]
+    same = len({cut.source for cut in cuts}) == 1 and [cut.ranges for cut in cuts] == [part.rows for part in parts]
+    return cuts[0].whole if same else None
+
+
+def _fused_low_rank(parts: Parts, layers: list[LowRank | None], rows_of: Callable[[str], int]) -> LowRank:
+    found = [layer for layer in layers if layer is not None]
+    if any(layer.diff_b is not None or layer.up_bias is not None for layer in found):
+        raise LayerError(f"{parts[0].module}: a fused weight with a bias can't be joined")
+    rows = [rows_of(part.module) for part in parts]
+    shared = _share_down(found)
+    if len({layer.scale for layer in found}) > 1:
+        layers = [layer and _unscaled(layer) for layer in layers]
+        found = [layer for layer in layers if layer is not None]
+    scale = found[0].scale
+    first = found[0].down
+    if shared is None:
+        rank = sum(layer.rank for layer in found)
+        return LowRank(
+            up=Block((sum(rows), rank), code(found[0].up)), down=Block((rank, *first.shape[1:]), code(first))
+        )
+    if shared:
+        down, up, ids = first, _concat([_up(layer, n, found[0]) for layer, n in zip(layers, rows, strict=True)]), found[0].down_id
+    else:
+        down, up, ids = _concat([layer.down for layer in found]), _block_diagonal(layers, rows), None
+    alpha = None if found[0].alpha is None else scale * down.shape[0]
+    return LowRank(up=up, down=down, alpha=alpha, down_id=ids)
+
+
+def _share_down(layers: list[LowRank]) -> bool | None:
+    """Whether all have the same ``down``; None when only values could tell."""
+    first = layers[0]
+    if all(layer.down_id is not None and layer.down_id == first.down_id for layer in layers):
+        return True
+    if any(layer.down.shape != first.down.shape or code(layer.down) != code(first.down) for layer in layers):
+        return False
+    if isinstance(first.down, Spec):
+        return None
+    return all(bool((layer.down == first.down).all()) for layer in layers[1:])
+
+
+def _unscaled(layer: LowRank) -> LowRank:
+    up = Spec(layer.up.shape, "F32") if isinstance(layer.up, Spec) else float32(layer.up) * layer.scale
+    return replace(layer, up=up, alpha=None)
+
+
+def _up(layer: LowRank | None, rows: int, like: LowRank) -> Array | Spec:
+    if layer is not None:
+        return layer.up
+    return _zeros((rows, like.rank), like.up)
+
+
+def _zeros(shape: tuple[int, ...], like: Array | Spec) -> Array | Spec:
+    if isinstance(like, Spec):
+        return Spec(shape, like.dtype)
+    return namespace(like).zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def _concat(tensors: list[Array | Spec]) -> Array | Spec:
+    first = tensors[0]
+    if isinstance(first, Spec):
+        dtype = first.dtype if len({code(t) for t in tensors}) == 1 else "F32"
+        return Spec((sum(t.shape[0] for t in tensors), *first.shape[1:]), dtype)
+    if len({code(t) for t in tensors}) > 1:
+        tensors = [float32(t) for t in tensors]
+    return namespace(tensors[0]).concat(tensors)
+
+
+def _block_diagonal(layers: list[LowRank | None], rows: list[int]) -> Array | Spec:
+    found = [layer for layer in layers if layer is not None]
+    total = sum(layer.rank for layer in found)
+    if isinstance(found[0].up, Spec):
+        dtype = code(found[0].up) if len({code(layer.up) for layer in found}) == 1 else "F32"
+        return Spec((sum(rows), total), dtype)
+    same = len({code(layer.up) for layer in found}) == 1
+    first = found[0].up if same else float32(found[0].up)
+    up = _zeros((sum(rows), total), first)
+    row = column = 0
+    for layer, count in zip(layers, rows, strict=True):
+        if layer is not None:
+            values = layer.up if same else float32(layer.up)
+            up[row : row + count, column : column + layer.rank] = values
+            column += layer.rank
+        row += count
+    return up
+
+
+def _fused_dora(
+    parts: Parts, layers: list[Layer], rows_of: Callable[[str], int], as_lora: Callable[[Layer], Layer]
+) -> DoRA:
+    doras = [layer for layer in layers if isinstance(layer, DoRA)]
+    directions = {part.module: dora.direction for part, dora in zip(parts, doras, strict=True)}
+    magnitudes = [_column(dora) for dora in doras]
+    return DoRA(direction=fused(parts, directions, rows_of, as_lora), magnitude=_concat(magnitudes))
+
+
+def _column(dora: DoRA) -> Array | Spec:
+    shape = (dora.shape[0], 1)
+    return Spec(shape, dora.magnitude.dtype) if isinstance(dora.magnitude, Spec) else dora.magnitude.reshape(shape)
+
+
+def compacted(layer: LowRank) -> LowRank:
+    """A part of a fused weight without the columns of ``up`` that are zero in it.
+
+    What was joined block-diagonally comes apart into the ranks that it was made of.
+    """
+    if not (isinstance(layer.down_id, tuple) and layer.down_id[:1] == ("rows of",)):
+        return layer
+    if isinstance(layer.up, Spec):
+        return replace(layer, up=Spec(layer.up.shape, code(layer.up)), down=Block(layer.down.shape, code(layer.down)))
+    used = (layer.up != 0).any(0) if hasattr(layer.up, "any") else None
+    keep = [int(i) for i in range(layer.rank) if used is None or bool(used[i])] or [0]
+    if len(keep) == layer.rank:
+        return layer
+    alpha = layer.scale * len(keep)
+    return replace(layer, up=layer.up[:, keep], down=layer.down[keep], alpha=None if alpha == len(keep) else alpha)
+
+

@@ -1,0 +1,135 @@
+"""The dialects of kohya's sd-scripts and its kin: flattened names behind ``lora_unet_`` and ``lora_te_``."""
+
+from collections.abc import Mapping
+
+from ..architectures import Architecture, TextEncoder
+from ..architectures.names import Parts
+from .base import LYCORIS_KINDS, Dialect, flat
+
+
+def text_names(a: Architecture) -> dict[str, Parts]:
+    return {
+        f"lora_te{encoder.kohya}_{flat(path)}": parts
+        for encoder in a.text_encoders
+        for path, parts in a.text_paths(encoder).items()
+    }
+
+
+def native_names(a: Architecture) -> dict[str, Parts]:
+    return {f"lora_unet_{flat(path)}": parts for path, parts in a.native_paths.items()}
+
+
+def diffusers_names(a: Architecture) -> dict[str, Parts]:
+    return {f"lora_unet_{flat(path)}": parts for path, parts in a.denoiser_paths.items()}
+
+
+def kohya_names(a: Architecture) -> Mapping[str, Parts]:
+    denoiser = diffusers_names(a) if a.kohya_uses_diffusers_names else native_names(a)
+    return denoiser | text_names(a)
+
+
+def unet_names(a: Architecture) -> Mapping[str, Parts]:
+    return diffusers_names(a) | text_names(a) if a.denoiser == "unet" else {}
+
+
+def other_text_names(a: Architecture) -> Mapping[str, Parts]:
+    """Text encoders under the numbers that other tools give them."""
+    names: dict[str, Parts] = {}
+    for position, encoder in enumerate(a.text_encoders, start=1):
+        for number in _other_numbers(a, encoder, position):
+            names |= {f"lora_te{number}_{flat(path)}": parts for path, parts in a.text_paths(encoder).items()}
+    return names
+
+
+def _other_numbers(a: Architecture, encoder: TextEncoder, position: int) -> list[str]:
+    """Its place in diffusers' pipeline (OneTrainer), and no number for the first (diffusers)."""
+    numbers = [str(position), *[""] * (position == 1)]
+    if encoder.component == "text_encoder_2" and len(a.text_encoders) == 1:
+        numbers = ["2"]
+    taken = {e.kohya for e in a.text_encoders}
+    return [n for n in numbers if n not in taken]
+
+
+KOHYA = Dialect(
+    name="kohya",
+    title="kohya sd-scripts, A1111, Forge, Civitai",
+    source="https://github.com/kohya-ss/sd-scripts, networks/lora.py; lora_flux.py; lora_sd3.py",
+    names=kohya_names,
+    recognised_by=lambda a: native_names(a) | text_names(a),
+    also_names=(native_names, other_text_names),
+    style="kohya",
+    begins=("lora_unet_", "lora_te"),
+    writes=True,
+    alpha="constant",
+    holds=LYCORIS_KINDS,
+)
+
+KOHYA_DIFFUSERS = Dialect(
+    name="kohya-diffusers",
+    title="kohya with diffusers' block names: SD 1 and 2, OneTrainer, diffusers' export",
+    source="https://github.com/huggingface/diffusers, utils/state_dict_utils.py, convert_state_dict_to_kohya",
+    names=unet_names,
+    also_names=(other_text_names,),
+    style="kohya",
+    begins=("lora_unet_", "lora_te"),
+    writes=True,
+    alpha="constant",
+    holds=LYCORIS_KINDS,
+)
+
+KOHYA_BROKEN = Dialect(
+    name="kohya-broken",
+    title="kohya as exported wrongly: _lora.down or _lora_down in place of .lora_down",
+    source="https://github.com/huggingface/diffusers, train_dreambooth_lora_sdxl.py --output_kohya_format",
+    names=unet_names,
+    style="diffusers-old",
+    also_reads=frozenset({"underscored"}),
+    begins=("lora_unet_",),
+)
+
+
+def onetrainer_names(a: Architecture) -> Mapping[str, Parts]:
+    if a.denoiser == "unet":
+        return {}
+    return {f"lora_transformer_{flat(path)}": parts for path, parts in a.denoiser_paths.items()} | _numbered(a)
+
+
+def _numbered(a: Architecture) -> dict[str, Parts]:
+    return {
+        f"lora_te{position}_{flat(path)}": parts
+        for position, encoder in enumerate(a.text_encoders, start=1)
+        for path, parts in a.text_paths(encoder).items()
+    }
+
+
+ONETRAINER = Dialect(
+    name="onetrainer",
+    title="OneTrainer's mixture: diffusers' names behind lora_transformer_",
+    source="https://github.com/Nerogar/OneTrainer, modules/util/convert",
+    names=onetrainer_names,
+    also_names=(lambda a: text_names(a) if a.denoiser == "transformer" else {},),
+    style="kohya",
+    begins=("lora_transformer_", "lora_te"),
+    alpha="keep",
+    holds=LYCORIS_KINDS,
+)
+
+
+def lycoris_names(a: Architecture) -> Mapping[str, Parts]:
+    return {f"lycoris_{flat(path)}": parts for path, parts in a.denoiser_paths.items()} | {
+        f"lycoris_{flat(path)}": parts
+        for encoder in a.text_encoders
+        for path, parts in a.text_paths(encoder).items()
+    }
+
+
+LYCORIS = Dialect(
+    name="lycoris",
+    title="LyCORIS's own wrapper: diffusers' names behind lycoris_",
+    source="https://github.com/KohakuBlueleaf/LyCORIS, lycoris/wrapper.py",
+    names=lycoris_names,
+    style="kohya",
+    begins=("lycoris_",),
+    alpha="keep",
+    holds=LYCORIS_KINDS,
+)

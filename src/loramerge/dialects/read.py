@@ -1,0 +1,300 @@
+"""Recognising a file: which tool wrote it, for which model, and what each key means."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..architectures import ARCHITECTURES, Architecture
+from ..architectures.names import Parts, whole
+from ..errors import LayerError, NotALoRAError
+from ..layers import build
+from ..tensors import Shape, Spec
+from . import DIALECTS
+from .base import Dialect, table
+from .repairs import repaired
+from .suffixes import parse
+
+UNUSED = re.compile(r".*\.self_attn\.[a-z]+_proj\.to_(q|k|v|out)")
+"""Layers that diffusers 0.16 and 0.17 saved and never applied."""
+
+
+@dataclass
+class Record:
+    """The tensors that a file has under one stem."""
+
+    stem: str
+    style: str = ""
+    keys: dict[str, str] = field(default_factory=dict)
+    """The key of each tensor, by role."""
+    parts: Parts = ()
+    """The modules that the stem means."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file turned out to be."""
+
+    architecture: Architecture | None
+    dialect: Dialect
+    records: Mapping[str, Record]
+    extras: tuple[str, ...]
+    """Keys that are no part of a layer: embeddings and strays."""
+    notes: tuple[str, ...]
+
+
+def read(
+    tensors: Mapping[str, Spec],
+    metadata: Mapping[str, str],
+    *,
+    architecture: str | None = None,
+    dialect: str | None = None,
+) -> Reading:
+    """Recognise a LoRA by its keys and shapes.
+
+    Args:
+        tensors: Shape and dtype of every key.
+        metadata: The file's own metadata; used to decide between equal fits only.
+        architecture: The family, if the caller knows it.
+        dialect: The dialect, if the caller knows it.
+
+    Raises:
+        NotALoRAError: No layer is among the keys.
+        LayerError: A layer is incomplete or its shapes disagree.
+    """
+    records, extras = _records(tensors)
+    if not records:
+        raise NotALoRAError(_not_a_lora(list(tensors)))
+    shapes = {stem: _shape(record, tensors) for stem, record in records.items()}
+    names = _Names(records, shapes, extras)
+    found = ARCHITECTURES[architecture] if architecture else names.architecture(metadata)
+    notes = names.resolve(found)
+    chosen = DIALECTS[dialect] if dialect else names.dialect(found)
+    for record in names.records.values():
+        if not record.parts:
+            record.parts = _free_parts(record.stem, chosen)
+    return Reading(found, chosen, names.records, tuple(names.extras), tuple(notes))
+
+
+def _free_parts(stem: str, dialect: Dialect) -> Parts:
+    return whole(dialect.free_module(stem))
+
+
+def _records(tensors: Mapping[str, Spec]) -> tuple[dict[str, Record], list[str]]:
+    """Keys grouped by stem, and the keys that have no known suffix."""
+    records: dict[str, Record] = {}
+    rest: list[str] = []
+    for key, spec in tensors.items():
+        parsed = parse(key)
+        if parsed is None:
+            rest.append(key)
+            continue
+        role = parsed.role
+        if role == "scale" and len(spec.shape) == 1 and spec.shape[0] > 1:
+            role = "set_weight"
+        record = records.setdefault(parsed.stem, Record(parsed.stem))
+        if role in record.keys:
+            raise LayerError(f"{parsed.stem}: both {record.keys[role]!r} and {key!r} give its {role}")
+        record.keys[role] = key
+        record.style = record.style or parsed.style
+    extras = _claim(rest, records)
+    for stem in [stem for stem, record in records.items() if not record.keys.keys() - {"alpha", "scale"}]:
+        extras += records.pop(stem).keys.values()
+    return records, extras
+
+
+def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
+    """IA3's vectors end in plain ``.weight``: theirs only where ``.on_input`` stands beside."""
+    extras = []
+    for key in rest:
+        record = records.get(key.removesuffix(".weight"))
+        if record and "on_input" in record.keys:
+            record.keys["ia3_weight"] = key
+        else:
+            extras.append(key)
+    return extras
+
+
+def _shape(record: Record, tensors: Mapping[str, Spec]) -> Shape:
+    held = {role: tensors[key] for role, key in record.keys.items() if role not in ("alpha", "scale")}
+    try:
+        return build(held, None, None).shape
+    except LayerError as error:
+        raise LayerError(f"{record.stem}: {error}. Keys: {', '.join(record.keys.values())}.") from None
+
+
+def _not_a_lora(keys: list[str]) -> str:
+    what = next((what for mark, what in OTHER_FILES if any(re.search(mark, key) for key in keys)), "something else")
+    shown = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
+    if not keys:
+        return "The file holds no tensors, so it is not a LoRA."
+    return (
+        f"No LoRA layer among the file's {len(keys)} keys ({shown}); it looks like {what}. Wanted keys such as "
+        "'….lora_down.weight', '….lora_A.weight' or '….hada_w1_a'."
+    )
+
+
+OTHER_FILES = (
+    (r"^lllite_", "a ControlNet-LLLite"),
+    (r"^(first_stage_model|cond_stage_model|model\.diffusion_model)\.", "a whole checkpoint"),
+    (r"^(control_model|controlnet_|input_hint_block|zero_convs)", "a ControlNet"),
+    (r"^(image_proj|ip_adapter)", "an IP-Adapter"),
+    (r"^(emb_params|string_to_param|clip_[lg]$|<)", "a textual inversion"),
+    (r"^(encoder|decoder)\.(down|up|mid)\.", "a VAE"),
+    (r"^(down_blocks|double_blocks|transformer_blocks|input_blocks)\.", "a model's weights"),
+)
+
+
+class _Names:
+    """The stems of one file, while their meaning is sought."""
+
+    def __init__(self, records: dict[str, Record], shapes: dict[str, Shape], extras: list[str]) -> None:
+        self.records = records
+        self.shapes = shapes
+        self.extras = extras
+        heads = {stem[:40] for stem in records} if len(records) < 64 else {stem[:24] for stem in records}
+        meant = {fix[0] for head in heads if (fix := repaired(head))}
+        self.candidates = [
+            d for d in DIALECTS.values() if any(h.startswith(d.begins) for h in heads | meant) and d.name != "other"
+        ]
+
+    def architecture(self, metadata: Mapping[str, str]) -> Architecture | None:
+        """The family in which most layers have a name and the right shape."""
+        hint = " ".join(metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")).lower()
+        hinted = [a for a in ARCHITECTURES.values() if any(word in hint for word in a.hints)]
+        best: tuple[int, Architecture | None] = (len(self.records) // 2, None)
+        for a in (*hinted, *(a for a in ARCHITECTURES.values() if a not in hinted and a.within is None)):
+            fits = len(self.fitting(a))
+            if fits > best[0]:
+                best = (fits, a)
+            if fits == len(self.records):
+                break
+        found = best[1]
+        return self.distilled(found) if found else None
+
+    def distilled(self, a: Architecture) -> Architecture:
+        """A distilled family's LoRA fits the larger family too: it is told by covering the small one whole."""
+        if self.coverage(a) == 1.0:
+            return a
+        small = [b for b in ARCHITECTURES.values() if b.within == a.name]
+        for b in small:
+            if len(self.fitting(b)) == len(self.records) and self.coverage(b) == 1.0:
+                return b
+        return a
+
+    def coverage(self, a: Architecture) -> float:
+        """Of the family's modules that are named like this file's, the share that the file has."""
+        modules = {part.module for parts in self.fitting(a).values() for part in parts}
+        leaves = {_leaf(module) for module in modules}
+        return len(modules) / max(1, sum(_leaf(module) in leaves for module in a.shapes))
+
+    def fitting(self, a: Architecture) -> dict[str, Parts]:
+        """The modules of every stem that has a name and the right shape in a family."""
+        found: dict[str, Parts] = {}
+        left = set(self.records)
+        for dialect in self.candidates:
+            for names in dialect.tables:
+                if not left:
+                    return found
+                known = table(names, a)
+                here = {s: known[s] for s in left if s in known and _fits(self.shapes[s], known[s], a)}
+                if dialect.numbered and len(here) < len(self.records):
+                    continue
+                found |= here
+                left -= here.keys()
+        for stem in left:
+            meant = repaired(stem)
+            parts = meant and self.lookup(a, meant[0])
+            if parts and _fits(self.shapes[stem], parts, a):
+                found[stem] = parts
+        return found
+
+    def lookup(self, a: Architecture, stem: str) -> Parts | None:
+        for dialect in self.candidates:
+            for names in dialect.tables:
+                if parts := table(names, a).get(stem):
+                    return parts
+        return None
+
+    def resolve(self, a: Architecture | None) -> list[str]:
+        """Give every record its modules; what is left is kept under its own name, or set aside."""
+        if a is None:
+            return [f"no known architecture has these {len(self.records)} modules; they keep the names of the file"]
+        notes: list[str] = []
+        found = self.fitting(a)
+        reasons = Counter(fix[1] for stem in found if self.lookup(a, stem) is None and (fix := repaired(stem)))
+        notes += [f"repaired {count} names: {why}" for why, count in reasons.items()]
+        taken: dict[str, str] = {}
+        unknown = []
+        unused = 0
+        for stem in list(self.records):
+            parts = found.get(stem) or self.misfit(a, stem)
+            if parts is None and UNUSED.fullmatch(stem):
+                unused += len(self.records.pop(stem).keys)
+                continue
+            if parts is None:
+                unknown.append(stem)
+            for part in parts or ():
+                if part.module in taken:
+                    raise LayerError(f"{taken[part.module]} and {stem} both update the module {part.module}")
+                taken[part.module] = stem
+            self.records[stem].parts = parts or ()
+        if unused:
+            notes.append(f"{unused} tensors that diffusers 0.16 saved and never applied; only a verbatim copy keeps them")
+        if unknown:
+            notes.append(f"{len(unknown)} modules that {a.name} does not have, kept under their names: {unknown[0]} …")
+        return notes
+
+    def misfit(self, a: Architecture, stem: str) -> Parts | None:
+        """A known name with another shape (FLUX control widens img_in): the module, unless it is fused."""
+        if any(d.numbered for d in self.candidates):
+            return None
+        parts = self.lookup(a, stem)
+        return parts if parts and len(parts) == 1 and parts[0].rows is None else None
+
+    def dialect(self, a: Architecture | None) -> Dialect:
+        """The dialect that has most of the names in the right style."""
+        best, found = 0, DIALECTS["other"]
+        for dialect in self.candidates:
+            score = self.score(dialect, a)
+            if score > best:
+                best, found = score, dialect
+        return found
+
+    def score(self, dialect: Dialect, a: Architecture | None) -> int:
+        styled = [s for s, r in self.records.items() if not r.style or r.style in dialect.styles]
+        if a is None:
+            return sum(stem.startswith(dialect.begins) for stem in styled)
+        own = table(dialect.recognised_by or dialect.names, a)
+        also = [table(names, a) for names in dialect.also_names]
+        points = 0
+        for stem in styled:
+            if stem in own:
+                points += 2
+            elif any(stem in other for other in also) or ((fix := repaired(stem)) and fix[0] in own):
+                points += 1
+        return points
+
+
+def _leaf(module: str) -> str:
+    """A module's last names without its block: ``attn1.to_q``."""
+    return ".".join(module.split(".")[-3:]) if module[-1].isdigit() else ".".join(module.split(".")[-2:])
+
+
+def _fits(shape: Shape, parts: Parts, a: Architecture) -> bool:
+    """Whether a layer of some shape updates the weights of these modules, a flattened kernel being allowed."""
+    wanted = [a.shapes[part.module] for part in parts]
+    if not shape:
+        return True
+    rows = sum(w[0] for w in wanted)
+    if len(shape) == 1:
+        return shape[0] == rows
+    if shape[0] != rows or len(wanted[0]) < 2:
+        return False
+    columns, width = 1, 1
+    for size in shape[1:]:
+        columns *= size
+    for size in wanted[0][1:]:
+        width *= size
+    return columns == width
+

@@ -1,0 +1,34 @@
+"""Known mistakes in names, each with what was meant."""
+
+import re
+
+REPAIRS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
+    (re.compile(pattern), meant, why)
+    for pattern, meant, why in (
+        (r"unet\.unet\.", "unet.", "'unet.' twice (diffusers 0.2x, ZipLoRA)"),
+        (r"pipe\.(?=unet\.|transformer\.)", "", "'pipe.' in front"),
+        (r"(unet|transformer|text_encoder(?:_\d)?)\.base_model\.model\.", r"\1.", "PEFT's wrapper inside (SimpleTuner)"),
+        (r"lora_unet_unet_", "lora_unet_", "'unet' twice"),
+        (r"lora_unet__", "lora_unet_", "two underscores"),
+        (r"Hunyuan_video_I2V_lora_", "lora_unet_", "HunyuanVideo-I2V's prefix"),
+        (r"diffusion_model\.(?=(?:double|single)_blocks\.\d+\.processor\.)", "", "XLabs' names behind ComfyUI's prefix"),
+        (r"(?:diffusion_model\.){2}", "diffusion_model.", "'diffusion_model.' twice"),
+        (
+            r"((?:text_encoder(?:_\d)?[./])?(?:base_model\.model\.)?)(?=encoder\.layers\.)",
+            r"\1text_model.",
+            "transformers 5's CLIP without 'text_model.'",
+        ),
+        (r"(lora_te\d?_)(?=encoder_layers_)", r"\1text_model_", "transformers 5's CLIP without 'text_model.'"),
+        (r"(text_encoders\.clip_\w\.transformer\.)(?=encoder\.)", r"\1text_model.", "CLIP without 'text_model.'"),
+    )
+)
+
+
+def repaired(stem: str) -> tuple[str, str] | None:
+    """The stem that was meant, and what was wrong; None when no known mistake is in it."""
+    reasons = []
+    for pattern, meant, why in REPAIRS:
+        stem, found = pattern.subn(meant, stem, count=1) if pattern.match(stem) else (stem, 0)
+        if found:
+            reasons.append(why)
+    return (stem, "; ".join(reasons)) if reasons else None

@@ -1,0 +1,115 @@
+"""The ends of keys: which tensor of a layer a key names.
+
+A key is a module's name in some dialect (its *stem*) and a suffix.  The suffix says the role
+of the tensor and, for LoRA's own tensors, the *style* of the tool that wrote it.
+"""
+
+import re
+from typing import NamedTuple
+
+STYLES: dict[str, dict[str, str]] = {
+    "kohya": {
+        "down": ".lora_down.weight",
+        "up": ".lora_up.weight",
+        "mid": ".lora_mid.weight",
+        "up_bias": ".lora_up.bias",
+    },
+    "peft": {
+        "down": ".lora_A.weight",
+        "up": ".lora_B.weight",
+        "up_bias": ".lora_B.bias",
+        "magnitude": ".lora_magnitude_vector.weight",
+    },
+    "peft-short": {"down": ".lora_A", "up": ".lora_B", "magnitude": ".lora_magnitude_vector"},
+    "diffusers": {"down": ".lora.down.weight", "up": ".lora.up.weight"},
+    "diffusers-text": {"down": ".lora_linear_layer.down.weight", "up": ".lora_linear_layer.up.weight"},
+    "diffusers-old": {"down": "_lora.down.weight", "up": "_lora.up.weight"},
+    "underscored": {"down": "_lora_down.weight", "up": "_lora_up.weight"},
+    "bare": {"down": ".down.weight", "up": ".up.weight"},
+    "numbered": {"down": ":down", "up": ":up"},
+    "merged": {"diff": ".lora.weight"},
+}
+"""LoRA's own tensors, as each family of tools spells them."""
+
+SHARED: dict[str, str] = {
+    ".alpha": "alpha",
+    ".scale": "scale",
+    ".dora_scale": "magnitude",
+    ".magnitude": "magnitude",
+    ".hada_w1_a": "hada_w1_a",
+    ".hada_w1_b": "hada_w1_b",
+    ".hada_w2_a": "hada_w2_a",
+    ".hada_w2_b": "hada_w2_b",
+    ".hada_t1": "hada_t1",
+    ".hada_t2": "hada_t2",
+    ".lokr_w1": "lokr_w1",
+    ".lokr_w1_a": "lokr_w1_a",
+    ".lokr_w1_b": "lokr_w1_b",
+    ".lokr_w2": "lokr_w2",
+    ".lokr_w2_a": "lokr_w2_a",
+    ".lokr_w2_b": "lokr_w2_b",
+    ".lokr_t2": "lokr_t2",
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".set_weight": "set_weight",
+    ".w_norm": "w_norm",
+    ".b_norm": "b_norm",
+    ".reshape_weight": "reshape_weight",
+    ".oft_blocks": "oft_blocks",
+    ".oft_R.weight": "oft_R",
+    ".oft_R.scaled_oft": "oft_R_scaled",
+    ".rescale": "rescale",
+    ".a1.weight": "a1",
+    ".a2.weight": "a2",
+    ".b1.weight": "b1",
+    ".b2.weight": "b2",
+    ".bm.weight": "bm",
+    ".on_input": "on_input",
+    ".lora_embedding_A": "embedding_A",
+    ".lora_embedding_B": "embedding_B",
+}
+"""Everything else: spelled the same by every tool."""
+
+SPELLINGS: dict[str, str] = {role: suffix for suffix, role in SHARED.items() if suffix != ".magnitude"}
+
+_EXACT: dict[str, tuple[str, str]] = {
+    **{suffix: (role, "") for suffix, role in SHARED.items()},
+    **{suffix: (role, style) for style, roles in STYLES.items() for role, suffix in roles.items()},
+}
+_GLUED = tuple(suffix for suffix in _EXACT if suffix[0] not in ".:")
+_NAMED = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)\.([^.]+)(\.weight|\.bias|)")
+_NAMED_ROLES = {("A", ".weight"): "down", ("B", ".weight"): "up", ("B", ".bias"): "up_bias"}
+
+
+class Key(NamedTuple):
+    """A key, taken apart."""
+
+    stem: str
+    role: str
+    style: str
+    """The style of LoRA's own tensors; empty for the others."""
+
+
+def parse(key: str) -> Key | None:
+    """The parts of a key, or None when it has no known suffix."""
+    # "to_q_lora.down.weight" ends in ".down.weight" too: the glued suffixes come first.
+    if key.endswith(_GLUED):
+        suffix = next(suffix for suffix in _GLUED if key.endswith(suffix))
+        return Key(key[: -len(suffix)], *_EXACT[suffix])
+    for suffix in _endings(key):
+        if suffix in _EXACT:
+            return Key(key[: -len(suffix)], *_EXACT[suffix])
+    if named := _NAMED.fullmatch(key):
+        stem, which, _, end = named.groups()
+        return Key(stem, _NAMED_ROLES.get((which, end), "magnitude"), "peft-named")
+    return None
+
+
+def _endings(key: str) -> list[str]:
+    """The key's last three, two and one dotted parts, and what follows its last colon."""
+    last = key.rfind(".")
+    if last < 0:
+        return [key[key.rfind(":") :]] if ":" in key else []
+    before = key.rfind(".", 0, last)
+    first = key.rfind(".", 0, before) if before > 0 else -1
+    return [key[i:] for i in (first, before, last) if i >= 0]

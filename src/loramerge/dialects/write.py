@@ -1,0 +1,320 @@
+"""Writing a LoRA under a dialect's names: every layer in a form that the dialect's readers get right."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ..architectures import ARCHITECTURES, Architecture
+from ..architectures.names import Part, Parts, whole
+from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
+from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, low_rank
+from ..tensors import FLOATS, Array, Held, Spec, Tensor, cast, check_finite, code, float32, is_torch, parse_dtype
+from . import DIALECTS, fuse
+from .base import Dialect, table
+
+if TYPE_CHECKING:
+    from ..lora import LoRA
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are written together: their keys and shapes, and how to get their values."""
+
+    name: str
+    specs: Mapping[str, Spec]
+    make: Callable[[], Mapping[str, Array]]
+
+    def arrays(self) -> dict[str, Array]:
+        """The values, in the dtypes that `specs` says; NaN, infinity and overflow are refused."""
+        try:
+            arrays = {key: cast(array, self.specs[key].dtype) for key, array in self.make().items()}
+            for array in arrays.values():
+                check_finite(array)
+        except NumberError as error:
+            raise NumberError(f"{self.name}: {error}") from None
+        return arrays
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A LoRA under a dialect's names."""
+
+    dialect: Dialect
+    groups: list[Group]
+    verbatim: bool
+    """Whether these are the very tensors that were read."""
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    """Layouts as written, by module: what a PEFT configuration is made of."""
+    left_out: tuple[str, ...] = ()
+    """What ``allow_lossy`` dropped."""
+
+
+def state_dict(lora: "LoRA", dialect: str | None, dtype: str | None) -> dict[str, Array]:
+    spelling = spell(lora, dialect, dtype)
+    return {key: array for group in spelling.groups for key, array in group.arrays().items()}
+
+
+def spell(
+    lora: "LoRA", dialect: str | None = None, dtype: str | None = None, *, allow_lossy: bool = False
+) -> Spelling:
+    """Names and shapes of a LoRA in a dialect; values follow when each group is made.
+
+    A LoRA that goes back to the dialect it was read in keeps its tensors as they are.
+
+    Raises:
+        DialectError: The dialect is read-only, or can't hold a layer.
+    """
+    target = DIALECTS[dialect or lora.dialect]
+    wanted = parse_dtype(dtype) if dtype else lora.dtype
+    if lora.origin and lora.origin.dialect == target.name:
+        return Spelling(target, _verbatim(lora, wanted), verbatim=True)
+    if not target.writes:
+        writable = ", ".join(d.name for d in DIALECTS.values() if d.writes)
+        raise DialectError(f"The dialect {target.name} is read, not written. Written are: {writable}.")
+    writer = _Writer(lora, target, wanted, allow_lossy)
+    groups = list(writer.groups())
+    return Spelling(target, groups, False, writer.layers, tuple(writer.left_out))
+
+
+def _verbatim(lora: "LoRA", dtype: str | None) -> list[Group]:
+    assert lora.origin
+    return [
+        Group(key, {key: _cast_spec(tensor, dtype)}, lambda key=key, tensor=tensor: {key: tensor.read()})
+        for key, tensor in lora.origin.tensors.items()
+    ]
+
+
+def _cast_spec(spec: Spec, dtype: str | None) -> Spec:
+    """A tensor's shape in the dtype asked for; numbers such as alpha and integers keep theirs."""
+    keeps = dtype is None or spec.dtype not in FLOATS or not spec.shape
+    return Spec(tuple(spec.shape), spec.dtype if keeps or dtype is None else dtype)
+
+
+class _Writer:
+    def __init__(self, lora: "LoRA", dialect: Dialect, dtype: str | None, allow_lossy: bool) -> None:
+        self.lora = lora
+        self.dialect = dialect
+        self.dtype = dtype
+        self.allow_lossy = allow_lossy
+        self.architecture: Architecture | None = ARCHITECTURES[lora.architecture] if lora.architecture else None
+        self.constant = _constant_alpha(lora.layouts.values()) if dialect.alpha == "constant" else None
+        self.layers: dict[str, Layer] = {}
+        self.left_out: list[str] = []
+
+    def groups(self) -> Iterator[Group]:
+        for stem, parts in self.stems().items():
+            try:
+                layout = self.layer(parts, self.lora.layout)
+                if self.needs_values(layout):
+                    layout = self.layer(parts, self.lora.__getitem__)
+            except LoRAMergeError as error:
+                if not self.allow_lossy:
+                    raise DialectError(f"{self.lora.name}: {error}") from None
+                self.left_out.append(f"{stem}: {error}")
+                continue
+            self.layers[parts[0].module] = layout.map(_shape_only)
+            specs = {key: self.spec(key, tensor) for key, tensor in self.tensors(stem, parts, layout).items()}
+            yield Group(stem, specs, lambda stem=stem, parts=parts: self.values(stem, parts))
+        for key, tensor in self.extras().items():
+            yield Group(key, {key: _cast_spec(tensor, None)}, lambda key=key, tensor=tensor: {key: tensor.read()})
+
+    def extras(self) -> Mapping[str, Tensor]:
+        """Embeddings and strays, where the dialect's readers don't choke on them."""
+        if self.dialect.alpha != "bake" or not self.lora.extras:
+            return self.lora.extras
+        names = ", ".join(self.lora.extras)
+        if not self.allow_lossy:
+            raise DialectError(
+                f"{self.lora.name}: {self.dialect.name} can't hold the tensors that belong to no layer: {names}. "
+                "Way out: allow_lossy=True leaves them out."
+            )
+        self.left_out.append(f"tensors that belong to no layer: {names}")
+        return {}
+
+    def stems(self) -> dict[str, Parts]:
+        """The stems to write, each with the modules in it."""
+        named = table(self.dialect.names, self.architecture) if self.architecture else {}
+        homes = {part.module: (stem, parts) for stem, parts in named.items() for part in parts}
+        return dict(homes.get(module) or self.free(module) for module in self.lora)
+
+    def free(self, module: str) -> tuple[str, Parts]:
+        known = self.architecture is not None and module in self.architecture.shapes
+        stem = None if known else self.dialect.free_stem(module)
+        if stem is None:
+            family = self.lora.architecture or "an unknown architecture"
+            raise DialectError(
+                f"{self.lora.name}: {self.dialect.name} has no name for the module {module} of {family}. "
+                "Ways out: another dialect, or leave the module out with exclude=."
+            )
+        return stem, whole(module)
+
+    def layer(self, parts: Parts, get: Callable[[str], Layer]) -> Layer:
+        """The modules of a stem as one layer that the dialect's readers get right."""
+        held = {part.module: self.held(part, get(part.module)) for part in parts if part.module in self.lora}
+        fused = fuse.fused(parts, held, self.rows_of, lambda layer: _as_lora(layer, self.dialect))
+        return self.scaled(self.checked(parts[0].module, fused))
+
+    def rows_of(self, module: str) -> int:
+        assert self.architecture
+        return self.architecture.shapes[module][0]
+
+    def held(self, part: Part, layer: Layer) -> Layer:
+        """A layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""
+        if part.rows is None and isinstance(layer, Rows) or layer.kind not in self.dialect.holds:
+            layer = _as_lora(layer, self.dialect)
+        if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
+            layer = layer.plain()
+        if part.rows is None and isinstance(layer, LowRank):
+            layer = fuse.compacted(layer)
+        return layer
+
+    def checked(self, module: str, layer: Layer) -> Layer:
+        if isinstance(layer, DoRA) and self.dialect.dora_axis == "out" and layer.axis == "in":
+            raise LayerError(f"{module}: {self.dialect.name} keeps DoRA norms of rows, this layer has norms of columns")
+        biased = layer.diff_b is not None or (isinstance(layer, LowRank) and layer.up_bias is not None)
+        if biased and self.dialect.holds == frozenset({"lora"}):
+            raise LayerError(f"{module}: {self.dialect.name} can't hold the bias of this layer")
+        if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
+            raise LayerError(f"{module}: {layer.no_factors}")
+        return layer
+
+    def scaled(self, layer: Layer) -> Layer:
+        """The same ΔW with alpha where the dialect's readers look for it."""
+        if isinstance(layer, DoRA):
+            return replace(layer, direction=self.scaled(layer.direction))
+        if not isinstance(layer, LowRank) or self.dialect.alpha == "keep":
+            return layer
+        if self.constant is None:
+            return rescaled(layer, None)
+        return rescaled(layer, self.constant)
+
+    def needs_values(self, layout: Layer) -> bool:
+        """Whether shapes or dtypes of what is written depend on values."""
+        if isinstance(layout, DoRA):
+            return self.needs_values(layout.direction)
+        return isinstance(layout, LowRank) and (
+            fuse.depends(layout) or (self.dtype is None and isinstance(layout.up, Undecided))
+        )
+
+    def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
+        module = parts[0].module
+        tensors = {stem + self.dialect.suffix(role, module): t for role, t in _roles(layer, self.dialect).items()}
+        alpha = getattr(layer.direction if isinstance(layer, DoRA) else layer, "alpha", None)
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = Spec((), "F32")
+        return tensors
+
+    def spec(self, key: str, tensor: Array | Spec) -> Spec:
+        return _cast_spec(tensor if isinstance(tensor, Spec) else Held(tensor), self.dtype)
+
+    def values(self, stem: str, parts: Parts) -> dict[str, Array]:
+        import numpy as np
+
+        layer = self.layer(parts, self.lora.__getitem__)
+        alpha = getattr(layer.direction if isinstance(layer, DoRA) else layer, "alpha", None)
+        return {
+            key: np.asarray(alpha, dtype=np.float32) if isinstance(t, Spec) else t
+            for key, t in self.tensors(stem, parts, layer).items()
+        }
+
+
+def _shape_only(tensor: Array | Spec) -> Spec:
+    return Spec(tuple(tensor.shape), code(tensor))
+
+
+def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
+    """The LoRA with the same ΔW, where there is one."""
+    if layer.rank is None or isinstance(layer, DoRA):
+        raise LayerError(f"{dialect.name} can't hold a {layer.kind} layer: {layer.no_factors}")
+    if any(isinstance(t, Spec) for t in layer.tensors().values()):
+        rank, shape = layer.rank, layer.shape
+        columns = 1
+        for size in shape[1:]:
+            columns *= size
+        return low_rank(Spec((shape[0], rank), "F32"), Spec((rank, columns), "F32"), shape)
+    return replace(low_rank(*layer.factors(), layer.shape), diff_b=layer.diff_b)
+
+
+def _constant_alpha(layers: "Iterator[Layer] | object") -> float | None:
+    """The alpha that most LoRA layers have already, so that most stay as they are."""
+    natural = [a for layer in layers if (a := _natural(layer))]  # type: ignore[attr-defined]
+    if not natural:
+        return None
+    counts = Counter(natural)
+    return min(counts, key=lambda a: (-counts[a], a))
+
+
+def _natural(layer: Layer) -> float | None:
+    direction = layer.direction if isinstance(layer, DoRA) else layer
+    if not isinstance(direction, LowRank):
+        return None
+    return float(direction.rank) if direction.alpha is None else direction.alpha
+
+
+class Undecided(Spec):
+    """A shape whose dtype depends on values: narrow when the scaled values fit it exactly, else float32."""
+
+    __slots__ = ()
+
+
+def rescaled(layer: LowRank, alpha: float | None) -> LowRank:
+    """The same ΔW with another alpha, ``up`` making up for it.
+
+    ``up`` keeps its dtype when every value stays exact (a power of two, mostly) and becomes
+    float32 otherwise.
+    """
+    ratio = layer.scale if alpha is None else layer.scale * layer.rank / alpha
+    if ratio == 1.0:
+        return replace(layer, alpha=alpha)
+    bias = None if layer.up_bias is None else _times(layer.up_bias, ratio)
+    return replace(layer, up=_times(layer.up, ratio), up_bias=bias, alpha=alpha)
+
+
+def _times(tensor: Array | Spec, ratio: float) -> Array | Spec:
+    if isinstance(tensor, Spec):
+        wide = tensor.dtype in ("F32", "F64")
+        return Spec(tensor.shape, tensor.dtype) if wide else Undecided(tensor.shape, "F32")
+    if code(tensor) == "F64":
+        return tensor * ratio
+    wide_values = float32(tensor) * ratio
+    if code(tensor) not in FLOATS:
+        return wide_values
+    narrow = _narrow(wide_values, tensor)
+    exact = code(tensor) == "F32" or bool((float32(narrow) == wide_values).all())
+    return narrow if exact else wide_values
+
+
+def _narrow(values: Array, like: Array) -> Array:
+    if is_torch(like):
+        return values.to(like.dtype)
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return values.astype(like.dtype)
+
+
+def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
+    """A layer's tensors by role, in the shapes that the dialect's family uses."""
+    tensors = layer.tensors()
+    peft = dialect.style == "peft"
+    if peft and "diff_b" in tensors:
+        tensors["up_bias"] = tensors.pop("diff_b")
+    if not peft and "up_bias" in tensors:
+        tensors["diff_b"] = _bias_difference(layer, tensors.pop("up_bias"))
+    if isinstance(layer, DoRA) and layer.axis == "out":
+        rest = len(layer.shape) - 1
+        out = layer.shape[0]
+        linear, conv = ((out,), (1, out, *[1] * (rest - 1))) if peft else ((out, 1), (out, *[1] * rest))
+        shape = linear if rest == 1 else conv
+        magnitude = layer.magnitude
+        tensors["magnitude"] = (
+            Spec(shape, magnitude.dtype) if isinstance(magnitude, Spec) else magnitude.reshape(shape)
+        )
+    return tensors
+
+
+def _bias_difference(layer: Layer, bias: Array | Spec) -> Array | Spec:
+    direction = layer.direction if isinstance(layer, DoRA) else layer
+    scale = direction.scale if isinstance(direction, LowRank) else 1.0
+    return Spec(bias.shape, "F32") if isinstance(bias, Spec) else float32(bias) * scale

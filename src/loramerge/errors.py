@@ -1,0 +1,44 @@
+"""Every error of loramerge, under one root.
+
+Each message says what went wrong, where, what was found, what was wanted and what to do next.
+"""
+
+
+class LoRAMergeError(Exception):
+    """The root of every error that loramerge raises on purpose."""
+
+
+class FileError(LoRAMergeError):
+    """A file can't be read or written: missing, truncated, hostile, not writable."""
+
+
+class NotALoRAError(LoRAMergeError):
+    """The tensors are readable, but they are not a LoRA."""
+
+
+class LayerError(LoRAMergeError):
+    """The tensors of one module don't form an update of its weight."""
+
+
+class NoFactorsError(LoRAMergeError):
+    """A layer has no exact low-rank form, so it can't be merged as one."""
+
+
+class NumberError(LoRAMergeError):
+    """NaN or infinity was read, or a value doesn't fit the dtype asked for."""
+
+
+class DialectError(LoRAMergeError):
+    """A dialect can't hold what the LoRA has."""
+
+
+class MergeError(LoRAMergeError):
+    """These LoRAs can't be merged as asked."""
+
+
+class OptionError(LoRAMergeError):
+    """An option, a name or a weight is not one that loramerge knows."""
+
+
+class MissingExtraError(LoRAMergeError):
+    """An optional package is needed."""

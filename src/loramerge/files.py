@@ -1,0 +1,307 @@
+"""Loading, opening and saving LoRAs: by path, directory or Hub name; atomically."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from . import hub
+from .errors import FileError, OptionError
+from .lora import LoRA, from_tensors
+from .storage.reader import SafetensorsFile
+from .tensors import Array, Held, Stored, Tensor
+
+if TYPE_CHECKING:
+    from .dialects.write import Spelling
+    from .storage.writer import Progress
+
+PICKLES = (".pt", ".bin", ".ckpt", ".pth")
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+Source = str | os.PathLike[str] | Mapping[str, Array]
+
+
+def open(  # noqa: A001 (the verb of the package: lm.open)
+    source: Source,
+    *,
+    architecture: str | None = None,
+    dialect: str | None = None,
+    allow_pickle: bool = False,
+) -> LoRA:
+    """Open a LoRA; tensors are read when a layer is asked for.
+
+    Args:
+        source: A file, a directory with one adapter (PEFT's or diffusers'), ``org/repo``,
+            ``org/repo/file.safetensors`` or ``hf://org/repo@revision`` on the Hugging Face
+            Hub, or a state dict of numpy arrays or torch tensors.
+        architecture: The model family, where the file leaves it open.
+        dialect: The dialect, where the file leaves it open.
+        allow_pickle: Whether to read ``.pt``, ``.bin`` and ``.ckpt``, tensors only
+            (``torch.load(weights_only=True)``).
+
+    Raises:
+        FileError: The file is missing, broken or hostile.
+        NotALoRAError: It holds no LoRA.
+        LayerError: A layer is incomplete or its shapes disagree.
+    """
+    options = {"architecture": architecture, "dialect": dialect}
+    if isinstance(source, Mapping):
+        return from_tensors({key: Held(array) for key, array in source.items()}, {}, "state dict", **options)
+    path = locate(source)
+    if path.is_dir():
+        return _open_folder(path, options)
+    if path.suffix in PICKLES:
+        return from_tensors(_unpickle(path, allow_pickle), {}, path.name, **options)
+    file = SafetensorsFile(path)
+    config = _config_beside(path) if any("base_model.model." in key for key in file) else {}
+    return from_tensors(file, file.metadata, path.name, config=config, **options)
+
+
+def load(source: Source, **options: Any) -> LoRA:
+    """Read a LoRA into memory; the options are those of `open`.
+
+    Raises:
+        FileError: The file is missing, broken or hostile.
+        NotALoRAError: It holds no LoRA.
+        LayerError: A layer is incomplete or its shapes disagree.
+        NumberError: A value is NaN or infinite.
+    """
+    with open(source, **options) as lora:
+        if lora.origin is None or isinstance(source, Mapping):
+            return lora
+        held = {
+            key: Held(t.read()) if isinstance(t, Stored) else t
+            for key, t in lora.origin.tensors.items()
+        }
+        loaded = from_tensors(
+            held,
+            lora.metadata,
+            lora.name,
+            config=lora.origin.config,
+            architecture=lora.architecture,
+            dialect=options.get("dialect"),
+        )
+        return loaded.in_memory()
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The file or directory that a path or a Hub name means; from the Hub it is fetched."""
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if not text.startswith("hf://") and path.exists():
+        return path
+    reference = hub.parse(text)
+    looks_local = not text.startswith("hf://") and (path.suffix in (".safetensors", *PICKLES) and text.count("/") != 2)
+    if reference is None or looks_local:
+        raise FileError(f"No such file or directory: {path}.")
+    return hub.download(reference)
+
+
+def _open_folder(path: Path, options: dict[str, Any]) -> LoRA:
+    adapters = {file.parent: file for file in sorted((*path.glob(PEFT_FILE), *path.glob(f"*/{PEFT_FILE}")))}
+    if not adapters:
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+        if not names:
+            raise FileError(f"The directory {path} has no .safetensors file.")
+        return open(path / hub.choose(names, str(path)), **options)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    config: dict[str, Any] = {}
+    for folder, file in adapters.items():
+        prefix = "" if folder == path else f"{folder.name}/"
+        stored = SafetensorsFile(file)
+        tensors |= {prefix + key: tensor for key, tensor in stored.items()}
+        metadata |= stored.metadata
+        config |= {folder.name if prefix else "": _config(folder / PEFT_CONFIG)}
+    return from_tensors(tensors, metadata, path.name, config=config, **options)
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    for beside in (path.parent / PEFT_CONFIG, path.with_suffix(".adapter_config.json")):
+        if beside.exists():
+            return {"": _config(beside)}
+    return {}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise FileError(f"Can't read {path}, which holds the adapter's scale: {error.strerror}.") from error
+    except ValueError as error:
+        raise FileError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
+        raise FileError(f"{path} is not the configuration of a LoRA: {str(config)[:80]}.")
+    return config
+
+
+def _unpickle(path: Path, allow: bool) -> dict[str, Tensor]:
+    if not allow:
+        raise FileError(
+            f"{path.name} is a pickle, which can run code when it is opened. Way out: allow_pickle=True reads its "
+            "tensors only, with torch's weights_only loader."
+        )
+    import torch
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a wide range: pickle, zip, runtime and value errors
+        raise FileError(f"Can't read {path} as tensors only: {str(error).splitlines()[0]}") from error
+    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if not isinstance(found, dict):
+        raise FileError(f"{path} holds a {type(found).__name__}, wanted a dictionary of tensors.")
+    return {str(key): Held(_as_numpy(value)) for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _as_numpy(tensor: Any) -> Array:
+    import torch
+
+    from .tensors import code, numpy_dtype
+
+    if code(tensor) in ("BF16", "F8_E4M3", "F8_E5M2"):
+        bits = tensor.contiguous().view(torch.uint8 if tensor.element_size() == 1 else torch.int16).numpy()
+        return bits.view(numpy_dtype(code(tensor)))
+    return tensor.numpy()
+
+
+def save(
+    lora: LoRA,
+    path: str | os.PathLike[str],
+    *,
+    dialect: str | None = None,
+    dtype: str | None = None,
+    allow_lossy: bool = False,
+    workers: int = 1,
+    progress: "Progress | None" = None,
+) -> Path:
+    """Write a LoRA, whole or not at all.
+
+    Args:
+        lora: What to write.  A merge that is not computed yet (`Plan.lora`) is computed module
+            by module on the way.
+        path: A ``.safetensors`` file; for the dialect ``peft`` a directory.
+        dialect: Name of a dialect that can be written; the LoRA's own by default.  In its own
+            dialect a file keeps every key, shape, dtype and value.
+        dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``; by default each tensor's own, for a
+            merge the widest of its inputs.
+        allow_lossy: Whether to leave out what the dialect can't hold.
+        workers: Threads; the bytes are the same for any number.
+        progress: Called with the number of modules done and of all.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        DialectError: The dialect can't hold a layer; nothing is written.
+        NumberError: A value is NaN, infinite, or too large for the dtype.
+        FileError: The path can't be written.
+    """
+    from .dialects.write import spell
+    from .metadata import for_writing
+
+    target = Path(path).expanduser()
+    spelling = spell(lora, dialect, dtype, allow_lossy=allow_lossy)
+    if spelling.dialect.name == "peft":
+        return _save_folder(lora, target, spelling, workers, progress)
+    if target.is_dir() or target.suffix != ".safetensors":
+        raise OptionError(f"Can't write {target}: wanted a path that ends in .safetensors.")
+    from .storage.writer import write
+
+    metadata, hashes = for_writing(lora, spelling)
+    write(target, spelling.groups, metadata, workers=workers, progress=progress, hashes=hashes)
+    return target
+
+
+def _save_folder(
+    lora: LoRA, path: Path, spelling: "Spelling", workers: int, progress: "Progress | None"
+) -> Path:
+    """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
+    from .dialects.config import component_configs
+    from .dialects.write import Group
+    from .metadata import for_writing
+    from .storage.writer import write, write_text
+
+    if path.suffix == ".safetensors":
+        path = path.with_suffix("")
+    configs = cast(dict[str, Any], lora.origin.config) if spelling.verbatim and lora.origin else {}
+    if not configs:
+        written = component_configs(spelling.layers)
+        configs = {c if c.startswith("text_encoder") else "": config for c, config in written.items()}
+    metadata, _ = for_writing(lora, spelling)
+    total, done = len(spelling.groups), 0
+    for component, config in configs.items():
+        prefix = f"{component}/" if component else ""
+        mine = [g for g in spelling.groups if (g.name.partition("/")[0] == component) == bool(component)]
+        if component == "":
+            mine = [g for g in spelling.groups if "/" not in g.name]
+        groups = [
+            Group(g.name, {k.removeprefix(prefix): s for k, s in g.specs.items()}, _stripped(g, prefix)) for g in mine
+        ]
+        folder = path / component
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(f"Can't make the directory {folder}: {error.strerror}.") from error
+        step = done
+        write(
+            folder / PEFT_FILE,
+            groups,
+            metadata,
+            workers=workers,
+            progress=(lambda n, _, step=step: progress(step + n, total)) if progress else None,  # type: ignore[misc]
+        )
+        write_text(folder / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        done += len(groups)
+    return path
+
+
+def _stripped(group: Any, prefix: str) -> Any:
+    return lambda: {key.removeprefix(prefix): array for key, array in group.make().items()}
+
+
+
+def convert(
+    source: Source,
+    path: str | os.PathLike[str],
+    dialect: str,
+    *,
+    dtype: str | None = None,
+    architecture: str | None = None,
+    allow_lossy: bool = False,
+    allow_pickle: bool = False,
+    workers: int = 1,
+    progress: "Progress | None" = None,
+) -> Path:
+    """Write a LoRA in another dialect; ΔW stays what it is.
+
+    Args:
+        source: What `open` takes.
+        path: What `save` takes.
+        dialect: Name of a dialect that can be written.
+        dtype: A dtype for the tensors; their own by default.
+        architecture: The model family, where the file leaves it open.
+        allow_lossy: Whether to leave out what the dialect can't hold.
+        allow_pickle: Whether to read pickles, tensors only.
+        workers: Threads.
+        progress: Called with the number of modules done and of all.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        DialectError: The dialect can't hold a layer; nothing is written.
+        FileError: The source can't be read or the path can't be written.
+        NotALoRAError: The source is no LoRA.
+    """
+    with open(source, architecture=architecture, allow_pickle=allow_pickle) as lora:
+        return save(
+            lora,
+            path,
+            dialect=dialect,
+            dtype=dtype,
+            allow_lossy=allow_lossy,
+            workers=workers,
+            progress=progress,
+        )

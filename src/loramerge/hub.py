@@ -1,0 +1,97 @@
+"""Files from the Hugging Face Hub."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import FileError
+
+REFERENCE = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII
+)
+WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Names that diffusers and PEFT give a LoRA, preferred where a repository has several files."""
+
+
+class Reference(NamedTuple):
+    """A repository on the Hub, with a file in it and a revision where they were named."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+
+
+def parse(text: str) -> Reference | None:
+    """``org/repo``, ``org/repo/file.safetensors``, ``hf://org/repo@revision`` …; None when it is neither."""
+    match = REFERENCE.fullmatch(text.removeprefix("hf://"))
+    if not match or (not text.startswith("hf://") and text.startswith((".", "/", "~"))):
+        return None
+    return Reference(match["repo"], match["file"], match["revision"])
+
+
+def download(reference: Reference) -> Path:
+    """The file or, for a PEFT adapter, the directory on this disk; from the Hub's cache where it is there.
+
+    Raises:
+        FileError: The repository or the file is missing, private, or can't be reached.
+    """
+    file = reference.file or choose(_listing(reference), reference.repo)
+    path = _fetch(reference, file)
+    if file.endswith("adapter_model.safetensors"):
+        _fetch(reference, f"{os.path.dirname(file)}/adapter_config.json".lstrip("/"))
+        return path.parent
+    return path
+
+
+def choose(files: list[str], repo: str) -> str:
+    """The LoRA among a repository's files."""
+    weights = [f for f in files if f.endswith(".safetensors")]
+    for name in WEIGHTS:
+        if name in weights:
+            return name
+    if len(weights) == 1:
+        return weights[0]
+    if not weights:
+        raise FileError(f"The repository {repo} has no .safetensors file.")
+    raise FileError(f"The repository {repo} has {len(weights)} files; name one: {', '.join(f'{repo}/{f}' for f in weights)}.")
+
+
+def _listing(reference: Reference) -> list[str]:
+    import huggingface_hub
+
+    def cached() -> list[str]:
+        folder = Path(
+            huggingface_hub.snapshot_download(reference.repo, revision=reference.revision, local_files_only=True)
+        )
+        return [str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()]
+
+    def online() -> list[str]:
+        return huggingface_hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
+
+    return _asked(reference, cached if huggingface_hub.constants.HF_HUB_OFFLINE else online)
+
+
+def _fetch(reference: Reference, file: str) -> Path:
+    import huggingface_hub
+
+    return Path(
+        _asked(
+            reference,
+            lambda: huggingface_hub.hf_hub_download(reference.repo, file, revision=reference.revision),
+            file,
+        )
+    )
+
+
+def _asked(reference: Reference, ask: Callable[[], Any], file: str = "") -> Any:
+    what = f"{reference.repo}/{file}".rstrip("/") + (f" at {reference.revision}" if reference.revision else "")
+    try:
+        return ask()
+    except Exception as error:  # the client raises its own, httpx's and the system's errors
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileError(
+            f"Can't get {what} from the Hub: {first} Check the name, the network, and HF_TOKEN for a private one. "
+            f"If a local file was meant: there is none called {reference.repo}."
+        ) from error

@@ -1,0 +1,103 @@
+"""Layers: the parametrisations of ΔW, one file a family, and how tensors become one of them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import LayerError
+from ..tensors import Array, Shape, Spec, reshape
+from .base import Layer, Rows
+from .dora import DoRA
+from .full import BiasOnly, Carried, Full, Norm, Replaced
+from .loha import LoHa
+from .lokr import LoKr
+from .lowrank import LowRank, low_rank
+
+KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Replaced, LoKr)
+"""Kinds that are recognised by the roles of their tensors, the first that fits."""
+
+CARRIED = {
+    "oft_blocks": "oft",
+    "oft_R": "oft",
+    "oft_R_scaled": "oft",
+    "rescale": "oft",
+    "a1": "glora",
+    "a2": "glora",
+    "b1": "glora",
+    "b2": "glora",
+    "bm": "glora",
+    "on_input": "ia3",
+    "ia3_weight": "ia3",
+    "embedding_A": "embedding lora",
+    "embedding_B": "embedding lora",
+    "reshape_weight": "reshaped weight",
+}
+"""Roles of algorithms that are carried and not computed with."""
+
+
+def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shape | None) -> Layer:
+    """The layer that tensors, named by role, make up.
+
+    Args:
+        tensors: Arrays or Specs by role.
+        alpha: Effective alpha: the scale is alpha / r.
+        weight: Shape of the module's weight, where the architecture knows it.
+
+    Raises:
+        LayerError: The tensors are no layer, or one is missing.
+    """
+    carried = next((CARRIED[role] for role in tensors if role in CARRIED), None)
+    if carried:
+        return Carried(algorithm=carried, held=dict(tensors), alpha=alpha)
+    if "magnitude" in tensors:
+        rest = {role: t for role, t in tensors.items() if role != "magnitude"}
+        return DoRA(direction=build(rest, alpha, weight), magnitude=tensors["magnitude"])
+    kind = _kind(set(tensors))
+    options: dict[str, Any] = dict(tensors)
+    if "alpha" in kind.__dataclass_fields__:
+        options["alpha"] = alpha
+    if "weight" in kind.__dataclass_fields__:
+        options["weight"] = weight
+    layer = kind(**options)
+    return shaped(layer, weight) if isinstance(layer, LowRank) and weight else layer
+
+
+def _kind(roles: set[str]) -> type[Layer]:
+    for kind in KINDS:
+        if roles >= set(kind.required) and roles <= {*kind.required, *kind.optional, "diff_b"}:
+            return kind
+    nearest = max(KINDS, key=lambda kind: len(roles & {*kind.required, *kind.optional}))
+    missing = [role for role in nearest.required if role not in roles]
+    strange = sorted(roles - {*nearest.required, *nearest.optional, "diff_b"})
+    problems = [f"missing {', '.join(missing)}"] * bool(missing) + [f"not wanted {', '.join(strange)}"] * bool(strange)
+    raise LayerError(f"not a whole {nearest.kind} layer: {'; '.join(problems)}")
+
+
+def shaped(layer: LowRank, weight: Shape) -> LowRank:
+    """A 1×1 convolution stored as a matrix, or the reverse, in the form of the weight."""
+    now = layer.shape
+    if len(now) == len(weight) or layer.mid is not None or now[:2] != weight[:2]:
+        return layer
+    if set(now[2:]) | set(weight[2:]) > {1}:
+        return layer
+    tail = (1,) * (len(weight) - 2)
+    up = reshape(layer.up, (now[0], layer.rank, *tail))
+    down = reshape(layer.down, (layer.rank, *weight[1:]))
+    return LowRank(up=up, down=down, up_bias=layer.up_bias, diff_b=layer.diff_b, alpha=layer.alpha, down_id=layer.down_id)
+
+
+__all__ = [
+    "BiasOnly",
+    "Carried",
+    "DoRA",
+    "Full",
+    "Layer",
+    "LoHa",
+    "LoKr",
+    "LowRank",
+    "Norm",
+    "Replaced",
+    "Rows",
+    "build",
+    "low_rank",
+    "shaped",
+]

@@ -1,0 +1,155 @@
+"""What every layer can be asked, whatever its parametrisation of ΔW."""
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from .. import linalg
+from ..errors import NoFactorsError
+from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, widest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer(ABC):
+    """The update ΔW of one module, in the tensors that a file holds.
+
+    The tensors are arrays, or `Spec` stand-ins when only shapes are known (a *layout*): the
+    shape, the rank and the kind can be asked of both, values only of arrays.
+    """
+
+    kind: ClassVar[str]
+    """The field's name for this parametrisation."""
+    required: ClassVar[tuple[str, ...]]
+    """Tensors that such a layer must have, by role."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Tensors that it may have."""
+
+    diff_b: Array | Spec | None = None
+    """Difference of the module's bias, shape ``(out,)``; not scaled by alpha."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape:
+        """Shape of the weight that the layer updates: ``(out, in)`` or ``(out, in, kh, kw)``."""
+
+    @property
+    def rank(self) -> int | None:
+        """Rank that the form of the layer allows; None where there is no low-rank form."""
+        return None
+
+    @property
+    def dtype(self) -> str:
+        """The widest dtype among the tensors, as a safetensors code."""
+        return widest([code(t) for t in self.tensors().values()])
+
+    def tensors(self) -> dict[str, Array | Spec]:
+        """The layer's tensors by role."""
+        roles = (*self.required, *self.optional, "diff_b")
+        return {role: t for role in roles if (t := getattr(self, role)) is not None}
+
+    def map(self, function: Callable[[Any], Any]) -> Self:
+        """The same layer with a function applied to every tensor."""
+        return dataclasses.replace(self, **{role: function(t) for role, t in self.tensors().items()})
+
+    def factors(self) -> tuple[Array, Array]:
+        """The update as a product, with every scale folded in.
+
+        Returns:
+            ``up`` of shape ``(out, r)`` and ``down`` of shape ``(r, in·kh·kw)``, float32, with
+            ΔW = up @ down.
+
+        Raises:
+            NoFactorsError: The layer has no exact low-rank form.
+        """
+        raise NoFactorsError(self.no_factors)
+
+    @property
+    def no_factors(self) -> str:
+        """Why there are no factors, and the ways out."""
+        return f"a {self.kind} layer has no low-rank form"
+
+    def delta(self) -> Array:
+        """ΔW as a dense float32 array of the weight's shape."""
+        up, down = self.factors()
+        return (up @ down).reshape(self.shape)
+
+    def norm(self) -> float:
+        """Frobenius norm of ΔW."""
+        return linalg.norm(*self.factors())
+
+    def rows(self, ranges: Ranges, source: object) -> "Layer":
+        """The update of some rows of the weight: a part of a fused projection.
+
+        Args:
+            ranges: Row ranges ``(start, stop)`` of the weight, in the order wanted.
+            source: What the rows are taken from; parts of one source share it.
+        """
+        return Rows(whole=self, ranges=ranges, source=source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Layer):
+    """Some rows of another layer's update, where the layer itself can't be cut."""
+
+    required: ClassVar[tuple[str, ...]] = ()
+
+    whole: Layer
+    ranges: Ranges
+    source: object
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.whole.kind
+
+    @property
+    def shape(self) -> Shape:
+        return (sum(stop - start for start, stop in self.ranges), *self.whole.shape[1:])
+
+    @property
+    def rank(self) -> int | None:
+        return self.whole.rank
+
+    @property
+    def dtype(self) -> str:
+        return self.whole.dtype
+
+    def tensors(self) -> dict[str, Array | Spec]:
+        return self.whole.tensors()
+
+    def map(self, function: Callable[[Any], Any]) -> "Rows":  # type: ignore[override]
+        return dataclasses.replace(self, whole=self.whole.map(function))
+
+    def factors(self) -> tuple[Array, Array]:
+        up, down = self.whole.factors()
+        return self._cut(up), down
+
+    @property
+    def no_factors(self) -> str:
+        return self.whole.no_factors
+
+    def delta(self) -> Array:
+        return self._cut(self.whole.delta())
+
+    def norm(self) -> float:
+        return dense_norm(self.delta()) if self.rank is None else super().norm()
+
+    def _cut(self, array: Array) -> Array:
+        return namespace(array).concat([array[start:stop] for start, stop in self.ranges])
+
+
+def dense_norm(array: Array) -> float:
+    """Frobenius norm of an array, summed in float64."""
+    xp = namespace(array)
+    return math.sqrt(float((xp.astype(array, xp.float64) ** 2).sum()))
+
+
+def matrix(tensor: Array) -> Array:
+    """A tensor as a float32 matrix ``(rows, columns)``."""
+    return flatten(float32(tensor))
+
+
+def identity(size: int, like: Array) -> Array:
+    return namespace(like).eye(size, dtype=like.dtype, device=like.device)

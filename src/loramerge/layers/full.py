@@ -1,0 +1,152 @@
+"""Updates that are not low-rank: whole differences, norms, replaced values, and algorithms we only carry."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from ..errors import NoFactorsError
+from ..tensors import Array, Ranges, Shape, Spec, float32, take_rows
+from .base import Layer, dense_norm
+
+LEAVE_OUT = "leave the module out with exclude="
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(Layer):
+    """ΔW itself, as ``diff`` of the weight's shape."""
+
+    kind: ClassVar[str] = "full"
+    required: ClassVar[tuple[str, ...]] = ("diff",)
+
+    diff: Array | Spec
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.diff.shape)
+
+    @property
+    def no_factors(self) -> str:
+        return (
+            "it holds a whole difference of the weight, which is no LoRA. Ways out: "
+            f"{LEAVE_OUT}, or extract a LoRA from it first"
+        )
+
+    def delta(self) -> Array:
+        return float32(self.diff)
+
+    def norm(self) -> float:
+        return dense_norm(self.delta())
+
+    def rows(self, ranges: Ranges, source: object) -> Layer:
+        if self.diff_b is not None:
+            return super().rows(ranges, source)
+        return replace(self, diff=take_rows(self.diff, ranges))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasOnly(Layer):
+    """A module of which only the bias changes."""
+
+    kind: ClassVar[str] = "bias"
+    required: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def shape(self) -> Shape:
+        assert self.diff_b is not None
+        return tuple(self.diff_b.shape)
+
+    @property
+    def no_factors(self) -> str:
+        return f"it changes a bias only, which a LoRA can't hold. Way out: {LEAVE_OUT}"
+
+    def delta(self) -> Array:
+        raise NoFactorsError(self.no_factors)
+
+    def norm(self) -> float:
+        return dense_norm(float32(self.diff_b))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Layer):
+    """Differences of a normalisation's weight and bias, as LyCORIS stores them."""
+
+    kind: ClassVar[str] = "norm"
+    required: ClassVar[tuple[str, ...]] = ("w_norm",)
+    optional: ClassVar[tuple[str, ...]] = ("b_norm",)
+
+    w_norm: Array | Spec
+    b_norm: Array | Spec | None = None
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.w_norm.shape)
+
+    @property
+    def no_factors(self) -> str:
+        return f"it changes a normalisation, which a LoRA can't hold. Way out: {LEAVE_OUT}"
+
+    def delta(self) -> Array:
+        return float32(self.w_norm)
+
+    def norm(self) -> float:
+        return dense_norm(self.delta())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced(Layer):
+    """A new value that takes the place of the weight."""
+
+    kind: ClassVar[str] = "set"
+    required: ClassVar[tuple[str, ...]] = ("set_weight",)
+
+    set_weight: Array | Spec
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.set_weight.shape)
+
+    @property
+    def no_factors(self) -> str:
+        return f"it replaces the weight instead of changing it. Way out: {LEAVE_OUT}"
+
+    def delta(self) -> Array:
+        raise NoFactorsError(self.no_factors)
+
+    def norm(self) -> float:
+        raise NoFactorsError(self.no_factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried(Layer):
+    """An algorithm that loramerge reads and writes back unharmed, but does not compute with."""
+
+    required: ClassVar[tuple[str, ...]] = ()
+
+    algorithm: str
+    """The field's name for it: ``"oft"``, ``"glora"``, ``"ia3"``."""
+    held: dict[str, Array | Spec] = field(default_factory=dict)
+    alpha: float | None = None
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.algorithm
+
+    @property
+    def shape(self) -> Shape:
+        return ()
+
+    @property
+    def no_factors(self) -> str:
+        return f"it is stored as {self.algorithm}, which loramerge keeps but can't merge. Way out: {LEAVE_OUT}"
+
+    def tensors(self) -> dict[str, Array | Spec]:
+        return dict(self.held)
+
+    def map(self, function: Callable[[Any], Any]) -> "Carried":  # type: ignore[override]
+        return replace(self, held={role: function(t) for role, t in self.held.items()})
+
+    def delta(self) -> Array:
+        raise NoFactorsError(self.no_factors)
+
+    def norm(self) -> float:
+        raise NoFactorsError(self.no_factors)

@@ -1,0 +1,96 @@
+"""LoHa: ΔW = alpha/r · (w1_a w1_b) ∘ (w2_a w2_b), a Hadamard product of two low-rank matrices.
+
+It is exactly a LoRA of rank r₁·r₂: column (i, j) of ``up`` is w1_a[:, i] ∘ w2_a[:, j], and
+likewise for the rows of ``down`` (the face-splitting product).
+
+Source: Hyeon-Woo et al., 2021, https://arxiv.org/abs/2108.06098; LyCORIS, modules/loha.py.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import LayerError
+from ..tensors import Array, Shape, Spec
+from .base import Layer, matrix
+from .lowrank import _tucker
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHa(Layer):
+    """``w_a`` (out, r) and ``w_b`` (r, in·kh·kw) twice; with Tucker cores ``t`` (r, r, kh, kw) ``w_a`` is (r, out)."""
+
+    kind: ClassVar[str] = "loha"
+    required: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    optional: ClassVar[tuple[str, ...]] = ("hada_t1", "hada_t2")
+
+    hada_w1_a: Array | Spec
+    hada_w1_b: Array | Spec
+    hada_w2_a: Array | Spec
+    hada_w2_b: Array | Spec
+    hada_t1: Array | Spec | None = None
+    hada_t2: Array | Spec | None = None
+    alpha: float | None = None
+    weight: Shape | None = None
+    """Shape of the weight, where the architecture knows it: a convolution's kernel is flattened in the file."""
+
+    def __post_init__(self) -> None:
+        a, b = tuple(self.hada_w1_a.shape), tuple(self.hada_w1_b.shape)
+        if len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
+            raise LayerError(f"hada_w1_a has shape {a} and hada_w1_b {b}; wanted two non-empty matrices")
+        if (self.hada_t1 is None) != (self.hada_t2 is None):
+            raise LayerError("of hada_t1 and hada_t2 one is missing")
+        sizes = [half.shape for half in (self._half(1), self._half(2))]
+        if sizes[0] != sizes[1]:
+            raise LayerError(f"the two halves of the product have shapes {sizes[0]} and {sizes[1]}")
+
+    def _half(self, which: int) -> "_Half":
+        return _Half(
+            *(getattr(self, f"hada_{name}") for name in (f"w{which}_a", f"w{which}_b", f"t{which}")), which
+        )
+
+    @property
+    def shape(self) -> Shape:
+        return self.weight or self._half(1).shape
+
+    @property
+    def rank(self) -> int:
+        return self._half(1).rank * self._half(2).rank
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self._half(1).rank
+
+    def factors(self) -> tuple[Array, Array]:
+        (up1, down1), (up2, down2) = self._half(1).factors(), self._half(2).factors()
+        up = (up1[:, :, None] * up2[:, None, :]).reshape((up1.shape[0], -1))
+        down = (down1[:, None, :] * down2[None, :, :]).reshape((-1, down1.shape[1]))
+        return up * self.scale, down
+
+
+class _Half:
+    """One of the two low-rank matrices."""
+
+    def __init__(self, a: Array, b: Array, core: Array | None, which: int) -> None:
+        self.a, self.b, self.core = a, b, core
+        inner = a.shape[0] if core is not None else a.shape[1]
+        wanted = b.shape[0] if core is None else core.shape[0]
+        if inner != wanted or (core is not None and core.shape[1] != b.shape[0]):
+            raise LayerError(
+                f"hada_w{which}_a of shape {tuple(a.shape)} and hada_w{which}_b of shape {tuple(b.shape)} "
+                "disagree on the rank"
+            )
+
+    @property
+    def rank(self) -> int:
+        return int(self.b.shape[0])
+
+    @property
+    def shape(self) -> Shape:
+        if self.core is None:
+            return (self.a.shape[0], self.b.shape[1])
+        return (self.a.shape[1], self.b.shape[1], *self.core.shape[2:])
+
+    def factors(self) -> tuple[Array, Array]:
+        if self.core is None:
+            return matrix(self.a), matrix(self.b)
+        return matrix(self.a).T, _tucker(self.core, matrix(self.b))

@@ -1,0 +1,120 @@
+"""LoKr: ΔW = scale · w1 ⊗ w2, a Kronecker product, each part full or factored.
+
+By the mixed-product rule kron(U₁V₁, U₂V₂) = kron(U₁, U₂) · kron(V₁, V₂), so ΔW is exactly a
+LoRA whose rank is the product of the parts' ranks.
+
+Source: Yeh et al., 2023, https://arxiv.org/abs/2309.14859, section 3; LyCORIS, modules/lokr.py.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import LayerError
+from ..tensors import Array, Shape, Spec, namespace
+from .base import Layer, identity, matrix
+from .lowrank import _tucker
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoKr(Layer):
+    """``w1`` (o1, i1) and ``w2`` (o2, i2[, kh, kw]); a factored part is ``w_a`` (o, r) and ``w_b`` (r, i)."""
+
+    kind: ClassVar[str] = "lokr"
+    required: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = (
+        "lokr_w1",
+        "lokr_w1_a",
+        "lokr_w1_b",
+        "lokr_w2",
+        "lokr_w2_a",
+        "lokr_w2_b",
+        "lokr_t2",
+    )
+
+    lokr_w1: Array | Spec | None = None
+    lokr_w1_a: Array | Spec | None = None
+    lokr_w1_b: Array | Spec | None = None
+    lokr_w2: Array | Spec | None = None
+    lokr_w2_a: Array | Spec | None = None
+    lokr_w2_b: Array | Spec | None = None
+    lokr_t2: Array | Spec | None = None
+    """Tucker core (r, r, kh, kw); ``w2_a`` is then (r, o2) and ``w2_b`` (r, i2)."""
+    alpha: float | None = None
+    """The scale is alpha / r, and 1 when both parts are full."""
+    weight: Shape | None = None
+    """Shape of the weight, where the architecture knows it."""
+
+    def __post_init__(self) -> None:
+        for part in ("lokr_w1", "lokr_w2"):
+            full, a, b = (getattr(self, part + end) for end in ("", "_a", "_b"))
+            if (full is None) == (a is None or b is None) or (a is None) != (b is None):
+                raise LayerError(f"wanted either {part} or both {part}_a and {part}_b")
+            if any(t is not None and (t.ndim if hasattr(t, "ndim") else len(t.shape)) < 2 for t in (full, a, b)):
+                raise LayerError(f"{part} has fewer than two axes")
+        if self.lokr_t2 is not None and self.lokr_w2_a is None:
+            raise LayerError("lokr_t2 without lokr_w2_a")
+        if 0 in self._outer or 0 in self._inner:
+            raise LayerError("a part of the Kronecker product has size 0")
+
+    @property
+    def _outer(self) -> tuple[int, int]:
+        """Shape (o1, i1) of w1."""
+        if self.lokr_w1 is not None:
+            return (self.lokr_w1.shape[0], self.lokr_w1.shape[1])
+        return (self.lokr_w1_a.shape[0], self.lokr_w1_b.shape[1])  # type: ignore[union-attr]
+
+    @property
+    def _inner(self) -> Shape:
+        """Shape of w2 as the file says it: (o2, i2[, kh, kw])."""
+        if self.lokr_w2 is not None:
+            return tuple(self.lokr_w2.shape)
+        a, b = self.lokr_w2_a, self.lokr_w2_b
+        if self.lokr_t2 is not None:
+            return (a.shape[1], b.shape[1], *self.lokr_t2.shape[2:])  # type: ignore[union-attr]
+        return (a.shape[0], b.shape[1])  # type: ignore[union-attr]
+
+    @property
+    def shape(self) -> Shape:
+        (o1, i1), (o2, i2, *kernel) = self._outer, self._inner
+        return self.weight or (o1 * o2, i1 * i2, *kernel)
+
+    @property
+    def rank(self) -> int:
+        rank1 = min(self._outer) if self.lokr_w1_b is None else self.lokr_w1_b.shape[0]
+        o2, *rest = self._inner
+        rank2 = min(o2, math.prod(rest)) if self.lokr_w2_b is None else self.lokr_w2_b.shape[0]
+        return int(rank1 * rank2)
+
+    @property
+    def scale(self) -> float:
+        factored = self.lokr_w2_b if self.lokr_w2_b is not None else self.lokr_w1_b
+        if self.alpha is None or factored is None:
+            return 1.0
+        return self.alpha / int(factored.shape[0])
+
+    def factors(self) -> tuple[Array, Array]:
+        up1, down1 = _factored(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None)
+        up2, down2 = _factored(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2)
+        return kron(up1, up2) * self.scale, kron(down1, down2)
+
+
+def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array | None) -> tuple[Array, Array]:
+    """One part as a product (o, k) @ (k, i·kh·kw), with the smallest k that its form allows."""
+    if core is not None:
+        assert a is not None and b is not None
+        return matrix(a).T, _tucker(core, matrix(b))
+    if full is None:
+        assert a is not None and b is not None
+        return matrix(a), matrix(b)
+    whole = matrix(full)
+    rows, columns = whole.shape
+    if rows <= columns:
+        return identity(rows, whole), whole
+    return whole, identity(columns, whole)
+
+
+def kron(a: Array, b: Array) -> Array:
+    """Kronecker product of two matrices."""
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return namespace(a).reshape(product, (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))

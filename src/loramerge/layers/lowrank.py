@@ -1,0 +1,119 @@
+"""LoRA and LoCon: ΔW = alpha/r · up @ down, for linear and convolution weights.
+
+Sources: Hu et al., 2021, https://arxiv.org/abs/2106.09685; the Tucker form with ``mid`` is
+LyCORIS's, https://arxiv.org/abs/2309.14859, section 3.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ..errors import LayerError
+from ..tensors import Array, Ranges, Shape, Spec, code, namespace, take_rows
+from .base import Layer, matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Layer):
+    """``down`` (r, in[, kh, kw]) and ``up`` (out, r[, 1, 1]), with an optional Tucker core ``mid``."""
+
+    kind: ClassVar[str] = "lora"
+    required: ClassVar[tuple[str, ...]] = ("down", "up")
+    optional: ClassVar[tuple[str, ...]] = ("mid", "up_bias")
+
+    down: Array | Spec
+    up: Array | Spec
+    mid: Array | Spec | None = None
+    """Shape ``(r, r, kh, kw)``; ``down`` is then ``(r, in, 1, 1)``."""
+    up_bias: Array | Spec | None = None
+    """Bias of ``up``, shape ``(out,)``: an update of the module's bias, scaled like ΔW."""
+    alpha: float | None = None
+    """The scale is alpha / r; without alpha it is 1."""
+    down_id: Hashable = None
+    """Layers with the same ``down_id`` have the same ``down``, bit for bit (parts of a fused projection)."""
+
+    def __post_init__(self) -> None:
+        down, up = tuple(self.down.shape), tuple(self.up.shape)
+        if len(down) < 2 or len(up) < 2 or any(size != 1 for size in up[2:]):
+            raise LayerError(f"down has shape {down} and up {up}; wanted (r, in[, kh, kw]) and (out, r[, 1, 1])")
+        if 0 in down or 0 in up:
+            raise LayerError(f"rank or size 0: down has shape {down}, up has shape {up}")
+        if self.mid is not None and (tuple(self.mid.shape[:2]) != (up[1], down[0]) or set(down[2:]) - {1}):
+            raise LayerError(f"mid of shape {tuple(self.mid.shape)} doesn't fit up {up} and down {down}")
+        if self.mid is None and down[0] != up[1]:
+            raise LayerError(f"up and down disagree on the rank: up has shape {up}, down has shape {down}")
+        if self.up_bias is not None and tuple(self.up_bias.shape) != up[:1]:
+            raise LayerError(f"bias of up has shape {tuple(self.up_bias.shape)}, wanted {up[:1]}")
+
+    @property
+    def shape(self) -> Shape:
+        kernel = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
+        return (self.up.shape[0], self.down.shape[1], *kernel)
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def factors(self) -> tuple[Array, Array]:
+        up, down = matrix(self.up), matrix(self.down)
+        if self.mid is not None:
+            up, down = up, _tucker(self.mid, down)
+        return (up if self.scale == 1.0 else up * self.scale), down
+
+    def bias(self) -> Array | None:
+        """The update of the module's bias that ``up`` carries, scale folded in."""
+        if self.up_bias is None:
+            return None
+        from ..tensors import float32
+
+        return float32(self.up_bias) * self.scale
+
+    def rows(self, ranges: Ranges, source: object) -> Layer:
+        if self.up_bias is not None or self.diff_b is not None or self.mid is not None:
+            return super().rows(ranges, source)
+        down_id = ("rows of", source) if isinstance(source, Hashable) else None
+        return replace(self, up=take_rows(self.up, ranges), down_id=down_id)
+
+    def plain(self) -> "LowRank":
+        """The same ΔW without a Tucker core."""
+        if self.mid is None:
+            return self
+        mid: Array = self.mid
+        down = Spec((self.rank, *self.shape[1:]), "F32")
+        if not isinstance(mid, Spec):
+            down = _tucker(mid, matrix(self.down)).reshape(down.shape)
+        return replace(self, down=down, mid=None)
+
+
+def _tucker(mid: Array, down: Array) -> Array:
+    """``mid`` (r, r, kh, kw) applied to ``down`` (r, in): the ``down`` (r, in·kh·kw) of a plain convolution."""
+    xp = namespace(down)
+    from ..tensors import float32
+
+    core = float32(mid)
+    rank, inner, *kernel = core.shape
+    by_place = xp.permute_dims(core.reshape((rank, inner, -1)), (2, 0, 1)) @ down
+    return xp.permute_dims(by_place, (1, 2, 0)).reshape((rank, -1))
+
+
+def low_rank(up: Array, down: Array, shape: Shape, down_id: Hashable = None) -> LowRank:
+    """A layer from matrices, shaped for a weight.
+
+    Args:
+        up: Shape ``(out, r)``.
+        down: Shape ``(r, in·kh·kw)``.
+        shape: Shape of the weight.
+    """
+    rank = up.shape[1]
+    tail = (1,) * (len(shape) - 2)
+    return LowRank(
+        up=_shaped(up, (shape[0], rank, *tail)), down=_shaped(down, (rank, *shape[1:])), down_id=down_id
+    )
+
+
+def _shaped(tensor: Array | Spec, shape: Shape) -> Array | Spec:
+    return Spec(shape, code(tensor)) if isinstance(tensor, Spec) else tensor.reshape(shape)

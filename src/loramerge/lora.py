@@ -1,0 +1,293 @@
+"""A LoRA: what a file means, whatever it was called."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from .dialects.alphas import Config, alpha, configs
+from .dialects.read import Reading, Record, read
+from .errors import LayerError, LoRAMergeError, NumberError, OptionError
+from .layers import Layer, build
+from .tensors import Array, Shape, Tensor, check_finite, scalar
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The tensors that a LoRA was read from, under their own keys."""
+
+    tensors: Mapping[str, Tensor]
+    dialect: str
+    config: Mapping[str, Config] = field(default_factory=dict)
+    """PEFT's configuration, by component (``""`` for the directory's own)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Mapping[str, Layer]):
+    """One file's update of a model: an ordered mapping of modules to layers.
+
+    Modules have diffusers' names with the component in front, such as
+    ``unet.mid_block.attentions.0.proj_in``.  A layer is read, or computed, when it is asked
+    for; its shape, rank and kind are known before (`layout`).
+
+    Example:
+        >>> from loramerge.testing import random_lora
+        >>> lora = random_lora("sd15", rank=4)
+        >>> lora["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].rank
+        4
+    """
+
+    name: str
+    architecture: str | None
+    """Name of the model family; None when it is unknown."""
+    dialect: str
+    """Name of the dialect that the file is in, or would be saved in."""
+    layouts: Mapping[str, Layer]
+    """Every module's layer, of which the tensors may be stand-ins with shapes only."""
+    compute: Callable[[str], Layer] | None = None
+    """Gives a module's layer with its values; None when the layouts hold them."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that belong to no layer: embeddings, strays.  Kept, never merged into a weight."""
+    notes: tuple[str, ...] = ()
+    """What was repaired or is unusual."""
+    dtype: str | None = None
+    """Dtype that saving uses unless told: None keeps every tensor's own."""
+    origin: Origin | None = field(default=None, repr=False)
+
+    def __getitem__(self, module: str) -> Layer:
+        if module not in self.layouts:
+            raise KeyError(module)
+        return self.compute(module) if self.compute else self.layouts[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layouts)
+
+    def __len__(self) -> int:
+        return len(self.layouts)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.layouts
+
+    def __repr__(self) -> str:
+        return (
+            f"LoRA({self.name!r}, {self.architecture or 'unknown architecture'}, {self.dialect}, "
+            f"{len(self)} modules, {self.summary('rank')})"
+        )
+
+    def __enter__(self) -> "LoRA":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file, if one is open."""
+        close = getattr(self.origin.tensors if self.origin else None, "close", None)
+        if close:
+            close()
+
+    def layout(self, module: str) -> Layer:
+        """The module's layer without its values: kind, shape, rank, alpha."""
+        return self.layouts[module]
+
+    def summary(self, what: str) -> str:
+        """The values of a layout's attribute over all modules: ``"rank 4 to 16"``."""
+        values = {v for layer in self.layouts.values() if (v := getattr(layer, what, None)) is not None}
+        if not values:
+            return f"no {what}"
+        low, high = min(values), max(values)
+        return f"{what} {low:g}" if low == high else f"{what} {low:g} to {high:g}"
+
+    def norm(self) -> float:
+        """Frobenius norm of the whole update, over all modules."""
+        return math.sqrt(sum(layer.norm() ** 2 for layer in self.values()))
+
+    def select(self, *patterns: str) -> "LoRA":
+        """The part whose modules match one of the glob patterns, such as ``"unet.*attn2*"``."""
+        return self._keep([m for m in self if any(fnmatchcase(m, p) for p in patterns)], patterns)
+
+    def exclude(self, *patterns: str) -> "LoRA":
+        """All but the modules that match one of the glob patterns."""
+        kept = [m for m in self if not any(fnmatchcase(m, p) for p in patterns)]
+        if patterns and len(kept) == len(self):
+            raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_some(self)}")
+        return self._keep(kept, patterns)
+
+    def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
+        if not modules:
+            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_some(self)}")
+        if len(modules) == len(self):
+            return self
+        return replace(self, layouts={m: self.layouts[m] for m in modules}, origin=None, compute=self.__getitem__)
+
+    def in_memory(self) -> "LoRA":
+        """The same LoRA with every layer computed."""
+        return replace(self, layouts=dict(self.items()), compute=None)
+
+    def state_dict(self, dialect: str | None = None, dtype: str | None = None) -> dict[str, "torch.Tensor"]:
+        """The LoRA's tensors under a dialect's keys, as torch tensors.
+
+        Args:
+            dialect: Name of a dialect that can be written; the LoRA's own by default.
+            dtype: ``"float32"``, ``"float16"`` …; every tensor's own by default.
+
+        Raises:
+            DialectError: The dialect can't hold a layer.
+        """
+        from .dialects.write import state_dict
+
+        return {key: _to_torch(array) for key, array in state_dict(self, dialect, dtype).items()}
+
+
+def _some(lora: LoRA) -> str:
+    return f"Its modules are such as {next(iter(lora))}."
+
+
+def _to_torch(array: Array) -> "torch.Tensor":
+    import numpy as np
+    import torch
+
+    if isinstance(array, torch.Tensor):
+        return array
+    array = np.ascontiguousarray(array)
+    if array.dtype.name.startswith(("bfloat16", "float8")):
+        return torch.from_numpy(array.view(f"u{array.itemsize}").copy()).view(getattr(torch, array.dtype.name))
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    name: str,
+    *,
+    config: Mapping[str, Config] | None = None,
+    architecture: str | None = None,
+    dialect: str | None = None,
+) -> LoRA:
+    """The LoRA that tensors, under the keys of any dialect, mean.
+
+    Args:
+        tensors: Stored or held tensors by key.
+        metadata: The file's metadata.
+        name: What messages call it: the file's name.
+        config: PEFT's ``adapter_config.json``, by component.
+        architecture: Name of the family, where the keys leave it open.
+        dialect: Name of the dialect, where the keys leave it open.
+
+    Raises:
+        NotALoRAError: No layer is among the keys.
+        LayerError: A layer is incomplete, or its tensors disagree.
+    """
+    try:
+        reading = read(tensors, metadata, architecture=architecture, dialect=dialect)
+        scales = configs(metadata, config or {})
+    except LoRAMergeError as error:
+        raise type(error)(f"{name}: {error}") from None
+    reader = _Reader(name, reading, tensors, scales)
+    return LoRA(
+        name=name,
+        architecture=reading.architecture.name if reading.architecture else None,
+        dialect=reading.dialect.name,
+        layouts={module: reader.part(module, reader.layout(record)) for module, (_, record) in reader.parts.items()},
+        compute=reader.layer,
+        metadata=dict(metadata),
+        extras={key: tensors[key] for key in reading.extras},
+        notes=reading.notes,
+        origin=Origin(tensors, reading.dialect.name, dict(config or {})),
+    )
+
+
+class _Reader:
+    """Layers from the records of one file."""
+
+    def __init__(
+        self, name: str, reading: Reading, tensors: Mapping[str, Tensor], config: Mapping[str, Config]
+    ) -> None:
+        self.name = name
+        self.records = reading.records
+        self.tensors = tensors
+        self.config = config
+        self.architecture = reading.architecture
+        self.parts = {part.module: (part, record) for record in reading.records.values() for part in record.parts}
+        self.whole = lru_cache(maxsize=4)(self._whole)
+        self._layouts: dict[str, Layer] = {}
+        self._alphas: dict[str, float | None] = {}
+
+    def layer(self, module: str) -> Layer:
+        return self.part(module, self.whole(self.parts[module][1].stem))
+
+    def part(self, module: str, whole: Layer) -> Layer:
+        part, record = self.parts[module]
+        return whole if part.rows is None else whole.rows(part.rows, (id(self.tensors), record.stem))
+
+    def layout(self, record: Record) -> Layer:
+        if record.stem not in self._layouts:
+            self._layouts[record.stem] = self._named(record, self._layout)
+        return self._layouts[record.stem]
+
+    def _layout(self, record: Record) -> Layer:
+        layer = self._build(record, lambda tensor: tensor, None)
+        value = self._alphas[record.stem] = self.alpha(record, layer)
+        return layer if value is None else self._build(record, lambda tensor: tensor, value)
+
+    def _whole(self, stem: str) -> Layer:
+        record = self.records[stem]
+        return self._named(record, lambda record: self._build(record, _values, self._alphas[stem]))
+
+    def _build(self, record: Record, read: Callable[[Tensor], Any], alpha: float | None) -> Layer:
+        held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in ("alpha", "scale")}
+        return build(held, alpha, self.weight(record))
+
+    def _named(self, record: Record, make: Callable[[Record], Layer]) -> Layer:
+        try:
+            return make(record)
+        except LoRAMergeError as error:
+            raise type(error)(f"{self.name}: {record.stem}: {error}") from None
+
+    def weight(self, record: Record) -> Shape | None:
+        """Shape of the weight that the record updates, where the architecture knows it."""
+        if self.architecture is None:
+            return None
+        shapes = [self.architecture.shapes.get(part.module) for part in record.parts]
+        known = [shape for shape in shapes if shape is not None]
+        return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
+
+    def alpha(self, record: Record, layer: Layer) -> float | None:
+        if "alpha" in record.keys:
+            return _one(self.tensors[record.keys["alpha"]], record.keys["alpha"])
+        rank = _own_rank(layer)
+        if "scale" in record.keys:
+            return _one(self.tensors[record.keys["scale"]], record.keys["scale"]) * rank
+        component, _, path = record.parts[0].module.partition(".")
+        config = self.config.get(component) or self.config.get("")
+        return alpha(config, path, rank) if config else None
+
+
+def _values(tensor: Tensor) -> Array:
+    array = tensor.read()
+    check_finite(array)
+    return array
+
+
+def _one(tensor: Tensor, key: str) -> float:
+    if math.prod(tensor.shape) != 1:
+        raise LayerError(f"{key} has shape {tensor.shape}, wanted one number")
+    value = scalar(tensor)
+    if not math.isfinite(value):
+        raise NumberError(f"{key} is {value}")
+    return value
+
+
+def _own_rank(layer: Layer) -> int:
+    """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
+    tensors: dict[str, Any] = layer.tensors()
+    for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
+        if role in tensors:
+            return int(tensors[role].shape[0])
+    return 1

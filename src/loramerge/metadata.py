@@ -1,0 +1,45 @@
+"""The strings in a file's header: kept, brought up to date, and never left wrong."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from .dialects.config import adapter_metadata, component_configs
+from .layers import DoRA, Layer
+
+if TYPE_CHECKING:
+    from .dialects.write import Spelling
+    from .lora import LoRA
+
+RECIPE = "loramerge"
+"""Where a merged file says how it was made."""
+
+STALE = ("lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""Entries that describe the tensors and are wrong once those change."""
+
+HASHED = ("kohya", "kohya-diffusers")
+"""Dialects whose readers look for kohya's hashes."""
+
+
+def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[dict[str, str], bool]:
+    """The metadata of a LoRA as it is written, and whether kohya's hashes belong in it."""
+    if spelling.verbatim and lora.dtype is None:
+        return dict(lora.metadata), False
+    kept = {key: value for key, value in lora.metadata.items() if key not in STALE}
+    kept.setdefault("format", "pt")
+    if spelling.dialect.name == "diffusers-peft":
+        kept["lora_adapter_metadata"] = adapter_metadata(component_configs(spelling.layers))
+    if spelling.dialect.name in HASHED:
+        kept |= network(lora, spelling.layers.values())
+    return kept, spelling.dialect.name in HASHED
+
+
+def network(lora: "LoRA", layers: Iterable[Layer]) -> Mapping[str, str]:
+    """What sd-scripts says of a network, from the layers as written."""
+    layers = [layer.direction if isinstance(layer, DoRA) else layer for layer in layers]
+    ranks = {layer.rank for layer in layers}
+    alphas = {getattr(layer, "alpha", None) or layer.rank for layer in layers}
+    return {
+        "ss_network_module": lora.metadata.get("ss_network_module", "networks.lora"),
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 and None not in alphas else "Dynamic",
+    }

@@ -1,0 +1,73 @@
+"""The weighted sum, exact, and the average of factors that passes for it elsewhere."""
+
+import math
+from collections.abc import Sequence
+
+from ..errors import MergeError
+from ..layers import Layer, LowRank, low_rank
+from ..tensors import Array, Spec, float32, namespace
+from .base import largest_rank, method, sum_of_ranks
+
+
+@method("linear", source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/lora-file.md", rank=sum_of_ranks)
+def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
+    """The weighted sum Σ wᵢ ΔWᵢ, exact: factors are concatenated, ranks add up.
+
+    Weights may be negative and need not sum to one.
+    """
+    factors = [layer.factors() for layer in layers]
+    xp = namespace(factors[0][0])
+    up = xp.concat([up if w == 1 else up * w for (up, _), w in zip(factors, weights, strict=True)], axis=1)
+    down = xp.concat([down for _, down in factors], axis=0)
+    return _with_bias(low_rank(up, down, layers[0].shape, shared_down(layers)), layers, weights)
+
+
+@method(
+    "factor_average",
+    source="https://github.com/huggingface/peft, tuners/lora/model.py, combination_type='linear'",
+    rank=largest_rank,
+)
+def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
+    """PEFT's "linear": sums of factors, each by √|w|. Not the weighted sum: cross terms are as large as it.
+
+    With up = Σ ±√|wᵢ| upᵢ and down = Σ √|wᵢ| downᵢ the product has every upᵢ downⱼ in it.  It
+    is here to reproduce what others made; all LoRAs must have the same rank.
+
+    Raises:
+        MergeError: Ranks differ.
+    """
+    ranks = [layer.rank for layer in layers]
+    if len(set(ranks)) > 1:
+        raise MergeError(f"factor_average needs equal ranks, got {', '.join(map(str, ranks))}; linear takes any")
+    up: Array = 0.0
+    down: Array = 0.0
+    for layer, weight in zip(layers, weights, strict=True):
+        layer_up, layer_down, scale = unscaled(layer)
+        root = math.sqrt(abs(weight * scale))
+        up = up + math.copysign(root, weight * scale) * layer_up
+        down = down + root * layer_down
+    return low_rank(up, down, layers[0].shape)
+
+
+def unscaled(layer: Layer) -> tuple[Array, Array, float]:
+    """Factors as stored, and the scale beside them: PEFT takes the root of it on both."""
+    up, down = layer.factors()
+    scale = layer.scale if isinstance(layer, LowRank) else 1.0
+    return (up / scale if scale else up), down, scale
+
+
+def shared_down(layers: Sequence[Layer]) -> object:
+    """Identity of the concatenated ``down``, where each layer knows its own."""
+    ids = tuple(layer.down_id if isinstance(layer, LowRank) else None for layer in layers)
+    return ids if None not in ids else None
+
+
+def _with_bias(merged: LowRank, layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
+    from dataclasses import replace
+
+    total: Array | None = None
+    for layer, weight in zip(layers, weights, strict=True):
+        for part in (layer.bias() if isinstance(layer, LowRank) else None, layer.diff_b):
+            if part is not None and not isinstance(part, Spec):
+                total = float32(part) * weight if total is None else total + float32(part) * weight
+    return merged if total is None else replace(merged, diff_b=total)

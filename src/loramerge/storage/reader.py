@@ -1,0 +1,138 @@
+"""Reading safetensors: the header is checked, then tensors are read one at a time.
+
+The format is https://github.com/huggingface/safetensors#format: eight bytes of header length,
+a JSON header, then the tensors' bytes without gaps.  This reader accepts what the reference
+implementation accepts; it exists because that one maps the file, and so counts all of it as
+memory, and because a header can be looked at without importing numpy.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+from ..tensors import SIZES, Stored
+
+MAX_HEADER = 100_000_000
+"""The reference implementation's limit, in bytes."""
+
+class SafetensorsFile(dict[str, Stored]):
+    """The tensors of an open file by key, in the file's order, and its metadata.
+
+    Raises:
+        FileError: The file can't be opened, or its header is broken or hostile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise FileError(f"Can't open {path}: {error.strerror}.") from error
+        try:
+            self.metadata, entries, self._start = self._header()
+        except FileError:
+            self.close()
+            raise
+        for key, (dtype, shape, begin, end) in entries.items():
+            self[key] = Stored(shape, dtype, self._raw(begin, end))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def _raw(self, begin: int, end: int) -> Callable[[], bytearray]:
+        return lambda: self._read(self._start + begin, end - begin)
+
+    def _read(self, offset: int, size: int) -> bytearray:
+        if self._fd < 0:
+            raise FileError(f"{self.path} is closed.")
+        data = bytearray(size)
+        view, done = memoryview(data), 0
+        while done < size:
+            count = os.preadv(self._fd, [view[done:]], offset + done)
+            if not count:
+                raise FileError(f"{self.path} ended at byte {offset + done}; it changed while it was read.")
+            done += count
+        return data
+
+    def _header(self) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]], int]:
+        size = os.fstat(self._fd).st_size
+        if size < 8:
+            raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
+        (length,) = struct.unpack("<Q", self._read(0, 8))
+        if length > MAX_HEADER:
+            raise FileError(
+                f"{self.path} is no safetensors file, or a hostile one: its header claims {length} bytes, "
+                f"at most {MAX_HEADER} are allowed."
+            )
+        if 8 + length > size:
+            raise FileError(
+                f"{self.path} is truncated or no safetensors file: its header claims {length} bytes, {size - 8} are there."
+            )
+        header = self._json(self._read(8, length))
+        metadata = self._checked_metadata(header.pop("__metadata__", {}))
+        return metadata, self._entries(header, size - 8 - length), 8 + length
+
+    def _json(self, data: bytearray) -> dict[str, Any]:
+        try:
+            header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"{self.path} is no safetensors file: its header is not JSON ({error}).") from None
+        if not isinstance(header, dict):
+            raise FileError(f"{self.path} is no safetensors file: its header is not a JSON object.")
+        return header
+
+    def _checked_metadata(self, metadata: Any) -> dict[str, str]:
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise FileError(f"{self.path}: the header's __metadata__ must map strings to strings.")
+        return metadata
+
+    def _entries(self, header: Mapping[str, Any], size: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+        entries = {key: self._entry(key, value) for key, value in header.items()}
+        at = 0
+        for key, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+            if begin != at:
+                raise FileError(f"{self.path}: the tensor {key!r} begins at byte {begin}, wanted {at}.")
+            at = end
+        if at != size:
+            what = "is truncated" if at > size else "has bytes that no tensor owns"
+            raise FileError(f"{self.path} {what}: its tensors need {at} bytes, {size} are there.")
+        return entries
+
+    def _entry(self, key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+        try:
+            dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            numbers = [*shape, begin, end]
+            if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or value.keys() - KEYS:
+                raise ValueError
+        except (TypeError, KeyError, ValueError):
+            raise FileError(f"{self.path}: the header's entry for {key!r} is malformed.") from None
+        if dtype not in SIZES:
+            raise FileError(f"{self.path}: the tensor {key!r} has the dtype {dtype!r}, which loramerge does not know.")
+        if end - begin != math.prod(shape) * SIZES[dtype]:
+            raise FileError(
+                f"{self.path}: the tensor {key!r} of shape {list(shape)} and dtype {dtype} has {end - begin} bytes, "
+                f"wanted {math.prod(shape) * SIZES[dtype]}."
+            )
+        return dtype, shape, begin, end
+
+
+KEYS = {"dtype", "shape", "data_offsets"}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found

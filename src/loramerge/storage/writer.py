@@ -1,0 +1,199 @@
+"""Writing safetensors: whole or not at all, one tensor in memory at a time."""
+
+import errno
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..dialects.write import Group
+from ..errors import FileError
+from ..tensors import Array, Spec, is_torch, nbytes
+
+Progress = Callable[[int, int], None]
+"""Called with the number of modules done and of all."""
+
+
+def write(
+    path: Path,
+    groups: list[Group],
+    metadata: Mapping[str, str],
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+    hashes: bool = False,
+) -> None:
+    """Write a safetensors file: whole, or not at all.
+
+    The file appears under its name by a rename, once every byte is written.  Its bytes are
+    those that the reference implementation writes, and the same for any number of workers.
+
+    Args:
+        groups: What to write; each is made when its turn comes.
+        metadata: Strings for the header.
+        workers: Threads that make groups.
+        hashes: Whether to fill in ``sshs_model_hash`` and ``sshs_legacy_hash``.
+
+    Raises:
+        FileError: The disk is full, the directory is missing or not writable.
+    """
+    specs = {key: spec for group in groups for key, spec in group.specs.items()}
+    if len(specs) != sum(len(group.specs) for group in groups):
+        raise FileError(f"Can't write {path}: two tensors have the same key.")
+    with _replacing(path) as fd:
+        layout = _Layout(specs, {**metadata, **_PLACEHOLDERS} if hashes else metadata)
+        _reserve(fd, layout.size)
+        _write_at(fd, layout.header, 0)
+        done = 0
+        for _ in _each(groups, lambda group: _write_group(fd, group, layout), workers):
+            done += 1
+            if progress:
+                progress(done, len(groups))
+        if hashes:
+            _write_at(fd, _Layout(specs, {**metadata, **_hashes(fd, specs, metadata, layout)}).header, 0)
+
+
+class _Layout:
+    """Where everything stands: tensors by falling alignment, then by name, as the reference has it."""
+
+    def __init__(self, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
+        entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        self.begins: dict[str, int] = {}
+        at = 0
+        for key in sorted(specs, key=lambda key: (-RANK[specs[key].dtype], key)):
+            spec = specs[key]
+            size = nbytes(tuple(spec.shape), spec.dtype)
+            entries[key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + size]}
+            self.begins[key] = at
+            at += size
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = struct.pack("<Q", len(text)) + text
+        self.start = len(self.header)
+        self.size = self.start + at
+
+
+_ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64".split()
+RANK = {code: i for i, code in enumerate(_ORDER)}
+"""The reference implementation's order of dtypes, which it writes from last to first."""
+
+_PLACEHOLDERS = {"sshs_legacy_hash": "0" * 8, "sshs_model_hash": "0" * 64}
+
+
+def _write_group(fd: int, group: Group, layout: _Layout) -> None:
+    for key, array in group.arrays().items():
+        _write_at(fd, _bytes(array), layout.start + layout.begins[key])
+
+
+def _bytes(array: Array) -> memoryview:
+    import numpy as np
+
+    if is_torch(array):
+        import torch
+
+        array = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    array = np.ascontiguousarray(array)
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Take the disk space now: a full disk is an error before the work, not after it."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+
+
+def _each(groups: list[Group], work: Callable[[Group], None], workers: int) -> Iterator[None]:
+    """Work on every group, on several threads, with few in flight."""
+    if workers <= 1:
+        yield from map(work, groups)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = iter(groups)
+        running = [pool.submit(work, group) for group in islice(waiting, 4 * workers)]
+        try:
+            while running:
+                yield running.pop(0).result()
+                running += [pool.submit(work, group) for group in islice(waiting, 1)]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """A new file in the same directory that takes the path's place when all has gone well."""
+    try:
+        mask = os.umask(0)
+        os.umask(mask)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise FileError(f"Can't write {path}: {error.strerror}.") from error
+    try:
+        yield fd
+        os.fchmod(fd, 0o666 & ~mask)
+        os.close(fd)
+        os.replace(name, path)
+    except BaseException as error:
+        _discard(fd, name)
+        if isinstance(error, OSError):
+            raise FileError(f"Can't write {path}: {error.strerror}.") from error
+        raise
+
+
+def _discard(fd: int, name: str) -> None:
+    for undo in (lambda: os.close(fd), lambda: os.unlink(name)):
+        try:
+            undo()
+        except OSError:
+            continue
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file: whole, or not at all."""
+    with _replacing(path) as fd:
+        _write_at(fd, text.encode(), 0)
+
+
+def _hashes(fd: int, specs: Mapping[str, Spec], metadata: Mapping[str, str], layout: _Layout) -> dict[str, str]:
+    """kohya's hashes, which the WebUI knows a LoRA by: of the tensors' bytes, and of 64 KiB at 1 MiB.
+
+    The older of the two is taken as if the header held the ``ss_`` entries only.
+
+    Source: https://github.com/kohya-ss/sd-scripts, library/train_util.py, precalculate_safetensors_hashes
+    """
+    kept = _Layout(specs, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    image = kept.header[0x100000:0x110000]
+    rest = 0x110000 - max(0x100000, kept.start)
+    if rest > 0:
+        image += os.pread(fd, rest, layout.start + max(0x100000 - kept.start, 0))
+    whole = hashlib.sha256()
+    for chunk in _chunks(fd, layout.start, layout.size):
+        whole.update(chunk)
+    return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": hashlib.sha256(image).hexdigest()[:8]}
+
+
+def _chunks(fd: int, start: int, stop: int, size: int = 1 << 22) -> Iterable[bytes]:
+    while start < stop:
+        chunk = os.pread(fd, min(size, stop - start), start)
+        if not chunk:
+            raise OSError(errno.EIO, "the file ended early")
+        yield chunk
+        start += len(chunk)

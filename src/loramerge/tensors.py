@@ -1,0 +1,257 @@
+"""Tensors as files and layers see them: a shape, a dtype, and values that may not be read yet.
+
+A dtype is named by its safetensors code: ``"F32"``, ``"F16"``, ``"BF16"`` ….  Arrays are
+numpy's, or torch's where the caller brought those; everything above this file is written
+against the array API standard, which both follow.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from .errors import NumberError, OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Array: TypeAlias = Any
+"""A numpy array or a torch tensor."""
+
+Shape: TypeAlias = tuple[int, ...]
+Ranges: TypeAlias = tuple[tuple[int, int], ...]
+"""Row ranges ``(start, stop)`` of a weight, in order."""
+
+NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+CODES = {name: code for code, name in NAMES.items()}
+SIZES = {
+    code: 1 if code in ("BOOL", "F8_E4M3", "F8_E5M2") else int("".join(c for c in code if c.isdigit())) // 8
+    for code in NAMES
+}
+ALIASES = {"fp64": "F64", "fp32": "F32", "float": "F32", "fp16": "F16", "half": "F16", "bf16": "BF16"}
+FLOATS = ("F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64")
+"""From narrow to wide; float16 and bfloat16 are widened together to float32."""
+
+
+class Spec:
+    """A tensor of which only the shape and the dtype are known."""
+
+    __slots__ = ("dtype", "shape")
+
+    def __init__(self, shape: Shape, dtype: str) -> None:
+        self.shape = shape
+        self.dtype = dtype
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape}, {self.dtype!r})"
+
+
+class Stored(Spec):
+    """A tensor that lies in a file until it is read."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, shape: Shape, dtype: str, raw: Callable[[], bytes | bytearray | Array]) -> None:
+        super().__init__(shape, dtype)
+        self.raw = raw
+
+    def read(self) -> Array:
+        """The values, in an array of the stored dtype."""
+        import numpy as np
+
+        return np.frombuffer(self.raw(), numpy_dtype(self.dtype)).reshape(self.shape)
+
+
+class Held(Spec):
+    """A tensor that is in memory, numpy's or torch's."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, array: Array) -> None:
+        super().__init__(tuple(array.shape), code(array))
+        self.array = array
+
+    def read(self) -> Array:
+        return self.array
+
+
+Tensor: TypeAlias = Stored | Held
+
+
+def scalar(tensor: Tensor) -> float:
+    """The value of a tensor of one element, without numpy."""
+    if isinstance(tensor, Held):
+        return float(tensor.array.reshape(()))
+    data = bytes(tensor.raw())
+    if tensor.dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    if tensor.dtype in STRUCT:
+        return float(struct.unpack("<" + STRUCT[tensor.dtype], data)[0])
+    return float(tensor.read().reshape(())[()])
+
+
+STRUCT = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
+
+
+def code(tensor: Array | Spec) -> str:
+    """The safetensors code of a tensor's dtype."""
+    if isinstance(tensor, Spec):
+        return tensor.dtype
+    name = str(tensor.dtype).removeprefix("torch.")
+    return CODES[name]
+
+
+def parse_dtype(name: str) -> str:
+    """The code of a dtype as people write it: ``fp16``, ``float16``, ``torch.float16``, ``F16``."""
+    plain = name.removeprefix("torch.")
+    found = CODES.get(plain.lower()) or ALIASES.get(plain.lower()) or plain.upper()
+    if found not in FLOATS:
+        raise OptionError(f"Unknown dtype {name!r}. Available: float32, float16, bfloat16, float64.")
+    return found
+
+
+def widest(codes: Sequence[str]) -> str:
+    """The narrowest float dtype that holds every value of the given ones."""
+    floats = {c if c in FLOATS else "F32" for c in codes}
+    if {"F16", "BF16"} <= floats:
+        floats.add("F32")
+    if {"F8_E5M2", "F8_E4M3"} <= floats:
+        floats.add("F16")
+    return max(floats, key=FLOATS.index)
+
+
+def numpy_dtype(dtype: str) -> "np.dtype[Any]":
+    """numpy's dtype for a code; bfloat16 and float8 come from ml_dtypes."""
+    import numpy as np
+
+    if dtype in ("BF16", "F8_E4M3", "F8_E5M2"):
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, NAMES[dtype]))
+    return np.dtype(NAMES[dtype])
+
+
+def is_torch(array: Array) -> bool:
+    return type(array).__module__.startswith("torch")
+
+
+def namespace(array: Array) -> Any:
+    """The array API namespace of an array: numpy itself, or torch behind array-api-compat."""
+    if is_torch(array):
+        import array_api_compat.torch
+
+        return array_api_compat.torch
+    return array.__array_namespace__()
+
+
+def nbytes(shape: Shape, dtype: str) -> int:
+    return math.prod(shape) * SIZES[dtype]
+
+
+def float32(array: Array) -> Array:
+    """The same values in float32."""
+    if is_torch(array):
+        return array.float()
+    import numpy as np
+
+    return _half_to_float(array) if array.dtype == np.float16 else array.astype(np.float32, copy=False)
+
+
+def _half_to_float(array: Array) -> Array:
+    """float16 to float32 by moving bits: exact for finite values, five times as fast as numpy's cast."""
+    import numpy as np
+
+    bits = array.view(np.int16).astype(np.int32)
+    bits <<= 13
+    bits &= np.int32(-0x70002000)
+    wide = bits.view(np.float32)
+    wide *= np.float32(2.0**112)
+    return wide
+
+
+def check_finite(array: Array) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NumberError: A value is not finite.
+    """
+    if not _all_finite(array):
+        raise NumberError(f"a value is NaN or infinite (dtype {code(array)}, shape {tuple(array.shape)})")
+
+
+def _all_finite(array: Array) -> bool:
+    if is_torch(array):
+        return not array.is_floating_point() or bool(array.float().isfinite().all())
+    import numpy as np
+
+    if array.dtype.name in ("float16", "bfloat16"):  # all exponent bits set
+        exponent = np.uint16(0x7C00 if array.dtype.name == "float16" else 0x7F80)
+        bits = np.ascontiguousarray(array).view(np.uint16)
+        return not bool(((bits & exponent) == exponent).any())
+    if array.dtype.kind in "iub":
+        return True
+    return bool(np.isfinite(array).all())
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """The values in another dtype, rounded to nearest; a value too large for it is refused.
+
+    Raises:
+        NumberError: A finite value would become infinite.
+    """
+    if code(array) == dtype:
+        return array
+    if is_torch(array):
+        import torch
+
+        return _checked(array, array.to(getattr(torch, NAMES[dtype])))
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _checked(array, array.astype(numpy_dtype(dtype)))
+
+
+def _checked(array: Array, narrow: Array) -> Array:
+    if code(narrow) in ("F16", "F8_E4M3", "F8_E5M2", "BF16") and math.prod(array.shape):
+        largest = float(abs(array).max())
+        if largest > LARGEST[code(narrow)]:
+            raise NumberError(f"{largest:.4g} is too large for {NAMES[code(narrow)]}; save with dtype='float32'")
+    return narrow
+
+
+LARGEST = {"F16": 65519.0, "BF16": 3.3961e38, "F8_E4M3": 464.0, "F8_E5M2": 61439.0}
+"""The largest magnitude that still rounds to a finite number."""
+
+
+def take_rows(tensor: Array | Spec, ranges: Ranges) -> Array | Spec:
+    """Rows of a tensor, by ranges; of a Spec, its shape."""
+    if isinstance(tensor, Spec):
+        return Spec((sum(b - a for a, b in ranges), *tensor.shape[1:]), tensor.dtype)
+    if len(ranges) == 1:
+        return tensor[ranges[0][0] : ranges[0][1]]
+    return namespace(tensor).concat([tensor[a:b] for a, b in ranges])
+
+
+def flatten(tensor: Array) -> Array:
+    """``(rows, …)`` as a matrix ``(rows, columns)``."""
+    return tensor.reshape((tensor.shape[0], -1)) if tensor.ndim != 2 else tensor
+
+
+def reshape(tensor: Array | Spec, shape: Shape) -> Array | Spec:
+    return Spec(shape, tensor.dtype) if isinstance(tensor, Spec) else tensor.reshape(shape)

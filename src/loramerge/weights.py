@@ -1,0 +1,192 @@
+"""What each LoRA weighs in each module.
+
+A weight is a number, a table of patterns, or a vector of blocks; ``"l2"`` gives each LoRA its
+share of the modules' norms.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
+
+from . import blocks
+from .errors import OptionError
+from .lora import LoRA
+
+Weight: TypeAlias = float | Mapping[str, float] | str
+"""A number; ``{pattern: number}``; or text, see `parse`."""
+
+Weights: TypeAlias = Sequence[Weight] | Literal["uniform", "l2"] | None
+
+Scope: TypeAlias = Literal["module", "component", "whole"]
+SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """The weights of every LoRA in a module."""
+
+    of: Callable[[str], list[float]]
+    label: tuple[str, ...]
+    """How each LoRA's weight reads in a table."""
+    from_values: bool = False
+    """Whether asking for them reads tensors."""
+
+
+def resolve(loras: Sequence[LoRA], weights: Weights, scope: Scope = "module") -> ModuleWeights:
+    """Weights a module, from what the user gave.
+
+    Args:
+        loras: What is merged.
+        weights: None or ``"uniform"`` for 1/N each; ``"l2"`` for each LoRA's share of the norms,
+            wᵢ = ‖ΔWᵢ‖ / Σₖ ‖ΔWₖ‖; or one weight a LoRA.
+        scope: For ``"l2"``, what the norms are taken over: each ``module``, each ``component``
+            (UNet, text encoder), or the ``whole`` file.
+
+    Raises:
+        OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
+    """
+    if weights is None or weights == "uniform":
+        share = 1.0 / len(loras)
+        return ModuleWeights(lambda module: [share] * len(loras), tuple(f"{share:.4g}" for _ in loras))
+    if weights == "l2":
+        if scope not in SCOPES:
+            raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
+        return ModuleWeights(_shares(loras, scope), tuple(f"l2 ({scope})" for _ in loras), from_values=True)
+    if isinstance(weights, str):
+        raise OptionError(f"Unknown weights {weights!r}. Available: uniform, l2, or one number a LoRA.")
+    if len(weights) != len(loras):
+        raise OptionError(f"{len(weights)} weights for {len(loras)} LoRAs: give one each.")
+    given = [_Given(lora, weight) for lora, weight in zip(loras, weights, strict=True)]
+    return ModuleWeights(lambda module: [g.at(module) for g in given], tuple(g.label for g in given))
+
+
+def parse(text: str) -> Weight:
+    """A weight as it is typed: ``0.5``, ``0.5;text_encoder=0;*attn2*=0.3`` or ``lbw:1,0,0,…``.
+
+    Raises:
+        OptionError: It is none of these.
+    """
+    if text.startswith("lbw:"):
+        return text
+    table: dict[str, float] = {}
+    for item in text.split(";"):
+        pattern, equals, number = item.rpartition("=")
+        table[pattern.strip() if equals else "*"] = _number(number, text)
+    return table["*"] if list(table) == ["*"] else table
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise OptionError(
+            f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…' or 'lbw:NUMBER,NUMBER,…'."
+        ) from None
+    if not math.isfinite(value):
+        raise OptionError(f"The weight {whole!r} is not finite.")
+    return value
+
+
+class _Given:
+    """One LoRA's weight as the user gave it."""
+
+    def __init__(self, lora: LoRA, weight: Weight) -> None:
+        if isinstance(weight, str) and not weight.startswith("lbw:"):
+            weight = parse(weight)
+        self.lora = lora
+        self.label = weight if isinstance(weight, str) else _label(weight)
+        self.at = self._rule(weight)
+
+    def _rule(self, weight: Weight) -> Callable[[str], float]:
+        if isinstance(weight, str):
+            numbers = [_number(n, weight) for n in weight.removeprefix("lbw:").split(",")]
+            return self._by_block(blocks.vector(numbers, self.lora.architecture))
+        if isinstance(weight, Mapping):
+            return self._by_pattern({p: _number(str(n), f"{p}={n}") for p, n in weight.items()})
+        value = _number(str(weight), str(weight))
+        return lambda module: value
+
+    def _by_block(self, weights: Mapping[str, float]) -> Callable[[str], float]:
+        def at(module: str) -> float:
+            name = blocks.block(module, self.lora.architecture)
+            if name not in weights and module in self.lora:
+                raise OptionError(
+                    f"The block vector of {self.lora.name} has no number for block {name} (module {module}). "
+                    "Way out: a longer vector, or patterns."
+                )
+            return weights.get(name, 0.0)
+
+        return at
+
+    def _by_pattern(self, weights: Mapping[str, float]) -> Callable[[str], float]:
+        architecture = self.lora.architecture
+        for pattern in weights:
+            if pattern != "*" and not any(matches(pattern, module, architecture) for module in self.lora):
+                raise OptionError(
+                    f"The pattern {pattern!r} matches no module of {self.lora.name}, such as {next(iter(self.lora))}."
+                )
+
+        def at(module: str) -> float:
+            # The last that matches wins, as in a .gitignore: the general first, then exceptions.
+            found = [w for pattern, w in weights.items() if matches(pattern, module, architecture)]
+            return found[-1] if found else 1.0
+
+        return at
+
+
+def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
+    """Whether a pattern means a module.
+
+    It may be a component (``text_encoder``), a block (``OUT03``), a glob over the module's name
+    (``unet.up_blocks.*``) or, after ``re:``, a regular expression to be found in it.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], module) is not None
+        except re.error as error:
+            raise OptionError(f"{pattern!r} is not a regular expression: {error}.") from None
+    component = module.partition(".")[0]
+    return (
+        pattern == component or fnmatchcase(module, pattern) or pattern == blocks.block(module, architecture)
+    )
+
+
+def _label(weight: float | Mapping[str, float]) -> str:
+    if isinstance(weight, Mapping):
+        return ";".join(f"{pattern}={number:g}" for pattern, number in weight.items())
+    return f"{weight:g}"
+
+
+def _shares(loras: Sequence[LoRA], scope: Scope) -> Callable[[str], list[float]]:
+    """Each LoRA's share of the norms; a module that none has changed is nobody's: 0."""
+    totals: dict[str, list[float]] = {}
+
+    def group(module: str) -> str:
+        return {"module": module, "component": module.partition(".")[0], "whole": ""}[scope]
+
+    def shares(module: str) -> list[float]:
+        name = group(module)
+        if scope == "module":
+            return _proportions([lora[module].norm() if module in lora else 0.0 for lora in loras])
+        if not totals:
+            totals.update(_norms(loras, group))
+        return _proportions(totals[name])
+
+    return shares
+
+
+def _norms(loras: Sequence[LoRA], group: Callable[[str], str]) -> dict[str, list[float]]:
+    squares: dict[str, list[float]] = {}
+    for i, lora in enumerate(loras):
+        for module in lora:
+            squares.setdefault(group(module), [0.0] * len(loras))[i] += lora[module].norm() ** 2
+    return {name: [math.sqrt(s) for s in sums] for name, sums in squares.items()}
+
+
+def _proportions(norms: Iterable[float]) -> list[float]:
+    norms = list(norms)
+    total = sum(norms)
+    return [n / total if total else 0.0 for n in norms]

@@ -68,8 +68,8 @@ def load(source: Source, **options: Any) -> LoRA:
         NumberError: A value is NaN or infinite.
     """
     with open(source, **options) as lora:
-        if lora.origin is None or isinstance(source, Mapping):
-            return lora
+        if isinstance(source, Mapping) or lora.origin is None:
+            return lora.in_memory()
         held = {
             key: Held(t.read()) if isinstance(t, Stored) else t
             for key, t in lora.origin.tensors.items()

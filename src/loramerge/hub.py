@@ -60,6 +60,7 @@ def choose(files: list[str], repo: str) -> str:
 
 def _listing(reference: Reference) -> list[str]:
     import huggingface_hub
+    import huggingface_hub.constants
 
     def cached() -> list[str]:
         folder = Path(

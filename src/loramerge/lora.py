@@ -155,7 +155,7 @@ def _to_torch(array: Array) -> "torch.Tensor":
 
     if isinstance(array, torch.Tensor):
         return array
-    array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(array).reshape(array.shape)  # which makes a scalar an array of one
     if array.dtype.name.startswith(("bfloat16", "float8")):
         return torch.from_numpy(array.view(f"u{array.itemsize}").copy()).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -15,7 +15,7 @@ from .base import Dialect, table
 from .repairs import repaired
 from .suffixes import parse
 
-UNUSED = re.compile(r".*\.self_attn\.[a-z]+_proj\.to_(q|k|v|out)")
+UNUSED = re.compile(r".*\.self_attn\.(q|k|v|out)_proj\.to_(?!\1$)(q|k|v|out)")
 """Layers that diffusers 0.16 and 0.17 saved and never applied."""
 
 
@@ -63,12 +63,17 @@ def read(
         LayerError: A layer is incomplete or its shapes disagree.
     """
     records, extras = _records(tensors)
+    unused = [stem for stem in records if UNUSED.fullmatch(stem)]
+    for stem in unused:
+        del records[stem]
     if not records:
         raise NotALoRAError(_not_a_lora(list(tensors)))
     shapes = {stem: _shape(record, tensors) for stem, record in records.items()}
     names = _Names(records, shapes, extras)
     found = ARCHITECTURES[architecture] if architecture else names.architecture(metadata)
     notes = names.resolve(found)
+    if unused:
+        notes.append(f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them")
     chosen = DIALECTS[dialect] if dialect else names.dialect(found)
     for record in names.records.values():
         if not record.parts:
@@ -226,12 +231,8 @@ class _Names:
         notes += [f"repaired {count} names: {why}" for why, count in reasons.items()]
         taken: dict[str, str] = {}
         unknown = []
-        unused = 0
         for stem in list(self.records):
             parts = found.get(stem) or self.misfit(a, stem)
-            if parts is None and UNUSED.fullmatch(stem):
-                unused += len(self.records.pop(stem).keys)
-                continue
             if parts is None:
                 unknown.append(stem)
             for part in parts or ():
@@ -239,8 +240,6 @@ class _Names:
                     raise LayerError(f"{taken[part.module]} and {stem} both update the module {part.module}")
                 taken[part.module] = stem
             self.records[stem].parts = parts or ()
-        if unused:
-            notes.append(f"{unused} tensors that diffusers 0.16 saved and never applied; only a verbatim copy keeps them")
         if unknown:
             notes.append(f"{len(unknown)} modules that {a.name} does not have, kept under their names: {unknown[0]} …")
         return notes

@@ -1,0 +1,130 @@
+"""What was measured and what was wanted, as text and as Markdown."""
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("loramerge", "numpy", "torch", "safetensors", "peft")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on a measured number."""
+
+    name: str
+    measured: float | None
+    """None where it could not be measured."""
+    wanted: float
+    least: bool = False
+    """Whether the bound is from below."""
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured >= self.wanted if self.least else self.measured <= self.wanted
+
+    @property
+    def cells(self) -> list[str]:
+        verdict = {True: "yes", False: "**no**", None: "not run"}[self.met]
+        measured = "–" if self.measured is None else _number(self.measured)
+        return [self.name, measured, f"{'≥' if self.least else '≤'} {_number(self.wanted)}", verdict, self.note]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one command."""
+
+    name: str
+    rounds: int
+    wall: float
+    cpu: float
+    run: float
+    run_cpu: float
+    rss: float
+
+    @property
+    def cells(self) -> list[str]:
+        times = [_number(seconds) for seconds in (self.wall, self.cpu, self.run, self.run_cpu)]
+        return [self.name, str(self.rounds), *times, f"{self.rss / 1e6:.0f}"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Commands that were run in turn."""
+
+    title: str
+    rows: Sequence[Row]
+
+
+GOAL_HEAD = ["goal", "measured", "wanted", "met", ""]
+ROW_HEAD = ["", "rounds", "wall s", "CPU s", "run s", "run CPU s", "peak MB"]
+
+
+def text(goals: Sequence[Goal]) -> str:
+    """The table of goals for a terminal."""
+    cells = [GOAL_HEAD, *[[cell.replace("**", "") for cell in goal.cells] for goal in goals]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(GOAL_HEAD))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def markdown(goals: Sequence[Goal], sections: Sequence[Section], others: float) -> str:
+    """Everything measured, with a description of the machine."""
+    parts = [
+        "# Merging SDXL LoRAs: time, memory, accuracy",
+        *machine(others),
+        _table(GOAL_HEAD, [g.cells for g in goals]),
+    ]
+    parts += [LEGEND]
+    for section in sections:
+        parts += [f"## {section.title}", _table(ROW_HEAD, [row.cells for row in section.rows])]
+    return "\n\n".join(parts) + "\n"
+
+
+LEGEND = """Ratios are medians over rounds of the ratio within a round, in which the programs ran in turn, each \
+with one BLAS thread. *wall* and *CPU* are of the whole process, interpreter and imports included; *run* is \
+the work without them, as the program itself measures it. Files are in the page cache. LoRAs are synthetic: \
+real module shapes, float16, decaying spectra."""
+
+
+def machine(others: float) -> list[str]:
+    """The machine and the versions, without names or paths."""
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return [
+        f"{date.today()}. {os.cpu_count()} cores, {_processor()}, {_memory():.0f} GiB; {platform.system()} "
+        f"{platform.machine()}, Python {platform.python_version()}, {packages}.",
+        f"Other programs kept {others:.1f} cores busy on average during the run.",
+    ]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown processor"
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    model = found.get("model name", platform.processor())
+    family = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+    return model + family
+
+
+def _memory() -> float:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _number(value: float) -> str:
+    if value != value:
+        return ""
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:.3g}"
+    return f"{value:.1e}"

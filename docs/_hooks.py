@@ -1,0 +1,136 @@
+"""Tables that the library itself knows: they are written when the site is built.
+
+A page says ``<!-- table: NAME -->`` where one belongs.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+MARK = re.compile(r"<!-- table: ([a-z-]+) -->")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "merge-cpu.md"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in the tables of a page."""
+    return MARK.sub(lambda match: TABLES[match[1]](), markdown)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A markdown table."""
+    lines = [[*head], ["---" for _ in head], *([*row] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def dialects() -> str:
+    """Every dialect in the index."""
+    from loramerge.dialects import DIALECTS
+
+    rows = []
+    for d in DIALECTS.values():
+        writes = {"constant": "yes, one alpha a file", "keep": "yes, alpha kept", "bake": "yes, alpha baked in"}
+        kinds = ", ".join(sorted(d.holds)) if d.writes else ""
+        rows.append([f"`{d.name}`", d.title, writes[d.alpha] if d.writes else "no", kinds])
+    return table(["name", "tools", "written", "kinds it holds"], rows)
+
+
+def sources() -> str:
+    """The code that each dialect follows."""
+    from loramerge.dialects import DIALECTS
+
+    rows = []
+    for d in DIALECTS.values():
+        url, _, rest = d.source.partition(",")
+        where, _, note = url.partition(" ")
+        rows.append([f"`{d.name}`", f"<{where}>", f"{note}{',' if note and rest else ''}{rest}".strip()])
+    return table(["name", "repository", "where"], rows)
+
+
+def aliases() -> str:
+    """Other names of the dialects."""
+    from loramerge.dialects import DIALECTS
+
+    return table(["you type", "it means"], [[f"`{a}`", f"`{name}`"] for a, name in sorted(DIALECTS.aliases.items())])
+
+
+def architectures() -> str:
+    """Every model family."""
+    from loramerge.architectures import ARCHITECTURES
+
+    names = {a.name: [other for other, name in ARCHITECTURES.aliases.items() if name == a.name] for a in ARCHITECTURES.values()}
+    rows = [
+        [f"`{a.name}`", a.title, ", ".join(f"`{n}`" for n in names[a.name]), f"{len(a.shapes)}"]
+        for a in ARCHITECTURES.values()
+    ]
+    return table(["name", "family", "other names", "modules with a weight"], rows)
+
+
+def methods() -> str:
+    """Every merge method."""
+    from loramerge.methods import METHODS
+
+    rows = []
+    for m in METHODS.values():
+        options = ", ".join(f"`{name}`" for name in m.options) or "none"
+        rows.append([f"`{m.name}`", m.title, options])
+    return table(["name", "what it does", "options"], rows)
+
+
+def blocks() -> str:
+    """The blocks that each length of a vector gives numbers for."""
+    from loramerge.blocks import FAMILY, VECTORS
+
+    rows = []
+    for family, lengths in VECTORS.items():
+        members = ", ".join(f"`{name}`" for name, of in FAMILY.items() if of == family)
+        rows += [[members, str(length), _shortened(names)] for length, names in lengths.items()]
+    return table(["families", "numbers", "blocks, in order"], rows)
+
+
+def _shortened(names: list[str]) -> str:
+    """``D00, D01, D02, …, D18`` for a long run of one letter."""
+    runs: list[list[str]] = []
+    for name in names:
+        letters = name.rstrip("0123456789")
+        if runs and runs[-1][0].rstrip("0123456789") == letters and name != letters:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    parts = [run if len(run) <= 12 else [run[0], run[1], "…", run[-1]] for run in runs]
+    return ", ".join(name for run in parts for name in run)
+
+
+def commands() -> str:
+    """The help of every command."""
+    from typer.testing import CliRunner
+
+    from loramerge.cli.app import app
+
+    runner = CliRunner(env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
+    parts = []
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        text = runner.invoke(app, [name, "--help"], prog_name="loramerge").output.strip()
+        parts.append(f"## loramerge {name}\n\n```text\n{text}\n```")
+    return "\n\n".join(parts)
+
+
+def benchmarks() -> str:
+    """The measured tables, where they are."""
+    if not RESULTS.exists():
+        return "There is no table in `benchmarks/results/` yet."
+    lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "dialects": dialects,
+    "dialect-sources": sources,
+    "dialect-aliases": aliases,
+    "architectures": architectures,
+    "methods": methods,
+    "block-vectors": blocks,
+    "commands": commands,
+    "benchmarks": benchmarks,
+}

@@ -1,0 +1,395 @@
+"""Laws of every dialect."""
+
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import MODULES, WRITTEN, small
+
+import loramerge as lm
+from loramerge.architectures import ARCHITECTURES
+from loramerge.dialects import DIALECTS
+from loramerge.dialects.base import table
+from loramerge.dialects.repairs import repaired
+from loramerge.dialects.suffixes import STYLES, parse
+from loramerge.lora import LoRA
+from loramerge.testing import random_lora, relative_error
+
+FAMILIES = list(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(("dialect", "family"), product(DIALECTS, FAMILIES))
+def test_every_module_has_at_most_one_place_among_the_names(dialect: str, family: str) -> None:
+    names = table(DIALECTS[dialect].names, ARCHITECTURES[family])
+    places = [(part.module, part.rows) for parts in names.values() for part in parts]
+
+    assert len(set(module for module, _ in places)) == len(places)
+    assert {module for module, _ in places} <= set(ARCHITECTURES[family].shapes)
+
+
+@pytest.mark.parametrize(("dialect", "family"), product([d for d in WRITTEN if d != "kohya-diffusers"], FAMILIES))
+def test_a_written_dialect_names_every_module(dialect: str, family: str) -> None:
+    names = table(DIALECTS[dialect].names, ARCHITECTURES[family])
+
+    assert {part.module for parts in names.values() for part in parts} == set(ARCHITECTURES[family].shapes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_rows_tile_the_native_weight(family: str) -> None:
+    a = ARCHITECTURES[family]
+    for parts in a.native_paths.values():
+        if parts[0].rows is not None:
+            rows = sorted(r for part in parts for r in part.rows or ())
+            assert rows[0][0] == 0
+            assert all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False))
+            assert rows[-1][1] == sum(a.shapes[part.module][0] for part in parts)
+
+
+@pytest.mark.parametrize(("dialect", "family"), product(WRITTEN, ["sdxl", "sd15", "sd21", "sdxl-refiner", "sd3-medium"]))
+def test_what_is_written_is_recognised(dialect: str, family: str) -> None:
+    if dialect == "kohya-diffusers" and ARCHITECTURES[family].denoiser != "unet":
+        pytest.skip("a dialect of UNets")
+    lora = random_lora(family, rank=1)
+
+    found = lm.load(lora.state_dict(dialect))
+
+    same_names = {"kohya-diffusers"} if ARCHITECTURES[family].kohya_uses_diffusers_names else set()
+    assert found.dialect in {dialect} | same_names
+    assert found.architecture == family
+    assert set(found) == set(lora)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_suffix_is_parsed_into_its_role_and_style(style: str) -> None:
+    for role, suffix in STYLES[style].items():
+        stem = "unet:0" if style == "numbered" else "unet.a.to_q"
+        assert parse(stem + suffix) == (stem, role, style)
+
+
+def test_adapter_names_inside_a_key_are_seen_through() -> None:
+    assert parse("unet.a.lora_A.default.weight") == ("unet.a", "down", "peft-named")
+    assert parse("unet.a.lora_B.person.bias") == ("unet.a", "up_bias", "peft-named")
+
+
+@pytest.mark.parametrize(
+    ("broken", "meant"),
+    [
+        ("unet.unet.down_blocks.0", "unet.down_blocks.0"),
+        ("unet.base_model.model.down_blocks.0", "unet.down_blocks.0"),
+        ("lora_unet_unet_down_blocks_0", "lora_unet_down_blocks_0"),
+        ("text_encoder.encoder.layers.0", "text_encoder.text_model.encoder.layers.0"),
+        ("lora_te1_encoder_layers_0", "lora_te1_text_model_encoder_layers_0"),
+    ],
+)
+def test_known_mistakes_are_repaired(broken: str, meant: str) -> None:
+    fix = repaired(broken)
+
+    assert fix is not None
+    assert fix[0] == meant
+
+
+@pytest.mark.parametrize(
+    ("style", "prefix"),
+    [
+        ("diffusers-old", "lora_unet_"),
+        ("underscored", "lora_unet_unet_"),
+    ],
+)
+def test_broken_kohya_exports_are_read(style: str, prefix: str) -> None:
+    lora = small(modules=MODULES["sdxl"][:1])
+    broken = {
+        prefix + key.removeprefix("unet.").rpartition(".lora_")[0].replace(".", "_") + STYLES[style][role]: tensor
+        for key, tensor in lora.state_dict("diffusers-peft").items()
+        for role in ["down" if "lora_A" in key else "up"]
+    }
+
+    found = lm.load(broken, architecture="sdxl")
+
+    assert found.dialect == "kohya-broken"
+    assert set(found) == set(lora)
+
+
+def test_a_transformers_5_text_encoder_is_read() -> None:
+    lora = small(modules=MODULES["sdxl"][3:])
+    keys = {k.replace("text_model.", ""): t for k, t in lora.state_dict("diffusers").items()}
+
+    found = lm.load(keys)
+
+    assert set(found) == set(lora)
+    assert "text_model" in found.notes[0]
+
+
+def test_siblings_that_old_diffusers_never_applied_are_left_aside() -> None:
+    base = "text_encoder.text_model.encoder.layers.0.self_attn.k_proj"
+    ones = np.ones((4, 768), dtype=np.float32)
+    keys = {f"{base}.to_{x}_lora.{end}.weight": ones if end == "down" else ones.T for x in "qkv" for end in ("down", "up")}
+
+    found = lm.load(keys)
+
+    assert list(found) == [base]
+    assert list(found.state_dict()) == list(keys)
+
+
+def test_unknown_modules_of_a_known_family_are_kept_and_refused_elsewhere() -> None:
+    keys = random_lora("sdxl", rank=1).state_dict("kohya")
+    keys["lora_unet_motion_0.lora_down.weight"], keys["lora_unet_motion_0.lora_up.weight"] = (
+        np.ones((2, 8), dtype=np.float32),
+        np.ones((8, 2), dtype=np.float32),
+    )
+
+    found = lm.load(keys)
+
+    assert "lora_unet_motion_0" in found
+    assert list(found.state_dict()) == list(keys)
+    with pytest.raises(lm.errors.DialectError, match="lora_unet_motion_0"):
+        found.state_dict("diffusers")
+
+
+@pytest.mark.parametrize("dialect", ["diffusers-peft", "diffusers", "peft"])
+def test_an_unknown_family_is_read_and_written_in_dotted_dialects(dialect: str) -> None:
+    keys = {
+        "transformer.layers.0.mix.lora_A.weight": np.ones((2, 8), dtype=np.float32),
+        "transformer.layers.0.mix.lora_B.weight": np.ones((6, 2), dtype=np.float32),
+    }
+    found = lm.load(keys)
+
+    again = lm.load(found.state_dict(dialect))
+
+    assert found.architecture is None
+    assert list(again) == ["transformer.layers.0.mix"]
+    np.testing.assert_array_equal(again["transformer.layers.0.mix"].delta(), np.full((6, 8), 2.0))
+
+
+def test_an_unknown_family_in_flattened_names_is_kept_as_it_is() -> None:
+    keys = {
+        "lora_unet_mystery_0.lora_down.weight": np.ones((2, 8), dtype=np.float32),
+        "lora_unet_mystery_0.lora_up.weight": np.ones((6, 2), dtype=np.float32),
+    }
+    found = lm.load(keys)
+
+    assert list(lm.merge([found, found]).state_dict()) == [*keys, "lora_unet_mystery_0.alpha"]
+    with pytest.raises(lm.errors.DialectError, match="unknown architecture"):
+        found.state_dict("comfyui")
+
+
+def test_two_keys_for_one_tensor_are_refused() -> None:
+    keys = small().state_dict("kohya")
+    key = next(k for k in keys if "lora_down" in k)
+    keys[key.replace("lora_down", "lora_A")] = keys[key]
+
+    with pytest.raises(lm.errors.LayerError, match="both"):
+        lm.load(keys)
+
+
+def test_one_module_under_two_names_is_refused() -> None:
+    lora = small(modules=MODULES["sdxl"][:1])
+
+    with pytest.raises(lm.errors.LayerError, match="both update"):
+        lm.load({**lora.state_dict("kohya"), **lora.state_dict("diffusers")}, architecture="sdxl")
+
+
+def test_kohya_files_have_one_alpha() -> None:
+    lora = small(rank=lambda m: 4 + len(m) % 5, alpha=lambda m: 1.0 + len(m) % 7)
+
+    alphas = {float(t) for key, t in lora.state_dict("kohya").items() if key.endswith(".alpha")}
+
+    assert len(alphas) == 1
+
+
+LOSSLESS = [(a, b) for a, b in product(WRITTEN, WRITTEN)]
+POWERS = st.sampled_from([None, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pair=st.sampled_from(LOSSLESS),
+    family=st.sampled_from(["sdxl", "sd15"]),
+    rank=st.sampled_from([1, 2, 4, 8]),
+    alpha=POWERS,
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    seed=st.integers(0, 2**16),
+)
+def test_an_update_survives_every_pair_of_dialects_bit_for_bit(
+    pair: tuple[str, str], family: str, rank: int, alpha: float | None, dtype: str, seed: int
+) -> None:
+    lora = small(family, rank=rank, alpha=alpha, dtype=dtype, seed=seed)
+
+    there = lm.load(lora.state_dict(pair[0]))
+    back = lm.load(there.state_dict(pair[1]))
+
+    for module in lora:
+        assert _bits(back, module) == _bits(lora, module)
+
+
+def _bits(lora: LoRA, module: str) -> bytes:
+    """ΔW in float64, where factors of few bits multiply without rounding."""
+    up, down = lora[module].factors()
+    product = np.asarray(up, dtype=np.float64) @ np.asarray(down, dtype=np.float64)
+    return (product + 0.0).tobytes()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    pair=st.sampled_from(LOSSLESS),
+    kind=st.sampled_from(["lora", "tucker", "loha", "loha-tucker", "lokr", "lokr-w1", "lokr-both", "lokr-tucker"]),
+    rank=st.integers(1, 5),
+    alpha=st.one_of(st.none(), st.floats(0.25, 64, allow_nan=False)),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_alpha_and_kind_survives_every_pair_of_dialects(
+    pair: tuple[str, str], kind: str, rank: int, alpha: float | None, dtype: str, seed: int
+) -> None:
+    lora = small(kind=kind, rank=rank, alpha=alpha, dtype=dtype, seed=seed)
+
+    there = lm.load(lora.state_dict(pair[0]))
+    back = lm.load(there.state_dict(pair[1]))
+
+    for module in lora:
+        assert relative_error(back[module].delta(), lora[module].delta()) <= 5e-7
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "kohya-diffusers", "comfyui"])
+@pytest.mark.parametrize("kind", ["full", "dora", "dora-in", "lokr-full", "loha-tucker"])
+def test_what_kohyas_kin_can_say_survives_among_them(dialect: str, kind: str) -> None:
+    lora = small(kind=kind, rank=2, alpha=2.0)
+
+    found = lm.load(lora.state_dict(dialect))
+
+    for module in lora:
+        before, after = lora[module].tensors(), found[module].tensors()
+        assert before.keys() == after.keys()
+        for role, tensor in before.items():
+            np.testing.assert_array_equal(np.asarray(after[role]).reshape(-1), tensor.reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dialect"),
+    [("full", "diffusers"), ("dora", "diffusers"), ("dora-in", "diffusers-peft"), ("dora-in", "peft"), ("full", "peft")],
+)
+def test_what_a_dialect_cant_hold_is_refused_by_module(kind: str, dialect: str) -> None:
+    with pytest.raises(lm.errors.DialectError, match=r"unet\.down_blocks|can't hold"):
+        small(kind=kind).state_dict(dialect)
+
+
+@pytest.mark.parametrize("dialect", [d for d in DIALECTS if d not in WRITTEN])
+def test_a_dialect_that_is_only_read_is_not_written(dialect: str) -> None:
+    with pytest.raises(lm.errors.DialectError, match="is read, not written"):
+        small().state_dict(dialect)
+
+
+def test_strays_are_kept_reported_and_not_forced_on_tools_that_choke() -> None:
+    lora = lm.load({**small().state_dict("kohya"), "bundle_emb.word.clip_l": np.ones(768, dtype=np.float32)})
+
+    assert set(lora.extras) == {"bundle_emb.word.clip_l"}
+    assert "bundle_emb.word.clip_l" in lora.state_dict("comfyui")
+    with pytest.raises(lm.errors.DialectError, match="bundle_emb"):
+        lora.state_dict("diffusers")
+
+
+@pytest.mark.parametrize("algorithm", ["oft_blocks", "a1.weight", "on_input"])
+def test_algorithms_that_are_only_carried_go_back_and_refuse_the_rest(algorithm: str) -> None:
+    stem = "lora_unet_input_blocks_4_1_proj_in"
+    keys = {**small().state_dict("kohya"), f"{stem}.{algorithm}": np.ones((4, 4), dtype=np.float32)}
+    lora = lm.load(keys)
+
+    assert list(lora.state_dict()) == list(keys)
+    with pytest.raises(lm.errors.MergeError, match="keeps but can't merge"):
+        lm.merge([lora, lora])
+
+
+FUSED = "transformer.transformer_blocks.0.attn."
+QKV = tuple(FUSED + name for name in ("to_q", "to_k", "to_v"))
+
+
+def test_separate_projections_are_fused_and_come_apart_again() -> None:
+    lora = small("flux", QKV, rank=2, alpha=1.0)
+
+    fused = lm.load(lora.state_dict("kohya"))
+    apart = lm.load(fused.state_dict("diffusers-peft"))
+
+    assert {fused.layout(m).rank for m in QKV} == {6}
+    assert {apart.layout(m).rank for m in QKV} == {2}
+    for module in QKV:
+        assert relative_error(apart[module].delta(), lora[module].delta()) <= 1e-6
+
+
+def test_fused_projections_stay_as_small_as_they_were() -> None:
+    lora = lm.load(small("flux", QKV, rank=2).state_dict("kohya"))
+    shared = lm.load({**lora.state_dict(), **_shared_qkv()})
+
+    again = lm.load(lm.load(shared.state_dict("diffusers-peft")).state_dict("comfyui"))
+
+    assert {again.layout(m).rank for m in QKV} == {4}
+    for module in QKV:
+        assert relative_error(again[module].delta(), shared[module].delta()) <= 1e-6
+
+
+def _shared_qkv() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    return {
+        f"{stem}.lora_down.weight": rng.standard_normal((4, 3072), dtype=np.float32),
+        f"{stem}.lora_up.weight": rng.standard_normal((9216, 4), dtype=np.float32),
+        f"{stem}.alpha": np.array(2.0, dtype=np.float32),
+    }
+
+
+def test_merging_fused_files_keeps_them_fused() -> None:
+    lora = lm.load(_shared_qkv())
+
+    merged = lm.load(lm.merge([lora, lora], weights=[0.7, 0.5]).state_dict("kohya"))
+
+    assert {merged.layout(m).rank for m in QKV} == {8}
+    for module in QKV:
+        assert relative_error(merged[module].delta(), 1.2 * lora[module].delta()) <= 1e-6
+
+
+def test_a_part_of_a_fused_projection_alone_leaves_the_others_unchanged() -> None:
+    lora = small("flux", QKV[:1], rank=2)
+
+    found = lm.load(lora.state_dict("kohya"))
+
+    assert relative_error(found[QKV[0]].delta(), lora[QKV[0]].delta()) <= 1e-6
+    assert not found[QKV[1]].delta().any()
+
+
+def test_exchanged_halves_are_exchanged_back() -> None:
+    module = "transformer.norm_out.linear"
+    lora = small("flux", (module,), rank=2)
+
+    native = lora.state_dict("comfyui")
+    up = native["diffusion_model.final_layer.adaLN_modulation.1.lora_up.weight"].numpy()
+
+    np.testing.assert_array_equal(up, np.concatenate([lora[module].up[3072:], lora[module].up[:3072]]))
+    np.testing.assert_array_equal(lm.load(native)[module].delta(), lora[module].delta())
+
+
+ALPHA_CASES = {
+    "tensor": ({".alpha": 2.0}, {"lora_alpha": 16, "r": 4}, 0.5),
+    "scale tensor": ({".scale": 0.75}, {}, 0.75),
+    "metadata": ({}, {"lora_alpha": 16, "r": 4}, 4.0),
+    "pattern": ({}, {"lora_alpha": 16, "r": 4, "alpha_pattern": {"attn1.to_q": 2}}, 0.5),
+    "rslora": ({}, {"lora_alpha": 4, "r": 4, "use_rslora": True}, 2.0),
+    "none": ({}, {}, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", ALPHA_CASES)
+def test_scales_are_found_in_their_order_of_precedence(case: str) -> None:
+    tensors, config, scale = ALPHA_CASES[case]
+    module = MODULES["sdxl"][0]
+    keys = small(modules=(module,), rank=4).state_dict("diffusers-peft")
+    for suffix, value in tensors.items():
+        keys[module + suffix] = np.array(value, dtype=np.float32)
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})} if config else {}
+
+    from loramerge.lora import from_tensors
+    from loramerge.tensors import Held
+
+    found = from_tensors({k: Held(np.asarray(t)) for k, t in keys.items()}, metadata, "case")
+
+    assert found.layout(module).scale == scale

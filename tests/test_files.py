@@ -1,0 +1,305 @@
+"""Loading and saving: by path, directory and Hub name."""
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+from listings import config, filled, listing
+from small import MODULES, small
+
+import loramerge as lm
+from loramerge.hub import parse
+
+SMALL_LISTINGS = [
+    "flux_xlabs",
+    "sd15_catundchat_diffusers_old_bare",
+    "sd15_cloneofsimo_analog_svd_rank4",
+    "sd15_kohya_lora_r4a1",
+    "sd21_vfph55_diffusers_new_bf16",
+]
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(path, "np") as file:
+        return dict(file.metadata() or {})
+
+
+@pytest.mark.parametrize("name", SMALL_LISTINGS)
+def test_a_file_goes_back_to_its_own_dialect_as_it_was(name: str, tmp_path: Path) -> None:
+    safetensors.numpy.save_file(filled(name), tmp_path / "a.safetensors", listing(name).get("metadata"))
+
+    with lm.open(tmp_path / "a.safetensors") as lora:
+        lm.save(lora, tmp_path / "b.safetensors")
+
+    before, after = ((tmp_path / f"{x}.safetensors").read_bytes() for x in "ab")
+    assert sorted(before) == sorted(after)
+    assert safetensors.torch.load(after).keys() == filled(name).keys()
+    assert metadata_of(tmp_path / "a.safetensors") == metadata_of(tmp_path / "b.safetensors")
+    start = 8 + struct.unpack("<Q", before[:8])[0]
+    assert before[start:] == after[start:]
+
+
+def test_our_bytes_are_the_reference_implementations(tmp_path: Path) -> None:
+    lora = small(dtype="bfloat16", alpha=2.0)
+    path = lm.save(lora, tmp_path / "a.safetensors", dialect="comfyui")
+
+    tensors = lora.state_dict("comfyui")
+
+    assert path.read_bytes() == safetensors.torch.save(tensors, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_bytes_are_the_same_for_any_number_of_threads(workers: int, tmp_path: Path) -> None:
+    merged = lm.plan([small(seed=1), small(seed=2)], rank=3).lora()
+
+    one = lm.save(merged, tmp_path / "one.safetensors", dialect="kohya")
+    many = lm.save(merged, tmp_path / "many.safetensors", dialect="kohya", workers=workers)
+
+    assert one.read_bytes() == many.read_bytes()
+
+
+def test_a_streamed_merge_is_the_merge_in_memory(tmp_path: Path) -> None:
+    paths = [lm.save(small(seed=i), tmp_path / f"{i}.safetensors", dialect="kohya") for i in range(2)]
+
+    streamed = lm.save(lm.plan(paths, rank=3).lora(), tmp_path / "a.safetensors")
+    in_memory = lm.save(lm.merge(paths, rank=3), tmp_path / "b.safetensors")
+
+    assert streamed.read_bytes() == in_memory.read_bytes()
+
+
+@pytest.mark.parametrize(("dtypes", "wanted"), [(("float16",) * 2, "F16"), (("float16", "float32"), "F32"), (("float16", "bfloat16"), "F32")])
+def test_a_merge_is_saved_in_the_widest_of_its_inputs_dtypes(dtypes: tuple[str, str], wanted: str, tmp_path: Path) -> None:
+    merged = lm.merge([small(seed=i, dtype=dtype) for i, dtype in enumerate(dtypes)])
+
+    found = lm.load(lm.save(merged, tmp_path / "a.safetensors", dialect="diffusers"))
+
+    assert {layer.dtype for layer in found.values()} == {wanted}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_dtype_asked_for_is_kept_to(dtype: str, tmp_path: Path) -> None:
+    path = lm.save(small(), tmp_path / "a.safetensors", dialect="diffusers", dtype=dtype)
+
+    assert {str(t.dtype) for t in safetensors.torch.load_file(path).values()} == {f"torch.{dtype}"}
+
+
+def test_an_open_file_reads_only_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lm.save(small(), tmp_path / "a.safetensors", dialect="diffusers")
+    lora = lm.open(path)
+    read: list[int] = []
+    original = lora.origin.tensors._read
+    monkeypatch.setattr(lora.origin.tensors, "_read", lambda offset, size: read.append(size) or original(offset, size))
+
+    layer = lora[MODULES["sdxl"][0]]
+
+    assert sum(read) == layer.up.nbytes + layer.down.nbytes
+
+
+def test_a_closed_file_says_so(tmp_path: Path) -> None:
+    path = lm.save(small(), tmp_path / "a.safetensors", dialect="diffusers")
+    with lm.open(path) as lora:
+        pass
+
+    with pytest.raises(lm.errors.FileError, match="is closed"):
+        lora[MODULES["sdxl"][0]]
+
+
+def test_a_loaded_lora_needs_its_file_no_more(tmp_path: Path) -> None:
+    path = lm.save(small(), tmp_path / "a.safetensors", dialect="diffusers")
+    lora = lm.load(path)
+    path.unlink()
+
+    assert lora[MODULES["sdxl"][0]].delta().any()
+
+
+def test_kohyas_hashes_are_right(tmp_path: Path) -> None:
+    lora = small(rank=64, modules=MODULES["sdxl"])
+    path = lm.save(lora, tmp_path / "a.safetensors", dialect="kohya")
+    metadata, tensors = metadata_of(path), safetensors.torch.load_file(path)
+
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    image = safetensors.torch.save(tensors, kept)
+    start = 8 + struct.unpack("<Q", image[:8])[0]
+
+    assert metadata["sshs_model_hash"] == hashlib.sha256(image[start:]).hexdigest()
+    assert metadata["sshs_legacy_hash"] == hashlib.sha256(image[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_metadata_is_carried_and_what_would_be_wrong_is_not(tmp_path: Path) -> None:
+    lora = small()
+    keys = lora.state_dict("kohya")
+    metadata = {"ss_tag_frequency": '{"a": {"psq-person": 12}}', "modelspec.title": "Person", "sshs_model_hash": "stale"}
+    safetensors.torch.save_file(keys, tmp_path / "a.safetensors", {**metadata, "modelspec.hash_sha256": "stale"})
+
+    lm.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers-peft")
+
+    found = metadata_of(tmp_path / "b.safetensors")
+    assert found["ss_tag_frequency"] == metadata["ss_tag_frequency"]
+    assert found["modelspec.title"] == "Person"
+    assert "sshs_model_hash" not in found
+    assert "modelspec.hash_sha256" not in found
+
+
+def test_a_merged_file_says_how_it_was_made(tmp_path: Path) -> None:
+    paths = []
+    for i in range(2):
+        keys = small(seed=i).state_dict("kohya")
+        paths.append(tmp_path / f"{i}.safetensors")
+        safetensors.torch.save_file(keys, paths[-1], {"modelspec.title": f"T{i}", "ss_base_model_version": "sdxl"})
+
+    metadata = metadata_of(lm.save(lm.merge(paths, weights=[0.7, -0.2], rank=3), tmp_path / "m.safetensors"))
+
+    recipe = json.loads(metadata["loramerge"])
+    assert [(i["name"], i["weight"]) for i in recipe["inputs"]] == [("0.safetensors", "0.7"), ("1.safetensors", "-0.2")]
+    assert (recipe["method"], recipe["rank"]) == ("linear", 3)
+    assert recipe["inputs"][1]["metadata"] == {"modelspec.title": "T1"}
+    assert metadata["modelspec.merged_from"] == "T0, T1"
+    assert metadata["ss_base_model_version"] == "sdxl"
+
+
+def test_a_peft_directory_is_written_and_read(tmp_path: Path) -> None:
+    lora = small(rank=lambda module: 2 + len(module) % 3)
+
+    folder = lm.save(lora, tmp_path / "adapter", dialect="peft")
+
+    found = lm.load(folder)
+    assert found.dialect == "peft"
+    assert set(found) == set(lora)
+    assert (folder / "text_encoder" / "adapter_config.json").exists()
+    for module in lora:
+        np.testing.assert_array_equal(found[module].delta(), lora[module].delta())
+
+
+def test_peft_goes_back_with_its_own_scale(tmp_path: Path) -> None:
+    name = "sd15_hyper07_peft_base_model"
+    folder = tmp_path / "in"
+    folder.mkdir()
+    safetensors.numpy.save_file(filled(name), folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config(name)[""]))
+
+    lm.save(lm.load(folder), tmp_path / "out")
+
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text()) == config(name)[""]
+    assert safetensors.numpy.load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == filled(name).keys()
+
+
+def test_a_peft_adapter_without_its_configuration_is_refused(tmp_path: Path) -> None:
+    folder = lm.save(small("flux", MODULES["flux"][:1]), tmp_path / "adapter", dialect="peft")
+    (folder / "adapter_config.json").unlink()
+
+    with pytest.raises(lm.errors.FileError, match="holds the adapter's scale"):
+        lm.load(folder)
+
+
+def test_a_directory_of_diffusers_is_read(tmp_path: Path) -> None:
+    lm.save(small(), tmp_path / "pytorch_lora_weights.safetensors", dialect="diffusers")
+    lm.save(small(seed=9), tmp_path / "other.safetensors", dialect="diffusers")
+
+    assert lm.load(tmp_path).name == "pytorch_lora_weights.safetensors"
+
+
+def test_a_directory_with_several_files_asks_which(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        lm.save(small(), tmp_path / f"{name}.safetensors", dialect="kohya")
+
+    with pytest.raises(lm.errors.FileError, match="name one"):
+        lm.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("someone/lora", ("someone/lora", None, None)),
+        ("someone/lora/a.safetensors", ("someone/lora", "a.safetensors", None)),
+        ("hf://someone/lora@v1.0", ("someone/lora", None, "v1.0")),
+        ("hf://someone/lora/sub/a.safetensors@refs/pr/1", ("someone/lora", "sub/a.safetensors", "refs/pr/1")),
+        ("../lora/a.safetensors", None),
+        ("/home/lora", None),
+        ("lora", None),
+    ],
+)
+def test_hub_names_are_parsed(text: str, reference: tuple[str, str | None, str | None] | None) -> None:
+    assert parse(text) == reference
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as downloading one file needs."""
+
+    def __init__(self, *args: object, content: bytes, **options: object) -> None:
+        self.content = content
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/someone/lora/tree/"):
+            files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in ("readme.md", "x.safetensors")]
+            self._answer(json.dumps(files).encode(), "application/json")
+        elif self.path.startswith("/someone/lora/resolve/") and "missing" not in self.path:
+            self._answer(self.content, "application/octet-stream")
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def _answer(self, body: bytes, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"' + hashlib.sha256(body).hexdigest() + '"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("hub")
+    content = lm.save(small(), folder / "x.safetensors", dialect="kohya").read_bytes()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, content=content))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder / "home")}
+    server.shutdown()
+
+
+def inspected(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loramerge", "inspect", name, "--json"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", ["someone/lora", "someone/lora/x.safetensors", "hf://someone/lora@main"])
+def test_a_repository_on_the_hub_is_opened(name: str, hub: dict[str, str]) -> None:
+    assert set(json.loads(inspected(name, hub).stdout)["modules"]) == set(MODULES["sdxl"])
+
+
+def test_a_repository_that_is_missing_is_named(hub: dict[str, str]) -> None:
+    found = inspected("nobody/lora/missing.safetensors", hub)
+
+    assert found.returncode == 1
+    assert "Can't get nobody/lora/missing.safetensors from the Hub" in found.stderr
+
+
+def test_what_was_fetched_once_is_found_without_a_network(hub: dict[str, str]) -> None:
+    inspected("someone/lora", hub)
+
+    found = inspected("someone/lora", {**hub, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
+
+    assert set(json.loads(found.stdout)["modules"]) == set(MODULES["sdxl"])

@@ -1,0 +1,268 @@
+"""Bad input: a clear message, and no output."""
+
+import errno
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import MODULES, small
+
+import loramerge as lm
+from loramerge.storage import writer
+from loramerge.storage.reader import MAX_HEADER, SafetensorsFile
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    return lm.save(small(), tmp_path / "whole.safetensors", dialect="kohya")
+
+
+def header(data: bytes) -> dict[str, Any]:
+    return dict(json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]))
+
+
+def file_of(head: bytes, body: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(head)) + head + body
+
+
+def entry(**changes: object) -> bytes:
+    fields = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}
+    return file_of(json.dumps({"x.lora_up.weight": fields}).encode(), bytes(8))
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "wanted at least 8"),
+    "header bomb": (struct.pack("<Q", MAX_HEADER + 1) + b"{}", "hostile"),
+    "header past the end": (struct.pack("<Q", 10_000) + b"{}", "truncated"),
+    "not JSON": (file_of(b"nonsense"), "not JSON"),
+    "not an object": (file_of(b"[1, 2]"), "not a JSON object"),
+    "not UTF-8": (file_of(b'{"\xff": 1}'), "not JSON"),
+    "deep JSON": (file_of(b"[" * 200_000), "not JSON"),
+    "key twice": (file_of(b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},' * 2 + b'"b":1}'), "not JSON"),
+    "name twice": (file_of(b'{"__metadata__":{"a":"1","a":"2"}}'), "stands twice"),
+    "metadata of numbers": (file_of(b'{"__metadata__":{"a":1}}'), "strings to strings"),
+    "unknown dtype": (entry(dtype="F7"), "does not know"),
+    "negative size": (entry(shape=[-2]), "malformed"),
+    "size as text": (entry(shape=["2"]), "malformed"),
+    "size as bool": (entry(shape=[True, 2]), "malformed"),
+    "offsets reversed": (entry(data_offsets=[8, 0]), "wanted 8"),
+    "offsets too few": (entry(data_offsets=[0]), "malformed"),
+    "offset past the end": (entry(shape=[4], data_offsets=[0, 16]), "truncated"),
+    "gap before": (entry(shape=[1], data_offsets=[4, 8]), "begins at byte 4"),
+    "bytes of nobody": (entry(shape=[1], data_offsets=[0, 4]), "no tensor owns"),
+    "overflowing shape": (entry(shape=[2**62, 2**62]), "wanted"),
+    "strange field": (entry(more=1), "malformed"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    data, message = BROKEN[case]
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(data)
+
+    with pytest.raises(lm.errors.FileError, match=message) as caught:
+        lm.open(path)
+
+    assert "broken.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("percent", range(0, 100, 4))
+def test_a_truncated_file_is_refused(percent: int, whole: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.safetensors"
+    data = whole.read_bytes()
+    cut.write_bytes(data[: len(data) * percent // 100])
+
+    with pytest.raises(lm.errors.FileError):
+        lm.load(cut)
+
+
+def _accepted(read: Callable[[Path], object], path: Path) -> bool:
+    try:
+        read(path)
+    except Exception:
+        return False
+    return True
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_our_reader_accepts_no_more_than_the_reference(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    original = safetensors.numpy.save({"a.lora_up.weight": np.ones((3, 2), np.float32), "b": np.ones(4, np.float16)})
+    size = 8 + struct.unpack("<Q", original[:8])[0]
+    place = data.draw(st.integers(8, size - 1))
+    replacement = data.draw(st.binary(min_size=1, max_size=3))
+    path = tmp_path_factory.mktemp("mutated") / "mutated.safetensors"
+    path.write_bytes(original[:place] + replacement + original[place + len(replacement) :])
+
+    if _accepted(SafetensorsFile, path):
+        assert _accepted(lambda p: safetensors.numpy.load(p.read_bytes()), path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("role", ["up", "down"])
+def test_values_that_are_not_finite_are_refused_by_module(value: float, dtype: str, role: str) -> None:
+    keys = small(modules=MODULES["sdxl"][:1], dtype=dtype).state_dict("kohya")
+    key = next(k for k in keys if f"lora_{role}" in k)
+    keys[key][0, 0] = value
+
+    with pytest.raises(lm.errors.NumberError, match="attn1_to_q.*NaN or infinite"):
+        lm.load(keys)
+
+
+def test_an_alpha_that_is_not_finite_is_refused() -> None:
+    keys = small(alpha=1.0).state_dict("kohya")
+    key = next(k for k in keys if k.endswith(".alpha"))
+
+    with pytest.raises(lm.errors.NumberError, match="alpha is nan"):
+        lm.load({**keys, key: torch.tensor(float("nan"))})
+
+
+def test_a_missing_tensor_is_refused_by_module_and_role() -> None:
+    keys = small().state_dict("kohya")
+    key = next(k for k in keys if "lora_up" in k)
+    del keys[key]
+
+    with pytest.raises(lm.errors.LayerError, match=rf"{key.split('.')[0]}.*missing up"):
+        lm.load(keys)
+
+
+def test_rank_zero_is_refused() -> None:
+    stem = "lora_unet_input_blocks_4_1_proj_in"
+    keys = {f"{stem}.lora_down.weight": np.ones((0, 640)), f"{stem}.lora_up.weight": np.ones((640, 0))}
+
+    with pytest.raises(lm.errors.LayerError, match="rank or size 0"):
+        lm.load(keys)
+
+
+def test_factors_that_disagree_are_refused_with_both_shapes() -> None:
+    stem = "lora_unet_input_blocks_4_1_proj_in"
+    keys = {f"{stem}.lora_down.weight": np.ones((2, 640)), f"{stem}.lora_up.weight": np.ones((640, 3))}
+
+    with pytest.raises(lm.errors.LayerError, match=r"\(640, 3\).*\(2, 640\)"):
+        lm.load(keys)
+
+
+STRANGERS = {
+    "a whole checkpoint": ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.encoder.conv_in.weight"],
+    "a ControlNet-LLLite": ["lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight"],
+    "a textual inversion": ["emb_params"],
+    "an IP-Adapter": ["image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"],
+    "a VAE": ["encoder.down.0.block.0.conv1.weight"],
+}
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_what_is_no_lora_is_named(what: str) -> None:
+    keys = {key: np.ones((2, 2), dtype=np.float32) for key in STRANGERS[what]}
+
+    with pytest.raises(lm.errors.NotALoRAError, match=what):
+        lm.load(keys)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("exploded",))
+
+
+def test_a_pickle_is_opened_only_when_asked_and_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bomb.pt").write_bytes(pickle.dumps({"a": Bomb()}))
+
+    with pytest.raises(lm.errors.FileError, match="allow_pickle"):
+        lm.load("bomb.pt")
+    with pytest.raises(lm.errors.FileError, match="tensors only"):
+        lm.load("bomb.pt", allow_pickle=True)
+    assert not Path("exploded").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pickle_of_tensors_is_read_when_asked(tmp_path: Path, dtype: str) -> None:
+    lora = small(dtype=dtype)
+    torch.save({"state_dict": lora.state_dict("kohya")}, tmp_path / "lora.ckpt")
+
+    found = lm.load(tmp_path / "lora.ckpt", allow_pickle=True)
+
+    assert set(found) == set(lora)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(lm.errors.FileError, match=r"No such file or directory: nowhere\.safetensors"):
+        lm.load("nowhere.safetensors")
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(whole: Path) -> None:
+    with lm.open(whole) as lora:
+        os.truncate(whole, whole.stat().st_size // 2)
+        with pytest.raises(lm.errors.FileError, match="changed while it was read"):
+            lora.in_memory()
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_file_whole(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = whole.read_bytes()
+
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer.os, "pwrite", full)
+    with pytest.raises(lm.errors.FileError, match="No space left"):
+        lm.save(small(seed=5), whole, dialect="kohya")
+
+    assert whole.read_bytes() == before
+    assert leftovers(whole.parent) == ["whole.safetensors"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_interrupted_write_leaves_the_old_file_whole(whole: Path, workers: int) -> None:
+    before = whole.read_bytes()
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lm.save(small(seed=5), whole, dialect="kohya", progress=interrupt, workers=workers)
+
+    assert whole.read_bytes() == before
+    assert leftovers(whole.parent) == ["whole.safetensors"]
+
+
+def test_a_directory_that_is_missing_or_a_file_is_an_error(whole: Path) -> None:
+    with pytest.raises(lm.errors.FileError, match="No such file"):
+        lm.save(small(), whole.parent / "missing" / "x.safetensors", dialect="kohya")
+    with pytest.raises(lm.errors.FileError, match="Not a directory"):
+        lm.save(small(), whole / "x.safetensors", dialect="kohya")
+
+
+def test_a_refused_conversion_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(lm.errors.DialectError):
+        lm.save(small(kind="full"), tmp_path / "x.safetensors", dialect="diffusers")
+
+    assert leftovers(tmp_path) == []
+
+
+def test_a_file_can_be_converted_onto_itself(whole: Path) -> None:
+    wanted = {m: layer.delta() for m, layer in lm.load(whole).items()}
+
+    lm.convert(whole, whole, "diffusers")
+
+    found = lm.load(whole)
+    assert found.dialect == "diffusers"
+    for module, delta in wanted.items():
+        np.testing.assert_array_equal(found[module].delta(), delta)

@@ -1,0 +1,228 @@
+"""The merge is the weighted sum, whatever the inputs look like."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from small import MODULES, WRITTEN, small
+
+import loramerge as lm
+from loramerge import linalg
+from loramerge.layers import low_rank
+from loramerge.lora import LoRA
+from loramerge.testing import relative_error, weighted_sum
+
+Case = tuple[list[LoRA], list[float]]
+TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]
+
+CASES: dict[str, Case] = {
+    "identity": ([small(seed=1)], [1.0]),
+    "one half": ([small(seed=1)], [0.5]),
+    "two halves": ([small(seed=1), small(seed=2)], [0.5, 0.5]),
+    "alpha below rank": ([small(seed=1, rank=8, alpha=4), small(seed=2, rank=8, alpha=4)], [1.0, 1.0]),
+    "two alphas": ([small(seed=1, rank=8, alpha=8), small(seed=2, rank=8, alpha=1)], [1.0, 1.0]),
+    "two ranks": ([small(seed=1, rank=16), small(seed=2, rank=4)], [1.0, 1.0]),
+    "subtraction": ([small(seed=1, rank=8, alpha=8), small(seed=2, rank=8, alpha=8)], [1.0, -0.5]),
+    "disjoint modules": ([small(modules=(TO_Q, TEXT), seed=1), small(modules=(CONV,), seed=2)], [0.7, 0.6]),
+    "four LoRAs": ([small(seed=i, rank=2 + i, alpha=3.0 * i + 1) for i in range(4)], [0.4, 0.3, 0.2, 0.1]),
+}
+
+
+def in_dialect(lora: LoRA, dialect: str) -> LoRA:
+    found = lm.load(lora.state_dict(dialect))
+    assert found.architecture == lora.architecture
+    return found
+
+
+@pytest.mark.parametrize(("first", "second"), product(WRITTEN, WRITTEN))
+@pytest.mark.parametrize("case", CASES)
+def test_a_merge_is_the_weighted_sum(case: str, first: str, second: str) -> None:
+    loras, weights = CASES[case]
+    inputs = [in_dialect(lora, dialect) for lora, dialect in zip(loras, [first, second] * 2, strict=False)]
+
+    merged = in_dialect(lm.merge(inputs, weights=weights), second)
+
+    assert set(merged) == {module for lora in loras for module in lora}
+    for module in merged:
+        assert relative_error(merged[module].delta(), weighted_sum(loras, weights, module)) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["lora", "tucker", "loha", "loha-tucker", "lokr", "lokr-w1", "lokr-both", "lokr-tucker"])
+def test_every_low_rank_kind_merges_exactly(kind: str) -> None:
+    loras = [small(kind=kind, rank=2, alpha=3, seed=1), small(rank=3, seed=2)]
+
+    merged = lm.merge(loras, weights=[0.8, -0.3])
+
+    for module in merged:
+        assert relative_error(merged[module].delta(), weighted_sum(loras, [0.8, -0.3], module)) <= 1e-6
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 11])
+def test_a_smaller_rank_is_the_best_of_that_rank(rank: int) -> None:
+    loras = [small(rank=4, seed=1), small(rank=8, seed=2)]
+
+    merged = lm.merge(loras, rank=rank)
+
+    for module in merged:
+        exact = weighted_sum(loras, [0.5, 0.5], module).reshape(merged[module].shape[0], -1)
+        optimum = np.linalg.norm(np.linalg.svd(exact, compute_uv=False)[rank:])
+        error = np.linalg.norm(merged[module].delta().reshape(exact.shape) - exact)
+        assert error <= optimum * (1 + 1e-4) + 1e-5 * np.linalg.norm(exact)
+        assert merged[module].rank == rank
+
+
+def test_max_is_the_largest_of_the_ranks() -> None:
+    merged = lm.merge([small(rank=4), small(rank=6, seed=1)], rank="max")
+
+    assert {layer.rank for layer in merged.values()} == {6}
+
+
+def test_a_rank_never_exceeds_the_weight() -> None:
+    module = "transformer.x_embedder"
+    loras = [small("flux", (module,), rank=40, seed=i) for i in range(2)]
+
+    merged = lm.merge(loras)
+
+    assert merged[module].rank == 64
+    assert relative_error(merged[module].delta(), weighted_sum(loras, [0.5, 0.5], module)) <= 1e-6
+
+
+def test_equal_loras_merge_into_themselves_at_their_rank() -> None:
+    lora = small(rank=4)
+
+    merged = lm.merge([lora, lora, lora], rank=4)
+
+    for module in merged:
+        assert relative_error(merged[module].delta(), lora[module].delta()) <= 1e-5
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_many_loras_are_cut_by_random_projection_close_to_the_optimum(decay: float) -> None:
+    spectrum = np.arange(1, 65, dtype=np.float32) ** -decay
+    loras = [small(modules=(TO_Q,), rank=64, seed=i) for i in range(6)]
+    layers = [low_rank(lora[TO_Q].up * spectrum, lora[TO_Q].down, (640, 640)) for lora in loras]
+    loras = [replace(lora, layouts={TO_Q: layer}) for lora, layer in zip(loras, layers, strict=True)]
+
+    merged = lm.merge(loras, rank=16)[TO_Q]
+
+    exact = weighted_sum(loras, [1 / 6] * 6, TO_Q)
+    optimum = np.linalg.norm(np.linalg.svd(exact, compute_uv=False)[16:])
+    assert np.linalg.norm(merged.delta() - exact) <= optimum * 1.0005
+
+
+def test_bias_is_merged_with_its_weight() -> None:
+    loras = [small(modules=(TO_Q,), seed=i, alpha=2) for i in range(2)]
+    with_bias = [lm.load({**lora.state_dict("comfyui"), **_bias(lora, i)}) for i, lora in enumerate(loras)]
+
+    merged = lm.merge(with_bias, weights=[0.5, 2.0])
+
+    np.testing.assert_allclose(merged[TO_Q].diff_b, 0.5 * 1 + 2.0 * 2, rtol=1e-6)
+
+
+def _bias(lora: LoRA, i: int) -> dict[str, np.ndarray]:
+    stem = next(key.removesuffix(".lora_up.weight") for key in lora.state_dict("comfyui") if "lora_up" in key)
+    return {f"{stem}.diff_b": np.full(lora[TO_Q].shape[0], i + 1.0, dtype=np.float32)}
+
+
+def test_the_order_of_loras_does_not_matter() -> None:
+    a, b = small(seed=1), small(seed=2, rank=6)
+
+    one, other = lm.merge([a, b], weights=[0.3, 0.9]), lm.merge([b, a], weights=[0.9, 0.3])
+
+    for module in one:
+        assert linalg.distance(one[module].factors(), other[module].factors()) <= 1e-6 * one[module].norm()
+
+
+def test_a_plan_reads_no_tensor() -> None:
+    def refuse(module: str) -> None:
+        raise AssertionError(f"{module} was read")
+
+    loras = [replace(small(seed=i), compute=refuse) for i in range(2)]
+
+    assert len(lm.plan(loras, rank=3).steps) == len(MODULES["sdxl"])
+
+
+def test_torch_tensors_merge_as_numpy_arrays_do() -> None:
+    loras = [small(seed=1), small(seed=2)]
+    tensors = [lm.load(lora.state_dict("kohya")) for lora in loras]
+
+    merged, wanted = lm.merge(tensors, rank=3), lm.merge(loras, rank=3)
+
+    for module in wanted:
+        assert relative_error(merged[module].delta().numpy(), wanted[module].delta()) <= 1e-4
+
+
+def test_the_device_is_used() -> None:
+    merged = lm.merge([small(seed=1), small(seed=2)], device="cpu", rank=3)
+
+    assert type(merged[TO_Q].up).__module__ == "torch"
+
+
+@pytest.mark.parametrize("kind", ["full", "dora", "dora-in"])
+def test_what_has_no_factors_is_refused_with_the_ways_out(kind: str) -> None:
+    with pytest.raises(lm.errors.MergeError, match="exclude="):
+        lm.merge([small(kind=kind), small()])
+
+
+def test_excluded_modules_are_left_out() -> None:
+    merged = lm.merge([small(seed=1), small(seed=2)], exclude=["text_encoder*"])
+
+    assert set(merged) == {TO_Q, CONV, SHORTCUT}
+
+
+def test_two_families_are_refused() -> None:
+    with pytest.raises(lm.errors.MergeError, match="different model families"):
+        lm.merge([small("sdxl", ("unet.mid_block.attentions.0.proj_in",)), small("sd15")])
+
+
+def test_a_text_encoder_merges_into_every_family_that_has_it() -> None:
+    text = lm.load(small("sd15", ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",)).state_dict("diffusers"))
+
+    merged = lm.merge([small("flux"), text])
+
+    assert merged.architecture == "flux"
+
+
+def test_shapes_that_differ_are_refused_by_module() -> None:
+    lora = small(modules=(TO_Q,), seed=1)
+    other = {key: tensor[:, :320] if "down" in key else tensor for key, tensor in lora.state_dict("diffusers").items()}
+
+    with pytest.raises(lm.errors.MergeError, match=r"attn1\.to_q has the shape"):
+        lm.merge([lora, lm.load(other, architecture="sdxl")])
+
+
+@pytest.mark.parametrize("rank", [0, -1, "all", 2.5, True])
+def test_a_wrong_rank_is_refused(rank: object) -> None:
+    with pytest.raises(lm.errors.OptionError, match="rank"):
+        lm.merge([small()], rank=rank)
+
+
+def test_an_unknown_method_and_option_are_refused() -> None:
+    with pytest.raises(lm.errors.OptionError, match="Did you mean 'linear'"):
+        lm.merge([small()], method="liner")
+    with pytest.raises(lm.errors.OptionError, match="no option 'density'"):
+        lm.merge([small()], density=0.5)
+
+
+def test_nothing_to_merge_is_refused() -> None:
+    with pytest.raises(lm.errors.MergeError, match="Nothing to merge"):
+        lm.merge([])
+
+
+def test_extras_are_kept_and_conflicts_refused() -> None:
+    def with_extra(seed: int, value: float) -> LoRA:
+        return lm.load({**small(seed=seed).state_dict("kohya"), "emb_params": np.full(3, value, dtype=np.float32)})
+
+    merged = lm.merge([with_extra(1, 1.0), with_extra(2, 1.0)])
+
+    assert set(merged.extras) == {"emb_params"}
+    with pytest.raises(lm.errors.MergeError, match="emb_params"):
+        lm.merge([with_extra(1, 1.0), with_extra(2, 2.0)])
+
+
+def test_overflow_of_the_dtype_is_refused_by_module() -> None:
+    lora = lm.merge([small(modules=(TO_Q,))], weights=[1e7])
+
+    with pytest.raises(lm.errors.NumberError, match="attn1_to_q.*too large for float16"):
+        lora.state_dict("kohya", dtype="float16")

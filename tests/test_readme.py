@@ -1,0 +1,88 @@
+"""Everything that the README and the guides tell users to type works, and prints what they say it prints."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loramerge as lm
+from loramerge.testing import random_lora
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+    *sorted((ROOT / "docs" / "explanation").glob("*.md")),
+]
+FENCE = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PLACES = (
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn",
+    "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn",
+    "text_encoder.text_model.encoder.layers.0.self_attn.",
+    "text_encoder_2.text_model.encoder.layers.0.self_attn.",
+)
+
+
+def chosen(module: str, shape: tuple[int, ...]) -> bool:
+    return module.startswith(PLACES)
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("samples")
+    person = random_lora("sdxl", rank=4, alpha=2, dtype="float16", seed=1, only=chosen)
+    jersey = random_lora("sdxl", rank=8, seed=2, only=chosen)
+    lm.save(person, folder / "person.safetensors", dialect="kohya")
+    lm.save(jersey, folder / "jersey.safetensors", dialect="diffusers-peft")
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_run_and_print_what_they_show(
+    page: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for sample in samples.iterdir():
+        (tmp_path / sample.name).symlink_to(sample)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": page.stem}
+
+    for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(text, str(page), "exec"), namespace)
+        else:
+            run_console(text)
+
+
+def run_console(text: str) -> None:
+    for command, shown in sessions(text):
+        words = shlex.split(command)
+        if words[0] != "loramerge":
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", *words], capture_output=True, text=True, encoding="utf-8", check=False
+        )
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}{done.stderr}"
+        check_shown(command, shown, done.stdout)
+
+
+def sessions(text: str) -> list[tuple[str, list[str]]]:
+    """The commands of a block, each with the lines of output below it."""
+    found: list[tuple[str, list[str]]] = []
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            found.append((line[2:], []))
+        elif found:
+            found[-1][1].append(line)
+    return found
+
+
+def check_shown(command: str, shown: list[str], printed: str) -> None:
+    """Every line shown is printed, in order; '…' stands for lines left out."""
+    left = iter(line.rstrip() for line in printed.splitlines())
+    for line in shown:
+        if line.strip() not in ("", "…"):
+            assert line.rstrip() in left, f"$ {command}\ndoes not print the line\n{line}\nbut\n{printed}"

@@ -1,0 +1,164 @@
+"""Weights mean what they say, module by module."""
+
+import gzip
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+from listings import DATA
+from small import MODULES, small
+
+import loramerge as lm
+from loramerge import blocks
+from loramerge.testing import relative_error, weighted_sum
+from loramerge.weights import matches, parse, resolve
+
+TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]
+
+
+def test_uniform_is_one_over_n() -> None:
+    assert resolve([small(seed=i) for i in range(4)], None).of(TO_Q) == [0.25] * 4
+
+
+def test_l2_is_each_ones_share_of_the_norms_a_module() -> None:
+    loras = [small(seed=1, alpha=8), small(seed=2, alpha=1)]
+    norms = [np.linalg.norm(lora[TO_Q].delta().astype(np.float64)) for lora in loras]
+
+    found = resolve(loras, "l2").of(TO_Q)
+
+    np.testing.assert_allclose(found, np.array(norms) / sum(norms), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scope", "group"), [("component", (TO_Q, CONV, SHORTCUT)), ("whole", MODULES["sdxl"])])
+def test_l2_over_a_scope_takes_the_norm_of_all_its_modules(scope: str, group: tuple[str, ...]) -> None:
+    loras = [small(seed=1, alpha=8), small(seed=2, alpha=1)]
+    norms = [np.sqrt(sum((lora[m].delta().astype(np.float64) ** 2).sum() for m in group)) for lora in loras]
+
+    found = resolve(loras, "l2", scope).of(TO_Q)
+
+    np.testing.assert_allclose(found, np.array(norms) / sum(norms), rtol=1e-6)
+
+
+def test_l2_gives_a_module_that_one_has_to_that_one() -> None:
+    assert resolve([small(), small(modules=(CONV,))], "l2").of(TO_Q) == [1.0, 0.0]
+
+
+def test_l2_merges_a_module_that_is_zero_everywhere() -> None:
+    lora = small(alpha=0.0)
+
+    assert not lm.merge([lora, lora], weights="l2")[TO_Q].delta().any()
+
+
+def test_patterns_weigh_components_blocks_and_names() -> None:
+    weight = {"*": 0.5, "text_encoder": 0.0, "IN01": 0.7, "re:conv_short": 0.9}
+    loras = [small(seed=1), small(seed=2)]
+
+    merged = lm.merge(loras, weights=[weight, 1.0])
+
+    for module, w in {TO_Q: 0.5, CONV: 0.7, SHORTCUT: 0.9, TEXT: 0.0}.items():
+        assert relative_error(merged[module].delta(), weighted_sum(loras, [w, 1.0], module)) <= 1e-6
+
+
+def test_a_module_that_no_pattern_means_keeps_its_strength() -> None:
+    assert resolve([small()], [{"text_encoder": 0.2}]).of(TO_Q) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "weight"),
+    [
+        ("0.5", 0.5),
+        ("-2", -2.0),
+        ("0.5;text_encoder=0", {"*": 0.5, "text_encoder": 0.0}),
+        ("unet.up*=1; OUT03 = .3", {"unet.up*": 1.0, "OUT03": 0.3}),
+        ("lbw:1,0", "lbw:1,0"),
+    ],
+)
+def test_weights_are_read_as_they_are_typed(text: str, weight: object) -> None:
+    assert parse(text) == weight
+
+
+@pytest.mark.parametrize("text", ["half", "0.5;", "nan", "inf", "text_encoder=", ""])
+def test_what_is_no_weight_is_refused(text: str) -> None:
+    with pytest.raises(lm.errors.OptionError, match="weight"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([0.5], "1 weights for 2 LoRAs"),
+        ([0.5, float("nan")], "not finite"),
+        ([0.5, {"vae": 1.0}], "matches no module"),
+        ([0.5, {"re:(": 1.0}], "not a regular expression"),
+        ([0.5, "lbw:1,2,3"], "a block vector of 3 numbers|A block vector of 3 numbers"),
+        ("l3", "Unknown weights"),
+    ],
+)
+def test_wrong_weights_are_refused(weights: object, message: str) -> None:
+    with pytest.raises(lm.errors.OptionError, match=message):
+        lm.plan([small(), small(seed=1)], weights=weights).lora().in_memory()
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    with pytest.raises(lm.errors.OptionError, match="scope"):
+        lm.plan([small()], weights="l2", scope="planet")
+
+
+NUMBERS = {"sd1": ("sd15", "sgm_sd1"), "sdxl": ("sdxl", "sgm_sdxl")}
+
+
+@pytest.mark.parametrize("family", NUMBERS)
+def test_blocks_are_sgms(family: str) -> None:
+    architecture, file = NUMBERS[family]
+    published = json.loads(gzip.decompress((DATA / "maps" / f"{file}.json.gz").read_bytes()))["unet"]
+
+    for native, path in published.items():
+        section, number, *_ = [*native.split("."), "0"]
+        wanted = {"input_blocks": f"IN{number:0>2}", "middle_block": "MID", "output_blocks": f"OUT{number:0>2}"}
+        assert blocks.block(f"unet.{path}", architecture) == wanted.get(section, "-")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "length"),
+    [(a, n) for a, family in (("sd15", "sd"), ("sdxl", "sdxl"), ("flux", "flux")) for n in blocks.VECTORS[family]],
+)
+def test_a_block_vector_has_a_number_for_each_of_its_blocks(architecture: str, length: int) -> None:
+    weights = blocks.vector(list(range(length)), architecture)
+
+    assert sorted(set(weights.values())) == list(range(length))
+
+
+def test_a_block_vector_weighs_each_block_by_its_number() -> None:
+    lora = small("sd15")
+    numbers = ",".join(str(n) for n in range(17))
+
+    found = resolve([lora], [f"lbw:{numbers}"])
+
+    assert [found.of(m)[0] for m in MODULES["sd15"]] == [1.0, 14.0, 0.0]
+
+
+def test_a_block_vector_without_a_number_for_a_module_is_refused() -> None:
+    with pytest.raises(lm.errors.OptionError, match="no number for block IN01"):
+        lm.merge([small()], weights=["lbw:" + ",".join("1" * 12)])
+
+
+@pytest.mark.parametrize(
+    ("block", "module"),
+    [
+        ("D18", "transformer.transformer_blocks.18.attn.to_q"),
+        ("S37", "transformer.single_transformer_blocks.37.proj_out"),
+        ("IN", "transformer.x_embedder"),
+        ("OUT", "transformer.norm_out.linear"),
+        ("CLIP", "text_encoder.text_projection"),
+        ("T5", "text_encoder_2.shared"),
+    ],
+)
+def test_flux_blocks_are_counted_in_their_own_rows(block: str, module: str) -> None:
+    assert blocks.block(module, "flux") == block
+
+
+@pytest.mark.parametrize(("pattern", "module"), product(["unet", "unet.*", "re:to_q$"], [TO_Q]))
+def test_patterns_match(pattern: str, module: str) -> None:
+    assert matches(pattern, module)
+    assert not matches(pattern, TEXT)

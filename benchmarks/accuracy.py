@@ -44,7 +44,8 @@ def errors(merged: str, files: list[str], weights: list[float], every: int) -> d
 
 def _modules(path: str) -> list[str]:
     with safe_open(path, "np") as file:
-        names = sorted(key.removesuffix(".lora_A.weight") for key in file.keys() if key.endswith(".lora_A.weight"))
+        keys = sorted(file.keys())
+    names = [key.removesuffix(".lora_A.weight") for key in keys if key.endswith(".lora_A.weight")]
     if not names:
         raise ValueError(f"{path} has no key that ends in .lora_A.weight.")
     return names

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 # ru_maxrss of a child starts at what its parent held when it forked: keep numpy and torch out of this process.
 
-THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 Command = Sequence[str]
 """Arguments of the Python interpreter."""

@@ -58,7 +58,10 @@ def architectures() -> str:
     """Every model family."""
     from loramerge.architectures import ARCHITECTURES
 
-    names = {a.name: [other for other, name in ARCHITECTURES.aliases.items() if name == a.name] for a in ARCHITECTURES.values()}
+    names = {
+        a.name: [other for other, name in ARCHITECTURES.aliases.items() if name == a.name]
+        for a in ARCHITECTURES.values()
+    }
     rows = [
         [f"`{a.name}`", a.title, ", ".join(f"`{n}`" for n in names[a.name]), f"{len(a.shapes)}"]
         for a in ARCHITECTURES.values()

@@ -69,6 +69,7 @@ def test_a_module_that_no_pattern_means_keeps_its_strength() -> None:
     [
         ("0.5", 0.5),
         ("-2", -2.0),
+        ("=-2", -2.0),
         ("0.5;text_encoder=0", {"*": 0.5, "text_encoder": 0.0}),
         ("unet.up*=1; OUT03 = .3", {"unet.up*": 1.0, "OUT03": 0.3}),
         ("lbw:1,0", "lbw:1,0"),

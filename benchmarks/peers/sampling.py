@@ -13,7 +13,8 @@ def modules(path: str, count: int | None) -> dict[str, Shape]:
         count: How many of them, every shape in its proportion; None for all.
     """
     with safe_open(path, "np") as file:
-        names = sorted(key.removesuffix(".lora_A.weight") for key in file.keys() if key.endswith(".lora_A.weight"))
+        keys = sorted(file.keys())
+        names = [key.removesuffix(".lora_A.weight") for key in keys if key.endswith(".lora_A.weight")]
         shapes = {name: _shape(file, name) for name in names}
     if not shapes:
         raise ValueError(f"{path} has no key that ends in .lora_A.weight.")

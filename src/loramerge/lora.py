@@ -232,9 +232,8 @@ class _Reader:
         return self._layouts[record.stem]
 
     def _layout(self, record: Record) -> Layer:
-        layer = self._build(record, lambda tensor: tensor, None)
-        value = self._alphas[record.stem] = self.alpha(record, layer)
-        return layer if value is None else self._build(record, lambda tensor: tensor, value)
+        self._alphas[record.stem] = self.alpha(record)
+        return self._build(record, lambda tensor: tensor, self._alphas[record.stem])
 
     def _whole(self, stem: str) -> Layer:
         record = self.records[stem]
@@ -258,15 +257,22 @@ class _Reader:
         known = [shape for shape in shapes if shape is not None]
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
 
-    def alpha(self, record: Record, layer: Layer) -> float | None:
+    def alpha(self, record: Record) -> float | None:
         if "alpha" in record.keys:
             return _one(self.tensors[record.keys["alpha"]], record.keys["alpha"])
-        rank = _own_rank(layer)
+        rank = self.own_rank(record)
         if "scale" in record.keys:
             return _one(self.tensors[record.keys["scale"]], record.keys["scale"]) * rank
         component, _, path = record.parts[0].module.partition(".")
         config = self.config.get(component) or self.config.get("")
         return alpha(config, path, rank) if config else None
+
+    def own_rank(self, record: Record) -> int:
+        """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
+        for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
+            if role in record.keys:
+                return int(self.tensors[record.keys[role]].shape[0])
+        return 1
 
 
 def _values(tensor: Tensor) -> Array:
@@ -282,12 +288,3 @@ def _one(tensor: Tensor, key: str) -> float:
     if not math.isfinite(value):
         raise NumberError(f"{key} is {value}")
     return value
-
-
-def _own_rank(layer: Layer) -> int:
-    """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
-    tensors: dict[str, Any] = layer.tensors()
-    for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
-        if role in tensors:
-            return int(tensors[role].shape[0])
-    return 1

@@ -73,8 +73,8 @@ def parse(text: str) -> Weight:
         return text
     table: dict[str, float] = {}
     for item in text.split(";"):
-        pattern, equals, number = item.rpartition("=")
-        table[pattern.strip() if equals else "*"] = _number(number, text)
+        pattern, _, number = item.rpartition("=")
+        table[pattern.strip() or "*"] = _number(number, text)
     return table["*"] if list(table) == ["*"] else table
 
 

@@ -1,5 +1,6 @@
 """Pipelines with every block of the published models, LoRAs that fit them, and what the pipelines make of those."""
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ from loramerge.testing import random_layer
 Shape = tuple[int, ...]
 WIDTH = 8
 ADAPTER = "oracle"
+SOME = re.compile(
+    r"mid_block\.attentions\.0\.(proj_|transformer_blocks\.0)|resnets\.0\.|samplers|conv_(in|out)|_embedding"
+    r"|\.layers\.0\.|^transformer\.((single_)?transformer_blocks\.[07]\.|[^.]*embed|norm_out|proj_out)"
+)
 
 
 def clip(layers: int, *, projection: bool = False) -> torch.nn.Module:
@@ -126,6 +131,10 @@ def loaded(architecture: str, source: object) -> Iterator[dict[str, LoraLayer]]:
     pipe = pipeline(architecture)
     try:
         pipe.load_lora_weights(source, adapter_name=ADAPTER)
+    except Exception:
+        pipeline.cache_clear()  # diffusers leaves a half-loaded pipeline behind
+        raise
+    try:
         yield {
             named(component, path): module
             for component, model in components(pipe).items()
@@ -167,10 +176,12 @@ def everything(module: str, shape: Shape) -> bool:
 
 
 def a_few(module: str, shape: Shape) -> bool:
-    """One of each kind of module, convolutions of both kernels and every component among them."""
-    places = ("mid_block", "down_blocks.1.resnets.0", "up_blocks.1.attentions.0.proj", "conv_in", "time_emb", ".layers.0.")
-    flux_places = ("blocks.0.", "blocks.7.")
-    return everything(module, shape) and any(place in module for place in (*places, *flux_places)) and ".9." not in module
+    """Some modules of every kind and component, convolutions among them."""
+    return everything(module, shape) and SOME.search(module) is not None
+
+
+def some_attention(module: str, shape: Shape) -> bool:
+    return attention(module, shape) and "blocks.0." in module
 
 
 def modules(architecture: str, scope: Callable[[str, Shape], bool]) -> list[str]:
@@ -186,7 +197,8 @@ def pick(module: str, choices: Sequence[T]) -> T:
 
 
 def dynamic_rank(module: str) -> int:
-    return pick(module, (4, 4, 4, 1, 2, 6))
+    """A module's own rank; of ``text_projection`` the commonest, which diffusers takes it to have."""
+    return 4 if module.endswith("text_projection") else pick(module, (4, 4, 4, 1, 2, 6))
 
 
 def own_alpha(module: str) -> float | None:

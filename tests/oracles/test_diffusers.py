@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import pipelines
-from oracles.pipelines import ADAPTER, a_few, attention, everything, loaded, lora_for, pick
+from oracles.pipelines import ADAPTER, a_few, attention, everything, loaded, lora_for, pick, some_attention
 from peft.tuners.lora import LoraLayer
 
 import loramerge as lm
@@ -76,6 +76,10 @@ def silent(layers: Mapping[str, LoraLayer], names: set[str]) -> bool:
     return all(not effect(layers[module]).any() for module in names)
 
 
+def text_ends(module: str, shape: tuple[int, ...]) -> bool:
+    return module.startswith("text_encoder_2.") and ("layers.31." in module or "text_projection" in module) and len(shape) == 2
+
+
 @pytest.fixture(params=[attention, everything], ids=lambda scope: scope.__name__)
 def scope(request: pytest.FixtureRequest) -> Iterator[Callable[[str, tuple[int, ...]], bool]]:
     return request.param
@@ -114,6 +118,26 @@ def test_every_module_of_a_state_dict_has_its_delta_in_the_pipeline(architecture
         assert wrong(layers, lambda module: truth(lora, module), read) == {}
 
 
+@pytest.mark.parametrize("dialect", DIALECTS["sdxl"])
+def test_a_text_projection_with_a_rank_of_its_own_has_its_delta_in_the_pipeline(dialect: str, tmp_path: Path) -> None:
+    lora = lora_for("sdxl", text_ends, rank=lambda module: 1 if module.endswith("text_projection") else 4)
+    path = lm.save(lora, tmp_path / "lora.safetensors", dialect=dialect)
+
+    with loaded("sdxl", str(path)) as layers:
+        module = "text_encoder_2.text_projection"
+
+        assert wrong(layers, lambda module: truth(lora, module), {module}) == {}
+
+
+@pytest.mark.parametrize(("architecture", "dialect"), PAIRS)
+def test_what_diffusers_does_to_a_state_dict_does_not_reach_the_lora(architecture: str, dialect: str) -> None:
+    lora = lora_for(architecture, a_few)
+    before = {module: lora[module].norm() for module in lora}
+
+    with loaded(architecture, lora.state_dict(dialect)):
+        assert {module: lora[module].norm() for module in lora} == before
+
+
 @pytest.mark.parametrize("dialect", ["diffusers", "diffusers-peft"])
 @pytest.mark.parametrize("kind", ["tucker", *(kind for kind in KINDS if kind.startswith(("loha", "lokr")))])
 def test_products_and_tucker_cores_load_as_the_lora_with_the_same_delta(kind: str, dialect: str, tmp_path: Path) -> None:
@@ -130,7 +154,7 @@ def test_a_merge_is_the_weighted_sum_of_deltas_in_the_pipeline(architecture: str
     mixed = ("lora", "loha", "lokr")
     loras = [
         lora_for(architecture, a_few, seed=1, kind=lambda module: pick(module, mixed)),
-        lora_for(architecture, attention if architecture != "flux" else a_few, seed=2, rank=lambda module: 5),
+        lora_for(architecture, some_attention, seed=2, rank=lambda module: 5),
     ]
     weights = [0.7, -0.4]
     merged = lm.merge(loras, weights=weights)
@@ -162,7 +186,7 @@ def test_files_of_two_dialects_merge_to_the_weighted_sum_in_the_pipeline(first: 
 
 
 def test_diffusers_misreads_a_kohya_file_that_keeps_an_alpha_a_module() -> None:
-    lora = lora_for("sdxl", attention)
+    lora = lora_for("sdxl", a_few)
     tensors = lora.state_dict("kohya")
     for key in [key for key in tensors if key.endswith(".alpha")]:
         kept = torch.tensor(pick(key, (1.0, 2.0, 4.0)))

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from importlib.resources import files
+from pathlib import Path
 
 from ..registry import Registry
 from ..tensors import Shape
@@ -19,7 +19,7 @@ from .names import Parts, whole
 @cache
 def model(name: str) -> Mapping[str, Shape]:
     """Module names and weight shapes of one model, in the order in which it registers them."""
-    data = json.loads(files(__package__).joinpath("models", f"{name}.json").read_bytes())
+    data = json.loads((Path(__file__).parent / "models" / f"{name}.json").read_bytes())
     return {module: tuple(shape) for module, shape in data.items()}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.names import Parts, whole
 from ..errors import LayerError, NotALoRAError
-from ..layers import build
+from ..layers import UNKNOWN, build
 from ..tensors import Shape, Spec
 from . import DIALECTS
 from .base import Dialect, table
@@ -109,12 +109,15 @@ def _records(tensors: Mapping[str, Spec]) -> tuple[dict[str, Record], list[str]]
 
 
 def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
-    """IA3's vectors end in plain ``.weight``: theirs only where ``.on_input`` stands beside."""
+    """Give keys with an unknown suffix to the layer that they stand beside; the others are extras."""
     extras = []
     for key in rest:
-        record = records.get(key.removesuffix(".weight"))
-        if record and "on_input" in record.keys:
-            record.keys["ia3_weight"] = key
+        stem, _, end = key.rpartition(".")
+        while stem and stem not in records:
+            stem, _, more = stem.rpartition(".")
+            end = f"{more}.{end}"
+        if stem:
+            records[stem].keys[f"{UNKNOWN}{end}"] = key
         else:
             extras.append(key)
     return extras
@@ -156,6 +159,7 @@ class _Names:
     def __init__(self, records: dict[str, Record], shapes: dict[str, Shape], extras: list[str]) -> None:
         self.records = records
         self.shapes = shapes
+        self.meant: dict[str, str] = {}
         self.extras = extras
         heads = {stem[:40] for stem in records} if len(records) < 64 else {stem[:24] for stem in records}
         meant = {fix[0] for head in heads if (fix := repaired(head))}
@@ -208,10 +212,11 @@ class _Names:
                 found |= here
                 left -= here.keys()
         for stem in left:
-            meant = repaired(stem)
-            parts = meant and self.lookup(a, meant[0])
-            if parts and _fits(self.shapes[stem], parts, a):
+            fix = repaired(stem)
+            parts = fix and self.lookup(a, fix[0])
+            if fix and parts and _fits(self.shapes[stem], parts, a):
                 found[stem] = parts
+                self.meant[stem] = fix[0]
         return found
 
     def lookup(self, a: Architecture, stem: str) -> Parts | None:
@@ -227,7 +232,7 @@ class _Names:
             return [f"no known architecture has these {len(self.records)} modules; they keep the names of the file"]
         notes: list[str] = []
         found = self.fitting(a)
-        reasons = Counter(fix[1] for stem in found if self.lookup(a, stem) is None and (fix := repaired(stem)))
+        reasons = Counter(fix[1] for stem in self.meant if (fix := repaired(stem)))
         notes += [f"repaired {count} names: {why}" for why, count in reasons.items()]
         taken: dict[str, str] = {}
         unknown = []
@@ -270,7 +275,7 @@ class _Names:
         for stem in styled:
             if stem in own:
                 points += 2
-            elif any(stem in other for other in also) or ((fix := repaired(stem)) and fix[0] in own):
+            elif any(stem in other for other in also) or self.meant.get(stem) in own:
                 points += 1
         return points
 

@@ -26,12 +26,14 @@ CARRIED = {
     "b2": "glora",
     "bm": "glora",
     "on_input": "ia3",
-    "ia3_weight": "ia3",
     "embedding_A": "embedding lora",
     "embedding_B": "embedding lora",
     "reshape_weight": "reshaped weight",
 }
 """Roles of algorithms that are carried and not computed with."""
+
+UNKNOWN = "?"
+"""Begins the role of a tensor that stands beside a layer and is none of a layer's known tensors."""
 
 
 def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shape | None) -> Layer:
@@ -46,8 +48,9 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
         LayerError: The tensors are no layer, or one is missing.
     """
     carried = next((CARRIED[role] for role in tensors if role in CARRIED), None)
-    if carried:
-        return Carried(algorithm=carried, held=dict(tensors), alpha=alpha)
+    unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
+    if carried or unknown:
+        return Carried(algorithm=carried or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
     if "magnitude" in tensors:
         rest = {role: t for role, t in tensors.items() if role != "magnitude"}
         return DoRA(direction=build(rest, alpha, weight), magnitude=tensors["magnitude"])
@@ -86,6 +89,7 @@ def shaped(layer: LowRank, weight: Shape) -> LowRank:
 
 
 __all__ = [
+    "UNKNOWN",
     "BiasOnly",
     "Carried",
     "DoRA",

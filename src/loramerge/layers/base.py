@@ -12,7 +12,7 @@ from ..errors import NoFactorsError
 from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, widest
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layer(ABC):
     """The update ΔW of one module, in the tensors that a file holds.
 
@@ -90,7 +90,7 @@ class Layer(ABC):
         return Rows(whole=self, ranges=ranges, source=source)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Rows(Layer):
     """Some rows of another layer's update, where the layer itself can't be cut."""
 

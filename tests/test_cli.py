@@ -1,0 +1,215 @@
+"""The command line, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small import MODULES, small
+
+import loramerge as lm
+from loramerge.cli.run import bar, size, table
+from loramerge.testing import relative_error, weighted_sum
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loramerge", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    return (
+        lm.save(small(seed=1, alpha=2.0), tmp_path / "person.safetensors", dialect="kohya"),
+        lm.save(small(seed=2, rank=6), tmp_path / "jersey.safetensors", dialect="diffusers-peft"),
+    )
+
+
+def refused(result: subprocess.CompletedProcess[str], message: str, folder: Path) -> None:
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(folder.glob("*both*"))
+
+
+def test_two_files_become_one(files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run("merge", *files, "-o", tmp_path / "both.safetensors", "-w", "0.7", "-w", "-0.5", "-j", "2")
+
+    assert result.returncode == 0, result.stderr
+    assert "exact" in result.stdout
+    both, parents = lm.load(tmp_path / "both.safetensors"), [lm.load(f) for f in files]
+    assert both.dialect == "kohya"
+    for module in both:
+        assert relative_error(both[module].delta(), weighted_sum(parents, [0.7, -0.5], module)) <= 1e-6
+
+
+def test_a_merge_takes_weights_by_pattern_a_rank_and_a_dialect(files: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "both.safetensors"
+    result = run(
+        "merge", *files, "-o", out, "-w", "1;text_encoder=0", "-w", "0.5", "--rank", "3", "--to", "comfy", "--dtype", "fp16", "-q"
+    )
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    both = lm.load(out)
+    assert (both.dialect, both.summary("rank")) == ("comfyui", "rank 3")
+    assert {layer.dtype for layer in both.values()} == {"F16"}
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run("merge", *files, "--dry-run", "--weights", "l2", "--rank", "max")
+
+    assert result.returncode == 0
+    assert "4 modules of sdxl (4 in all files), rank 6" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jersey.safetensors", "person.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-w", "1"], "1 weights for 2 LoRAs"),
+        (["-w", "one", "-w", "1"], "Can't read the weight 'one'"),
+        (["--weights", "l3"], "Unknown weights 'l3'"),
+        (["--rank", "some"], "The rank 'some'"),
+        (["--rank", "0"], "The rank 0"),
+        (["--method", "tise"], "Unknown merge method 'tise'"),
+        (["-O", "density=1"], "has no option 'density'"),
+        (["--to", "koyha"], "Did you mean 'kohya'?"),
+        (["--to", "xlabs"], "is read, not written"),
+        (["--dtype", "int4"], "Unknown dtype 'int4'"),
+        (["--exclude", "vae*"], "No module matches the pattern vae*"),
+        (["missing.safetensors"], "No such file or directory: missing.safetensors"),
+    ],
+)
+def test_a_wrong_merge_is_one_readable_error(
+    arguments: list[str], message: str, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    refused(run("merge", *files, "-o", tmp_path / "both.safetensors", *arguments), message, tmp_path)
+
+
+def test_an_output_is_asked_for(files: tuple[Path, Path], tmp_path: Path) -> None:
+    refused(run("merge", *files), "Give --output FILE", tmp_path)
+
+
+@pytest.mark.parametrize("target", ["nowhere/both.safetensors", "both.ckpt"])
+def test_an_output_that_cant_be_is_refused(target: str, files: tuple[Path, Path], tmp_path: Path) -> None:
+    refused(run("merge", *files, "-o", tmp_path / target), "Can't write", tmp_path)
+
+
+def test_values_that_are_not_finite_give_no_output(files: tuple[Path, Path], tmp_path: Path) -> None:
+    data = bytearray(files[0].read_bytes())
+    data[-4:] = np.float32(np.nan).tobytes()
+    files[0].write_bytes(data)
+
+    refused(run("merge", *files, "-o", tmp_path / "both.safetensors"), "NaN or infinite", tmp_path)
+
+
+def test_a_conversion_is_the_same_lora(files: tuple[Path, Path], tmp_path: Path) -> None:
+    converted = tmp_path / "person-diffusers.safetensors"
+
+    assert run("convert", files[0], "-o", converted, "--to", "diffusers").returncode == 0
+
+    same = run("diff", files[0], converted)
+    assert same.returncode == 0
+    assert "The same LoRA" in same.stdout
+
+
+def test_different_loras_differ(files: tuple[Path, Path]) -> None:
+    result = run("diff", *files)
+
+    assert result.returncode == 1
+    assert "Not the same LoRA" in result.stdout
+
+
+def test_a_pickle_is_refused_until_it_is_asked_for(tmp_path: Path) -> None:
+    import torch
+
+    torch.save(small().state_dict("kohya"), tmp_path / "lora.pt")
+    out = tmp_path / "both.safetensors"
+
+    refused(run("convert", tmp_path / "lora.pt", "-o", out, "--to", "diffusers"), "is a pickle", tmp_path)
+    assert run("convert", tmp_path / "lora.pt", "-o", out, "--to", "diffusers", "--allow-pickle").returncode == 0
+
+
+def test_inspect_says_what_a_file_is(files: tuple[Path, Path]) -> None:
+    text = run("inspect", files[0]).stdout
+
+    for words in ("Stable Diffusion XL (sdxl)", "kohya", "4: lora", "IN01", "BASE"):
+        assert words in text
+
+
+def test_inspect_draws_norms_and_gives_json(files: tuple[Path, Path]) -> None:
+    assert "█" in run("inspect", files[0], "--norms").stdout
+
+    data = json.loads(run("inspect", files[0], "--json", "--norms").stdout)
+
+    lora = lm.load(files[0])
+    assert data["dialect"] == "kohya"
+    assert {module: entry["rank"] for module, entry in data["modules"].items()} == dict.fromkeys(MODULES["sdxl"], 4)
+    for module, entry in data["modules"].items():
+        assert entry["alpha"] == 2.0
+        assert entry["norm"] == pytest.approx(np.linalg.norm(lora[module].delta()), rel=1e-5)
+
+
+def test_inspect_reads_no_tensor_and_imports_no_numpy(files: tuple[Path, Path]) -> None:
+    code = (
+        "import sys; sys.argv = ['loramerge', 'inspect', sys.argv[1]]; from loramerge.cli import main; main();"
+        "assert not {'numpy', 'torch', 'typer', 'rich'} & set(sys.modules)"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code, files[0]], capture_output=True, check=False).returncode == 0
+
+
+def test_importing_and_merging_need_no_torch(files: tuple[Path, Path], tmp_path: Path) -> None:
+    code = (
+        "import sys, loramerge as lm; assert not {'numpy', 'torch'} & set(sys.modules);"
+        "lm.save(lm.merge(sys.argv[1:3]), sys.argv[3], dtype='float16');"
+        "assert not {'torch', 'diffusers', 'peft', 'transformers'} & set(sys.modules)"
+    )
+    arguments = [*files, tmp_path / "both.safetensors"]
+
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "diff", "dialects", "methods"])
+def test_every_command_explains_itself_with_an_example(command: str) -> None:
+    text = run(command, "--help").stdout
+
+    assert f"Example: loramerge {command}" in " ".join(text.split())
+
+
+def test_lists_are_complete() -> None:
+    from loramerge.dialects import DIALECTS
+    from loramerge.methods import METHODS
+
+    assert [d["name"] for d in json.loads(run("dialects", "--json").stdout)] == list(DIALECTS)
+    assert [m["name"] for m in json.loads(run("methods", "--json").stdout)] == list(METHODS)
+
+
+def test_an_interrupt_is_no_traceback(files: tuple[Path, Path], tmp_path: Path) -> None:
+    import signal
+
+    out = tmp_path / "both.safetensors"
+    code = (
+        "import sys, os, signal; import loramerge.merging as m; original = m.Plan.merge;"
+        "m.Plan.merge = lambda self, module: (os.kill(os.getpid(), signal.SIGINT), original(self, module))[1];"
+        "from loramerge.cli import main; main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "merge", *files, "-o", out], capture_output=True, text=True, check=False
+    )
+
+    assert result.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in result.stderr
+    assert sorted(os.listdir(tmp_path)) == ["jersey.safetensors", "person.safetensors"]
+
+
+def test_tables_and_bars_are_plain_text() -> None:
+    assert table(["a", "number"], [["x", "1"], ["yy", "22"]]).splitlines()[2:] == ["x        1", "yy      22"]
+    assert bar(1.0, 2.0, width=4) == "██"
+    assert bar(0.0, 0.0) == ""
+    assert [size(n) for n in (12, 1500, 2_500_000, 3_200_000_000)] == ["12 B", "1.5 kB", "2.5 MB", "3.20 GB"]

@@ -1,0 +1,209 @@
+"""Every kind of layer is what its formula says."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loramerge.errors import LayerError, NoFactorsError
+from loramerge.layers import DoRA, Layer, LowRank, build
+from loramerge.tensors import Spec, cast, code, float32, numpy_dtype, parse_dtype, scalar, widest
+from loramerge.testing import KINDS, random_layer, relative_error
+
+LINEAR, CONV, POINT = (48, 32), (24, 16, 3, 3), (24, 16, 1, 1)
+LOW_RANK = [kind for kind in KINDS if kind not in ("full", "dora", "dora-in")]
+
+
+def dense(layer: Layer) -> np.ndarray:
+    """ΔW by the definition, in float64, without factors."""
+    t: dict[str, Any] = {role: np.asarray(a, dtype=np.float64) for role, a in layer.tensors().items()}
+    alpha = getattr(layer, "alpha", None)
+    if "mid" in t:
+        found = np.einsum("oa,abhw,bi->oihw", t["up"][..., 0, 0], t["mid"], t["down"][..., 0, 0])
+        rank = t["down"].shape[0]
+    elif "down" in t:
+        found = np.einsum("or,r...->o...", t["up"].reshape(t["up"].shape[:2]), t["down"])
+        rank = t["down"].shape[0]
+    elif "hada_w1_a" in t:
+        found = _hada(t, 1) * _hada(t, 2)
+        rank = t["hada_w1_b"].shape[0]
+    else:
+        w1 = t.get("lokr_w1") if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+        if "lokr_w2" in t:
+            w2, rank = t["lokr_w2"], None
+        elif "lokr_t2" in t:
+            w2 = np.einsum("abhw,ao,bi->oihw", t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+            rank = t["lokr_w2_b"].shape[0]
+        else:
+            w2, rank = t["lokr_w2_a"] @ t["lokr_w2_b"], t["lokr_w2_b"].shape[0]
+        if rank is None and "lokr_w1_b" in t:
+            rank = t["lokr_w1_b"].shape[0]
+        w2 = w2.reshape(*w2.shape[:2], -1) if w2.ndim > 2 else w2.reshape(w2.shape[0], layer.shape[1] // w1.shape[1], -1)
+        found = np.einsum("ab,cdk->acbdk", w1, w2)
+    scale = 1.0 if alpha is None or rank is None else alpha / rank
+    return scale * found.reshape(layer.shape)
+
+
+def _hada(t: dict[str, Any], i: int) -> np.ndarray:
+    a, b = t[f"hada_w{i}_a"], t[f"hada_w{i}_b"]
+    return np.einsum("abhw,ao,bi->oihw", t[f"hada_t{i}"], a, b) if f"hada_t{i}" in t else a @ b
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("alpha", [None, 2.0, 0.0, -3.0])
+@pytest.mark.parametrize("shape", [LINEAR, CONV, POINT])
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_the_factors_multiply_to_the_formula(
+    kind: str, shape: tuple[int, ...], alpha: float | None, dtype: str
+) -> None:
+    layer = random_layer(shape, kind=kind, rank=3, alpha=alpha, dtype=dtype)
+    up, down = layer.factors()
+
+    assert layer.shape == shape
+    assert up.shape == (shape[0], layer.rank)
+    assert up.dtype == down.dtype == np.float32
+    wanted = dense(layer)
+    assert relative_error(up @ down, wanted) <= 1e-6 or not wanted.any()
+    assert layer.norm() == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_the_rank_is_that_of_the_parts(kind: str) -> None:
+    layer = random_layer(LINEAR, kind=kind, rank=3)
+
+    wanted = {"loha": 9, "loha-tucker": 9, "lokr": 24, "lokr-w1": 12, "lokr-full": 8 * 4, "lokr-both": 9, "lokr-tucker": 24}
+    assert layer.rank == wanted.get(kind, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layout_knows_what_the_layer_knows(kind: str) -> None:
+    layer = random_layer(CONV, kind=kind, rank=2)
+    layout = layer.map(lambda t: Spec(tuple(t.shape), code(t)))
+
+    assert (layout.shape, layout.rank, layout.kind, layout.dtype) == (layer.shape, layer.rank, layer.kind, layer.dtype)
+
+
+@pytest.mark.parametrize("kind", [*LOW_RANK, "full"])
+def test_rows_of_a_layer_are_the_rows_of_its_update(kind: str) -> None:
+    layer = random_layer((48, 32), kind=kind, rank=2)
+    if kind == "full":
+        layer = replace(layer, diff_b=None)
+
+    part = layer.rows(((32, 48), (0, 8)), "source")
+
+    wanted = np.concatenate([layer.delta()[32:48], layer.delta()[:8]])
+    assert part.shape == (24, 32)
+    assert part.norm() == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
+    np.testing.assert_allclose(part.delta(), wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_a_tucker_core_folds_into_a_plain_convolution() -> None:
+    layer = random_layer(CONV, kind="tucker", rank=3, alpha=2.0)
+    assert isinstance(layer, LowRank)
+
+    plain = layer.plain()
+
+    assert plain.mid is None
+    assert plain.rank == 3
+    assert relative_error(plain.delta(), layer.delta()) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "magnitude", "axis"),
+    [
+        (LINEAR, (48, 1), "out"),
+        (LINEAR, (48,), "out"),
+        (LINEAR, (1, 32), "in"),
+        ((32, 32), (32, 1), "out"),
+        ((32, 32), (1, 32), "in"),
+        (CONV, (24, 1, 1, 1), "out"),
+        (CONV, (1, 16, 1, 1), "in"),
+        (CONV, (1, 24, 1, 1), "out"),
+    ],
+)
+def test_doras_axis_is_told_by_the_shape(shape: tuple[int, ...], magnitude: tuple[int, ...], axis: str) -> None:
+    layer = DoRA(direction=random_layer(shape), magnitude=np.ones(magnitude, dtype=np.float32))
+
+    assert layer.axis == axis
+
+
+@pytest.mark.parametrize("kind", ["full", "dora", "dora-in"])
+def test_what_has_no_factors_says_so(kind: str) -> None:
+    with pytest.raises(NoFactorsError, match="Ways out"):
+        random_layer(LINEAR, kind=kind).factors()
+
+
+WRONG: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "missing up": ({"down": (2, 8)}, "missing up"),
+    "ranks differ": ({"down": (2, 8), "up": (8, 3)}, "disagree on the rank"),
+    "one axis": ({"down": (8,), "up": (8, 1)}, "wanted"),
+    "up with a kernel": ({"down": (2, 8, 1, 1), "up": (8, 2, 3, 3)}, "wanted"),
+    "mid of another rank": ({"down": (2, 8, 1, 1), "up": (8, 2, 1, 1), "mid": (3, 3, 3, 3)}, "doesn't fit"),
+    "bias of another size": ({"down": (2, 8), "up": (8, 2), "up_bias": (7,)}, "bias of up"),
+    "half a hadamard": ({"hada_w1_a": (8, 2), "hada_w1_b": (2, 8)}, "missing hada_w2_a"),
+    "halves differ": (
+        {"hada_w1_a": (8, 2), "hada_w1_b": (2, 8), "hada_w2_a": (8, 2), "hada_w2_b": (2, 9)},
+        "two halves",
+    ),
+    "half a factor": ({"lokr_w1": (2, 2), "lokr_w2_a": (4, 2)}, "wanted either lokr_w2"),
+    "two kinds": ({"down": (2, 8), "up": (8, 2), "hada_w1_a": (8, 2)}, "not a whole"),
+    "magnitude of nothing": ({"down": (2, 8), "up": (6, 2), "magnitude": (5, 1)}, "DoRA magnitude"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_tensors_that_are_no_layer_are_refused(case: str) -> None:
+    shapes, message = WRONG[case]
+
+    with pytest.raises(LayerError, match=message):
+        build({role: Spec(shape, "F32") for role, shape in shapes.items()}, None, None)
+
+
+def test_a_one_by_one_convolution_and_a_matrix_are_the_same_layer() -> None:
+    matrix = {"down": np.ones((2, 16), np.float32), "up": np.ones((24, 2), np.float32)}
+
+    layer = build(matrix, None, POINT)
+
+    assert layer.shape == POINT
+    assert layer.delta().shape == POINT
+
+
+HALVES = np.arange(65536, dtype=np.uint16).view(np.float16)
+
+
+def test_every_finite_half_becomes_the_same_float() -> None:
+    finite = HALVES[np.isfinite(HALVES)]
+
+    np.testing.assert_array_equal(float32(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("codes", "wanted"),
+    [(["F16"], "F16"), (["F16", "BF16"], "F32"), (["BF16", "F8_E4M3"], "BF16"), (["I64", "F16"], "F32"), (["F64", "F32"], "F64")],
+)
+def test_the_widest_dtype_holds_them_all(codes: list[str], wanted: str) -> None:
+    assert widest(codes) == wanted
+
+
+@pytest.mark.parametrize("name", ["fp16", "float16", "half", "F16", "torch.float16", "FP16"])
+def test_dtypes_have_many_names(name: str) -> None:
+    assert parse_dtype(name) == "F16"
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "I64", "I32"])
+def test_a_scalar_is_read_without_numpy(dtype: str) -> None:
+    from loramerge.tensors import Stored
+
+    data = np.array(2.5 if dtype[0] != "I" else 3, dtype=numpy_dtype(dtype))
+
+    assert scalar(Stored((), dtype, data.tobytes)) == float(data)
+
+
+def test_the_largest_half_is_kept_and_the_next_refused() -> None:
+    from loramerge.errors import NumberError
+
+    assert math.isfinite(cast(np.array([65519.0], np.float32), "F16")[0])
+    with pytest.raises(NumberError, match="too large"):
+        cast(np.array([65520.0], np.float32), "F16")

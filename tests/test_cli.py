@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small import MODULES, small
 
 import loramerge as lm
 from loramerge.cli.run import bar, size, table
 from loramerge.testing import relative_error, weighted_sum
+from small import MODULES, small
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -49,7 +49,21 @@ def test_two_files_become_one(files: tuple[Path, Path], tmp_path: Path) -> None:
 def test_a_merge_takes_weights_by_pattern_a_rank_and_a_dialect(files: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "both.safetensors"
     result = run(
-        "merge", *files, "-o", out, "-w", "1;text_encoder=0", "-w", "0.5", "--rank", "3", "--to", "comfy", "--dtype", "fp16", "-q"
+        "merge",
+        *files,
+        "-o",
+        out,
+        "-w",
+        "1;text_encoder=0",
+        "-w",
+        "0.5",
+        "--rank",
+        "3",
+        "--to",
+        "comfy",
+        "--dtype",
+        "fp16",
+        "-q",
     )
 
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

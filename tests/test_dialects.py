@@ -1,13 +1,12 @@
 """Laws of every dialect."""
 
 import json
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import MODULES, WRITTEN, small
 
 import loramerge as lm
 from loramerge.architectures import ARCHITECTURES
@@ -17,6 +16,7 @@ from loramerge.dialects.repairs import repaired
 from loramerge.dialects.suffixes import STYLES, parse
 from loramerge.lora import LoRA
 from loramerge.testing import random_lora, relative_error
+from small import MODULES, WRITTEN, small
 
 FAMILIES = list(ARCHITECTURES)
 
@@ -26,7 +26,7 @@ def test_every_module_has_at_most_one_place_among_the_names(dialect: str, family
     names = table(DIALECTS[dialect].names, ARCHITECTURES[family])
     places = [(part.module, part.rows) for parts in names.values() for part in parts]
 
-    assert len(set(module for module, _ in places)) == len(places)
+    assert len({module for module, _ in places}) == len(places)
     assert {module for module, _ in places} <= set(ARCHITECTURES[family].shapes)
 
 
@@ -44,11 +44,13 @@ def test_fused_rows_tile_the_native_weight(family: str) -> None:
         if parts[0].rows is not None:
             rows = sorted(r for part in parts for r in part.rows or ())
             assert rows[0][0] == 0
-            assert all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False))
+            assert all(before[1] == after[0] for before, after in pairwise(rows))
             assert rows[-1][1] == sum(a.shapes[part.module][0] for part in parts)
 
 
-@pytest.mark.parametrize(("dialect", "family"), product(WRITTEN, ["sdxl", "sd15", "sd21", "sdxl-refiner", "sd3-medium"]))
+@pytest.mark.parametrize(
+    ("dialect", "family"), product(WRITTEN, ["sdxl", "sd15", "sd21", "sdxl-refiner", "sd3-medium"])
+)
 def test_what_is_written_is_recognised(dialect: str, family: str) -> None:
     if dialect == "kohya-diffusers" and ARCHITECTURES[family].denoiser != "unet":
         pytest.skip("a dialect of UNets")
@@ -125,7 +127,9 @@ def test_a_transformers_5_text_encoder_is_read() -> None:
 def test_siblings_that_old_diffusers_never_applied_are_left_aside() -> None:
     base = "text_encoder.text_model.encoder.layers.0.self_attn.k_proj"
     ones = np.ones((4, 768), dtype=np.float32)
-    keys = {f"{base}.to_{x}_lora.{end}.weight": ones if end == "down" else ones.T for x in "qkv" for end in ("down", "up")}
+    keys = {
+        f"{base}.to_{x}_lora.{end}.weight": ones if end == "down" else ones.T for x in "qkv" for end in ("down", "up")
+    }
 
     found = lm.load(keys)
 
@@ -268,7 +272,13 @@ def test_what_kohyas_kin_can_say_survives_among_them(dialect: str, kind: str) ->
 
 @pytest.mark.parametrize(
     ("kind", "dialect"),
-    [("full", "diffusers"), ("dora", "diffusers"), ("dora-in", "diffusers-peft"), ("dora-in", "peft"), ("full", "peft")],
+    [
+        ("full", "diffusers"),
+        ("dora", "diffusers"),
+        ("dora-in", "diffusers-peft"),
+        ("dora-in", "peft"),
+        ("full", "peft"),
+    ],
 )
 def test_what_a_dialect_cant_hold_is_refused_by_module(kind: str, dialect: str) -> None:
     with pytest.raises(lm.errors.DialectError, match=r"unet\.down_blocks|can't hold"):

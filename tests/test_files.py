@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import safetensors.torch
-from listings import config, filled, listing
-from small import MODULES, small
 
 import loramerge as lm
+from listings import config, filled, listing
 from loramerge.hub import parse
+from small import MODULES, small
 
 SMALL_LISTINGS = [
     "flux_xlabs",
@@ -79,8 +79,12 @@ def test_a_streamed_merge_is_the_merge_in_memory(tmp_path: Path) -> None:
     assert streamed.read_bytes() == in_memory.read_bytes()
 
 
-@pytest.mark.parametrize(("dtypes", "wanted"), [(("float16",) * 2, "F16"), (("float16", "float32"), "F32"), (("float16", "bfloat16"), "F32")])
-def test_a_merge_is_saved_in_the_widest_of_its_inputs_dtypes(dtypes: tuple[str, str], wanted: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtypes", "wanted"), [(("float16",) * 2, "F16"), (("float16", "float32"), "F32"), (("float16", "bfloat16"), "F32")]
+)
+def test_a_merge_is_saved_in_the_widest_of_its_inputs_dtypes(
+    dtypes: tuple[str, str], wanted: str, tmp_path: Path
+) -> None:
     merged = lm.merge([small(seed=i, dtype=dtype) for i, dtype in enumerate(dtypes)])
 
     found = lm.load(lm.save(merged, tmp_path / "a.safetensors", dialect="diffusers"))
@@ -140,7 +144,11 @@ def test_kohyas_hashes_are_right(tmp_path: Path) -> None:
 def test_metadata_is_carried_and_what_would_be_wrong_is_not(tmp_path: Path) -> None:
     lora = small()
     keys = lora.state_dict("kohya")
-    metadata = {"ss_tag_frequency": '{"a": {"psq-person": 12}}', "modelspec.title": "Person", "sshs_model_hash": "stale"}
+    metadata = {
+        "ss_tag_frequency": '{"a": {"psq-person": 12}}',
+        "modelspec.title": "Person",
+        "sshs_model_hash": "stale",
+    }
     safetensors.torch.save_file(keys, tmp_path / "a.safetensors", {**metadata, "modelspec.hash_sha256": "stale"})
 
     lm.convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers-peft")
@@ -246,7 +254,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path.startswith("/api/models/someone/lora/tree/"):
-            files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in ("readme.md", "x.safetensors")]
+            files = [
+                {"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in ("readme.md", "x.safetensors")
+            ]
             self._answer(json.dumps(files).encode(), "application/json")
         elif self.path.startswith("/someone/lora/resolve/") and "missing" not in self.path:
             self._answer(self.content, "application/octet-stream")

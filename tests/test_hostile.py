@@ -16,11 +16,11 @@ import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import MODULES, small
 
 import loramerge as lm
 from loramerge.storage import writer
 from loramerge.storage.reader import MAX_HEADER, SafetensorsFile
+from small import MODULES, small
 
 
 @pytest.fixture
@@ -98,7 +98,9 @@ def _accepted(read: Callable[[Path], object], path: Path) -> bool:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_our_reader_accepts_no_more_than_the_reference(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_our_reader_accepts_no_more_than_the_reference(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     original = safetensors.numpy.save({"a.lora_up.weight": np.ones((3, 2), np.float32), "b": np.ones(4, np.float16)})
     size = 8 + struct.unpack("<Q", original[:8])[0]
     place = data.draw(st.integers(8, size - 1))
@@ -118,7 +120,7 @@ def test_values_that_are_not_finite_are_refused_by_module(value: float, dtype: s
     key = next(k for k in keys if f"lora_{role}" in k)
     keys[key][0, 0] = value
 
-    with pytest.raises(lm.errors.NumberError, match="attn1_to_q.*NaN or infinite"):
+    with pytest.raises(lm.errors.NumberError, match=r"attn1_to_q.*NaN or infinite"):
         lm.load(keys)
 
 

@@ -40,7 +40,9 @@ def dense(layer: Layer) -> np.ndarray:
             w2, rank = t["lokr_w2_a"] @ t["lokr_w2_b"], t["lokr_w2_b"].shape[0]
         if rank is None and "lokr_w1_b" in t:
             rank = t["lokr_w1_b"].shape[0]
-        w2 = w2.reshape(*w2.shape[:2], -1) if w2.ndim > 2 else w2.reshape(w2.shape[0], layer.shape[1] // w1.shape[1], -1)
+        w2 = (
+            w2.reshape(*w2.shape[:2], -1) if w2.ndim > 2 else w2.reshape(w2.shape[0], layer.shape[1] // w1.shape[1], -1)
+        )
         found = np.einsum("ab,cdk->acbdk", w1, w2)
     scale = 1.0 if alpha is None or rank is None else alpha / rank
     return scale * found.reshape(layer.shape)
@@ -73,7 +75,15 @@ def test_the_factors_multiply_to_the_formula(
 def test_the_rank_is_that_of_the_parts(kind: str) -> None:
     layer = random_layer(LINEAR, kind=kind, rank=3)
 
-    wanted = {"loha": 9, "loha-tucker": 9, "lokr": 24, "lokr-w1": 12, "lokr-full": 8 * 4, "lokr-both": 9, "lokr-tucker": 24}
+    wanted = {
+        "loha": 9,
+        "loha-tucker": 9,
+        "lokr": 24,
+        "lokr-w1": 12,
+        "lokr-full": 8 * 4,
+        "lokr-both": 9,
+        "lokr-tucker": 24,
+    }
     assert layer.rank == wanted.get(kind, 3)
 
 
@@ -181,7 +191,13 @@ def test_every_finite_half_becomes_the_same_float() -> None:
 
 @pytest.mark.parametrize(
     ("codes", "wanted"),
-    [(["F16"], "F16"), (["F16", "BF16"], "F32"), (["BF16", "F8_E4M3"], "BF16"), (["I64", "F16"], "F32"), (["F64", "F32"], "F64")],
+    [
+        (["F16"], "F16"),
+        (["F16", "BF16"], "F32"),
+        (["BF16", "F8_E4M3"], "BF16"),
+        (["I64", "F16"], "F32"),
+        (["F64", "F32"], "F64"),
+    ],
 )
 def test_the_widest_dtype_holds_them_all(codes: list[str], wanted: str) -> None:
     assert widest(codes) == wanted

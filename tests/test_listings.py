@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from listings import NAMES, config, filled, listing
 
+from listings import NAMES, config, filled, listing
 from loramerge.dialects import DIALECTS
 from loramerge.errors import NoFactorsError
 from loramerge.lora import LoRA, from_tensors

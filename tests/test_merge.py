@@ -5,13 +5,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from small import MODULES, WRITTEN, small
 
 import loramerge as lm
 from loramerge import linalg
 from loramerge.layers import low_rank
 from loramerge.lora import LoRA
 from loramerge.testing import relative_error, weighted_sum
+from small import MODULES, WRITTEN, small
 
 Case = tuple[list[LoRA], list[float]]
 TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]
@@ -48,7 +48,9 @@ def test_a_merge_is_the_weighted_sum(case: str, first: str, second: str) -> None
         assert relative_error(merged[module].delta(), weighted_sum(loras, weights, module)) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", ["lora", "tucker", "loha", "loha-tucker", "lokr", "lokr-w1", "lokr-both", "lokr-tucker"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "tucker", "loha", "loha-tucker", "lokr", "lokr-w1", "lokr-both", "lokr-tucker"]
+)
 def test_every_low_rank_kind_merges_exactly(kind: str) -> None:
     loras = [small(kind=kind, rank=2, alpha=3, seed=1), small(rank=3, seed=2)]
 
@@ -177,7 +179,9 @@ def test_two_families_are_refused() -> None:
 
 
 def test_a_text_encoder_merges_into_every_family_that_has_it() -> None:
-    text = lm.load(small("sd15", ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",)).state_dict("diffusers"))
+    text = lm.load(
+        small("sd15", ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj",)).state_dict("diffusers")
+    )
 
     merged = lm.merge([small("flux"), text])
 
@@ -224,5 +228,5 @@ def test_extras_are_kept_and_conflicts_refused() -> None:
 def test_overflow_of_the_dtype_is_refused_by_module() -> None:
     lora = lm.merge([small(modules=(TO_Q,))], weights=[1e7])
 
-    with pytest.raises(lm.errors.NumberError, match="attn1_to_q.*too large for float16"):
+    with pytest.raises(lm.errors.NumberError, match=r"attn1_to_q.*too large for float16"):
         lora.state_dict("kohya", dtype="float16")

@@ -6,13 +6,13 @@ from itertools import product
 
 import numpy as np
 import pytest
-from listings import DATA
-from small import MODULES, small
 
 import loramerge as lm
+from listings import DATA
 from loramerge import blocks
 from loramerge.testing import relative_error, weighted_sum
 from loramerge.weights import matches, parse, resolve
+from small import MODULES, small
 
 TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]
 

@@ -50,9 +50,7 @@ XL = dict(
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "unet-sd15": lambda: unet(cross_attention_dim=768),
-    "unet-sd21": lambda: unet(
-        cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-    ),
+    "unet-sd21": lambda: unet(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
     "unet-sdxl": lambda: unet(**XL, transformer_layers_per_block=(1, 2, 10)),
     "unet-sdxl-refiner": lambda: unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),

@@ -1,9 +1,9 @@
 """loramerge merges LoRA adapters of diffusion models: any dialect in, an exact merge, any dialect out.
 
-    import loramerge as lm
+import loramerge as lm
 
-    both = lm.merge(["person.safetensors", "jersey.safetensors"], weights=[0.7, 0.5])
-    lm.save(both, "both.safetensors", dialect="kohya")
+both = lm.merge(["person.safetensors", "jersey.safetensors"], weights=[0.7, 0.5])
+lm.save(both, "both.safetensors", dialect="kohya")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -31,11 +31,7 @@ class Difference:
 def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
     """The difference of every module that either LoRA has, in order."""
     for module in dict.fromkeys((*first, *second)):
-        yield Difference(module, *_compared(_layer(first, module), _layer(second, module)))
-
-
-def _layer(lora: LoRA, module: str) -> Layer | None:
-    return lora[module] if module in lora else None
+        yield Difference(module, *_compared(first.get(module), second.get(module)))
 
 
 def _compared(first: Layer | None, second: Layer | None) -> tuple[float, float]:

@@ -22,7 +22,7 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Source = str | os.PathLike[str] | Mapping[str, Array]
 
 
-def open(  # noqa: A001 (the verb of the package: lm.open)
+def open(
     source: Source,
     *,
     architecture: str | None = None,
@@ -45,7 +45,7 @@ def open(  # noqa: A001 (the verb of the package: lm.open)
         NotALoRAError: It holds no LoRA.
         LayerError: A layer is incomplete or its shapes disagree.
     """
-    options = {"architecture": architecture, "dialect": dialect}
+    options: dict[str, Any] = {"architecture": architecture, "dialect": dialect}
     if isinstance(source, Mapping):
         return from_tensors({key: Held(array) for key, array in source.items()}, {}, "state dict", **options)
     path = locate(source)
@@ -70,10 +70,7 @@ def load(source: Source, **options: Any) -> LoRA:
     with open(source, **options) as lora:
         if isinstance(source, Mapping) or lora.origin is None:
             return lora.in_memory()
-        held = {
-            key: Held(t.read()) if isinstance(t, Stored) else t
-            for key, t in lora.origin.tensors.items()
-        }
+        held = {key: Held(t.read()) if isinstance(t, Stored) else t for key, t in lora.origin.tensors.items()}
         loaded = from_tensors(
             held,
             lora.metadata,
@@ -214,9 +211,7 @@ def save(
     return target
 
 
-def _save_folder(
-    lora: LoRA, path: Path, spelling: "Spelling", workers: int, progress: "Progress | None"
-) -> Path:
+def _save_folder(lora: LoRA, path: Path, spelling: "Spelling", workers: int, progress: "Progress | None") -> Path:
     """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
     from .dialects.config import component_configs
     from .dialects.write import Group
@@ -259,7 +254,6 @@ def _save_folder(
 
 def _stripped(group: Any, prefix: str) -> Any:
     return lambda: {key.removeprefix(prefix): array for key, array in group.make().items()}
-
 
 
 def convert(

@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 
 from .errors import FileError
 
-REFERENCE = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII
-)
+REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names that diffusers and PEFT give a LoRA, preferred where a repository has several files."""
 
@@ -55,7 +53,9 @@ def choose(files: list[str], repo: str) -> str:
         return weights[0]
     if not weights:
         raise FileError(f"The repository {repo} has no .safetensors file.")
-    raise FileError(f"The repository {repo} has {len(weights)} files; name one: {', '.join(f'{repo}/{f}' for f in weights)}.")
+    raise FileError(
+        f"The repository {repo} has {len(weights)} files; name one: {', '.join(f'{repo}/{f}' for f in weights)}."
+    )
 
 
 def _listing(reference: Reference) -> list[str]:
@@ -71,7 +71,8 @@ def _listing(reference: Reference) -> list[str]:
     def online() -> list[str]:
         return huggingface_hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
 
-    return _asked(reference, cached if huggingface_hub.constants.HF_HUB_OFFLINE else online)
+    found: list[str] = _asked(reference, cached if huggingface_hub.constants.HF_HUB_OFFLINE else online)
+    return found
 
 
 def _fetch(reference: Reference, file: str) -> Path:

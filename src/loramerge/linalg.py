@@ -144,4 +144,4 @@ def distance(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
     up = xp.concat([xp.astype(first[0], xp.float64), -xp.astype(second[0], xp.float64)], axis=1)
     down = xp.concat([xp.astype(first[1], xp.float64), xp.astype(second[1], xp.float64)], axis=0)
     core = xp.linalg.qr(up)[1] @ xp.linalg.qr(down.T)[1].T
-    return float((core**2).sum()) ** 0.5
+    return math.sqrt(float((core**2).sum()))

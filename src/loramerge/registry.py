@@ -8,8 +8,12 @@ from .errors import OptionError
 
 
 class Named(Protocol):
+    """What a registry holds."""
+
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What users type."""
+        ...
 
 
 T = TypeVar("T", bound=Named)

@@ -88,6 +88,7 @@ class Held(Spec):
         self.array = array
 
     def read(self) -> Array:
+        """The array."""
         return self.array
 
 
@@ -143,11 +144,13 @@ def numpy_dtype(dtype: str) -> "np.dtype[Any]":
     if dtype in ("BF16", "F8_E4M3", "F8_E5M2"):
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, NAMES[dtype]))
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, NAMES[dtype]))
+        return found
     return np.dtype(NAMES[dtype])
 
 
 def is_torch(array: Array) -> bool:
+    """Whether an array is a torch tensor, without importing torch."""
     return type(array).__module__.startswith("torch")
 
 
@@ -161,6 +164,7 @@ def namespace(array: Array) -> Any:
 
 
 def nbytes(shape: Shape, dtype: str) -> int:
+    """Bytes that a tensor takes in a file."""
     return math.prod(shape) * SIZES[dtype]
 
 
@@ -254,4 +258,5 @@ def flatten(tensor: Array) -> Array:
 
 
 def reshape(tensor: Array | Spec, shape: Shape) -> Array | Spec:
+    """A tensor, or a Spec, in another shape."""
     return Spec(shape, tensor.dtype) if isinstance(tensor, Spec) else tensor.reshape(shape)

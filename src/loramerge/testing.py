@@ -22,7 +22,7 @@ def random_lora(
     *,
     kind: str = "lora",
     rank: int | Callable[[str], int] = 4,
-    alpha: float | None | Callable[[str], float | None] = None,
+    alpha: float | Callable[[str], float | None] | None = None,
     dtype: str = "float32",
     seed: int = 0,
     dialect: str = "kohya",
@@ -60,7 +60,13 @@ def random_lora(
 
 
 def random_layer(
-    shape: Shape, *, kind: str = "lora", rank: int = 4, alpha: float | None = None, dtype: str = "float32", seed: int = 0
+    shape: Shape,
+    *,
+    kind: str = "lora",
+    rank: int = 4,
+    alpha: float | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
 ) -> Layer:
     """A layer with random values; the arguments are those of `random_lora`."""
     import numpy as np
@@ -77,9 +83,9 @@ def middle(module: str, shape: Shape) -> bool:
         return False
     places = ("unet.mid_block.attentions.0.transformer_blocks.0.attn", "layers.0.self_attn.", "layer.0.SelfAttention")
     blocks = ("transformer.transformer_blocks.0.attn", "transformer.single_transformer_blocks.0.")
-    return module.startswith((places[0], *blocks)) or (module.startswith("text_encoder") and ".0." in module[:40] and (
-        places[1] in module or places[2] in module
-    ))
+    return module.startswith((places[0], *blocks)) or (
+        module.startswith("text_encoder") and ".0." in module[:40] and (places[1] in module or places[2] in module)
+    )
 
 
 def everything(module: str, shape: Shape) -> bool:
@@ -154,9 +160,7 @@ def _lokr(full1: bool, full2: bool, tucker: bool = False) -> Make:
         o1, i1 = _factor(shape[0]), _factor(shape[1])
         o2, i2 = shape[0] // o1, shape[1] // i1
         kernel = shape[2:]
-        sizes: dict[str, Shape] = (
-            {"lokr_w1": (o1, i1)} if full1 else {"lokr_w1_a": (o1, rank), "lokr_w1_b": (rank, i1)}
-        )
+        sizes: dict[str, Shape] = {"lokr_w1": (o1, i1)} if full1 else {"lokr_w1_a": (o1, rank), "lokr_w1_b": (rank, i1)}
         if full2:
             sizes |= {"lokr_w2": (o2, i2, *kernel)}
         elif tucker and kernel:

@@ -149,9 +149,7 @@ def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
         except re.error as error:
             raise OptionError(f"{pattern!r} is not a regular expression: {error}.") from None
     component = module.partition(".")[0]
-    return (
-        pattern == component or fnmatchcase(module, pattern) or pattern == blocks.block(module, architecture)
-    )
+    return pattern == component or fnmatchcase(module, pattern) or pattern == blocks.block(module, architecture)
 
 
 def _label(weight: float | Mapping[str, float]) -> str:

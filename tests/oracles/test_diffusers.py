@@ -186,7 +186,7 @@ def test_files_of_two_dialects_merge_to_the_weighted_sum_in_the_pipeline(first: 
 
 
 def test_diffusers_misreads_a_kohya_file_that_keeps_an_alpha_a_module() -> None:
-    lora = lora_for("sdxl", a_few)
+    lora = lora_for("sdxl", some_attention)
     tensors = lora.state_dict("kohya")
     for key in [key for key in tensors if key.endswith(".alpha")]:
         kept = torch.tensor(pick(key, (1.0, 2.0, 4.0)))

@@ -1,8 +1,8 @@
 """The commands and their options."""
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 
-class Scope(str, Enum):
+class Scope(StrEnum):
     """What "l2" takes the norms over."""
 
     module = "module"
@@ -44,7 +44,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Merge LoRAs of diffusion models: any dialect in, an exact merge, any dialect out."""
 
@@ -52,7 +54,9 @@ def root(
 @app.command()
 def inspect(
     file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
-    norms: Annotated[bool, typer.Option("--norms", help="Read the tensors too: norms by block, as a bar chart.")] = False,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Read the tensors too: norms by block, as a bar chart.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs: every module, all metadata.")] = False,
     architecture: Arch = None,
     allow_pickle: Pickle = False,
@@ -84,10 +88,11 @@ def convert(
     """
     from ..files import open, save
 
-    with open(file, architecture=architecture, allow_pickle=allow_pickle) as lora, progress("Converting", quiet) as report:
-        path = save(
-            lora, output, dialect=to, dtype=dtype, allow_lossy=allow_lossy, workers=workers, progress=report
-        )
+    with (
+        open(file, architecture=architecture, allow_pickle=allow_pickle) as lora,
+        progress("Converting", quiet) as report,
+    ):
+        path = save(lora, output, dialect=to, dtype=dtype, allow_lossy=allow_lossy, workers=workers, progress=report)
         if not quiet:
             print(f"{lora.name} ({lora.dialect}, {lora.architecture or 'unknown family'}) → {path} ({to})")
             for note in lora.notes:
@@ -97,7 +102,9 @@ def convert(
 @app.command()
 def merge(
     files: Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write; for peft a directory.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write; for peft a directory.")
+    ] = None,
     weight: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,7 +144,7 @@ def merge(
         weights=cast(Any, weight or weights),
         method=method,
         rank=_rank(rank),
-        scope=cast(Literal["module", "component", "whole"], scope.value),
+        scope=scope.value,
         exclude=exclude or (),
         device=device,
         **_options(method, option or []),
@@ -241,7 +248,9 @@ def dialects(json: Annotated[bool, typer.Option("--json", help="For programs.")]
     from ..dialects import DIALECTS
 
     if json:
-        _print_json([{"name": d.name, "writes": d.writes, "title": d.title, "source": d.source} for d in DIALECTS.values()])
+        _print_json(
+            [{"name": d.name, "writes": d.writes, "title": d.title, "source": d.source} for d in DIALECTS.values()]
+        )
         return
     rows = [[d.name, "read, write" if d.writes else "read", d.title] for d in DIALECTS.values()]
     print(table(["dialect", "", "tools"], rows))
@@ -256,7 +265,12 @@ def methods(json: Annotated[bool, typer.Option("--json", help="For programs.")] 
     from ..methods import METHODS
 
     if json:
-        _print_json([{"name": m.name, "title": m.title, "source": m.source, "options": list(m.options)} for m in METHODS.values()])
+        _print_json(
+            [
+                {"name": m.name, "title": m.title, "source": m.source, "options": list(m.options)}
+                for m in METHODS.values()
+            ]
+        )
         return
     print(table(["method", "what it does"], [[m.name, m.title] for m in METHODS.values()]))
 

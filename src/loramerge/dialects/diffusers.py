@@ -88,7 +88,9 @@ def _free_peft(module: str) -> str | None:
     component, _, path = module.partition(".")
     if not _free(module):
         return None
-    return f"base_model.model.{path}" if component in ("unet", "transformer") else f"{component}/base_model.model.{path}"
+    return (
+        f"base_model.model.{path}" if component in ("unet", "transformer") else f"{component}/base_model.model.{path}"
+    )
 
 
 DIFFUSERS = Dialect(

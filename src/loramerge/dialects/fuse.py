@@ -46,7 +46,9 @@ def fused(
     if whole := _same_whole(parts, found):
         return whole
     if all(layer.rank is not None and not isinstance(layer, DoRA) for layer in found):
-        return _fused_low_rank(parts, [layer and _low_rank(layer, as_lora) for layer in given], rows_of)
+        return _fused_low_rank(
+            parts, [None if layer is None else _low_rank(layer, as_lora) for layer in given], rows_of
+        )
     if len(found) == len(parts) and all(isinstance(layer, Full) and layer.diff_b is None for layer in found):
         return Full(diff=_concat([layer.diff for layer in found]))  # type: ignore[attr-defined]
     if len(found) == len(parts) and all(isinstance(layer, DoRA) and layer.axis == "out" for layer in found):
@@ -99,7 +101,11 @@ def _fused_low_rank(parts: Parts, layers: list[LowRank | None], rows_of: Callabl
             up=Block((sum(rows), rank), code(found[0].up)), down=Block((rank, *first.shape[1:]), code(first))
         )
     if shared:
-        down, up, ids = first, _concat([_up(layer, n, found[0]) for layer, n in zip(layers, rows, strict=True)]), found[0].down_id
+        down, up, ids = (
+            first,
+            _concat([_up(layer, n, found[0]) for layer, n in zip(layers, rows, strict=True)]),
+            found[0].down_id,
+        )
     else:
         down, up, ids = _concat([layer.down for layer in found]), _block_diagonal(layers, rows), None
     alpha = None if found[0].alpha is None else scale * down.shape[0]
@@ -153,7 +159,7 @@ def _block_diagonal(layers: list[LowRank | None], rows: list[int]) -> Array | Sp
         return Spec((sum(rows), total), dtype)
     same = len({code(layer.up) for layer in found}) == 1
     first = found[0].up if same else float32(found[0].up)
-    up = _zeros((sum(rows), total), first)
+    up: Array = _zeros((sum(rows), total), first)
     row = column = 0
     for layer, count in zip(layers, rows, strict=True):
         if layer is not None:
@@ -187,11 +193,11 @@ def compacted(layer: LowRank) -> LowRank:
         return layer
     if isinstance(layer.up, Spec):
         return replace(layer, up=Spec(layer.up.shape, code(layer.up)), down=Block(layer.down.shape, code(layer.down)))
-    used = (layer.up != 0).any(0) if hasattr(layer.up, "any") else None
-    keep = [int(i) for i in range(layer.rank) if used is None or bool(used[i])] or [0]
+    up: Array = layer.up
+    down: Array = layer.down
+    used = (up != 0).any(0)
+    keep = [i for i in range(layer.rank) if bool(used[i])] or [0]
     if len(keep) == layer.rank:
         return layer
     alpha = layer.scale * len(keep)
-    return replace(layer, up=layer.up[:, keep], down=layer.down[keep], alpha=None if alpha == len(keep) else alpha)
-
-
+    return replace(layer, up=up[:, keep], down=down[keep], alpha=None if alpha == len(keep) else alpha)

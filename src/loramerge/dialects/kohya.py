@@ -117,9 +117,7 @@ ONETRAINER = Dialect(
 
 def lycoris_names(a: Architecture) -> Mapping[str, Parts]:
     return {f"lycoris_{flat(path)}": parts for path, parts in a.denoiser_paths.items()} | {
-        f"lycoris_{flat(path)}": parts
-        for encoder in a.text_encoders
-        for path, parts in a.text_paths(encoder).items()
+        f"lycoris_{flat(path)}": parts for encoder in a.text_encoders for path, parts in a.text_paths(encoder).items()
     }
 
 

@@ -73,7 +73,9 @@ def read(
     found = ARCHITECTURES[architecture] if architecture else names.architecture(metadata)
     notes = names.resolve(found)
     if unused:
-        notes.append(f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them")
+        notes.append(
+            f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them"
+        )
     chosen = DIALECTS[dialect] if dialect else names.dialect(found)
     for record in names.records.values():
         if not record.parts:
@@ -301,4 +303,3 @@ def _fits(shape: Shape, parts: Parts, a: Architecture) -> bool:
     for size in wanted[0][1:]:
         width *= size
     return columns == width
-

@@ -7,11 +7,19 @@ REPAIRS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     for pattern, meant, why in (
         (r"unet\.unet\.", "unet.", "'unet.' twice (diffusers 0.2x, ZipLoRA)"),
         (r"pipe\.(?=unet\.|transformer\.)", "", "'pipe.' in front"),
-        (r"(unet|transformer|text_encoder(?:_\d)?)\.base_model\.model\.", r"\1.", "PEFT's wrapper inside (SimpleTuner)"),
+        (
+            r"(unet|transformer|text_encoder(?:_\d)?)\.base_model\.model\.",
+            r"\1.",
+            "PEFT's wrapper inside (SimpleTuner)",
+        ),
         (r"lora_unet_unet_", "lora_unet_", "'unet' twice"),
         (r"lora_unet__", "lora_unet_", "two underscores"),
         (r"Hunyuan_video_I2V_lora_", "lora_unet_", "HunyuanVideo-I2V's prefix"),
-        (r"diffusion_model\.(?=(?:double|single)_blocks\.\d+\.processor\.)", "", "XLabs' names behind ComfyUI's prefix"),
+        (
+            r"diffusion_model\.(?=(?:double|single)_blocks\.\d+\.processor\.)",
+            "",
+            "XLabs' names behind ComfyUI's prefix",
+        ),
         (r"(?:diffusion_model\.){2}", "diffusion_model.", "'diffusion_model.' twice"),
         (
             r"((?:text_encoder(?:_\d)?[./])?(?:base_model\.model\.)?)(?=encoder\.layers\.)",

@@ -1,8 +1,9 @@
 """Writing a LoRA under a dialect's names: every layer in a form that the dialect's readers get right."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..architectures import ARCHITECTURES, Architecture
@@ -55,9 +56,7 @@ def state_dict(lora: "LoRA", dialect: str | None, dtype: str | None) -> dict[str
     return {key: array for group in spelling.groups for key, array in group.arrays().items()}
 
 
-def spell(
-    lora: "LoRA", dialect: str | None = None, dtype: str | None = None, *, allow_lossy: bool = False
-) -> Spelling:
+def spell(lora: "LoRA", dialect: str | None = None, dtype: str | None = None, *, allow_lossy: bool = False) -> Spelling:
     """Names and shapes of a LoRA in a dialect; values follow when each group is made.
 
     A LoRA that goes back to the dialect it was read in keeps its tensors as they are.
@@ -80,9 +79,13 @@ def spell(
 def _verbatim(lora: "LoRA", dtype: str | None) -> list[Group]:
     assert lora.origin
     return [
-        Group(key, {key: _cast_spec(tensor, dtype)}, lambda key=key, tensor=tensor: {key: tensor.read()})
+        Group(key, {key: _cast_spec(tensor, dtype)}, partial(_as_read, key, tensor))
         for key, tensor in lora.origin.tensors.items()
     ]
+
+
+def _as_read(key: str, tensor: Tensor) -> dict[str, Array]:
+    return {key: tensor.read()}
 
 
 def _cast_spec(spec: Spec, dtype: str | None) -> Spec:
@@ -115,9 +118,9 @@ class _Writer:
                 continue
             self.layers[parts[0].module] = layout.map(_shape_only)
             specs = {key: self.spec(key, tensor) for key, tensor in self.tensors(stem, parts, layout).items()}
-            yield Group(stem, specs, lambda stem=stem, parts=parts: self.values(stem, parts))
+            yield Group(stem, specs, partial(self.values, stem, parts))
         for key, tensor in self.extras().items():
-            yield Group(key, {key: _cast_spec(tensor, None)}, lambda key=key, tensor=tensor: {key: tensor.read()})
+            yield Group(key, {key: _cast_spec(tensor, None)}, partial(_as_read, key, tensor))
 
     def extras(self) -> Mapping[str, Tensor]:
         """Embeddings and strays, where the dialect's readers don't choke on them."""
@@ -161,7 +164,7 @@ class _Writer:
 
     def held(self, part: Part, layer: Layer) -> Layer:
         """A layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""
-        if part.rows is None and isinstance(layer, Rows) or layer.kind not in self.dialect.holds:
+        if (part.rows is None and isinstance(layer, Rows)) or layer.kind not in self.dialect.holds:
             layer = _as_lora(layer, self.dialect)
         if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
             layer = layer.plain()
@@ -236,9 +239,9 @@ def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
     return replace(low_rank(*layer.factors(), layer.shape), diff_b=layer.diff_b)
 
 
-def _constant_alpha(layers: "Iterator[Layer] | object") -> float | None:
+def _constant_alpha(layers: Iterable[Layer]) -> float | None:
     """The alpha that most LoRA layers have already, so that most stay as they are."""
-    natural = [a for layer in layers if (a := _natural(layer))]  # type: ignore[attr-defined]
+    natural = [a for layer in layers if (a := _natural(layer))]
     if not natural:
         return None
     counts = Counter(natural)
@@ -308,9 +311,7 @@ def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
         linear, conv = ((out,), (1, out, *[1] * (rest - 1))) if peft else ((out, 1), (out, *[1] * rest))
         shape = linear if rest == 1 else conv
         magnitude = layer.magnitude
-        tensors["magnitude"] = (
-            Spec(shape, magnitude.dtype) if isinstance(magnitude, Spec) else magnitude.reshape(shape)
-        )
+        tensors["magnitude"] = Spec(shape, magnitude.dtype) if isinstance(magnitude, Spec) else magnitude.reshape(shape)
     return tensors
 
 

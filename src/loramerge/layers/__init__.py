@@ -85,7 +85,9 @@ def shaped(layer: LowRank, weight: Shape) -> LowRank:
     tail = (1,) * (len(weight) - 2)
     up = reshape(layer.up, (now[0], layer.rank, *tail))
     down = reshape(layer.down, (layer.rank, *weight[1:]))
-    return LowRank(up=up, down=down, up_bias=layer.up_bias, diff_b=layer.diff_b, alpha=layer.alpha, down_id=layer.down_id)
+    return LowRank(
+        up=up, down=down, up_bias=layer.up_bias, diff_b=layer.diff_b, alpha=layer.alpha, down_id=layer.down_id
+    )
 
 
 __all__ = [

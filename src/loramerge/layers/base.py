@@ -119,7 +119,7 @@ class Rows(Layer):
     def tensors(self) -> dict[str, Array | Spec]:
         return self.whole.tensors()
 
-    def map(self, function: Callable[[Any], Any]) -> "Rows":  # type: ignore[override]
+    def map(self, function: Callable[[Any], Any]) -> "Rows":
         return dataclasses.replace(self, whole=self.whole.map(function))
 
     def factors(self) -> tuple[Array, Array]:
@@ -152,4 +152,5 @@ def matrix(tensor: Array) -> Array:
 
 
 def identity(size: int, like: Array) -> Array:
+    """The identity matrix, in the dtype and on the device of another array."""
     return namespace(like).eye(size, dtype=like.dtype, device=like.device)

@@ -61,7 +61,7 @@ class DoRA(Layer):
     def tensors(self) -> dict[str, Array | Spec]:
         return {**self.direction.tensors(), "magnitude": self.magnitude}
 
-    def map(self, function: Callable[[Any], Any]) -> "DoRA":  # type: ignore[override]
+    def map(self, function: Callable[[Any], Any]) -> "DoRA":
         return replace(self, direction=self.direction.map(function), magnitude=function(self.magnitude))
 
     def delta(self) -> Array:
@@ -73,6 +73,4 @@ class DoRA(Layer):
     def rows(self, ranges: Ranges, source: object) -> Layer:
         if self.axis == "in":
             return super().rows(ranges, source)
-        return replace(
-            self, direction=self.direction.rows(ranges, source), magnitude=take_rows(self.magnitude, ranges)
-        )
+        return replace(self, direction=self.direction.rows(ranges, source), magnitude=take_rows(self.magnitude, ranges))

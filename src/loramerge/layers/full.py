@@ -142,7 +142,7 @@ class Carried(Layer):
     def tensors(self) -> dict[str, Array | Spec]:
         return dict(self.held)
 
-    def map(self, function: Callable[[Any], Any]) -> "Carried":  # type: ignore[override]
+    def map(self, function: Callable[[Any], Any]) -> "Carried":
         return replace(self, held={role: function(t) for role, t in self.held.items()})
 
     def delta(self) -> Array:

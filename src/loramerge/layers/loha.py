@@ -44,9 +44,9 @@ class LoHa(Layer):
             raise LayerError(f"the two halves of the product have shapes {sizes[0]} and {sizes[1]}")
 
     def _half(self, which: int) -> "_Half":
-        return _Half(
-            *(getattr(self, f"hada_{name}") for name in (f"w{which}_a", f"w{which}_b", f"t{which}")), which
-        )
+        if which == 1:
+            return _Half(self.hada_w1_a, self.hada_w1_b, self.hada_t1, which)
+        return _Half(self.hada_w2_a, self.hada_w2_b, self.hada_t2, which)
 
     @property
     def shape(self) -> Shape:

@@ -102,10 +102,8 @@ class LoKr(Layer):
 def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array | None) -> tuple[Array, Array]:
     """One part as a product (o, k) @ (k, i·kh·kw), with the smallest k that its form allows."""
     if core is not None:
-        assert a is not None and b is not None
         return matrix(a).T, _tucker(core, matrix(b))
     if full is None:
-        assert a is not None and b is not None
         return matrix(a), matrix(b)
     whole = matrix(full)
     rows, columns = whole.shape

@@ -95,7 +95,7 @@ def _tucker(mid: Array, down: Array) -> Array:
     from ..tensors import float32
 
     core = float32(mid)
-    rank, inner, *kernel = core.shape
+    rank, inner = core.shape[:2]
     by_place = xp.permute_dims(core.reshape((rank, inner, -1)), (2, 0, 1)) @ down
     return xp.permute_dims(by_place, (1, 2, 0)).reshape((rank, -1))
 
@@ -110,9 +110,7 @@ def low_rank(up: Array, down: Array, shape: Shape, down_id: Hashable = None) -> 
     """
     rank = up.shape[1]
     tail = (1,) * (len(shape) - 2)
-    return LowRank(
-        up=_shaped(up, (shape[0], rank, *tail)), down=_shaped(down, (rank, *shape[1:])), down_id=down_id
-    )
+    return LowRank(up=_shaped(up, (shape[0], rank, *tail)), down=_shaped(down, (rank, *shape[1:])), down_id=down_id)
 
 
 def _shaped(tensor: Array | Spec, shape: Shape) -> Array | Spec:

@@ -68,10 +68,10 @@ def method(name: str, *, source: str, rank: Rank) -> Callable[[Merge], Method]:
 
 
 def sum_of_ranks(layers: Sequence[Layer]) -> int:
+    """The rank of a concatenation."""
     return sum(layer.rank or 0 for layer in layers)
 
 
 def largest_rank(layers: Sequence[Layer]) -> int:
+    """The rank of a sum of factors."""
     return max(layer.rank or 0 for layer in layers)
-
-

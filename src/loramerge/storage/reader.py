@@ -20,6 +20,7 @@ from ..tensors import SIZES, Stored
 MAX_HEADER = 100_000_000
 """The reference implementation's limit, in bytes."""
 
+
 class SafetensorsFile(dict[str, Stored]):
     """The tensors of an open file by key, in the file's order, and its metadata.
 

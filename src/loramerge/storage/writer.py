@@ -8,7 +8,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,8 @@ def write(
         layout = _Layout(specs, {**metadata, **_PLACEHOLDERS} if hashes else metadata)
         _reserve(fd, layout.size)
         _write_at(fd, layout.header, 0)
-        done = 0
-        for _ in _each(groups, lambda group: _write_group(fd, group, layout), workers):
-            done += 1
+        written = _each(groups, lambda group: _write_group(fd, group, layout), workers)
+        for done, _ in enumerate(written, start=1):
             if progress:
                 progress(done, len(groups))
         if hashes:
@@ -80,7 +79,23 @@ class _Layout:
         self.size = self.start + at
 
 
-_ORDER = "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 U16 F16 BF16 I32 U32 F32 F64 I64 U64".split()
+_ORDER = [
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E5M2",
+    "F8_E4M3",
+    "I16",
+    "U16",
+    "F16",
+    "BF16",
+    "I32",
+    "U32",
+    "F32",
+    "F64",
+    "I64",
+    "U64",
+]
 RANK = {code: i for i, code in enumerate(_ORDER)}
 """The reference implementation's order of dtypes, which it writes from last to first."""
 
@@ -98,9 +113,10 @@ def _bytes(array: Array) -> memoryview:
     if is_torch(array):
         import torch
 
-        array = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    array = np.ascontiguousarray(array)
-    return memoryview(array.reshape(-1).view(np.uint8))
+        flat: Any = array.detach().cpu().contiguous().reshape(-1)
+        array = flat.view(torch.uint8).numpy()
+    octets: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return memoryview(octets)
 
 
 def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -159,11 +175,10 @@ def _replacing(path: Path) -> Iterator[int]:
 
 
 def _discard(fd: int, name: str) -> None:
-    for undo in (lambda: os.close(fd), lambda: os.unlink(name)):
-        try:
-            undo()
-        except OSError:
-            continue
+    with suppress(OSError):  # closed already
+        os.close(fd)
+    with suppress(OSError):
+        os.unlink(name)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The command line, as a user runs it."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -227,3 +228,48 @@ def test_tables_and_bars_are_plain_text() -> None:
     assert bar(1.0, 2.0, width=4) == "██"
     assert bar(0.0, 0.0) == ""
     assert [size(n) for n in (12, 1500, 2_500_000, 3_200_000_000)] == ["12 B", "1.5 kB", "2.5 MB", "3.20 GB"]
+
+
+def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+    lora = small(kind="dora")
+    part = small(modules=MODULES["sdxl"][:1])
+    mixed = lm.save(dataclasses.replace(lora, layouts={**lora.layouts, **part.layouts}), tmp_path / "m.safetensors")
+
+    result = run("convert", mixed, "-o", tmp_path / "d.safetensors", "--to", "diffusers", "--allow-lossy")
+
+    assert result.returncode == 0
+    assert result.stdout.count("left out:") == 3
+    assert set(lm.load(tmp_path / "d.safetensors")) == set(part)
+
+
+def test_nothing_is_not_written(tmp_path: Path) -> None:
+    path = lm.save(small(kind="full"), tmp_path / "full.safetensors")
+
+    refused(
+        run("convert", path, "-o", tmp_path / "both.safetensors", "--to", "diffusers", "--allow-lossy"),
+        "nothing is left",
+        tmp_path,
+    )
+
+
+def test_modules_can_be_left_out_of_a_conversion(files: tuple[Path, Path], tmp_path: Path) -> None:
+    run("convert", files[0], "-o", tmp_path / "d.safetensors", "--to", "diffusers", "--exclude", "text_encoder*")
+
+    assert set(lm.load(tmp_path / "d.safetensors")) == set(MODULES["sdxl"][:3])
+
+
+def test_dora_files_compare(tmp_path: Path) -> None:
+    a = lm.save(small(kind="dora"), tmp_path / "a.safetensors")
+    b = lm.save(small(kind="dora"), tmp_path / "b", dialect="peft")
+    c = lm.save(small(kind="dora", seed=4), tmp_path / "c.safetensors")
+
+    assert run("diff", a, b).returncode == 0
+    assert run("diff", a, c).returncode == 1
+
+
+def test_a_device_that_is_not_there_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    refused(run("merge", *files, "-o", tmp_path / "both.safetensors", "--device", "gpu9"), "device 'gpu9'", tmp_path)
+
+
+def test_weights_given_together_are_explained(files: tuple[Path, Path], tmp_path: Path) -> None:
+    refused(run("merge", *files, "-o", tmp_path / "both.safetensors", "-w", "1", "0.5"), "one by one", tmp_path)

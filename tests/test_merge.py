@@ -163,7 +163,7 @@ def test_the_device_is_used() -> None:
 
 @pytest.mark.parametrize("kind", ["full", "dora", "dora-in"])
 def test_what_has_no_factors_is_refused_with_the_ways_out(kind: str) -> None:
-    with pytest.raises(lm.errors.MergeError, match="exclude="):
+    with pytest.raises(lm.errors.MergeError, match=r"\(exclude\)"):
         lm.merge([small(kind=kind), small()])
 
 
@@ -230,3 +230,21 @@ def test_overflow_of_the_dtype_is_refused_by_module() -> None:
 
     with pytest.raises(lm.errors.NumberError, match=r"attn1_to_q.*too large for float16"):
         lora.state_dict("kohya", dtype="float16")
+
+
+def test_a_lora_of_which_all_is_excluded_adds_nothing() -> None:
+    merged = lm.merge([small(seed=1), small(modules=(TEXT,), kind="full")], weights=[1, 1], exclude=["text_encoder*"])
+
+    assert set(merged) == {TO_Q, CONV, SHORTCUT}
+
+
+def test_excluding_everything_or_nothing_is_refused() -> None:
+    with pytest.raises(lm.errors.OptionError, match="Nothing is left"):
+        lm.merge([small()], exclude=["*"])
+    with pytest.raises(lm.errors.OptionError, match="No module matches"):
+        lm.merge([small()], exclude=["vae*"])
+
+
+def test_an_average_of_factors_needs_equal_ranks_already_in_the_plan() -> None:
+    with pytest.raises(lm.errors.MergeError, match="equal ranks, got 4, 6"):
+        lm.plan([small(rank=4), small(rank=6)], method="factor_average")

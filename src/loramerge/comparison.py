@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from . import linalg
 from .errors import NoFactorsError
-from .layers import Layer
+from .layers import DoRA, Layer
 from .layers.base import dense_norm
 from .lora import LoRA
 from .tensors import float32
@@ -25,7 +25,9 @@ class Difference:
     @property
     def relative(self) -> float:
         """The distance in units of the norm."""
-        return self.distance / self.norm if self.norm else (math.inf if self.distance else 0.0)
+        if not self.distance:
+            return 0.0
+        return self.distance / self.norm if 0 < self.norm < math.inf else math.inf
 
 
 def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
@@ -42,18 +44,24 @@ def _compared(first: Layer | None, second: Layer | None) -> tuple[float, float]:
         return (size, size) if second is None else (0.0, size)
     if first.shape != second.shape and math.prod(first.shape) != math.prod(second.shape):
         return _norm(first), math.inf
-    if first.rank and second.rank and first.kind != "dora" and second.kind != "dora":
+    if isinstance(first, DoRA) and isinstance(second, DoRA):
+        return _compared_doras(first, second)
+    if "dora" not in (first.kind, second.kind) and first.rank and second.rank:
         up, down = first.factors()
         return linalg.norm(up, down), linalg.distance((up, down), second.factors())
-    return _compared_dense(first, second)
-
-
-def _compared_dense(first: Layer, second: Layer) -> tuple[float, float]:
     try:
         delta = first.delta()
         return dense_norm(delta), dense_norm(delta - second.delta().reshape(delta.shape))
     except NoFactorsError:
-        return _norm(first), 0.0 if _same_tensors(first, second) else math.inf
+        return math.inf, 0.0 if _same_tensors(first, second) else math.inf
+
+
+def _compared_doras(first: DoRA, second: DoRA) -> tuple[float, float]:
+    """Directions as LoRAs; magnitudes are the same or the layers are not."""
+    a, b = float32(first.magnitude).reshape(-1), float32(second.magnitude).reshape(-1)
+    same = first.axis == second.axis and bool((a == b).all())
+    norm, distance = _compared(first.direction, second.direction)
+    return norm, distance if same else math.inf
 
 
 def _norm(layer: Layer) -> float:

@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import hub
+from .dialects import DIALECTS
 from .errors import FileError, OptionError
 from .lora import LoRA, from_tensors
 from .storage.reader import SafetensorsFile
@@ -91,7 +92,9 @@ def locate(source: str | os.PathLike[str]) -> Path:
     reference = hub.parse(text)
     looks_local = not text.startswith("hf://") and (path.suffix in (".safetensors", *PICKLES) and text.count("/") != 2)
     if reference is None or looks_local:
-        raise FileError(f"No such file or directory: {path}.")
+        number = text.lstrip("-").replace(".", "", 1).isdigit()
+        hint = " Weights are given one by one: -w 0.7 -w 0.5." if number else ""
+        raise FileError(f"No such file or directory: {path}.{hint}")
     return hub.download(reference)
 
 
@@ -136,8 +139,8 @@ def _config(path: Path) -> dict[str, Any]:
 def _unpickle(path: Path, allow: bool) -> dict[str, Tensor]:
     if not allow:
         raise FileError(
-            f"{path.name} is a pickle, which can run code when it is opened. Way out: allow_pickle=True reads its "
-            "tensors only, with torch's weights_only loader."
+            f"{path.name} is a pickle, which can run code when it is opened. Way out: have its tensors read, and "
+            "nothing else, with torch's weights_only loader (allow_pickle)."
         )
     import torch
 
@@ -172,6 +175,7 @@ def save(
     allow_lossy: bool = False,
     workers: int = 1,
     progress: "Progress | None" = None,
+    lost: Callable[[str], object] | None = None,
 ) -> Path:
     """Write a LoRA, whole or not at all.
 
@@ -186,6 +190,7 @@ def save(
         allow_lossy: Whether to leave out what the dialect can't hold.
         workers: Threads; the bytes are the same for any number.
         progress: Called with the number of modules done and of all.
+        lost: Called with a line for each thing that ``allow_lossy`` left out.
 
     Returns:
         The path that was written.
@@ -198,16 +203,34 @@ def save(
     from .dialects.write import spell
     from .metadata import for_writing
 
-    target = Path(path).expanduser()
+    target = check_target(path, dialect or lora.dialect)
     spelling = spell(lora, dialect, dtype, allow_lossy=allow_lossy)
+    for line in spelling.left_out if lost else ():
+        lost(line)  # type: ignore[misc]
     if spelling.dialect.name == "peft":
         return _save_folder(lora, target, spelling, workers, progress)
-    if target.is_dir() or target.suffix != ".safetensors":
-        raise OptionError(f"Can't write {target}: wanted a path that ends in .safetensors.")
     from .storage.writer import write
 
     metadata, hashes = for_writing(lora, spelling)
     write(target, spelling.groups, metadata, workers=workers, progress=progress, hashes=hashes)
+    return target
+
+
+def check_target(path: str | os.PathLike[str], dialect: str) -> Path:
+    """The path that a LoRA will be written to, if it can be.
+
+    Raises:
+        OptionError: The dialect is unknown, or the path is not of its kind.
+        FileError: The directory is missing.
+    """
+    target = Path(path).expanduser()
+    if DIALECTS[dialect].name == "peft":
+        return target.with_suffix("") if target.suffix == ".safetensors" else target
+    if target.is_dir() or target.suffix != ".safetensors":
+        raise OptionError(f"Can't write {target}: wanted a path that ends in .safetensors.")
+    if not target.parent.is_dir():
+        reason = "Not a directory" if target.parent.exists() else "No such file or directory"
+        raise FileError(f"Can't write {target}: {reason}: {target.parent}.")
     return target
 
 
@@ -218,8 +241,6 @@ def _save_folder(lora: LoRA, path: Path, spelling: "Spelling", workers: int, pro
     from .metadata import for_writing
     from .storage.writer import write, write_text
 
-    if path.suffix == ".safetensors":
-        path = path.with_suffix("")
     configs = cast(dict[str, Any], lora.origin.config) if spelling.verbatim and lora.origin else {}
     if not configs:
         written = component_configs(spelling.layers)

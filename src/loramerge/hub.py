@@ -94,6 +94,6 @@ def _asked(reference: Reference, ask: Callable[[], Any], file: str = "") -> Any:
     except Exception as error:  # the client raises its own, httpx's and the system's errors
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(
-            f"Can't get {what} from the Hub: {first} Check the name, the network, and HF_TOKEN for a private one. "
+            f"Can't get {what} from the Hub: {first.rstrip('.')}. Check the name, the network, and HF_TOKEN for a private one. "
             f"If a local file was meant: there is none called {reference.repo}."
         ) from error

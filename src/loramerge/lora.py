@@ -1,7 +1,7 @@
 """A LoRA: what a file means, whatever it was called."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -119,12 +119,17 @@ class LoRA(Mapping[str, Layer]):
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_some(self)}")
         return self._keep(kept, patterns)
 
+    def part(self, modules: Iterable[str]) -> "LoRA":
+        """The LoRA of some of the modules, maybe of none."""
+        layouts = {m: self.layouts[m] for m in modules}
+        return (
+            self if len(layouts) == len(self) else replace(self, layouts=layouts, origin=None, compute=self.__getitem__)
+        )
+
     def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
         if not modules:
             raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_some(self)}")
-        if len(modules) == len(self):
-            return self
-        return replace(self, layouts={m: self.layouts[m] for m in modules}, origin=None, compute=self.__getitem__)
+        return self.part(modules)
 
     def in_memory(self) -> "LoRA":
         """The same LoRA with every layer computed."""

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from . import linalg
@@ -34,13 +35,15 @@ class Step:
     inputs: tuple[int, ...]
     """Which of the LoRAs have the module; in the others ΔW is zero."""
     ranks: tuple[int, ...]
+    full_rank: int
+    """Rank of the method's own result, before it is cut."""
     rank: int
     """Rank of the result."""
 
     @property
-    def exact(self) -> bool:
-        """Whether the result needs no truncation."""
-        return self.rank >= min(sum(self.ranks), self.shape[0], math.prod(self.shape[1:]))
+    def cut(self) -> bool:
+        """Whether the result is cut to a smaller rank than it has."""
+        return self.rank < min(self.full_rank, self.shape[0], math.prod(self.shape[1:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +172,9 @@ def plan(
     if not opened:
         raise MergeError("Nothing to merge: give at least one LoRA.")
     if exclude:
-        opened = [_without(lora, exclude) for lora in opened]
-        _check_excluded(loras, opened, exclude)
+        opened = _without(opened, exclude)
+    if device is not None:
+        _check_device(device)
     chosen = METHODS[method]
     chosen.check(options)
     steps = _steps(opened, chosen, _rank_rule(rank))
@@ -245,16 +249,24 @@ def merge(
     return planned.lora().in_memory()
 
 
-def _without(lora: LoRA, exclude: Sequence[str]) -> LoRA:
+def _without(loras: Sequence[LoRA], exclude: Sequence[str]) -> list[LoRA]:
+    """The LoRAs without some modules; one of which nothing is left adds nothing."""
+    kept = [lora.part(m for m in lora if not any(fnmatchcase(m, p) for p in exclude)) for lora in loras]
+    patterns = " or ".join(exclude)
+    if all(len(now) == len(was) for now, was in zip(kept, loras, strict=True)):
+        raise OptionError(f"No module matches the pattern {patterns}, such as {next(iter(loras[0]))}.")
+    if not any(kept):
+        raise OptionError(f"Nothing is left to merge: every module matches {patterns}.")
+    return kept
+
+
+def _check_device(device: str) -> None:
+    import torch
+
     try:
-        return lora.exclude(*exclude)
-    except OptionError:
-        return lora
-
-
-def _check_excluded(before: Sequence[object], after: Sequence[LoRA], exclude: Sequence[str]) -> None:
-    if all(now is was for now, was in zip(after, before, strict=True)):
-        raise OptionError(f"No module matches the pattern {' or '.join(exclude)}, such as {next(iter(after[0]))}.")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}") from None
 
 
 def _steps(loras: Sequence[LoRA], method: Method, rule: "Callable[[Sequence[int]], int]") -> dict[str, Step]:
@@ -264,8 +276,9 @@ def _steps(loras: Sequence[LoRA], method: Method, rule: "Callable[[Sequence[int]
         layouts = [_mergeable(loras[i], module) for i in inputs]
         shape = _common_shape([loras[i] for i in inputs], module)
         ranks = tuple(layout.rank or 0 for layout in layouts)
-        limit = min(method.rank(layouts), shape[0], math.prod(shape[1:]))
-        steps[module] = Step(module, shape, inputs, ranks, max(1, min(rule(ranks), limit)))
+        full = method.rank(layouts)
+        limit = min(full, shape[0], math.prod(shape[1:]))
+        steps[module] = Step(module, shape, inputs, ranks, full, max(1, min(rule(ranks), limit)))
     return steps
 
 

@@ -235,7 +235,7 @@ def _checked(array: Array, narrow: Array) -> Array:
     if code(narrow) in ("F16", "F8_E4M3", "F8_E5M2", "BF16") and math.prod(array.shape):
         largest = float(abs(array).max())
         if largest > LARGEST[code(narrow)]:
-            raise NumberError(f"{largest:.4g} is too large for {NAMES[code(narrow)]}; save with dtype='float32'")
+            raise NumberError(f"{largest:.4g} is too large for {NAMES[code(narrow)]}; save as float32")
     return narrow
 
 

@@ -1,5 +1,6 @@
 """Random LoRAs and dense references: for our tests, and for authors of dialects and methods."""
 
+import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -77,15 +78,15 @@ def random_layer(
     return KINDS[kind](np.random.default_rng(seed), shape, rank, alpha, dtype)
 
 
+PLACES = re.compile(
+    r"unet\.mid_block\.attentions\.0\.transformer_blocks\.0\.attn|transformer\.(single_)?transformer_blocks\.0\.|"
+    r"text_encoder(_\d)?\.(text_model\.encoder\.layers\.0\.self_attn|encoder\.block\.0\.layer\.0\.SelfAttention\.[qkvo]$)"
+)
+
+
 def middle(module: str, shape: Shape) -> bool:
-    """Some attention projections of every component."""
-    if len(shape) < 2:
-        return False
-    places = ("unet.mid_block.attentions.0.transformer_blocks.0.attn", "layers.0.self_attn.", "layer.0.SelfAttention")
-    blocks = ("transformer.transformer_blocks.0.attn", "transformer.single_transformer_blocks.0.")
-    return module.startswith((places[0], *blocks)) or (
-        module.startswith("text_encoder") and ".0." in module[:40] and (places[1] in module or places[2] in module)
-    )
+    """Attention projections in one block of every component."""
+    return len(shape) >= 2 and PLACES.match(module) is not None
 
 
 def everything(module: str, shape: Shape) -> bool:

@@ -31,14 +31,14 @@ SOME = re.compile(
 )
 
 
-def clip(layers: int, *, projection: bool = False) -> torch.nn.Module:
+def clip(layers: int, *, width: int = WIDTH, projection: bool = False) -> torch.nn.Module:
     config = CLIPTextConfig(
         vocab_size=9,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=2,
-        projection_dim=WIDTH,
+        projection_dim=width,
         max_position_embeddings=8,
         bos_token_id=0,
         eos_token_id=1,

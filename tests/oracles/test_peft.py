@@ -2,7 +2,8 @@
 
 import copy
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,13 @@ RANK_ENDS = {"conv_in": 2, "time_embedding.linear_1": 3, "attn1.to_q": 5, "conv1
 ALPHA_ENDS = {"conv_in": 1.0, "attn1.to_q": 8.0, "attn2.to_k": 3.0}
 
 
+@cache
+def models() -> dict[str, torch.nn.Module]:
+    return pipelines.components(pipelines.PIPELINES["sdxl"]())
+
+
 def model(component: str) -> torch.nn.Module:
-    return copy.deepcopy(pipelines.components(pipelines.PIPELINES["sdxl"]())[component])
+    return copy.deepcopy(models()[component])
 
 
 def read(component: str, folder: Path) -> dict[str, LoraLayer]:
@@ -144,12 +150,10 @@ def biased(lora: LoRA, biases: Mapping[str, np.ndarray]) -> LoRA:
     return LoRA(name="biased", architecture=lora.architecture, dialect=lora.dialect, layouts=layouts)
 
 
-def adapted(component: str = "unet", **options: object) -> PeftModel:
-    """A PEFT model with random factors, on modules of every kind."""
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["to_q", "to_k", "to_out.0", "conv_in", "conv1", "linear_1"]}
-    if component != "unet":
-        settings["target_modules"] = ["q_proj", "fc1"]
-    adapter = get_peft_model(model(component), LoraConfig(**settings | options))
+def adapted(**options: object) -> PeftModel:
+    """A UNet with random factors, on modules of every kind."""
+    targets = ["to_q", "to_k", "to_out.0", "conv_in", "conv1", "linear_1"]
+    adapter = get_peft_model(model("unet"), LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets} | options))
     torch.manual_seed(0)
     randomise(adapter, "default")
     return adapter
@@ -187,9 +191,21 @@ def test_an_adapter_that_peft_saved_has_pefts_deltas(options: dict[str, object],
     assert wrong(truth, lora) == {}
 
 
+def text_encoder(component: str) -> torch.nn.Module:
+    """A text encoder of SDXL with its real widths, by which a lone directory is recognised."""
+    with torch.device("meta"):
+        real = pipelines.clip(12, width=768)
+        if component == "text_encoder_2":
+            real = pipelines.clip(32, width=1280, projection=True)
+    return pipelines.hollow(real)
+
+
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
 def test_a_text_encoders_adapter_that_peft_saved_has_pefts_deltas(component: str, tmp_path: Path) -> None:
-    adapter = adapted(component, rank_pattern={"fc1": 2}, alpha_pattern={"layers.3.mlp.fc1": 5.0})
+    config = LoraConfig(r=4, target_modules=r".*\.layers\.[38]\.(self_attn\.q_proj|mlp\.fc1)")
+    config.rank_pattern, config.alpha_pattern = {"fc1": 2}, {"layers.3.mlp.fc1": 5.0}
+    adapter = get_peft_model(text_encoder(component), config)
+    randomise(adapter, "default")
     adapter.save_pretrained(tmp_path / component)
 
     lora = lm.load(tmp_path, architecture="sdxl")
@@ -225,15 +241,24 @@ def test_the_dora_magnitudes_that_peft_saved_are_norms_of_rows(tmp_path: Path) -
         np.testing.assert_array_equal(np.asarray(lora[module].magnitude).ravel(), wanted)
 
 
+def test_a_directory_in_which_peft_saved_two_adapters_is_the_first(tmp_path: Path) -> None:
+    adapter = adapted()
+    adapter.add_adapter("second", LoraConfig(r=2, target_modules=["to_q"]))
+    adapter.save_pretrained(tmp_path)
+
+    assert set(lm.load(tmp_path, architecture="sdxl")) == set(layers("unet", adapter.base_model.model))
+
+
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PeftModel, list[Path]]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PeftModel, list[Path]]:
     """One PEFT model with two adapters of one rank, and their directories."""
     folder = tmp_path_factory.mktemp("pair")
     adapter = adapted(r=4, lora_alpha=6)
     adapter.add_adapter("second", LoraConfig(**adapter.peft_config["default"].to_dict() | {"lora_alpha": 2}))
     randomise(adapter, "second")
-    adapter.save_pretrained(folder)
-    yield adapter, [folder, folder / "second"]
+    for name in ("default", "second"):
+        adapter.save_pretrained(folder / f"only-{name}", selected_adapters=[name])
+    return adapter, [folder / "only-default", folder / "only-second" / "second"]
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (1.0, 1.0), (0.7, 0.2), (1.0, -0.5), (-0.3, 2.0)])

@@ -1,5 +1,6 @@
 """The commands and their options."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -33,6 +34,7 @@ Arch = Annotated[str | None, typer.Option("--architecture", help="The model fami
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Glob of modules to leave out.")]
 To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
 
 
@@ -75,6 +77,7 @@ def convert(
     file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")],
     to: Annotated[str, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")],
+    exclude: Exclude = None,
     dtype: Dtype = None,
     architecture: Arch = None,
     allow_lossy: Lossy = False,
@@ -86,17 +89,35 @@ def convert(
 
     Example: loramerge convert person.safetensors -o person-diffusers.safetensors --to diffusers
     """
-    from ..files import open, save
+    from ..files import check_target, open, save
 
+    check_target(output, to)
     with (
         open(file, architecture=architecture, allow_pickle=allow_pickle) as lora,
         progress("Converting", quiet) as report,
     ):
-        path = save(lora, output, dialect=to, dtype=dtype, allow_lossy=allow_lossy, workers=workers, progress=report)
+        kept = lora.exclude(*exclude) if exclude else lora
+        lost: list[str] = []
+        path = save(
+            kept,
+            output,
+            dialect=to,
+            dtype=dtype,
+            allow_lossy=allow_lossy,
+            workers=workers,
+            progress=report,
+            lost=lost.append,
+        )
         if not quiet:
             print(f"{lora.name} ({lora.dialect}, {lora.architecture or 'unknown family'}) → {path} ({to})")
-            for note in lora.notes:
-                print(f"  note: {note}")
+            _print_notes(lora.notes, lost)
+
+
+def _print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
+    for note in notes:
+        print(f"  note: {note}")
+    for line in lost:
+        print(f"  left out: {line}")
 
 
 @app.command()
@@ -116,7 +137,7 @@ def merge(
     method: Annotated[str, typer.Option("--method", "-m", help="See 'loramerge methods'.")] = "linear",
     rank: Annotated[str, typer.Option("--rank", "-r", help="sum (exact), max, or a number.")] = "sum",
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="NAME=VALUE of the method.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Glob of modules to leave out.")] = None,
+    exclude: Exclude = None,
     to: To = None,
     dtype: Dtype = None,
     device: Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")] = None,
@@ -131,7 +152,8 @@ def merge(
 
     Example: loramerge merge person.safetensors jersey.safetensors -o both.safetensors -w 0.7 -w 0.5
     """
-    from ..files import open, save
+    from ..dialects.write import check_writable
+    from ..files import check_target, open, save
     from ..merging import plan
 
     if output is None and not dry_run:
@@ -149,18 +171,30 @@ def merge(
         device=device,
         **_options(method, option or []),
     )
+    if output is not None:
+        check_target(output, to or planned.dialect)
+        check_writable(to or planned.dialect, planned.dialect)
     if not quiet:
         print(_plan_table(planned))
     if dry_run or output is None:
         return
+    lost: list[str] = []
     with progress("Merging", quiet) as report:
         path = save(
-            planned.lora(), output, dialect=to, dtype=dtype, allow_lossy=allow_lossy, workers=workers, progress=report
+            planned.lora(),
+            output,
+            dialect=to,
+            dtype=dtype,
+            allow_lossy=allow_lossy,
+            workers=workers,
+            progress=report,
+            lost=lost.append,
         )
     if not quiet:
         written = path if path.is_file() else path / "adapter_model.safetensors"
         where = f", {size(written.stat().st_size)}" if written.exists() else ""
         print(f"→ {path} ({to or planned.dialect}{where})")
+        _print_notes((), lost)
 
 
 def _rank(text: str) -> int | str:
@@ -192,16 +226,18 @@ def _plan_table(planned: Any) -> str:
         for lora, label in zip(planned.loras, planned.weights.label, strict=True)
     ]
     steps = planned.steps.values()
-    exact = sum(step.exact for step in steps)
-    shared = sum(len(step.inputs) == len(planned.loras) for step in steps)
+    shared = sum(len(step.inputs) == sum(map(bool, planned.loras)) for step in steps)
     low, high = min(s.rank for s in steps), max(s.rank for s in steps)
-    kind = "exact" if exact == len(steps) else f"{len(steps) - exact} modules cut to a smaller rank"
+    cut = sum(step.cut for step in steps)
+    exact = "exact" if planned.method.name == "linear" else "nothing is cut"
+    notes = [f"  note: {lora.name}: {note}" for lora in planned.loras for note in lora.notes]
     return "\n".join(
         [
             table(["file", "dialect", "modules", "rank", "weight"], rows),
             f"{planned.method.name}: {len(steps)} modules of {planned.architecture or 'an unknown family'} "
-            f"({shared} in all files), rank {low if low == high else f'{low} to {high}'}, {kind}, "
-            f"{size(planned.size)} in {planned.dtype}",
+            f"({shared} in all files), rank {low if low == high else f'{low} to {high}'}, "
+            f"{f'{cut} modules cut to a smaller rank' if cut else exact}, {size(planned.size)} in {planned.dtype}",
+            *notes,
         ]
     )
 

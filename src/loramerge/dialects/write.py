@@ -68,11 +68,11 @@ def spell(lora: "LoRA", dialect: str | None = None, dtype: str | None = None, *,
     wanted = parse_dtype(dtype) if dtype else lora.dtype
     if lora.origin and lora.origin.dialect == target.name:
         return Spelling(target, _verbatim(lora, wanted), verbatim=True)
-    if not target.writes:
-        writable = ", ".join(d.name for d in DIALECTS.values() if d.writes)
-        raise DialectError(f"The dialect {target.name} is read, not written. Written are: {writable}.")
+    check_writable(target.name, lora.dialect)
     writer = _Writer(lora, target, wanted, allow_lossy)
     groups = list(writer.groups())
+    if not writer.layers:
+        raise DialectError(f"{lora.name}: nothing is left that {target.name} can hold: {'; '.join(writer.left_out)}.")
     return Spelling(target, groups, False, writer.layers, tuple(writer.left_out))
 
 
@@ -82,6 +82,18 @@ def _verbatim(lora: "LoRA", dtype: str | None) -> list[Group]:
         Group(key, {key: _cast_spec(tensor, dtype)}, partial(_as_read, key, tensor))
         for key, tensor in lora.origin.tensors.items()
     ]
+
+
+def check_writable(name: str, own: str) -> None:
+    """Refuse a dialect that is only read; unknown names can be kept, though.
+
+    Raises:
+        DialectError: The dialect is only read.
+    """
+    target = DIALECTS[name]
+    if not target.writes and not (target.name == own == "other"):
+        writable = ", ".join(d.name for d in DIALECTS.values() if d.writes)
+        raise DialectError(f"The dialect {target.name} is read, not written. Written are: {writable}.")
 
 
 def _as_read(key: str, tensor: Tensor) -> dict[str, Array]:
@@ -130,7 +142,7 @@ class _Writer:
         if not self.allow_lossy:
             raise DialectError(
                 f"{self.lora.name}: {self.dialect.name} can't hold the tensors that belong to no layer: {names}. "
-                "Way out: allow_lossy=True leaves them out."
+                "Way out: leave them out (allow_lossy)."
             )
         self.left_out.append(f"tensors that belong to no layer: {names}")
         return {}
@@ -148,7 +160,7 @@ class _Writer:
             family = self.lora.architecture or "an unknown architecture"
             raise DialectError(
                 f"{self.lora.name}: {self.dialect.name} has no name for the module {module} of {family}. "
-                "Ways out: another dialect, or leave the module out with exclude=."
+                "Ways out: another dialect, or leave the module out (exclude)."
             )
         return stem, whole(module)
 

@@ -8,7 +8,7 @@ from ..errors import NoFactorsError
 from ..tensors import Array, Ranges, Shape, Spec, float32, take_rows
 from .base import Layer, dense_norm
 
-LEAVE_OUT = "leave the module out with exclude="
+LEAVE_OUT = "leave the module out (exclude)"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

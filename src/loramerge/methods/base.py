@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import OptionError
+from ..errors import MergeError, OptionError
 from ..layers import Layer, LowRank
 
 Merge = Callable[..., LowRank]
@@ -72,6 +72,13 @@ def sum_of_ranks(layers: Sequence[Layer]) -> int:
     return sum(layer.rank or 0 for layer in layers)
 
 
-def largest_rank(layers: Sequence[Layer]) -> int:
-    """The rank of a sum of factors."""
-    return max(layer.rank or 0 for layer in layers)
+def equal_rank(layers: Sequence[Layer]) -> int:
+    """The rank that all layers have.
+
+    Raises:
+        MergeError: They differ.
+    """
+    ranks = [layer.rank or 0 for layer in layers]
+    if len(set(ranks)) > 1:
+        raise MergeError(f"this method needs equal ranks, got {', '.join(map(str, ranks))}; linear takes any")
+    return ranks[0]

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from ..errors import MergeError
 from ..layers import Layer, LowRank, low_rank
 from ..tensors import Array, Spec, float32, namespace
-from .base import largest_rank, method, sum_of_ranks
+from .base import equal_rank, method, sum_of_ranks
 
 
 @method("linear", source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/lora-file.md", rank=sum_of_ranks)
@@ -25,7 +24,7 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
 @method(
     "factor_average",
     source="https://github.com/huggingface/peft, tuners/lora/model.py, combination_type='linear'",
-    rank=largest_rank,
+    rank=equal_rank,
 )
 def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
     """PEFT's "linear": sums of factors, each by √|w|. Not the weighted sum: cross terms are as large as it.
@@ -36,9 +35,6 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
     Raises:
         MergeError: Ranks differ.
     """
-    ranks = [layer.rank for layer in layers]
-    if len(set(ranks)) > 1:
-        raise MergeError(f"factor_average needs equal ranks, got {', '.join(map(str, ranks))}; linear takes any")
     up: Array = 0.0
     down: Array = 0.0
     for layer, weight in zip(layers, weights, strict=True):

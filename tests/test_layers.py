@@ -130,13 +130,21 @@ def test_a_tucker_core_folds_into_a_plain_convolution() -> None:
         ((32, 32), (1, 32), "in"),
         (CONV, (24, 1, 1, 1), "out"),
         (CONV, (1, 16, 1, 1), "in"),
-        (CONV, (1, 24, 1, 1), "out"),
     ],
 )
 def test_doras_axis_is_told_by_the_shape(shape: tuple[int, ...], magnitude: tuple[int, ...], axis: str) -> None:
     layer = DoRA(direction=random_layer(shape), magnitude=np.ones(magnitude, dtype=np.float32))
 
     assert layer.axis == axis
+
+
+def test_pefts_norms_of_a_convolutions_rows_are_not_taken_for_columns() -> None:
+    direction = random_layer((24, 24, 3, 3)).tensors()
+
+    layer = build({**direction, "row_magnitude": np.ones((1, 24, 1, 1), np.float32)}, None, None)
+
+    assert isinstance(layer, DoRA)
+    assert layer.axis == "out"
 
 
 @pytest.mark.parametrize("kind", ["full", "dora", "dora-in"])

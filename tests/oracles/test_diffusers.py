@@ -77,7 +77,11 @@ def silent(layers: Mapping[str, LoraLayer], names: set[str]) -> bool:
 
 
 def text_ends(module: str, shape: tuple[int, ...]) -> bool:
-    return module.startswith("text_encoder_2.") and ("layers.31." in module or "text_projection" in module) and len(shape) == 2
+    return (
+        module.startswith("text_encoder_2.")
+        and ("layers.31." in module or "text_projection" in module)
+        and len(shape) == 2
+    )
 
 
 @pytest.fixture(params=[attention, everything], ids=lambda scope: scope.__name__)
@@ -140,7 +144,9 @@ def test_what_diffusers_does_to_a_state_dict_does_not_reach_the_lora(architectur
 
 @pytest.mark.parametrize("dialect", ["diffusers", "diffusers-peft"])
 @pytest.mark.parametrize("kind", ["tucker", *(kind for kind in KINDS if kind.startswith(("loha", "lokr")))])
-def test_products_and_tucker_cores_load_as_the_lora_with_the_same_delta(kind: str, dialect: str, tmp_path: Path) -> None:
+def test_products_and_tucker_cores_load_as_the_lora_with_the_same_delta(
+    kind: str, dialect: str, tmp_path: Path
+) -> None:
     lora = lora_for("sdxl", a_few, kind=lambda module: kind)
     path = lm.save(lora, tmp_path / "lora.safetensors", dialect=dialect)
 
@@ -171,7 +177,9 @@ def test_a_merge_is_the_weighted_sum_of_deltas_in_the_pipeline(architecture: str
 
 @pytest.mark.parametrize("first", ["kohya", "diffusers-peft"])
 @pytest.mark.parametrize("second", ["kohya-diffusers", "diffusers"])
-def test_files_of_two_dialects_merge_to_the_weighted_sum_in_the_pipeline(first: str, second: str, tmp_path: Path) -> None:
+def test_files_of_two_dialects_merge_to_the_weighted_sum_in_the_pipeline(
+    first: str, second: str, tmp_path: Path
+) -> None:
     loras = [lora_for("sdxl", a_few, seed=1), lora_for("sdxl", a_few, seed=2, rank=lambda module: 5)]
     files = [
         lm.save(lora, tmp_path / f"{dialect}.safetensors", dialect=dialect)

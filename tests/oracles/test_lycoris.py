@@ -18,7 +18,11 @@ from loramerge import LoRA
 from loramerge.layers import build
 from loramerge.testing import relative_error
 
-ATTENTION = ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", (640, 640))
+ATTENTION = (
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+    "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    (640, 640),
+)
 LINEAR = ("lora_unet_input_blocks_1_0_emb_layers_1", "unet.down_blocks.0.resnets.0.time_emb_proj", (320, 1280))
 CONV = ("lora_unet_input_blocks_1_0_in_layers_2", "unet.down_blocks.0.resnets.0.conv1", (320, 320, 3, 3))
 SKIP = ("lora_unet_input_blocks_4_0_skip_connection", "unet.down_blocks.1.resnets.0.conv_shortcut", (640, 320, 1, 1))
@@ -50,24 +54,18 @@ LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 W1, W1_PAIR, W2, W2_PAIR = ("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2",), ("lokr_w2_a", "lokr_w2_b")
 FORMS = {
     "locon-tucker-conv3x3": Case(locon(use_tucker=True, lora_dim=4, alpha=2), (*LOCON, "lora_mid.weight"), "conv3x3"),
-    "loha-tucker-conv3x3": Case(
-        loha(use_tucker=True, lora_dim=3, alpha=2), (*LOHA, "hada_t1", "hada_t2"), "conv3x3"
-    ),
+    "loha-tucker-conv3x3": Case(loha(use_tucker=True, lora_dim=3, alpha=2), (*LOHA, "hada_t1", "hada_t2"), "conv3x3"),
     "lokr-both-full": Case(lokr(full_matrix=True, factor=8, lora_dim=4, alpha=2), (*W1, *W2)),
     "lokr-both-full-conv3x3": Case(lokr(full_matrix=True, factor=8, lora_dim=4, alpha=2), (*W1, *W2), "conv3x3"),
     "lokr-both-factored": Case(lokr(decompose_both=True, lora_dim=4, alpha=2), (*W1_PAIR, *W2_PAIR)),
-    "lokr-both-factored-conv3x3": Case(
-        lokr(decompose_both=True, lora_dim=4, alpha=2), (*W1_PAIR, *W2_PAIR), "conv3x3"
-    ),
+    "lokr-both-factored-conv3x3": Case(lokr(decompose_both=True, lora_dim=4, alpha=2), (*W1_PAIR, *W2_PAIR), "conv3x3"),
     "lokr-w1-factored": Case(
         lokr(decompose_both=True, unbalanced_factorization=True, lora_dim=8, alpha=2), (*W1_PAIR, *W2), "conv_in"
     ),
     "lokr-tucker-conv3x3": Case(
         lokr(use_tucker=True, factor=8, lora_dim=4, alpha=2), (*W1, *W2_PAIR, "lokr_t2"), "conv3x3"
     ),
-    "lokr-unbalanced": Case(
-        lokr(unbalanced_factorization=True, lora_dim=4, alpha=2), (*W1, *W2_PAIR), "linear"
-    ),
+    "lokr-unbalanced": Case(lokr(unbalanced_factorization=True, lora_dim=4, alpha=2), (*W1, *W2_PAIR), "linear"),
 }
 for place in ("attention", "linear", "conv3x3", "conv1x1"):
     FORMS |= {

@@ -25,17 +25,17 @@ ALPHA_ENDS = {"conv_in": 1.0, "attn1.to_q": 8.0, "attn2.to_k": 3.0}
 
 
 @cache
-def models() -> dict[str, torch.nn.Module]:
-    return pipelines.components(pipelines.PIPELINES["sdxl"]())
+def models(architecture: str) -> dict[str, torch.nn.Module]:
+    return pipelines.components(pipelines.PIPELINES[architecture]())
 
 
-def model(component: str) -> torch.nn.Module:
-    return copy.deepcopy(models()[component])
+def model(architecture: str, component: str) -> torch.nn.Module:
+    return copy.deepcopy(models(architecture)[component])
 
 
 def read(component: str, folder: Path) -> dict[str, LoraLayer]:
     """PEFT's layers of one component from a directory that loramerge wrote, by loramerge's names."""
-    adapter = PeftModel.from_pretrained(model(component), folder if component == "unet" else folder / component)
+    adapter = PeftModel.from_pretrained(model("sdxl", component), folder if component == "unet" else folder / component)
     return layers(component, adapter.base_model.model)
 
 
@@ -152,8 +152,10 @@ def biased(lora: LoRA, biases: Mapping[str, np.ndarray]) -> LoRA:
 
 def adapted(**options: object) -> PeftModel:
     """A UNet with random factors, on modules of every kind."""
-    targets = ["to_q", "to_k", "to_out.0", "conv_in", "conv1", "linear_1"]
-    adapter = get_peft_model(model("unet"), LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets} | options))
+    targets = ["to_q", "to_k", "to_out.0", "conv_in", "conv1", "proj_in", "linear_1"]
+    adapter = get_peft_model(
+        model("sd15", "unet"), LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": targets} | options)
+    )
     torch.manual_seed(0)
     randomise(adapter, "default")
     return adapter
@@ -174,7 +176,7 @@ CONFIGURATIONS = {
     "both-patterns-rank-stabilised": {"rank_pattern": RANK_ENDS, "alpha_pattern": ALPHA_ENDS, "use_rslora": True},
     "anchored-pattern": {"rank_pattern": {"^conv_in": 2}, "alpha_pattern": {"^conv_in": 9.0, r"down_blocks\..*": 2.0}},
     "expression": {"target_modules": r".*mid_block.*(to_q|conv1)|conv_out"},
-    "top-level-end": {"target_modules": ["proj_in", "conv_in", "conv_out", "conv"], "alpha_pattern": {"conv": 3.0}},
+    "top-level-end": {"target_modules": ["conv_in", "conv_out", "conv", "conv1"], "alpha_pattern": {"conv": 3.0}},
     "bias": {"lora_bias": True},
 }
 
@@ -184,7 +186,7 @@ def test_an_adapter_that_peft_saved_has_pefts_deltas(options: dict[str, object],
     adapter = adapted(**options)
     adapter.save_pretrained(tmp_path)
 
-    lora = lm.load(tmp_path, architecture="sdxl")
+    lora = lm.load(tmp_path, architecture="sd15")
     truth = layers("unet", adapter.base_model.model)
 
     assert set(lora) == set(truth)
@@ -219,7 +221,7 @@ def test_the_bias_that_peft_saved_is_scaled_like_the_delta(tmp_path: Path) -> No
     adapter = adapted(lora_bias=True)
     adapter.save_pretrained(tmp_path)
 
-    lora = lm.load(tmp_path, architecture="sdxl")
+    lora = lm.load(tmp_path, architecture="sd15")
 
     for module, layer in layers("unet", adapter.base_model.model).items():
         bias = layer.lora_B["default"].bias.detach().numpy() * layer.scaling["default"]
@@ -231,7 +233,7 @@ def test_the_dora_magnitudes_that_peft_saved_are_norms_of_rows(tmp_path: Path) -
     adapter = adapted(use_dora=True)
     adapter.save_pretrained(tmp_path)
 
-    lora = lm.load(tmp_path, architecture="sdxl")
+    lora = lm.load(tmp_path, architecture="sd15")
 
     for module, layer in layers("unet", adapter.base_model.model).items():
         wanted = layer.lora_magnitude_vector["default"].weight.detach().numpy().ravel()
@@ -246,7 +248,7 @@ def test_a_directory_in_which_peft_saved_two_adapters_is_the_first(tmp_path: Pat
     adapter.add_adapter("second", LoraConfig(r=2, target_modules=["to_q"]))
     adapter.save_pretrained(tmp_path)
 
-    assert set(lm.load(tmp_path, architecture="sdxl")) == set(layers("unet", adapter.base_model.model))
+    assert set(lm.load(tmp_path, architecture="sd15")) == set(layers("unet", adapter.base_model.model))
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +271,7 @@ def test_a_merge_is_pefts_weighted_adapter(
     adapter, folders = pair
     name = f"{combination} {weights}".replace(".", ",")
     adapter.add_weighted_adapter(["default", "second"], list(weights), name, combination_type=combination)
-    loras = [lm.load(folder, architecture="sdxl") for folder in folders]
+    loras = [lm.load(folder, architecture="sd15") for folder in folders]
 
     merged = lm.merge(loras, weights=weights, method=method)
     truth = layers("unet", adapter.base_model.model)

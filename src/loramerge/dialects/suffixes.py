@@ -18,9 +18,9 @@ STYLES: dict[str, dict[str, str]] = {
         "down": ".lora_A.weight",
         "up": ".lora_B.weight",
         "up_bias": ".lora_B.bias",
-        "magnitude": ".lora_magnitude_vector.weight",
+        "row_magnitude": ".lora_magnitude_vector.weight",
     },
-    "peft-short": {"down": ".lora_A", "up": ".lora_B", "magnitude": ".lora_magnitude_vector"},
+    "peft-short": {"down": ".lora_A", "up": ".lora_B", "row_magnitude": ".lora_magnitude_vector"},
     "diffusers": {"down": ".lora.down.weight", "up": ".lora.up.weight"},
     "diffusers-text": {"down": ".lora_linear_layer.down.weight", "up": ".lora_linear_layer.up.weight"},
     "diffusers-old": {"down": "_lora.down.weight", "up": "_lora.up.weight"},
@@ -101,7 +101,7 @@ def parse(key: str) -> Key | None:
             return Key(key[: -len(suffix)], *_EXACT[suffix])
     if named := _NAMED.fullmatch(key):
         stem, which, _, end = named.groups()
-        return Key(stem, _NAMED_ROLES.get((which, end), "magnitude"), "peft-named")
+        return Key(stem, _NAMED_ROLES.get((which, end), "row_magnitude"), "peft-named")
     return None
 
 

@@ -10,7 +10,20 @@ from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
 from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, low_rank
-from ..tensors import FLOATS, Array, Held, Spec, Tensor, cast, check_finite, code, float32, is_torch, parse_dtype
+from ..tensors import (
+    FLOATS,
+    Array,
+    Held,
+    Spec,
+    Tensor,
+    cast,
+    check_finite,
+    code,
+    float32,
+    is_torch,
+    parse_dtype,
+    reshape,
+)
 from . import DIALECTS, fuse
 from .base import Dialect, table
 
@@ -323,7 +336,8 @@ def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
         linear, conv = ((out,), (1, out, *[1] * (rest - 1))) if peft else ((out, 1), (out, *[1] * rest))
         shape = linear if rest == 1 else conv
         magnitude = layer.magnitude
-        tensors["magnitude"] = Spec(shape, magnitude.dtype) if isinstance(magnitude, Spec) else magnitude.reshape(shape)
+        del tensors["magnitude"]
+        tensors["row_magnitude" if peft else "magnitude"] = reshape(magnitude, shape)
     return tensors
 
 

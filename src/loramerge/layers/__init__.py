@@ -1,5 +1,6 @@
 """Layers: the parametrisations of ΔW, one file a family, and how tensors become one of them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,9 +52,14 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
     if carried or unknown:
         return Carried(algorithm=carried or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
-    if "magnitude" in tensors:
-        rest = {role: t for role, t in tensors.items() if role != "magnitude"}
-        return DoRA(direction=build(rest, alpha, weight), magnitude=tensors["magnitude"])
+    magnitude = tensors.get("magnitude", tensors.get("row_magnitude"))
+    if magnitude is not None:
+        rest = {role: t for role, t in tensors.items() if role not in ("magnitude", "row_magnitude")}
+        direction = build(rest, alpha, weight)
+        # PEFT shapes the norms of a convolution's rows (1, out, 1, 1), as others shape those of columns.
+        rows = (direction.shape[0], *(1,) * (len(direction.shape) - 1))
+        peft = "row_magnitude" in tensors and math.prod(magnitude.shape) == rows[0]
+        return DoRA(direction=direction, magnitude=reshape(magnitude, rows) if peft else magnitude)
     kind = _kind(set(tensors))
     options: dict[str, Any] = dict(tensors)
     if "alpha" in kind.__dataclass_fields__:

@@ -37,11 +37,10 @@ class DoRA(Layer):
     def axis(self) -> Literal["out", "in"]:
         """Which index the magnitude has, decided by its shape: a square layer is told by which axis is 1."""
         sizes = tuple(self.magnitude.shape)
-        out, inner, *_ = self.direction.shape
+        out = self.direction.shape[0]
         if len(sizes) == 1 or (sizes[0] == out and sizes[1] == 1):
             return "out"
-        # PEFT keeps the norms of a convolution's rows as (1, out, 1, 1).
-        return "out" if len(sizes) == 4 and sizes[1] == out != inner else "in"
+        return "in"
 
     @property
     def shape(self) -> Shape:

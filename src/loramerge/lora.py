@@ -7,11 +7,12 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from .dialects.alphas import Config, alpha, configs
+from .dialects import alphas
+from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
-from .errors import LayerError, LoRAMergeError, NumberError, OptionError
+from .errors import LoRAMergeError, OptionError
 from .layers import Layer, build
-from .tensors import Array, Shape, Tensor, check_finite, scalar
+from .tensors import Array, Shape, Tensor, check_finite
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +192,7 @@ def from_tensors(
     """
     try:
         reading = read(tensors, metadata, architecture=architecture, dialect=dialect)
-        scales = configs(metadata, config or {})
+        scales = alphas.configs(metadata, config or {})
     except LoRAMergeError as error:
         raise type(error)(f"{name}: {error}") from None
     reader = _Reader(name, reading, tensors, scales)
@@ -237,8 +238,12 @@ class _Reader:
         return self._layouts[record.stem]
 
     def _layout(self, record: Record) -> Layer:
-        self._alphas[record.stem] = self.alpha(record)
-        return self._build(record, lambda tensor: tensor, self._alphas[record.stem])
+        layer, weight = record.layer, self.weight(record)
+        value = self.configured(record) if record.alpha is None else record.alpha
+        self._alphas[record.stem] = value
+        if layer is not None and layer.shape == weight and value == getattr(layer, "alpha", None):
+            return layer
+        return self._build(record, lambda tensor: tensor, value)
 
     def _whole(self, stem: str) -> Layer:
         record = self.records[stem]
@@ -262,34 +267,14 @@ class _Reader:
         known = [shape for shape in shapes if shape is not None]
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
 
-    def alpha(self, record: Record) -> float | None:
-        if "alpha" in record.keys:
-            return _one(self.tensors[record.keys["alpha"]], record.keys["alpha"])
-        rank = self.own_rank(record)
-        if "scale" in record.keys:
-            return _one(self.tensors[record.keys["scale"]], record.keys["scale"]) * rank
+    def configured(self, record: Record) -> float | None:
+        """The alpha that a configuration beside the tensors gives."""
         component, _, path = record.parts[0].module.partition(".")
         config = self.config.get(component) or self.config.get("")
-        return alpha(config, path, rank) if config else None
-
-    def own_rank(self, record: Record) -> int:
-        """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
-        for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
-            if role in record.keys:
-                return int(self.tensors[record.keys[role]].shape[0])
-        return 1
+        return alphas.alpha(config, path, alphas.rank(record.keys, self.tensors)) if config else None
 
 
 def _values(tensor: Tensor) -> Array:
     array = tensor.read()
     check_finite(array)
     return array
-
-
-def _one(tensor: Tensor, key: str) -> float:
-    if math.prod(tensor.shape) != 1:
-        raise LayerError(f"{key} has shape {tensor.shape}, wanted one number")
-    value = scalar(tensor)
-    if not math.isfinite(value):
-        raise NumberError(f"{key} is {value}")
-    return value

@@ -1,6 +1,5 @@
 """An ordered table of named values, which answers a wrong name with the right ones."""
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
@@ -53,6 +52,8 @@ class Registry(Mapping[str, T]):
         return len(self._values)
 
     def _unknown(self, name: str) -> str:
+        import difflib
+
         near = difflib.get_close_matches(name.lower(), [*self._values, *self.aliases], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"Unknown {self.noun} {name!r}.{hint} Available: {', '.join(self._values)}."

@@ -8,6 +8,7 @@ against the array API standard, which both follow.
 import math
 import struct
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .errors import NumberError, OptionError
@@ -114,8 +115,12 @@ def code(tensor: Array | Spec) -> str:
     """The safetensors code of a tensor's dtype."""
     if isinstance(tensor, Spec):
         return tensor.dtype
-    name = str(tensor.dtype).removeprefix("torch.")
-    return CODES[name]
+    return _code(tensor.dtype)
+
+
+@cache
+def _code(dtype: Any) -> str:
+    return CODES[str(dtype).removeprefix("torch.")]
 
 
 def parse_dtype(name: str) -> str:
@@ -204,8 +209,8 @@ def _all_finite(array: Array) -> bool:
         return not array.is_floating_point() or bool(array.float().isfinite().all())
     import numpy as np
 
-    if array.dtype.name in ("float16", "bfloat16"):  # all exponent bits set
-        exponent = np.uint16(0x7C00 if array.dtype.name == "float16" else 0x7F80)
+    if code(array) in ("F16", "BF16"):  # all exponent bits set
+        exponent = np.uint16(0x7C00 if code(array) == "F16" else 0x7F80)
         bits = np.ascontiguousarray(array).view(np.uint16)
         return not bool(((bits & exponent) == exponent).any())
     if array.dtype.kind in "iub":

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import pipelines
-from oracles.pipelines import ADAPTER, a_few, attention, everything, loaded, lora_for, pick, some_attention
 from peft.tuners.lora import LoraLayer
 
 import loramerge as lm
 from loramerge import LoRA
 from loramerge.architectures import ARCHITECTURES
 from loramerge.testing import KINDS, relative_error
+from oracles import pipelines
+from oracles.pipelines import ADAPTER, a_few, attention, everything, loaded, lora_for, pick, some_attention
 
 DIALECTS = {
     "sdxl": ("kohya", "kohya-diffusers", "diffusers", "diffusers-peft"),

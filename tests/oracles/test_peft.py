@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import pipelines
-from oracles.pipelines import a_few, everything, lora_for, named
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
@@ -18,6 +16,8 @@ import loramerge as lm
 from loramerge import LoRA
 from loramerge.layers import DoRA, LowRank
 from loramerge.testing import random_layer, relative_error
+from oracles import pipelines
+from oracles.pipelines import a_few, everything, lora_for, named
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 RANK_ENDS = {"conv_in": 2, "time_embedding.linear_1": 3, "attn1.to_q": 5, "conv1": 1}

@@ -13,8 +13,11 @@ def main() -> None:
 
     # `inspect FILE` reads a header and is done before the parser of options would be loaded.
     if len(sys.argv) == 3 and sys.argv[1] == "inspect" and not sys.argv[2].startswith("-"):
+        import gc
+
         from .inspect import show
 
+        gc.disable()
         guarded(lambda: show(sys.argv[2]))
     else:
         from .app import app

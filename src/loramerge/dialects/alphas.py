@@ -10,9 +10,40 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import FileError
+from ..errors import FileError, LayerError, NumberError
+from ..tensors import Tensor, scalar
 
 Config = Mapping[str, Any]
+
+
+def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | None:
+    """The alpha that a layer's own tensors give; ``.scale`` is alpha / rank.
+
+    Args:
+        keys: The layer's keys by role.
+        tensors: The file's tensors.
+    """
+    if "alpha" in keys:
+        return _one(tensors, keys["alpha"])
+    return _one(tensors, keys["scale"]) * rank(keys, tensors) if "scale" in keys else None
+
+
+def rank(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
+    """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
+    for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
+        if role in keys:
+            return int(tensors[keys[role]].shape[0])
+    return 1
+
+
+def _one(tensors: Mapping[str, Tensor], key: str) -> float:
+    tensor = tensors[key]
+    if math.prod(tensor.shape) != 1:
+        raise LayerError(f"{key} has shape {tensor.shape}, wanted one number")
+    value = scalar(tensor)
+    if not math.isfinite(value):
+        raise NumberError(f"{key} is {value}")
+    return value
 
 
 def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -> dict[str, Config]:

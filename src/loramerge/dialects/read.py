@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.names import Parts, whole
-from ..errors import LayerError, NotALoRAError
-from ..layers import UNKNOWN, build
-from ..tensors import Shape, Spec
+from ..errors import LayerError, LoRAMergeError, NotALoRAError
+from ..layers import UNKNOWN, Layer, build
+from ..tensors import Shape, Tensor
 from . import DIALECTS
+from .alphas import stored
 from .base import Dialect, table
 from .repairs import repaired
 from .suffixes import parse
@@ -29,6 +30,10 @@ class Record:
     """The key of each tensor, by role."""
     parts: Parts = ()
     """The modules that the stem means."""
+    alpha: float | None = None
+    """The alpha among the tensors."""
+    layer: Layer | None = None
+    """What the tensors make up, before it is known of which weight."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Reading:
 
 
 def read(
-    tensors: Mapping[str, Spec],
+    tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     *,
     architecture: str | None = None,
@@ -53,7 +58,7 @@ def read(
     """Recognise a LoRA by its keys and shapes.
 
     Args:
-        tensors: Shape and dtype of every key.
+        tensors: The file's tensors by key.
         metadata: The file's own metadata; used to decide between equal fits only.
         architecture: The family, if the caller knows it.
         dialect: The dialect, if the caller knows it.
@@ -68,8 +73,9 @@ def read(
         del records[stem]
     if not records:
         raise NotALoRAError(_not_a_lora(list(tensors)))
-    shapes = {stem: _shape(record, tensors) for stem, record in records.items()}
-    names = _Names(records, shapes, extras)
+    for record in records.values():
+        record.layer = _layer(record, tensors)
+    names = _Names(records, extras)
     found = ARCHITECTURES[architecture] if architecture else names.architecture(metadata)
     notes = names.resolve(found)
     if unused:
@@ -87,7 +93,7 @@ def _free_parts(stem: str, dialect: Dialect) -> Parts:
     return whole(dialect.free_module(stem))
 
 
-def _records(tensors: Mapping[str, Spec]) -> tuple[dict[str, Record], list[str]]:
+def _records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[str]]:
     """Keys grouped by stem, and the keys that have no known suffix."""
     records: dict[str, Record] = {}
     rest: list[str] = []
@@ -125,12 +131,13 @@ def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
     return extras
 
 
-def _shape(record: Record, tensors: Mapping[str, Spec]) -> Shape:
+def _layer(record: Record, tensors: Mapping[str, Tensor]) -> Layer:
     held = {role: tensors[key] for role, key in record.keys.items() if role not in ("alpha", "scale")}
     try:
-        return build(held, None, None).shape
-    except LayerError as error:
-        raise LayerError(f"{record.stem}: {error}. Keys: {', '.join(record.keys.values())}.") from None
+        record.alpha = stored(record.keys, tensors)
+        return build(held, record.alpha, None)
+    except LoRAMergeError as error:
+        raise type(error)(f"{record.stem}: {error}. Keys: {', '.join(record.keys.values())}.") from None
 
 
 def _not_a_lora(keys: list[str]) -> str:
@@ -158,9 +165,9 @@ OTHER_FILES = (
 class _Names:
     """The stems of one file, while their meaning is sought."""
 
-    def __init__(self, records: dict[str, Record], shapes: dict[str, Shape], extras: list[str]) -> None:
+    def __init__(self, records: dict[str, Record], extras: list[str]) -> None:
         self.records = records
-        self.shapes = shapes
+        self.shapes = {stem: record.layer.shape for stem, record in records.items() if record.layer is not None}
         self.meant: dict[str, str] = {}
         self.extras = extras
         heads = {stem[:40] for stem in records} if len(records) < 64 else {stem[:24] for stem in records}

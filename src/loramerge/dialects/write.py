@@ -294,7 +294,7 @@ def rescaled(layer: LowRank, alpha: float | None) -> LowRank:
     """
     ratio = layer.scale if alpha is None else layer.scale * layer.rank / alpha
     if ratio == 1.0:
-        return replace(layer, alpha=alpha)
+        return layer if layer.alpha == alpha else replace(layer, alpha=alpha)
     bias = None if layer.up_bias is None else _times(layer.up_bias, ratio)
     return replace(layer, up=_times(layer.up, ratio), up_bias=bias, alpha=alpha)
 

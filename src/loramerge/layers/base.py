@@ -12,7 +12,7 @@ from ..errors import NoFactorsError
 from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, widest
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Layer(ABC):
     """The update ΔW of one module, in the tensors that a file holds.
 
@@ -29,6 +29,11 @@ class Layer(ABC):
 
     diff_b: Array | Spec | None = None
     """Difference of the module's bias, shape ``(out,)``; not scaled by alpha."""
+
+    def __repr__(self) -> str:
+        facts = {"shape": self.shape, "rank": self.rank, "alpha": getattr(self, "alpha", None)}
+        said = ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
+        return f"{type(self).__name__}({said})"
 
     @property
     @abstractmethod
@@ -90,7 +95,7 @@ class Layer(ABC):
         return Rows(whole=self, ranges=ranges, source=source)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Rows(Layer):
     """Some rows of another layer's update, where the layer itself can't be cut."""
 

@@ -15,7 +15,7 @@ from .base import Layer
 from .full import LEAVE_OUT
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class DoRA(Layer):
     """A low-rank direction of any kind, and the norms that the patched weight is given."""
 

@@ -11,7 +11,7 @@ from .base import Layer, dense_norm
 LEAVE_OUT = "leave the module out (exclude)"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Full(Layer):
     """ΔW itself, as ``diff`` of the weight's shape."""
 
@@ -43,7 +43,7 @@ class Full(Layer):
         return replace(self, diff=take_rows(self.diff, ranges))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class BiasOnly(Layer):
     """A module of which only the bias changes."""
 
@@ -66,7 +66,7 @@ class BiasOnly(Layer):
         return dense_norm(float32(self.diff_b))
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Norm(Layer):
     """Differences of a normalisation's weight and bias, as LyCORIS stores them."""
 
@@ -92,7 +92,7 @@ class Norm(Layer):
         return dense_norm(self.delta())
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Replaced(Layer):
     """A new value that takes the place of the weight."""
 
@@ -116,7 +116,7 @@ class Replaced(Layer):
         raise NoFactorsError(self.no_factors)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Carried(Layer):
     """An algorithm that loramerge reads and writes back unharmed, but does not compute with."""
 

@@ -15,7 +15,7 @@ from .base import Layer, matrix
 from .lowrank import _tucker
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LoHa(Layer):
     """``w_a`` (out, r) and ``w_b`` (r, in·kh·kw) twice; with Tucker cores ``t`` (r, r, kh, kw) ``w_a`` is (r, out)."""
 

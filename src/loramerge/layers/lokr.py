@@ -16,7 +16,7 @@ from .base import Layer, identity, matrix
 from .lowrank import _tucker
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LoKr(Layer):
     """``w1`` (o1, i1) and ``w2`` (o2, i2[, kh, kw]); a factored part is ``w_a`` (o, r) and ``w_b`` (r, i)."""
 

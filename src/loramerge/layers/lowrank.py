@@ -13,7 +13,7 @@ from ..tensors import Array, Ranges, Shape, Spec, code, namespace, take_rows
 from .base import Layer, matrix
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LowRank(Layer):
     """``down`` (r, in[, kh, kw]) and ``up`` (out, r[, 1, 1]), with an optional Tucker core ``mid``."""
 

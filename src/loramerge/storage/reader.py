@@ -114,8 +114,8 @@ class SafetensorsFile(dict[str, Stored]):
     def _entry(self, key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
         try:
             dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-            numbers = [*shape, begin, end]
-            if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or value.keys() - KEYS:
+            numbers = (*shape, begin, end)
+            if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 2**63 or len(value) != 3:
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise FileError(f"{self.path}: the header's entry for {key!r} is malformed.") from None
@@ -127,9 +127,6 @@ class SafetensorsFile(dict[str, Stored]):
                 f"wanted {math.prod(shape) * SIZES[dtype]}."
             )
         return dtype, shape, begin, end
-
-
-KEYS = {"dtype", "shape", "data_offsets"}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from .dialects import DIALECTS
 from .errors import LoRAMergeError, MergeError, OptionError
 from .files import Source, load, open
 from .layers import Layer, LowRank, low_rank
+from .layers.base import matrix
 from .lora import LoRA
 from .metadata import RECIPE, STALE
 from .methods import METHODS, Method
 from .methods.linear import shared_down
-from .tensors import Shape, Spec, Tensor, flatten, nbytes, widest
+from .tensors import Shape, Spec, Tensor, nbytes, widest
 from .weights import ModuleWeights, Scope, Weights, resolve
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Plan:
 def _truncated(layer: LowRank, rank: int) -> LowRank:
     if rank >= layer.rank:
         return layer
-    up, down = linalg.truncate(flatten(layer.up), flatten(layer.down), rank)
+    up, down = linalg.truncate(matrix(layer.up), matrix(layer.down), rank)
     return replace(low_rank(up, down, layer.shape), diff_b=layer.diff_b)
 
 

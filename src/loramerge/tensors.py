@@ -66,11 +66,17 @@ class Spec:
 class Stored(Spec):
     """A tensor that lies in a file until it is read."""
 
-    __slots__ = ("raw",)
+    __slots__ = ("begin", "end", "source")
 
-    def __init__(self, shape: Shape, dtype: str, raw: Callable[[], bytes | bytearray | Array]) -> None:
+    def __init__(self, shape: Shape, dtype: str, source: Callable[[int, int], bytes], begin: int, end: int) -> None:
         super().__init__(shape, dtype)
-        self.raw = raw
+        self.source = source
+        self.begin = begin
+        self.end = end
+
+    def raw(self) -> bytes:
+        """The tensor's bytes."""
+        return self.source(self.begin, self.end)
 
     def read(self) -> Array:
         """The values, in an array of the stored dtype."""
@@ -100,7 +106,7 @@ def scalar(tensor: Tensor) -> float:
     """The value of a tensor of one element, without numpy."""
     if isinstance(tensor, Held):
         return float(tensor.array.reshape(()))
-    data = bytes(tensor.raw())
+    data = tensor.raw()
     if tensor.dtype == "BF16":
         return float(struct.unpack("<f", b"\0\0" + data)[0])
     if tensor.dtype in STRUCT:
@@ -142,6 +148,7 @@ def widest(codes: Sequence[str]) -> str:
     return max(floats, key=FLOATS.index)
 
 
+@cache
 def numpy_dtype(dtype: str) -> "np.dtype[Any]":
     """numpy's dtype for a code; bfloat16 and float8 come from ml_dtypes."""
     import numpy as np
@@ -210,9 +217,9 @@ def _all_finite(array: Array) -> bool:
     import numpy as np
 
     if code(array) in ("F16", "BF16"):  # all exponent bits set
-        exponent = np.uint16(0x7C00 if code(array) == "F16" else 0x7F80)
-        bits = np.ascontiguousarray(array).view(np.uint16)
-        return not bool(((bits & exponent) == exponent).any())
+        infinity = 0x7C00 if code(array) == "F16" else 0x7F80
+        magnitude = np.ascontiguousarray(array).view(np.int16) & 0x7FFF
+        return not array.size or int(magnitude.max()) < infinity
     if array.dtype.kind in "iub":
         return True
     return bool(np.isfinite(array).all())
@@ -238,8 +245,8 @@ def cast(array: Array, dtype: str) -> Array:
 
 def _checked(array: Array, narrow: Array) -> Array:
     if code(narrow) in ("F16", "F8_E4M3", "F8_E5M2", "BF16") and math.prod(array.shape):
-        largest = float(abs(array).max())
-        if largest > LARGEST[code(narrow)]:
+        largest = max(float(array.max()), -float(array.min()))
+        if not largest <= LARGEST[code(narrow)]:  # which NaN is not, either
             raise NumberError(f"{largest:.4g} is too large for {NAMES[code(narrow)]}; save as float32")
     return narrow
 

@@ -1,5 +1,6 @@
 """The command line: the verbs of the library."""
 
+import gc
 import os
 import sys
 
@@ -9,15 +10,14 @@ def main() -> None:
     # Threads work on modules; BLAS with threads of its own below them would only spin.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
+    # A command is over before it could leave enough garbage to be worth looking for.
+    gc.disable()
     from .run import guarded
 
     # `inspect FILE` reads a header and is done before the parser of options would be loaded.
     if len(sys.argv) == 3 and sys.argv[1] == "inspect" and not sys.argv[2].startswith("-"):
-        import gc
-
         from .inspect import show
 
-        gc.disable()
         guarded(lambda: show(sys.argv[2]))
     else:
         from .app import app

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.names import Parts, whole
@@ -169,6 +170,7 @@ class _Names:
         self.records = records
         self.shapes = {stem: record.layer.shape for stem, record in records.items() if record.layer is not None}
         self.meant: dict[str, str] = {}
+        self._fitting: dict[str, dict[str, Parts]] = {}
         self.extras = extras
         heads = {stem[:40] for stem in records} if len(records) < 64 else {stem[:24] for stem in records}
         meant = {fix[0] for head in heads if (fix := repaired(head))}
@@ -203,11 +205,16 @@ class _Names:
     def coverage(self, a: Architecture) -> float:
         """Of the family's modules that are named like this file's, the share that the file has."""
         modules = {part.module for parts in self.fitting(a).values() for part in parts}
-        leaves = {_leaf(module) for module in modules}
-        return len(modules) / max(1, sum(_leaf(module) in leaves for module in a.shapes))
+        counts = _leaves(a.name)
+        return len(modules) / max(1, sum(counts[leaf] for leaf in {_leaf(module) for module in modules}))
 
     def fitting(self, a: Architecture) -> dict[str, Parts]:
         """The modules of every stem that has a name and the right shape in a family."""
+        if a.name not in self._fitting:
+            self._fitting[a.name] = self._fit(a)
+        return self._fitting[a.name]
+
+    def _fit(self, a: Architecture) -> dict[str, Parts]:
         found: dict[str, Parts] = {}
         left = set(self.records)
         for dialect in self.candidates:
@@ -289,6 +296,12 @@ class _Names:
         return points
 
 
+@cache
+def _leaves(architecture: str) -> Counter[str]:
+    return Counter(_leaf(module) for module in ARCHITECTURES[architecture].shapes)
+
+
+@cache
 def _leaf(module: str) -> str:
     """A module's last names without its block: ``attn1.to_q``."""
     return ".".join(module.split(".")[-3:]) if module[-1].isdigit() else ".".join(module.split(".")[-2:])

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..layers import Layer, LowRank, low_rank
-from ..tensors import Array, Spec, float32, namespace
+from ..layers.base import matrix
+from ..tensors import Array, Spec, flatten, float32, namespace
 from .base import equal_rank, method, sum_of_ranks
 
 
@@ -14,10 +16,13 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
 
     Weights may be negative and need not sum to one.
     """
-    factors = [layer.factors() for layer in layers]
+    factors = [as_stored(layer) for layer in layers]
     xp = namespace(factors[0][0])
     up = xp.concat([up if w == 1 else up * w for (up, _), w in zip(factors, weights, strict=True)], axis=1)
-    down = xp.concat([down for _, down in factors], axis=0)
+    downs = [down for _, down in factors]
+    if len({down.dtype for down in downs}) > 1:
+        downs = [float32(down) for down in downs]
+    down = xp.concat(downs, axis=0) if len(downs) > 1 else downs[0]
     return _with_bias(low_rank(up, down, layers[0].shape, shared_down(layers)), layers, weights)
 
 
@@ -45,6 +50,14 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
     return low_rank(up, down, layers[0].shape)
 
 
+def as_stored(layer: Layer) -> tuple[Array, Array]:
+    """Factors with ``up`` in float32 and ``down``, which a weighted sum does not change, as it is stored."""
+    if not isinstance(layer, LowRank) or layer.mid is not None:
+        return layer.factors()
+    up = matrix(layer.up)
+    return (up if layer.scale == 1.0 else up * layer.scale), flatten(layer.down)
+
+
 def unscaled(layer: Layer) -> tuple[Array, Array, float]:
     """Factors as stored, and the scale beside them: PEFT takes the root of it on both."""
     up, down = layer.factors()
@@ -59,8 +72,6 @@ def shared_down(layers: Sequence[Layer]) -> object:
 
 
 def _with_bias(merged: LowRank, layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
-    from dataclasses import replace
-
     total: Array | None = None
     for layer, weight in zip(layers, weights, strict=True):
         for part in (layer.bias() if isinstance(layer, LowRank) else None, layer.diff_b):

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ class SafetensorsFile(dict[str, Stored]):
         except FileError:
             self.close()
             raise
+        source = self._tensor
         for key, (dtype, shape, begin, end) in entries.items():
-            self[key] = Stored(shape, dtype, self._raw(begin, end))
+            self[key] = Stored(shape, dtype, source, begin, end)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -52,19 +53,18 @@ class SafetensorsFile(dict[str, Stored]):
         if getattr(self, "_fd", -1) >= 0:
             self.close()
 
-    def _raw(self, begin: int, end: int) -> Callable[[], bytearray]:
-        return lambda: self._read(self._start + begin, end - begin)
+    def _tensor(self, begin: int, end: int) -> bytes:
+        return self._read(self._start + begin, end - begin)
 
-    def _read(self, offset: int, size: int) -> bytearray:
+    def _read(self, offset: int, size: int) -> bytes:
         if self._fd < 0:
             raise FileError(f"{self.path} is closed.")
-        data = bytearray(size)
-        view, done = memoryview(data), 0
-        while done < size:
-            count = os.preadv(self._fd, [view[done:]], offset + done)
-            if not count:
-                raise FileError(f"{self.path} ended at byte {offset + done}; it changed while it was read.")
-            done += count
+        data = os.pread(self._fd, size, offset)
+        while len(data) < size:
+            more = os.pread(self._fd, size - len(data), offset + len(data))
+            if not more:
+                raise FileError(f"{self.path} ended at byte {offset + len(data)}; it changed while it was read.")
+            data += more
         return data
 
     def _header(self) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]], int]:
@@ -85,7 +85,7 @@ class SafetensorsFile(dict[str, Stored]):
         metadata = self._checked_metadata(header.pop("__metadata__", {}))
         return metadata, self._entries(header, size - 8 - length), 8 + length
 
-    def _json(self, data: bytearray) -> dict[str, Any]:
+    def _json(self, data: bytes) -> dict[str, Any]:
         try:
             header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:

@@ -47,6 +47,7 @@ def write(
     specs = {key: spec for group in groups for key, spec in group.specs.items()}
     if len(specs) != sum(len(group.specs) for group in groups):
         raise FileError(f"Can't write {path}: two tensors have the same key.")
+    _keep_freed_memory()
     with _replacing(path) as fd:
         layout = _Layout(specs, {**metadata, **_PLACEHOLDERS} if hashes else metadata)
         _reserve(fd, layout.size)
@@ -57,6 +58,17 @@ def write(
                 progress(done, len(groups))
         if hashes:
             _write_at(fd, _Layout(specs, {**metadata, **_hashes(fd, specs, metadata, layout)}).header, 0)
+
+
+def _keep_freed_memory(size: int = 1 << 24) -> None:
+    """Have the allocator keep what one module frees for the next, instead of returning it to the kernel.
+
+    glibc raises its threshold for that to the size of the largest block freed so far, so one
+    block that is never touched does it; it saves a fifth to a third of a merge's time.
+    """
+    import numpy as np
+
+    np.empty(size, np.uint8)
 
 
 class _Layout:

@@ -403,3 +403,22 @@ def test_scales_are_found_in_their_order_of_precedence(case: str) -> None:
     found = from_tensors({k: Held(np.asarray(t)) for k, t in keys.items()}, metadata, "case")
 
     assert found.layout(module).scale == scale
+
+
+def test_a_file_that_its_trainer_scaled_by_mistake_is_reported() -> None:
+    from loramerge.lora import from_tensors
+    from loramerge.tensors import Held
+
+    tensors = {key: Held(np.asarray(t)) for key, t in _shared_qkv().items()}
+
+    found = from_tensors(tensors, {"ss_network_args": '{"split_qkv": "True"}'}, "case")
+
+    assert "split_qkv" in found.notes[0]
+
+
+def test_modules_stand_in_the_order_of_the_model() -> None:
+    lora = random_lora("sdxl", rank=1)
+
+    found = lm.load(lora.state_dict("kohya"))
+
+    assert list(found) == list(lora)

@@ -196,11 +196,13 @@ def from_tensors(
     except LoRAMergeError as error:
         raise type(error)(f"{name}: {error}") from None
     reader = _Reader(name, reading, tensors, scales)
+    order = list(reading.architecture.shapes) if reading.architecture else []
+    modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
     return LoRA(
         name=name,
         architecture=reading.architecture.name if reading.architecture else None,
         dialect=reading.dialect.name,
-        layouts={module: reader.part(module, reader.layout(record)) for module, (_, record) in reader.parts.items()},
+        layouts={m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules},
         compute=reader.layer,
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},

@@ -159,6 +159,20 @@ def test_a_layer_built_from_roles_is_the_one_that_is_read(case: Case) -> None:
     assert relative_error(built.delta(), read(case, module)[name].delta()) <= 1e-7
 
 
+def test_the_alpha_of_a_lokr_with_both_parts_full_is_ignored_as_in_lycoris() -> None:
+    case = FORMS["lokr-both-full"]
+    module = adapted(case)
+    stem, name, _ = PLACES[case.place]
+    tensors = saved(case, module) | {f"{stem}.alpha": torch.tensor(2.5)}
+    roles = [tensors.get(f"{stem}.{role}") for role in LokrModule.weight_list]
+    with torch.no_grad():
+        again = LokrModule.make_module_from_state_dict(stem, module.org_module[0], *roles)
+
+    wanted = again.get_weight(again.shape).detach()
+
+    assert relative_error(lm.load(tensors, architecture="sdxl")[name].delta(), wanted) <= 1e-6
+
+
 @pytest.mark.parametrize("place", ["attention", "linear", "conv3x3"])
 @pytest.mark.parametrize("on_out", [True, False], ids=["out", "in"])
 @pytest.mark.parametrize("make", [LoConModule, LohaModule, LokrModule], ids=lambda make: make.__name__)

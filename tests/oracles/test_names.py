@@ -1,6 +1,8 @@
 """Native names against diffusers' own converters of checkpoints, and shapes against freshly made models."""
 
+import gzip
 import importlib.util
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -89,6 +91,15 @@ def test_diffusers_puts_every_ldm_weight_where_the_names_say(name: str) -> None:
     converted = single_file_utils.convert_ldm_unet_checkpoint(checkpoint, config)
 
     assert moved(architecture, converted) == {}
+
+
+@pytest.mark.parametrize(("name", "file"), [("sd15", "sgm_sd1"), ("sdxl", "sgm_sdxl")])
+def test_the_ldm_names_are_those_of_ai_toolkits_published_map(name: str, file: str) -> None:
+    published = json.loads(gzip.decompress((ROOT / "tests" / "data" / "maps" / f"{file}.json.gz").read_bytes()))["unet"]
+
+    found = {path: parts[0].module.removeprefix("unet.") for path, parts in ARCHITECTURES[name].native_paths.items()}
+
+    assert found == published
 
 
 @cache

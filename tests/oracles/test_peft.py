@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
@@ -82,6 +83,50 @@ def test_peft_gives_no_layer_to_a_module_whose_name_ends_like_another_s(only: st
     component = next(iter(lora)).partition(".")[0]
 
     assert set(read(component, lm.save(lora, tmp_path / "adapter", dialect="peft"))) == set(lora)
+
+
+def tiny_flux() -> torch.nn.Module:
+    """A transformer with a ``proj_out`` of its own and one in every single block."""
+    return FluxTransformer2DModel(
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        pooled_projection_dim=6,
+        axes_dims_rope=(2, 2),
+    )
+
+
+def test_peft_tells_a_module_from_those_whose_names_end_like_it(tmp_path: Path) -> None:
+    transformer = tiny_flux()
+    ranks = {"proj_out": 2, "single_transformer_blocks.0.proj_out": 3, "single_transformer_blocks.1.norm.linear": 3}
+    layouts = {
+        f"transformer.{path}": random_layer(
+            tuple(transformer.get_submodule(path).weight.shape), rank=rank, alpha=rank + 1
+        )
+        for path, rank in ranks.items()
+    }
+    lora = LoRA(name="ends", architecture="flux", dialect="peft", layouts=layouts)
+    folder = lm.save(lora, tmp_path / "adapter")
+    found = layers("transformer", PeftModel.from_pretrained(transformer, folder).base_model.model)
+
+    assert set(found) == set(lora)
+    assert wrong(found, lora) == {}
+
+
+@pytest.mark.parametrize("pattern", ["proj_out", "^proj_out", "0.proj_out", "single_transformer_blocks.0.proj_out"])
+def test_a_pattern_of_peft_means_the_modules_that_it_means_to_peft(pattern: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["proj_out"], alpha_pattern={pattern: 3.0})
+    adapter = get_peft_model(tiny_flux(), config)
+    randomise(adapter, "default")
+    adapter.save_pretrained(tmp_path)
+
+    lora = lm.load(tmp_path, architecture="flux")
+    truth = layers("transformer", adapter.base_model.model)
+
+    assert set(lora) == set(truth)
+    assert wrong(truth, lora) == {}
 
 
 @pytest.mark.parametrize("kind", ["tucker", "loha", "loha-tucker", "lokr", "lokr-full", "lokr-both"])

@@ -17,6 +17,9 @@ from .base import Dialect, table
 from .repairs import repaired
 from .suffixes import parse
 
+SPLIT_QKV = re.compile(r'"split_qkv":\s*"?[Tt]rue')
+"""sd-scripts keeps alpha while it stacks ranks: https://github.com/kohya-ss/sd-scripts/issues/2204"""
+
 UNUSED = re.compile(r".*\.self_attn\.(q|k|v|out)_proj\.to_(?!\1$)(q|k|v|out)")
 """Layers that diffusers 0.16 and 0.17 saved and never applied."""
 
@@ -82,6 +85,10 @@ def read(
     if unused:
         notes.append(
             f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them"
+        )
+    if SPLIT_QKV.search(metadata.get("ss_network_args", "")):
+        notes.append(
+            "trained with split_qkv: readers scale its fused layers by a third or a quarter, and so does loramerge"
         )
     chosen = DIALECTS[dialect] if dialect else names.dialect(found)
     for record in names.records.values():

@@ -313,3 +313,12 @@ def test_what_was_fetched_once_is_found_without_a_network(hub: dict[str, str]) -
     found = inspected("someone/lora", {**hub, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
 
     assert set(json.loads(found.stdout)["modules"]) == set(MODULES["sdxl"])
+
+
+def test_of_several_adapters_in_a_directory_one_must_be_named(tmp_path: Path) -> None:
+    lm.save(small("flux", MODULES["flux"][:1]), tmp_path / "all" / "checkpoint-500", dialect="peft")
+    assert set(lm.load(tmp_path / "all")) == set(MODULES["flux"][:1])
+
+    lm.save(small("flux", MODULES["flux"][:1]), tmp_path / "all" / "checkpoint-900", dialect="peft")
+    with pytest.raises(lm.errors.FileError, match=r"holds 2 adapters.*checkpoint-500"):
+        lm.load(tmp_path / "all")

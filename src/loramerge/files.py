@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import hub
 from .dialects import DIALECTS
+from .dialects.alphas import COMPONENTS
 from .errors import FileError, OptionError
 from .lora import LoRA, from_tensors
 from .storage.reader import SafetensorsFile
@@ -99,8 +100,14 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 
 def _open_folder(path: Path, options: dict[str, Any]) -> LoRA:
-    adapters = {file.parent: file for file in sorted((*path.glob(PEFT_FILE), *path.glob(f"*/{PEFT_FILE}")))}
+    folders = [path, *(path / component for component in COMPONENTS)]
+    adapters = {folder: folder / PEFT_FILE for folder in folders if (folder / PEFT_FILE).exists()}
     if not adapters:
+        others = sorted(file.parent for file in path.glob(f"*/{PEFT_FILE}"))
+        if len(others) == 1:
+            return _open_folder(others[0], options)
+        if others:
+            raise FileError(f"{path} holds {len(others)} adapters; name one: {', '.join(map(str, others))}.")
         names = sorted(file.name for file in path.glob("*.safetensors"))
         if not names:
             raise FileError(f"The directory {path} has no .safetensors file.")

@@ -143,12 +143,15 @@ class LoRA(Mapping[str, Layer]):
             dialect: Name of a dialect that can be written; the LoRA's own by default.
             dtype: ``"float32"``, ``"float16"`` …; every tensor's own by default.
 
+        Returns:
+            Copies: what a reader does to them (diffusers scales some in place) stays with it.
+
         Raises:
             DialectError: The dialect can't hold a layer.
         """
         from .dialects.write import state_dict
 
-        return {key: _to_torch(array) for key, array in state_dict(self, dialect, dtype).items()}
+        return {key: _to_torch(array).clone() for key, array in state_dict(self, dialect, dtype).items()}
 
 
 def _some(lora: LoRA) -> str:

@@ -56,6 +56,8 @@ class Dialect:
     """``constant``: one alpha for the whole file; ``keep``: one a module; ``bake``: none, scales go into ``up``."""
     holds: frozenset[str] = LOW_RANK
     """Kinds of layers that its readers understand."""
+    even_rank: tuple[str, ...] = ()
+    """Ends of modules' names whose rank diffusers does not read: they get the commonest of their component."""
     dora_axis: Literal["out", "any"] = "any"
     recognised_by: Names | None = None
     """Names that tell the dialect from its kin, where `names` are shared."""

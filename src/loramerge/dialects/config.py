@@ -24,6 +24,8 @@ def component_configs(layers: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
     by_component: dict[str, dict[str, Layer]] = {}
     for module, layer in layers.items():
         component, _, path = module.partition(".")
+        # transformers 5 has no ``text_model`` in one of its CLIPs; PEFT accepts the end of a name in both.
+        path = path.removeprefix("text_model.") if component.startswith("text_encoder") else path
         by_component.setdefault(component, {})[path] = layer
     return {component: _config(component, paths) for component, paths in by_component.items()}
 
@@ -70,7 +72,8 @@ def _is_an_end(path: str, paths: Mapping[str, Any]) -> bool:
 def _targets(paths: Mapping[str, Any]) -> list[str] | str:
     """Names of the trained modules; a regular expression when a name is also the end of another's."""
     if any("." not in path for path in paths):
-        return "|".join(re.escape(path) for path in sorted(paths))
+        names = "|".join(re.escape(path) for path in sorted(paths))
+        return rf"(?:text_model\.)?(?:{names})"
     return sorted(paths)
 
 

@@ -51,13 +51,31 @@ def _old(name: str) -> str | None:
     return None
 
 
+def _peft_text_names(a: Architecture, prefix: str, plain: tuple[str, ...]) -> dict[str, Parts]:
+    """Text encoders, those of some models without ``text_model.``."""
+    names: dict[str, Parts] = {}
+    for encoder in reversed(a.text_encoders):
+        start = prefix.format(component=encoder.component)
+        for path, parts in a.text_paths(encoder).items():
+            names[start + (path.removeprefix("text_model.") if encoder.model in plain else path)] = parts
+    return names
+
+
+PLAIN = ("clip-l", "clip-h")
+"""Models whose class in transformers 5, ``CLIPTextModel``, has no ``text_model`` level."""
+
+FOLDER = "{component}/base_model.model."
+
+
 def peft_names(a: Architecture) -> Mapping[str, Parts]:
     """PEFT saves one model a directory; the denoiser's is the directory itself."""
     names = {f"base_model.model.{path}": parts for path, parts in a.denoiser_paths.items()}
-    for encoder in a.text_encoders:
-        paths = a.text_paths(encoder).items()
-        names |= {f"{encoder.component}/base_model.model.{path}": parts for path, parts in paths}
-    return names
+    return names | _peft_text_names(a, FOLDER, PLAIN)
+
+
+def peft_old_text_names(a: Architecture) -> Mapping[str, Parts]:
+    """Text encoders as transformers 4 names them."""
+    return _peft_text_names(a, FOLDER, ())
 
 
 def peft_folder_names(a: Architecture) -> Mapping[str, Parts]:
@@ -66,10 +84,7 @@ def peft_folder_names(a: Architecture) -> Mapping[str, Parts]:
 
 def peft_text_names(a: Architecture) -> Mapping[str, Parts]:
     """A text encoder's own directory, loaded by itself."""
-    names: dict[str, Parts] = {}
-    for encoder in reversed(a.text_encoders):
-        names |= {f"base_model.model.{path}": parts for path, parts in a.text_paths(encoder).items()}
-    return names
+    return _peft_text_names(a, "base_model.model.", ())
 
 
 def _free_peft_module(stem: str) -> str:
@@ -101,6 +116,7 @@ DIFFUSERS = Dialect(
     also_names=(bare_names,),
     style="diffusers",
     text_style="diffusers-text",
+    even_rank=("text_projection",),
     begins=("unet.", "transformer.", "text_encoder"),
     writes=True,
     free=_free,
@@ -136,7 +152,7 @@ PEFT = Dialect(
     title="PEFT: adapter_model.safetensors and adapter_config.json",
     source="https://github.com/huggingface/peft, utils/save_and_load.py",
     names=peft_names,
-    also_names=(peft_folder_names, peft_text_names),
+    also_names=(peft_old_text_names, peft_folder_names, peft_text_names),
     style="peft",
     also_reads=frozenset({"peft-short", "peft-named"}),
     begins=("base_model.model.", "unet/", "transformer/", "text_encoder"),

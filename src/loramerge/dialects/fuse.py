@@ -201,3 +201,17 @@ def compacted(layer: LowRank) -> LowRank:
         return layer
     alpha = layer.scale * len(keep)
     return replace(layer, up=up[:, keep], down=down[keep], alpha=None if alpha == len(keep) else alpha)
+
+
+def padded(layer: LowRank, rank: int) -> LowRank:
+    """The same ΔW at a larger rank: columns of ``up`` and rows of ``down`` that are zero."""
+    more = rank - layer.rank
+    if more <= 0 or layer.mid is not None:
+        return layer
+    up, down = layer.up, layer.down
+    if isinstance(up, Spec) or isinstance(down, Spec):
+        wide = Spec((up.shape[0], rank, *up.shape[2:]), code(up)), Spec((rank, *down.shape[1:]), code(down))
+    else:
+        columns = _zeros((up.shape[0], more, *up.shape[2:]), up)
+        wide = namespace(up).concat([up, columns], axis=1), _concat([down, _zeros((more, *down.shape[1:]), down)])
+    return replace(layer, up=wide[0], down=wide[1], alpha=None if layer.scale == 1.0 else layer.scale * rank)

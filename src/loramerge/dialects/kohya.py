@@ -61,6 +61,7 @@ KOHYA = Dialect(
     begins=("lora_unet_", "lora_te"),
     writes=True,
     alpha="constant",
+    even_rank=("text_projection",),
     holds=LYCORIS_KINDS,
 )
 
@@ -74,6 +75,7 @@ KOHYA_DIFFUSERS = Dialect(
     begins=("lora_unet_", "lora_te"),
     writes=True,
     alpha="constant",
+    even_rank=("text_projection",),
     holds=LYCORIS_KINDS,
 )
 

@@ -185,7 +185,15 @@ class _Writer:
         """The modules of a stem as one layer that the dialect's readers get right."""
         held = {part.module: self.held(part, get(part.module)) for part in parts if part.module in self.lora}
         fused = fuse.fused(parts, held, self.rows_of, lambda layer: _as_lora(layer, self.dialect))
-        return self.scaled(self.checked(parts[0].module, fused))
+        return self.scaled(self.evened(parts[0].module, self.checked(parts[0].module, fused)))
+
+    def evened(self, module: str, layer: Layer) -> Layer:
+        """A layer filled up with zeros to the rank that diffusers will give it."""
+        if not (isinstance(layer, LowRank) and module.endswith(self.dialect.even_rank)):
+            return layer
+        component = module.partition(".")[0]
+        ranks = [lay.rank for m, lay in self.lora.layouts.items() if m.startswith(f"{component}.") and m != module]
+        return fuse.padded(layer, Counter(ranks).most_common(1)[0][0] or 0) if ranks else layer
 
     def rows_of(self, module: str) -> int:
         assert self.architecture

@@ -34,7 +34,7 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
 def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
     """PEFT's "linear": sums of factors, each by √|w|. Not the weighted sum: cross terms are as large as it.
 
-    With up = Σ ±√|wᵢ| upᵢ and down = Σ √|wᵢ| downᵢ the product has every upᵢ downⱼ in it.  It
+    With up = Σ √|wᵢ| upᵢ and down = Σ ±√|wᵢ| downᵢ the product has every upᵢ downⱼ in it.  It
     is here to reproduce what others made; all LoRAs must have the same rank.
 
     Raises:
@@ -45,8 +45,8 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
     for layer, weight in zip(layers, weights, strict=True):
         layer_up, layer_down, scale = unscaled(layer)
         root = math.sqrt(abs(weight * scale))
-        up = up + math.copysign(root, weight * scale) * layer_up
-        down = down + root * layer_down
+        up = up + root * layer_up
+        down = down + math.copysign(root, weight * scale) * layer_down
     return low_rank(up, down, layers[0].shape)
 
 

@@ -61,7 +61,10 @@ def test_our_bytes_are_the_reference_implementations(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 5])
-def test_bytes_are_the_same_for_any_number_of_threads(workers: int, tmp_path: Path) -> None:
+def test_bytes_are_the_same_for_any_number_of_threads(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loramerge.storage.writer.SMALL", 0)
     merged = lm.plan([small(seed=1), small(seed=2)], rank=3).lora()
 
     one = lm.save(merged, tmp_path / "one.safetensors", dialect="kohya")

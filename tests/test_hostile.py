@@ -231,7 +231,10 @@ def test_a_full_disk_leaves_the_old_file_whole(whole: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_interrupted_write_leaves_the_old_file_whole(whole: Path, workers: int) -> None:
+def test_an_interrupted_write_leaves_the_old_file_whole(
+    whole: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SMALL", 0)
     before = whole.read_bytes()
 
     def interrupt(done: int, total: int) -> None:

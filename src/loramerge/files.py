@@ -195,7 +195,8 @@ def save(
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``; by default each tensor's own, for a
             merge the widest of its inputs.
         allow_lossy: Whether to leave out what the dialect can't hold.
-        workers: Threads; the bytes are the same for any number.
+        workers: Threads, at most: small ranks are merged by one, which is faster. The bytes are
+            the same for any number.
         progress: Called with the number of modules done and of all.
         lost: Called with a line for each thing that ``allow_lossy`` left out.
 

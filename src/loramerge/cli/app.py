@@ -29,7 +29,9 @@ class Scope(StrEnum):
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
-Workers = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads; the bytes are the same for any number.")]
+Workers = Annotated[
+    int, typer.Option("--workers", "-j", min=1, help="Threads, at most; the bytes are the same for any number.")
+]
 Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]

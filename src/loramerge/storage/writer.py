@@ -38,7 +38,7 @@ def write(
     Args:
         groups: What to write; each is made when its turn comes.
         metadata: Strings for the header.
-        workers: Threads that make groups.
+        workers: Threads that make groups, at most; small groups are made by one.
         hashes: Whether to fill in ``sshs_model_hash`` and ``sshs_legacy_hash``.
 
     Raises:
@@ -52,7 +52,7 @@ def write(
         layout = _Layout(specs, {**metadata, **_PLACEHOLDERS} if hashes else metadata)
         _reserve(fd, layout.size)
         _write_at(fd, layout.header, 0)
-        written = _each(groups, lambda group: _write_group(fd, group, layout), workers)
+        written = _each(groups, lambda group: _write_group(fd, group, layout), _useful(workers, layout, groups))
         for done, _ in enumerate(written, start=1):
             if progress:
                 progress(done, len(groups))
@@ -146,6 +146,15 @@ def _reserve(fd: int, size: int) -> None:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
+
+
+SMALL = 100_000
+"""Bytes of a group below which its work is mostly Python's own, which threads can't share."""
+
+
+def _useful(workers: int, layout: _Layout, groups: list[Group]) -> int:
+    """The number of threads that pay: one where groups are small."""
+    return workers if layout.size >= SMALL * len(groups) else 1
 
 
 def _each(groups: list[Group], work: Callable[[Group], None], workers: int) -> Iterator[None]:

@@ -33,13 +33,13 @@ check: $(VENV)/.dev $(VENV)/.docs  ## all that must be green: style, types, laye
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev  ## speed and memory beside the peers, on real SDXL shapes
 	$(BIN)/python benchmarks/merge.py
 
 docs: $(VENV)/.docs  ## the documentation, in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

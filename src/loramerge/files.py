@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from . import hub
 from .dialects import DIALECTS
 from .dialects.alphas import COMPONENTS
 from .errors import FileError, OptionError
@@ -90,6 +89,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
     path = Path(text).expanduser()
     if not text.startswith("hf://") and path.exists():
         return path
+    from . import hub
+
     reference = hub.parse(text)
     looks_local = not text.startswith("hf://") and (path.suffix in (".safetensors", *PICKLES) and text.count("/") != 2)
     if reference is None or looks_local:
@@ -111,7 +112,9 @@ def _open_folder(path: Path, options: dict[str, Any]) -> LoRA:
         names = sorted(file.name for file in path.glob("*.safetensors"))
         if not names:
             raise FileError(f"The directory {path} has no .safetensors file.")
-        return open(path / hub.choose(names, str(path)), **options)
+        from .hub import choose
+
+        return open(path / choose(names, str(path)), **options)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, Any] = {}

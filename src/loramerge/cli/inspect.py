@@ -11,7 +11,6 @@ from ..architectures import ARCHITECTURES
 from ..dialects import DIALECTS
 from ..files import open
 from ..lora import LoRA
-from ..metadata import RECIPE
 from .run import bar, table
 
 
@@ -140,6 +139,10 @@ def trigger_words(lora: LoRA, most: int = 8) -> list[str]:
 
 
 def _merged_from(lora: LoRA) -> str:
+    if not lora.metadata:
+        return ""
+    from ..metadata import RECIPE
+
     try:
         recipe = json.loads(lora.metadata.get(RECIPE, "{}"))
         inputs = ", ".join(f"{i['name']} × {i['weight']}" for i in recipe.get("inputs", []))

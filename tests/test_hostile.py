@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_old_file_whole(whole: Path, monkeypatch: pytest.
     def full(*args: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writer.os, "pwrite", full)
+    monkeypatch.setattr(writer, "pwrite", full)
     with pytest.raises(lm.errors.FileError, match="No space left"):
         lm.save(small(seed=5), whole, dialect="kohya")
 

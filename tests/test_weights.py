@@ -10,8 +10,9 @@ import pytest
 import loramerge as lm
 from listings import DATA
 from loramerge import blocks
+from loramerge.blocks import matches
 from loramerge.testing import relative_error, weighted_sum
-from loramerge.weights import matches, parse, resolve
+from loramerge.weights import parse, resolve
 from small import MODULES, small
 
 TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]
@@ -88,7 +89,7 @@ def test_what_is_no_weight_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([0.5], "1 weights for 2 LoRAs"),
+        ([0.5], "Weights given: 1, LoRAs: 2"),
         ([0.5, float("nan")], "not finite"),
         ([0.5, {"vae": 1.0}], "matches no module"),
         ([0.5, {"re:(": 1.0}], "not a regular expression"),
@@ -159,7 +160,7 @@ def test_flux_blocks_are_counted_in_their_own_rows(block: str, module: str) -> N
     assert blocks.block(module, "flux") == block
 
 
-@pytest.mark.parametrize(("pattern", "module"), product(["unet", "unet.*", "re:to_q$"], [TO_Q]))
+@pytest.mark.parametrize(("pattern", "module"), product(["unet", "unet.*", "re:to_q$", "IN04", "IN*"], [TO_Q]))
 def test_patterns_match(pattern: str, module: str) -> None:
     assert matches(pattern, module)
     assert not matches(pattern, TEXT)

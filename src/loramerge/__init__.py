@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted(__all__)
 
 
 __all__ = ["LoRA", "Plan", "__version__", "convert", "errors", "load", "merge", "open", "plan", "save"]

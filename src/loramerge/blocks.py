@@ -5,6 +5,7 @@ Source: https://github.com/hako-mikan/sd-webui-lora-block-weight
 
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from .architectures import ARCHITECTURES, sgm
 from .errors import OptionError
@@ -85,3 +86,18 @@ def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, floa
     if family == "flux" and "BASE" in weights:
         weights |= {"CLIP": weights["BASE"], "T5": weights.pop("BASE")}
     return weights
+
+
+def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
+    """Whether a pattern means a module.
+
+    It may be a component (``text_encoder``), a block (``OUT03``), a glob over the module's name
+    (``unet.up_blocks.*``) or, after ``re:``, a regular expression to be found in it.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], module) is not None
+        except re.error as error:
+            raise OptionError(f"{pattern!r} is not a regular expression: {error}.") from None
+    component = module.partition(".")[0]
+    return pattern == component or fnmatchcase(module, pattern) or fnmatchcase(block(module, architecture), pattern)

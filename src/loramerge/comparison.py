@@ -8,7 +8,7 @@ from . import linalg
 from .errors import NoFactorsError
 from .layers import DoRA, Layer
 from .layers.base import dense_norm
-from .lora import LoRA
+from .lora import LoRA, in_one_library
 from .tensors import float32
 
 
@@ -42,6 +42,7 @@ def _compared(first: Layer | None, second: Layer | None) -> tuple[float, float]:
         assert present is not None
         size = _norm(present)
         return (size, size) if second is None else (0.0, size)
+    first, second = in_one_library([first, second])
     if first.shape != second.shape and math.prod(first.shape) != math.prod(second.shape):
         return _norm(first), math.inf
     if isinstance(first, DoRA) and isinstance(second, DoRA):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,7 +16,7 @@ from .storage.reader import SafetensorsFile
 from .tensors import Array, Held, Stored, Tensor
 
 if TYPE_CHECKING:
-    from .dialects.write import Spelling
+    from .dialects.write import Group, Spelling
     from .storage.writer import Progress
 
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
@@ -28,6 +30,8 @@ def open(
     *,
     architecture: str | None = None,
     dialect: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
 ) -> LoRA:
     """Open a LoRA; tensors are read when a layer is asked for.
@@ -38,6 +42,8 @@ def open(
             Hub, or a state dict of numpy arrays or torch tensors.
         architecture: The model family, where the file leaves it open.
         dialect: The dialect, where the file leaves it open.
+        config: PEFT's configuration, where it is not beside the file: it has the scale.
+        metadata: The strings of the header, for a state dict.
         allow_pickle: Whether to read ``.pt``, ``.bin`` and ``.ckpt``, tensors only
             (``torch.load(weights_only=True)``).
 
@@ -47,16 +53,20 @@ def open(
         LayerError: A layer is incomplete or its shapes disagree.
     """
     options: dict[str, Any] = {"architecture": architecture, "dialect": dialect}
+    if config is not None:
+        options["config"] = {"": config}
     if isinstance(source, Mapping):
-        return from_tensors({key: Held(array) for key, array in source.items()}, {}, "state dict", **options)
+        held = {key: _held(key, value) for key, value in source.items()}
+        return from_tensors(held, metadata or {}, "state dict", **options)
     path = locate(source)
     if path.is_dir():
         return _open_folder(path, options)
     if path.suffix in PICKLES:
         return from_tensors(_unpickle(path, allow_pickle), {}, path.name, **options)
     file = SafetensorsFile(path)
-    config = _config_beside(path) if any("base_model.model." in key for key in file) else {}
-    return from_tensors(file, file.metadata, path.name, config=config, **options)
+    if config is None and any("base_model.model." in key for key in file):
+        options["config"] = _config_beside(path)
+    return from_tensors(file, file.metadata, path.name, **options)
 
 
 def load(source: Source, **options: Any) -> LoRA:
@@ -68,6 +78,8 @@ def load(source: Source, **options: Any) -> LoRA:
         LayerError: A layer is incomplete or its shapes disagree.
         NumberError: A value is NaN or infinite.
     """
+    if isinstance(source, Mapping):
+        source = {key: _copied(value) for key, value in source.items()}
     with open(source, **options) as lora:
         if isinstance(source, Mapping) or lora.origin is None:
             return lora.in_memory()
@@ -83,16 +95,32 @@ def load(source: Source, **options: Any) -> LoRA:
         return loaded.in_memory()
 
 
+def _held(key: str, value: Any) -> Held:
+    """A state dict's value: a dense numpy array or torch tensor, without its gradient."""
+    value = value.detach() if hasattr(value, "detach") else value
+    known = type(value).__module__.partition(".")[0] in ("numpy", "torch")
+    if not known or not hasattr(value, "dtype") or getattr(value, "is_sparse", False):
+        raise OptionError(f"The state dict's {key!r} is a {type(value).__name__}, wanted a dense tensor or array.")
+    return Held(value)
+
+
+def _copied(value: Any) -> Any:
+    copy = getattr(value, "clone", None) or getattr(value, "copy", None)
+    return copy() if copy else value
+
+
 def locate(source: str | os.PathLike[str]) -> Path:
     """The file or directory that a path or a Hub name means; from the Hub it is fetched."""
     text = os.fspath(source)
     path = Path(text).expanduser()
-    if not text.startswith("hf://") and path.exists():
+    if not text.startswith("hf://") and os.path.exists(path):
         return path
     from . import hub
 
     reference = hub.parse(text)
-    looks_local = not text.startswith("hf://") and (path.suffix in (".safetensors", *PICKLES) and text.count("/") != 2)
+    looks_local = not text.startswith("hf://") and (
+        (path.suffix in (".safetensors", *PICKLES) and text.count("/") != 2) or os.path.isdir(text.partition("/")[0])
+    )
     if reference is None or looks_local:
         number = text.lstrip("-").replace(".", "", 1).isdigit()
         hint = " Weights are given one by one: -w 0.7 -w 0.5." if number else ""
@@ -102,7 +130,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
 
 def _open_folder(path: Path, options: dict[str, Any]) -> LoRA:
     folders = [path, *(path / component for component in COMPONENTS)]
-    adapters = {folder: folder / PEFT_FILE for folder in folders if (folder / PEFT_FILE).exists()}
+    adapters = {folder: folder / PEFT_FILE for folder in folders if os.path.exists(folder / PEFT_FILE)}
     if not adapters:
         others = sorted(file.parent for file in path.glob(f"*/{PEFT_FILE}"))
         if len(others) == 1:
@@ -237,10 +265,10 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> Path:
     target = Path(path).expanduser()
     if DIALECTS[dialect].name == "peft":
         return target.with_suffix("") if target.suffix == ".safetensors" else target
-    if target.is_dir() or target.suffix != ".safetensors":
+    if os.path.isdir(target) or target.suffix != ".safetensors":
         raise OptionError(f"Can't write {target}: wanted a path that ends in .safetensors.")
-    if not target.parent.is_dir():
-        reason = "Not a directory" if target.parent.exists() else "No such file or directory"
+    if not os.path.isdir(target.parent):
+        reason = "Not a directory" if os.path.exists(target.parent) else "No such file or directory"
         raise FileError(f"Can't write {target}: {reason}: {target.parent}.")
     return target
 
@@ -248,44 +276,67 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> Path:
 def _save_folder(lora: LoRA, path: Path, spelling: "Spelling", workers: int, progress: "Progress | None") -> Path:
     """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
     from .dialects.config import component_configs
-    from .dialects.write import Group
     from .metadata import for_writing
-    from .storage.writer import write, write_text
 
     configs = cast(dict[str, Any], lora.origin.config) if spelling.verbatim and lora.origin else {}
     if not configs:
         written = component_configs(spelling.layers)
         configs = {c if c.startswith("text_encoder") else "": config for c, config in written.items()}
     metadata, _ = for_writing(lora, spelling)
-    total, done = len(spelling.groups), 0
-    for component, config in configs.items():
-        prefix = f"{component}/" if component else ""
-        mine = [g for g in spelling.groups if (g.name.partition("/")[0] == component) == bool(component)]
-        if component == "":
-            mine = [g for g in spelling.groups if "/" not in g.name]
-        groups = [
-            Group(g.name, {k.removeprefix(prefix): s for k, s in g.specs.items()}, _stripped(g, prefix)) for g in mine
-        ]
-        folder = path / component
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"Can't make the directory {folder}: {error.strerror}.") from error
-        step = done
-        write(
-            folder / PEFT_FILE,
-            groups,
-            metadata,
-            workers=workers,
-            progress=(lambda n, _, step=step: progress(step + n, total)) if progress else None,  # type: ignore[misc]
-        )
-        write_text(folder / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
-        done += len(groups)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".loramerge.", dir=path) as made:
+            _write_components(Path(made), configs, spelling.groups, metadata, workers, progress)
+            for component in ("", *COMPONENTS):
+                _take_place(Path(made) / component, path / component)
+    except OSError as error:
+        raise FileError(f"Can't write {path}: {error.strerror}.") from error
     return path
 
 
-def _stripped(group: Any, prefix: str) -> Any:
-    return lambda: {key.removeprefix(prefix): array for key, array in group.make().items()}
+def _write_components(
+    folder: Path,
+    configs: Mapping[str, Any],
+    groups: "list[Group]",
+    metadata: Mapping[str, str],
+    workers: int,
+    progress: "Progress | None",
+) -> None:
+    """Each component's adapter and configuration, in a directory of its own."""
+    from .dialects.write import Group
+    from .storage.writer import write, write_text
+
+    done = 0
+    for component, config in configs.items():
+        prefix = f"{component}/" if component else ""
+        mine = [g for g in groups if g.name.startswith(prefix) and ("/" in g.name) == bool(prefix)]
+        stripped = [
+            Group(g.name, {k.removeprefix(prefix): s for k, s in g.specs.items()}, partial(_stripped, g, prefix))
+            for g in mine
+        ]
+        (folder / component).mkdir(exist_ok=True)
+        report = partial(_shifted, progress, done, len(groups)) if progress else None
+        write(folder / component / PEFT_FILE, stripped, metadata, workers=workers, progress=report)
+        write_text(folder / component / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        done += len(mine)
+
+
+def _shifted(progress: "Progress", before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
+
+
+def _take_place(made: Path, target: Path) -> None:
+    """Put a component's new files in the place of the old; a component that is not there any more goes."""
+    for name in (PEFT_FILE, PEFT_CONFIG):
+        if (made / name).exists():
+            target.mkdir(exist_ok=True)
+            os.replace(made / name, target / name)
+        else:
+            (target / name).unlink(missing_ok=True)
+
+
+def _stripped(group: "Group", prefix: str) -> dict[str, Array]:
+    return {key.removeprefix(prefix): array for key, array in group.make().items()}
 
 
 def convert(

@@ -43,8 +43,8 @@ def download(reference: Reference) -> Path:
     return path
 
 
-def choose(files: list[str], repo: str) -> str:
-    """The LoRA among a repository's files."""
+def choose(files: list[str], where: str) -> str:
+    """The LoRA among the files of a repository or a directory."""
     weights = [f for f in files if f.endswith(".safetensors")]
     for name in WEIGHTS:
         if name in weights:
@@ -52,10 +52,9 @@ def choose(files: list[str], repo: str) -> str:
     if len(weights) == 1:
         return weights[0]
     if not weights:
-        raise FileError(f"The repository {repo} has no .safetensors file.")
-    raise FileError(
-        f"The repository {repo} has {len(weights)} files; name one: {', '.join(f'{repo}/{f}' for f in weights)}."
-    )
+        raise FileError(f"{where} has no .safetensors file.")
+    some = ", ".join(weights[:6]) + (", …" if len(weights) > 6 else "")
+    raise FileError(f"{where} has {len(weights)} .safetensors files; name one: {some}.")
 
 
 def _listing(reference: Reference) -> list[str]:

@@ -82,6 +82,29 @@ def _truncate_gram(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
     return up @ xp.astype(left, up.dtype), xp.astype(right, down.dtype).T @ down
 
 
+FAINT = 2.0**-9
+"""A column whose largest value is below it has most of its values among float16's subnormals."""
+
+
+def balanced(up: Array, down: Array) -> tuple[Array, Array]:
+    """The same product, with faint columns of ``up`` raised and their rows of ``down`` lowered.
+
+    Both are scaled by powers of two, so nothing is rounded; float16 then keeps all its digits.
+
+    Args:
+        up: Shape ``(out, r)``.
+        down: Shape ``(r, in)``.
+    """
+    xp = namespace(up)
+    high, low = xp.max(abs(up), axis=0), xp.max(abs(down), axis=1)
+    faint = (high < FAINT) & (high > 0) & (low > high)
+    if not bool(faint.any()):
+        return up, down
+    ratio = xp.where(faint, low / xp.where(faint, high, xp.ones_like(high)), xp.ones_like(high))
+    factor = 2.0 ** xp.floor(0.5 * xp.log2(ratio))
+    return up * factor, down / factor[:, None]
+
+
 def _inverse(sigma: Array) -> Array:
     """1/σ, and 0 for the singular values that are zero but for rounding."""
     xp = namespace(sigma)

@@ -1,18 +1,18 @@
 """A LoRA: what a file means, whatever it was called."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from .blocks import matches
 from .dialects import alphas
 from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
 from .errors import LoRAMergeError, OptionError
 from .layers import Layer, build
-from .tensors import Array, Shape, Tensor, check_finite
+from .tensors import Array, Shape, Tensor, check_finite, is_torch
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ class Origin:
     """PEFT's configuration, by component (``""`` for the directory's own)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LoRA(Mapping[str, Layer]):
     """One file's update of a model: an ordered mapping of modules to layers.
 
@@ -75,6 +75,9 @@ class LoRA(Mapping[str, Layer]):
     def __contains__(self, module: object) -> bool:
         return module in self.layouts
 
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __repr__(self) -> str:
         return (
             f"LoRA({self.name!r}, {self.architecture or 'unknown architecture'}, {self.dialect}, "
@@ -110,12 +113,12 @@ class LoRA(Mapping[str, Layer]):
         return math.sqrt(sum(layer.norm() ** 2 for layer in self.values()))
 
     def select(self, *patterns: str) -> "LoRA":
-        """The part whose modules match one of the glob patterns, such as ``"unet.*attn2*"``."""
-        return self._keep([m for m in self if any(fnmatchcase(m, p) for p in patterns)], patterns)
+        """The part whose modules match one of the patterns, as in weights: ``"unet.*attn2*"``, ``"OUT03"``."""
+        return self._keep([m for m in self if any(matches(p, m, self.architecture) for p in patterns)], patterns)
 
     def exclude(self, *patterns: str) -> "LoRA":
-        """All but the modules that match one of the glob patterns."""
-        kept = [m for m in self if not any(fnmatchcase(m, p) for p in patterns)]
+        """All but the modules that match one of the patterns."""
+        kept = [m for m in self if not any(matches(p, m, self.architecture) for p in patterns)]
         if patterns and len(kept) == len(self):
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_some(self)}")
         return self._keep(kept, patterns)
@@ -170,6 +173,19 @@ def _to_torch(array: Array) -> "torch.Tensor":
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
+def in_one_library(layers: Sequence[Layer], device: str | None = None) -> list[Layer]:
+    """Layers whose tensors are all numpy's or all torch's: torch's where one is, or a device is named."""
+    torches = [is_torch(tensor) for layer in layers for tensor in layer.tensors().values()]
+    if device is None and (all(torches) or not any(torches)):
+        return list(layers)
+
+    def moved(tensor: Array) -> Array:
+        found = _to_torch(tensor)
+        return found if device is None else found.to(device)
+
+    return [layer.map(moved) for layer in layers]
+
+
 def from_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
@@ -199,6 +215,9 @@ def from_tensors(
     except LoRAMergeError as error:
         raise type(error)(f"{name}: {error}") from None
     reader = _Reader(name, reading, tensors, scales)
+    notes = list(reading.notes)
+    if not scales and any("base_model.model." in key for key in tensors):
+        notes.append("PEFT's adapter_config.json is missing: alpha is taken to be the rank, the scale 1")
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
     return LoRA(
@@ -209,7 +228,7 @@ def from_tensors(
         compute=reader.layer,
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},
-        notes=reading.notes,
+        notes=tuple(notes),
         origin=Origin(tensors, reading.dialect.name, dict(config or {})),
     )
 
@@ -229,6 +248,13 @@ class _Reader:
         self.whole = lru_cache(maxsize=4)(self._whole)
         self._layouts: dict[str, Layer] = {}
         self._alphas: dict[str, float | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "whole"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.whole = lru_cache(maxsize=4)(self._whole)
 
     def layer(self, module: str) -> Layer:
         return self.part(module, self.whole(self.parts[module][1].stem))

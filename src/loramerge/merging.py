@@ -2,19 +2,21 @@
 
 import json
 import math
+import operator
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from . import linalg
 from .architectures import ARCHITECTURES
+from .blocks import matches
 from .dialects import DIALECTS
 from .errors import LoRAMergeError, MergeError, OptionError
 from .files import Source, load, open
 from .layers import Layer, LowRank, low_rank
 from .layers.base import matrix
-from .lora import LoRA
+from .lora import LoRA, in_one_library
 from .metadata import RECIPE, STALE
 from .methods import METHODS, Method
 from .methods.linear import shared_down
@@ -47,7 +49,7 @@ class Step:
         return self.rank < min(self.full_rank, self.shape[0], math.prod(self.shape[1:]))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """What a merge will do.  `lora` is its result, computed when asked for."""
 
@@ -73,19 +75,12 @@ class Plan:
         """One module's merged layer, float32, scale folded in."""
         step = self.steps[module]
         try:
-            layers = [self._on_device(self.loras[i][module]) for i in step.inputs]
+            layers = in_one_library([self.loras[i][module] for i in step.inputs], self.device)
             weights = self.weights.of(module)
             merged: LowRank = self.method.merge(layers, [weights[i] for i in step.inputs], **self.options)
             return _truncated(merged, step.rank)
         except LoRAMergeError as error:
             raise type(error)(f"{module}: {error}") from None
-
-    def _on_device(self, layer: Layer) -> Layer:
-        if self.device is None:
-            return layer
-        from .lora import _to_torch
-
-        return layer.map(lambda tensor: _to_torch(tensor).to(self.device))
 
     def lora(self) -> LoRA:
         """The result, whose layers are merged when they are asked for: saving it streams."""
@@ -109,6 +104,10 @@ class Plan:
         layer = low_rank(up, down, step.shape, down_id)
         biased = any(layout.diff_b is not None or getattr(layout, "up_bias", None) is not None for layout in layouts)
         return replace(layer, diff_b=Spec(step.shape[:1], "F32")) if biased else layer
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{n} × {w}" for n, w in zip((x.name for x in self.loras), self.weights.label, strict=True))
+        return f"Plan({inputs}; {self.method.name}, rank {self.rank}, {len(self.steps)} modules of {self.architecture})"
 
     @property
     def size(self) -> int:
@@ -169,23 +168,26 @@ def plan(
         MergeError: Families or shapes differ, or a layer has no low-rank form.
         OptionError: A weight, the rank, the method or an option is wrong.
     """
-    opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in loras]
-    if not opened:
-        raise MergeError("Nothing to merge: give at least one LoRA.")
+    opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in _listed(loras)]
     if exclude:
-        opened = _without(opened, exclude)
+        opened = _without(opened, [exclude] if isinstance(exclude, str) else exclude)
+    if not any(opened):
+        raise MergeError("Nothing to merge: give at least one LoRA with a module.")
     if device is not None:
         _check_device(device)
     chosen = METHODS[method]
     chosen.check(options)
     steps = _steps(opened, chosen, _rank_rule(rank))
     first = opened[0].dialect
+    resolved = resolve(opened, weights, scope)
+    for module in () if resolved.from_values else steps:
+        resolved.of(module)  # a block vector may lack a module's block
     return Plan(
         loras=tuple(opened),
         architecture=_architecture(opened),
         method=chosen,
         options=options,
-        weights=resolve(opened, weights, scope),
+        weights=resolved,
         rank=rank,
         steps=steps,
         name=" + ".join(lora.name for lora in opened),
@@ -236,7 +238,7 @@ def merge(
         >>> merge([person, jersey], weights=[0.7, 0.5]).summary("rank")
         'rank 12'
     """
-    loaded = [lora if isinstance(lora, LoRA) else load(lora) for lora in loras]
+    loaded = [lora if isinstance(lora, LoRA) else load(lora) for lora in _listed(loras)]
     planned = plan(
         loaded,
         weights=weights,
@@ -250,9 +252,15 @@ def merge(
     return planned.lora().in_memory()
 
 
+def _listed(loras: object) -> "Sequence[LoRA | Source]":
+    if isinstance(loras, str | os.PathLike | LoRA) or not isinstance(loras, Sequence):
+        raise OptionError(f"Give a list of LoRAs, such as [a, b]; got a {type(loras).__name__}.")
+    return loras
+
+
 def _without(loras: Sequence[LoRA], exclude: Sequence[str]) -> list[LoRA]:
     """The LoRAs without some modules; one of which nothing is left adds nothing."""
-    kept = [lora.part(m for m in lora if not any(fnmatchcase(m, p) for p in exclude)) for lora in loras]
+    kept = [lora.part(m for m in lora if not any(matches(p, m, lora.architecture) for p in exclude)) for lora in loras]
     patterns = " or ".join(exclude)
     if all(len(now) == len(was) for now, was in zip(kept, loras, strict=True)):
         raise OptionError(f"No module matches the pattern {patterns}, such as {next(iter(loras[0]))}.")
@@ -277,7 +285,10 @@ def _steps(loras: Sequence[LoRA], method: Method, rule: "Callable[[Sequence[int]
         layouts = [_mergeable(loras[i], module) for i in inputs]
         shape = _common_shape([loras[i] for i in inputs], module)
         ranks = tuple(layout.rank or 0 for layout in layouts)
-        full = method.rank(layouts)
+        try:
+            full = method.rank(layouts)
+        except MergeError as error:
+            raise MergeError(f"{module}: {error}") from None
         limit = min(full, shape[0], math.prod(shape[1:]))
         steps[module] = Step(module, shape, inputs, ranks, full, max(1, min(rule(ranks), limit)))
     return steps
@@ -318,11 +329,12 @@ def _fits(lora: LoRA, architecture: str) -> bool:
 
 
 def _rank_rule(rank: Rank) -> "Callable[[Sequence[int]], int]":
-    if isinstance(rank, bool) or not (rank in ("sum", "max") or (isinstance(rank, int) and rank >= 1)):
+    if isinstance(rank, str) and rank in ("sum", "max"):
+        return sum if rank == "sum" else max
+    number = 0 if isinstance(rank, str | bool) or not hasattr(rank, "__index__") else operator.index(rank)
+    if number < 1:
         raise OptionError(f"The rank {rank!r} is none of: a number from 1, 'sum', 'max'.")
-    if rank == "sum":
-        return sum
-    return max if rank == "max" else lambda ranks: int(rank)
+    return lambda ranks: number
 
 
 def _extras(loras: Sequence[LoRA]) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def _code(dtype: Any) -> str:
 
 def parse_dtype(name: str) -> str:
     """The code of a dtype as people write it: ``fp16``, ``float16``, ``torch.float16``, ``F16``."""
-    plain = name.removeprefix("torch.")
+    plain = str(name).removeprefix("torch.")
     found = CODES.get(plain.lower()) or ALIASES.get(plain.lower()) or plain.upper()
     if found not in FLOATS:
         raise OptionError(f"Unknown dtype {name!r}. Available: float32, float16, bfloat16, float64.")
@@ -246,6 +246,10 @@ def cast(array: Array, dtype: str) -> Array:
 def _checked(array: Array, narrow: Array) -> Array:
     if code(narrow) in ("F16", "F8_E4M3", "F8_E5M2", "BF16") and math.prod(array.shape):
         largest = max(float(array.max()), -float(array.min()))
+        if 0 < largest < SMALLEST[code(narrow)]:
+            raise NumberError(
+                f"every value is 0 in {NAMES[code(narrow)]}, the largest is {largest:.4g}; save as float32"
+            )
         if not largest <= LARGEST[code(narrow)]:  # which NaN is not, either
             raise NumberError(f"{largest:.4g} is too large for {NAMES[code(narrow)]}; save as float32")
     return narrow
@@ -253,6 +257,9 @@ def _checked(array: Array, narrow: Array) -> Array:
 
 LARGEST = {"F16": 65519.0, "BF16": 3.3961e38, "F8_E4M3": 464.0, "F8_E5M2": 61439.0}
 """The largest magnitude that still rounds to a finite number."""
+
+SMALLEST = {"F16": 2.0**-25, "BF16": 2.0**-134, "F8_E4M3": 2.0**-10, "F8_E5M2": 2.0**-17}
+"""Magnitudes below it are rounded to zero."""
 
 
 def take_rows(tensor: Array | Spec, ranges: Ranges) -> Array | Spec:

@@ -5,10 +5,8 @@ share of the modules' norms.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
 from . import blocks
@@ -48,6 +46,9 @@ def resolve(loras: Sequence[LoRA], weights: Weights, scope: Scope = "module") ->
     Raises:
         OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
     """
+    weights = _plain(weights)
+    if scope != "module" and weights != "l2":
+        raise OptionError(f"The scope {scope!r} goes with the weights 'l2' only.")
     if weights is None or weights == "uniform":
         share = 1.0 / len(loras)
         return ModuleWeights(lambda module: [share] * len(loras), tuple(f"{share:.4g}" for _ in loras))
@@ -58,9 +59,19 @@ def resolve(loras: Sequence[LoRA], weights: Weights, scope: Scope = "module") ->
     if isinstance(weights, str):
         raise OptionError(f"Unknown weights {weights!r}. Available: uniform, l2, or one number a LoRA.")
     if len(weights) != len(loras):
-        raise OptionError(f"{len(weights)} weights for {len(loras)} LoRAs: give one each.")
+        raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. One weight a file: -w 0.7 -w 0.5.")
     given = [_Given(lora, weight) for lora, weight in zip(loras, weights, strict=True)]
     return ModuleWeights(lambda module: [g.at(module) for g in given], tuple(g.label for g in given))
+
+
+def _plain(weights: object) -> Weights:
+    """Weights as Python's own: arrays and tensors as lists, names in lower case."""
+    if isinstance(weights, str):
+        return weights.lower()
+    found: object = weights.tolist() if hasattr(weights, "tolist") else weights
+    if found is not None and not isinstance(found, Sequence):
+        raise OptionError(f"The weights {weights!r} are no list: one weight a LoRA, such as [0.7, 0.5].")
+    return found
 
 
 def parse(text: str) -> Weight:
@@ -74,7 +85,10 @@ def parse(text: str) -> Weight:
     table: dict[str, float] = {}
     for item in text.split(";"):
         pattern, _, number = item.rpartition("=")
-        table[pattern.strip() or "*"] = _number(number, text)
+        pattern = pattern.strip() or "*"
+        if pattern in table:
+            raise OptionError(f"The weight {text!r} gives {pattern!r} twice. One weight a file: -w 0.7 -w 0.5.")
+        table[pattern] = _number(number, text)
     return table["*"] if list(table) == ["*"] else table
 
 
@@ -83,7 +97,8 @@ def _number(text: str, whole: str) -> float:
         value = float(text)
     except ValueError:
         raise OptionError(
-            f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…' or 'lbw:NUMBER,NUMBER,…'."
+            f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…' or 'lbw:NUMBER,NUMBER,…'. "
+            "One weight a file: -w 0.7 -w 0.5."
         ) from None
     if not math.isfinite(value):
         raise OptionError(f"The weight {whole!r} is not finite.")
@@ -97,8 +112,8 @@ class _Given:
         if isinstance(weight, str) and not weight.startswith("lbw:"):
             weight = parse(weight)
         self.lora = lora
-        self.label = weight if isinstance(weight, str) else _label(weight)
         self.at = self._rule(weight)
+        self.label = weight if isinstance(weight, str) else _label(weight)
 
     def _rule(self, weight: Weight) -> Callable[[str], float]:
         if isinstance(weight, str):
@@ -124,38 +139,23 @@ class _Given:
     def _by_pattern(self, weights: Mapping[str, float]) -> Callable[[str], float]:
         architecture = self.lora.architecture
         for pattern in weights:
-            if pattern != "*" and not any(matches(pattern, module, architecture) for module in self.lora):
+            if pattern != "*" and not any(blocks.matches(pattern, module, architecture) for module in self.lora):
                 raise OptionError(
                     f"The pattern {pattern!r} matches no module of {self.lora.name}, such as {next(iter(self.lora))}."
                 )
 
         def at(module: str) -> float:
             # The last that matches wins, as in a .gitignore: the general first, then exceptions.
-            found = [w for pattern, w in weights.items() if matches(pattern, module, architecture)]
+            found = [w for pattern, w in weights.items() if blocks.matches(pattern, module, architecture)]
             return found[-1] if found else 1.0
 
         return at
 
 
-def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
-    """Whether a pattern means a module.
-
-    It may be a component (``text_encoder``), a block (``OUT03``), a glob over the module's name
-    (``unet.up_blocks.*``) or, after ``re:``, a regular expression to be found in it.
-    """
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], module) is not None
-        except re.error as error:
-            raise OptionError(f"{pattern!r} is not a regular expression: {error}.") from None
-    component = module.partition(".")[0]
-    return pattern == component or fnmatchcase(module, pattern) or pattern == blocks.block(module, architecture)
-
-
 def _label(weight: float | Mapping[str, float]) -> str:
     if isinstance(weight, Mapping):
-        return ";".join(f"{pattern}={number:g}" for pattern, number in weight.items())
-    return f"{weight:g}"
+        return ";".join(f"{pattern}={float(number):g}" for pattern, number in weight.items())
+    return f"{float(weight):g}"
 
 
 def _shares(loras: Sequence[LoRA], scope: Scope) -> Callable[[str], list[float]]:

@@ -1,7 +1,9 @@
 """The command line: the verbs of the library."""
 
 import gc
+import io
 import os
+import signal
 import sys
 
 
@@ -10,6 +12,10 @@ def main() -> None:
     # Threads work on modules; BLAS with threads of its own below them would only spin.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
+    for stream in (sys.stdout, sys.stderr):  # a redirect may not know every character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is cleared away
     # A command is over before it could leave enough garbage to be worth looking for.
     gc.disable()
     from .run import guarded

@@ -36,7 +36,7 @@ Arch = Annotated[str | None, typer.Option("--architecture", help="The model fami
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Glob of modules to leave out.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
 To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
 
 
@@ -154,9 +154,12 @@ def merge(
 
     Example: loramerge merge person.safetensors jersey.safetensors -o both.safetensors -w 0.7 -w 0.5
     """
+    from dataclasses import replace
+
     from ..dialects.write import check_writable
     from ..files import check_target, open, save
     from ..merging import plan
+    from ..tensors import parse_dtype
 
     if output is None and not dry_run:
         raise OptionError("Where should the merged LoRA go? Give --output FILE, or --dry-run to see the plan.")
@@ -173,9 +176,11 @@ def merge(
         device=device,
         **_options(method, option or []),
     )
+    check_writable(to or planned.dialect, planned.dialect)
     if output is not None:
         check_target(output, to or planned.dialect)
-        check_writable(to or planned.dialect, planned.dialect)
+    if dtype:
+        planned = replace(planned, dtype=parse_dtype(dtype))
     if not quiet:
         print(_plan_table(planned))
     if dry_run or output is None:
@@ -249,7 +254,7 @@ def diff(
     first: Annotated[str, typer.Argument(help="A LoRA.")],
     second: Annotated[str, typer.Argument(help="Another, in any dialect.")],
     tolerance: Annotated[float, typer.Option(help="Relative difference of ΔW that counts as none.")] = 1e-6,
-    most: Annotated[int, typer.Option("--most", help="Rows to print.")] = 20,
+    most: Annotated[int, typer.Option("--most", min=0, help="Rows to print.")] = 20,
     quiet: Quiet = False,
 ) -> None:
     """Say whether two files are the same LoRA: the difference of ΔW, module by module. Exit code 1 if not.

@@ -8,7 +8,7 @@ from functools import cache
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.names import Parts, whole
-from ..errors import LayerError, LoRAMergeError, NotALoRAError
+from ..errors import LayerError, LoRAMergeError, NotALoRAError, OptionError
 from ..layers import UNKNOWN, Layer, build
 from ..tensors import Shape, Tensor
 from . import DIALECTS
@@ -81,6 +81,10 @@ def read(
         record.layer = _layer(record, tensors)
     names = _Names(records, extras)
     found = ARCHITECTURES[architecture] if architecture else names.architecture(metadata)
+    if architecture and found and 2 * len(names.fitting(found)) <= len(records):
+        raise OptionError(
+            f"This is no LoRA of {found.name}: of {len(records)} layers {len(names.fitting(found))} fit it."
+        )
     notes = names.resolve(found)
     if unused:
         notes.append(

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from .. import linalg
 from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
 from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, low_rank
+from ..layers.base import matrix
 from ..tensors import (
     FLOATS,
     Array,
@@ -252,6 +254,8 @@ class _Writer:
         import numpy as np
 
         layer = self.layer(parts, self.lora.__getitem__)
+        if self.dtype == "F16" and isinstance(layer, LowRank) and layer.mid is None and code(layer.up) != "F16":
+            layer = _balanced(layer)
         alpha = getattr(layer.direction if isinstance(layer, DoRA) else layer, "alpha", None)
         return {
             key: np.asarray(alpha, dtype=np.float32) if isinstance(t, Spec) else t
@@ -332,6 +336,12 @@ def _narrow(values: Array, like: Array) -> Array:
 
     with np.errstate(over="ignore"):
         return values.astype(like.dtype)
+
+
+def _balanced(layer: LowRank) -> LowRank:
+    """The same ΔW with factors that float16 rounds least."""
+    up, down = linalg.balanced(matrix(layer.up), matrix(layer.down))
+    return replace(layer, up=up.reshape(layer.up.shape), down=down.reshape(layer.down.shape))
 
 
 def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:

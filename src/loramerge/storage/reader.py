@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import FileError
 from ..tensors import SIZES, Stored
+from .positioned import pread
 
 MAX_HEADER = 100_000_000
 """The reference implementation's limit, in bytes."""
@@ -44,6 +45,12 @@ class SafetensorsFile(dict[str, Stored]):
         for key, (dtype, shape, begin, end) in entries.items():
             self[key] = Stored(shape, dtype, source, begin, end)
 
+    def __deepcopy__(self, memo: object) -> "SafetensorsFile":
+        return self  # the file is read only, and its descriptor must be closed once
+
+    def __reduce__(self) -> tuple[type["SafetensorsFile"], tuple[Path]]:
+        return SafetensorsFile, (self.path,)
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -59,9 +66,9 @@ class SafetensorsFile(dict[str, Stored]):
     def _read(self, offset: int, size: int) -> bytes:
         if self._fd < 0:
             raise FileError(f"{self.path} is closed.")
-        data = os.pread(self._fd, size, offset)
+        data = pread(self._fd, size, offset)
         while len(data) < size:
-            more = os.pread(self._fd, size - len(data), offset + len(data))
+            more = pread(self._fd, size - len(data), offset + len(data))
             if not more:
                 raise FileError(f"{self.path} ended at byte {offset + len(data)}; it changed while it was read.")
             data += more

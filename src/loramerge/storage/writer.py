@@ -16,6 +16,7 @@ from typing import Any
 from ..dialects.write import Group
 from ..errors import FileError
 from ..tensors import Array, Spec, is_torch, nbytes
+from .positioned import pread, pwrite
 
 Progress = Callable[[int, int], None]
 """Called with the number of modules done and of all."""
@@ -134,7 +135,7 @@ def _bytes(array: Array) -> memoryview:
 def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     while len(view):
-        count = os.pwrite(fd, view, offset)
+        count = pwrite(fd, view, offset)
         view, offset = view[count:], offset + count
 
 
@@ -185,8 +186,8 @@ def _replacing(path: Path) -> Iterator[int]:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     try:
         yield fd
-        os.fchmod(fd, 0o666 & ~mask)
         os.close(fd)
+        os.chmod(name, 0o666 & ~mask)
         os.replace(name, path)
     except BaseException as error:
         _discard(fd, name)
@@ -219,7 +220,7 @@ def _hashes(fd: int, specs: Mapping[str, Spec], metadata: Mapping[str, str], lay
     image = kept.header[0x100000:0x110000]
     rest = 0x110000 - max(0x100000, kept.start)
     if rest > 0:
-        image += os.pread(fd, rest, layout.start + max(0x100000 - kept.start, 0))
+        image += pread(fd, rest, layout.start + max(0x100000 - kept.start, 0))
     whole = hashlib.sha256()
     for chunk in _chunks(fd, layout.start, layout.size):
         whole.update(chunk)
@@ -228,7 +229,7 @@ def _hashes(fd: int, specs: Mapping[str, Spec], metadata: Mapping[str, str], lay
 
 def _chunks(fd: int, start: int, stop: int, size: int = 1 << 22) -> Iterable[bytes]:
     while start < stop:
-        chunk = os.pread(fd, min(size, stop - start), start)
+        chunk = pread(fd, min(size, stop - start), start)
         if not chunk:
             raise OSError(errno.EIO, "the file ended early")
         yield chunk

@@ -1,8 +1,11 @@
 """Loading and saving: by path, directory and Hub name."""
 
+import copy
+import gc
 import hashlib
 import json
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -20,6 +23,7 @@ import safetensors.torch
 import loramerge as lm
 from listings import config, filled, listing
 from loramerge.hub import parse
+from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
 
 SMALL_LISTINGS = [
@@ -325,3 +329,70 @@ def test_of_several_adapters_in_a_directory_one_must_be_named(tmp_path: Path) ->
     lm.save(small("flux", MODULES["flux"][:1]), tmp_path / "all" / "checkpoint-900", dialect="peft")
     with pytest.raises(lm.errors.FileError, match=r"holds 2 adapters.*checkpoint-500"):
         lm.load(tmp_path / "all")
+
+
+def test_a_peft_directory_that_is_written_again_keeps_nothing_of_the_old(tmp_path: Path) -> None:
+    lm.save(small(), tmp_path / "a", dialect="peft")
+    (tmp_path / "a" / "README.md").write_text("mine")
+
+    lm.save(small(modules=MODULES["sdxl"][:1]), tmp_path / "a", dialect="peft")
+
+    assert set(lm.load(tmp_path / "a")) == set(MODULES["sdxl"][:1])
+    assert (tmp_path / "a" / "README.md").read_text() == "mine"
+
+
+def test_a_peft_directory_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    lm.save(small(), tmp_path / "a", dialect="peft")
+    before = {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    broken = small(seed=3)
+    broken[MODULES["sdxl"][3]].up[0, 0] = np.nan
+
+    with pytest.raises(lm.errors.NumberError):
+        lm.save(broken, tmp_path / "a", dialect="peft")
+
+    assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
+
+
+def test_a_peft_file_without_a_configuration_says_what_is_assumed() -> None:
+    lora = lm.load(small("flux", MODULES["flux"][:1]).state_dict("peft"))
+
+    assert "adapter_config.json is missing" in lora.notes[0]
+
+
+def test_a_copy_of_an_open_lora_leaves_the_file_open(tmp_path: Path) -> None:
+    lora = lm.open(lm.save(small(), tmp_path / "a.safetensors", dialect="kohya"))
+    module = MODULES["sdxl"][0]
+
+    copied = copy.deepcopy(lora)
+    again = pickle.loads(pickle.dumps(lora))
+    del copied
+    gc.collect()
+
+    np.testing.assert_array_equal(lora[module].delta(), again[module].delta())
+
+
+@pytest.mark.parametrize("std", [1e-2, 1e-3, 1e-4])
+def test_faint_factors_keep_their_digits_in_float16(std: float, tmp_path: Path) -> None:
+    module = MODULES["sdxl"][0]
+    rng = np.random.default_rng(1)
+    loras = [
+        lm.load(
+            {
+                f"{module}.lora_A.weight": (0.03 * rng.standard_normal((64, 640))).astype(np.float16),
+                f"{module}.lora_B.weight": (std * rng.standard_normal((640, 64))).astype(np.float16),
+                f"{module}.alpha": np.array(1, np.float16),
+            }
+        )
+        for _ in range(2)
+    ]
+
+    merged = lm.merge(loras, weights=[0.5, 0.5])
+
+    for dialect in ("kohya", "diffusers", "comfyui"):
+        again = lm.load(lm.save(merged, tmp_path / "m.safetensors", dialect=dialect))
+        assert relative_error(again[module].delta(), weighted_sum(loras, [0.5, 0.5], module)) <= 5e-4
+
+
+def test_values_that_would_all_become_zero_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(lm.errors.NumberError, match="every value is 0"):
+        lm.save(lm.merge([small()], weights=[1e-20]), tmp_path / "m.safetensors", dialect="peft", dtype="float16")

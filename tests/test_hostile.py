@@ -1,10 +1,12 @@
 """Bad input: a clear message, and no output."""
 
+import dataclasses
 import errno
 import json
 import os
 import pickle
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,3 +273,47 @@ def test_a_file_can_be_converted_onto_itself(whole: Path) -> None:
     assert found.dialect == "diffusers"
     for module, delta in wanted.items():
         np.testing.assert_array_equal(found[module].delta(), delta)
+
+
+def test_threads_of_a_failed_save_do_not_write_into_the_next_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SMALL", 0)
+    merged = lm.plan([small(seed=i, rank=64) for i in range(2)], rank=8).lora()
+
+    def fail(done: int, total: int) -> None:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        lm.save(merged, tmp_path / "a.safetensors", workers=4, progress=fail)
+    with open(tmp_path / "other", "wb") as other:
+        other.write(b"8 bytes.")
+        other.flush()
+        time.sleep(0.3)
+
+    assert (tmp_path / "other").read_bytes() == b"8 bytes."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        '{"unet.lora_alpha": "x", "unet.r": 4}',
+        '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}',
+        "nonsense",
+    ],
+)
+def test_a_hostile_configuration_is_refused(text: str) -> None:
+    keys = small(modules=MODULES["sdxl"][:1]).state_dict("diffusers-peft")
+
+    with pytest.raises(lm.errors.LoRAMergeError):
+        lm.open(keys, metadata={"lora_adapter_metadata": text})
+
+
+def test_a_method_that_makes_other_tensors_than_planned_writes_nothing(tmp_path: Path) -> None:
+    lora = small(modules=MODULES["sdxl"][:1])
+    wrong = dataclasses.replace(lora, compute=lambda module: small(modules=MODULES["sdxl"][:1], rank=7)[module])
+
+    with pytest.raises(lm.errors.LayerError, match="planned"):
+        lm.save(wrong, tmp_path / "a.safetensors", dialect="comfyui")
+    assert leftovers(tmp_path) == []

@@ -248,3 +248,59 @@ def test_excluding_everything_or_nothing_is_refused() -> None:
 def test_an_average_of_factors_needs_equal_ranks_already_in_the_plan() -> None:
     with pytest.raises(lm.errors.MergeError, match="equal ranks, got 4, 6"):
         lm.plan([small(rank=4), small(rank=6)], method="factor_average")
+
+
+def test_torch_and_numpy_merge_together() -> None:
+    a, b = small(seed=1), small(seed=2)
+
+    merged = lm.merge([lm.load(a.state_dict("kohya")), b])
+
+    for module in merged:
+        assert relative_error(merged[module].delta().numpy(), weighted_sum([a, b], [0.5, 0.5], module)) <= 1e-6
+
+
+@pytest.mark.parametrize("weights", [np.array([0.5, 0.25]), [np.float32(0.5), np.float64(0.25)], ("0.5", "0.25")])
+def test_numbers_of_every_kind_are_weights(weights: object) -> None:
+    merged = lm.merge([small(seed=1), small(seed=2)], weights=weights, rank=np.int64(3), exclude="text_encoder")
+
+    assert {layer.rank for layer in merged.values()} == {3}
+    assert TEXT not in merged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loras": "a.safetensors"}, "Give a list"),
+        ({"weights": 0.5}, "are no list"),
+        ({"weights": [None, 0.5]}, "Can't read the weight"),
+        ({"scope": "whole"}, "goes with the weights 'l2'"),
+        ({"weights": ["0.7;0.5", 1]}, "twice"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_explained(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(lm.errors.OptionError, match=message):
+        lm.merge(**{"loras": [small(), small(seed=1)], **arguments})
+
+
+def test_a_family_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(lm.errors.OptionError, match="no LoRA of flux"):
+        lm.load(small().state_dict("kohya"), architecture="flux")
+
+
+def test_loading_a_state_dict_copies_it() -> None:
+    keys = small().state_dict("kohya")
+    lora = lm.load(keys)
+    before = lora.norm()
+
+    for tensor in keys.values():
+        tensor.mul_(0)
+
+    assert lora.norm() == before
+
+
+def test_plans_and_loras_are_short_to_print() -> None:
+    plan = lm.plan([small(seed=1), small(seed=2)])
+
+    assert len(repr(plan)) < 300
+    assert len(repr(plan.lora())) < 300
+    assert len(repr(small()[TO_Q])) < 300

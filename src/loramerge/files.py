@@ -244,8 +244,9 @@ def save(
 
     target = check_target(path, dialect or lora.dialect)
     spelling = spell(lora, dialect, dtype, allow_lossy=allow_lossy)
-    for line in spelling.left_out if lost else ():
-        lost(line)  # type: ignore[misc]
+    if lost:
+        for line in spelling.left_out:
+            lost(line)
     if spelling.dialect.name == "peft":
         return _save_folder(lora, target, spelling, workers, progress)
     from .storage.writer import write

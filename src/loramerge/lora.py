@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from .blocks import matches
@@ -12,7 +11,7 @@ from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
 from .errors import LoRAMergeError, OptionError
 from .layers import Layer, build
-from .tensors import Array, Shape, Tensor, check_finite, is_torch
+from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +25,10 @@ class Origin:
     dialect: str
     config: Mapping[str, Config] = field(default_factory=dict)
     """PEFT's configuration, by component (``""`` for the directory's own)."""
+    scales_beside: bool = False
+    """Whether a scale stands beside the tensors: in the header, or in the configuration."""
+    layouts: Mapping[str, Layer] = field(default_factory=dict)
+    """The layouts as read: a LoRA with others was changed."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -136,8 +139,16 @@ class LoRA(Mapping[str, Layer]):
         return self.part(modules)
 
     def in_memory(self) -> "LoRA":
-        """The same LoRA with every layer computed."""
-        return replace(self, layouts=dict(self.items()), compute=None)
+        """The same LoRA with every layer computed and every tensor read."""
+        layouts = dict(self.items())
+        same = self.origin is not None and self.origin.layouts is self.layouts
+        return replace(
+            self,
+            layouts=layouts,
+            compute=None,
+            extras={key: Held(tensor.read()) for key, tensor in self.extras.items()},
+            origin=replace(self.origin, layouts=layouts) if self.origin and same else None,
+        )
 
     def state_dict(self, dialect: str | None = None, dtype: str | None = None) -> dict[str, "torch.Tensor"]:
         """The LoRA's tensors under a dialect's keys, as torch tensors.
@@ -220,16 +231,18 @@ def from_tensors(
         notes.append("PEFT's adapter_config.json is missing: alpha is taken to be the rank, the scale 1")
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
+    layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}
+    beside = any(r.alpha is None and reader.configured(r) is not None for r in reading.records.values())
     return LoRA(
         name=name,
         architecture=reading.architecture.name if reading.architecture else None,
         dialect=reading.dialect.name,
-        layouts={m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules},
+        layouts=layouts,
         compute=reader.layer,
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},
         notes=tuple(notes),
-        origin=Origin(tensors, reading.dialect.name, dict(config or {})),
+        origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
     )
 
 
@@ -245,23 +258,25 @@ class _Reader:
         self.config = config
         self.architecture = reading.architecture
         self.parts = {part.module: (part, record) for record in reading.records.values() for part in record.parts}
-        self.whole = lru_cache(maxsize=4)(self._whole)
+        self.source = object()
+        self._recent: dict[str, Layer] = {}
         self._layouts: dict[str, Layer] = {}
         self._alphas: dict[str, float | None] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "whole"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.whole = lru_cache(maxsize=4)(self._whole)
+    def whole(self, stem: str) -> Layer:
+        """The layer of a stem; a fused one is asked for once a part, so the last few are kept."""
+        if len(self.records[stem].parts) == 1:
+            return self._whole(stem)
+        found = self._recent.get(stem) or self._whole(stem)
+        self._recent = {**dict(list(self._recent.items())[-3:]), stem: found}
+        return found
 
     def layer(self, module: str) -> Layer:
         return self.part(module, self.whole(self.parts[module][1].stem))
 
     def part(self, module: str, whole: Layer) -> Layer:
         part, record = self.parts[module]
-        return whole if part.rows is None else whole.rows(part.rows, (id(self.tensors), record.stem))
+        return whole if part.rows is None else whole.rows(part.rows, (self.source, record.stem))
 
     def layout(self, record: Record) -> Layer:
         if record.stem not in self._layouts:

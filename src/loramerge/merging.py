@@ -188,7 +188,7 @@ def plan(
         method=chosen,
         options=options,
         weights=resolved,
-        rank=rank,
+        rank=rank if isinstance(rank, str) else operator.index(rank),
         steps=steps,
         name=" + ".join(lora.name for lora in opened),
         dialect=first if DIALECTS[first].writes or opened[0].architecture is None else "kohya",

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 RECIPE = "loramerge"
 """Where a merged file says how it was made."""
 
-STALE = ("lora_adapter_metadata", "modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+STALE = (*HASHES, "lora_adapter_metadata", "ss_network_dim", "ss_network_alpha")
 """Entries that describe the tensors and are wrong once those change."""
 
 HASHED = ("kohya", "kohya-diffusers")
@@ -22,8 +23,9 @@ HASHED = ("kohya", "kohya-diffusers")
 
 def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[dict[str, str], bool]:
     """The metadata of a LoRA as it is written, and whether kohya's hashes belong in it."""
-    if spelling.verbatim and lora.dtype is None:
-        return dict(lora.metadata), False
+    if spelling.verbatim:
+        stale = HASHES if spelling.dtype else ()
+        return {key: value for key, value in lora.metadata.items() if key not in stale}, False
     kept = {key: value for key, value in lora.metadata.items() if key not in STALE}
     kept.setdefault("format", "pt")
     if spelling.dialect.name == "diffusers-peft":
@@ -35,11 +37,11 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[dict[str, str], boo
 
 def network(lora: "LoRA", layers: Iterable[Layer]) -> Mapping[str, str]:
     """What sd-scripts says of a network, from the layers as written."""
-    layers = [layer.direction if isinstance(layer, DoRA) else layer for layer in layers]
-    ranks = {layer.rank for layer in layers}
-    alphas = {getattr(layer, "alpha", None) or layer.rank for layer in layers}
+    directions = [layer.direction if isinstance(layer, DoRA) else layer for layer in layers]
+    ranks = {layer.rank for layer in directions if layer.rank is not None}
+    alphas = {layer.rank if (a := getattr(layer, "alpha", None)) is None else a for layer in directions} - {None}
     return {
         "ss_network_module": lora.metadata.get("ss_network_module", "networks.lora"),
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 and None not in alphas else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }

@@ -244,7 +244,7 @@ def cast(array: Array, dtype: str) -> Array:
 
 
 def _checked(array: Array, narrow: Array) -> Array:
-    if code(narrow) in ("F16", "F8_E4M3", "F8_E5M2", "BF16") and math.prod(array.shape):
+    if code(narrow) in LARGEST and math.prod(array.shape):
         largest = max(float(array.max()), -float(array.min()))
         if 0 < largest < SMALLEST[code(narrow)]:
             raise NumberError(
@@ -255,10 +255,10 @@ def _checked(array: Array, narrow: Array) -> Array:
     return narrow
 
 
-LARGEST = {"F16": 65519.0, "BF16": 3.3961e38, "F8_E4M3": 464.0, "F8_E5M2": 61439.0}
+LARGEST = {"F32": 3.4028235e38, "F16": 65519.0, "BF16": 3.3961e38, "F8_E4M3": 464.0, "F8_E5M2": 61439.0}
 """The largest magnitude that still rounds to a finite number."""
 
-SMALLEST = {"F16": 2.0**-25, "BF16": 2.0**-134, "F8_E4M3": 2.0**-10, "F8_E5M2": 2.0**-17}
+SMALLEST = {"F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134, "F8_E4M3": 2.0**-10, "F8_E5M2": 2.0**-17}
 """Magnitudes below it are rounded to zero."""
 
 

@@ -55,6 +55,8 @@ def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -
             flat = json.loads(text)
         except ValueError as error:
             raise FileError(f"lora_adapter_metadata in the file's header is not JSON: {error}") from error
+        if not isinstance(flat, dict):
+            raise FileError("lora_adapter_metadata in the file's header is not a JSON object")
         for key, value in flat.items():
             component, dot, option = key.partition(".")
             if not dot or component not in COMPONENTS:
@@ -71,16 +73,21 @@ def alpha(config: Config, path: str, rank: int) -> float | None:
     value = _pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha"))
     if value is None:
         return None
-    if config.get("use_rslora"):
-        return float(value) * math.sqrt(rank)
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise NumberError(f"the configuration's alpha of {path} is {value!r}, wanted a finite number")
+    return float(value) * math.sqrt(rank) if config.get("use_rslora") else float(value)
 
 
 def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that matches the path, or the end of it after a dot."""
+    if not isinstance(patterns, Mapping):
+        raise FileError(f"alpha_pattern in the configuration is {patterns!r}, wanted an object")
     if path in patterns:
         return patterns[path]
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error as error:
+            raise FileError(f"alpha_pattern {pattern!r} is no regular expression: {error}") from None
     return default

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ..architectures.names import Parts
 from ..errors import LayerError
 from ..layers import DoRA, Full, Layer, LowRank, Rows
-from ..tensors import Array, Ranges, Spec, code, float32, namespace
+from ..tensors import Array, Ranges, Spec, code, float32, namespace, reshape
 
 
 class Block(Spec):
@@ -40,7 +40,7 @@ def fused(
     """
     if len(parts) == 1:
         layer = layers[parts[0].module]
-        return layer if parts[0].rows is None else _moved(layer, parts[0].rows)
+        return layer if parts[0].rows is None else _moved(layer, parts[0].rows, as_lora)
     given = [layers.get(part.module) for part in parts]
     found = [layer for layer in given if layer is not None]
     if whole := _same_whole(parts, found):
@@ -66,13 +66,15 @@ def _low_rank(layer: Layer, as_lora: Callable[[Layer], Layer]) -> LowRank:
     return lora.plain()
 
 
-def _moved(layer: Layer, rows: Ranges) -> Layer:
+def _moved(layer: Layer, rows: Ranges, as_lora: Callable[[Layer], Layer]) -> Layer:
     """A layer whose rows stand elsewhere in the weight: halves exchanged."""
     if isinstance(layer, Rows) and layer.ranges == rows:
         return layer.whole
-    back = tuple(sorted((i for i in range(len(rows))), key=lambda i: rows[i][0]))
     starts = [sum(stop - start for start, stop in rows[:i]) for i in range(len(rows))]
-    return layer.rows(tuple((starts[i], starts[i] + rows[i][1] - rows[i][0]) for i in back), None)
+    back = sorted(range(len(rows)), key=lambda i: rows[i][0])
+    order = tuple((starts[i], starts[i] + rows[i][1] - rows[i][0]) for i in back)
+    can_be_cut = isinstance(layer, LowRank | Full) or layer.rank is None or layer.kind == "dora"
+    return (layer if can_be_cut else as_lora(layer)).rows(order, None)
 
 
 def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:
@@ -86,9 +88,8 @@ def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:
 
 def _fused_low_rank(parts: Parts, layers: list[LowRank | None], rows_of: Callable[[str], int]) -> LowRank:
     found = [layer for layer in layers if layer is not None]
-    if any(layer.diff_b is not None or layer.up_bias is not None for layer in found):
-        raise LayerError(f"{parts[0].module}: a fused weight with a bias can't be joined")
     rows = [rows_of(part.module) for part in parts]
+    bias = _fused_bias(layers, rows)
     shared = _share_down(found)
     if len({layer.scale for layer in found}) > 1:
         layers = [layer and _unscaled(layer) for layer in layers]
@@ -98,7 +99,9 @@ def _fused_low_rank(parts: Parts, layers: list[LowRank | None], rows_of: Callabl
     if shared is None:
         rank = sum(layer.rank for layer in found)
         return LowRank(
-            up=Block((sum(rows), rank), code(found[0].up)), down=Block((rank, *first.shape[1:]), code(first))
+            up=Block((sum(rows), rank), code(found[0].up)),
+            down=Block((rank, *first.shape[1:]), code(first)),
+            diff_b=bias,
         )
     if shared:
         down, up, ids = (
@@ -109,7 +112,27 @@ def _fused_low_rank(parts: Parts, layers: list[LowRank | None], rows_of: Callabl
     else:
         down, up, ids = _concat([layer.down for layer in found]), _block_diagonal(layers, rows), None
     alpha = None if found[0].alpha is None else scale * down.shape[0]
-    return LowRank(up=up, down=down, alpha=alpha, down_id=ids)
+    return LowRank(up=up, down=down, alpha=alpha, down_id=ids, diff_b=bias)
+
+
+def _fused_bias(layers: list[LowRank | None], rows: list[int]) -> Array | Spec | None:
+    """The differences of the bias, one below the other; zero where a part has none."""
+    given = [None if layer is None else whole_bias(layer) for layer in layers]
+    like = next((bias for bias in given if bias is not None), None)
+    if like is None:
+        return None
+    return _concat([_zeros((n,), like) if bias is None else bias for bias, n in zip(given, rows, strict=True)])
+
+
+def whole_bias(layer: Layer) -> Array | Spec | None:
+    """A layer's difference of the bias, with that of ``up`` and its scale in it."""
+    if not isinstance(layer, LowRank) or layer.up_bias is None:
+        return layer.diff_b
+    up_bias: Array | Spec = layer.up_bias
+    if isinstance(up_bias, Spec):
+        return Spec(up_bias.shape, "F32")
+    scaled = float32(up_bias) * layer.scale
+    return scaled if layer.diff_b is None else scaled + float32(layer.diff_b)
 
 
 def _share_down(layers: list[LowRank]) -> bool | None:
@@ -180,8 +203,7 @@ def _fused_dora(
 
 
 def _column(dora: DoRA) -> Array | Spec:
-    shape = (dora.shape[0], 1)
-    return Spec(shape, dora.magnitude.dtype) if isinstance(dora.magnitude, Spec) else dora.magnitude.reshape(shape)
+    return reshape(dora.magnitude, (dora.shape[0], 1))
 
 
 def compacted(layer: LowRank) -> LowRank:

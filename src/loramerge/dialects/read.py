@@ -81,10 +81,9 @@ def read(
         record.layer = _layer(record, tensors)
     names = _Names(records, extras)
     found = ARCHITECTURES[architecture] if architecture else names.architecture(metadata)
-    if architecture and found and 2 * len(names.fitting(found)) <= len(records):
-        raise OptionError(
-            f"This is no LoRA of {found.name}: of {len(records)} layers {len(names.fitting(found))} fit it."
-        )
+    known = names.known(found) if architecture and found else len(records)
+    if 2 * known <= len(records):
+        raise OptionError(f"This is no LoRA of {architecture}: of {len(records)} layers {known} have a name in it.")
     notes = names.resolve(found)
     if unused:
         notes.append(
@@ -183,7 +182,7 @@ class _Names:
         self.meant: dict[str, str] = {}
         self._fitting: dict[str, dict[str, Parts]] = {}
         self.extras = extras
-        heads = {stem[:40] for stem in records} if len(records) < 64 else {stem[:24] for stem in records}
+        heads = {stem[:48] for stem in records}
         meant = {fix[0] for head in heads if (fix := repaired(head))}
         self.candidates = [
             d for d in DIALECTS.values() if any(h.startswith(d.begins) for h in heads | meant) and d.name != "other"
@@ -193,12 +192,12 @@ class _Names:
         """The family in which most layers have a name and the right shape."""
         hint = " ".join(metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")).lower()
         hinted = [a for a in ARCHITECTURES.values() if any(word in hint for word in a.hints)]
-        best: tuple[int, Architecture | None] = (len(self.records) // 2, None)
+        best: tuple[tuple[int, int], Architecture | None] = ((len(self.records) // 2, len(self.records)), None)
         for a in (*hinted, *(a for a in ARCHITECTURES.values() if a not in hinted and a.within is None)):
-            fits = len(self.fitting(a))
+            fits = len(self.fitting(a)), self.own(a)
             if fits > best[0]:
                 best = (fits, a)
-            if fits == len(self.records):
+            if min(fits) == len(self.records):
                 break
         found = best[1]
         return self.distilled(found) if found else None
@@ -245,6 +244,15 @@ class _Names:
                 found[stem] = parts
                 self.meant[stem] = fix[0]
         return found
+
+    def known(self, a: Architecture) -> int:
+        """How many stems have a name in a family, whatever their shape."""
+        return sum(self.lookup(a, (repaired(stem) or (stem,))[0]) is not None for stem in self.records)
+
+    def own(self, a: Architecture) -> int:
+        """How many stems have the very name that a dialect would write for the family."""
+        tables = [table(d.recognised_by or d.names, a) for d in self.candidates]
+        return sum(any(stem in names for names in tables) for stem in self.fitting(a))
 
     def lookup(self, a: Architecture, stem: str) -> Parts | None:
         for dialect in self.candidates:
@@ -302,7 +310,7 @@ class _Names:
         for stem in styled:
             if stem in own:
                 points += 2
-            elif any(stem in other for other in also) or self.meant.get(stem) in own:
+            elif any(name in other for other in (own, *also) for name in (stem, self.meant.get(stem))):
                 points += 1
         return points
 

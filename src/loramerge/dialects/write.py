@@ -1,5 +1,6 @@
 """Writing a LoRA under a dialect's names: every layer in a form that the dialect's readers get right."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,11 @@ class Group:
     def arrays(self) -> dict[str, Array]:
         """The values, in the dtypes that `specs` says; NaN, infinity and overflow are refused."""
         try:
-            return {key: _finite(array, self.specs[key].dtype) for key, array in self.make().items()}
+            made = self.make()
+            shapes = {key: tuple(array.shape) for key, array in made.items()}
+            if shapes != {key: tuple(spec.shape) for key, spec in self.specs.items()}:
+                raise LayerError(f"{self.name}: made {shapes}, planned {dict(self.specs)}; nothing is written")
+            return {key: _finite(array, self.specs[key].dtype) for key, array in made.items()}
         except NumberError as error:
             raise NumberError(f"{self.name}: {error}") from None
 
@@ -64,35 +69,65 @@ class Spelling:
     groups: list[Group]
     verbatim: bool
     """Whether these are the very tensors that were read."""
+    dtype: str | None = None
+    """The dtype that was asked for."""
     layers: Mapping[str, Layer] = field(default_factory=dict)
-    """Layouts as written, by module: what a PEFT configuration is made of."""
+    """Layouts as written, by module: what a PEFT configuration is made of; empty when verbatim."""
     left_out: tuple[str, ...] = ()
     """What ``allow_lossy`` dropped."""
 
 
 def state_dict(lora: "LoRA", dialect: str | None, dtype: str | None) -> dict[str, Array]:
-    spelling = spell(lora, dialect, dtype)
+    spelling = spell(lora, dialect, dtype, alone=True)
     return {key: array for group in spelling.groups for key, array in group.arrays().items()}
 
 
-def spell(lora: "LoRA", dialect: str | None = None, dtype: str | None = None, *, allow_lossy: bool = False) -> Spelling:
+def spell(
+    lora: "LoRA",
+    dialect: str | None = None,
+    dtype: str | None = None,
+    *,
+    allow_lossy: bool = False,
+    alone: bool = False,
+) -> Spelling:
     """Names and shapes of a LoRA in a dialect; values follow when each group is made.
 
     A LoRA that goes back to the dialect it was read in keeps its tensors as they are.
+
+    Args:
+        lora: What to write.
+        dialect: Name of the dialect; the LoRA's own by default.
+        dtype: Dtype of the tensors; their own by default.
+        allow_lossy: Whether to leave out what the dialect can't hold.
+        alone: Whether the tensors go without a header or a configuration: as a state dict.
 
     Raises:
         DialectError: The dialect is read-only, or can't hold a layer.
     """
     target = DIALECTS[dialect or lora.dialect]
     wanted = parse_dtype(dtype) if dtype else lora.dtype
-    if lora.origin and lora.origin.dialect == target.name:
-        return Spelling(target, _verbatim(lora, wanted), verbatim=True)
+    if _can_be_verbatim(lora, target, alone):
+        return Spelling(target, _verbatim(lora, wanted), verbatim=True, dtype=wanted)
     check_writable(target.name, lora.dialect)
     writer = _Writer(lora, target, wanted, allow_lossy)
     groups = list(writer.groups())
     if not writer.layers:
         raise DialectError(f"{lora.name}: nothing is left that {target.name} can hold: {'; '.join(writer.left_out)}.")
-    return Spelling(target, groups, False, writer.layers, tuple(writer.left_out))
+    return Spelling(target, groups, False, wanted, writer.layers, tuple(writer.left_out))
+
+
+def _can_be_verbatim(lora: "LoRA", target: Dialect, alone: bool) -> bool:
+    """Whether the tensors as they were read say the same in the place they go to.
+
+    They don't when the LoRA was changed, or when its scales stand beside the tensors and will
+    not be there: a state dict has no header, and only PEFT's directory has a configuration.
+    """
+    origin = lora.origin
+    if origin is None or origin.dialect != target.name or lora.layouts is not origin.layouts:
+        return False
+    if target.name == "peft" and not alone:
+        return bool(origin.config)
+    return not origin.scales_beside or (not alone and not origin.config)
 
 
 def _verbatim(lora: "LoRA", dtype: str | None) -> list[Group]:
@@ -203,6 +238,8 @@ class _Writer:
 
     def held(self, part: Part, layer: Layer) -> Layer:
         """A layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""
+        if isinstance(layer, DoRA) and "dora" in self.dialect.holds:
+            return replace(layer, direction=self.held(part, layer.direction))
         if (part.rows is None and isinstance(layer, Rows)) or layer.kind not in self.dialect.holds:
             layer = _as_lora(layer, self.dialect)
         if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
@@ -217,6 +254,8 @@ class _Writer:
         biased = layer.diff_b is not None or (isinstance(layer, LowRank) and layer.up_bias is not None)
         if biased and self.dialect.holds == frozenset({"lora"}):
             raise LayerError(f"{module}: {self.dialect.name} can't hold the bias of this layer")
+        if isinstance(layer.direction if isinstance(layer, DoRA) else layer, Rows):
+            raise LayerError(f"{module}: a {layer.kind} layer on a part of a fused weight can't be written alone")
         if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
             raise LayerError(f"{module}: {layer.no_factors}")
         return layer
@@ -227,8 +266,6 @@ class _Writer:
             return replace(layer, direction=self.scaled(layer.direction))
         if not isinstance(layer, LowRank) or self.dialect.alpha == "keep":
             return layer
-        if self.constant is None:
-            return rescaled(layer, None)
         return rescaled(layer, self.constant)
 
     def needs_values(self, layout: Layer) -> bool:
@@ -269,14 +306,12 @@ def _shape_only(tensor: Array | Spec) -> Spec:
 
 def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
     """The LoRA with the same ΔW, where there is one."""
-    if layer.rank is None or isinstance(layer, DoRA):
+    if layer.rank is None or layer.kind == "dora":
         raise LayerError(f"{dialect.name} can't hold a {layer.kind} layer: {layer.no_factors}")
     if any(isinstance(t, Spec) for t in layer.tensors().values()):
         rank, shape = layer.rank, layer.shape
-        columns = 1
-        for size in shape[1:]:
-            columns *= size
-        return low_rank(Spec((shape[0], rank), "F32"), Spec((rank, columns), "F32"), shape)
+        factors = Spec((shape[0], rank), "F32"), Spec((rank, math.prod(shape[1:])), "F32")
+        return replace(low_rank(*factors, shape), diff_b=layer.diff_b)
     return replace(low_rank(*layer.factors(), layer.shape), diff_b=layer.diff_b)
 
 
@@ -348,10 +383,10 @@ def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
     """A layer's tensors by role, in the shapes that the dialect's family uses."""
     tensors = layer.tensors()
     peft = dialect.style == "peft"
-    if peft and "diff_b" in tensors:
-        tensors["up_bias"] = tensors.pop("diff_b")
-    if not peft and "up_bias" in tensors:
-        tensors["diff_b"] = _bias_difference(layer, tensors.pop("up_bias"))
+    if ("up_bias" in tensors and not peft) or ("diff_b" in tensors and peft):
+        bias = fuse.whole_bias(layer.direction if isinstance(layer, DoRA) else layer)
+        tensors = {role: t for role, t in tensors.items() if role not in ("up_bias", "diff_b")}
+        tensors["up_bias" if peft else "diff_b"] = bias  # where PEFT's names are written, the scale is 1
     if isinstance(layer, DoRA) and layer.axis == "out":
         rest = len(layer.shape) - 1
         out = layer.shape[0]
@@ -361,9 +396,3 @@ def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
         del tensors["magnitude"]
         tensors["row_magnitude" if peft else "magnitude"] = reshape(magnitude, shape)
     return tensors
-
-
-def _bias_difference(layer: Layer, bias: Array | Spec) -> Array | Spec:
-    direction = layer.direction if isinstance(layer, DoRA) else layer
-    scale = direction.scale if isinstance(direction, LowRank) else 1.0
-    return Spec(bias.shape, "F32") if isinstance(bias, Spec) else float32(bias) * scale

@@ -64,10 +64,16 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     options: dict[str, Any] = dict(tensors)
     if "alpha" in kind.__dataclass_fields__:
         options["alpha"] = alpha
-    if "weight" in kind.__dataclass_fields__:
-        options["weight"] = weight
     layer = kind(**options)
+    if "weight" in kind.__dataclass_fields__ and weight and _flattened(layer.shape, weight):
+        options["weight"] = weight
+        return kind(**options)
     return shaped(layer, weight) if isinstance(layer, LowRank) and weight else layer
+
+
+def _flattened(shape: Shape, weight: Shape) -> bool:
+    """Whether a shape is a weight's, its kernel maybe flattened."""
+    return shape[0] == weight[0] and math.prod(shape) == math.prod(weight)
 
 
 def _kind(roles: set[str]) -> type[Layer]:

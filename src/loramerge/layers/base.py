@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from .. import linalg
 from ..errors import NoFactorsError
-from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, widest
+from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, take_rows, widest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -92,7 +92,8 @@ class Layer(ABC):
             ranges: Row ranges ``(start, stop)`` of the weight, in the order wanted.
             source: What the rows are taken from; parts of one source share it.
         """
-        return Rows(whole=self, ranges=ranges, source=source)
+        bias = None if self.diff_b is None else take_rows(self.diff_b, ranges)
+        return Rows(whole=self, ranges=ranges, source=source, diff_b=bias)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -125,24 +126,22 @@ class Rows(Layer):
         return self.whole.tensors()
 
     def map(self, function: Callable[[Any], Any]) -> "Rows":
-        return dataclasses.replace(self, whole=self.whole.map(function))
+        bias = None if self.diff_b is None else function(self.diff_b)
+        return dataclasses.replace(self, whole=self.whole.map(function), diff_b=bias)
 
     def factors(self) -> tuple[Array, Array]:
         up, down = self.whole.factors()
-        return self._cut(up), down
+        return take_rows(up, self.ranges), down
 
     @property
     def no_factors(self) -> str:
         return self.whole.no_factors
 
     def delta(self) -> Array:
-        return self._cut(self.whole.delta())
+        return take_rows(self.whole.delta(), self.ranges)
 
     def norm(self) -> float:
         return dense_norm(self.delta()) if self.rank is None else super().norm()
-
-    def _cut(self, array: Array) -> Array:
-        return namespace(array).concat([array[start:stop] for start, stop in self.ranges])
 
 
 def dense_norm(array: Array) -> float:

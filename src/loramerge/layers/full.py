@@ -37,10 +37,8 @@ class Full(Layer):
     def norm(self) -> float:
         return dense_norm(self.delta())
 
-    def rows(self, ranges: Ranges, source: object) -> Layer:
-        if self.diff_b is not None:
-            return super().rows(ranges, source)
-        return replace(self, diff=take_rows(self.diff, ranges))
+    def rows(self, ranges: Ranges, source: object) -> "Full":
+        return replace(self, **{role: take_rows(tensor, ranges) for role, tensor in self.tensors().items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -74,7 +74,7 @@ class _Half:
         self.a, self.b, self.core = a, b, core
         inner = a.shape[0] if core is not None else a.shape[1]
         wanted = b.shape[0] if core is None else core.shape[0]
-        if inner != wanted or (core is not None and core.shape[1] != b.shape[0]):
+        if inner != wanted or (core is not None and tuple(core.shape[:2]) != (b.shape[0],) * 2):
             raise LayerError(
                 f"hada_w{which}_a of shape {tuple(a.shape)} and hada_w{which}_b of shape {tuple(b.shape)} "
                 "disagree on the rank"

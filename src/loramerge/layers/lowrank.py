@@ -6,10 +6,10 @@ LyCORIS's, https://arxiv.org/abs/2309.14859, section 3.
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import LayerError
-from ..tensors import Array, Ranges, Shape, Spec, code, namespace, take_rows
+from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, reshape, take_rows
 from .base import Layer, matrix
 
 
@@ -66,17 +66,14 @@ class LowRank(Layer):
 
     def bias(self) -> Array | None:
         """The update of the module's bias that ``up`` carries, scale folded in."""
-        if self.up_bias is None:
-            return None
-        from ..tensors import float32
+        return None if self.up_bias is None else float32(self.up_bias) * self.scale
 
-        return float32(self.up_bias) * self.scale
-
-    def rows(self, ranges: Ranges, source: object) -> Layer:
-        if self.up_bias is not None or self.diff_b is not None or self.mid is not None:
-            return super().rows(ranges, source)
-        down_id = ("rows of", source) if isinstance(source, Hashable) else None
-        return replace(self, up=take_rows(self.up, ranges), down_id=down_id)
+    def rows(self, ranges: Ranges, source: object) -> "LowRank":
+        down_id = ("rows of", source) if isinstance(source, Hashable) and source is not None else None
+        cut: dict[str, Any] = {
+            role: take_rows(t, ranges) for role, t in self.tensors().items() if role in ("up", "up_bias", "diff_b")
+        }
+        return replace(self, **cut, down_id=down_id)
 
     def plain(self) -> "LowRank":
         """The same ΔW without a Tucker core."""
@@ -92,8 +89,6 @@ class LowRank(Layer):
 def _tucker(mid: Array, down: Array) -> Array:
     """``mid`` (r, r, kh, kw) applied to ``down`` (r, in): the ``down`` (r, in·kh·kw) of a plain convolution."""
     xp = namespace(down)
-    from ..tensors import float32
-
     core = float32(mid)
     rank, inner = core.shape[:2]
     by_place = xp.permute_dims(core.reshape((rank, inner, -1)), (2, 0, 1)) @ down
@@ -110,8 +105,4 @@ def low_rank(up: Array, down: Array, shape: Shape, down_id: Hashable = None) -> 
     """
     rank = up.shape[1]
     tail = (1,) * (len(shape) - 2)
-    return LowRank(up=_shaped(up, (shape[0], rank, *tail)), down=_shaped(down, (rank, *shape[1:])), down_id=down_id)
-
-
-def _shaped(tensor: Array | Spec, shape: Shape) -> Array | Spec:
-    return Spec(shape, code(tensor)) if isinstance(tensor, Spec) else tensor.reshape(shape)
+    return LowRank(up=reshape(up, (shape[0], rank, *tail)), down=reshape(down, (rank, *shape[1:])), down_id=down_id)

@@ -47,7 +47,7 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
         root = math.sqrt(abs(weight * scale))
         up = up + root * layer_up
         down = down + math.copysign(root, weight * scale) * layer_down
-    return low_rank(up, down, layers[0].shape)
+    return _with_bias(low_rank(up, down, layers[0].shape), layers, weights)
 
 
 def as_stored(layer: Layer) -> tuple[Array, Array]:

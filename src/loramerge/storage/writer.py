@@ -6,9 +6,9 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,12 @@ def write(
         layout = _Layout(specs, {**metadata, **_PLACEHOLDERS} if hashes else metadata)
         _reserve(fd, layout.size)
         _write_at(fd, layout.header, 0)
-        written = _each(groups, lambda group: _write_group(fd, group, layout), _useful(workers, layout, groups))
-        for done, _ in enumerate(written, start=1):
-            if progress:
-                progress(done, len(groups))
+        threads = _useful(workers, layout, groups)
+        # Closed before the file is: a thread still at work would write into whatever is opened next.
+        with closing(_each(groups, lambda group: _write_group(fd, group, layout), threads)) as written:
+            for done, _ in enumerate(written, start=1):
+                if progress:
+                    progress(done, len(groups))
         if hashes:
             _write_at(fd, _Layout(specs, {**metadata, **_hashes(fd, specs, metadata, layout)}).header, 0)
 
@@ -158,7 +160,7 @@ def _useful(workers: int, layout: _Layout, groups: list[Group]) -> int:
     return workers if layout.size >= SMALL * len(groups) else 1
 
 
-def _each(groups: list[Group], work: Callable[[Group], None], workers: int) -> Iterator[None]:
+def _each(groups: list[Group], work: Callable[[Group], None], workers: int) -> Generator[None, None, None]:
     """Work on every group, on several threads, with few in flight."""
     if workers <= 1:
         yield from map(work, groups)
@@ -185,22 +187,18 @@ def _replacing(path: Path) -> Iterator[int]:
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     try:
-        yield fd
-        os.close(fd)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
         os.chmod(name, 0o666 & ~mask)
         os.replace(name, path)
     except BaseException as error:
-        _discard(fd, name)
+        with suppress(OSError):
+            os.unlink(name)
         if isinstance(error, OSError):
             raise FileError(f"Can't write {path}: {error.strerror}.") from error
         raise
-
-
-def _discard(fd: int, name: str) -> None:
-    with suppress(OSError):  # closed already
-        os.close(fd)
-    with suppress(OSError):
-        os.unlink(name)
 
 
 def write_text(path: Path, text: str) -> None:

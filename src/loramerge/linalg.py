@@ -82,8 +82,15 @@ def _truncate_gram(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
     return up @ xp.astype(left, up.dtype), xp.astype(right, down.dtype).T @ down
 
 
-FAINT = 2.0**-9
-"""A column whose largest value is below it has most of its values among float16's subnormals."""
+FAINT = 2.0**-11
+"""A column whose root mean square is below it loses digits in float16: many values are subnormal there."""
+
+
+def faint(up: Array) -> bool:
+    """Whether a column of ``up``, shape ``(out, r)``, is too faint for float16."""
+    xp = namespace(up)
+    ones = xp.ones((1, up.shape[0]), dtype=up.dtype, device=up.device)
+    return bool((ones @ (up * up) < up.shape[0] * FAINT**2).any())
 
 
 def balanced(up: Array, down: Array) -> tuple[Array, Array]:
@@ -96,13 +103,17 @@ def balanced(up: Array, down: Array) -> tuple[Array, Array]:
         down: Shape ``(r, in)``.
     """
     xp = namespace(up)
-    high, low = xp.max(abs(up), axis=0), xp.max(abs(down), axis=1)
-    faint = (high < FAINT) & (high > 0) & (low > high)
-    if not bool(faint.any()):
-        return up, down
-    ratio = xp.where(faint, low / xp.where(faint, high, xp.ones_like(high)), xp.ones_like(high))
+    high, low = _largest(up, 0), _largest(down, 1)
+    raised = (high < 4 * FAINT) & (high > 0) & (low > high)
+    ratio = xp.where(raised, low / xp.where(raised, high, xp.ones_like(high)), xp.ones_like(high))
     factor = 2.0 ** xp.floor(0.5 * xp.log2(ratio))
     return up * factor, down / factor[:, None]
+
+
+def _largest(matrix: Array, axis: int) -> Array:
+    """The largest magnitude along an axis."""
+    xp = namespace(matrix)
+    return xp.maximum(xp.max(matrix, axis=axis), -xp.min(matrix, axis=axis))
 
 
 def _inverse(sigma: Array) -> Array:

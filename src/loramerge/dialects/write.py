@@ -375,7 +375,10 @@ def _narrow(values: Array, like: Array) -> Array:
 
 def _balanced(layer: LowRank) -> LowRank:
     """The same ΔW with factors that float16 rounds least."""
-    up, down = linalg.balanced(matrix(layer.up), matrix(layer.down))
+    up = matrix(layer.up)
+    if not linalg.faint(up):
+        return layer
+    up, down = linalg.balanced(up, matrix(layer.down))
     return replace(layer, up=up.reshape(layer.up.shape), down=down.reshape(layer.down.shape))
 
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import linalg
+from .dialects.fuse import whole_bias
 from .errors import NoFactorsError
-from .layers import DoRA, Layer
+from .layers import DoRA, Layer, Norm
 from .layers.base import dense_norm
 from .lora import LoRA, in_one_library
-from .tensors import float32
+from .tensors import Array, float32
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Difference:
 
     module: str
     norm: float
-    """‖ΔW‖ of the first, 0 where it lacks the module."""
+    """‖ΔW‖ of the first with the difference of its bias, 0 where it lacks the module."""
     distance: float
     """‖ΔW − ΔW'‖; infinite where shapes differ or the forms can't be compared."""
 
@@ -43,6 +44,26 @@ def _compared(first: Layer | None, second: Layer | None) -> tuple[float, float]:
         size = _norm(present)
         return (size, size) if second is None else (0.0, size)
     first, second = in_one_library([first, second])
+    (norm, distance), (bias_norm, bias_distance) = _compared_updates(first, second), _compared_biases(first, second)
+    return math.hypot(norm, bias_norm), math.hypot(distance, bias_distance)
+
+
+def _compared_biases(first: Layer, second: Layer) -> tuple[float, float]:
+    a, b = _bias(first), _bias(second)
+    if a is None or b is None:
+        present = [dense_norm(x) for x in (a, b) if x is not None]
+        return (0.0 if a is None else present[0]), sum(present)
+    return dense_norm(a), dense_norm(a - b)
+
+
+def _bias(layer: Layer) -> Array | None:
+    """The difference of the module's bias, in float32."""
+    direction = layer.direction if isinstance(layer, DoRA) else layer
+    bias: Array | None = direction.b_norm if isinstance(direction, Norm) else whole_bias(direction)
+    return None if bias is None else float32(bias)
+
+
+def _compared_updates(first: Layer, second: Layer) -> tuple[float, float]:
     if first.shape != second.shape and math.prod(first.shape) != math.prod(second.shape):
         return _norm(first), math.inf
     if isinstance(first, DoRA) and isinstance(second, DoRA):
@@ -61,7 +82,7 @@ def _compared_doras(first: DoRA, second: DoRA) -> tuple[float, float]:
     """Directions as LoRAs; magnitudes are the same or the layers are not."""
     a, b = float32(first.magnitude).reshape(-1), float32(second.magnitude).reshape(-1)
     same = first.axis == second.axis and bool((a == b).all())
-    norm, distance = _compared(first.direction, second.direction)
+    norm, distance = _compared_updates(first.direction, second.direction)
     return norm, distance if same else math.inf
 
 

@@ -396,3 +396,14 @@ def test_faint_factors_keep_their_digits_in_float16(std: float, tmp_path: Path) 
 def test_values_that_would_all_become_zero_are_refused(tmp_path: Path) -> None:
     with pytest.raises(lm.errors.NumberError, match="every value is 0"):
         lm.save(lm.merge([small()], weights=[1e-20]), tmp_path / "m.safetensors", dialect="peft", dtype="float16")
+
+
+def test_systems_without_positioned_reading_and_writing_have_a_way(tmp_path: Path) -> None:
+    from loramerge.storage.positioned import read_there, write_there
+
+    fd = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT)
+    write_there(fd, b"world", 6)
+    write_there(fd, b"hello ", 0)
+
+    assert read_there(fd, 5, 6) == b"world"
+    os.close(fd)

@@ -82,7 +82,7 @@ def _truncate_gram(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
     return up @ xp.astype(left, up.dtype), xp.astype(right, down.dtype).T @ down
 
 
-FAINT = 2.0**-11
+FAINT = 2.0**-13
 """A column whose root mean square is below it loses digits in float16: many values are subnormal there."""
 
 

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import linalg
-from .dialects.fuse import whole_bias
 from .errors import NoFactorsError
-from .layers import DoRA, Layer, Norm
+from .layers import DoRA, Layer, Norm, direction_of
 from .layers.base import dense_norm
 from .lora import LoRA, in_one_library
 from .tensors import Array, float32
@@ -58,8 +57,8 @@ def _compared_biases(first: Layer, second: Layer) -> tuple[float, float]:
 
 def _bias(layer: Layer) -> Array | None:
     """The difference of the module's bias, in float32."""
-    direction = layer.direction if isinstance(layer, DoRA) else layer
-    bias: Array | None = direction.b_norm if isinstance(direction, Norm) else whole_bias(direction)
+    direction = direction_of(layer)
+    bias: Array | None = direction.b_norm if isinstance(direction, Norm) else direction.delta_bias()
     return None if bias is None else float32(bias)
 
 

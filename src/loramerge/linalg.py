@@ -30,14 +30,6 @@ def norm(up: Array, down: Array) -> float:
     return math.sqrt(max(float((gram_up * gram_down).sum()), 0.0))
 
 
-def inner(up1: Array, down1: Array, up2: Array, down2: Array) -> float:
-    """Frobenius inner product ⟨up1 down1, up2 down2⟩."""
-    xp = namespace(up1)
-    left = xp.astype(up1, xp.float64).T @ xp.astype(up2, xp.float64)
-    right = xp.astype(down1, xp.float64) @ xp.astype(down2, xp.float64).T
-    return float((left * right).sum())
-
-
 def truncate(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
     """Best factors of a given rank.
 

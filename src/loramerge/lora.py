@@ -117,14 +117,19 @@ class LoRA(Mapping[str, Layer]):
 
     def select(self, *patterns: str) -> "LoRA":
         """The part whose modules match one of the patterns, as in weights: ``"unet.*attn2*"``, ``"OUT03"``."""
-        return self._keep([m for m in self if any(matches(p, m, self.architecture) for p in patterns)], patterns)
+        others = set(self.others(*patterns))
+        return self._keep([m for m in self if m not in others], patterns)
 
     def exclude(self, *patterns: str) -> "LoRA":
         """All but the modules that match one of the patterns."""
-        kept = [m for m in self if not any(matches(p, m, self.architecture) for p in patterns)]
+        kept = self.others(*patterns)
         if patterns and len(kept) == len(self):
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_some(self)}")
         return self._keep(kept, patterns)
+
+    def others(self, *patterns: str) -> list[str]:
+        """The modules that match none of the patterns."""
+        return [m for m in self if not any(matches(p, m, self.architecture) for p in patterns)]
 
     def part(self, modules: Iterable[str]) -> "LoRA":
         """The LoRA of some of the modules, maybe of none."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import linalg
 from .architectures import ARCHITECTURES
-from .blocks import matches
 from .dialects import DIALECTS
 from .errors import LoRAMergeError, MergeError, OptionError
 from .files import Source, load, open
@@ -97,12 +96,12 @@ class Plan:
 
     def _layout(self, step: Step) -> LowRank:
         layouts = [self.loras[i].layout(step.module) for i in step.inputs]
-        own = self.method.rank(layouts)
-        down_id = shared_down(layouts) if self.method.name == "linear" and step.rank >= own else None
+        whole = step.rank >= step.full_rank
+        down_id = shared_down(layouts) if self.method.name == "linear" and whole else None
         up = Spec((step.shape[0], step.rank), "F32")
         down = Spec((step.rank, math.prod(step.shape[1:])), "F32")
         layer = low_rank(up, down, step.shape, down_id)
-        biased = any(layout.diff_b is not None or getattr(layout, "up_bias", None) is not None for layout in layouts)
+        biased = any(layout.delta_bias() is not None for layout in layouts)
         return replace(layer, diff_b=Spec(step.shape[:1], "F32")) if biased else layer
 
     def __repr__(self) -> str:
@@ -260,7 +259,7 @@ def _listed(loras: object) -> "Sequence[LoRA | Source]":
 
 def _without(loras: Sequence[LoRA], exclude: Sequence[str]) -> list[LoRA]:
     """The LoRAs without some modules; one of which nothing is left adds nothing."""
-    kept = [lora.part(m for m in lora if not any(matches(p, m, lora.architecture) for p in exclude)) for lora in loras]
+    kept = [lora.part(lora.others(*exclude)) for lora in loras]
     patterns = " or ".join(exclude)
     if all(len(now) == len(was) for now, was in zip(kept, loras, strict=True)):
         raise OptionError(f"No module matches the pattern {patterns}, such as {next(iter(loras[0]))}.")

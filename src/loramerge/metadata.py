@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from .dialects.config import adapter_metadata, component_configs
-from .layers import DoRA, Layer
+from .layers import Layer, direction_of
 
 if TYPE_CHECKING:
     from .dialects.write import Spelling
@@ -37,7 +37,7 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[dict[str, str], boo
 
 def network(lora: "LoRA", layers: Iterable[Layer]) -> Mapping[str, str]:
     """What sd-scripts says of a network, from the layers as written."""
-    directions = [layer.direction if isinstance(layer, DoRA) else layer for layer in layers]
+    directions = [direction_of(layer) for layer in layers]
     ranks = {layer.rank for layer in directions if layer.rank is not None}
     alphas = {layer.rank if (a := getattr(layer, "alpha", None)) is None else a for layer in directions} - {None}
     return {

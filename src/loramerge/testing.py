@@ -1,5 +1,6 @@
 """Random LoRAs and dense references: for our tests, and for authors of dialects and methods."""
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -140,7 +141,7 @@ def _tucker(rng: "Random", shape: Shape, rank: int, alpha: float | None, dtype: 
 
 
 def _loha(rng: "Random", shape: Shape, rank: int, alpha: float | None, dtype: str) -> LoHa:
-    columns = _columns(shape)
+    columns = math.prod(shape[1:])
     sizes = {"hada_w1_a": (shape[0], rank), "hada_w1_b": (rank, columns)}
     sizes |= {"hada_w2_a": (shape[0], rank), "hada_w2_b": (rank, columns)}
     return LoHa(**{n: _normal(rng, s, dtype) for n, s in sizes.items()}, alpha=alpha, weight=shape)
@@ -167,7 +168,7 @@ def _lokr(full1: bool, full2: bool, tucker: bool = False) -> Make:
         elif tucker and kernel:
             sizes |= {"lokr_t2": (rank, rank, *kernel), "lokr_w2_a": (rank, o2), "lokr_w2_b": (rank, i2)}
         else:
-            sizes |= {"lokr_w2_a": (o2, rank), "lokr_w2_b": (rank, _columns((o2, i2, *kernel)))}
+            sizes |= {"lokr_w2_a": (o2, rank), "lokr_w2_b": (rank, i2 * math.prod(kernel))}
         return LoKr(**{n: _normal(rng, s, dtype) for n, s in sizes.items()}, alpha=alpha, weight=shape)
 
     return make
@@ -184,13 +185,6 @@ def _dora(axis: str) -> Make:
         return DoRA(direction=_lora(rng, shape, rank, alpha, dtype), magnitude=_normal(rng, sizes, dtype))
 
     return make
-
-
-def _columns(shape: Shape) -> int:
-    total = 1
-    for size in shape[1:]:
-        total *= size
-    return total
 
 
 def _factor(size: int) -> int:

@@ -10,6 +10,7 @@ from .. import blocks
 from ..architectures import ARCHITECTURES
 from ..dialects import DIALECTS
 from ..files import open
+from ..layers import Layer, direction_of
 from ..lora import LoRA
 from .run import bar, table
 
@@ -84,8 +85,8 @@ def _counts(values: Iterable[Any]) -> str:
     return ", ".join(texts) + (f" and {len(counts) - 6} more" if len(counts) > 6 else "")
 
 
-def _alpha(layer: Any) -> float | None:
-    alpha = getattr(getattr(layer, "direction", layer), "alpha", None)
+def _alpha(layer: Layer) -> float | None:
+    alpha = getattr(direction_of(layer), "alpha", None)
     return None if alpha is None else float(alpha)
 
 

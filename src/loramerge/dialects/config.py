@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..layers import DoRA, Layer, LowRank
+from ..layers import DoRA, Layer, direction_of
 
 CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
@@ -56,8 +56,7 @@ def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
 
 
 def _has_bias(layer: Layer) -> bool:
-    direction = layer.direction if isinstance(layer, DoRA) else layer
-    return direction.diff_b is not None or (isinstance(direction, LowRank) and direction.up_bias is not None)
+    return direction_of(layer).delta_bias() is not None
 
 
 def _anchored(path: str, paths: Mapping[str, Any]) -> str:

@@ -117,22 +117,11 @@ def _fused_low_rank(parts: Parts, layers: list[LowRank | None], rows_of: Callabl
 
 def _fused_bias(layers: list[LowRank | None], rows: list[int]) -> Array | Spec | None:
     """The differences of the bias, one below the other; zero where a part has none."""
-    given = [None if layer is None else whole_bias(layer) for layer in layers]
+    given = [None if layer is None else layer.delta_bias() for layer in layers]
     like = next((bias for bias in given if bias is not None), None)
     if like is None:
         return None
     return _concat([_zeros((n,), like) if bias is None else bias for bias, n in zip(given, rows, strict=True)])
-
-
-def whole_bias(layer: Layer) -> Array | Spec | None:
-    """A layer's difference of the bias, with that of ``up`` and its scale in it."""
-    if not isinstance(layer, LowRank) or layer.up_bias is None:
-        return layer.diff_b
-    up_bias: Array | Spec = layer.up_bias
-    if isinstance(up_bias, Spec):
-        return Spec(up_bias.shape, "F32")
-    scaled = float32(up_bias) * layer.scale
-    return scaled if layer.diff_b is None else scaled + float32(layer.diff_b)
 
 
 def _share_down(layers: list[LowRank]) -> bool | None:

@@ -1,5 +1,6 @@
 """Recognising a file: which tool wrote it, for which model, and what each key means."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -96,12 +97,8 @@ def read(
     chosen = DIALECTS[dialect] if dialect else names.dialect(found)
     for record in names.records.values():
         if not record.parts:
-            record.parts = _free_parts(record.stem, chosen)
+            record.parts = whole(chosen.free_module(record.stem))
     return Reading(found, chosen, names.records, tuple(names.extras), tuple(notes))
-
-
-def _free_parts(stem: str, dialect: Dialect) -> Parts:
-    return whole(dialect.free_module(stem))
 
 
 def _records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[str]]:
@@ -336,9 +333,4 @@ def _fits(shape: Shape, parts: Parts, a: Architecture) -> bool:
         return shape[0] == rows
     if shape[0] != rows or len(wanted[0]) < 2:
         return False
-    columns, width = 1, 1
-    for size in shape[1:]:
-        columns *= size
-    for size in wanted[0][1:]:
-        width *= size
-    return columns == width
+    return math.prod(shape[1:]) == math.prod(wanted[0][1:])

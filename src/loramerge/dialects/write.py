@@ -11,7 +11,7 @@ from .. import linalg
 from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
-from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, low_rank
+from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, direction_of, low_rank
 from ..layers.base import matrix
 from ..tensors import (
     FLOATS,
@@ -251,10 +251,9 @@ class _Writer:
     def checked(self, module: str, layer: Layer) -> Layer:
         if isinstance(layer, DoRA) and self.dialect.dora_axis == "out" and layer.axis == "in":
             raise LayerError(f"{module}: {self.dialect.name} keeps DoRA norms of rows, this layer has norms of columns")
-        biased = layer.diff_b is not None or (isinstance(layer, LowRank) and layer.up_bias is not None)
-        if biased and self.dialect.holds == frozenset({"lora"}):
+        if layer.delta_bias() is not None and self.dialect.holds == frozenset({"lora"}):
             raise LayerError(f"{module}: {self.dialect.name} can't hold the bias of this layer")
-        if isinstance(layer.direction if isinstance(layer, DoRA) else layer, Rows):
+        if isinstance(direction_of(layer), Rows):
             raise LayerError(f"{module}: a {layer.kind} layer on a part of a fused weight can't be written alone")
         if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
             raise LayerError(f"{module}: {layer.no_factors}")
@@ -279,7 +278,7 @@ class _Writer:
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         module = parts[0].module
         tensors = {stem + self.dialect.suffix(role, module): t for role, t in _roles(layer, self.dialect).items()}
-        alpha = getattr(layer.direction if isinstance(layer, DoRA) else layer, "alpha", None)
+        alpha = getattr(direction_of(layer), "alpha", None)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")
         return tensors
@@ -293,7 +292,7 @@ class _Writer:
         layer = self.layer(parts, self.lora.__getitem__)
         if self.dtype == "F16" and isinstance(layer, LowRank) and layer.mid is None and code(layer.up) != "F16":
             layer = _balanced(layer)
-        alpha = getattr(layer.direction if isinstance(layer, DoRA) else layer, "alpha", None)
+        alpha = getattr(direction_of(layer), "alpha", None)
         return {
             key: np.asarray(alpha, dtype=np.float32) if isinstance(t, Spec) else t
             for key, t in self.tensors(stem, parts, layer).items()
@@ -309,10 +308,11 @@ def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
     if layer.rank is None or layer.kind == "dora":
         raise LayerError(f"{dialect.name} can't hold a {layer.kind} layer: {layer.no_factors}")
     if any(isinstance(t, Spec) for t in layer.tensors().values()):
-        rank, shape = layer.rank, layer.shape
-        factors = Spec((shape[0], rank), "F32"), Spec((rank, math.prod(shape[1:])), "F32")
-        return replace(low_rank(*factors, shape), diff_b=layer.diff_b)
-    return replace(low_rank(*layer.factors(), layer.shape), diff_b=layer.diff_b)
+        rows, columns = layer.shape[0], math.prod(layer.shape[1:])
+        factors: tuple[Array | Spec, Array | Spec] = Spec((rows, layer.rank), "F32"), Spec((layer.rank, columns), "F32")
+    else:
+        factors = layer.factors()
+    return replace(low_rank(*factors, layer.shape), diff_b=layer.diff_b)
 
 
 def _constant_alpha(layers: Iterable[Layer]) -> float | None:
@@ -325,7 +325,7 @@ def _constant_alpha(layers: Iterable[Layer]) -> float | None:
 
 
 def _natural(layer: Layer) -> float | None:
-    direction = layer.direction if isinstance(layer, DoRA) else layer
+    direction = direction_of(layer)
     if not isinstance(direction, LowRank):
         return None
     return float(direction.rank) if direction.alpha is None else direction.alpha
@@ -387,7 +387,7 @@ def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
     tensors = layer.tensors()
     peft = dialect.style == "peft"
     if ("up_bias" in tensors and not peft) or ("diff_b" in tensors and peft):
-        bias = fuse.whole_bias(layer.direction if isinstance(layer, DoRA) else layer)
+        bias = direction_of(layer).delta_bias()
         tensors = {role: t for role, t in tensors.items() if role not in ("up_bias", "diff_b")}
         tensors["up_bias" if peft else "diff_b"] = bias  # where PEFT's names are written, the scale is 1
     if isinstance(layer, DoRA) and layer.axis == "out":

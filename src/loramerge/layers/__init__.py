@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import LayerError
 from ..tensors import Array, Shape, Spec, reshape
 from .base import Layer, Rows
-from .dora import DoRA
+from .dora import DoRA, direction_of
 from .full import BiasOnly, Carried, Full, Norm, Replaced
 from .loha import LoHa
 from .lokr import LoKr
@@ -116,6 +116,7 @@ __all__ = [
     "Replaced",
     "Rows",
     "build",
+    "direction_of",
     "low_rank",
     "shaped",
 ]

@@ -81,6 +81,10 @@ class Layer(ABC):
         up, down = self.factors()
         return (up @ down).reshape(self.shape)
 
+    def delta_bias(self) -> Array | Spec | None:
+        """The update of the module's bias, shape ``(out,)``, every scale folded in; None where there is none."""
+        return self.diff_b
+
     def norm(self) -> float:
         """Frobenius norm of ΔW."""
         return linalg.norm(*self.factors())

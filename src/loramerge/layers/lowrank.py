@@ -68,6 +68,14 @@ class LowRank(Layer):
         """The update of the module's bias that ``up`` carries, scale folded in."""
         return None if self.up_bias is None else float32(self.up_bias) * self.scale
 
+    def delta_bias(self) -> Array | Spec | None:
+        up_bias: Array | Spec | None = self.up_bias
+        if up_bias is None:
+            return self.diff_b
+        if isinstance(up_bias, Spec):
+            return Spec(up_bias.shape, "F32")
+        return self.bias() if self.diff_b is None else self.bias() + float32(self.diff_b)
+
     def rows(self, ranges: Ranges, source: object) -> "LowRank":
         down_id = ("rows of", source) if isinstance(source, Hashable) and source is not None else None
         cut: dict[str, Any] = {

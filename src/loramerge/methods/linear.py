@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ..layers import Layer, LowRank, low_rank
 from ..layers.base import matrix
-from ..tensors import Array, Spec, flatten, float32, namespace
+from ..tensors import Array, flatten, float32, namespace
 from .base import equal_rank, method, sum_of_ranks
 
 
@@ -74,7 +74,7 @@ def shared_down(layers: Sequence[Layer]) -> object:
 def _with_bias(merged: LowRank, layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
     total: Array | None = None
     for layer, weight in zip(layers, weights, strict=True):
-        for part in (layer.bias() if isinstance(layer, LowRank) else None, layer.diff_b):
-            if part is not None and not isinstance(part, Spec):
-                total = float32(part) * weight if total is None else total + float32(part) * weight
+        bias: Array | None = layer.delta_bias()
+        if bias is not None:
+            total = float32(bias) * weight if total is None else total + float32(bias) * weight
     return merged if total is None else replace(merged, diff_b=total)

@@ -256,6 +256,16 @@ def save(
     return target
 
 
+def saved_size(lora: LoRA, dialect: str | None = None, dtype: str | None = None) -> int:
+    """Bytes of the file that `save` would write, configurations beside it apart."""
+    from .dialects.write import spell
+    from .metadata import for_writing
+    from .storage.writer import file_size
+
+    spelling = spell(lora, dialect, dtype)
+    return file_size(spelling.groups, *for_writing(lora, spelling))
+
+
 def check_target(path: str | os.PathLike[str], dialect: str) -> Path:
     """The path that a LoRA will be written to, if it can be.
 

@@ -5,8 +5,13 @@ factors and never forms ΔW, which is (out, in) where they are thin.
 """
 
 import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from .tensors import Array, namespace
+from .tensors import Array, is_torch, namespace
+
+if TYPE_CHECKING:
+    import numpy as np
 
 GRAM_LIMIT = 320
 """Up to this sum of ranks R an R × R eigenproblem is the cheapest; above, random projection wins."""
@@ -30,7 +35,21 @@ def norm(up: Array, down: Array) -> float:
     return math.sqrt(max(float((gram_up * gram_down).sum()), 0.0))
 
 
-def truncate(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
+@dataclass(frozen=True)
+class Cut:
+    """Factors of a smaller rank, and what they leave out."""
+
+    up: Array
+    """Shape ``(out, rank)``."""
+    down: Array
+    """Shape ``(rank, in)``."""
+    energy: float
+    """‖ΔW‖² before the cut."""
+    lost: float
+    """‖ΔW − up @ down‖²: the part of the energy that is cut off."""
+
+
+def truncate(up: Array, down: Array, rank: int) -> Cut:
     """Best factors of a given rank.
 
     Args:
@@ -52,26 +71,84 @@ def truncate(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
     """
     total = up.shape[1]
     if rank >= total:
-        return up, down
+        return Cut(up, down, norm(up, down) ** 2, 0.0)
     if total > GRAM_LIMIT and total > 3 * rank:
         return _truncate_randomised(up, down, rank)
     return _truncate_gram(up, down, rank)
 
 
-def _truncate_gram(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
+def squares(up: Array, down: Array) -> "np.ndarray":
+    """Squared singular values of ``up @ down``, falling, float64: as many as the smaller rank allows."""
+    import numpy as np
+
+    gram_up, gram_down = grams(up, down)
+    lower = cholesky(gram_down)
+    found = namespace(up).linalg.eigvalsh(lower.T @ gram_up @ lower)
+    return np.asarray(found.cpu() if is_torch(found) else found)[::-1].clip(0.0)
+
+
+def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:
     # With down downᵀ = L Lᵀ, the eigenpairs W, S² of Lᵀ (upᵀ up) L give ΔW's singular
     # values S, and its factors without a QR: up L W S^-½ and S^-3/2 Wᵀ Lᵀ (upᵀ up) down.
     xp = namespace(up)
     gram_up, gram_down = grams(up, down)
-    lower = _cholesky(gram_down)
+    lower = cholesky(gram_down)
     half = gram_up @ lower
     squares, vectors = xp.linalg.eigh(lower.T @ half)
-    sigma = xp.flip(squares, axis=0)[:rank].clip(0.0) ** 0.5
+    squares = xp.flip(squares, axis=0).clip(0.0)
+    sigma = squares[:rank] ** 0.5
     vectors = xp.flip(vectors, axis=1)[:, :rank]
     inverse = _inverse(sigma)
     left = (lower @ vectors) * inverse**0.5
     right = (half @ vectors) * inverse**1.5
-    return up @ xp.astype(left, up.dtype), xp.astype(right, down.dtype).T @ down
+    return Cut(
+        up @ xp.astype(left, up.dtype),
+        xp.astype(right, down.dtype).T @ down,
+        float(squares.sum()),
+        float(squares[rank:].sum()),
+    )
+
+
+def truncate_dense(delta: Array, rank: int, oversampling: int = 16, iterations: int = 3) -> Cut:
+    """Best factors of a given rank for a dense matrix.
+
+    Args:
+        delta: Shape ``(out, in)``, float32.
+        rank: Rank of the result, at least 1.
+        oversampling: Columns of the random projection beyond the rank.
+        iterations: Power iterations.
+
+    Returns:
+        Factors as from `truncate`.  From a third of the smaller side on, exact by an eigenproblem
+        of that side; below, by a randomised range finder.
+
+    Source:
+        Halko, Martinsson and Tropp, 2011, algorithm 4.4, https://arxiv.org/abs/0909.4061
+    """
+    energy = _energy(delta)
+    side = min(delta.shape)
+    if 3 * (rank + oversampling) >= side:
+        xp = namespace(delta)
+        eye = xp.eye(side, dtype=delta.dtype, device=delta.device)
+        wide = delta.shape[0] <= delta.shape[1]
+        found = _project(eye, delta, rank) if wide else _project(eye, delta.T, rank)
+        return _measured(*(found if wide else (found[1].T, found[0].T)), energy)
+    basis = delta @ _gaussian(delta, rank + oversampling)
+    for _ in range(iterations):
+        basis = delta @ (delta.T @ _orthonormal(basis))
+    basis = _orthonormal(basis)
+    return _measured(*_project(basis, basis.T @ delta, rank), energy)
+
+
+def _energy(delta: Array) -> float:
+    """‖ΔW‖², in row sums of float32 that are added up in float64."""
+    xp = namespace(delta)
+    return float(xp.sum(xp.astype(xp.sum(delta * delta, axis=1), xp.float64)))
+
+
+def _measured(up: Array, down: Array, energy: float) -> Cut:
+    # The kept part is a projection of the whole, so that the two energies differ by what is lost.
+    return Cut(up, down, energy, max(energy - norm(up, down) ** 2, 0.0))
 
 
 FAINT = 2.0**-13
@@ -115,7 +192,8 @@ def _inverse(sigma: Array) -> Array:
     return xp.where(small, xp.zeros_like(sigma), 1.0 / xp.where(small, xp.ones_like(sigma), sigma))
 
 
-def _cholesky(gram: Array) -> Array:
+def cholesky(gram: Array) -> Array:
+    """The lower Cholesky factor of a Gram matrix ``(r, r)``, which may be rank-deficient."""
     # The jitter keeps a rank-deficient Gram matrix (two equal LoRAs, a zero row) positive.
     xp = namespace(gram)
     size = gram.shape[0]
@@ -123,23 +201,25 @@ def _cholesky(gram: Array) -> Array:
     return xp.linalg.cholesky(gram + 1e-13 * trace * xp.eye(size, dtype=gram.dtype, device=gram.device))
 
 
-def _truncate_randomised(
-    up: Array, down: Array, rank: int, oversampling: int = 16, iterations: int = 4
-) -> tuple[Array, Array]:
-    xp = namespace(up)
+def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 16, iterations: int = 4) -> Cut:
     size = min(rank + oversampling, up.shape[0], down.shape[1])
     basis = up @ (down @ _gaussian(down, size))
     for _ in range(iterations):
         basis = _orthonormal(basis)
         basis = up @ (down @ (down.T @ (up.T @ basis)))
     basis = _orthonormal(basis)
-    core = (basis.T @ up) @ down
+    return _measured(*_project(basis, (basis.T @ up) @ down, rank), norm(up, down) ** 2)
+
+
+def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array]:
+    """Best factors of a rank for ``basis @ core``, the basis being orthonormal, from core's smaller side."""
+    xp = namespace(core)
     wide = xp.astype(core, xp.float64)
     squares, vectors = xp.linalg.eigh(wide @ wide.T)
-    vectors = xp.astype(xp.flip(vectors, axis=1)[:, :rank], up.dtype)
+    vectors = xp.astype(xp.flip(vectors, axis=1)[:, :rank], core.dtype)
     root = xp.flip(squares, axis=0)[:rank].clip(0.0) ** 0.25
     inverse = _inverse(root)
-    return (basis @ vectors) * xp.astype(root, up.dtype), xp.astype(inverse, up.dtype)[:, None] * (vectors.T @ core)
+    return (basis @ vectors) * xp.astype(root, core.dtype), xp.astype(inverse, core.dtype)[:, None] * (vectors.T @ core)
 
 
 def _gaussian(like: Array, columns: int) -> Array:
@@ -155,7 +235,7 @@ def _orthonormal(basis: Array) -> Array:
     xp = namespace(basis)
     for _ in range(2):
         wide = xp.astype(basis, xp.float64)
-        lower = _cholesky(wide.T @ wide)
+        lower = cholesky(wide.T @ wide)
         basis = basis @ xp.astype(xp.linalg.inv(lower).T, basis.dtype)
     return basis
 

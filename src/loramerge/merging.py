@@ -5,27 +5,32 @@ import math
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from . import linalg
 from .architectures import ARCHITECTURES
 from .dialects import DIALECTS
 from .errors import LoRAMergeError, MergeError, OptionError
-from .files import Source, load, open
-from .layers import Layer, LowRank, low_rank
+from .files import Source, load, open, saved_size
+from .layers import Full, Layer, LowRank, low_rank
 from .layers.base import matrix
 from .lora import LoRA, in_one_library
 from .metadata import RECIPE, STALE
 from .methods import METHODS, Method
+from .methods.base import Merged
 from .methods.linear import shared_down
-from .tensors import Shape, Spec, Tensor, nbytes, widest
+from .ranks import Budget, Rank, Spectrum, budget, choose, rule
+from .selection import module_seed
+from .tensors import Shape, Spec, Tensor, namespace, nbytes, widest
 from .weights import ModuleWeights, Scope, Weights, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Rank = int | str
+    from .storage.writer import Progress
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,50 @@ class Step:
         return self.rank < min(self.full_rank, self.shape[0], math.prod(self.shape[1:]))
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """One module's merged layer, and what bringing it to its rank took away."""
+
+    module: str
+    layer: LowRank
+    energy: float | None
+    """‖ΔW‖² of the method's own result; None in a merge that cuts nothing."""
+    lost: float
+    """The part of it that was cut off."""
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − kept‖ / ‖ΔW‖."""
+        return math.sqrt(self.lost / self.energy) if self.energy else 0.0
+
+
+@dataclass
+class Kept:
+    """What a merge kept, counted while it runs: ``plan.lora(kept.add)``."""
+
+    energy: float = 0.0
+    lost: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    """The relative error of every module that was cut."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a module."""
+        self.energy += outcome.energy or 0.0
+        self.lost += outcome.lost
+        if outcome.lost:
+            self.errors[outcome.module] = outcome.error
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − kept‖ / ‖ΔW‖ over all modules."""
+        return math.sqrt(self.lost / self.energy) if self.energy else 0.0
+
+    @property
+    def share(self) -> float:
+        """The share of ‖ΔW‖² that was kept."""
+        return 1.0 - self.error**2
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """What a merge will do.  `lora` is its result, computed when asked for."""
@@ -64,6 +113,8 @@ class Plan:
     dtype: str
     device: str | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    budget: Budget | None = None
+    """What the ranks were chosen out of."""
 
     def run(self) -> "Iterator[tuple[str, LowRank]]":
         """Merge module by module: the caller's loop is the progress bar."""
@@ -72,23 +123,46 @@ class Plan:
 
     def merge(self, module: str) -> LowRank:
         """One module's merged layer, float32, scale folded in."""
-        step = self.steps[module]
-        try:
-            layers = in_one_library([self.loras[i][module] for i in step.inputs], self.device)
-            weights = self.weights.of(module)
-            merged: LowRank = self.method.merge(layers, [weights[i] for i in step.inputs], **self.options)
-            return _truncated(merged, step.rank)
-        except LoRAMergeError as error:
-            raise type(error)(f"{module}: {error}") from None
+        return self.outcome(module).layer
 
-    def lora(self) -> LoRA:
-        """The result, whose layers are merged when they are asked for: saving it streams."""
+    def outcome(self, module: str) -> Outcome:
+        """One module's merged layer, and what was cut off to bring it to its rank."""
+        step = self.steps[module]
+        with _named(module):
+            return _fitted(self._uncut(step), step, self.cuts)
+
+    def _uncut(self, step: Step) -> Merged:
+        layers = in_one_library([self.loras[i][step.module] for i in step.inputs], self.device)
+        weights = self.weights.of(step.module)
+        options = dict(self.options)
+        if "seed" in options:
+            options["seed"] = module_seed(options["seed"], step.module)
+        return self.method.merge(layers, [weights[i] for i in step.inputs], **options)
+
+    @cached_property
+    def cuts(self) -> bool:
+        """Whether a module is cut to a smaller rank than the method's result has."""
+        return any(step.cut for step in self.steps.values())
+
+    def lora(self, record: "Callable[[Outcome], None] | None" = None) -> LoRA:
+        """The result, whose layers are merged when they are asked for: saving it streams.
+
+        Args:
+            record: Called with every module's outcome; see `Kept`.
+        """
+
+        def compute(module: str) -> LowRank:
+            outcome = self.outcome(module)
+            if record:
+                record(outcome)
+            return outcome.layer
+
         return LoRA(
             name=self.name,
             architecture=self.architecture,
             dialect=self.dialect,
             layouts={module: self._layout(step) for module, step in self.steps.items()},
-            compute=self.merge,
+            compute=compute,
             metadata=self._metadata(),
             extras=self.extras,
             dtype=self.dtype,
@@ -97,12 +171,40 @@ class Plan:
     def _layout(self, step: Step) -> LowRank:
         layouts = [self.loras[i].layout(step.module) for i in step.inputs]
         whole = step.rank >= step.full_rank
-        down_id = shared_down(layouts) if self.method.name == "linear" and whole else None
+        down_id = shared_down(layouts) if self.method.linear and whole else None
         up = Spec((step.shape[0], step.rank), "F32")
         down = Spec((step.rank, math.prod(step.shape[1:])), "F32")
         layer = low_rank(up, down, step.shape, down_id)
         biased = any(layout.delta_bias() is not None for layout in layouts)
         return replace(layer, diff_b=Spec(step.shape[:1], "F32")) if biased else layer
+
+    def within(self, budget: Budget, progress: "Progress | None" = None) -> "Plan":
+        """The same plan with the rank of every module chosen out of one budget, at most the one it has.
+
+        Raises:
+            OptionError: The budget can't be met.
+        """
+        spectra = {}
+        for done, (module, step) in enumerate(self.steps.items(), start=1):
+            with _named(module):
+                spectra[module] = _spectrum(self._uncut(step), step)
+            if progress:
+                progress(done, len(self.steps))
+        if budget.kind != "max_size":
+            return self._at(choose(spectra, budget), budget)
+        # What is no factor (names, alphas) takes room too, and depends on the ranks a little.
+        bytes_each, room = nbytes((1,), self.dtype), budget.value
+        for _ in range(4):
+            found = self._at(choose(spectra, budget, int(room // bytes_each)), budget)
+            excess = saved_size(found.lora()) - budget.value
+            if -0.005 * budget.value <= excess <= 0:
+                break
+            room = found.size - excess if excess > 0 else room - excess
+        return found
+
+    def _at(self, ranks: Mapping[str, int], budget: Budget) -> "Plan":
+        steps = {module: replace(step, rank=ranks[module]) for module, step in self.steps.items()}
+        return replace(self, steps=steps, budget=budget)
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{n} × {w}" for n, w in zip((x.name for x in self.loras), self.weights.label, strict=True))
@@ -122,7 +224,7 @@ class Plan:
             "loramerge": __version__,
             "method": self.method.name,
             "options": dict(self.options),
-            "rank": self.rank,
+            "rank": str(self.budget) if self.budget else self.rank,
             "inputs": [
                 {"name": lora.name, "weight": label} for lora, label in zip(self.loras, self.weights.label, strict=True)
             ],
@@ -143,10 +245,47 @@ class Plan:
         return common | {RECIPE: json.dumps(recipe, ensure_ascii=False)}
 
 
-def _truncated(layer: LowRank, rank: int) -> LowRank:
-    if rank >= layer.rank:
-        return layer
-    up, down = linalg.truncate(matrix(layer.up), matrix(layer.down), rank)
+@contextmanager
+def _named(module: str) -> Iterator[None]:
+    """Have errors say in which module they arose."""
+    try:
+        yield
+    except LoRAMergeError as error:
+        raise type(error)(f"{module}: {error}") from None
+
+
+def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
+    """A merged layer at exactly the rank that was announced: cut, or filled up with zeros."""
+    if isinstance(layer, Full):
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
+    elif step.rank < layer.rank:
+        cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank)
+    else:
+        found = layer if layer.rank == step.rank else _filled(layer, step.rank)
+        return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
+    fitted = replace(low_rank(cut.up, cut.down, layer.shape), diff_b=layer.diff_b)
+    fitted = fitted if fitted.rank == step.rank else _filled(fitted, step.rank)
+    return Outcome(step.module, fitted, cut.energy, cut.lost)
+
+
+def _spectrum(layer: Merged, step: Step) -> Spectrum:
+    """What each rank up to the step's own would bring."""
+    if isinstance(layer, Full):
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
+        squares, energy = linalg.squares(cut.up, cut.down), cut.energy
+    else:
+        squares = linalg.squares(matrix(layer.up), matrix(layer.down))
+        energy = float(squares.sum())
+    return Spectrum(squares[: step.rank], energy, step.shape[0] + math.prod(step.shape[1:]))
+
+
+def _filled(layer: LowRank, rank: int) -> LowRank:
+    """The same ΔW at a larger rank, by zeros."""
+    up, down = matrix(layer.up), matrix(layer.down)
+    xp = namespace(up)
+    more = rank - layer.rank
+    up = xp.concat([up, xp.zeros((up.shape[0], more), dtype=up.dtype, device=up.device)], axis=1)
+    down = xp.concat([down, xp.zeros((more, down.shape[1]), dtype=down.dtype, device=down.device)], axis=0)
     return replace(low_rank(up, down, layer.shape), diff_b=layer.diff_b)
 
 
@@ -159,9 +298,16 @@ def plan(
     scope: Scope = "module",
     exclude: Sequence[str] = (),
     device: str | None = None,
+    max_error: float | str | None = None,
+    energy: float | str | None = None,
+    max_size: int | str | None = None,
+    progress: "Progress | None" = None,
     **options: Any,
 ) -> Plan:
-    """Plan a merge from headers only; the arguments are those of `merge`.
+    """Plan a merge; the arguments are those of `merge`.
+
+    Only headers are read, unless a budget is given: then every module is merged once to see
+    what each rank brings, and ``progress`` is called with the number of modules done and of all.
 
     Raises:
         MergeError: Families or shapes differ, or a layer has no low-rank form.
@@ -175,17 +321,19 @@ def plan(
     if device is not None:
         _check_device(device)
     chosen = METHODS[method]
-    chosen.check(options)
-    steps = _steps(opened, chosen, _rank_rule(rank))
+    checked = chosen.check(options)
+    if chosen.count not in (None, len(opened)):
+        raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
+    steps = _steps(opened, chosen, checked, rule(rank))
     first = opened[0].dialect
-    resolved = resolve(opened, weights, scope)
+    resolved = resolve(opened, weights, scope, chosen.default_weight)
     for module in () if resolved.from_values else steps:
         resolved.of(module)  # a block vector may lack a module's block
-    return Plan(
+    planned = Plan(
         loras=tuple(opened),
         architecture=_architecture(opened),
         method=chosen,
-        options=options,
+        options=checked,
         weights=resolved,
         rank=rank if isinstance(rank, str) else operator.index(rank),
         steps=steps,
@@ -195,6 +343,8 @@ def plan(
         device=device,
         extras=_extras(opened),
     )
+    limit = budget(max_error, energy, max_size)
+    return planned.within(limit, progress) if limit else planned
 
 
 def merge(
@@ -206,6 +356,9 @@ def merge(
     scope: Scope = "module",
     exclude: Sequence[str] = (),
     device: str | None = None,
+    max_error: float | str | None = None,
+    energy: float | str | None = None,
+    max_size: int | str | None = None,
     **options: Any,
 ) -> LoRA:
     """Merge LoRAs of one model family into one, whatever tool made each.
@@ -221,6 +374,10 @@ def merge(
         scope: What ``"l2"`` takes the norms over: ``"module"``, ``"component"``, ``"whole"``.
         exclude: Glob patterns of modules to leave out.
         device: Where to compute, such as ``"cuda"``; the CPU with numpy by default.
+        max_error: Choose each module's rank so that the error of all together, ‖ΔW − kept‖ / ‖ΔW‖,
+            is at most this: ``0.01`` or ``"1%"``.  One of the three budgets at most.
+        energy: The same for the share of ‖ΔW‖² that stays: ``0.999``.
+        max_size: The same for the size of the file in the LoRA's dialect: bytes, or ``"150MB"``.
         **options: The method's own.
 
     Returns:
@@ -246,6 +403,9 @@ def merge(
         scope=scope,
         exclude=exclude,
         device=device,
+        max_error=max_error,
+        energy=energy,
+        max_size=max_size,
         **options,
     )
     return planned.lora().in_memory()
@@ -277,17 +437,17 @@ def _check_device(device: str) -> None:
         raise OptionError(f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}") from None
 
 
-def _steps(loras: Sequence[LoRA], method: Method, rule: "Callable[[Sequence[int]], int]") -> dict[str, Step]:
+def _steps(
+    loras: Sequence[LoRA], method: Method, options: Mapping[str, Any], rule: "Callable[[Sequence[int]], int]"
+) -> dict[str, Step]:
     steps = {}
     for module in dict.fromkeys(module for lora in loras for module in lora):
         inputs = tuple(i for i, lora in enumerate(loras) if module in lora)
         layouts = [_mergeable(loras[i], module) for i in inputs]
         shape = _common_shape([loras[i] for i in inputs], module)
         ranks = tuple(layout.rank or 0 for layout in layouts)
-        try:
-            full = method.rank(layouts)
-        except MergeError as error:
-            raise MergeError(f"{module}: {error}") from None
+        with _named(module):
+            full = method.rank(layouts, **options)
         limit = min(full, shape[0], math.prod(shape[1:]))
         steps[module] = Step(module, shape, inputs, ranks, full, max(1, min(rule(ranks), limit)))
     return steps
@@ -325,15 +485,6 @@ def _architecture(loras: Sequence[LoRA]) -> str | None:
 def _fits(lora: LoRA, architecture: str) -> bool:
     shapes = ARCHITECTURES[architecture].shapes
     return all(shapes.get(module) == lora.layout(module).shape for module in lora)
-
-
-def _rank_rule(rank: Rank) -> "Callable[[Sequence[int]], int]":
-    if isinstance(rank, str) and rank in ("sum", "max"):
-        return sum if rank == "sum" else max
-    number = 0 if isinstance(rank, str | bool) or not hasattr(rank, "__index__") else operator.index(rank)
-    if number < 1:
-        raise OptionError(f"The rank {rank!r} is none of: a number from 1, 'sum', 'max'.")
-    return lambda ranks: number
 
 
 def _extras(loras: Sequence[LoRA]) -> dict[str, Tensor]:

@@ -33,7 +33,9 @@ class ModuleWeights:
     """Whether asking for them reads tensors."""
 
 
-def resolve(loras: Sequence[LoRA], weights: Weights, scope: Scope = "module") -> ModuleWeights:
+def resolve(
+    loras: Sequence[LoRA], weights: Weights, scope: Scope = "module", default: float | None = None
+) -> ModuleWeights:
     """Weights a module, from what the user gave.
 
     Args:
@@ -42,6 +44,7 @@ def resolve(loras: Sequence[LoRA], weights: Weights, scope: Scope = "module") ->
             wᵢ = ‖ΔWᵢ‖ / Σₖ ‖ΔWₖ‖; or one weight a LoRA.
         scope: For ``"l2"``, what the norms are taken over: each ``module``, each ``component``
             (UNet, text encoder), or the ``whole`` file.
+        default: The weight of each LoRA where ``weights`` is None; None for 1/N.
 
     Raises:
         OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
@@ -50,7 +53,7 @@ def resolve(loras: Sequence[LoRA], weights: Weights, scope: Scope = "module") ->
     if scope != "module" and weights != "l2":
         raise OptionError(f"The scope {scope!r} goes with the weights 'l2' only.")
     if weights is None or weights == "uniform":
-        share = 1.0 / len(loras)
+        share = 1.0 / len(loras) if weights or default is None else default
         return ModuleWeights(lambda module: [share] * len(loras), tuple(f"{share:.4g}" for _ in loras))
     if weights == "l2":
         if scope not in SCOPES:

@@ -37,6 +37,11 @@ Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
+MaxError = Annotated[
+    str | None, typer.Option("--max-error", help="Ranks by budget: the error of all modules together, such as 1%.")
+]
+Energy = Annotated[str | None, typer.Option("--energy", help="Ranks by budget: the share that stays, such as 0.999.")]
+MaxSize = Annotated[str | None, typer.Option("--max-size", help="Ranks by budget: the size of the file: 150MB.")]
 To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
 
 
@@ -139,6 +144,9 @@ def merge(
     method: Annotated[str, typer.Option("--method", "-m", help="See 'loramerge methods'.")] = "linear",
     rank: Annotated[str, typer.Option("--rank", "-r", help="sum (exact), max, or a number.")] = "sum",
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="NAME=VALUE of the method.")] = None,
+    max_error: MaxError = None,
+    energy: Energy = None,
+    max_size: MaxSize = None,
     exclude: Exclude = None,
     to: To = None,
     dtype: Dtype = None,
@@ -158,7 +166,8 @@ def merge(
 
     from ..dialects.write import check_writable
     from ..files import check_target, open, save
-    from ..merging import plan
+    from ..merging import Kept, plan
+    from ..ranks import budget
     from ..tensors import parse_dtype
 
     if output is None and not dry_run:
@@ -179,16 +188,21 @@ def merge(
     check_writable(to or planned.dialect, planned.dialect)
     if output is not None:
         check_target(output, to or planned.dialect)
-    if dtype:
-        planned = replace(planned, dtype=parse_dtype(dtype))
+    # A budget is spent on what will be written: in that dialect and dtype.
+    planned = replace(planned, dialect=to or planned.dialect, dtype=parse_dtype(dtype) if dtype else planned.dtype)
+    limit = budget(max_error, energy, max_size)
+    if limit:
+        with progress("Measuring", quiet) as report:
+            planned = planned.within(limit, report)
     if not quiet:
         print(_plan_table(planned))
     if dry_run or output is None:
         return
     lost: list[str] = []
+    kept = Kept()
     with progress("Merging", quiet) as report:
         path = save(
-            planned.lora(),
+            planned.lora(kept.add if planned.cuts else None),
             output,
             dialect=to,
             dtype=dtype,
@@ -201,7 +215,18 @@ def merge(
         written = path if path.is_file() else path / "adapter_model.safetensors"
         where = f", {size(written.stat().st_size)}" if written.exists() else ""
         print(f"→ {path} ({to or planned.dialect}{where})")
+        _print_kept(kept)
         _print_notes((), lost)
+
+
+def _print_kept(kept: Any) -> None:
+    if not kept.errors:
+        return
+    worst = max(kept.errors, key=kept.errors.get)
+    print(
+        f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
+        f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
+    )
 
 
 def _rank(text: str) -> int | str:
@@ -212,18 +237,15 @@ def _options(method: str, given: list[str]) -> dict[str, Any]:
     """A method's options from NAME=VALUE, in the types of its parameters."""
     from ..methods import METHODS
 
-    known = METHODS[method].options
+    chosen = METHODS[method]
     options: dict[str, Any] = {}
     for item in given:
         name, equals, value = item.partition("=")
-        METHODS[method].check({name: value})
         if not equals:
             raise OptionError(f"Can't read the option {item!r}: wanted NAME=VALUE.")
-        kind = known[name].annotation
-        try:
-            options[name] = value.lower() in ("1", "true", "yes") if kind is bool else kind(value)
-        except ValueError:
-            raise OptionError(f"The option {name} wants a {kind.__name__}, got {value!r}.") from None
+        if name not in chosen.options:
+            chosen.check({name: value})
+        options[name] = chosen.options[name].parse(value)
     return options
 
 
@@ -236,7 +258,7 @@ def _plan_table(planned: Any) -> str:
     shared = sum(len(step.inputs) == sum(map(bool, planned.loras)) for step in steps)
     low, high = min(s.rank for s in steps), max(s.rank for s in steps)
     cut = sum(step.cut for step in steps)
-    exact = "exact" if planned.method.name == "linear" else "nothing is cut"
+    exact = "exact" if planned.method.linear else "nothing is cut"
     notes = [f"  note: {lora.name}: {note}" for lora in planned.loras for note in lora.notes]
     return "\n".join(
         [

@@ -2,17 +2,22 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from ..errors import MergeError, OptionError
-from ..layers import Layer, LowRank
+from ..layers import Full, Layer, LowRank
+from ..tensors import Array, float32
+from .options import Option, options_of
 
-Merge = Callable[..., LowRank]
+Merged = LowRank | Full
+"""What a method makes of a module: factors, or a dense ΔW that is then cut to a rank."""
+
+Merge = Callable[..., Merged]
 """``merge(layers, weights, **options) -> layer``, of one module; ``weights`` has one float a layer."""
 
-Rank = Callable[[Sequence[Layer]], int]
-"""Rank of the result, from the layers' layouts."""
+Rank = Callable[..., int]
+"""``rank(layouts, **options)``: rank of the result before it is cut."""
 
 
 @dataclass(frozen=True)
@@ -20,59 +25,68 @@ class Method:
     """A merge method and where it comes from."""
 
     name: str
+    function: Callable[..., Any]
+    """The formula, with the documentation and the options."""
     merge: Merge
+    """The same as a function of layers."""
     source: str
     rank: Rank
-    """Rank that the method's own result has."""
+    options: Mapping[str, Option] = field(default_factory=dict)
+    default_weight: float | None = None
+    """Weight of each LoRA unless told; None is 1/N."""
+    count: int | None = None
+    """How many LoRAs it takes; None for any number."""
+    linear: bool = False
+    """Whether the result is a weighted sum of the inputs, so that equal ``down`` factors stay equal."""
 
     @property
     def title(self) -> str:
         """The first line of the function's docstring."""
-        return (inspect.getdoc(self.merge) or "").splitlines()[0]
+        return (inspect.getdoc(self.function) or "").splitlines()[0]
 
-    @property
-    def options(self) -> Mapping[str, inspect.Parameter]:
-        """The method's keyword-only parameters."""
-        parameters = inspect.signature(self.merge).parameters
-        return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Refuse an option that the method doesn't have.
+    def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options of the method: those given, and the defaults.
 
         Raises:
-            OptionError: The option is unknown.
+            OptionError: An option is unknown, or its value is outside of its range.
         """
         for name in options:
             if name not in self.options:
                 known = ", ".join(self.options) or "none"
                 raise OptionError(f"The method {self.name} has no option {name!r}. Its options: {known}.")
+        return {name: option.check(options.get(name, option.default)) for name, option in self.options.items()}
 
 
-def method(name: str, *, source: str, rank: Rank) -> Callable[[Merge], Method]:
+def method(
+    name: str,
+    *,
+    source: str,
+    rank: Rank,
+    default_weight: float | None = None,
+    linear: bool = False,
+) -> Callable[[Merge], Method]:
     """Name a merge function; its keyword-only parameters become its options, in Python and on the command line.
 
     Args:
         name: What users type.
         source: The paper with the equation, or the code.
         rank: Rank of the result, from the layers' layouts.
+        default_weight: Weight of each LoRA unless told; None is 1/N.
+        linear: Whether the result is a weighted sum of the inputs.
     """
 
     def named(merge: Merge) -> Method:
-        found = Method(name, merge, source, rank)
-        for option in found.options.values():
-            if option.annotation not in (int, float, str, bool):
-                raise TypeError(f"Option {option.name!r} of the method {name!r} must be an int, float, str or bool.")
-        return found
+        return Method(name, merge, merge, source, rank, options_of(merge), default_weight, linear=linear)
 
     return named
 
 
-def sum_of_ranks(layers: Sequence[Layer]) -> int:
+def sum_of_ranks(layers: Sequence[Layer], **_: Any) -> int:
     """The rank of a concatenation."""
     return sum(layer.rank or 0 for layer in layers)
 
 
-def equal_rank(layers: Sequence[Layer]) -> int:
+def equal_rank(layers: Sequence[Layer], **_: Any) -> int:
     """The rank that all layers have.
 
     Raises:
@@ -82,3 +96,16 @@ def equal_rank(layers: Sequence[Layer]) -> int:
     if len(set(ranks)) > 1:
         raise MergeError(f"this method needs equal ranks, got {', '.join(map(str, ranks))}; linear takes any")
     return ranks[0]
+
+
+L = TypeVar("L", LowRank, Full)
+
+
+def with_bias(merged: L, layers: Sequence[Layer], weights: Sequence[float]) -> L:
+    """The merged layer with the weighted sum of the biases' updates, which every method treats alike."""
+    total: Array | None = None
+    for layer, weight in zip(layers, weights, strict=True):
+        bias: Array | None = layer.delta_bias()
+        if bias is not None:
+            total = float32(bias) * weight if total is None else total + float32(bias) * weight
+    return merged if total is None else replace(merged, diff_b=total)

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ..layers import Layer, LowRank, low_rank
 from ..layers.base import matrix
 from ..tensors import Array, flatten, float32, namespace
-from .base import equal_rank, method, sum_of_ranks
+from .base import equal_rank, method, sum_of_ranks, with_bias
 
 
-@method("linear", source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/lora-file.md", rank=sum_of_ranks)
+@method("linear", source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/lora-file.md", rank=sum_of_ranks, linear=True)
 def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
     """The weighted sum Σ wᵢ ΔWᵢ, exact: factors are concatenated, ranks add up.
 
@@ -23,7 +22,7 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
     if len({down.dtype for down in downs}) > 1:
         downs = [float32(down) for down in downs]
     down = xp.concat(downs, axis=0) if len(downs) > 1 else downs[0]
-    return _with_bias(low_rank(up, down, layers[0].shape, shared_down(layers)), layers, weights)
+    return with_bias(low_rank(up, down, layers[0].shape, shared_down(layers)), layers, weights)
 
 
 @method(
@@ -47,7 +46,7 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
         root = math.sqrt(abs(weight * scale))
         up = up + root * layer_up
         down = down + math.copysign(root, weight * scale) * layer_down
-    return _with_bias(low_rank(up, down, layers[0].shape), layers, weights)
+    return with_bias(low_rank(up, down, layers[0].shape), layers, weights)
 
 
 def as_stored(layer: Layer) -> tuple[Array, Array]:
@@ -69,12 +68,3 @@ def shared_down(layers: Sequence[Layer]) -> object:
     """Identity of the concatenated ``down``, where each layer knows its own."""
     ids = tuple(layer.down_id if isinstance(layer, LowRank) else None for layer in layers)
     return ids if None not in ids else None
-
-
-def _with_bias(merged: LowRank, layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
-    total: Array | None = None
-    for layer, weight in zip(layers, weights, strict=True):
-        bias: Array | None = layer.delta_bias()
-        if bias is not None:
-            total = float32(bias) * weight if total is None else total + float32(bias) * weight
-    return merged if total is None else replace(merged, diff_b=total)

@@ -63,6 +63,12 @@ def write(
             _write_at(fd, _Layout(specs, {**metadata, **_hashes(fd, specs, metadata, layout)}).header, 0)
 
 
+def file_size(groups: Iterable[Group], metadata: Mapping[str, str], hashes: bool = False) -> int:
+    """Bytes of the file that `write` would make."""
+    specs = {key: spec for group in groups for key, spec in group.specs.items()}
+    return _Layout(specs, {**metadata, **_PLACEHOLDERS} if hashes else metadata).size
+
+
 def _keep_freed_memory(size: int = 1 << 24) -> None:
     """Have the allocator keep what one module frees for the next, instead of returning it to the kernel.
 

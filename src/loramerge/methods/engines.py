@@ -1,0 +1,109 @@
+"""From a formula to a merge method: what it sees of the layers, and how its result becomes a layer.
+
+| decorator | the formula sees | gives | the result is |
+|---|---|---|---|
+| `combination` | the inner products of the ΔWs | a coefficient a LoRA | a weighted sum, exact |
+| `on_core` | the common space of the LoRAs, `Core` | a matrix in it | a LoRA of rank ≤ Σr, exact |
+| `elementwise` | the ΔWs, or the parts of a core | their merged entries | dense, then cut to a rank; or as for `on_core` |
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..layers import Full, Layer, LowRank
+from ..tensors import Array
+from .base import Merged, Method, sum_of_ranks, with_bias
+from .linear import linear
+from .options import Option, options_of
+from .spaces import Core, Deltas, core, inner_products
+
+Weights = Sequence[float]
+
+
+def combination(name: str, *, source: str, count: int | None = None) -> Callable[[Callable[..., Weights]], Method]:
+    """A method that only chooses coefficients: ``formula(products, weights, **options)`` gives one a LoRA.
+
+    Args:
+        name: What users type.
+        source: The paper with the equation, or the code.
+        count: How many LoRAs it takes; None for any number.
+    """
+
+    def named(formula: Callable[..., Weights]) -> Method:
+        def merge(layers: Sequence[Layer], weights: Weights, **options: Any) -> Merged:
+            live, shares = alive(layers, weights)
+            if len(live) == 1:
+                return linear.merge(layers, weights)
+            chosen = iter(formula(inner_products(live), shares, **options))
+            return linear.merge(layers, [next(chosen) if weight else 0.0 for weight in weights])
+
+        return Method(name, formula, merge, source, sum_of_ranks, options_of(formula), count=count, linear=True)
+
+    return named
+
+
+def on_core(name: str, *, source: str, default_weight: float | None = None) -> Callable[[Callable[..., Array]], Method]:
+    """A method in the LoRAs' common space: ``formula(core, weights, **options)`` gives the merged core.
+
+    Args:
+        name: What users type.
+        source: The paper with the equation, or the code.
+        default_weight: Weight of each LoRA unless told; None is 1/N.
+    """
+
+    def named(formula: Callable[..., Array]) -> Method:
+        def merge(layers: Sequence[Layer], weights: Weights, **options: Any) -> LowRank:
+            live, shares = alive(layers, weights)
+            space: Core = core(live)
+            return with_bias(space.layer(formula(space, shares, **options)), layers, weights)
+
+        return Method(name, formula, merge, source, sum_of_ranks, options_of(formula), default_weight)
+
+    return named
+
+
+def alive(layers: Sequence[Layer], weights: Weights) -> tuple[Sequence[Layer], Weights]:
+    """The layers whose weight is not 0, which is the same as not being there; at least one."""
+    kept = [i for i, weight in enumerate(weights) if weight] or [0]
+    return [layers[i] for i in kept], [weights[i] for i in kept]
+
+
+SPACE = Option("space", str, "delta", ("delta", "core"))
+"""Where an elementwise method works: on ΔW, as published, or on the core of the common space."""
+
+
+def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], Method]:
+    """A method on entries: ``formula(deltas, weights, **options)`` gives their merge.
+
+    ``deltas`` is a sequence of matrices of one shape that are formed when asked for, so that a
+    formula that takes them one after the other holds one at a time.  The method has the option
+    ``space`` besides its own.
+
+    Args:
+        name: What users type.
+        source: The paper with the equation, or the code.
+    """
+
+    def named(formula: Callable[..., Array]) -> Method:
+        def merge(layers: Sequence[Layer], weights: Weights, *, space: str = "delta", **options: Any) -> Merged:
+            live, shares = alive(layers, weights)
+            if space == "core":
+                common = core(live)
+                return with_bias(common.layer(formula(common.parts, shares, **options)), layers, weights)
+            merged = formula(Deltas(live), shares, **options)
+            return with_bias(Full(diff=merged.reshape(layers[0].shape)), layers, weights)
+
+        return Method(name, formula, merge, source, _rank, {"space": SPACE, **options_of(formula)})
+
+    return named
+
+
+def _rank(layers: Sequence[Layer], *, space: str = "delta", **_: Any) -> int:
+    if space == "core":
+        return sum_of_ranks(layers)
+    out, *rest = layers[0].shape
+    return min(out, math.prod(rest))
+
+
+__all__ = ["SPACE", "alive", "combination", "elementwise", "on_core"]

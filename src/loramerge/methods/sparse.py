@@ -1,0 +1,170 @@
+"""Methods that drop entries of the ΔWs before they add them up, or let them vote."""
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Literal
+
+from ..errors import OptionError
+from ..selection import between, chance, largest, ranks_in_rows
+from ..tensors import Array, namespace
+from .engines import elementwise
+from .options import Density, Range, Seed
+
+Consensus = Literal["linear", "ties"]
+"""How what is left is merged: the weighted sum, or the elected signs' mean of TIES."""
+
+Deltas = Sequence[Array]
+Weights = Sequence[float]
+
+
+@elementwise("ties", source="Yadav et al., 2023, section 3, https://arxiv.org/abs/2306.01708")
+def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
+    """TIES: keep each ΔW's largest entries, elect a sign for every entry, average those that agree with it.
+
+    Of every ΔW the share ``density`` with the largest magnitude is kept.  The sign of an entry is
+    that of Σ wᵢτᵢ, and the entry Σ|w| · (Σ wᵢτᵢ / Σ|wᵢ|), where the sums in brackets run over the
+    LoRAs that agree with the sign and Σ|w| over all.  So Σ|w| takes the place of the paper's λ:
+    with equal weights that add up to one it is the paper's formula at λ = 1, and where nothing
+    conflicts it is the weighted sum.
+    """
+    return agreeing((w * (d * largest(d, density)) for w, d in zip(weights, deltas, strict=True)), weights)
+
+
+@elementwise("dare", source="Yu et al., 2023, section 3, https://arxiv.org/abs/2311.03099")
+def dare(
+    deltas: Deltas, weights: Weights, *, density: Density = 0.7, consensus: Consensus = "linear", seed: Seed = 0
+) -> Array:
+    """DARE: drop entries at random, scale those that are left up by 1/density, and merge.
+
+    Its mean over all seeds is the weighted sum.  A low density adds noise that no small rank can
+    hold: of a merge at density 0.2 a LoRA of the inputs' rank keeps a quarter to a half of the
+    energy, and what it loses is that noise.
+    """
+
+    def dropped() -> Iterable[Array]:
+        for i, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
+            yield (weight / density) * (delta * (chance(delta, seed, i) < density))
+
+    return CONSENSUS[consensus](dropped(), weights)
+
+
+@elementwise("magnitude_prune", source="Yadav et al., 2023, section 3.1, https://arxiv.org/abs/2306.01708")
+def magnitude_prune(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
+    """The weighted sum of each ΔW's largest entries."""
+    return added((w * (d * largest(d, density)) for w, d in zip(weights, deltas, strict=True)), weights)
+
+
+@elementwise("della", source="Deep et al., 2024, section 3, https://arxiv.org/abs/2406.11617")
+def della(
+    deltas: Deltas,
+    weights: Weights,
+    *,
+    density: Density = 0.7,
+    epsilon: Annotated[float, Range(0, 0.5, open_high=True)] = 0.15,
+    consensus: Consensus = "ties",
+    seed: Seed = 0,
+) -> Array:
+    """DELLA: drop entries at random, small ones more often, scale each by 1/its chance, and merge.
+
+    In every row of ΔW the chance to stay grows with the rank of the magnitude, from ``density`` −
+    ``epsilon`` to ``density`` + ``epsilon``.
+
+    Raises:
+        OptionError: A chance would not lie in (0, 1].
+    """
+    if not 0 < density - epsilon <= density + epsilon <= 1:
+        raise OptionError(f"density ± epsilon must lie in (0, 1], got {density:g} ± {epsilon:g}.")
+
+    def dropped() -> Iterable[Array]:
+        for i, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
+            kept = density - epsilon + 2 * epsilon * ranks_in_rows(delta)
+            yield weight * (delta * (chance(delta, seed, i) < kept) / kept)
+
+    return CONSENSUS[consensus](dropped(), weights)
+
+
+@elementwise("breadcrumbs", source="Davari and Belilovsky, 2023, section 3, https://arxiv.org/abs/2312.06795")
+def breadcrumbs(
+    deltas: Deltas,
+    weights: Weights,
+    *,
+    density: Density = 0.143,
+    gamma: Annotated[float, Range(0, 1, open_high=True)] = 0.007,
+    consensus: Consensus = "linear",
+) -> Array:
+    """Model Breadcrumbs: drop each ΔW's largest entries as outliers and its small ones as noise, and merge.
+
+    ``gamma`` is the share of the largest that is dropped, ``density`` the share that is kept; the
+    defaults are the paper's.
+    """
+    kept = (w * (d * between(d, density, gamma)) for w, d in zip(weights, deltas, strict=True))
+    return CONSENSUS[consensus](kept, weights)
+
+
+@elementwise("sce", source="Wan et al., 2024, section 3.2, https://arxiv.org/abs/2408.07990")
+def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Array:
+    """SCE: keep the entries in which the LoRAs differ most, weight each LoRA by its energy there, elect signs.
+
+    Selected is the share ``density`` of the entries with the largest variance over the wᵢτᵢ.
+    A LoRA then counts by |wᵢ| · ‖selected τᵢ‖²; entries against the elected sign are erased, and
+    Σ|w| scales the mean of the others, as in ties.  Where one LoRA is alone nothing is selected.
+    """
+    xp = namespace(deltas[0])
+    selected = _differing(deltas, weights, density) if len(deltas) > 1 and density < 1 else xp.ones_like(deltas[0])
+    energies = [float(xp.sum(xp.astype((d * selected) ** 2, xp.float64))) for d in deltas]
+    counts = [abs(w) * energy for w, energy in zip(weights, energies, strict=True)]
+    signs = [(w > 0) - (w < 0) for w in weights]
+    voting = (w * (d * selected) for w, d in zip(weights, deltas, strict=True))
+    positive = added(voting, weights) >= 0
+    total, mass = xp.zeros_like(deltas[0]), xp.zeros_like(deltas[0])
+    for sign, share, delta in zip(signs, counts, deltas, strict=True):
+        entry = sign * (delta * selected)
+        agrees = xp.where(positive, entry > 0, entry < 0)
+        total += share * (entry * agrees)
+        mass += share * agrees
+    return sum(map(abs, weights)) * _ratio(total, mass)
+
+
+def _differing(deltas: Deltas, weights: Weights, density: float) -> Array:
+    """Mask of the share of the entries whose weighted values differ most between the LoRAs."""
+    mean = added((w * d for w, d in zip(weights, deltas, strict=True)), weights) / len(deltas)
+    variance = added(((w * d - mean) ** 2 for w, d in zip(weights, deltas, strict=True)), weights)
+    return largest(variance, density)
+
+
+def added(weighted: Iterable[Array], _: Weights) -> Array:
+    """The sum."""
+    total: Array = 0.0
+    for entry in weighted:
+        total = total + entry
+    return total
+
+
+def agreeing(weighted: Iterable[Array], weights: Weights) -> Array:
+    """TIES' elected signs and disjoint mean, in one pass over the wᵢτᵢ.
+
+    Positive and negative entries are added up apart: the sum of both elects, and the elected one
+    is divided by the weights of those that had a part in it.
+    """
+    up: Array = 0.0
+    down: Array = 0.0
+    up_mass: Array = 0.0
+    down_mass: Array = 0.0
+    for entry, weight in zip(weighted, weights, strict=True):
+        positive, negative = entry > 0, entry < 0
+        up = up + entry * positive
+        down = down + entry * negative
+        up_mass = up_mass + abs(weight) * positive
+        down_mass = down_mass + abs(weight) * negative
+    xp = namespace(up)
+    elected = up + down >= 0
+    scale = sum(map(abs, weights))
+    return xp.astype(scale * _ratio(xp.where(elected, up, down), xp.where(elected, up_mass, down_mass)), up.dtype)
+
+
+def _ratio(total: Array, mass: Array) -> Array:
+    """``total / mass``, and 0 where nothing has a part."""
+    xp = namespace(total)
+    return xp.where(mass > 0, total, xp.zeros_like(total)) / xp.where(mass > 0, mass, xp.ones_like(mass))
+
+
+CONSENSUS = {"linear": added, "ties": agreeing}

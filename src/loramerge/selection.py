@@ -1,0 +1,84 @@
+"""Choosing entries of an array: by magnitude, by chance.  What the array API standard lacks.
+
+Nothing here sorts a whole array: thresholds come from a partition.
+"""
+
+import math
+import zlib
+from typing import TYPE_CHECKING
+
+from .tensors import Array, is_torch, namespace
+
+if TYPE_CHECKING:
+    pass
+
+
+def count(size: int, share: float) -> int:
+    """How many of ``size`` entries a share of them is: rounded down, at least one."""
+    return max(1, int(share * size))
+
+
+def kth_largest(values: Array, k: int) -> Array:
+    """The k-th largest of all values, as an array without axes.
+
+    Args:
+        values: Any shape.
+        k: From 1, the largest, to the number of values.
+    """
+    flat = values.reshape((-1,))
+    place = flat.shape[0] - k
+    if is_torch(flat):
+        return flat.kthvalue(place + 1).values
+    import numpy as np
+
+    return np.partition(flat, place)[place]
+
+
+def largest(values: Array, share: float) -> Array:
+    """Mask of the share of entries with the largest magnitude; ties with the last of them are kept too."""
+    xp = namespace(values)
+    k = count(math.prod(values.shape), share)
+    magnitudes = xp.abs(values)
+    return magnitudes >= kth_largest(magnitudes, k)
+
+
+def between(values: Array, share: float, top: float) -> Array:
+    """Mask of the share of entries that follows the ``top`` share of the largest magnitudes.
+
+    Where fewer are left below those than the share wants, fewer of the largest are left out.
+    """
+    xp = namespace(values)
+    size = math.prod(values.shape)
+    kept = int(share * size)
+    above = min(int(top * size), size - kept)
+    magnitudes = xp.abs(values)
+    mask = magnitudes >= kth_largest(magnitudes, max(1, above + kept))
+    return mask & (magnitudes < kth_largest(magnitudes, above)) if above else mask
+
+
+def ranks_in_rows(values: Array) -> Array:
+    """Rank of each entry's magnitude in its row, from 0 (the smallest) to 1, in float32."""
+    xp = namespace(values)
+    order = xp.argsort(xp.argsort(xp.abs(values), axis=1, stable=True), axis=1, stable=True)
+    return xp.astype(order, xp.float32) / max(values.shape[1] - 1, 1)
+
+
+def chance(like: Array, seed: int, which: int) -> Array:
+    """Uniform random numbers in [0, 1), float32, of another array's shape and on its device.
+
+    They are drawn on the CPU, so that a seed means the same numbers on every device.
+
+    Args:
+        like: The array.
+        seed: The module's seed, see `module_seed`.
+        which: Number of the LoRA.
+    """
+    import numpy as np
+
+    drawn: np.ndarray = np.random.default_rng([seed, which]).random(tuple(like.shape), dtype=np.float32)
+    return namespace(like).asarray(drawn, device=like.device)
+
+
+def module_seed(seed: int, module: str) -> int:
+    """A module's own seed: independent of the order in which modules are merged."""
+    return (seed << 32) | zlib.crc32(module.encode())

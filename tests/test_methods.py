@@ -1,0 +1,340 @@
+"""Laws that hold for every merge method: one that is listed is tested."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+import loramerge as lm
+from loramerge.errors import LoRAMergeError, MergeError, OptionError
+from loramerge.layers import Layer, LowRank
+from loramerge.lora import LoRA
+from loramerge.methods import METHODS
+from loramerge.methods.engines import elementwise
+from loramerge.methods.options import options_of
+from loramerge.methods.spaces import core
+from loramerge.testing import random_layer, relative_error
+
+KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "linear": ("lora", (26, 18)),
+    "conv": ("lora", (14, 3, 3, 3)),
+    "loha": ("loha", (28, 24)),
+    "lokr": ("lokr", (24, 16)),
+}
+
+Case = tuple[str, dict[str, Any]]
+CASES: list[Case] = [
+    (name, {"space": space} if space else {})
+    for name, method in METHODS.items()
+    for space in (("delta", "core") if "space" in method.options else ("",))
+]
+WHOLE: dict[str, Any] = {"density": 1.0, "epsilon": 0.0, "gamma": 0.0}
+"""Options with which a method drops nothing."""
+
+PRIORITY = ("np_lora", "subtract")
+"""Methods in which the order of the LoRAs has a meaning."""
+
+
+def named(case: Case) -> str:
+    return "-".join([case[0], *map(str, case[1].values())])
+
+
+every_method = pytest.mark.parametrize("case", CASES, ids=named)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@cache
+def layer(kind: str, rank: int, seed: int) -> Layer:
+    name, shape = KINDS[kind]
+    return random_layer(shape, kind=name, rank=rank, alpha=3.0, seed=seed)
+
+
+def lora(layer: Layer) -> LoRA:
+    return LoRA(name="one", architecture=None, dialect="kohya", layouts={"unet.m": layer})
+
+
+def layers(case: Case, kind: str, count: int, mixed: bool) -> list[Layer]:
+    if METHODS[case[0]].count not in (None, count):
+        pytest.skip(f"{case[0]} takes {METHODS[case[0]].count} LoRAs")
+    if case[0] == "factor_average" and mixed:
+        pytest.skip("needs equal ranks")
+    rank = {"loha": 2, "lokr": 1}.get(kind, 3)
+    return [layer(kind, rank + (i % 2 if mixed else 0), seed=i) for i in range(count)]
+
+
+def merged(
+    case: Case, layers: Sequence[Layer], weights: Sequence[float] | None = None, rank: int | str = "sum", **options: Any
+) -> np.ndarray:
+    known = {name: value for name, value in options.items() if name in METHODS[case[0]].options}
+    result = lm.merge([lora(x) for x in layers], weights=weights, method=case[0], rank=rank, **case[1], **known)
+    return np.asarray(result["unet.m"].delta(), dtype=np.float64)
+
+
+def scaled(layer: Layer, factor: float) -> Layer:
+    alpha = layer.alpha * factor  # type: ignore[attr-defined]
+    return replace(layer, alpha=alpha)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("mixed", [False, True], ids=["same rank", "mixed"])
+@every_kind
+@every_method
+def test_scaling_all_loras_scales_the_result(case: Case, kind: str, count: int, mixed: bool) -> None:
+    given = layers(case, kind, count, mixed)
+
+    result = merged(case, given, rank=12)
+
+    assert np.isfinite(result).all()
+    assert np.linalg.norm(result) > 0
+    assert relative_error(merged(case, [scaled(x, 2.0) for x in given], rank=12), 2.0 * result) < 1e-5
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("mixed", [False, True], ids=["same rank", "mixed"])
+@every_kind
+@every_method
+def test_the_result_is_a_lora_of_the_sum_of_the_ranks_at_most(case: Case, kind: str, count: int, mixed: bool) -> None:
+    given = layers(case, kind, count, mixed)
+
+    result = lm.merge([lora(x) for x in given], method=case[0], **case[1])["unet.m"]
+
+    assert isinstance(result, LowRank)
+    assert result.rank <= sum(x.rank or 0 for x in given)
+    assert result.shape == given[0].shape
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, 2.0])
+@every_kind
+@every_method
+def test_one_lora_is_itself_times_its_weight(case: Case, kind: str, weight: float) -> None:
+    if METHODS[case[0]].count not in (None, 1) or case[0] == "iso_c" or case[0] == "iso_cts":
+        pytest.skip("takes two LoRAs, or flattens the spectrum of one")
+    given = layer(kind, 2, seed=0)
+
+    result = merged(case, [given], [weight], rank=1000, **WHOLE)
+
+    assert relative_error(result, weight * given.delta()) < 1e-5
+
+
+@pytest.mark.parametrize("count", [3, 5])
+@every_kind
+@every_method
+def test_the_order_does_not_matter(case: Case, kind: str, count: int) -> None:
+    if case[0] in PRIORITY or "seed" in METHODS[case[0]].options:
+        pytest.skip("the order has a meaning, or decides who draws which random numbers")
+    given = layers(case, kind, count, mixed=case[0] != "factor_average")
+    weights = [0.2 + 0.3 * i for i in range(count)]
+
+    result = merged(case, given, weights, rank=1000)
+
+    assert relative_error(merged(case, given[::-1], weights[::-1], rank=1000), result) < 2e-5
+
+
+@every_kind
+@every_method
+def test_a_weight_of_zero_is_the_same_as_not_being_there(case: Case, kind: str) -> None:
+    if case[0] == "slerp" or "seed" in METHODS[case[0]].options:
+        pytest.skip("takes two LoRAs, or draws by their places")
+    given = layers(case, kind, 3, mixed=False)
+
+    result = merged(case, given, [0.7, 0.4, 0.0], rank=1000)
+
+    assert relative_error(result, merged(case, given[:2], [0.7, 0.4], rank=1000)) < 1e-4
+
+
+@every_kind
+@every_method
+def test_every_weight_acts(case: Case, kind: str) -> None:
+    given = layers(case, kind, 2, mixed=False)
+
+    result = merged(case, given, [0.5, 0.5])
+
+    assert relative_error(merged(case, given, [0.7, 0.5]), result) > 0.01
+    assert relative_error(merged(case, given, [0.5, 0.7]), result) > 0.01
+
+
+@every_method
+def test_scaling_all_weights_scales_the_result(case: Case) -> None:
+    if case[0] == "subtract":
+        pytest.skip("the weights of the others are shares")
+    given = layers(case, "linear", 2, mixed=False)
+
+    result = merged(case, given, [0.4, 0.6])
+
+    assert relative_error(merged(case, given, [0.8, 1.2]), 2.0 * result) < 1e-5
+
+
+@every_method
+def test_a_negative_weight_acts_or_is_refused(case: Case) -> None:
+    given = layers(case, "linear", 2, mixed=False)
+
+    try:
+        result = merged(case, given, [0.6, -0.4])
+    except LoRAMergeError as error:
+        assert re.search(r"negative|\[0, 1\]", str(error))
+        return
+
+    assert relative_error(result, merged(case, given, [0.6, 0.4])) > 0.05
+    assert relative_error(merged(case, given, [-0.6, 0.4]), -result) < 1e-5
+
+
+@every_method
+def test_a_pointwise_convolution_merges_as_the_linear_layer_does(case: Case) -> None:
+    given = layers(case, "linear", 2, mixed=False)
+    convs = [lm.merge([lora(x)], weights=[1])["unet.m"] for x in given]
+    convs = [
+        replace(c, up=c.up.reshape((*c.up.shape, 1, 1)), down=c.down.reshape((*c.down.shape, 1, 1))) for c in convs
+    ]
+
+    result = merged(case, convs)
+
+    assert result.shape == (26, 18, 1, 1)
+    assert relative_error(result, merged(case, given)) < 1e-5
+
+
+@every_method
+def test_half_precision_inputs_merge_close_to_single_precision(case: Case) -> None:
+    given = layers(case, "linear", 2, mixed=False)
+    halves = [x.map(lambda t: t.astype(np.float16)) for x in given]
+
+    assert relative_error(merged(case, halves), merged(case, given)) < 0.03
+
+
+@every_method
+def test_torch_computes_what_numpy_computes(case: Case) -> None:
+    import torch
+
+    given = layers(case, "linear", 3 if METHODS[case[0]].count is None else 2, mixed=False)
+    tensors = [x.map(torch.from_numpy) for x in given]
+
+    assert relative_error(merged(case, tensors, rank=1000), merged(case, given, rank=1000)) < 1e-4
+
+
+@every_method
+def test_a_zero_lora_gives_no_nan(case: Case) -> None:
+    first = layer("linear", 3, seed=0)
+    nothing = first.map(np.zeros_like)
+
+    assert np.isfinite(merged(case, [first, nothing])).all()
+    assert not merged(case, [nothing, nothing]).any()
+
+
+@every_method
+def test_equal_loras_give_no_nan_and_keep_their_direction(case: Case) -> None:
+    given = layer("linear", 3, seed=0)
+
+    # What a method is defined to do to one that is there twice; Iso flattens its spectrum.
+    defined = {"subtract": 0.25, "np_lora": 0.5 + 0.5 / 1.5, "tsv": 0.5, "factor_average": 2.0}
+
+    result = merged(case, [given, given], [0.5, 0.5], rank=1000, **WHOLE)
+
+    assert np.isfinite(result).all()
+    if not case[0].startswith("iso"):
+        assert relative_error(result, defined.get(case[0], 1.0) * np.asarray(given.delta())) < 1e-4
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "seed" in METHODS[c[0]].options], ids=named)
+def test_a_seed_decides_what_is_drawn(case: Case) -> None:
+    given = layers(case, "linear", 2, mixed=False)
+    options = {"inside": "dare"}
+
+    first = merged(case, given, seed=1, **options)
+
+    assert (merged(case, given, seed=1, **options) == first).all()
+    assert relative_error(merged(case, given, seed=2, **options), first) > 0.01
+
+
+@every_kind
+def test_the_core_holds_every_lora_without_loss(kind: str) -> None:
+    given = [layer(kind, 2 + i % 2, seed=i) for i in range(3)]
+
+    space = core(given)
+
+    for part, one in zip(space.parts, given, strict=True):
+        assert relative_error(space.layer(part).delta(), one.delta().reshape(space.layer(part).shape)) < 1e-6
+    left, right = space.stack.up @ space.left, space.right @ space.stack.down
+    np.testing.assert_allclose(left.T @ left, np.eye(left.shape[1]), atol=1e-5)
+    np.testing.assert_allclose(right @ right.T, np.eye(right.shape[0]), atol=1e-5)
+
+
+@every_kind
+def test_what_drops_nothing_is_the_weighted_sum_in_the_core(kind: str) -> None:
+    given = [layer(kind, 2, seed=i) for i in range(3)]
+    weights = [0.7, -0.2, 0.4]
+    wanted = sum(w * np.asarray(x.delta(), dtype=np.float64) for w, x in zip(weights, given, strict=True))
+
+    for name in ("magnitude_prune", "dare", "breadcrumbs"):
+        result = merged((name, {"space": "core"}), given, weights, **WHOLE)
+        assert relative_error(result, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("name", [c[0] for c in CASES if c[1] == {"space": "core"}] + ["tsv", "iso_c", "knots"])
+def test_the_core_does_not_depend_on_how_a_file_factorises(name: str) -> None:
+    case = (name, {"space": "core"} if "space" in METHODS[name].options else {})
+    given = layers(case, "linear", 2, mixed=False)
+    mixing = np.random.default_rng(0).standard_normal((3, 3)).astype(np.float32)
+    other = [replace(x, up=x.up @ mixing, down=np.linalg.inv(mixing) @ x.down) for x in given]
+
+    assert relative_error(merged(case, other), merged(case, given)) < 1e-3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_names_its_source_and_says_what_it_does(name: str) -> None:
+    method = METHODS[name]
+
+    assert method.source
+    assert 20 < len(method.title) <= 120
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("ties", {"density": 0.0}, r"density wants a number in \(0, 1\], got 0"),
+        ("ties", {"density": "much"}, "density wants a number"),
+        ("ties", {"space": "cor"}, "space wants delta or core, got 'cor'"),
+        ("ties", {"densty": 0.5}, "no option 'densty'. Its options: space, density"),
+        ("dare", {"seed": -1}, "seed wants a whole number from 0, got -1"),
+        ("dare", {"seed": True}, "seed wants a whole number"),
+        ("knots", {"inside": "sce"}, "inside wants ties or dare or linear"),
+        ("np_lora", {"mu": float("nan")}, "mu wants a number from 0, got nan"),
+        ("della", {"density": 0.9, "epsilon": 0.2}, r"density ± epsilon must lie in \(0, 1\]"),
+    ],
+)
+def test_a_wrong_option_is_refused(method: str, options: dict[str, Any], said: str) -> None:
+    given = [lora(layer("linear", 2, seed=i)) for i in range(2)]
+
+    with pytest.raises(OptionError, match=said):
+        lm.merge(given, method=method, **options)
+
+
+def test_slerp_takes_two() -> None:
+    with pytest.raises(OptionError, match="slerp merges 2 LoRAs, got 3"):
+        lm.plan([lora(layer("linear", 2, seed=i)) for i in range(3)], method="slerp")
+
+
+def test_opposite_loras_have_no_arc_and_no_mean() -> None:
+    given = layer("linear", 2, seed=0)
+    for name in ("slerp", "karcher", "model_stock"):
+        with pytest.raises(MergeError, match="opposite|cancel out"):
+            merged((name, {}), [given, scaled(given, -1.0)])
+
+
+def test_an_option_that_no_command_line_can_say_is_refused_when_a_method_is_made() -> None:
+    def formula(deltas: object, weights: object, *, table: dict[str, float] = {}) -> None:  # noqa: B006
+        """Do something."""
+
+    with pytest.raises(TypeError, match="table"):
+        elementwise("strange", source="nowhere")(formula)
+
+
+def test_options_are_typed_as_on_a_command_line() -> None:
+    options = options_of(METHODS["dare"].function)
+
+    assert options["density"].parse("0.25") == 0.25
+    assert options["seed"].parse("3") == 3
+    with pytest.raises(OptionError, match="got 'x'"):
+        options["seed"].parse("x")

@@ -1,6 +1,5 @@
 """Laws that hold for every merge method: one that is listed is tested."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 import loramerge as lm
-from loramerge.errors import LoRAMergeError, MergeError, OptionError
+from loramerge.errors import MergeError, OptionError
 from loramerge.layers import Layer, LowRank
 from loramerge.lora import LoRA
 from loramerge.methods import METHODS
@@ -34,6 +33,9 @@ CASES: list[Case] = [
 ]
 WHOLE: dict[str, Any] = {"density": 1.0, "epsilon": 0.0, "gamma": 0.0}
 """Options with which a method drops nothing."""
+
+POSITIVE = ("slerp", "karcher", "subtract")
+"""Methods that a negative weight has no meaning in."""
 
 PRIORITY = ("np_lora", "subtract")
 """Methods in which the order of the LoRAs has a meaning."""
@@ -172,11 +174,11 @@ def test_scaling_all_weights_scales_the_result(case: Case) -> None:
 def test_a_negative_weight_acts_or_is_refused(case: Case) -> None:
     given = layers(case, "linear", 2, mixed=False)
 
-    try:
-        result = merged(case, given, [0.6, -0.4])
-    except LoRAMergeError as error:
-        assert re.search(r"negative|\[0, 1\]", str(error))
+    if case[0] in POSITIVE:
+        with pytest.raises(MergeError, match=r"negative|\[0, 1\]"):
+            merged(case, given, [0.6, -0.4])
         return
+    result = merged(case, given, [0.6, -0.4])
 
     assert relative_error(result, merged(case, given, [0.6, 0.4])) > 0.05
     assert relative_error(merged(case, given, [-0.6, 0.4]), -result) < 1e-5
@@ -319,7 +321,7 @@ def test_slerp_takes_two() -> None:
 def test_opposite_loras_have_no_arc_and_no_mean() -> None:
     given = layer("linear", 2, seed=0)
     for name in ("slerp", "karcher", "model_stock"):
-        with pytest.raises(MergeError, match="opposite|cancel out"):
+        with pytest.raises(MergeError, match=r"opposite|cancel out"):
             merged((name, {}), [given, scaled(given, -1.0)])
 
 

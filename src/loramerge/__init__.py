@@ -19,6 +19,7 @@ _HOMES = {
     "merge": "merging",
     "open": "files",
     "plan": "merging",
+    "resize": "merging",
     "save": "files",
 }
 """Where each public name lives: imported when it is first used, so that importing loramerge is cheap."""
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from . import errors
     from .files import convert, load, open, save
     from .lora import LoRA
-    from .merging import Plan, merge, plan
+    from .merging import Plan, merge, plan, resize
 
 
 def __getattr__(name: str) -> Any:
@@ -45,4 +46,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-__all__ = ["LoRA", "Plan", "__version__", "convert", "errors", "load", "merge", "open", "plan", "save"]
+__all__ = ["LoRA", "Plan", "__version__", "convert", "errors", "load", "merge", "open", "plan", "resize", "save"]

@@ -193,14 +193,17 @@ class Plan:
         if budget.kind != "max_size":
             return self._at(choose(spectra, budget), budget)
         # What is no factor (names, alphas) takes room too, and depends on the ranks a little.
-        bytes_each, room = nbytes((1,), self.dtype), budget.value
-        for _ in range(4):
-            found = self._at(choose(spectra, budget, int(room // bytes_each)), budget)
-            excess = saved_size(found.lora()) - budget.value
-            if -0.005 * budget.value <= excess <= 0:
+        room, best = budget.value, None
+        for _ in range(8):
+            found = self._at(choose(spectra, budget, int(room // nbytes((1,), self.dtype))), budget)
+            spare = budget.value - saved_size(found.lora())
+            if best and spare >= 0 and found.size == best.size:
                 break
-            room = found.size - excess if excess > 0 else room - excess
-        return found
+            best = found if spare >= 0 else best
+            room = found.size + spare
+        if best is None:
+            raise OptionError(f"{budget}: can't be met in the dialect {self.dialect}. Way out: a larger size.")
+        return best
 
     def _at(self, ranks: Mapping[str, int], budget: Budget) -> "Plan":
         steps = {module: replace(step, rank=ranks[module]) for module, step in self.steps.items()}
@@ -409,6 +412,37 @@ def merge(
         **options,
     )
     return planned.lora().in_memory()
+
+
+def resize(
+    lora: LoRA | Source,
+    *,
+    rank: Rank = "sum",
+    max_error: float | str | None = None,
+    energy: float | str | None = None,
+    max_size: int | str | None = None,
+    device: str | None = None,
+) -> LoRA:
+    """The best fit to one LoRA at smaller ranks: a merge of one.
+
+    Args:
+        lora: A LoRA, or what `load` takes.
+        rank: The rank of every module, at most its own.
+        max_error: As for `merge`.
+        energy: As for `merge`.
+        max_size: As for `merge`.
+        device: As for `merge`.
+
+    Raises:
+        MergeError: A layer has no low-rank form.
+        OptionError: The rank or the budget is wrong, or can't be met.
+
+    Example:
+        >>> from loramerge.testing import random_lora
+        >>> resize(random_lora("sd15", rank=8), rank=3).summary("rank")
+        'rank 3'
+    """
+    return merge([lora], weights=[1.0], rank=rank, max_error=max_error, energy=energy, max_size=max_size, device=device)
 
 
 def _listed(loras: object) -> "Sequence[LoRA | Source]":

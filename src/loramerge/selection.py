@@ -57,10 +57,18 @@ def between(values: Array, share: float, top: float) -> Array:
 
 
 def ranks_in_rows(values: Array) -> Array:
-    """Rank of each entry's magnitude in its row, from 0 (the smallest) to 1, in float32."""
-    xp = namespace(values)
-    order = xp.argsort(xp.argsort(xp.abs(values), axis=1, stable=True), axis=1, stable=True)
-    return xp.astype(order, xp.float32) / max(values.shape[1] - 1, 1)
+    """Rank of each entry's magnitude in its row, from 0 (the smallest) to 1 (the largest)."""
+    columns = values.shape[1]
+    places = namespace(values).linspace(0.0, 1.0, columns, dtype=values.dtype, device=values.device)
+    if is_torch(values):
+        import torch
+
+        return torch.empty_like(values).scatter_(1, values.abs().argsort(dim=1), places.expand(values.shape))
+    import numpy as np
+
+    ranks = np.empty_like(values)
+    np.put_along_axis(ranks, np.argsort(np.abs(values), axis=1), places[None], axis=1)
+    return ranks
 
 
 def chance(like: Array, seed: int, which: int) -> Array:

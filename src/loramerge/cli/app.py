@@ -219,6 +219,48 @@ def merge(
         _print_notes((), lost)
 
 
+@app.command()
+def resize(
+    file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")],
+    rank: Annotated[str, typer.Option("--rank", "-r", help="The rank of every module, at most its own.")] = "sum",
+    max_error: MaxError = None,
+    energy: Energy = None,
+    max_size: MaxSize = None,
+    to: To = None,
+    dtype: Dtype = None,
+    device: Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")] = None,
+    architecture: Arch = None,
+    allow_pickle: Pickle = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    workers: Workers = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Make a LoRA smaller: the best fit at a rank, or ranks that spend one budget over all modules.
+
+    Example: loramerge resize person.safetensors -o small.safetensors --max-error 1%
+    """
+    if rank == "sum" and not (max_error or energy or max_size):
+        raise OptionError("How small? Give --rank, --max-error, --energy or --max-size.")
+    merge(
+        [file],
+        output,
+        weight=["1"],
+        rank=rank,
+        max_error=max_error,
+        energy=energy,
+        max_size=max_size,
+        to=to,
+        dtype=dtype,
+        device=device,
+        architecture=architecture,
+        allow_pickle=allow_pickle,
+        dry_run=dry_run,
+        workers=workers,
+        quiet=quiet,
+    )
+
+
 def _print_kept(kept: Any) -> None:
     if not kept.errors:
         return

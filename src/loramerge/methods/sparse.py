@@ -115,13 +115,14 @@ def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Array:
     signs = [(w > 0) - (w < 0) for w in weights]
     voting = (w * (d * selected) for w, d in zip(weights, deltas, strict=True))
     positive = added(voting, weights) >= 0
-    total, mass = xp.zeros_like(deltas[0]), xp.zeros_like(deltas[0])
+    total: Array = 0.0
+    mass: Array = 0.0
     for sign, share, delta in zip(signs, counts, deltas, strict=True):
         entry = sign * (delta * selected)
-        agrees = xp.where(positive, entry > 0, entry < 0)
-        total += share * (entry * agrees)
-        mass += share * agrees
-    return sum(map(abs, weights)) * _ratio(total, mass)
+        agrees = _as((entry > 0) & positive | (entry < 0) & ~positive, entry)
+        total = total + share * (entry * agrees)
+        mass = mass + share * agrees
+    return _ratio(total, mass, sum(map(abs, weights)))
 
 
 def _differing(deltas: Deltas, weights: Weights, density: float) -> Array:
@@ -150,21 +151,24 @@ def agreeing(weighted: Iterable[Array], weights: Weights) -> Array:
     up_mass: Array = 0.0
     down_mass: Array = 0.0
     for entry, weight in zip(weighted, weights, strict=True):
-        positive, negative = entry > 0, entry < 0
+        positive, negative = _as(entry > 0, entry), _as(entry < 0, entry)
         up = up + entry * positive
         down = down + entry * negative
         up_mass = up_mass + abs(weight) * positive
         down_mass = down_mass + abs(weight) * negative
-    xp = namespace(up)
-    elected = up + down >= 0
-    scale = sum(map(abs, weights))
-    return xp.astype(scale * _ratio(xp.where(elected, up, down), xp.where(elected, up_mass, down_mass)), up.dtype)
+    elected = _as(up + down >= 0, up)
+    other = 1 - elected
+    return _ratio(up * elected + down * other, up_mass * elected + down_mass * other, sum(map(abs, weights)))
 
 
-def _ratio(total: Array, mass: Array) -> Array:
-    """``total / mass``, and 0 where nothing has a part."""
-    xp = namespace(total)
-    return xp.where(mass > 0, total, xp.zeros_like(total)) / xp.where(mass > 0, mass, xp.ones_like(mass))
+def _ratio(total: Array, mass: Array, scale: float) -> Array:
+    """``scale · total / mass``, and 0 where nothing has a part."""
+    return total * (scale / (mass + _as(mass == 0, mass)))
+
+
+def _as(mask: Array, like: Array) -> Array:
+    """A mask as numbers: products with it are several times as fast as choosing by it."""
+    return namespace(like).astype(mask, like.dtype)
 
 
 CONSENSUS = {"linear": added, "ties": agreeing}

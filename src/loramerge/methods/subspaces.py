@@ -54,12 +54,12 @@ def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Array:
     each = (rank - min(rank, max(1, round(common * rank)))) // n
     shared = rank - n * each
     lefts, values, rights = [u[:, :shared]], [s[:shared]], [vt[:shared]]
-    for weight, part in zip(weights, core.parts, strict=True):
-        own = weight * part
-        own_u, own_s, own_vt = xp.linalg.svd(own - lefts[0] @ (lefts[0].T @ own), full_matrices=False)
+    for weight, (part_u, part_s, part_vt) in zip(weights, core.spectra, strict=True):
+        own = weight * part_s * part_u
+        own_u, own_s, turn = xp.linalg.svd(own - lefts[0] @ (lefts[0].T @ own), full_matrices=False)
         lefts.append(own_u[:, :each])
         values.append(own_s[:each])
-        rights.append(own_vt[:each])
+        rights.append((turn @ part_vt)[:each])
     mean = xp.concat(values).mean()
     return mean * (_polar(xp.concat(lefts, axis=1)) @ _polar(xp.concat(rights, axis=0)))
 
@@ -138,8 +138,9 @@ def _svd(matrix: Array) -> tuple[Array, Array, Array]:
 
 
 def _leading(matrix: Array, k: int) -> Array:
-    u, s, vt = namespace(matrix).linalg.svd(matrix, full_matrices=False)
-    return (u[:, :k] * s[:k]) @ vt[:k]
+    """The part of a matrix in its k leading left singular vectors."""
+    vectors = namespace(matrix).linalg.eigh(matrix @ matrix.T)[1][:, -k:]
+    return vectors @ (vectors.T @ matrix)
 
 
 def _polar(matrix: Array) -> Array:
@@ -150,4 +151,5 @@ def _polar(matrix: Array) -> Array:
 
 def _span(rows: Array) -> Array:
     """Orthonormal rows that span the given ones."""
-    return _svd(rows)[2]
+    squares, vectors = namespace(rows).linalg.eigh(rows.T @ rows)
+    return vectors[:, squares > FAINT**2 * squares[-1:]].T

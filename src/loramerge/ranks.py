@@ -140,7 +140,7 @@ def choose(spectra: Mapping[str, Spectrum], budget: Budget, size: int = 0) -> di
     else:
         total = math.fsum(s.energy for s in spectra.values())
         lost = total - math.fsum(squares)
-        taken = _within_error(order, places, squares, costs, budget.share_lost * total - lost)
+        taken = _within_error(order, owners, squares, budget.share_lost * total - lost, len(names))
         if taken is None:
             share = math.sqrt(max(lost, 0.0) / total) if total else 0.0
             raise OptionError(
@@ -170,12 +170,20 @@ def _within_size(order: np.ndarray, owners: np.ndarray, costs: np.ndarray, size:
 
 
 def _within_error(
-    order: np.ndarray, places: np.ndarray, squares: np.ndarray, costs: np.ndarray, allowed: float
+    order: np.ndarray, owners: np.ndarray, squares: np.ndarray, allowed: float, least: int
 ) -> np.ndarray | None:
-    """As few as leave out no more than what is allowed."""
+    """As few as leave out no more than what is allowed: the first in order, then without those that may go too."""
     if allowed < -1e-12 * float(squares.sum()):
         return None
     left_out = np.cumsum(squares[order][::-1])[::-1]  # of what is left out from each place on
-    keep = int((left_out > allowed).sum())
-    keep = max(keep, int((places == 0).sum()))
-    return order[:keep]
+    keep = max(int((left_out > allowed).sum()), least)
+    spare = allowed - (left_out[keep] if keep < len(order) else 0.0)
+    kept, stays = [], set()
+    for at in range(keep - 1, -1, -1):  # a module's last direction comes first
+        item = order[at]
+        if at >= least and owners[item] not in stays and squares[item] <= spare:
+            spare -= squares[item]
+        else:
+            stays.add(owners[item])
+            kept.append(item)
+    return np.array(kept)

@@ -171,7 +171,7 @@ class Plan:
     def _layout(self, step: Step) -> LowRank:
         layouts = [self.loras[i].layout(step.module) for i in step.inputs]
         whole = step.rank >= step.full_rank
-        down_id = shared_down(layouts) if self.method.linear and whole else None
+        down_id = shared_down(layouts) if self.method.linear and whole and not self.weights.columns else None
         up = Spec((step.shape[0], step.rank), "F32")
         down = Spec((step.rank, math.prod(step.shape[1:])), "F32")
         layer = low_rank(up, down, step.shape, down_id)
@@ -330,6 +330,8 @@ def plan(
     steps = _steps(opened, chosen, checked, rule(rank))
     first = opened[0].dialect
     resolved = resolve(opened, weights, scope, chosen.default_weight)
+    if resolved.columns and chosen.name != "linear":
+        raise OptionError(f"Learned coefficients are weights of the method linear; {method} takes numbers.")
     for module in () if resolved.from_values else steps:
         resolved.of(module)  # a block vector may lack a module's block
     planned = Plan(

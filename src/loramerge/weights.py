@@ -7,16 +7,17 @@ share of the modules' norms.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from . import blocks
+from .coefficients import Coefficients
 from .errors import OptionError
 from .lora import LoRA
 
 Weight: TypeAlias = float | Mapping[str, float] | str
 """A number; ``{pattern: number}``; or text, see `parse`."""
 
-Weights: TypeAlias = Sequence[Weight] | Literal["uniform", "l2"] | None
+Weights: TypeAlias = Sequence[Weight] | Literal["uniform", "l2"] | Coefficients | str | None
 
 Scope: TypeAlias = Literal["module", "component", "whole"]
 SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
@@ -26,11 +27,13 @@ SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
 class ModuleWeights:
     """The weights of every LoRA in a module."""
 
-    of: Callable[[str], list[float]]
+    of: Callable[[str], list[Any]]
     label: tuple[str, ...]
     """How each LoRA's weight reads in a table."""
     from_values: bool = False
     """Whether asking for them reads tensors."""
+    columns: bool = False
+    """Whether a weight may be an array of one number a column instead of a number."""
 
 
 def resolve(
@@ -41,7 +44,8 @@ def resolve(
     Args:
         loras: What is merged.
         weights: None or ``"uniform"`` for 1/N each; ``"l2"`` for each LoRA's share of the norms,
-            wᵢ = ‖ΔWᵢ‖ / Σₖ ‖ΔWₖ‖; or one weight a LoRA.
+            wᵢ = ‖ΔWᵢ‖ / Σₖ ‖ΔWₖ‖; learned coefficients, or the path of their file; or one weight
+            a LoRA.
         scope: For ``"l2"``, what the norms are taken over: each ``module``, each ``component``
             (UNet, text encoder), or the ``whole`` file.
         default: The weight of each LoRA where ``weights`` is None; None for 1/N.
@@ -59,8 +63,16 @@ def resolve(
         if scope not in SCOPES:
             raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
         return ModuleWeights(_shares(loras, scope), tuple(f"l2 ({scope})" for _ in loras), from_values=True)
+    if isinstance(weights, str) and weights.endswith(".safetensors"):
+        weights = Coefficients.read(weights)
+    if isinstance(weights, Coefficients):
+        weights.check(loras)
+        return ModuleWeights(weights.of_module, ("learned",) * len(loras), from_values=True, columns=True)
     if isinstance(weights, str):
-        raise OptionError(f"Unknown weights {weights!r}. Available: uniform, l2, or one number a LoRA.")
+        raise OptionError(
+            f"Unknown weights {weights!r}. Available: uniform, l2, a file of learned coefficients "
+            "(.safetensors), or one number a LoRA."
+        )
     if len(weights) != len(loras):
         raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. One weight a file: -w 0.7 -w 0.5.")
     given = [_Given(lora, weight) for lora, weight in zip(loras, weights, strict=True)]
@@ -70,7 +82,9 @@ def resolve(
 def _plain(weights: object) -> Weights:
     """Weights as Python's own: arrays and tensors as lists, names in lower case."""
     if isinstance(weights, str):
-        return weights.lower()
+        return weights if weights.endswith(".safetensors") else weights.lower()
+    if isinstance(weights, Coefficients):
+        return weights
     found: object = weights.tolist() if hasattr(weights, "tolist") else weights
     if found is not None and not isinstance(found, Sequence):
         raise OptionError(f"The weights {weights!r} are no list: one weight a LoRA, such as [0.7, 0.5].")

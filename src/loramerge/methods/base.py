@@ -107,5 +107,6 @@ def with_bias(merged: L, layers: Sequence[Layer], weights: Sequence[float]) -> L
     for layer, weight in zip(layers, weights, strict=True):
         bias: Array | None = layer.delta_bias()
         if bias is not None:
-            total = float32(bias) * weight if total is None else total + float32(bias) * weight
+            scale = weight if isinstance(weight, float | int) else 1.0  # learned weights are of columns
+            total = float32(bias) * scale if total is None else total + float32(bias) * scale
     return merged if total is None else replace(merged, diff_b=total)

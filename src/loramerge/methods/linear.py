@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from ..layers import Layer, LowRank, low_rank
 from ..layers.base import matrix
@@ -13,11 +14,12 @@ from .base import equal_rank, method, sum_of_ranks, with_bias
 def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
     """The weighted sum Σ wᵢ ΔWᵢ, exact: factors are concatenated, ranks add up.
 
-    Weights may be negative and need not sum to one.
+    Weights may be negative and need not sum to one.  A learned weight is one number for every
+    input column, Σ ΔWᵢ diag(mᵢ), and the result as ordinary a LoRA.
     """
-    factors = [as_stored(layer) for layer in layers]
+    factors = [_weighted(*as_stored(layer), weight) for layer, weight in zip(layers, weights, strict=True)]
     xp = namespace(factors[0][0])
-    up = xp.concat([up if w == 1 else up * w for (up, _), w in zip(factors, weights, strict=True)], axis=1)
+    up = xp.concat([up for up, _ in factors], axis=1)
     downs = [down for _, down in factors]
     if len({down.dtype for down in downs}) > 1:
         downs = [float32(down) for down in downs]
@@ -47,6 +49,14 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
         up = up + root * layer_up
         down = down + math.copysign(root, weight * scale) * layer_down
     return with_bias(low_rank(up, down, layers[0].shape), layers, weights)
+
+
+def _weighted(up: Array, down: Array, weight: Any) -> tuple[Array, Array]:
+    """Factors of w ΔW for a number w, of ΔW diag(w) for one number a column."""
+    if isinstance(weight, float | int):
+        return (up if weight == 1 else up * weight), down
+    xp = namespace(down)
+    return up, float32(down) * xp.asarray(weight, dtype=xp.float32, device=down.device)
 
 
 def as_stored(layer: Layer) -> tuple[Array, Array]:

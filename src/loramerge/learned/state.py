@@ -1,0 +1,99 @@
+"""The state of learning in a file: what a run needs to go on to the same bits."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dialects.write import Group
+from ..errors import FileError, OptionError
+from ..storage.reader import SafetensorsFile
+from ..storage.writer import write
+from ..tensors import Spec, code
+
+KEY = "loramerge.state"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run was."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    moments: Mapping[str, tuple[Tensor, Tensor]]
+    """Adam's two running means, by parameter."""
+    generator: Tensor
+    scales: list[float]
+
+    def restore(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
+        """Bring an optimiser and a generator to where they were."""
+        generator.set_state(self.generator)
+        for parameter, (first, second) in zip(
+            (p for group in optimizer.param_groups for p in group["params"]), self.moments.values(), strict=True
+        ):
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step)),
+                "exp_avg": first.to(parameter.device),
+                "exp_avg_sq": second.to(parameter.device),
+            }
+
+
+def save_state(
+    path: Path,
+    identity: Mapping[str, Any],
+    step: int,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    scales: list[float],
+) -> None:
+    """Write the state: whole, or not at all."""
+    held: dict[str, Tensor] = {"generator": generator.get_state()}
+    for name, parameter in parameters.items():
+        adam = optimizer.state[parameter]
+        held |= {
+            f"{name}/value": parameter.detach(),
+            f"{name}/first": adam["exp_avg"],
+            f"{name}/second": adam["exp_avg_sq"],
+        }
+    held = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
+    groups = [
+        Group(key, {key: Spec(tuple(t.shape), code(t))}, lambda key=key, t=t: {key: t})  # type: ignore[misc]
+        for key, t in held.items()
+    ]
+    said = {"step": step, "identity": identity, "scales": scales, "names": list(parameters)}
+    write(path, groups, {"format": "pt", KEY: json.dumps(said)})
+
+
+def load_state(path: Path, identity: Mapping[str, Any]) -> State:
+    """Read the state of the same run.
+
+    Raises:
+        FileError: The file can't be read, or holds no state.
+        OptionError: It is the state of another run.
+    """
+    file = SafetensorsFile(path)
+    try:
+        said = json.loads(file.metadata[KEY])
+    except (KeyError, ValueError):
+        raise FileError(f"{path} holds no state of learning: its metadata lack {KEY!r}.") from None
+    if said["identity"] != json.loads(json.dumps(identity)):
+        raise OptionError(
+            f"The checkpoint {path} is of a run with other LoRAs or settings. Ways out: the same settings, or another path."
+        )
+
+    def tensor(key: str) -> Tensor:
+        return torch.from_numpy(file[key].read().copy())
+
+    names = said["names"]
+    return State(
+        said["step"],
+        {name: tensor(f"{name}/value") for name in names},
+        {name: (tensor(f"{name}/first"), tensor(f"{name}/second")) for name in names},
+        tensor("generator"),
+        said["scales"],
+    )

@@ -164,3 +164,15 @@ def test_flux_blocks_are_counted_in_their_own_rows(block: str, module: str) -> N
 def test_patterns_match(pattern: str, module: str) -> None:
     assert matches(pattern, module)
     assert not matches(pattern, TEXT)
+
+
+def test_blora_takes_what_is_drawn_from_one_block_and_how_from_the_next() -> None:
+    content = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    style = "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+    loras = [small(modules=(content, style, TO_Q), seed=i) for i in range(2)]
+
+    merged = lm.merge(loras, weights=["blora:content", "blora:style"])
+
+    assert relative_error(merged[content].delta(), loras[0][content].delta()) < 1e-6
+    assert relative_error(merged[style].delta(), loras[1][style].delta()) < 1e-6
+    assert not merged[TO_Q].delta().any()

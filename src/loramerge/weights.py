@@ -23,6 +23,16 @@ Scope: TypeAlias = Literal["module", "component", "whole"]
 SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
 
 
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    "blora:content": {"*": 0.0, "unet.up_blocks.0.attentions.0.*": 1.0},
+    "blora:style": {"*": 0.0, "unet.up_blocks.0.attentions.1.*": 1.0},
+}
+"""Tables of patterns that have a name.  B-LoRA: in SDXL one block of attention holds what is drawn, the next how.
+
+Source: Frenkel et al., 2024, https://arxiv.org/abs/2403.14572
+"""
+
+
 @dataclass(frozen=True)
 class ModuleWeights:
     """The weights of every LoRA in a module."""
@@ -92,13 +102,15 @@ def _plain(weights: object) -> Weights:
 
 
 def parse(text: str) -> Weight:
-    """A weight as it is typed: ``0.5``, ``0.5;text_encoder=0;*attn2*=0.3`` or ``lbw:1,0,0,…``.
+    """A weight as it is typed: ``0.5``, ``0.5;text_encoder=0;*attn2*=0.3``, ``lbw:1,0,0,…`` or ``blora:style``.
 
     Raises:
         OptionError: It is none of these.
     """
     if text.startswith("lbw:"):
         return text
+    if text in PRESETS:
+        return PRESETS[text]
     table: dict[str, float] = {}
     for item in text.split(";"):
         pattern, _, number = item.rpartition("=")
@@ -114,7 +126,8 @@ def _number(text: str, whole: str) -> float:
         value = float(text)
     except ValueError:
         raise OptionError(
-            f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…' or 'lbw:NUMBER,NUMBER,…'. "
+            f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…', 'lbw:NUMBER,NUMBER,…', "
+            f"{' or '.join(PRESETS)}. "
             "One weight a file: -w 0.7 -w 0.5."
         ) from None
     if not math.isfinite(value):

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "Comparison": "analysis",
     "LoRA": "lora",
     "Plan": "merging",
+    "compare": "analysis",
     "convert": "files",
     "errors": "errors",
     "load": "files",
@@ -26,6 +28,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from . import errors
+    from .analysis import Comparison, compare
     from .files import convert, load, open, save
     from .lora import LoRA
     from .merging import Plan, merge, plan, resize
@@ -46,4 +49,18 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-__all__ = ["LoRA", "Plan", "__version__", "convert", "errors", "load", "merge", "open", "plan", "resize", "save"]
+__all__ = [
+    "Comparison",
+    "LoRA",
+    "Plan",
+    "__version__",
+    "compare",
+    "convert",
+    "errors",
+    "load",
+    "merge",
+    "open",
+    "plan",
+    "resize",
+    "save",
+]

@@ -67,6 +67,13 @@ def _unet_block(path: str) -> str:
     return f"{names[section]}{int(number):02d}" if section in names else "-"
 
 
+def position(component: str, block: str) -> tuple[bool, str, int, str]:
+    """A sorting key: the denoiser before the text encoders, and its blocks in the order in which data passes them."""
+    order = ("-", "IN", "D", "S", "MID", "OUT")
+    name = block.rstrip("0123456789")
+    return component.startswith("text"), component, order.index(name) if name in order else 0, block
+
+
 def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, float]:
     """The weight of each block, from a vector of the length that the family uses.
 

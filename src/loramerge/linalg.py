@@ -6,7 +6,10 @@ factors and never forms ΔW, which is (out, in) where they are thin.
 
 import math
 from dataclasses import dataclass
+<<<<<<< HEAD
 from typing import TYPE_CHECKING
+=======
+>>>>>>> 79d7844 (Compare LoRAs before a merge: norms, cosines, overlaps, sign conflict, advice)
 
 from .tensors import Array, is_torch, namespace
 
@@ -35,6 +38,7 @@ def norm(up: Array, down: Array) -> float:
     return math.sqrt(max(float((gram_up * gram_down).sum()), 0.0))
 
 
+<<<<<<< HEAD
 @dataclass(frozen=True)
 class Cut:
     """Factors of a smaller rank, and what they leave out."""
@@ -50,6 +54,123 @@ class Cut:
 
 
 def truncate(up: Array, down: Array, rank: int) -> Cut:
+=======
+RANK_TOLERANCE = 1e-6
+"""Singular values below it, relative to the largest, are zero: float32 factors hold seven digits."""
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The SVD of ΔW = up @ down, told in coordinates of the factors.
+
+    ``up @ left`` are the left singular vectors, an orthonormal basis of ΔW's column space;
+    ``rightᵀ @ down`` are the right ones, of its row space.
+    """
+
+    sigma: Array
+    """The singular values that are not zero, from large to small, shape ``(k,)``."""
+    left: Array
+    """Shape ``(r, k)``."""
+    right: Array
+    """Shape ``(r, k)``."""
+
+    @property
+    def rank(self) -> int:
+        """The numerical rank of ΔW, which may be less than the factors'."""
+        return int(self.sigma.shape[0])
+
+
+def spectrum(gram_up: Array, gram_down: Array) -> Spectrum:
+    """ΔW's SVD from the Gram matrices of its factors.
+
+    Args:
+        gram_up: ``upᵀ up``, shape ``(r, r)``, float64.
+        gram_down: ``down downᵀ``, shape ``(r, r)``, float64.
+
+    Returns:
+        The singular values above `RANK_TOLERANCE` times the largest, with their vectors; none for ΔW = 0.
+    """
+    # down downᵀ = H Hᵀ makes ΔW = (up H) Q with orthonormal rows Q, so that Hᵀ (upᵀ up) H = X Σ² Xᵀ gives
+    # the left vectors up H X Σ⁻¹ and the right ones Xᵀ Q.  Rows of down are given length one first:
+    # else factors of very different sizes, whose product is harmless, would lose digits.
+    xp = namespace(gram_up)
+    lengths = xp.linalg.diagonal(gram_down).clip(0.0) ** 0.5
+    lengths = xp.where(lengths > 0, lengths, xp.ones_like(lengths))
+    gram_up = gram_up * lengths[:, None] * lengths[None, :]
+    squares, vectors = _above(gram_down / lengths[:, None] / lengths[None, :], 1e-13)
+    half = vectors * squares**0.5
+    # A sum whose parts cancel has nothing left but their rounding.
+    rounding = RANK_TOLERANCE**2 / 100 * float(xp.linalg.trace(gram_up))
+    energy, rotation = _above(half.T @ gram_up @ half, RANK_TOLERANCE**2, rounding)
+    sigma = energy**0.5
+    return Spectrum(
+        sigma,
+        lengths[:, None] * (half @ rotation) / sigma,
+        (vectors / squares**0.5) @ rotation / lengths[:, None],
+    )
+
+
+def _above(symmetric: Array, relative: float, absolute: float = 0.0) -> tuple[Array, Array]:
+    """Eigenvalues above a threshold with their vectors, from large to small."""
+    xp = namespace(symmetric)
+    values, vectors = xp.linalg.eigh(symmetric)
+    if not values.shape[0]:
+        return values, vectors
+    kept = int(xp.sum(xp.astype(values > max(relative * float(values[-1]), absolute), xp.int64)))
+    start = values.shape[0] - kept
+    return xp.flip(values[start:], axis=0), xp.flip(vectors[:, start:], axis=1)
+
+
+def effective_rank(sigma: Array) -> float:
+    """exp(−Σ pₖ ln pₖ) with pₖ = σₖ² / Σ σ²: how many singular values carry the energy, from 1 to the rank.
+
+    It is Roy and Vetterli's effective rank of ΔWᵀ ΔW, whose singular values are σ²; 0 for ΔW = 0.
+
+    Source:
+        Roy and Vetterli, 2007, "The effective rank: a measure of effective dimensionality",
+        https://www.eurasip.org/Proceedings/Eusipco/Eusipco2007/Papers/a5p-h05.pdf
+    """
+    xp = namespace(sigma)
+    if not sigma.shape[0]:
+        return 0.0
+    shares = sigma**2 / (sigma**2).sum()
+    return math.exp(-float((shares * xp.log(shares)).sum()))
+
+
+def overlap(gram: Array, first: Array, second: Array) -> float:
+    """‖Qᵢᵀ Qⱼ‖² / min(kᵢ, kⱼ): the mean squared cosine of the principal angles of two subspaces, in [0, 1].
+
+    1 where the smaller lies within the larger, 0 where they are orthogonal; for random subspaces of n
+    dimensions the expectation is max(kᵢ, kⱼ) / n.
+
+    Args:
+        gram: Inner products of the vectors that span them, shape ``(rᵢ, rⱼ)``.
+        first: Coordinates of the orthonormal basis Qᵢ, shape ``(rᵢ, kᵢ)``.
+        second: The same of Qⱼ, shape ``(rⱼ, kⱼ)``.
+
+    Source:
+        Björck and Golub, 1973, https://doi.org/10.2307/2005662
+    """
+    smaller = min(first.shape[1], second.shape[1])
+    if not smaller:
+        return 0.0
+    cosines = first.T @ gram @ second
+    return float(min(float((cosines**2).sum()) / smaller, 1.0))
+
+
+def column_products(gram: Array, first: Array, second: Array) -> Array:
+    """Inner products of corresponding columns of two ΔW, shape ``(in,)``.
+
+    Args:
+        gram: ``upᵢᵀ upⱼ``, shape ``(rᵢ, rⱼ)``.
+        first: ``downᵢ``, shape ``(rᵢ, in)``.
+        second: ``downⱼ``, shape ``(rⱼ, in)``.
+    """
+    return namespace(first).sum(first * (gram @ second), axis=0)
+
+
+def truncate(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
+>>>>>>> 79d7844 (Compare LoRAs before a merge: norms, cosines, overlaps, sign conflict, advice)
     """Best factors of a given rank.
 
     Args:

@@ -347,6 +347,42 @@ def diff(
 
 
 @app.command()
+def compare(
+    files: Annotated[list[str], typer.Argument(help="Two LoRAs or more, in any dialects.")],
+    modules: Annotated[
+        bool, typer.Option("--modules", help="By module instead of by block, most conflict first.")
+    ] = False,
+    most: Annotated[int, typer.Option("--most", min=0, help="Modules to print.")] = 20,
+    heatmap: Annotated[Path | None, typer.Option("--heatmap", help="Draw the blocks into a .png or .svg file.")] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Random rows a module for the sign conflict.")] = 64,
+    exact: Annotated[bool, typer.Option("--exact", help="The sign conflict of all rows: slower.")] = False,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Chooses the rows.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="For programs: every module and block.")] = False,
+    architecture: Arch = None,
+    allow_pickle: Pickle = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what LoRAs share and where they fight, before they are merged.
+
+    Example: loramerge compare person.safetensors jersey.safetensors --heatmap shared.png
+    """
+    from .compare import show
+
+    show(
+        files,
+        rows=None if exact else rows,
+        seed=seed,
+        modules=modules,
+        most=most,
+        as_json=json,
+        heatmap=heatmap,
+        architecture=architecture,
+        pickle=allow_pickle,
+        quiet=quiet,
+    )
+
+
+@app.command()
 def dialects(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """List the dialects that are read and written.
 

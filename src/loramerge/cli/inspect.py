@@ -99,19 +99,12 @@ def _by_block(lora: LoRA, norms: dict[str, float]) -> str:
     sums = {group: math.sqrt(sum(norms.get(m, 0.0) ** 2 for m in modules)) for group, modules in groups.items()}
     largest = max(sums.values(), default=0.0)
     rows = []
-    for group, modules in sorted(groups.items(), key=lambda item: _place(*item[0])):
+    for group, modules in sorted(groups.items(), key=lambda item: blocks.position(*item[0])):
         ranks = [rank for m in modules if (rank := lora.layout(m).rank) is not None]
         span = "" if not ranks else str(min(ranks)) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
         shown = [f"{sums[group]:.4g}", bar(sums[group], largest)] if norms else []
         rows.append([*group, str(len(modules)), span, *shown])
     return table(head, rows)
-
-
-def _place(component: str, block: str) -> tuple[bool, str, int, str]:
-    """The denoiser before the text encoders, and its blocks in the order in which data passes them."""
-    order = ("-", "IN", "D", "S", "MID", "OUT")
-    name = block.rstrip("0123456789")
-    return component.startswith("text"), component, order.index(name) if name in order else 0, block
 
 
 def _norms(lora: LoRA) -> dict[str, float]:

@@ -1,0 +1,109 @@
+"""``loramerge compare``: what LoRAs share and where they fight."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..advice import advice
+from ..analysis import Alone, Comparison, Pair, Row, compare
+from ..errors import OptionError
+from ..files import open
+from .run import progress, table
+
+HEAD = ("modules", "cosine", "in", "out", "align", "conflict")
+
+
+def show(
+    files: Sequence[str],
+    *,
+    rows: int | None,
+    seed: int,
+    modules: bool,
+    most: int,
+    as_json: bool,
+    heatmap: Path | None,
+    architecture: str | None,
+    pickle: bool,
+    quiet: bool,
+) -> None:
+    """Compare files and print what was found."""
+    if len(files) < 2:
+        raise OptionError("A comparison needs two LoRAs or more.")
+    if heatmap:
+        from ..figures import check_heatmap
+
+        check_heatmap(heatmap)
+    loras = [open(file, architecture=architecture, allow_pickle=pickle) for file in files]
+    with progress("Comparing", quiet) as report:
+        found = compare(loras, rows=rows, seed=seed, progress=report)
+    for lora in loras:
+        lora.close()
+    if heatmap:
+        from ..figures import save_heatmap
+
+        save_heatmap(found, heatmap)
+    if as_json:
+        print(json.dumps(found.to_dict() | {"advice": advice(found)}, indent=2))
+    elif not quiet:
+        print(_report(found, most if modules else None))
+        if heatmap:
+            print(f"\n→ {heatmap}")
+
+
+def _report(found: Comparison, most: int | None) -> str:
+    """Everything that is printed; ``most`` modules of each pair, or blocks for None."""
+    names = [f"{letter} = {name}" for letter, name in zip(found.letters, found.names, strict=True)]
+    tables = [_by_block(found, pair) if most is None else _by_module(found, pair, most) for pair in found.total.pairs]
+    return "\n".join([*names, *(f"\n{text}" for text in tables), "", _legend(found), *_left(found), "", advice(found)])
+
+
+def _by_block(found: Comparison, pair: tuple[int, int]) -> str:
+    rows = [_cells(row, pair, row.name) for row in (found.total, *found.by_block())]
+    return table(_head(found, pair, "block"), rows)
+
+
+def _by_module(found: Comparison, pair: tuple[int, int], most: int) -> str:
+    both = sorted((row for row in found.rows if row.pairs[pair].modules), key=lambda row: -row.pairs[pair].conflict)
+    rows = [_cells(row, pair, row.name) for row in (found.total, *both[:most])]
+    left = len(both) - most
+    more = f"\n… and {left} more, none with more conflict" if left > 0 else ""
+    return table(_head(found, pair, "module"), rows) + more
+
+
+def _head(found: Comparison, pair: tuple[int, int], first: str) -> list[str]:
+    a, b = (found.letters[i] for i in pair)
+    return [first, HEAD[0], f"‖{a}‖", f"‖{b}‖", *HEAD[1:], f"rank {a}", f"rank {b}", f"rank {a}+{b}"]
+
+
+def _cells(row: Row, pair: tuple[int, int], name: str) -> list[str]:
+    first, second, both = row.alone[pair[0]], row.alone[pair[1]], row.pairs[pair]
+    shared = [f"{value:z.2f}" if both.modules else "–" for value in _measures(both)]
+    ranks = [_rank(first), _rank(second), f"{both.sum_effective_rank:.1f}" if both.modules else "–"]
+    return [name, str(both.modules), _norm(first), _norm(second), *shared, *ranks]
+
+
+def _measures(pair: Pair) -> tuple[float, ...]:
+    return pair.cosine, pair.input_overlap, pair.output_overlap, pair.alignment, pair.conflict
+
+
+def _norm(alone: Alone) -> str:
+    return f"{alone.norm:.4g}" if alone.modules else "–"
+
+
+def _rank(alone: Alone) -> str:
+    return f"{alone.effective_rank:.1f}" if alone.modules else "–"
+
+
+def _legend(found: Comparison) -> str:
+    sample = "all rows" if found.conflict_rows is None else f"{found.conflict_rows} random rows of each module"
+    return (
+        "modules: in both.  in, out: overlap of input and of output spaces.  align: |cos| of columns.\n"
+        f"conflict: share of opposite signs, 0.50 by chance; from {sample}.  rank: effective rank."
+    )
+
+
+def _left(found: Comparison) -> list[str]:
+    """How many layers of which kinds have no factors."""
+    counts = Counter((n.lora, n.kind) for n in found.not_compared)
+    return [f"not compared: {n} modules of {found.letters[i]} ({kind})" for (i, kind), n in sorted(counts.items())]

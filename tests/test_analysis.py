@@ -22,7 +22,7 @@ from small import MODULES, small
 
 UP = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
 DOWN = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-Random = np.random.Generator
+LINEAR_AND_CONV = MODULES["sdxl"][:2]
 Factors = tuple[np.ndarray, np.ndarray]
 
 
@@ -71,7 +71,7 @@ KINDS = ["lora", "tucker", "loha", "lokr-both"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_measure_is_that_of_the_dense_updates(kind: str) -> None:
-    a, b = small(seed=1, rank=2, kind=kind), small(seed=2, rank=3)
+    a, b = (small(seed=1, rank=2, kind=kind, modules=LINEAR_AND_CONV), small(seed=2, rank=3, modules=LINEAR_AND_CONV))
 
     for row in lm.compare([a, b], rows=None).rows:
         x, y = dense(a, row.name), dense(b, row.name)
@@ -100,6 +100,14 @@ def test_the_sum_of_three_is_that_of_the_dense_updates() -> None:
         assert row.together.effective_rank == pytest.approx(entropy_rank(x + y + z), rel=1e-5)
         assert row.pairs[0, 2].sum_effective_rank == pytest.approx(entropy_rank(x + z), rel=1e-5)
         assert row.pairs[1, 2].cosine == pytest.approx((y * z).sum() / np.linalg.norm(y) / np.linalg.norm(z), abs=1e-6)
+
+
+def test_a_sum_of_more_ranks_than_rows_is_that_of_the_dense_updates() -> None:
+    a, b = (made({UP: random_factors(seed, 12, 20, 30)}) for seed in (1, 2))
+    pair, negated = the_pair(a, b), the_pair(a, scaled(a, -1.0))
+
+    assert pair.sum_effective_rank == pytest.approx(entropy_rank(dense(a, UP) + dense(b, UP)), rel=1e-5)
+    assert negated.sum_effective_rank == 0.0
 
 
 def test_a_block_is_its_modules_side_by_side() -> None:

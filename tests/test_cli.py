@@ -190,7 +190,7 @@ def test_importing_and_merging_need_no_torch(files: tuple[Path, Path], tmp_path:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "diff", "dialects", "methods"])
+@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "diff", "compare", "dialects", "methods"])
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     text = run(command, "--help").stdout
 

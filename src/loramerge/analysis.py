@@ -370,14 +370,15 @@ class _Updates:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.factors = [layer.factors() for layer in layers]
         xp = self.xp = namespace(self.factors[0][0])
-        ups = xp.concat([xp.astype(up, xp.float64) for up, _ in self.factors], axis=1)
+        self.ups = [xp.astype(up, xp.float64) for up, _ in self.factors]
         self.downs = [xp.astype(down, xp.float64) for _, down in self.factors]
-        self.gram_up, self.gram_down = linalg.grams(ups, xp.concat(self.downs, axis=0))
+        self.gram_up, self.gram_down = linalg.grams(xp.concat(self.ups, axis=1), xp.concat(self.downs, axis=0))
         ends = [0]
         for up, _ in self.factors:
             ends.append(ends[-1] + up.shape[1])
         self.parts = [slice(a, b) for a, b in pairwise(ends)]
-        self.spectra: dict[tuple[int, ...], Spectrum] = {}
+        self.spectra: dict[int, Spectrum] = {}
+        self.sums: dict[tuple[int, ...], Array] = {}
         own = [linalg.column_products(self.gram_up[p, p], d, d) for p, d in zip(self.parts, self.downs, strict=True)]
         self.lengths = [squares.clip(0.0) ** 0.5 for squares in own]
 
@@ -386,11 +387,27 @@ class _Updates:
         """Rows of ΔW."""
         return int(self.factors[0][0].shape[0])
 
-    def spectrum(self, members: tuple[int, ...]) -> Spectrum:
-        """The SVD of the sum of some of the updates."""
-        if members not in self.spectra:
-            self.spectra[members] = linalg.spectrum(*(self._some(g, members) for g in (self.gram_up, self.gram_down)))
-        return self.spectra[members]
+    def spectrum(self, member: int) -> Spectrum:
+        """The SVD of one of the updates."""
+        if member not in self.spectra:
+            part = self.parts[member]
+            self.spectra[member] = linalg.spectrum(self.gram_up[part, part], self.gram_down[part, part])
+        return self.spectra[member]
+
+    def sigma(self, members: tuple[int, ...]) -> Array:
+        """Singular values of the sum of some of the updates."""
+        if len(members) == 1:
+            return self.spectrum(members[0]).sigma
+        if members not in self.sums:
+            self.sums[members] = self._sigma(members)
+        return self.sums[members]
+
+    def _sigma(self, members: tuple[int, ...]) -> Array:
+        rank = sum(self.downs[i].shape[0] for i in members)
+        if rank > min(self.height, self.downs[0].shape[1]):  # ΔW is then smaller than its factors
+            sides = [self.ups[i] for i in members], [self.downs[i] for i in members]
+            return linalg.singular_values(self.xp.concat(sides[0], axis=1), self.xp.concat(sides[1], axis=0))
+        return linalg.spectrum(*(self._some(gram, members) for gram in (self.gram_up, self.gram_down))).sigma
 
     def _some(self, gram: Array, members: tuple[int, ...]) -> Array:
         if len(members) == len(self.parts):
@@ -405,14 +422,14 @@ class _Updates:
 
     def alone(self, members: tuple[int, ...]) -> Alone:
         """The sum of some of the updates."""
-        sigma = self.spectrum(members).sigma
+        sigma = self.sigma(members)
         square = float((sigma**2).sum())
         return Alone(modules=1, square=square, spread=square * linalg.effective_rank(sigma))
 
     def pair(self, i: int, j: int, signs: Mapping[tuple[int, int], tuple[float, float]]) -> Pair:
         """What two of the updates have in common."""
         a, b = self.parts[i], self.parts[j]
-        first, second = self.spectrum((i,)), self.spectrum((j,))
+        first, second = self.spectrum(i), self.spectrum(j)
         squares = self.alone((i,)).square, self.alone((j,)).square
         weight = math.sqrt(squares[0] * squares[1])
         inner = self.inner(i, j)

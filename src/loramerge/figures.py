@@ -103,11 +103,12 @@ def _lines(comparison: Comparison, measures: Mapping[str, str]) -> list[tuple[st
 
 
 def _label(row: Row) -> str:
+    """A block of the denoiser by its own name; a text encoder is one block."""
     if not row.block:
-        return "total"
-    return (
-        row.block if row.component in ("unet", "transformer") and row.block != "-" else f"{row.component} {row.block}"
-    )
+        return row.name
+    if row.block == "-":
+        return f"{row.component}, other"
+    return row.block if row.component in ("unet", "transformer") else row.component
 
 
 def _panel(

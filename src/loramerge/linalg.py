@@ -110,6 +110,22 @@ def spectrum(gram_up: Array, gram_down: Array) -> Spectrum:
     )
 
 
+def singular_values(up: Array, down: Array) -> Array:
+    """ΔW's singular values that are not zero, from the dense ΔW: cheaper where r > min(out, in).
+
+    Args:
+        up: Shape ``(out, r)``, float64.
+        down: Shape ``(r, in)``, float64.
+    """
+    xp = namespace(up)
+    sigma = xp.linalg.svdvals(up @ down)
+    rounding = (
+        RANK_TOLERANCE / 10 * float(xp.sum(xp.linalg.vector_norm(up, axis=0) * xp.linalg.vector_norm(down, axis=1)))
+    )
+    kept = int(xp.sum(xp.astype(sigma > max(RANK_TOLERANCE * float(sigma[0]), rounding), xp.int64)))
+    return sigma[:kept]
+
+
 def _above(symmetric: Array, relative: float, absolute: float = 0.0) -> tuple[Array, Array]:
     """Eigenvalues above a threshold with their vectors, from large to small."""
     xp = namespace(symmetric)

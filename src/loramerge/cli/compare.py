@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..advice import advice
-from ..analysis import Alone, Comparison, Pair, Row, compare
+from ..analysis import Alone, Comparison, Row, compare
 from ..errors import OptionError
 from ..files import open
 from .run import progress, table
 
-HEAD = ("modules", "cosine", "in", "out", "align", "conflict")
+HEAD = ("cosine", "in", "out", "align", "conflict", "clash")
 
 
 def show(
@@ -59,32 +59,29 @@ def _report(found: Comparison, most: int | None) -> str:
 
 
 def _by_block(found: Comparison, pair: tuple[int, int]) -> str:
-    rows = [_cells(row, pair, row.name) for row in (found.total, *found.by_block())]
-    return table(_head(found, pair, "block"), rows)
+    rows = [[row.name, str(row.pairs[pair].modules), *_cells(row, pair)] for row in (found.total, *found.by_block())]
+    return table(["block", "modules", *_head(found, pair)], rows)
 
 
 def _by_module(found: Comparison, pair: tuple[int, int], most: int) -> str:
     both = sorted((row for row in found.rows if row.pairs[pair].modules), key=lambda row: -row.pairs[pair].conflict)
-    rows = [_cells(row, pair, row.name) for row in (found.total, *both[:most])]
+    rows = [[row.name, *_cells(row, pair)] for row in (found.total, *both[:most])]
     left = len(both) - most
     more = f"\n… and {left} more, none with more conflict" if left > 0 else ""
-    return table(_head(found, pair, "module"), rows) + more
+    return table(["module", *_head(found, pair)], rows) + more
 
 
-def _head(found: Comparison, pair: tuple[int, int], first: str) -> list[str]:
+def _head(found: Comparison, pair: tuple[int, int]) -> list[str]:
     a, b = (found.letters[i] for i in pair)
-    return [first, HEAD[0], f"‖{a}‖", f"‖{b}‖", *HEAD[1:], f"rank {a}", f"rank {b}", f"rank {a}+{b}"]
+    return [f"‖{a}‖", f"‖{b}‖", *HEAD, f"rank {a}", f"rank {b}", f"rank {a}+{b}"]
 
 
-def _cells(row: Row, pair: tuple[int, int], name: str) -> list[str]:
+def _cells(row: Row, pair: tuple[int, int]) -> list[str]:
     first, second, both = row.alone[pair[0]], row.alone[pair[1]], row.pairs[pair]
-    shared = [f"{value:z.2f}" if both.modules else "–" for value in _measures(both)]
+    measures = both.cosine, both.input_overlap, both.output_overlap, both.alignment, both.conflict, both.clash
+    shared = [f"{value:z.2f}" if both.modules else "–" for value in measures]
     ranks = [_rank(first), _rank(second), f"{both.sum_effective_rank:.1f}" if both.modules else "–"]
-    return [name, str(both.modules), _norm(first), _norm(second), *shared, *ranks]
-
-
-def _measures(pair: Pair) -> tuple[float, ...]:
-    return pair.cosine, pair.input_overlap, pair.output_overlap, pair.alignment, pair.conflict
+    return [_norm(first), _norm(second), *shared, *ranks]
 
 
 def _norm(alone: Alone) -> str:
@@ -98,8 +95,9 @@ def _rank(alone: Alone) -> str:
 def _legend(found: Comparison) -> str:
     sample = "all rows" if found.conflict_rows is None else f"{found.conflict_rows} random rows of each module"
     return (
-        "modules: in both.  in, out: overlap of input and of output spaces.  align: |cos| of columns.\n"
-        f"conflict: share of opposite signs, 0.50 by chance; from {sample}.  rank: effective rank."
+        "in, out: overlap of input and of output spaces.  align: |cos| of columns.  rank: effective rank.\n"
+        f"conflict: share of opposite signs, 0.50 by chance; from {sample}.\n"
+        "clash: the same space and another update in it, 0 to 1; 0.50 where spaces are one and cosines 0."
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -17,12 +18,12 @@ from loramerge.blocks import matches
 from loramerge.layers import LowRank
 from loramerge.lora import LoRA
 from loramerge.methods import METHODS
-from loramerge.testing import everything, random_lora
+from loramerge.testing import everything, random_layer, random_lora
 from small import MODULES, small
 
 UP = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
 DOWN = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-LINEAR_AND_CONV = MODULES["sdxl"][:2]
+SHAPES = {DOWN: (24, 16), "unet.down_blocks.0.resnets.0.conv1": (16, 8, 3, 3)}
 Factors = tuple[np.ndarray, np.ndarray]
 
 
@@ -35,6 +36,12 @@ def made(factors: Mapping[str, Factors], name: str = "made", architecture: str |
 def random_factors(seed: int, rank: int = 3, out: int = 20, size: int = 30) -> Factors:
     rng = np.random.default_rng(seed)
     return rng.standard_normal((out, rank)), rng.standard_normal((rank, size))
+
+
+def tiny(seed: int, rank: int, kind: str = "lora") -> LoRA:
+    """A linear layer and a convolution."""
+    layouts = {m: random_layer(shape, kind=kind, rank=rank, seed=seed) for m, shape in SHAPES.items()}
+    return LoRA(name="tiny", architecture=None, dialect="kohya", layouts=layouts)
 
 
 def scaled(lora: LoRA, factor: float) -> LoRA:
@@ -71,7 +78,7 @@ KINDS = ["lora", "tucker", "loha", "lokr-both"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_measure_is_that_of_the_dense_updates(kind: str) -> None:
-    a, b = (small(seed=1, rank=2, kind=kind, modules=LINEAR_AND_CONV), small(seed=2, rank=3, modules=LINEAR_AND_CONV))
+    a, b = tiny(1, 2, kind), tiny(2, 3)
 
     for row in lm.compare([a, b], rows=None).rows:
         x, y = dense(a, row.name), dense(b, row.name)
@@ -92,7 +99,7 @@ def test_every_measure_is_that_of_the_dense_updates(kind: str) -> None:
 
 
 def test_the_sum_of_three_is_that_of_the_dense_updates() -> None:
-    loras = [small(seed=seed, rank=seed) for seed in (1, 2, 3)]
+    loras = [tiny(seed, rank=seed) for seed in (1, 2, 3)]
 
     for row in lm.compare(loras).rows:
         x, y, z = (dense(lora, row.name) for lora in loras)
@@ -111,14 +118,15 @@ def test_a_sum_of_more_ranks_than_rows_is_that_of_the_dense_updates() -> None:
 
 
 def test_a_block_is_its_modules_side_by_side() -> None:
-    modules = tuple(m for m in ARCHITECTURES["sdxl"].shapes if "mid_block.attentions.0.transformer_blocks.0.attn" in m)
-    a, b = small(modules=modules, seed=1), scaled(small(modules=modules, seed=2), 3.0)
+    modules = tuple(DOWN.replace("to_q", name) for name in ("to_q", "to_k", "to_v"))
+    a = made({m: random_factors(i) for i, m in enumerate(modules)})
+    b = scaled(made({m: random_factors(i, 4) for i, m in enumerate(modules, 5)}), 3.0)
     comparison = lm.compare([a, b], rows=None)
     (block,) = comparison.by_block()
 
     x, y = (np.concatenate([dense(lora, m).ravel() for m in modules]) for lora in (a, b))
     pair = block.pairs[0, 1]
-    assert (block.component, block.block, block.modules) == ("unet", "MID", len(modules))
+    assert (block.component, block.block, block.modules) == ("unet", "IN04", 3)
     assert pair.cosine == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-6)
     assert [alone.norm for alone in block.alone] == pytest.approx([np.linalg.norm(x), np.linalg.norm(y)], rel=1e-5)
     assert pair.conflict == pytest.approx((abs(x) + abs(y))[x * y < 0].sum() / (abs(x) + abs(y)).sum(), abs=1e-5)
@@ -208,6 +216,30 @@ def test_the_order_of_two_does_not_matter() -> None:
     a, b = small(seed=1, rank=2), small(seed=2, rank=5)
 
     assert measures(the_pair(a, b)) == pytest.approx(measures(the_pair(b, a)), abs=1e-9)
+
+
+def test_clash_is_overlap_above_chance_times_half_of_one_minus_cosine() -> None:
+    up, down = random_factors(1, 5)
+    a, b = made({UP: (up, down)}), made({UP: (up[:, :3], down[:3] + 0.5 * random_factors(2)[1])})
+    x, y = dense(a, UP), dense(b, UP)
+
+    above = [(o - 5 / n) / (1 - 5 / n) for o, n in ((dense_overlap(x, y), 20), (dense_overlap(x.T, y.T), 30))]
+    cosine = (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y)
+    assert the_pair(a, b).clash == pytest.approx(math.sqrt(above[0] * above[1]) * (1 - cosine) / 2, abs=1e-6)
+
+
+def test_signs_of_all_rows_are_counted_without_a_whole_dense_update() -> None:
+    a, b = (made({UP: random_factors(seed, 1, 3000, 3000)}) for seed in (1, 2))
+    x, y = dense(a, UP), dense(b, UP)
+    mass = np.abs(x) + np.abs(y)
+
+    tracemalloc.start()
+    found = the_pair(a, b)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert found.conflict == pytest.approx(mass[x * y < 0].sum() / mass.sum(), abs=1e-6)
+    assert peak < 4 * 3000 * 3000
 
 
 def test_strength_changes_norms_only() -> None:

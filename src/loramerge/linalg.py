@@ -6,10 +6,7 @@ factors and never forms ΔW, which is (out, in) where they are thin.
 
 import math
 from dataclasses import dataclass
-<<<<<<< HEAD
 from typing import TYPE_CHECKING
-=======
->>>>>>> 79d7844 (Compare LoRAs before a merge: norms, cosines, overlaps, sign conflict, advice)
 
 from .tensors import Array, is_torch, namespace
 
@@ -38,23 +35,6 @@ def norm(up: Array, down: Array) -> float:
     return math.sqrt(max(float((gram_up * gram_down).sum()), 0.0))
 
 
-<<<<<<< HEAD
-@dataclass(frozen=True)
-class Cut:
-    """Factors of a smaller rank, and what they leave out."""
-
-    up: Array
-    """Shape ``(out, rank)``."""
-    down: Array
-    """Shape ``(rank, in)``."""
-    energy: float
-    """‖ΔW‖² before the cut."""
-    lost: float
-    """‖ΔW − up @ down‖²: the part of the energy that is cut off."""
-
-
-def truncate(up: Array, down: Array, rank: int) -> Cut:
-=======
 RANK_TOLERANCE = 1e-6
 """Singular values below it, relative to the largest, are zero: float32 factors hold seven digits."""
 
@@ -185,8 +165,21 @@ def column_products(gram: Array, first: Array, second: Array) -> Array:
     return namespace(first).sum(first * (gram @ second), axis=0)
 
 
-def truncate(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
->>>>>>> 79d7844 (Compare LoRAs before a merge: norms, cosines, overlaps, sign conflict, advice)
+@dataclass(frozen=True)
+class Cut:
+    """Factors of a smaller rank, and what they leave out."""
+
+    up: Array
+    """Shape ``(out, rank)``."""
+    down: Array
+    """Shape ``(rank, in)``."""
+    energy: float
+    """‖ΔW‖² before the cut."""
+    lost: float
+    """‖ΔW − up @ down‖²: the part of the energy that is cut off."""
+
+
+def truncate(up: Array, down: Array, rank: int) -> Cut:
     """Best factors of a given rank.
 
     Args:
@@ -215,13 +208,11 @@ def truncate(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
 
 
 def squares(up: Array, down: Array) -> "np.ndarray":
-    """Squared singular values of ``up @ down``, falling, float64: as many as the smaller rank allows."""
+    """Squared singular values of ``up @ down``, falling, float64; those that are zero are left out."""
     import numpy as np
 
-    gram_up, gram_down = grams(up, down)
-    lower = cholesky(gram_down)
-    found = namespace(up).linalg.eigvalsh(lower.T @ gram_up @ lower)
-    return np.asarray(found.cpu() if is_torch(found) else found)[::-1].clip(0.0)
+    sigma = spectrum(*grams(up, down)).sigma
+    return np.asarray(sigma.cpu() if is_torch(sigma) else sigma) ** 2
 
 
 def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:

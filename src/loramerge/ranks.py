@@ -125,10 +125,12 @@ def choose(spectra: Mapping[str, Spectrum], budget: Budget, size: int = 0) -> di
         OptionError: The budget can't be met.
     """
     names = list(spectra)
-    squares = np.concatenate([s.squares for s in spectra.values()])
-    owners = np.repeat(np.arange(len(names)), [len(s.squares) for s in spectra.values()])
+    # A module that is zero keeps a direction too.
+    values = [s.squares if len(s.squares) else np.zeros(1) for s in spectra.values()]
+    squares = np.concatenate(values)
+    owners = np.repeat(np.arange(len(names)), list(map(len, values)))
     costs = np.array([s.cost for s in spectra.values()])[owners]
-    places = np.concatenate([np.arange(len(s.squares)) for s in spectra.values()])
+    places = np.concatenate([np.arange(len(v)) for v in values])
     # The first of every module comes first; within a module the order is that of the squares.
     value = np.where(places == 0, np.inf, squares / costs)
     order = np.lexsort((places, owners, -value))

@@ -56,7 +56,8 @@ def on_core(name: str, *, source: str, default_weight: float | None = None) -> C
         def merge(layers: Sequence[Layer], weights: Weights, **options: Any) -> LowRank:
             live, shares = alive(layers, weights)
             space: Core = core(live)
-            return with_bias(space.layer(formula(space, shares, **options)), layers, weights)
+            merged = space.parts[0] if space.empty else formula(space, shares, **options)
+            return with_bias(space.layer(merged), layers, weights)
 
         return Method(name, formula, merge, source, sum_of_ranks, options_of(formula), default_weight)
 
@@ -90,7 +91,8 @@ def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], M
             live, shares = alive(layers, weights)
             if space == "core":
                 common = core(live)
-                return with_bias(common.layer(formula(common.parts, shares, **options)), layers, weights)
+                entries = common.parts[0] if common.empty else formula(common.parts, shares, **options)
+                return with_bias(common.layer(entries), layers, weights)
             merged = formula(Deltas(live), shares, **options)
             return with_bias(Full(diff=merged.reshape(layers[0].shape)), layers, weights)
 

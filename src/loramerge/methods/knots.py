@@ -28,7 +28,9 @@ def knots(
     """
     live, shares = alive(layers, weights)
     space = aligned(live)
-    if inside == "linear":
+    if not space.parts[0].shape[0]:  # every LoRA is zero
+        merged = space.parts[0]
+    elif inside == "linear":
         merged = sum(w * part for w, part in zip(shares, space.parts, strict=True))
     elif inside == "dare":
         merged = dare.function(space.parts, shares, density=density, seed=seed)

@@ -53,8 +53,10 @@ class Stack:
     shape: Shape
 
     def layer(self, left: Array, right: Array) -> LowRank:
-        """The layer (up @ left) @ (right @ down), whose rank is the smaller one of both sides' common size."""
+        """The layer (up @ left) @ (right @ down), with ``left`` of shape ``(R, k)`` and ``right`` ``(k, R)``."""
         xp = namespace(self.up)
+        if not left.shape[1]:  # every LoRA is zero
+            return low_rank(xp.zeros_like(self.up[:, :1]), xp.zeros_like(self.down[:1]), self.shape)
         up = self.up @ xp.astype(left, xp.float32)
         down = xp.astype(right, xp.float32) @ self.down
         return low_rank(up, down, self.shape)
@@ -99,6 +101,11 @@ class Core:
     spectra: tuple[tuple[Array, Array, Array], ...]
     """The singular value decomposition U, S, Vᵀ of each part, with as many values as it has rank."""
 
+    @property
+    def empty(self) -> bool:
+        """Whether every LoRA is zero, so that there is nothing to merge."""
+        return 0 in self.parts[0].shape
+
     def layer(self, merged: Array) -> LowRank:
         """The layer that a merged core means."""
         if merged.shape[0] < merged.shape[1]:
@@ -131,11 +138,9 @@ def core(layers: Sequence[Layer]) -> Core:
 
 def _own_factors(gram_up: Array, gram_down: Array) -> tuple[Array, Array, Array]:
     """Of one LoRA, P, S and Q with up @ P = U√S and Q @ down = √SVᵀ, for its ΔW = USVᵀ."""
-    lower = linalg.cholesky(gram_down)
-    half = gram_up @ lower
-    values, vectors = _falling(lower.T @ half)
-    root = values**0.5
-    return (lower @ vectors) / root, values, (half @ vectors / (values * root)).T
+    found = linalg.spectrum(gram_up, gram_down)
+    root = found.sigma**0.5
+    return found.left * root, found.sigma, (found.right * root).T
 
 
 def _orthonormal(gram: Array) -> tuple[Array, Array]:
@@ -150,8 +155,6 @@ def _falling(gram: Array) -> tuple[Array, Array]:
     squares, vectors = xp.linalg.eigh(gram)
     values = xp.flip(squares, axis=0).clip(0.0) ** 0.5
     kept = int((values > FAINT * values[:1]).sum())
-    if not kept:  # every LoRA is zero
-        return xp.ones_like(values[:1]), xp.flip(vectors, axis=1)[:, :1]
     return values[:kept], xp.flip(vectors, axis=1)[:, :kept]
 
 
@@ -184,6 +187,8 @@ class Aligned:
     def layer(self, merged: Array) -> LowRank:
         """The layer U @ merged."""
         xp = namespace(merged)
+        if not merged.shape[0]:
+            return self.stack.layer(self.left, self.left.T)
         return low_rank(self.stack.up @ xp.astype(self.left, xp.float32), merged, self.stack.shape)
 
 

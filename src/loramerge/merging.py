@@ -178,6 +178,17 @@ class Plan:
         biased = any(layout.delta_bias() is not None for layout in layouts)
         return replace(layer, diff_b=Spec(step.shape[:1], "F32")) if biased else layer
 
+    def advice(self, progress: "Progress | None" = None) -> str:
+        """What a comparison of the LoRAs says about merging them, in one sentence.
+
+        Unlike the rest of a plan it reads the tensors; ``progress`` is called with the number of
+        modules done and of all.
+        """
+        from .advice import advice
+        from .analysis import compare
+
+        return advice(compare(self.loras, progress=progress))
+
     def within(self, budget: Budget, progress: "Progress | None" = None) -> "Plan":
         """The same plan with the rank of every module chosen out of one budget, at most the one it has.
 

@@ -45,13 +45,13 @@ def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Array:
     """Iso-CTS: Iso-C on the sum's leading directions, and each LoRA's own directions beside them.
 
     The share ``common`` of the rank goes to the leading singular vectors of Σ wᵢΔWᵢ; the rest is
-    divided between the LoRAs, each of which adds the leading ones of what is left of it outside
-    of the common left vectors.  All are made orthogonal and get the mean of their singular values.
+    divided equally between the LoRAs, rounded as in the published code, each of which adds the
+    leading ones of what is left of it outside of the common left vectors.  All are made orthogonal and get the mean of their singular values.
     """
     xp = namespace(core.parts[0])
     u, s, vt = _svd(_sum(core, weights))
     rank, n = s.shape[0], len(weights)
-    each = (rank - min(rank, max(1, round(common * rank)))) // n
+    each = min(round((rank - int(common * rank)) / n), (rank - 1) // n)
     shared = rank - n * each
     lefts, values, rights = [u[:, :shared]], [s[:shared]], [vt[:shared]]
     for weight, (part_u, part_s, part_vt) in zip(weights, core.spectra, strict=True):

@@ -19,7 +19,7 @@ def tsv(core: Core, weights: Weights) -> Array:
     """TSV-M: the singular vectors of all wᵢΔWᵢ, made orthogonal to each other, with their singular values.
 
     The published code keeps min(out, in) / N vectors of each ΔW.  A LoRA has only r that are its
-    own; the others are arbitrary and take up to half of the result out of the LoRAs' span.  Here
+    own; the others are arbitrary and take a third of the result or more out of the LoRAs' span.  Here
     exactly the r of each are kept.
     """
     xp = namespace(core.parts[0])

@@ -3,12 +3,14 @@
 A page says ``<!-- table: NAME -->`` where one belongs.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 MARK = re.compile(r"<!-- table: ([a-z-]+) -->")
+URL = re.compile(r"(https?://[^\s,;]+)")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "merge-cpu.md"
 
 
@@ -80,6 +82,34 @@ def methods() -> str:
     return table(["name", "what it does", "options"], rows)
 
 
+def method_sections() -> str:
+    """A section for every merge method: its documentation, options and source."""
+    from loramerge.methods import METHODS
+
+    return "\n\n".join(_method_section(name, METHODS) for name in METHODS)
+
+
+def _method_section(name: str, index: Any) -> str:
+    method = index[name]
+    text, _, raised = (inspect.getdoc(method.function) or "").partition("\n\nRaises:\n")
+    refused = [entry.strip().partition(": ") for entry in re.split(r"\n(?= {4}\S)", raised) if entry.strip()]
+    others = [f"`{alias}`" for alias, meant in index.aliases.items() if meant == name]
+    facts = [
+        ["LoRAs", str(method.count or "any number")],
+        ["weight unless given", "1/N" if method.default_weight is None else f"{method.default_weight:g}"],
+        *([["also called", ", ".join(others)]] if others else []),
+        *([f"refused with `{error}`", " ".join(why.split())] for error, _, why in refused),
+        ["source", URL.sub(r"<\1>", method.source)],
+    ]
+    parts = [f"## {name}", text, table(["", ""], facts), _options(method)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _options(method: Any) -> str:
+    rows = [[f"`{o.name}`", o.wanted, f"`{o.default}`"] for o in method.options.values()]
+    return table(["option", "takes", "unless given"], rows) if rows else ""
+
+
 def blocks() -> str:
     """The blocks that each length of a vector gives numbers for."""
     from loramerge.blocks import FAMILY, VECTORS
@@ -133,6 +163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dialect-aliases": aliases,
     "architectures": architectures,
     "methods": methods,
+    "method-sections": method_sections,
     "block-vectors": blocks,
     "commands": commands,
     "benchmarks": benchmarks,

@@ -23,8 +23,8 @@ def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
     Of every ΔW the share ``density`` with the largest magnitude is kept.  The sign of an entry is
     that of Σ wᵢτᵢ, and the entry Σ|w| · (Σ wᵢτᵢ / Σ|wᵢ|), where the sums in brackets run over the
     LoRAs that agree with the sign and Σ|w| over all.  So Σ|w| takes the place of the paper's λ:
-    with equal weights that add up to one it is the paper's formula at λ = 1, and where nothing
-    conflicts it is the weighted sum.
+    with equal weights that add up to one it is the paper's formula at λ = 1.  Where all LoRAs
+    agree it is the weighted sum; an entry that one alone has kept is Σ|w| times its value there.
     """
     return agreeing((w * (d * largest(d, density)) for w, d in zip(weights, deltas, strict=True)), weights)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mergekit import sparsify
 from mergekit.merge_methods import registry
-from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.base import ParameterScope, TensorGroup
 from mergekit.merge_methods.generalized_task_arithmetic import get_mask
 from mergekit.merge_methods.karcher import karcher_merge_tensors
 from mergekit.merge_methods.sce import sce_mask
@@ -25,20 +25,17 @@ every_density = pytest.mark.parametrize("density", [0.1, 0.2, 0.5, 0.9])
 every_weights = pytest.mark.parametrize("weights", [(0.5, 0.5), (0.9, 0.3), (0.2, 0.7, 1.4), (1.0, 2.0, 0.1, 0.4)])
 
 
-def mergekit(name: str, given: Sequence[Layer], weights: Sequence[float] = (), **shared: Any) -> np.ndarray:
+def mergekit(name: str, given: Sequence[Layer], weights: Sequence[float] = (), **options: Any) -> np.ndarray:
     """One of mergekit's methods as its own registry has it, with zeros as the base model."""
     method = registry.get(name)
     deltas = tensors(given)
     group = TensorGroup.from_tensors([torch.zeros_like(deltas[0]), *deltas], base_index=0)
-    known = {p.name: p.default for p in method.spec.parameters if p.name in ("int8_mask", "normalize", "lambda")}
-    each = {n: dict.fromkeys(range(1, 1 + len(deltas)), shared.pop(n)) for n in EACH if n in shared}
-    if weights:
-        each["weight"] = dict(enumerate(weights, start=1))
-    return method.merge_group(group, **(known | each | shared)).double().numpy()
-
-
-EACH = ("density", "gamma", "epsilon")
-"""What mergekit takes one of for every model."""
+    parameters = {p.name: p.default for p in method.spec.parameters} | options
+    for p in method.spec.parameters:
+        if p.scope is ParameterScope.NON_BASE:
+            values = weights if p.name == "weight" else [parameters[p.name]] * len(deltas)
+            parameters[p.name] = dict(enumerate(values, start=1))
+    return method.merge_group(group, **parameters).double().numpy()
 
 
 @every_density
@@ -264,3 +261,10 @@ def test_linear_is_mergekits_task_arithmetic() -> None:
     wanted = mergekit("task_arithmetic", given, weights, density=1.0, rescale=False)
 
     assert relative_error(uncut("linear", given, weights), wanted) < 1e-6
+
+
+def test_mergekits_ram_finds_nothing_unique_in_loras_and_is_their_mean() -> None:
+    given = layers(2, "conv")
+
+    assert min(np.abs(d).min() for d in deltas(given)) > 1e-6
+    assert relative_error(mergekit("ram", given, epsilon=1e-6), uncut("linear", given, [0.5, 0.5])) < 1e-6

@@ -222,7 +222,7 @@ def test_a_scalar_is_read_without_numpy(dtype: str) -> None:
 
     data = np.array(2.5 if dtype[0] != "I" else 3, dtype=numpy_dtype(dtype))
 
-    assert scalar(Stored((), dtype, lambda begin, end: data.tobytes(), 0, data.nbytes)) == float(data)
+    assert scalar(Stored((), dtype, 0, data.nbytes, lambda begin, end: data.tobytes())) == float(data)
 
 
 def test_the_largest_half_is_kept_and_the_next_refused() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -286,6 +285,8 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> Path:
 
 def _save_folder(lora: LoRA, path: Path, spelling: "Spelling", workers: int, progress: "Progress | None") -> Path:
     """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
+    import tempfile
+
     from .dialects.config import component_configs
     from .metadata import for_writing
 

@@ -68,8 +68,9 @@ class Stored(Spec):
 
     __slots__ = ("begin", "end", "source")
 
-    def __init__(self, shape: Shape, dtype: str, source: Callable[[int, int], bytes], begin: int, end: int) -> None:
-        super().__init__(shape, dtype)
+    def __init__(self, shape: Shape, dtype: str, begin: int, end: int, source: Callable[[int, int], bytes]) -> None:
+        self.shape = shape
+        self.dtype = dtype
         self.source = source
         self.begin = begin
         self.end = end
@@ -140,6 +141,11 @@ def parse_dtype(name: str) -> str:
 
 def widest(codes: Sequence[str]) -> str:
     """The narrowest float dtype that holds every value of the given ones."""
+    return _widest(frozenset(codes))
+
+
+@cache
+def _widest(codes: frozenset[str]) -> str:
     floats = {c if c in FLOATS else "F32" for c in codes}
     if {"F16", "BF16"} <= floats:
         floats.add("F32")

@@ -5,10 +5,10 @@ The names inside loramerge are diffusers'; ``native`` says how the model's own c
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from pathlib import Path
 
 from ..registry import Registry
 from ..tensors import Shape
@@ -19,7 +19,8 @@ from .names import Parts, whole
 @cache
 def model(name: str) -> Mapping[str, Shape]:
     """Module names and weight shapes of one model, in the order in which it registers them."""
-    data = json.loads((Path(__file__).parent / "models" / f"{name}.json").read_bytes())
+    with open(os.path.join(os.path.dirname(__file__), "models", f"{name}.json"), "rb") as file:
+        data = json.loads(file.read())
     return {module: tuple(shape) for module, shape in data.items()}
 
 

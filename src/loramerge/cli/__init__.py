@@ -16,8 +16,15 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is cleared away
-    # A command is over before it could leave enough garbage to be worth looking for.
+    # A command is over before it could leave enough garbage to be worth looking for, at the end too.
     gc.disable()
+    try:
+        _run()
+    finally:
+        gc.freeze()
+
+
+def _run() -> None:
     from .run import guarded
 
     # `inspect FILE` reads a header and is done before the parser of options would be loaded.

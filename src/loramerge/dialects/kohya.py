@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ..architectures import Architecture, TextEncoder
 from ..architectures.names import Parts
-from .base import LYCORIS_KINDS, Dialect, flat
+from .base import LYCORIS_KINDS, Dialect, flat, table
 
 
 def text_names(a: Architecture) -> dict[str, Parts]:
@@ -23,9 +23,12 @@ def diffusers_names(a: Architecture) -> dict[str, Parts]:
     return {f"lora_unet_{flat(path)}": parts for path, parts in a.denoiser_paths.items()}
 
 
+def own_names(a: Architecture) -> Mapping[str, Parts]:
+    return native_names(a) | text_names(a)
+
+
 def kohya_names(a: Architecture) -> Mapping[str, Parts]:
-    denoiser = diffusers_names(a) if a.kohya_uses_diffusers_names else native_names(a)
-    return denoiser | text_names(a)
+    return diffusers_names(a) | text_names(a) if a.kohya_uses_diffusers_names else table(own_names, a)
 
 
 def unet_names(a: Architecture) -> Mapping[str, Parts]:
@@ -55,7 +58,7 @@ KOHYA = Dialect(
     title="kohya sd-scripts, A1111, Forge, Civitai",
     source="https://github.com/kohya-ss/sd-scripts, networks/lora.py; lora_flux.py; lora_sd3.py",
     names=kohya_names,
-    recognised_by=lambda a: native_names(a) | text_names(a),
+    recognised_by=own_names,
     also_names=(native_names, other_text_names),
     style="kohya",
     begins=("lora_unet_", "lora_te"),

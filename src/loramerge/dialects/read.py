@@ -110,14 +110,16 @@ def _records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[str
         if parsed is None:
             rest.append(key)
             continue
-        role = parsed.role
+        stem, role, style = parsed
         if role == "scale" and len(spec.shape) == 1 and spec.shape[0] > 1:
             role = "set_weight"
-        record = records.setdefault(parsed.stem, Record(parsed.stem))
+        record = records.get(stem)
+        if record is None:
+            record = records[stem] = Record(stem)
         if role in record.keys:
-            raise LayerError(f"{parsed.stem}: both {record.keys[role]!r} and {key!r} give its {role}")
+            raise LayerError(f"{stem}: both {record.keys[role]!r} and {key!r} give its {role}")
         record.keys[role] = key
-        record.style = record.style or parsed.style
+        record.style = record.style or style
     extras = _claim(rest, records)
     for stem in [stem for stem, record in records.items() if not record.keys.keys() - {"alpha", "scale"}]:
         extras += records.pop(stem).keys.values()
@@ -248,8 +250,11 @@ class _Names:
 
     def own(self, a: Architecture) -> int:
         """How many stems have the very name that a dialect would write for the family."""
-        tables = [table(d.recognised_by or d.names, a) for d in self.candidates]
-        return sum(any(stem in names for names in tables) for stem in self.fitting(a))
+        left = set(self.fitting(a))
+        for dialect in self.candidates:
+            if left:
+                left.difference_update(table(dialect.recognised_by or dialect.names, a))
+        return len(self.fitting(a)) - len(left)
 
     def lookup(self, a: Architecture, stem: str) -> Parts | None:
         for dialect in self.candidates:
@@ -295,6 +300,8 @@ class _Names:
             score = self.score(dialect, a)
             if score > best:
                 best, found = score, dialect
+            if best == 2 * len(self.records):  # as good as it gets
+                break
         return found
 
     def score(self, dialect: Dialect, a: Architecture | None) -> int:
@@ -302,13 +309,11 @@ class _Names:
         if a is None:
             return sum(stem.startswith(dialect.begins) for stem in styled)
         own = table(dialect.recognised_by or dialect.names, a)
-        also = [table(names, a) for names in dialect.also_names]
-        points = 0
-        for stem in styled:
-            if stem in own:
-                points += 2
-            elif any(name in other for other in (own, *also) for name in (stem, self.meant.get(stem))):
-                points += 1
+        points = 2 * sum(stem in own for stem in styled)
+        if points < 2 * len(styled):
+            others = [own, *(table(names, a) for names in dialect.also_names)]
+            for stem in (stem for stem in styled if stem not in own):
+                points += any(name in other for other in others for name in (stem, self.meant.get(stem)))
         return points
 
 

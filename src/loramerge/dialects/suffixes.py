@@ -96,20 +96,22 @@ def parse(key: str) -> Key | None:
     if key.endswith(_GLUED):
         suffix = next(suffix for suffix in _GLUED if key.endswith(suffix))
         return Key(key[: -len(suffix)], *_EXACT[suffix])
-    for suffix in _endings(key):
-        if suffix in _EXACT:
-            return Key(key[: -len(suffix)], *_EXACT[suffix])
+    for start in _starts(key):
+        if found := _EXACT.get(key[start:]):
+            return Key(key[:start], *found)
     if named := _NAMED.fullmatch(key):
         stem, which, _, end = named.groups()
         return Key(stem, _NAMED_ROLES.get((which, end), "row_magnitude"), "peft-named")
     return None
 
 
-def _endings(key: str) -> list[str]:
-    """The key's last three, two and one dotted parts, and what follows its last colon."""
+def _starts(key: str) -> tuple[int, ...]:
+    """Where the key's last three, two and one dotted parts begin, or what follows its last colon."""
     last = key.rfind(".")
     if last < 0:
-        return [key[key.rfind(":") :]] if ":" in key else []
+        return (key.rfind(":"),) if ":" in key else ()
     before = key.rfind(".", 0, last)
-    first = key.rfind(".", 0, before) if before > 0 else -1
-    return [key[i:] for i in (first, before, last) if i >= 0]
+    if before < 0:
+        return (last,)
+    first = key.rfind(".", 0, before)
+    return (before, last) if first < 0 else (first, before, last)

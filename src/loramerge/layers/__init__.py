@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from ..errors import LayerError
@@ -33,6 +34,8 @@ CARRIED = {
 }
 """Roles of algorithms that are carried and not computed with."""
 
+MAGNITUDES = {"magnitude", "row_magnitude"}
+
 UNKNOWN = "?"
 """Begins the role of a tensor that stands beside a layer and is none of a layer's known tensors."""
 
@@ -48,19 +51,11 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     Raises:
         LayerError: The tensors are no layer, or one is missing.
     """
-    carried = next((CARRIED[role] for role in tensors if role in CARRIED), None)
-    unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
-    if carried or unknown:
-        return Carried(algorithm=carried or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
-    magnitude = tensors.get("magnitude", tensors.get("row_magnitude"))
-    if magnitude is not None:
-        rest = {role: t for role, t in tensors.items() if role not in ("magnitude", "row_magnitude")}
-        direction = build(rest, alpha, weight)
-        # PEFT shapes the norms of a convolution's rows (1, out, 1, 1), as others shape those of columns.
-        rows = (direction.shape[0], *(1,) * (len(direction.shape) - 1))
-        peft = "row_magnitude" in tensors and math.prod(magnitude.shape) == rows[0]
-        return DoRA(direction=direction, magnitude=reshape(magnitude, rows) if peft else magnitude)
-    kind = _kind(set(tensors))
+    kind = _kind(frozenset(tensors))
+    if kind is Carried:
+        return _carried(tensors, alpha)
+    if kind is DoRA:
+        return _dora(tensors, alpha, weight)
     options: dict[str, Any] = dict(tensors)
     if "alpha" in kind.__dataclass_fields__:
         options["alpha"] = alpha
@@ -71,12 +66,33 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     return shaped(layer, weight) if isinstance(layer, LowRank) and weight else layer
 
 
+def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carried:
+    known = next((CARRIED[role] for role in tensors if role in CARRIED), None)
+    unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
+    return Carried(algorithm=known or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
+
+
+def _dora(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shape | None) -> DoRA:
+    magnitude = tensors["magnitude"] if "magnitude" in tensors else tensors["row_magnitude"]
+    rest = {role: t for role, t in tensors.items() if role not in MAGNITUDES}
+    direction = build(rest, alpha, weight)
+    # PEFT shapes the norms of a convolution's rows (1, out, 1, 1), as others shape those of columns.
+    rows = (direction.shape[0], *(1,) * (len(direction.shape) - 1))
+    peft = "row_magnitude" in tensors and math.prod(magnitude.shape) == rows[0]
+    return DoRA(direction=direction, magnitude=reshape(magnitude, rows) if peft else magnitude)
+
+
 def _flattened(shape: Shape, weight: Shape) -> bool:
     """Whether a shape is a weight's, its kernel maybe flattened."""
     return shape[0] == weight[0] and math.prod(shape) == math.prod(weight)
 
 
-def _kind(roles: set[str]) -> type[Layer]:
+@lru_cache(maxsize=256)
+def _kind(roles: frozenset[str]) -> type[Layer]:
+    if any(role in CARRIED or role.startswith(UNKNOWN) for role in roles):
+        return Carried
+    if roles & MAGNITUDES:
+        return DoRA
     for kind in KINDS:
         if roles >= set(kind.required) and roles <= {*kind.required, *kind.optional, "diff_b"}:
             return kind

@@ -34,7 +34,7 @@ class LowRank(Layer):
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
-        if len(down) < 2 or len(up) < 2 or any(size != 1 for size in up[2:]):
+        if len(down) < 2 or len(up) < 2 or set(up[2:]) - {1}:
             raise LayerError(f"down has shape {down} and up {up}; wanted (r, in[, kh, kw]) and (out, r[, 1, 1])")
         if 0 in down or 0 in up:
             raise LayerError(f"rank or size 0: down has shape {down}, up has shape {up}")

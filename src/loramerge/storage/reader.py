@@ -11,6 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,11 @@ class SafetensorsFile(dict[str, Stored]):
         except OSError as error:
             raise FileError(f"Can't open {path}: {error.strerror}.") from error
         try:
-            self.metadata, entries, self._start = self._header()
+            self.metadata, tensors, self._start = self._header()
         except FileError:
             self.close()
             raise
-        source = self._tensor
-        for key, (dtype, shape, begin, end) in entries.items():
-            self[key] = Stored(shape, dtype, source, begin, end)
+        self.update(tensors)
 
     def __deepcopy__(self, memo: object) -> "SafetensorsFile":
         return self  # the file is read only, and its descriptor must be closed once
@@ -74,7 +73,7 @@ class SafetensorsFile(dict[str, Stored]):
             data += more
         return data
 
-    def _header(self) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...], int, int]], int]:
+    def _header(self) -> tuple[dict[str, str], dict[str, Stored], int]:
         size = os.fstat(self._fd).st_size
         if size < 8:
             raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
@@ -90,7 +89,7 @@ class SafetensorsFile(dict[str, Stored]):
             )
         header = self._json(self._read(8, length))
         metadata = self._checked_metadata(header.pop("__metadata__", {}))
-        return metadata, self._entries(header, size - 8 - length), 8 + length
+        return metadata, self._tensors(header, size - 8 - length), 8 + length
 
     def _json(self, data: bytes) -> dict[str, Any]:
         try:
@@ -106,19 +105,21 @@ class SafetensorsFile(dict[str, Stored]):
             raise FileError(f"{self.path}: the header's __metadata__ must map strings to strings.")
         return metadata
 
-    def _entries(self, header: Mapping[str, Any], size: int) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-        entries = {key: self._entry(key, value) for key, value in header.items()}
+    def _tensors(self, header: Mapping[str, Any], size: int) -> dict[str, Stored]:
+        source = self._tensor
+        tensors = {key: Stored(*self._entry(key, value), source) for key, value in header.items()}
         at = 0
-        for key, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-            if begin != at:
-                raise FileError(f"{self.path}: the tensor {key!r} begins at byte {begin}, wanted {at}.")
-            at = end
+        for tensor in sorted(tensors.values(), key=attrgetter("begin", "end")):
+            if tensor.begin != at:
+                key = next(key for key, t in tensors.items() if t is tensor)
+                raise FileError(f"{self.path}: the tensor {key!r} begins at byte {tensor.begin}, wanted {at}.")
+            at = tensor.end
         if at != size:
             what = "is truncated" if at > size else "has bytes that no tensor owns"
             raise FileError(f"{self.path} {what}: its tensors need {at} bytes, {size} are there.")
-        return entries
+        return tensors
 
-    def _entry(self, key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    def _entry(self, key: str, value: Any) -> tuple[tuple[int, ...], str, int, int]:
         try:
             dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
             numbers = (*shape, begin, end)
@@ -133,7 +134,7 @@ class SafetensorsFile(dict[str, Stored]):
                 f"{self.path}: the tensor {key!r} of shape {list(shape)} and dtype {dtype} has {end - begin} bytes, "
                 f"wanted {math.prod(shape) * SIZES[dtype]}."
             )
-        return dtype, shape, begin, end
+        return shape, dtype, begin, end
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

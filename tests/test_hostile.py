@@ -57,6 +57,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "unknown dtype": (entry(dtype="F7"), "does not know"),
     "negative size": (entry(shape=[-2]), "malformed"),
     "size as text": (entry(shape=["2"]), "malformed"),
+    "dtype as list": (entry(dtype=["F32"]), "malformed"),
     "size as bool": (entry(shape=[True, 2]), "malformed"),
     "offsets reversed": (entry(data_offsets=[8, 0]), "wanted 8"),
     "offsets too few": (entry(data_offsets=[0]), "malformed"),

@@ -1,10 +1,10 @@
 """Loading, opening and saving LoRAs: by path, directory or Hub name; atomically."""
 
+import builtins
 import json
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .dialects import DIALECTS
@@ -15,6 +15,8 @@ from .storage.reader import SafetensorsFile
 from .tensors import Array, Held, Stored, Tensor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .dialects.write import Group, Spelling
     from .storage.writer import Progress
 
@@ -58,14 +60,15 @@ def open(
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
     path = locate(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_folder(path, options)
-    if path.suffix in PICKLES:
-        return from_tensors(_unpickle(path, allow_pickle), {}, path.name, **options)
+    name = os.path.basename(path)
+    if name.endswith(PICKLES):
+        return from_tensors(_unpickle(path, allow_pickle), {}, name, **options)
     file = SafetensorsFile(path)
     if config is None and any("base_model.model." in key for key in file):
         options["config"] = _config_beside(path)
-    return from_tensors(file, file.metadata, path.name, **options)
+    return from_tensors(file, file.metadata, name, **options)
 
 
 def load(source: Source, **options: Any) -> LoRA:
@@ -108,26 +111,29 @@ def _copied(value: Any) -> Any:
     return copy() if copy else value
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
+def locate(source: str | os.PathLike[str]) -> str:
     """The file or directory that a path or a Hub name means; from the Hub it is fetched."""
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = os.path.expanduser(text)
     if not text.startswith("hf://") and os.path.exists(path):
         return path
     from . import hub
 
     reference = hub.parse(text)
     looks_local = not text.startswith("hf://") and (
-        (path.suffix in (".safetensors", *PICKLES) and text.count("/") != 2) or os.path.isdir(text.partition("/")[0])
+        (path.endswith((".safetensors", *PICKLES)) and text.count("/") != 2) or os.path.isdir(text.partition("/")[0])
     )
     if reference is None or looks_local:
         number = text.lstrip("-").replace(".", "", 1).isdigit()
         hint = " Weights are given one by one: -w 0.7 -w 0.5." if number else ""
         raise FileError(f"No such file or directory: {path}.{hint}")
-    return hub.download(reference)
+    return os.fspath(hub.download(reference))
 
 
-def _open_folder(path: Path, options: dict[str, Any]) -> LoRA:
+def _open_folder(folder: "str | Path", options: dict[str, Any]) -> LoRA:
+    from pathlib import Path
+
+    path = Path(folder)
     folders = [path, *(path / component for component in COMPONENTS)]
     adapters = {folder: folder / PEFT_FILE for folder in folders if os.path.exists(folder / PEFT_FILE)}
     if not adapters:
@@ -154,16 +160,17 @@ def _open_folder(path: Path, options: dict[str, Any]) -> LoRA:
     return from_tensors(tensors, metadata, path.name, config=config, **options)
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
-    for beside in (path.parent / PEFT_CONFIG, path.with_suffix(".adapter_config.json")):
-        if beside.exists():
+def _config_beside(path: str) -> dict[str, Any]:
+    for beside in (os.path.join(os.path.dirname(path), PEFT_CONFIG), f"{os.path.splitext(path)[0]}.{PEFT_CONFIG}"):
+        if os.path.exists(beside):
             return {"": _config(beside)}
     return {}
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: "str | Path") -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        with builtins.open(path, encoding="utf-8") as file:
+            config = json.load(file)
     except OSError as error:
         raise FileError(f"Can't read {path}, which holds the adapter's scale: {error.strerror}.") from error
     except ValueError as error:
@@ -173,10 +180,10 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _unpickle(path: Path, allow: bool) -> dict[str, Tensor]:
+def _unpickle(path: str, allow: bool) -> dict[str, Tensor]:
     if not allow:
         raise FileError(
-            f"{path.name} is a pickle, which can run code when it is opened. Way out: have its tensors read, and "
+            f"{os.path.basename(path)} is a pickle, which can run code when it is opened. Way out: have its tensors read, and "
             "nothing else, with torch's weights_only loader (allow_pickle)."
         )
     import torch
@@ -213,7 +220,7 @@ def save(
     workers: int = 1,
     progress: "Progress | None" = None,
     lost: Callable[[str], object] | None = None,
-) -> Path:
+) -> "Path":
     """Write a LoRA, whole or not at all.
 
     Args:
@@ -265,13 +272,15 @@ def saved_size(lora: LoRA, dialect: str | None = None, dtype: str | None = None)
     return file_size(spelling.groups, *for_writing(lora, spelling))
 
 
-def check_target(path: str | os.PathLike[str], dialect: str) -> Path:
+def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
     """The path that a LoRA will be written to, if it can be.
 
     Raises:
         OptionError: The dialect is unknown, or the path is not of its kind.
         FileError: The directory is missing.
     """
+    from pathlib import Path
+
     target = Path(path).expanduser()
     if DIALECTS[dialect].name == "peft":
         return target.with_suffix("") if target.suffix == ".safetensors" else target
@@ -283,7 +292,9 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> Path:
     return target
 
 
-def _save_folder(lora: LoRA, path: Path, spelling: "Spelling", workers: int, progress: "Progress | None") -> Path:
+def _save_folder(
+    lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None"
+) -> "Path":
     """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
     import tempfile
 
@@ -298,16 +309,16 @@ def _save_folder(lora: LoRA, path: Path, spelling: "Spelling", workers: int, pro
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".loramerge.", dir=path) as made:
-            _write_components(Path(made), configs, spelling.groups, metadata, workers, progress)
+            _write_components(path / made, configs, spelling.groups, metadata, workers, progress)
             for component in ("", *COMPONENTS):
-                _take_place(Path(made) / component, path / component)
+                _take_place(path / made / component, path / component)
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     return path
 
 
 def _write_components(
-    folder: Path,
+    folder: "Path",
     configs: Mapping[str, Any],
     groups: "list[Group]",
     metadata: Mapping[str, str],
@@ -337,7 +348,7 @@ def _shifted(progress: "Progress", before: int, total: int, done: int, _: int) -
     progress(before + done, total)
 
 
-def _take_place(made: Path, target: Path) -> None:
+def _take_place(made: "Path", target: "Path") -> None:
     """Put a component's new files in the place of the old; a component that is not there any more goes."""
     for name in (PEFT_FILE, PEFT_CONFIG):
         if (made / name).exists():
@@ -362,7 +373,7 @@ def convert(
     allow_pickle: bool = False,
     workers: int = 1,
     progress: "Progress | None" = None,
-) -> Path:
+) -> "Path":
     """Write a LoRA in another dialect; ΔW stays what it is.
 
     Args:

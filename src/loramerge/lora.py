@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Origin:
     """The tensors that a LoRA was read from, under their own keys."""
 
@@ -314,6 +314,8 @@ class _Reader:
         """Shape of the weight that the record updates, where the architecture knows it."""
         if self.architecture is None:
             return None
+        if len(record.parts) == 1:
+            return self.architecture.shapes.get(record.parts[0].module)
         shapes = [self.architecture.shapes.get(part.module) for part in record.parts]
         known = [shape for shape in shapes if shape is not None]
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None

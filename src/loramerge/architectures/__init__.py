@@ -24,7 +24,7 @@ def model(name: str) -> Mapping[str, Shape]:
     return {module: tuple(shape) for module, shape in data.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TextEncoder:
     """One text encoder of a family, and what the tools call it."""
 
@@ -37,7 +37,7 @@ class TextEncoder:
     """Its name in ComfyUI, also OMI's for the CLIPs."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Architecture:
     """A model family that LoRAs are made for."""
 

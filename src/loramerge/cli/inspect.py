@@ -78,10 +78,11 @@ def _summary(lora: LoRA) -> str:
 
 def _counts(values: Iterable[Any]) -> str:
     counts = Counter(v for v in values if v is not None)
-    shown = [f"{v:g}" if isinstance(v, float) else str(v) for v, _ in counts.most_common(6)]
+    commonest = counts.most_common()[:6]
+    shown = [f"{v:g}" if isinstance(v, float) else str(v) for v, _ in commonest]
     if len(counts) == 1:
         return shown[0]
-    texts = [f"{text} ({n})" for text, (_, n) in zip(shown, counts.most_common(6), strict=True)]
+    texts = [f"{text} ({n})" for text, (_, n) in zip(shown, commonest, strict=True)]
     return ", ".join(texts) + (f" and {len(counts) - 6} more" if len(counts) > 6 else "")
 
 

@@ -32,7 +32,7 @@ PEFT_KINDS = frozenset({"lora", "dora"})
 LYCORIS_KINDS = frozenset({"lora", "loha", "lokr", "dora", "full", "norm", "bias", "set"})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Dialect:
     """How one tool names the tensors of a LoRA."""
 

@@ -7,9 +7,9 @@ from ..architectures import Architecture
 from ..architectures.names import Parts
 from .base import PEFT_KINDS, Dialect
 
-ATTENTION = re.compile(r"(.*\.attn\d*)\.to_(q|k|v|out)(?:\.0)?")
-TEXT_ATTENTION = re.compile(r"(.*\.self_attn)\.(q|k|v|out)_proj")
-COMPONENTS = re.compile(r"(unet|transformer|text_encoder(_\d)?)\.")
+ATTENTION = r"(.*\.attn\d*)\.to_(q|k|v|out)(?:\.0)?"
+TEXT_ATTENTION = r"(.*\.self_attn)\.(q|k|v|out)_proj"
+COMPONENTS = r"(unet|transformer|text_encoder(_\d)?)\."
 
 
 def module_names(a: Architecture) -> Mapping[str, Parts]:
@@ -39,14 +39,14 @@ def oldest_text_names(a: Architecture) -> Mapping[str, Parts]:
     return {
         f"{name}.to_{match[2]}": parts
         for name, parts in module_names(a).items()
-        if (match := TEXT_ATTENTION.fullmatch(name))
+        if (match := re.fullmatch(TEXT_ATTENTION, name))
     }
 
 
 def _old(name: str) -> str | None:
-    if match := ATTENTION.fullmatch(name):
+    if match := re.fullmatch(ATTENTION, name):
         return f"{match[1]}.processor.to_{match[2]}"
-    if match := TEXT_ATTENTION.fullmatch(name):
+    if match := re.fullmatch(TEXT_ATTENTION, name):
         return f"{match[1]}.to_{match[2]}"
     return None
 
@@ -96,7 +96,7 @@ def _free_peft_module(stem: str) -> str:
 
 
 def _free(module: str) -> str | None:
-    return module if COMPONENTS.match(module) else None
+    return module if re.match(COMPONENTS, module) else None
 
 
 def _free_peft(module: str) -> str | None:

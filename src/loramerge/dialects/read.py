@@ -18,14 +18,14 @@ from .base import Dialect, table
 from .repairs import repaired
 from .suffixes import parse
 
-SPLIT_QKV = re.compile(r'"split_qkv":\s*"?[Tt]rue')
+SPLIT_QKV = r'"split_qkv":\s*"?[Tt]rue'
 """sd-scripts keeps alpha while it stacks ranks: https://github.com/kohya-ss/sd-scripts/issues/2204"""
 
-UNUSED = re.compile(r".*\.self_attn\.(q|k|v|out)_proj\.to_(?!\1$)(q|k|v|out)")
+UNUSED = r".*\.self_attn\.(q|k|v|out)_proj\.to_(?!\1$)(q|k|v|out)"
 """Layers that diffusers 0.16 and 0.17 saved and never applied."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """The tensors that a file has under one stem."""
 
@@ -41,7 +41,7 @@ class Record:
     """What the tensors make up, before it is known of which weight."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
     """What a file turned out to be."""
 
@@ -73,7 +73,7 @@ def read(
         LayerError: A layer is incomplete or its shapes disagree.
     """
     records, extras = _records(tensors)
-    unused = [stem for stem in records if UNUSED.fullmatch(stem)]
+    unused = [stem for stem in records if ".self_attn." in stem and re.fullmatch(UNUSED, stem)]
     for stem in unused:
         del records[stem]
     if not records:
@@ -90,7 +90,8 @@ def read(
         notes.append(
             f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them"
         )
-    if SPLIT_QKV.search(metadata.get("ss_network_args", "")):
+    arguments = metadata.get("ss_network_args", "")
+    if arguments and re.search(SPLIT_QKV, arguments):
         notes.append(
             "trained with split_qkv: readers scale its fused layers by a third or a quarter, and so does loramerge"
         )

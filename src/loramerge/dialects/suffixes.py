@@ -77,7 +77,7 @@ _EXACT: dict[str, tuple[str, str]] = {
     **{suffix: (role, style) for style, roles in STYLES.items() for role, suffix in roles.items()},
 }
 _GLUED = tuple(suffix for suffix in _EXACT if suffix[0] not in ".:")
-_NAMED = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)\.([^.]+)(\.weight|\.bias|)")
+_NAMED = r"(.+)\.lora_(A|B|magnitude_vector)\.([^.]+)(\.weight|\.bias|)"
 _NAMED_ROLES = {("A", ".weight"): "down", ("B", ".weight"): "up", ("B", ".bias"): "up_bias"}
 
 
@@ -99,7 +99,7 @@ def parse(key: str) -> Key | None:
     for start in _starts(key):
         if found := _EXACT.get(key[start:]):
             return Key(key[:start], *found)
-    if named := _NAMED.fullmatch(key):
+    if named := re.fullmatch(_NAMED, key):
         stem, which, _, end = named.groups()
         return Key(stem, _NAMED_ROLES.get((which, end), "row_magnitude"), "peft-named")
     return None

@@ -12,7 +12,6 @@ import os
 import struct
 from collections.abc import Mapping
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from ..errors import FileError
@@ -23,6 +22,10 @@ MAX_HEADER = 100_000_000
 """The reference implementation's limit, in bytes."""
 
 
+NUMBER, AHEAD = 8, 4096
+"""Bytes: tensors of one number lie side by side (alphas), so a block of them is read at once."""
+
+
 class SafetensorsFile(dict[str, Stored]):
     """The tensors of an open file by key, in the file's order, and its metadata.
 
@@ -30,15 +33,16 @@ class SafetensorsFile(dict[str, Stored]):
         FileError: The file can't be opened, or its header is broken or hostile.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__()
         self.path = path
+        self._ahead = 0, b""
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise FileError(f"Can't open {path}: {error.strerror}.") from error
         try:
-            self.metadata, tensors, self._start = self._header()
+            self.metadata, tensors, self._start, self._size = self._header()
         except FileError:
             self.close()
             raise
@@ -47,20 +51,26 @@ class SafetensorsFile(dict[str, Stored]):
     def __deepcopy__(self, memo: object) -> "SafetensorsFile":
         return self  # the file is read only, and its descriptor must be closed once
 
-    def __reduce__(self) -> tuple[type["SafetensorsFile"], tuple[Path]]:
+    def __reduce__(self) -> tuple[type["SafetensorsFile"], tuple[str | os.PathLike[str]]]:
         return SafetensorsFile, (self.path,)
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            self._ahead = 0, b""
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()
 
     def _tensor(self, begin: int, end: int) -> bytes:
-        return self._read(self._start + begin, end - begin)
+        if end - begin > NUMBER:
+            return self._read(self._start + begin, end - begin)
+        first, block = self._ahead
+        if begin < first or end > first + len(block):
+            first, block = self._ahead = begin, self._read(self._start + begin, min(AHEAD, self._size - begin))
+        return block[begin - first : end - first]
 
     def _read(self, offset: int, size: int) -> bytes:
         if self._fd < 0:
@@ -73,7 +83,7 @@ class SafetensorsFile(dict[str, Stored]):
             data += more
         return data
 
-    def _header(self) -> tuple[dict[str, str], dict[str, Stored], int]:
+    def _header(self) -> tuple[dict[str, str], dict[str, Stored], int, int]:
         size = os.fstat(self._fd).st_size
         if size < 8:
             raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
@@ -89,7 +99,7 @@ class SafetensorsFile(dict[str, Stored]):
             )
         header = self._json(self._read(8, length))
         metadata = self._checked_metadata(header.pop("__metadata__", {}))
-        return metadata, self._tensors(header, size - 8 - length), 8 + length
+        return metadata, self._tensors(header, size - 8 - length), 8 + length, size - 8 - length
 
     def _json(self, data: bytes) -> dict[str, Any]:
         try:
@@ -123,7 +133,9 @@ class SafetensorsFile(dict[str, Stored]):
         try:
             dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
             numbers = (*shape, begin, end)
-            if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 2**63 or len(value) != 3:
+            if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 2**63:
+                raise ValueError
+            if len(value) != 3 or type(dtype) is not str:
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise FileError(f"{self.path}: the header's entry for {key!r} is malformed.") from None

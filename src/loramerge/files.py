@@ -292,9 +292,7 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
     return target
 
 
-def _save_folder(
-    lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None"
-) -> "Path":
+def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None") -> "Path":
     """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
     import tempfile
 

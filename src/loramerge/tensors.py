@@ -222,13 +222,15 @@ def _all_finite(array: Array) -> bool:
         return not array.is_floating_point() or bool(array.float().isfinite().all())
     import numpy as np
 
-    if code(array) in ("F16", "BF16"):  # all exponent bits set
-        infinity = 0x7C00 if code(array) == "F16" else 0x7F80
-        magnitude = np.ascontiguousarray(array).view(np.int16) & 0x7FFF
-        return not array.size or int(magnitude.max()) < infinity
+    if (infinity := INFINITY.get(code(array))) and array.size:
+        return int((np.ascontiguousarray(array).view(np.int16) & 0x7FFF).max()) < infinity
     if array.dtype.kind in "iub":
         return True
     return bool(np.isfinite(array).all())
+
+
+INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
+"""Bits of infinity; those of NaN are larger."""
 
 
 def cast(array: Array, dtype: str) -> Array:

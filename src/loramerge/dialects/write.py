@@ -182,7 +182,8 @@ class _Writer:
                     raise DialectError(f"{self.lora.name}: {error}") from None
                 self.left_out.append(f"{stem}: {error}")
                 continue
-            self.layers[parts[0].module] = layout.map(_shape_only)
+            known = all(isinstance(t, Spec) for t in layout.tensors().values())
+            self.layers[parts[0].module] = layout if known else layout.map(_shape_only)
             specs = {key: self.spec(key, tensor) for key, tensor in self.tensors(stem, parts, layout).items()}
             yield Group(stem, specs, partial(self.values, stem, parts))
         for key, tensor in self.extras().items():

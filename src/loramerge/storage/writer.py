@@ -16,6 +16,7 @@ from typing import Any
 from ..dialects.write import Group
 from ..errors import FileError
 from ..tensors import Array, Spec, is_torch, nbytes
+from . import forks
 from .positioned import pread, pwrite
 
 Progress = Callable[[int, int], None]
@@ -39,7 +40,7 @@ def write(
     Args:
         groups: What to write; each is made when its turn comes.
         metadata: Strings for the header.
-        workers: Threads that make groups, at most; small groups are made by one.
+        workers: Processes that make groups, at most; threads where it is not safe to fork.
         hashes: Whether to fill in ``sshs_model_hash`` and ``sshs_legacy_hash``.
 
     Raises:
@@ -50,17 +51,18 @@ def write(
         raise FileError(f"Can't write {path}: two tensors have the same key.")
     _keep_freed_memory()
     with _replacing(path) as fd:
-        layout = _Layout(specs, {**metadata, **_PLACEHOLDERS} if hashes else metadata)
-        _reserve(fd, layout.size)
-        _write_at(fd, layout.header, 0)
-        threads = _useful(workers, layout, groups)
+        layout = _Layout(specs)
+        header = layout.header({**metadata, **_PLACEHOLDERS} if hashes else metadata)
+        start = len(header)
+        _reserve(fd, start + layout.size)
+        _write_at(fd, header, 0)
         # Closed before the file is: a thread still at work would write into whatever is opened next.
-        with closing(_each(groups, lambda group: _write_group(fd, group, layout), threads)) as written:
+        with closing(_each(groups, lambda group: _write_group(fd, group, layout, start), workers)) as written:
             for done, _ in enumerate(written, start=1):
                 if progress:
                     progress(done, len(groups))
         if hashes:
-            _write_at(fd, _Layout(specs, {**metadata, **_hashes(fd, specs, metadata, layout)}).header, 0)
+            _write_at(fd, layout.header({**metadata, **_hashes(fd, layout, start, metadata)}), 0)
 
 
 def file_size(groups: Iterable[Group], metadata: Mapping[str, str], hashes: bool = False) -> int:
@@ -83,8 +85,8 @@ def _keep_freed_memory(size: int = 1 << 24) -> None:
 class _Layout:
     """Where everything stands: tensors by falling alignment, then by name, as the reference has it."""
 
-    def __init__(self, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
-        entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
+        entries: dict[str, Any] = {}
         self.begins: dict[str, int] = {}
         at = 0
         for key in sorted(specs, key=lambda key: (-RANK[specs[key].dtype], key)):
@@ -93,11 +95,20 @@ class _Layout:
             entries[key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + size]}
             self.begins[key] = at
             at += size
-        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        self.size = at
+        self._entries = _members(entries)
+
+    def header(self, metadata: Mapping[str, str]) -> bytes:
+        """The file's beginning, up to the tensors' bytes."""
+        own = _members({"__metadata__": dict(metadata)}) if metadata else ""
+        text = ("{" + ",".join(filter(None, (own, self._entries))) + "}").encode()
         text += b" " * (-len(text) % 8)
-        self.header = struct.pack("<Q", len(text)) + text
-        self.start = len(self.header)
-        self.size = self.start + at
+        return struct.pack("<Q", len(text)) + text
+
+
+def _members(data: Mapping[str, Any]) -> str:
+    """JSON of an object, without the braces."""
+    return json.dumps(data, separators=(",", ":"), ensure_ascii=False)[1:-1]
 
 
 _ORDER = [
@@ -123,9 +134,9 @@ RANK = {code: i for i, code in enumerate(_ORDER)}
 _PLACEHOLDERS = {"sshs_legacy_hash": "0" * 8, "sshs_model_hash": "0" * 64}
 
 
-def _write_group(fd: int, group: Group, layout: _Layout) -> None:
+def _write_group(fd: int, group: Group, layout: _Layout, start: int) -> None:
     for key, array in group.arrays().items():
-        _write_at(fd, _bytes(array), layout.start + layout.begins[key])
+        _write_at(fd, _bytes(array), start + layout.begins[key])
 
 
 def _bytes(array: Array) -> memoryview:
@@ -161,16 +172,19 @@ SMALL = 100_000
 """Bytes of a group below which its work is mostly Python's own, which threads can't share."""
 
 
-def _useful(workers: int, layout: _Layout, groups: list[Group]) -> int:
-    """The number of threads that pay: one where groups are small."""
-    return workers if layout.size >= SMALL * len(groups) else 1
-
-
-def _each(groups: list[Group], work: Callable[[Group], None], workers: int) -> Generator[None, None, None]:
-    """Work on every group, on several threads, with few in flight."""
-    if workers <= 1:
+def _each(groups: list[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:
+    """Work on every group, by as many workers as pay."""
+    if workers <= 1 or len(groups) <= 1:
         yield from map(work, groups)
-        return
+    elif forks.safe():
+        yield from forks.each(groups, work, workers)
+    else:
+        size = sum(nbytes(tuple(spec.shape), spec.dtype) for group in groups for spec in group.specs.values())
+        yield from _by_threads(groups, work, workers) if size >= SMALL * len(groups) else map(work, groups)
+
+
+def _by_threads(groups: list[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:
+    """The same on threads, with few groups in flight."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = iter(groups)
         running = [pool.submit(work, group) for group in islice(waiting, 4 * workers)]
@@ -213,20 +227,20 @@ def write_text(path: Path, text: str) -> None:
         _write_at(fd, text.encode(), 0)
 
 
-def _hashes(fd: int, specs: Mapping[str, Spec], metadata: Mapping[str, str], layout: _Layout) -> dict[str, str]:
+def _hashes(fd: int, layout: _Layout, start: int, metadata: Mapping[str, str]) -> dict[str, str]:
     """kohya's hashes, which the WebUI knows a LoRA by: of the tensors' bytes, and of 64 KiB at 1 MiB.
 
     The older of the two is taken as if the header held the ``ss_`` entries only.
 
     Source: https://github.com/kohya-ss/sd-scripts, library/train_util.py, precalculate_safetensors_hashes
     """
-    kept = _Layout(specs, {k: v for k, v in metadata.items() if k.startswith("ss_")})
-    image = kept.header[0x100000:0x110000]
-    rest = 0x110000 - max(0x100000, kept.start)
+    kept = layout.header({k: v for k, v in metadata.items() if k.startswith("ss_")})
+    image = kept[0x100000:0x110000]
+    rest = 0x110000 - max(0x100000, len(kept))
     if rest > 0:
-        image += pread(fd, rest, layout.start + max(0x100000 - kept.start, 0))
+        image += pread(fd, rest, start + max(0x100000 - len(kept), 0))
     whole = hashlib.sha256()
-    for chunk in _chunks(fd, layout.start, layout.size):
+    for chunk in _chunks(fd, start, start + layout.size):
         whole.update(chunk)
     return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": hashlib.sha256(image).hexdigest()[:8]}
 

@@ -232,8 +232,9 @@ def save(
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``; by default each tensor's own, for a
             merge the widest of its inputs.
         allow_lossy: Whether to leave out what the dialect can't hold.
-        workers: Threads, at most: small ranks are merged by one, which is faster. The bytes are
-            the same for any number.
+        workers: Processes, at most; the bytes are the same for any number.  They are forked, so on
+            Linux only, and only while this process has one thread and has not imported torch;
+            otherwise they are threads, which pay for large ranks only.
         progress: Called with the number of modules done and of all.
         lost: Called with a line for each thing that ``allow_lossy`` left out.
 
@@ -382,7 +383,7 @@ def convert(
         architecture: The model family, where the file leaves it open.
         allow_lossy: Whether to leave out what the dialect can't hold.
         allow_pickle: Whether to read pickles, tensors only.
-        workers: Threads.
+        workers: Processes or threads, as in `save`.
         progress: Called with the number of modules done and of all.
 
     Returns:

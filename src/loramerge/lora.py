@@ -1,6 +1,7 @@
 """A LoRA: what a file means, whatever it was called."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -191,6 +192,8 @@ def _to_torch(array: Array) -> "torch.Tensor":
 
 def in_one_library(layers: Sequence[Layer], device: str | None = None) -> list[Layer]:
     """Layers whose tensors are all numpy's or all torch's: torch's where one is, or a device is named."""
+    if "torch" not in sys.modules and device is None:
+        return list(layers)
     torches = [is_torch(tensor) for layer in layers for tensor in layer.tensors().values()]
     if device is None and (all(torches) or not any(torches)):
         return list(layers)

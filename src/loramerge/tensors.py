@@ -241,26 +241,21 @@ def cast(array: Array, dtype: str) -> Array:
     """
     if code(array) == dtype:
         return array
+    if dtype in LARGEST and math.prod(array.shape):
+        _check_range(array, dtype)
     if is_torch(array):
         import torch
 
-        return _checked(array, array.to(getattr(torch, NAMES[dtype])))
-    import numpy as np
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _checked(array, array.astype(numpy_dtype(dtype)))
+        return array.to(getattr(torch, NAMES[dtype]))
+    return array.astype(numpy_dtype(dtype))
 
 
-def _checked(array: Array, narrow: Array) -> Array:
-    if code(narrow) in LARGEST and math.prod(array.shape):
-        largest = max(float(array.max()), -float(array.min()))
-        if 0 < largest < SMALLEST[code(narrow)]:
-            raise NumberError(
-                f"every value is 0 in {NAMES[code(narrow)]}, the largest is {largest:.4g}; save as float32"
-            )
-        if not largest <= LARGEST[code(narrow)]:  # which NaN is not, either
-            raise NumberError(f"{largest:.4g} is too large for {NAMES[code(narrow)]}; save as float32")
-    return narrow
+def _check_range(array: Array, dtype: str) -> None:
+    largest = max(float(array.max()), -float(array.min()))
+    if 0 < largest < SMALLEST[dtype]:
+        raise NumberError(f"every value is 0 in {NAMES[dtype]}, the largest is {largest:.4g}; save as float32")
+    if not largest <= LARGEST[dtype]:  # which NaN is not, either
+        raise NumberError(f"{largest:.4g} is too large for {NAMES[dtype]}; save as float32")
 
 
 LARGEST = {"F32": 3.4028235e38, "F16": 65519.0, "BF16": 3.3961e38, "F8_E4M3": 464.0, "F8_E5M2": 61439.0}

@@ -30,7 +30,7 @@ class Scope(StrEnum):
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Workers = Annotated[
-    int, typer.Option("--workers", "-j", min=1, help="Threads, at most; the bytes are the same for any number.")
+    int, typer.Option("--workers", "-j", min=1, help="Processes, at most; the bytes are the same for any number.")
 ]
 Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -13,7 +12,7 @@ from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namesp
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Layer(ABC):
+class Layer:
     """The update ΔW of one module, in the tensors that a file holds.
 
     The tensors are arrays, or `Spec` stand-ins when only shapes are known (a *layout*): the
@@ -36,9 +35,9 @@ class Layer(ABC):
         return f"{type(self).__name__}({said})"
 
     @property
-    @abstractmethod
     def shape(self) -> Shape:
         """Shape of the weight that the layer updates: ``(out, in)`` or ``(out, in, kh, kw)``."""
+        raise NotImplementedError
 
     @property
     def rank(self) -> int | None:

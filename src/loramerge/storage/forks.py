@@ -7,7 +7,8 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn, TypeVar
 
 from ..errors import FileError, LoRAMergeError
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 DONE, FAILED = b".", b"!"
 """What a child says: one mark for each item that is done, or that it failed and the exception."""
+
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 PORTIONS = 64
 """In how many portions the work is handed out, about: few messages, which fit into any pipe."""
@@ -55,18 +58,30 @@ def each(items: Sequence[T], work: Callable[[T], None], workers: int) -> Generat
     portions = _portions(len(items))
     children: dict[int, int] = {}
     try:
-        for _ in range(min(workers, len(items))):
-            heard, said = os.pipe()
-            children[heard] = os.fork() or _work(items, work, portions, said)
-            os.close(said)
+        with _undisturbed():
+            for _ in range(min(workers, len(items))):
+                heard, said = os.pipe()
+                children[heard] = os.fork() or _work(items, work, portions, said)
+                os.close(said)
         yield
         yield from _listen(children)
     finally:
-        os.close(portions)
-        for heard, pid in children.items():
-            os.close(heard)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        with _undisturbed():
+            os.close(portions)
+            for heard, pid in children.items():
+                os.close(heard)
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Interrupts wait: one that rises inside a fork's own hooks is lost, and so would a child be."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _portions(count: int) -> int:
@@ -89,6 +104,7 @@ def _work(items: Sequence[T], work: Callable[[T], None], portions: int, said: in
         # Ctrl-C goes to the whole group of processes: the parent answers it, and ends its children.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         gc.freeze()  # looking for garbage among what was inherited would copy it
         while bounds := os.read(portions, 8):
             first, last = int.from_bytes(bounds[:4], "little"), int.from_bytes(bounds[4:], "little")

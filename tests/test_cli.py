@@ -274,3 +274,13 @@ def test_a_device_that_is_not_there_is_refused(files: tuple[Path, Path], tmp_pat
 
 def test_weights_given_together_are_explained(files: tuple[Path, Path], tmp_path: Path) -> None:
     refused(run("merge", *files, "-o", tmp_path / "both.safetensors", "-w", "1", "0.5"), "one by one", tmp_path)
+
+
+def test_what_was_kept_is_told_for_any_number_of_workers(files: tuple[Path, Path], tmp_path: Path) -> None:
+    said = [
+        run("merge", *files, "-o", str(tmp_path / f"out{n}.safetensors"), "-r", "2", "-j", str(n)).stdout
+        for n in (1, 2)
+    ]
+
+    assert "kept" in said[0]
+    assert said[0].splitlines()[-1] == said[1].splitlines()[-1]

@@ -259,7 +259,7 @@ def save(
     from .storage.writer import write
 
     metadata, hashes = for_writing(lora, spelling)
-    write(target, spelling.groups, metadata, workers=workers, progress=progress, hashes=hashes)
+    write(target, spelling.groups, metadata, workers=workers, progress=progress, hashes=hashes, fork=not lora.here)
     return target
 
 
@@ -308,7 +308,7 @@ def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, p
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".loramerge.", dir=path) as made:
-            _write_components(path / made, configs, spelling.groups, metadata, workers, progress)
+            _write_components(path / made, configs, spelling.groups, metadata, workers, progress, not lora.here)
             for component in ("", *COMPONENTS):
                 _take_place(path / made / component, path / component)
     except OSError as error:
@@ -323,6 +323,7 @@ def _write_components(
     metadata: Mapping[str, str],
     workers: int,
     progress: "Progress | None",
+    fork: bool,
 ) -> None:
     """Each component's adapter and configuration, in a directory of its own."""
     from .dialects.write import Group
@@ -338,7 +339,7 @@ def _write_components(
         ]
         (folder / component).mkdir(exist_ok=True)
         report = partial(_shifted, progress, done, len(groups)) if progress else None
-        write(folder / component / PEFT_FILE, stripped, metadata, workers=workers, progress=report)
+        write(folder / component / PEFT_FILE, stripped, metadata, workers=workers, progress=report, fork=fork)
         write_text(folder / component / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         done += len(mine)
 

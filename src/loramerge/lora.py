@@ -63,6 +63,8 @@ class LoRA(Mapping[str, Layer]):
     """What was repaired or is unusual."""
     dtype: str | None = None
     """Dtype that saving uses unless told: None keeps every tensor's own."""
+    here: bool = False
+    """Whether layers must be computed in this process, because someone is told of it."""
     origin: Origin | None = field(default=None, repr=False)
 
     def __getitem__(self, module: str) -> Layer:

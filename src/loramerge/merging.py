@@ -163,6 +163,7 @@ class Plan:
             dialect=self.dialect,
             layouts={module: self._layout(step) for module, step in self.steps.items()},
             compute=compute,
+            here=record is not None,
             metadata=self._metadata(),
             extras=self.extras,
             dtype=self.dtype,

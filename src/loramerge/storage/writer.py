@@ -31,6 +31,7 @@ def write(
     workers: int = 1,
     progress: Progress | None = None,
     hashes: bool = False,
+    fork: bool = True,
 ) -> None:
     """Write a safetensors file: whole, or not at all.
 
@@ -42,6 +43,7 @@ def write(
         metadata: Strings for the header.
         workers: Processes that make groups, at most; threads where it is not safe to fork.
         hashes: Whether to fill in ``sshs_model_hash`` and ``sshs_legacy_hash``.
+        fork: Whether workers may be processes.
 
     Raises:
         FileError: The disk is full, the directory is missing or not writable.
@@ -57,7 +59,7 @@ def write(
         _reserve(fd, start + layout.size)
         _write_at(fd, header, 0)
         # Closed before the file is: a thread still at work would write into whatever is opened next.
-        with closing(_each(groups, lambda group: _write_group(fd, group, layout, start), workers)) as written:
+        with closing(_each(groups, lambda group: _write_group(fd, group, layout, start), workers, fork)) as written:
             for done, _ in enumerate(written, start=1):
                 if progress:
                     progress(done, len(groups))
@@ -68,7 +70,8 @@ def write(
 def file_size(groups: Iterable[Group], metadata: Mapping[str, str], hashes: bool = False) -> int:
     """Bytes of the file that `write` would make."""
     specs = {key: spec for group in groups for key, spec in group.specs.items()}
-    return _Layout(specs, {**metadata, **_PLACEHOLDERS} if hashes else metadata).size
+    layout = _Layout(specs)
+    return len(layout.header({**metadata, **_PLACEHOLDERS} if hashes else metadata)) + layout.size
 
 
 def _keep_freed_memory(size: int = 1 << 24) -> None:
@@ -172,11 +175,11 @@ SMALL = 100_000
 """Bytes of a group below which its work is mostly Python's own, which threads can't share."""
 
 
-def _each(groups: list[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:
+def _each(groups: list[Group], work: Callable[[Group], None], workers: int, fork: bool) -> Generator[None]:
     """Work on every group, by as many workers as pay."""
     if workers <= 1 or len(groups) <= 1:
         yield from map(work, groups)
-    elif forks.safe():
+    elif fork and forks.safe():
         yield from forks.each(groups, work, workers)
     else:
         size = sum(nbytes(tuple(spec.shape), spec.dtype) for group in groups for spec in group.specs.values())

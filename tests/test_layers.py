@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loramerge.errors import LayerError, NoFactorsError
-from loramerge.layers import DoRA, Layer, LowRank, build
+from loramerge.layers import DoRA, Layer, LowRank, Replaced, build
 from loramerge.tensors import Spec, cast, code, float32, numpy_dtype, parse_dtype, scalar, widest
 from loramerge.testing import KINDS, random_layer, relative_error
 
@@ -107,6 +107,49 @@ def test_rows_of_a_layer_are_the_rows_of_its_update(kind: str) -> None:
     assert part.shape == (24, 32)
     assert part.norm() == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
     np.testing.assert_allclose(part.delta(), wanted, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [*LOW_RANK, "full"])
+def test_the_update_on_a_weight_is_the_update_where_it_does_not_depend_on_the_weight(kind: str) -> None:
+    layer = random_layer(CONV, kind=kind, rank=2)
+
+    np.testing.assert_array_equal(layer.delta_on(np.ones(CONV, np.float32)), layer.delta())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_layer_on_rows_of_a_weight_are_the_rows_of_its_update(kind: str) -> None:
+    layer, ranges = random_layer(LINEAR, kind=kind, rank=2), ((32, 48), (0, 8))
+    if kind == "full":
+        layer = replace(layer, diff_b=None)
+    weight = np.random.default_rng(0).standard_normal(LINEAR).astype(np.float32)
+    cut = np.concatenate([weight[32:48], weight[:8]])
+    part = layer.rows(ranges, "source")
+
+    if kind == "dora-in":
+        with pytest.raises(NoFactorsError, match="only some rows"):
+            part.delta_on(cut)
+    else:
+        whole = layer.delta_on(weight)
+        np.testing.assert_allclose(part.delta_on(cut), np.concatenate([whole[32:48], whole[:8]]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dora", "dora-in"])
+@pytest.mark.parametrize("shape", [LINEAR, CONV])
+def test_dora_gives_the_patched_weight_its_magnitudes_as_norms(kind: str, shape: tuple[int, ...]) -> None:
+    layer = random_layer(shape, kind=kind, rank=2)
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    axes = tuple(i for i in range(len(shape)) if i != (0 if kind == "dora" else 1))
+    patched = np.float64(weight) + dense(layer.direction)
+
+    wanted = layer.magnitude * patched / np.sqrt((patched**2).sum(axis=axes, keepdims=True)) - weight
+
+    assert relative_error(layer.delta_on(weight), wanted) <= 1e-6
+
+
+def test_a_replaced_weight_is_the_weight_after_its_update() -> None:
+    weight, new = np.full((3, 2), 5, np.float32), np.arange(6, dtype=np.float32).reshape(3, 2)
+
+    np.testing.assert_array_equal(weight + Replaced(set_weight=new).delta_on(weight), new)
 
 
 def test_a_tucker_core_folds_into_a_plain_convolution() -> None:

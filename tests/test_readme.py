@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import loramerge as lm
+from loramerge.architectures import ARCHITECTURES
+from loramerge.checkpoints import stored_names
 from loramerge.testing import random_lora
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +42,27 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jersey = random_lora("sdxl", rank=8, seed=2, only=chosen)
     lm.save(person, folder / "person.safetensors", dialect="kohya")
     lm.save(jersey, folder / "jersey.safetensors", dialect="diffusers-peft")
+    base_model(folder / "sdxl.safetensors")
     return folder
+
+
+def base_model(path: Path) -> None:
+    """A part of an SDXL file: the weights that the LoRAs change."""
+    sdxl = ARCHITECTURES["sdxl"]
+    begins = (
+        "model.diffusion_model.",
+        "conditioner.embedders.0.transformer.text_model",
+        "conditioner.embedders.1.model.",
+    )
+    values = (0.02 * np.random.default_rng(0).standard_normal(1 << 23, dtype=np.float32)).astype(np.float16)
+    tensors = {}
+    for name, parts in stored_names(sdxl).items():
+        if name.startswith(begins) and parts[0].module.startswith(PLACES):
+            rows = sum(sdxl.shapes[part.module][0] for part in parts)
+            shape = (rows, *sdxl.shapes[parts[0].module][1:])
+            end = "_weight" if name.endswith("in_proj") else ".weight"
+            tensors[name + end] = values[: rows * shape[1]].reshape(shape)
+    save_file(tensors, path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -15,8 +15,10 @@ _HOMES = {
     "LoRA": "lora",
     "Plan": "merging",
     "compare": "analysis",
+    "bake": "baking",
     "convert": "files",
     "errors": "errors",
+    "extract": "extracting",
     "load": "files",
     "merge": "merging",
     "open": "files",
@@ -29,6 +31,8 @@ _HOMES = {
 if TYPE_CHECKING:
     from . import errors
     from .analysis import Comparison, compare
+    from .baking import bake
+    from .extracting import extract
     from .files import convert, load, open, save
     from .lora import LoRA
     from .merging import Plan, merge, plan, resize
@@ -54,9 +58,11 @@ __all__ = [
     "LoRA",
     "Plan",
     "__version__",
+    "bake",
     "compare",
     "convert",
     "errors",
+    "extract",
     "load",
     "merge",
     "open",

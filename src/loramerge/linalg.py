@@ -379,3 +379,26 @@ def distance(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
     down = xp.concat([xp.astype(first[1], xp.float64), xp.astype(second[1], xp.float64)], axis=0)
     core = xp.linalg.qr(up)[1] @ xp.linalg.qr(down.T)[1].T
     return math.sqrt(float((core**2).sum()))
+
+
+def _wide_gram(matrix: Array) -> Array:
+    """``matrix @ matrixᵀ`` in float64."""
+    xp = namespace(matrix)
+    wide = xp.astype(matrix, xp.float64)
+    return wide @ wide.T
+
+
+def numerical_rank(matrix: Array) -> int:
+    """Number of singular values above max(out, in) · ε · σ₁, with float32's ε; at least 1.
+
+    Args:
+        matrix: Shape ``(out, in)``, float32.
+
+    Source:
+        The tolerance is numpy's, ``numpy.linalg.matrix_rank``.
+    """
+    xp = namespace(matrix)
+    small = matrix if matrix.shape[0] <= matrix.shape[1] else xp.permute_dims(matrix, (1, 0))
+    squares = xp.linalg.eigvalsh(_wide_gram(small))
+    least = (max(matrix.shape) * 2.0**-23) ** 2 * float(squares[-1])
+    return max(1, int((squares > least).sum()))

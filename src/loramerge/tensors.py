@@ -274,6 +274,19 @@ def take_rows(tensor: Array | Spec, ranges: Ranges) -> Array | Spec:
     return namespace(tensor).concat([tensor[a:b] for a, b in ranges])
 
 
+def put_rows(array: Array, ranges: Ranges, values: Array) -> Array:
+    """Write values over rows of an array, in place: the inverse of `take_rows`.
+
+    Returns:
+        The array.
+    """
+    start = 0
+    for a, b in ranges:
+        array[a:b] = values[start : start + b - a]
+        start += b - a
+    return array
+
+
 def flatten(tensor: Array) -> Array:
     """``(rows, …)`` as a matrix ``(rows, columns)``."""
     return tensor.reshape((tensor.shape[0], -1)) if tensor.ndim != 2 else tensor

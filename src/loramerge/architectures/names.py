@@ -56,7 +56,7 @@ def apply(rules: Iterable[Rule], modules: Mapping[str, Shape], component: str) -
 
 
 def _expand(rules: Iterable[Rule], modules: Mapping[str, Shape]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    blocks = 1 + max((int(p[1]) for path in modules if (p := path.split("."))[1:] and p[1].isdigit()), default=0)
+    blocks = 1 + max((int(part) for path in modules for part in path.split(".") if part.isdigit()), default=0)
     for native, *targets in rules:
         for i in range(blocks) if "{i}" in native else (0,):
             paths = tuple(target.format(i=i) for target in targets)

@@ -9,6 +9,8 @@ import typer
 
 from .. import __version__
 from ..errors import OptionError
+from .bake import bake
+from .extract import extract
 from .run import progress, size, table
 
 app = typer.Typer(
@@ -311,6 +313,10 @@ def _plan_table(planned: Any) -> str:
             *notes,
         ]
     )
+
+
+app.command()(bake)
+app.command()(extract)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 from .. import linalg
 from ..errors import NoFactorsError
-from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, take_rows, widest
+from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, put_rows, take_rows, widest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -80,6 +80,25 @@ class Layer:
         up, down = self.factors()
         return (up @ down).reshape(self.shape)
 
+    def delta_on(self, weight: Array) -> Array:
+        """ΔW for a given weight: what the layer adds to it at full strength.
+
+        Args:
+            weight: The module's weight in the base model, float32, of the layer's `shape`.
+
+        Returns:
+            A dense float32 array of the weight's shape.
+
+        Raises:
+            NoFactorsError: ΔW can't be computed.
+        """
+        return self.delta()
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a row of ΔW depends on the same row of the weight only."""
+        return True
+
     def delta_bias(self) -> Array | Spec | None:
         """The update of the module's bias, shape ``(out,)``, every scale folded in; None where there is none."""
         return self.diff_b
@@ -95,7 +114,8 @@ class Layer:
             ranges: Row ranges ``(start, stop)`` of the weight, in the order wanted.
             source: What the rows are taken from; parts of one source share it.
         """
-        bias = None if self.diff_b is None else take_rows(self.diff_b, ranges)
+        whole = self.delta_bias()
+        bias = None if whole is None else take_rows(whole, ranges)
         return Rows(whole=self, ranges=ranges, source=source, diff_b=bias)
 
 
@@ -142,6 +162,16 @@ class Rows(Layer):
 
     def delta(self) -> Array:
         return take_rows(self.whole.delta(), self.ranges)
+
+    def delta_on(self, weight: Array) -> Array:
+        if not self.by_rows:
+            raise NoFactorsError("its norms run over a whole fused weight, of which only some rows are given")
+        rows = namespace(weight).zeros(self.whole.shape, dtype=weight.dtype, device=weight.device)
+        return take_rows(self.whole.delta_on(put_rows(rows, self.ranges, weight)), self.ranges)
+
+    @property
+    def by_rows(self) -> bool:
+        return self.whole.by_rows
 
     def norm(self) -> float:
         return dense_norm(self.delta()) if self.rank is None else super().norm()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from ..errors import LayerError, NoFactorsError
-from ..tensors import Array, Ranges, Shape, Spec, take_rows
+from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, take_rows
 from .base import Layer
 from .full import LEAVE_OUT
 
@@ -53,7 +53,7 @@ class DoRA(Layer):
     @property
     def no_factors(self) -> str:
         return (
-            "it is a DoRA layer, whose ΔW depends on the base weight. Ways out: merge it into the base model, "
+            "it is a DoRA layer, whose ΔW depends on the base weight. Ways out: bake it into the base model, "
             f"or {LEAVE_OUT}"
         )
 
@@ -65,6 +65,30 @@ class DoRA(Layer):
 
     def delta(self) -> Array:
         raise NoFactorsError(self.no_factors)
+
+    def delta_bias(self) -> Array | Spec | None:
+        return self.direction.delta_bias()
+
+    def delta_on(self, weight: Array) -> Array:
+        """W' − W, with W' = m · (W + ΔV) / ‖W + ΔV‖ and ΔV the direction's update.
+
+        The norm is that of the patched weight, over everything but the magnitude's own index,
+        as in the paper, PEFT and LyCORIS.  (ComfyUI takes the base weight's norm where the
+        magnitude has one value an output row.)  It is summed in float64.
+        """
+        xp = namespace(weight)
+        patched = weight + self.direction.delta_on(weight)
+        kept = 0 if self.axis == "out" else 1
+        others = tuple(axis for axis in range(weight.ndim) if axis != kept)
+        squares = xp.sum(xp.astype(patched, xp.float64) ** 2, axis=others, keepdims=True)
+        if not bool((squares > 0).all()):
+            raise LayerError("W + ΔW has a row or column of zeros, which has no direction to give a length to")
+        magnitude = float32(self.magnitude).reshape(squares.shape)
+        return patched * xp.astype(magnitude / xp.sqrt(squares), patched.dtype) - weight
+
+    @property
+    def by_rows(self) -> bool:
+        return self.axis == "out" and self.direction.by_rows
 
     def norm(self) -> float:
         raise NoFactorsError(self.no_factors)

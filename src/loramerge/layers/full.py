@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..errors import NoFactorsError
-from ..tensors import Array, Ranges, Shape, Spec, float32, take_rows
+from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, take_rows
 from .base import Layer, dense_norm
 
 LEAVE_OUT = "leave the module out (exclude)"
@@ -60,6 +60,9 @@ class BiasOnly(Layer):
     def delta(self) -> Array:
         raise NoFactorsError(self.no_factors)
 
+    def delta_on(self, weight: Array) -> Array:
+        return namespace(weight).zeros_like(weight)
+
     def norm(self) -> float:
         return dense_norm(float32(self.diff_b))
 
@@ -109,6 +112,9 @@ class Replaced(Layer):
 
     def delta(self) -> Array:
         raise NoFactorsError(self.no_factors)
+
+    def delta_on(self, weight: Array) -> Array:
+        return float32(self.set_weight).reshape(weight.shape) - weight
 
     def norm(self) -> float:
         raise NoFactorsError(self.no_factors)

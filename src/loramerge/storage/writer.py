@@ -6,14 +6,13 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ..dialects.write import Group
 from ..errors import FileError
 from ..tensors import Array, Spec, is_torch, nbytes
 from . import forks
@@ -23,9 +22,20 @@ Progress = Callable[[int, int], None]
 """Called with the number of modules done and of all."""
 
 
+class Group(Protocol):
+    """Tensors that are written together."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Shapes and dtypes, by key."""
+
+    def arrays(self) -> Mapping[str, Array]:
+        """The values, in the dtypes of `specs`."""
+
+
 def write(
     path: Path,
-    groups: list[Group],
+    groups: Sequence[Group],
     metadata: Mapping[str, str],
     *,
     workers: int = 1,
@@ -175,7 +185,7 @@ SMALL = 100_000
 """Bytes of a group below which its work is mostly Python's own, which threads can't share."""
 
 
-def _each(groups: list[Group], work: Callable[[Group], None], workers: int, fork: bool) -> Generator[None]:
+def _each(groups: Sequence[Group], work: Callable[[Group], None], workers: int, fork: bool) -> Generator[None]:
     """Work on every group, by as many workers as pay."""
     if workers <= 1 or len(groups) <= 1:
         yield from map(work, groups)
@@ -186,7 +196,7 @@ def _each(groups: list[Group], work: Callable[[Group], None], workers: int, fork
         yield from _by_threads(groups, work, workers) if size >= SMALL * len(groups) else map(work, groups)
 
 
-def _by_threads(groups: list[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:
+def _by_threads(groups: Sequence[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:
     """The same on threads, with few groups in flight."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = iter(groups)

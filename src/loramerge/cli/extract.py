@@ -1,0 +1,88 @@
+"""``loramerge extract``: a LoRA from the difference of two models."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from .run import progress, size, table
+
+if TYPE_CHECKING:
+    from ..extracting import Extraction
+
+
+def extract(
+    tuned: Annotated[Path, typer.Argument(help="The fine-tuned model: a .safetensors file or a diffusers directory.")],
+    base: Annotated[Path, typer.Option("--base", "-b", help="The model that it was made from, in any layout.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The LoRA to write; for peft a directory.")],
+    rank: Annotated[str, typer.Option("--rank", "-r", help="A number, or full: all that there is.")] = "32",
+    to: Annotated[
+        str | None, typer.Option("--to", "-t", help="Dialect of the output; kohya where it has the names.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the model's by default.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option("--variant", help="Of both models' files: fp16.")] = None,
+    most: Annotated[int, typer.Option("--most", min=0, help="Rows to print: the modules that are held worst.")] = 10,
+    json: Annotated[bool, typer.Option("--json", help="For programs: every module.")] = False,
+    workers: Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads, each with a weight in memory.")] = 1,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+) -> None:
+    """Make a LoRA of the difference between a fine-tuned model and its base: the best fit at a rank.
+
+    Example: loramerge extract tuned.safetensors --base sd_xl_base_1.0.safetensors -o tuned-lora.safetensors --rank 64
+    """
+    from ..extracting import plan_extraction
+    from ..files import check_target, save
+
+    check_target(output, to or "kohya")
+    silent = quiet or json
+    with progress("Comparing", silent) as report:
+        chosen = int(rank) if rank.lstrip("-").isdigit() else rank
+        planned = plan_extraction(tuned, base, rank=cast(Any, chosen), dtype=dtype, variant=variant, progress=report)
+    with progress("Extracting", silent) as report:
+        path = save(planned.lora(), output, dialect=to, workers=workers, progress=report)
+    if json:
+        _print_json(planned, path)
+    elif not quiet:
+        _print(planned, path, to or planned.lora().dialect, most)
+
+
+def _print(planned: "Extraction", path: Path, dialect: str, most: int) -> None:
+    worst = sorted(planned.fits.values(), key=lambda fit: -fit.relative)
+    rows = [[f.module, str(f.rank), f"{f.norm:.4g}", f"{f.error:.4g}", f"{f.relative:.3g}"] for f in worst[:most]]
+    print(table(["module", "rank", "‖D‖", "‖error‖", "relative"], rows))
+    left = len(worst) - len(rows)
+    print(f"… and {left} more, none worse" if left else "")
+    if planned.not_held:
+        rows = [[n.tensor, f"{n.norm:.4g}", f"{n.relative:.3g}"] for n in _largest(planned)[:most]]
+        print(table(["not held by a LoRA", "‖D‖", "of ‖W‖"], rows))
+        left = len(planned.not_held) - len(rows)
+        print(f"… and {left} more, none larger" if left else "")
+    for note in planned.notes:
+        print(f"  note: {note}")
+    same = len(planned.base) - len(worst) - sum(n.tensor in planned.base for n in planned.not_held)
+    written = path if path.is_file() else path / "adapter_model.safetensors"
+    where = f", {size(written.stat().st_size)}" if written.exists() else ""
+    print(
+        f"→ {path} ({dialect}{where}): {len(worst)} modules, {same} do not differ; "
+        f"error {planned.relative_error:.3g} of the difference."
+    )
+
+
+def _largest(planned: "Extraction") -> list[Any]:
+    return sorted(planned.not_held, key=lambda n: -n.relative)
+
+
+def _print_json(planned: "Extraction", path: Path) -> None:
+    from dataclasses import asdict
+    from json import dumps
+
+    data = {
+        "output": str(path),
+        "relative_error": planned.relative_error,
+        "modules": {name: {**asdict(fit), "relative": fit.relative} for name, fit in planned.fits.items()},
+        "not_held": {n.tensor: {"norm": n.norm, "relative": n.relative} for n in planned.not_held},
+        "notes": list(planned.notes),
+    }
+    print(dumps(data, indent=2))

@@ -1,0 +1,334 @@
+"""Extraction: the LoRA nearest to the difference of two models, D = W_tuned − W_base.
+
+The best factors of a rank are D's largest singular values and their vectors.  What a LoRA
+can't hold (biases, norms, embeddings) is listed, never approximated.
+"""
+
+import json
+import math
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from . import linalg
+from .architectures import ARCHITECTURES
+from .checkpoints import Checkpoint, Place, open_checkpoint, widened
+from .errors import MergeError, NumberError, OptionError
+from .layers import LowRank, low_rank
+from .layers.base import dense_norm, matrix
+from .lora import LoRA
+from .metadata import RECIPE
+from .storage.writer import Progress
+from .tensors import FLOATS, Array, Spec, cast, check_finite, float32, parse_dtype, widest
+
+Rank = int | Literal["full"]
+
+EMBEDDING = re.compile(r"embed_tokens$|\.(token|position)_embedding$|\.shared$|relative_attention_bias$")
+"""Tables of vectors, which a LoRA of a matrix product does not change."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a module's difference is held."""
+
+    module: str
+    rank: int
+    norm: float
+    """‖D‖."""
+    error: float
+    """‖D − up·down‖, with the factors in the dtype that they are saved in."""
+
+    @property
+    def relative(self) -> float:
+        """The error in units of the norm."""
+        return self.error / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class NotHeld:
+    """A difference that a LoRA has no place for."""
+
+    tensor: str
+    norm: float
+    relative: float
+    """‖D‖ / ‖W_base‖."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Extraction:
+    """What an extraction will do.  `lora` is its result, computed when asked for."""
+
+    tuned: Checkpoint
+    base: Checkpoint
+    ranks: Mapping[str, int]
+    """Rank of every module that differs."""
+    dtype: str
+    rank: Rank
+    not_held: tuple[NotHeld, ...] = ()
+    notes: tuple[str, ...] = ()
+    fits: dict[str, Fit] = field(default_factory=dict)
+    """How well each module is held; filled as they are computed."""
+
+    def layer(self, module: str) -> LowRank:
+        """A module's factors in the dtype of the result."""
+        delta = difference(self.tuned, self.base, module)
+        flat = matrix(delta)
+        cut = linalg.truncate_dense(flat, self.ranks[module])
+        try:
+            up, down = cast(cut.up, self.dtype), cast(cut.down, self.dtype)
+        except NumberError as error:
+            raise NumberError(f"{module}: {error}") from None
+        flat = flat - float32(up) @ float32(down)
+        self.fits[module] = Fit(module, up.shape[1], math.sqrt(cut.energy), dense_norm(flat))
+        return low_rank(up, down, delta.shape)
+
+    def run(self) -> Iterator[tuple[str, LowRank]]:
+        """Extract module by module."""
+        for module in self.ranks:
+            yield module, self.layer(module)
+
+    def lora(self) -> LoRA:
+        """The result, whose layers are computed when they are asked for: saving it streams."""
+        family = self.family
+        return LoRA(
+            name=f"{self.tuned.name} − {self.base.name}",
+            architecture=family,
+            dialect="kohya" if family else "diffusers-peft",
+            layouts={module: self._layout(module, rank) for module, rank in self.ranks.items()},
+            compute=self.layer,
+            here=True,
+            metadata={RECIPE: json.dumps(self.recipe, ensure_ascii=False)},
+            notes=self.notes,
+        )
+
+    @property
+    def family(self) -> str | None:
+        """The base's family; None for a model of its names and other widths, whose fused weights no dialect knows."""
+        if self.base.architecture is None:
+            return None
+        shapes = ARCHITECTURES[self.base.architecture].shapes
+        same = all(module in shapes and shapes[module][0] == self.base[module].shape[0] for module in self.ranks)
+        return self.base.architecture if same else None
+
+    def _layout(self, module: str, rank: int) -> LowRank:
+        shape = self.base[module].shape
+        up, down = Spec((shape[0], rank), self.dtype), Spec((rank, math.prod(shape[1:])), self.dtype)
+        return low_rank(up, down, shape)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The extraction in words, as the saved file keeps it."""
+        from . import __version__
+
+        return {
+            "loramerge": __version__,
+            "method": "extract",
+            "rank": self.rank,
+            "tuned": self.tuned.name,
+            "base": self.base.name,
+        }
+
+    @property
+    def relative_error(self) -> float:
+        """‖D − LoRA‖ / ‖D‖ over all modules computed so far."""
+        norm = math.sqrt(sum(fit.norm**2 for fit in self.fits.values()))
+        return math.sqrt(sum(fit.error**2 for fit in self.fits.values())) / norm if norm else 0.0
+
+
+def plan_extraction(
+    tuned: Checkpoint | str | Path,
+    base: Checkpoint | str | Path,
+    *,
+    rank: Rank = 32,
+    ranks: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Find what differs between two models; the arguments are those of `extract`.
+
+    Both models are read once, one weight at a time.
+
+    Args:
+        progress: Called with the number of tensors compared and of all.
+
+    Raises:
+        MergeError: The models have different modules or shapes, or don't differ.
+        OptionError: A rank or the dtype is wrong.
+        FileError: A model can't be read.
+    """
+    _check_rank(rank)
+    models = [m if isinstance(m, Checkpoint) else open_checkpoint(m, variant=variant) for m in (tuned, base)]
+    first, second = models
+    modules = _common(first, second)
+    given = _checked_ranks(ranks or {}, modules)
+    found: dict[str, int] = {}
+    lost: list[NotHeld] = []
+    total = len(modules) + len(second.biases)
+    for done, module in enumerate(modules, start=1):
+        shape = second[module].shape
+        if _differs(first, second, first[module], second[module], module):
+            if len(shape) < 2 or EMBEDDING.search(module):
+                lost.append(_not_held(module, first, second, first[module], second[module]))
+            else:
+                found[module] = _rank_of(given.get(module, rank), first, second, module)
+        if progress:
+            progress(done, total)
+    for done, module in enumerate(second.biases, start=len(modules) + 1):
+        if module in first.biases:
+            here, there = first.biases[module], second.biases[module]
+            if _differs(first, second, here, there, f"{module}.bias"):
+                lost.append(_not_held(f"{module}.bias", first, second, here, there))
+        if progress:
+            progress(done, total)
+    if not found:
+        raise MergeError(f"{first.name} and {second.name} differ in no weight that a LoRA can hold.")
+    codes = [first[module].dtype for module in found]
+    return Extraction(
+        tuned=first,
+        base=second,
+        ranks=found,
+        dtype=parse_dtype(dtype) if dtype else widest([code for code in codes if code in FLOATS]),
+        rank=rank,
+        not_held=tuple(lost),
+        notes=_notes(first, second, found),
+    )
+
+
+def extract(
+    tuned: Checkpoint | str | Path,
+    base: Checkpoint | str | Path,
+    *,
+    rank: Rank = 32,
+    ranks: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+) -> LoRA:
+    """The LoRA that comes nearest to the difference of two models.
+
+    Every linear and convolution weight that differs gets the factors nearest to W_tuned −
+    W_base in Frobenius norm.  To know the error of each module, or what a LoRA can't hold,
+    use `plan_extraction`; to stream the result to a file, save its ``lora()``.
+
+    Args:
+        tuned: A fine-tuned model: a checkpoint, or what `open_checkpoint` takes.
+        base: The model that it was made from; in any layout.
+        rank: Rank of every module, at most what its shape allows; ``"full"`` for the numerical
+            rank of each, which keeps everything.
+        ranks: Ranks of single modules, by name.
+        dtype: Dtype of the factors; by default that of the tuned model.
+        variant: Which variant of the files, where a directory has several.
+
+    Returns:
+        The LoRA, in memory.
+
+    Raises:
+        MergeError: The models have different modules or shapes, or don't differ.
+        OptionError: A rank or the dtype is wrong.
+        FileError: A model can't be read.
+        NumberError: A weight is NaN or infinite.
+    """
+    planned = plan_extraction(tuned, base, rank=rank, ranks=ranks, dtype=dtype, variant=variant)
+    return planned.lora().in_memory()
+
+
+def difference(tuned: Checkpoint, base: Checkpoint, module: str) -> Array:
+    """W_tuned − W_base of a module, float32."""
+    return _minus(tuned, base, tuned[module], base[module], module)
+
+
+def _minus(tuned: Checkpoint, base: Checkpoint, here: Place, there: Place, name: str) -> Array:
+    weights = []
+    for model, place in ((tuned, here), (base, there)):
+        values = model.read(place)
+        try:
+            check_finite(values)
+        except NumberError as error:
+            raise NumberError(f"{model.name}: {name}: {error}") from None
+        weights.append(widened(values))
+    return float32(weights[0] - weights[1].reshape(weights[0].shape)).reshape(there.shape)
+
+
+def _differs(tuned: Checkpoint, base: Checkpoint, here: Place, there: Place, name: str) -> bool:
+    return bool(_minus(tuned, base, here, there, name).any())
+
+
+def _not_held(name: str, tuned: Checkpoint, base: Checkpoint, here: Place, there: Place) -> NotHeld:
+    norm, size = dense_norm(_minus(tuned, base, here, there, name)), dense_norm(base.read(there))
+    return NotHeld(name, norm, norm / size if size else math.inf)
+
+
+def _common(tuned: Checkpoint, base: Checkpoint) -> list[str]:
+    """The modules of both models, which must be the same."""
+    for one, other in ((tuned, base), (base, tuned)):
+        shared = _components(other)
+        absent = [m for m in one if m not in other and m.partition(".")[0] in shared]
+        # T5's table of tokens is stored under either of two names.
+        missing = [module for module in absent if not EMBEDDING.search(module)]
+        if missing:
+            raise MergeError(
+                f"{other.name} lacks {len(missing)} modules of {one.name}, such as {missing[0]}: they are different models."
+            )
+    both = [module for module in base if module in tuned]
+    if not both:
+        raise MergeError(f"{tuned.name} and {base.name} have no module in common.")
+    for module in both:
+        shapes = tuned[module].shape, base[module].shape
+        if math.prod(shapes[0]) != math.prod(shapes[1]) or shapes[0][0] != shapes[1][0]:
+            raise MergeError(f"{module} has the shape {shapes[0]} in {tuned.name} and {shapes[1]} in {base.name}.")
+    return both
+
+
+def _components(model: Checkpoint) -> set[str]:
+    return {module.partition(".")[0] for module in model}
+
+
+def _check_rank(rank: object) -> None:
+    if rank == "full":
+        return
+    try:
+        number = operator.index(rank)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if isinstance(rank, bool) or number < 1:
+        raise OptionError(f"The rank {rank!r} is none of: a number from 1, 'full'.")
+
+
+def _checked_ranks(ranks: Mapping[str, int], modules: list[str]) -> Mapping[str, int]:
+    for module, rank in ranks.items():
+        _check_rank(rank)
+        if module not in modules:
+            raise OptionError(f"A rank is given for {module}, which is no module of both models.")
+    return ranks
+
+
+def _rank_of(rank: Rank, tuned: Checkpoint, base: Checkpoint, module: str) -> int:
+    if rank == "full":
+        return linalg.numerical_rank(matrix(difference(tuned, base, module)))
+    shape = base[module].shape
+    return min(operator.index(rank), shape[0], math.prod(shape[1:]))
+
+
+def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int]) -> tuple[str, ...]:
+    notes = []
+    if any(tuned[module].dtype != base[module].dtype for module in modules):
+        notes.append("the models are stored in different dtypes: what rounding changed is part of the difference")
+    alone = (_components(tuned) | _components(base)) - (_components(tuned) & _components(base))
+    if alone:
+        notes.append(f"only one of the models has {', '.join(sorted(alone))}: nothing is extracted for it")
+    return (*notes, *_other_tensors(tuned, base))
+
+
+def _other_tensors(tuned: Checkpoint, base: Checkpoint) -> list[str]:
+    """A line on the tensors outside of every module (a VAE) that differ, where both models are one file."""
+    if len(tuned.files) != 1 or len(base.files) != 1:
+        return []
+    (first,), (second,) = tuned.files.values(), base.files.values()
+    keys = [key for path in tuned.extras for key in tuned.extras[path] if key in second]
+    differ = [key for key in keys if first[key].dtype != second[key].dtype or first[key].raw() != second[key].raw()]
+    if not differ:
+        return []
+    return [f"{len(differ)} other tensors differ, such as {differ[0]}: a LoRA has no place for them"]

@@ -1,0 +1,313 @@
+"""Extraction: the nearest LoRA to the difference of two models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import loramerge as lm
+import models
+from loramerge import linalg
+from loramerge.errors import MergeError, NumberError, OptionError
+from loramerge.extracting import plan_extraction
+from loramerge.layers import Norm
+from loramerge.testing import relative_error
+from test_bake import made, target
+
+FAMILIES = ("sdxl", "sd15", "flux")
+LAYOUTS = ("file", "folder", "shards")
+
+
+def difference(architecture: str, a: models.Arrays, b: models.Arrays) -> dict[str, np.ndarray]:
+    return {m: np.float64(a[f"{m}.weight"]) - np.float64(b[f"{m}.weight"]) for m in models.SHAPES[architecture]}
+
+
+def matrices(architecture: str) -> list[str]:
+    return [module for module, shape in models.SHAPES[architecture].items() if len(shape) > 1]
+
+
+def best(matrix: np.ndarray, rank: int) -> float:
+    """The error of the best approximation of a rank."""
+    return float(np.sqrt((np.linalg.svd(matrix, compute_uv=False)[rank:] ** 2).sum()))
+
+
+@pytest.mark.parametrize("layouts", [("file", "file"), ("folder", "file"), ("file", "shards")])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_baking_then_extracting_at_full_rank_gives_the_lora_back(
+    architecture: str, layouts: tuple[str, str], tmp_path: Path
+) -> None:
+    arrays = models.base(architecture)
+    lora = models.lora(architecture)
+    base = made(tmp_path / "base", layouts[0], architecture, arrays)
+    tuned = lm.bake([lora], base, target(tmp_path / "tuned", layouts[0]), weights=[0.5]).path
+    other = made(tmp_path / "other", layouts[1], architecture, arrays)
+
+    found = lm.extract(tuned, other, rank="full")
+
+    assert set(found) == {m for m in lora if not isinstance(lora[m], Norm)}
+    assert {layer.rank for layer in found.values()} == {2}
+    assert all(relative_error(found[m].delta(), 0.5 * lora[m].delta()) <= 1e-5 for m in found)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_of_a_rounded_model_comes_back_what_the_bake_said_was_kept(dtype: object, tmp_path: Path) -> None:
+    lora = models.lora("sdxl")
+    base = models.single_file(tmp_path / "base.safetensors", "sdxl", models.base("sdxl", dtype))
+    report = lm.bake([lora], base, tmp_path / "tuned.safetensors")
+
+    found = lm.extract(tmp_path / "tuned.safetensors", base, rank="full", dtype="float32")
+
+    for module in found:
+        error = relative_error(found[module].delta(), lora[module].delta())
+        assert error == pytest.approx(report.changes[module].loss, rel=0.01)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_error_of_each_module_is_the_least_that_its_rank_allows(
+    architecture: str, rank: int, tmp_path: Path
+) -> None:
+    a, b = models.base(architecture, seed=1), models.base(architecture, seed=2)
+    paths = [models.folder(tmp_path / n, x) for n, x in (("a", a), ("b", b))]
+    delta = difference(architecture, a, b)
+
+    planned = plan_extraction(*paths, rank=rank)
+    layers = dict(planned.run())
+
+    for module in matrices(architecture):
+        least = best(delta[module].reshape(len(delta[module]), -1), rank)
+        error = np.linalg.norm(layers[module].delta() - delta[module])
+        assert error == pytest.approx(least, rel=1e-5, abs=1e-5)
+        assert planned.fits[module].error == pytest.approx(error, rel=1e-5, abs=1e-6)
+        assert planned.fits[module].norm == pytest.approx(np.linalg.norm(delta[module]), rel=1e-5)
+
+
+def test_the_error_counts_the_dtype_of_the_factors(tmp_path: Path) -> None:
+    a, b = models.base("sdxl", seed=1), models.base("sdxl", seed=2)
+    paths = [models.folder(tmp_path / n, x) for n, x in (("a", a), ("b", b))]
+    delta = difference("sdxl", a, b)
+
+    planned = plan_extraction(*paths, rank="full", dtype="bfloat16")
+    lm.save(planned.lora(), tmp_path / "lora.safetensors")
+    saved = lm.load(tmp_path / "lora.safetensors")
+
+    for module in saved:
+        error = np.linalg.norm(saved[module].delta() - delta[module])
+        assert planned.fits[module].error == pytest.approx(error, rel=1e-3)
+    assert planned.relative_error > 1e-3
+
+
+def test_the_total_error_is_that_of_all_modules_together(tmp_path: Path) -> None:
+    a, b = models.base("flux", seed=1), models.base("flux", seed=2)
+    paths = [models.folder(tmp_path / n, x) for n, x in (("a", a), ("b", b))]
+    planned = plan_extraction(*paths, rank=2)
+    layers = dict(planned.run())
+
+    delta = difference("flux", a, b)
+    missing = sum(np.linalg.norm(layers[m].delta() - delta[m]) ** 2 for m in layers)
+    whole = sum(np.linalg.norm(delta[m]) ** 2 for m in layers)
+    assert planned.relative_error == pytest.approx(np.sqrt(missing / whole), rel=1e-5)
+
+
+def test_modules_that_do_not_differ_are_left_out(tmp_path: Path) -> None:
+    a = models.base("sdxl")
+    b = {key: value + ("attn1.to_q" in key) for key, value in a.items()}
+
+    found = lm.extract(models.folder(tmp_path / "b", b), models.folder(tmp_path / "a", a))
+
+    assert list(found) == ["unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"]
+
+
+def test_biases_norms_and_embeddings_are_listed_as_not_held(tmp_path: Path) -> None:
+    a = models.base("sdxl")
+    table = "text_encoder.text_model.embeddings.token_embedding.weight"
+    a[table] = np.ones((9, 12), np.float32)
+    norm = "unet.down_blocks.1.attentions.0.transformer_blocks.0.norm1"
+    proj = "unet.down_blocks.1.attentions.0.proj_in"
+    changed = {f"{norm}.weight", f"{proj}.bias", f"{proj}.weight", table}
+    b = {key: value * 1.5 if key in changed else value for key, value in a.items()}
+
+    planned = plan_extraction(models.folder(tmp_path / "b", b), models.folder(tmp_path / "a", a))
+
+    held = {n.tensor: (n.norm, n.relative) for n in planned.not_held}
+    assert list(planned.ranks) == [proj]
+    assert set(held) == {norm, f"{proj}.bias", table.removesuffix(".weight")}
+    assert held[norm] == (pytest.approx(0.5 * np.linalg.norm(a[f"{norm}.weight"])), pytest.approx(0.5))
+
+
+def test_ranks_may_be_given_by_module(tmp_path: Path) -> None:
+    paths = [models.folder(tmp_path / str(n), models.base("flux", seed=n)) for n in (1, 2)]
+
+    found = lm.extract(*paths, rank=3, ranks={"transformer.x_embedder": 1})
+
+    assert {m: layer.rank for m, layer in found.items()} == {
+        m: 1 if m == "transformer.x_embedder" else 3 for m in matrices("flux")
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_vae_that_differs_is_said_to_where_both_are_one_file(layout: str, tmp_path: Path) -> None:
+    paths = [made(tmp_path / str(n), layout, "sd15", models.base("sd15", seed=n)) for n in (1, 2)]
+    if layout == "file":
+        from safetensors.numpy import load_file, save_file
+
+        tensors = load_file(paths[0])
+        tensors["first_stage_model.decoder.conv_in.weight"] = np.ones((2, 2, 3, 3), np.float16)
+        save_file(tensors, paths[0])
+
+    notes = plan_extraction(*paths).notes
+
+    assert [note for note in notes if "first_stage_model" in note] == list(notes)
+    assert len(notes) == (layout == "file")
+
+
+def test_different_dtypes_are_noted(tmp_path: Path) -> None:
+    half = models.folder(tmp_path / "a", models.base("sd15", np.float16))
+    planned = plan_extraction(half, models.folder(tmp_path / "b", models.base("sd15", seed=1)))
+
+    assert "different dtypes" in planned.notes[0]
+    assert planned.dtype == "F16"
+
+
+def test_a_recipe_comes_with_the_lora(tmp_path: Path) -> None:
+    paths = [models.folder(tmp_path / str(n), models.base("flux", seed=n)) for n in (1, 2)]
+
+    lm.save(lm.extract(*paths, rank=2), tmp_path / "lora.safetensors")
+    found = lm.open(tmp_path / "lora.safetensors")
+
+    assert json.loads(found.metadata["loramerge"])["tuned"] == "1"
+
+
+def test_a_model_of_real_shapes_gives_a_lora_of_its_family_in_kohyas_names(tmp_path: Path) -> None:
+    module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    rng = np.random.default_rng(0)
+    base = rng.standard_normal((640, 640)).astype(np.float16)
+    tuned = base + np.outer(rng.standard_normal(640), rng.standard_normal(640)).astype(np.float16)
+    paths = [models.folder(tmp_path / n, {f"{module}.weight": w}) for n, w in (("a", tuned), ("b", base))]
+
+    lm.save(lm.extract(*paths, rank=1), tmp_path / "lora.safetensors")
+    found = lm.open(tmp_path / "lora.safetensors", architecture="sdxl")
+
+    assert (found.dialect, list(found), found[module].dtype) == ("kohya", [module], "F16")
+    assert relative_error(found[module].delta(), np.float32(tuned) - np.float32(base)) <= 2e-3
+
+
+def test_models_with_other_modules_are_refused(tmp_path: Path) -> None:
+    a = models.folder(tmp_path / "a", models.base("sdxl"))
+    few = {key: value for key, value in models.base("sdxl").items() if "attn1" not in key}
+
+    with pytest.raises(MergeError, match=r"lacks 1 modules of .*attn1\.to_q"):
+        lm.extract(a, models.folder(tmp_path / "b", few))
+
+
+def test_models_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    a = models.folder(tmp_path / "a", models.base("sd15"))
+    other = {key: np.repeat(value, 2, axis=0) for key, value in models.base("sd15").items()}
+
+    with pytest.raises(MergeError, match=r"has the shape .* in b and .* in a"):
+        lm.extract(models.folder(tmp_path / "b", other), a)
+
+
+def test_equal_models_are_refused(tmp_path: Path) -> None:
+    paths = [models.folder(tmp_path / n, models.base("sd15")) for n in "ab"]
+
+    with pytest.raises(MergeError, match="differ in no weight"):
+        lm.extract(*paths)
+
+
+@pytest.mark.parametrize("rank", [0, -1, "sum", True, 2.5])
+def test_a_wrong_rank_is_refused(rank: object, tmp_path: Path) -> None:
+    paths = [models.folder(tmp_path / str(n), models.base("sd15", seed=n)) for n in (1, 2)]
+
+    with pytest.raises(OptionError, match="rank"):
+        lm.extract(*paths, rank=rank)
+    with pytest.raises(OptionError, match="rank"):
+        lm.extract(*paths, ranks={"unet.nowhere": 2})
+
+
+def test_nan_in_a_model_is_an_error_that_names_the_module(tmp_path: Path) -> None:
+    a, b = models.base("sd15", seed=1), models.base("sd15", seed=2)
+    a["unet.down_blocks.0.attentions.0.proj_in.weight"][0, 0] = np.nan
+
+    with pytest.raises(NumberError, match=r"a: unet.down_blocks.0.attentions.0.proj_in: a value is NaN"):
+        lm.extract(models.folder(tmp_path / "a", a), models.folder(tmp_path / "b", b))
+
+
+def test_the_command_extracts_and_reports(tmp_path: Path) -> None:
+    a, b = (models.single_file(tmp_path / f"{n}.safetensors", "sdxl", models.base("sdxl", seed=n)) for n in (1, 2))
+    command = [sys.executable, "-m", "loramerge", "extract", a, "--base", b, "--rank", "3", "--to", "diffusers-peft"]
+
+    shown = subprocess.run([*command, "-o", tmp_path / "x.safetensors"], capture_output=True, text=True, check=False)
+    data = subprocess.run(
+        [*command, "-o", tmp_path / "y.safetensors", "--json"], capture_output=True, text=True, check=False
+    )
+
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "not held by a LoRA" in shown.stdout
+    wanted = plan_extraction(a, b, rank=3)
+    for module, layer in wanted.run():
+        assert json.loads(data.stdout)["modules"][module]["error"] == wanted.fits[module].error
+        saved = lm.open(tmp_path / "x.safetensors")[module]
+        assert relative_error(saved.delta(), layer.delta()) <= 1e-6
+
+
+def decaying(rows: int, columns: int, power: float) -> np.ndarray:
+    """A matrix whose singular values are 1, 2^-p, 3^-p, …; for p = 0 one of noise."""
+    rng = np.random.default_rng(3)
+    if power == 0:
+        return rng.standard_normal((rows, columns), dtype=np.float32)
+    size = min(rows, columns)
+    u, v = (np.linalg.qr(rng.standard_normal((n, size)))[0] for n in (rows, columns))
+    return ((u * np.arange(1, size + 1) ** -power) @ v.T).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (256, 256)])
+@pytest.mark.parametrize("power", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rank", [1, 4, 20, 60, 200])
+def test_the_best_fit_of_a_dense_matrix_is_within_a_hundredth_of_the_optimum(
+    shape: tuple[int, int], power: float, rank: int
+) -> None:
+    matrix = decaying(*shape, power)
+
+    cut = linalg.truncate_dense(matrix, rank)
+    up, down, energy = cut.up, cut.down, cut.energy
+
+    least = best(np.float64(matrix), rank)
+    error = np.linalg.norm(np.float64(matrix) - np.float64(up) @ np.float64(down))
+    assert least - 1e-6 <= error <= 1.01 * least + 1e-5 * np.sqrt(energy)
+    assert energy == pytest.approx((np.float64(matrix) ** 2).sum())
+    assert (up.shape, down.shape) == ((shape[0], rank), (rank, shape[1]))
+
+
+def test_at_its_whole_rank_a_matrix_comes_back() -> None:
+    matrix = decaying(90, 70, 0.5)
+
+    cut = linalg.truncate_dense(matrix, 500)
+
+    assert cut.up.shape == (90, 70)
+    assert relative_error(cut.up @ cut.down, matrix) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(90, 70), (70, 90)])
+def test_both_factors_carry_the_root_of_the_singular_values(shape: tuple[int, int]) -> None:
+    matrix = decaying(*shape, 0.5)
+    sigma = np.linalg.svd(matrix, compute_uv=False)[:5]
+
+    cut = linalg.truncate_dense(matrix, 5)
+
+    np.testing.assert_allclose(cut.up.T @ cut.up, np.diag(sigma), atol=1e-4)
+    np.testing.assert_allclose(cut.down @ cut.down.T, np.diag(sigma), atol=1e-4)
+
+
+def test_the_zero_matrix_has_zero_factors_and_a_product_its_rank() -> None:
+    rng = np.random.default_rng(0)
+    product = (rng.standard_normal((80, 6)) @ rng.standard_normal((6, 50))).astype(np.float32)
+
+    cut = linalg.truncate_dense(np.zeros((8, 5), np.float32), 2)
+
+    assert (cut.energy, float(abs(cut.up @ cut.down).max())) == (0, 0)
+    assert linalg.numerical_rank(product) == linalg.numerical_rank(product.T) == 6

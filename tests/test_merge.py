@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge import linalg
+from loramerge.architectures import ARCHITECTURES
 from loramerge.layers import low_rank
 from loramerge.lora import LoRA
 from loramerge.testing import relative_error, weighted_sum
@@ -15,6 +18,8 @@ from small import MODULES, WRITTEN, small
 
 Case = tuple[list[LoRA], list[float]]
 TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]
+SGM_TO_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
+"""Its name in a single file."""
 
 CASES: dict[str, Case] = {
     "identity": ([small(seed=1)], [1.0]),
@@ -165,6 +170,37 @@ def test_the_device_is_used() -> None:
 def test_what_has_no_factors_is_refused_with_the_ways_out(kind: str) -> None:
     with pytest.raises(lm.errors.MergeError, match=r"\(exclude\)"):
         lm.merge([small(kind=kind), small()])
+
+
+def test_whole_differences_merge_to_a_given_rank() -> None:
+    loras = [small(modules=(TO_Q, CONV), kind="full", seed=1), small(modules=(TO_Q, CONV), seed=2)]
+
+    for method, options in (("linear", {}), ("ties", {"density": 1.0})):
+        merged = lm.merge(loras, weights=[0.5, 0.5], rank=5, method=method, **options)
+
+        for module in merged:
+            exact = weighted_sum(loras, [0.5, 0.5], module).reshape(merged[module].shape[0], -1)
+            if method == "linear":
+                optimum = np.linalg.norm(np.linalg.svd(exact, compute_uv=False)[5:])
+                found = merged[module].delta().reshape(exact.shape)
+                assert np.linalg.norm(found - exact) <= 1.01 * optimum
+            assert merged[module].rank == 5
+
+
+@pytest.mark.parametrize("kind", ["dora", "dora-in"])
+def test_dora_merges_where_the_base_is_given(kind: str, tmp_path: Path) -> None:
+    shape = ARCHITECTURES["sdxl"].shapes[TO_Q]
+    weight = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    key = f"model.diffusion_model.{SGM_TO_Q}.weight"
+    save_file({key: weight}, tmp_path / "base.safetensors")
+    loras = [small(modules=(TO_Q,), kind=kind, seed=1), small(modules=(TO_Q,), seed=2)]
+
+    merged = lm.merge(loras, weights=[0.7, 0.3], rank=640, base=tmp_path / "base.safetensors")
+
+    wanted = 0.7 * loras[0][TO_Q].delta_on(weight) + 0.3 * loras[1][TO_Q].delta()
+    assert relative_error(merged[TO_Q].delta(), wanted) <= 1e-4
+    with pytest.raises(lm.errors.MergeError, match="this method: its ΔW has no factors"):
+        lm.merge(loras, method="tsv", base=tmp_path / "base.safetensors")
 
 
 def test_excluded_modules_are_left_out() -> None:

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import linalg
 from .architectures import ARCHITECTURES
+from .checkpoints import Checkpoint, open_checkpoint
 from .dialects import DIALECTS
 from .errors import LoRAMergeError, MergeError, OptionError
 from .files import Source, load, open, saved_size
 from .layers import Full, Layer, LowRank, low_rank
 from .layers.base import matrix
+from .layers.full import LEAVE_OUT
 from .lora import LoRA, in_one_library
 from .metadata import RECIPE, STALE
 from .methods import METHODS, Method
@@ -24,7 +26,7 @@ from .methods.base import Merged
 from .methods.linear import shared_down
 from .ranks import Budget, Rank, Spectrum, budget, choose, rule
 from .selection import module_seed
-from .tensors import Shape, Spec, Tensor, namespace, nbytes, widest
+from .tensors import Array, Shape, Spec, Tensor, float32, namespace, nbytes, widest
 from .weights import ModuleWeights, Scope, Weights, resolve
 
 if TYPE_CHECKING:
@@ -115,6 +117,8 @@ class Plan:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     budget: Budget | None = None
     """What the ranks were chosen out of."""
+    base: Checkpoint | None = None
+    """The base model, for layers whose ΔW depends on it."""
 
     def run(self) -> "Iterator[tuple[str, LowRank]]":
         """Merge module by module: the caller's loop is the progress bar."""
@@ -132,12 +136,22 @@ class Plan:
             return _fitted(self._uncut(step), step, self.cuts)
 
     def _uncut(self, step: Step) -> Merged:
-        layers = in_one_library([self.loras[i][step.module] for i in step.inputs], self.device)
+        layers = in_one_library([self._with_base(self.loras[i][step.module], step) for i in step.inputs], self.device)
         weights = self.weights.of(step.module)
         options = dict(self.options)
         if "seed" in options:
             options["seed"] = module_seed(options["seed"], step.module)
         return self.method.merge(layers, [weights[i] for i in step.inputs], **options)
+
+    def _with_base(self, layer: Layer, step: Step) -> Layer:
+        """The layer, or its whole ΔW where only the base's weight tells it."""
+        if layer.kind != "dora" or self.base is None:
+            return layer
+        weight = self.base.weight(step.module)
+        like: Array = next(iter(layer.tensors().values()))
+        weight = namespace(like).asarray(float32(weight).reshape(step.shape), device=like.device)
+        delta = layer.delta_on(weight)
+        return Full(diff=delta, diff_b=layer.delta_bias())
 
     @cached_property
     def cuts(self) -> bool:
@@ -316,6 +330,7 @@ def plan(
     max_error: float | str | None = None,
     energy: float | str | None = None,
     max_size: int | str | None = None,
+    base: "Checkpoint | str | os.PathLike[str] | None" = None,
     progress: "Progress | None" = None,
     **options: Any,
 ) -> Plan:
@@ -339,7 +354,8 @@ def plan(
     checked = chosen.check(options)
     if chosen.count not in (None, len(opened)):
         raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
-    steps = _steps(opened, chosen, checked, rule(rank))
+    model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
+    steps = _steps(opened, chosen, checked, rank, model)
     first = opened[0].dialect
     resolved = resolve(opened, weights, scope, chosen.default_weight)
     if resolved.columns and chosen.name != "linear":
@@ -359,6 +375,7 @@ def plan(
         dtype=widest([layer.dtype for lora in opened for layer in lora.layouts.values()]),
         device=device,
         extras=_extras(opened),
+        base=model,
     )
     limit = budget(max_error, energy, max_size)
     return planned.within(limit, progress) if limit else planned
@@ -376,6 +393,7 @@ def merge(
     max_error: float | str | None = None,
     energy: float | str | None = None,
     max_size: int | str | None = None,
+    base: "Checkpoint | str | os.PathLike[str] | None" = None,
     **options: Any,
 ) -> LoRA:
     """Merge LoRAs of one model family into one, whatever tool made each.
@@ -395,6 +413,9 @@ def merge(
             is at most this: ``0.01`` or ``"1%"``.  One of the three budgets at most.
         energy: The same for the share of ‖ΔW‖² that stays: ``0.999``.
         max_size: The same for the size of the file in the LoRA's dialect: bytes, or ``"150MB"``.
+        base: The base model, a checkpoint or its path.  With it DoRA layers merge too: their ΔW is
+            dense and cut to the rank.  Whole differences of a weight need no base, but a number
+            as the rank.
         **options: The method's own.
 
     Returns:
@@ -423,6 +444,7 @@ def merge(
         max_error=max_error,
         energy=energy,
         max_size=max_size,
+        base=base,
         **options,
     )
     return planned.lora().in_memory()
@@ -486,25 +508,52 @@ def _check_device(device: str) -> None:
 
 
 def _steps(
-    loras: Sequence[LoRA], method: Method, options: Mapping[str, Any], rule: "Callable[[Sequence[int]], int]"
+    loras: Sequence[LoRA], method: Method, options: Mapping[str, Any], rank: Rank, base: "Checkpoint | None"
 ) -> dict[str, Step]:
+    wanted = rule(rank)
+    takes_dense = method.dense and options.get("space", "delta") == "delta"
     steps = {}
     for module in dict.fromkeys(module for lora in loras for module in lora):
         inputs = tuple(i for i, lora in enumerate(loras) if module in lora)
-        layouts = [_mergeable(loras[i], module) for i in inputs]
+        layouts = [_mergeable(loras[i], module, takes_dense, isinstance(rank, str), base) for i in inputs]
         shape = _common_shape([loras[i] for i in inputs], module)
         ranks = tuple(layout.rank or 0 for layout in layouts)
+        limit = min(shape[0], math.prod(shape[1:]))
         with _named(module):
-            full = method.rank(layouts, **options)
-        limit = min(full, shape[0], math.prod(shape[1:]))
-        steps[module] = Step(module, shape, inputs, ranks, full, max(1, min(rule(ranks), limit)))
+            dense = any(layout.kind not in FACTORED for layout in layouts)
+            full = limit if dense else method.rank(layouts, **options)
+        steps[module] = Step(module, shape, inputs, ranks, full, max(1, min(wanted(ranks), full, limit)))
     return steps
 
 
-def _mergeable(lora: LoRA, module: str) -> Layer:
+FACTORED = ("lora", "loha", "lokr")
+"""Kinds of layers that have an exact low-rank form."""
+
+
+def _mergeable(lora: LoRA, module: str, takes_dense: bool, by_ranks: bool, base: "Checkpoint | None") -> Layer:
+    """A module's layout, if it can be merged.
+
+    A DoRA layer has a ΔW where the base is given.  A whole difference has one, but no rank of its own.
+    """
     layout = lora.layout(module)
-    if layout.kind not in ("lora", "loha", "lokr"):
-        raise MergeError(f"{lora.name}: {module} can't be merged: {layout.no_factors}.")
+    if layout.kind in FACTORED:
+        return layout
+    where = f"{lora.name}: {module} can't be merged"
+    if layout.kind == "dora" and base is not None:
+        if module not in base:
+            raise MergeError(f"{where}: it is a DoRA layer, and the base {base.name} has no such module.")
+    elif layout.kind != "full":
+        raise MergeError(f"{where}: {layout.no_factors}.")
+    if not takes_dense:
+        raise MergeError(
+            f"{where} by this method: its ΔW has no factors. Ways out: the method linear, or one on entries such as "
+            f"ties with space=delta, or {LEAVE_OUT}."
+        )
+    if layout.rank is None and by_ranks:
+        raise MergeError(
+            f"{where}: it holds a whole difference of the weight, which is no LoRA and has no rank. "
+            f"Ways out: a number as the rank, such as --rank 32, or {LEAVE_OUT}."
+        )
     return layout
 
 

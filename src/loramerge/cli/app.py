@@ -149,6 +149,9 @@ def merge(
     max_error: MaxError = None,
     energy: Energy = None,
     max_size: MaxSize = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="The base model, for DoRA layers: a directory or file.")
+    ] = None,
     exclude: Exclude = None,
     to: To = None,
     dtype: Dtype = None,
@@ -185,6 +188,7 @@ def merge(
         scope=scope.value,
         exclude=exclude or (),
         device=device,
+        base=base,
         **_options(method, option or []),
     )
     check_writable(to or planned.dialect, planned.dialect)

@@ -36,6 +36,8 @@ class Method:
     """Weight of each LoRA unless told; None is 1/N."""
     count: int | None = None
     """How many LoRAs it takes; None for any number."""
+    dense: bool = False
+    """Whether a layer may be a whole ΔW without factors, in the space of ΔW."""
     linear: bool = False
     """Whether the result is a weighted sum of the inputs, so that equal ``down`` factors stay equal."""
 
@@ -64,6 +66,7 @@ def method(
     rank: Rank,
     default_weight: float | None = None,
     linear: bool = False,
+    dense: bool = False,
 ) -> Callable[[Merge], Method]:
     """Name a merge function; its keyword-only parameters become its options, in Python and on the command line.
 
@@ -73,10 +76,11 @@ def method(
         rank: Rank of the result, from the layers' layouts.
         default_weight: Weight of each LoRA unless told; None is 1/N.
         linear: Whether the result is a weighted sum of the inputs.
+        dense: Whether a layer may be a whole ΔW without factors.
     """
 
     def named(merge: Merge) -> Method:
-        return Method(name, merge, merge, source, rank, options_of(merge), default_weight, linear=linear)
+        return Method(name, merge, merge, source, rank, options_of(merge), default_weight, linear=linear, dense=dense)
 
     return named
 

@@ -96,7 +96,7 @@ def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], M
             merged = formula(Deltas(live), shares, **options)
             return with_bias(Full(diff=merged.reshape(layers[0].shape)), layers, weights)
 
-        return Method(name, formula, merge, source, _rank, {"space": SPACE, **options_of(formula)})
+        return Method(name, formula, merge, source, _rank, {"space": SPACE, **options_of(formula)}, dense=True)
 
     return named
 

@@ -4,19 +4,28 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..layers import Layer, LowRank, low_rank
+from ..errors import MergeError
+from ..layers import Full, Layer, LowRank, low_rank
 from ..layers.base import matrix
 from ..tensors import Array, flatten, float32, namespace
 from .base import equal_rank, method, sum_of_ranks, with_bias
 
 
-@method("linear", source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/lora-file.md", rank=sum_of_ranks, linear=True)
-def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
+@method(
+    "linear",
+    source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/lora-file.md",
+    rank=sum_of_ranks,
+    linear=True,
+    dense=True,
+)
+def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
     """The weighted sum Σ wᵢ ΔWᵢ, exact: factors are concatenated, ranks add up.
 
     Weights may be negative and need not sum to one.  A learned weight is one number for every
     input column, Σ ΔWᵢ diag(mᵢ), and the result as ordinary a LoRA.
     """
+    if any(isinstance(layer, Full) for layer in layers):
+        return with_bias(_dense_sum(layers, weights), layers, weights)
     factors = [_weighted(*as_stored(layer), weight) for layer, weight in zip(layers, weights, strict=True)]
     xp = namespace(factors[0][0])
     up = xp.concat([up for up, _ in factors], axis=1)
@@ -49,6 +58,16 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
         up = up + root * layer_up
         down = down + math.copysign(root, weight * scale) * layer_down
     return with_bias(low_rank(up, down, layers[0].shape), layers, weights)
+
+
+def _dense_sum(layers: Sequence[Layer], weights: Sequence[Any]) -> Full:
+    """Σ wᵢ ΔWᵢ where one of them has no factors: dense."""
+    total: Array = 0.0
+    for layer, weight in zip(layers, weights, strict=True):
+        if not isinstance(weight, float | int):
+            raise MergeError("learned coefficients need factors, and a layer here is a whole difference")
+        total = total + weight * layer.delta()
+    return Full(diff=total)
 
 
 def _weighted(up: Array, down: Array, weight: Any) -> tuple[Array, Array]:

@@ -296,6 +296,7 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
 def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None") -> "Path":
     """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
     import tempfile
+    from pathlib import Path
 
     from .dialects.config import component_configs
     from .metadata import for_writing
@@ -308,9 +309,9 @@ def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, p
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".loramerge.", dir=path) as made:
-            _write_components(path / made, configs, spelling.groups, metadata, workers, progress, not lora.here)
+            _write_components(Path(made), configs, spelling.groups, metadata, workers, progress, not lora.here)
             for component in ("", *COMPONENTS):
-                _take_place(path / made / component, path / component)
+                _take_place(Path(made) / component, path / component)
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     return path

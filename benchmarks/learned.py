@@ -35,7 +35,7 @@ GOALS = {
     "ZipLoRA, default": 0.30,
     "ZipLoRA, down": 0.15,
 }
-ROUNDS = 6
+ROUNDS = 3
 """Held-out passes, each with its own noise."""
 
 
@@ -53,6 +53,12 @@ class World:
         self.held_out = [pictures(64, 100 * seed + 21, shape=SUBJECT), pictures(64, 100 * seed + 22, kind=STYLE)]
         self.joint = pictures(64, 100 * seed + 23, shape=SUBJECT, kind=STYLE)
         self.known = pictures(64, 100 * seed + 24)
+        pairs = list(zip(self.loras, self.held_out, strict=True))
+        self.wanted = [self.outputs(lora, data)[0] for lora, data in pairs]
+        self.effects = [
+            F.mse_loss(self.outputs(None, data)[0], wanted)
+            for (_, data), wanted in zip(pairs, self.wanted, strict=True)
+        ]
 
     def predict(self, batch: Any) -> torch.Tensor:
         return predict(self.unet, batch)
@@ -76,10 +82,10 @@ class World:
         return torch.cat(said), torch.cat(noises)
 
     def measure(self, merged: lm.LoRA | None) -> dict[str, float]:
-        fits = []
-        for lora, data in zip(self.loras, self.held_out, strict=True):
-            target, base = self.outputs(lora, data)[0], self.outputs(None, data)[0]
-            fits.append(float(F.mse_loss(self.outputs(merged, data)[0], target) / F.mse_loss(base, target)))
+        fits = [
+            float(F.mse_loss(self.outputs(merged, data)[0], wanted) / effect)
+            for data, wanted, effect in zip(self.held_out, self.wanted, self.effects, strict=True)
+        ]
         joint, known = (float(F.mse_loss(*self.outputs(merged, data))) for data in (self.joint, self.known))
         return {"fit": sum(fits) / 2, "subject": fits[0], "style": fits[1], "joint": joint, "known": known}
 

@@ -177,7 +177,7 @@ def test_a_merged_file_says_how_it_was_made(tmp_path: Path) -> None:
     metadata = metadata_of(lm.save(lm.merge(paths, weights=[0.7, -0.2], rank=3), tmp_path / "m.safetensors"))
 
     recipe = json.loads(metadata["loramerge"])
-    assert [(i["name"], i["weight"]) for i in recipe["inputs"]] == [("0.safetensors", "0.7"), ("1.safetensors", "-0.2")]
+    assert [(i["name"], i["weight"]) for i in recipe["inputs"]] == [("0.safetensors", 0.7), ("1.safetensors", -0.2)]
     assert (recipe["method"], recipe["rank"]) == ("linear", 3)
     assert recipe["inputs"][1]["metadata"] == {"modelspec.title": "T1"}
     assert metadata["modelspec.merged_from"] == "T0, T1"

@@ -21,7 +21,7 @@ PAGES = [
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
     *sorted((ROOT / "docs" / "explanation").glob("*.md")),
 ]
-FENCE = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(python|console|toml title=\"[\w.-]+\")\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PLACES = (
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn",
     "unet.mid_block.attentions.0.transformer_blocks.0.attn",
@@ -77,6 +77,8 @@ def test_blocks_run_and_print_what_they_show(
     for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
         if language == "python":
             exec(compile(text, str(page), "exec"), namespace)
+        elif language.startswith("toml"):
+            (tmp_path / language.split('"')[1]).write_text(text, encoding="utf-8")
         else:
             run_console(text)
 

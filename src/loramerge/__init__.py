@@ -16,6 +16,7 @@ _HOMES = {
     "Plan": "merging",
     "compare": "analysis",
     "bake": "baking",
+    "Recipe": "recipe",
     "convert": "files",
     "errors": "errors",
     "extract": "extracting",
@@ -25,6 +26,7 @@ _HOMES = {
     "plan": "merging",
     "resize": "merging",
     "save": "files",
+    "sweep": "sweeping",
 }
 """Where each public name lives: imported when it is first used, so that importing loramerge is cheap."""
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from .files import convert, load, open, save
     from .lora import LoRA
     from .merging import Plan, merge, plan, resize
+    from .recipe import Recipe
+    from .sweeping import sweep
 
 
 def __getattr__(name: str) -> Any:
@@ -57,6 +61,7 @@ __all__ = [
     "Comparison",
     "LoRA",
     "Plan",
+    "Recipe",
     "__version__",
     "bake",
     "compare",
@@ -69,4 +74,5 @@ __all__ = [
     "plan",
     "resize",
     "save",
+    "sweep",
 ]

@@ -35,6 +35,8 @@ class Coefficients:
     """Names of the LoRAs, in order."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How they were learned: method, settings, seeds."""
+    source: str = "learned"
+    """Name of the file that they were read from."""
 
     @classmethod
     def of(
@@ -58,7 +60,13 @@ class Coefficients:
         file = SafetensorsFile(Path(path))
         try:
             said = json.loads(file.metadata[KEY])
-            return cls(file, tuple(map(float, said["others"])), tuple(said["names"]), said.get("provenance", {}))
+            return cls(
+                file,
+                tuple(map(float, said["others"])),
+                tuple(said["names"]),
+                said.get("provenance", {}),
+                Path(path).name,
+            )
         except (KeyError, TypeError, ValueError):
             raise FileError(f"{path} holds no learned coefficients: its metadata lack {KEY!r}.") from None
 

@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,14 +60,25 @@ def open(
     if isinstance(source, Mapping):
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
-    path = locate(source)
+    path, name = _found(source)
+    return _from(name, _open_path(path, options, allow_pickle), architecture=architecture, dialect=dialect)
+
+
+def _from(name: str, lora: LoRA, **forced: str | None) -> LoRA:
+    """The LoRA with a note of where it was read, and of what was said about it."""
+    assert lora.origin
+    given = {key: value for key, value in forced.items() if value is not None}
+    return replace(lora, origin=replace(lora.origin, source=name, forced=given))
+
+
+def _open_path(path: str, options: dict[str, Any], allow_pickle: bool) -> LoRA:
     if os.path.isdir(path):
         return _open_folder(path, options)
     name = os.path.basename(path)
     if name.endswith(PICKLES):
         return from_tensors(_unpickle(path, allow_pickle), {}, name, **options)
     file = SafetensorsFile(path)
-    if config is None and any("base_model.model." in key for key in file):
+    if "config" not in options and any("base_model.model." in key for key in file):
         options["config"] = _config_beside(path)
     return from_tensors(file, file.metadata, name, **options)
 
@@ -94,7 +106,9 @@ def load(source: Source, **options: Any) -> LoRA:
             architecture=lora.architecture,
             dialect=options.get("dialect"),
         )
-        return loaded.in_memory()
+        assert loaded.origin
+        origin = replace(loaded.origin, source=lora.origin.source, forced=lora.origin.forced)
+        return replace(loaded, origin=origin).in_memory()
 
 
 def _held(key: str, value: Any) -> Held:
@@ -113,10 +127,15 @@ def _copied(value: Any) -> Any:
 
 def locate(source: str | os.PathLike[str]) -> str:
     """The file or directory that a path or a Hub name means; from the Hub it is fetched."""
+    return _found(source)[0]
+
+
+def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
+    """The file or directory, and its name for others: without the directories above it, or the Hub's."""
     text = os.fspath(source)
     path = os.path.expanduser(text)
     if not text.startswith("hf://") and os.path.exists(path):
-        return path
+        return path, os.path.basename(path.rstrip(os.sep)) or os.path.basename(os.path.realpath(path))
     from . import hub
 
     reference = hub.parse(text)
@@ -127,7 +146,8 @@ def locate(source: str | os.PathLike[str]) -> str:
         number = text.lstrip("-").replace(".", "", 1).isdigit()
         hint = " Weights are given one by one: -w 0.7 -w 0.5." if number else ""
         raise FileError(f"No such file or directory: {path}.{hint}")
-    return os.fspath(hub.download(reference))
+    fetched = hub.download(reference)
+    return os.fspath(fetched), hub.pinned(reference, fetched)
 
 
 def _open_folder(folder: "str | Path", options: dict[str, Any]) -> LoRA:

@@ -20,6 +20,10 @@ class Reference(NamedTuple):
     file: str | None
     revision: str | None
 
+    def __str__(self) -> str:
+        file = f"/{self.file}" if self.file else ""
+        return f"hf://{self.repo}{file}" + (f"@{self.revision}" if self.revision else "")
+
 
 def parse(text: str) -> Reference | None:
     """``org/repo``, ``org/repo/file.safetensors``, ``hf://org/repo@revision`` …; None when it is neither."""
@@ -41,6 +45,13 @@ def download(reference: Reference) -> Path:
         _fetch(reference, f"{os.path.dirname(file)}/adapter_config.json".lstrip("/"))
         return path.parent
     return path
+
+
+def pinned(reference: Reference, path: Path) -> str:
+    """The reference with the commit that was fetched, which the path in the Hub's cache names."""
+    parts = path.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else reference.revision
+    return str(reference._replace(revision=commit))
 
 
 def choose(files: list[str], where: str) -> str:

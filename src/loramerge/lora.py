@@ -1,9 +1,11 @@
 """A LoRA: what a file means, whatever it was called."""
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .blocks import matches
@@ -11,7 +13,8 @@ from .dialects import alphas
 from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
 from .errors import LoRAMergeError, OptionError
-from .layers import Layer, build
+from .layers import Layer, build, direction_of
+from .storage.awaited import Awaited
 from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
 
 if TYPE_CHECKING:
@@ -30,6 +33,10 @@ class Origin:
     """Whether a scale stands beside the tensors: in the header, or in the configuration."""
     layouts: Mapping[str, Layer] = field(default_factory=dict)
     """The layouts as read: a LoRA with others was changed."""
+    source: str | None = None
+    """The file's or directory's name, or ``hf://org/repo@revision``; None for a state dict."""
+    forced: Mapping[str, str] = field(default_factory=dict)
+    """The architecture and the dialect, where they were given and not told from the keys."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,14 +153,38 @@ class LoRA(Mapping[str, Layer]):
             raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_some(self)}")
         return self.part(modules)
 
+    @property
+    def as_read(self) -> bool:
+        """Whether this is what was read, unchanged."""
+        return self.origin is not None and self.origin.layouts is self.layouts
+
+    @cached_property
+    def sha256(self) -> str:
+        """What tells these tensors from others: the SHA-256 of the safetensors file of them alone.
+
+        Of a file, every tensor under its own key; the header's strings don't count.  Of a LoRA that
+        was changed or made in memory, every layer's tensors as ``module.role``.  Scales that stand
+        beside the tensors are taken in as the entry ``alphas``.  Reads every tensor.
+        """
+        from .storage.writer import sha256
+
+        if self.origin and self.as_read:
+            return sha256(self.origin.tensors, _alphas(self.layouts) if self.origin.scales_beside else {})
+        layers = dict(self.items())
+        held = {f"{m}.{role}": Held(array) for m, layer in layers.items() for role, array in layer.tensors().items()}
+        return sha256({**held, **self.extras}, _alphas(layers))
+
     def in_memory(self) -> "LoRA":
         """The same LoRA with every layer computed and every tensor read."""
+        if isinstance(self.metadata, Awaited):
+            self.metadata.begin()
         layouts = dict(self.items())
-        same = self.origin is not None and self.origin.layouts is self.layouts
+        same = self.as_read
         return replace(
             self,
             layouts=layouts,
             compute=None,
+            metadata=dict(self.metadata),
             extras={key: Held(tensor.read()) for key, tensor in self.extras.items()},
             origin=replace(self.origin, layouts=layouts) if self.origin and same else None,
         )
@@ -178,6 +209,11 @@ class LoRA(Mapping[str, Layer]):
 
 def _some(lora: LoRA) -> str:
     return f"Its modules are such as {next(iter(lora))}."
+
+
+def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:
+    found = {module: getattr(direction_of(layer), "alpha", None) for module, layer in layers.items()}
+    return {"alphas": json.dumps({module: None if alpha is None else float(alpha) for module, alpha in found.items()})}
 
 
 def _to_torch(array: Array) -> "torch.Tensor":

@@ -24,8 +24,10 @@ from .metadata import RECIPE, STALE
 from .methods import METHODS, Method
 from .methods.base import Merged
 from .methods.linear import shared_down
+from .provenance import UNKNOWN, record
 from .ranks import Budget, Rank, Spectrum, budget, choose, rule
 from .selection import module_seed
+from .storage.awaited import Awaited
 from .tensors import Array, Shape, Spec, Tensor, float32, namespace, nbytes, widest
 from .weights import ModuleWeights, Scope, Weights, resolve
 
@@ -119,6 +121,10 @@ class Plan:
     """What the ranks were chosen out of."""
     base: Checkpoint | None = None
     """The base model, for layers whose ΔW depends on it."""
+    given: tuple[LoRA, ...] = ()
+    """The LoRAs as they were given, with the modules that ``exclude`` leaves out."""
+    exclude: tuple[str, ...] = ()
+    scope: Scope = "module"
 
     def run(self) -> "Iterator[tuple[str, LowRank]]":
         """Merge module by module: the caller's loop is the progress bar."""
@@ -217,11 +223,11 @@ class Plan:
             if progress:
                 progress(done, len(self.steps))
         if budget.kind != "max_size":
-            return self._at(choose(spectra, budget), budget)
+            return self.at(choose(spectra, budget), budget)
         # What is no factor (names, alphas) takes room too, and depends on the ranks a little.
         room, best = budget.value, None
         for _ in range(8):
-            found = self._at(choose(spectra, budget, int(room // nbytes((1,), self.dtype))), budget)
+            found = self.at(choose(spectra, budget, int(room // nbytes((1,), self.dtype))), budget)
             spare = budget.value - saved_size(found.lora())
             if best and spare >= 0 and found.size == best.size:
                 break
@@ -231,7 +237,8 @@ class Plan:
             raise OptionError(f"{budget}: can't be met in the dialect {self.dialect}. Way out: a larger size.")
         return best
 
-    def _at(self, ranks: Mapping[str, int], budget: Budget) -> "Plan":
+    def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
+        """The same plan at ranks that were chosen before, out of a budget."""
         steps = {module: replace(step, rank=ranks[module]) for module, step in self.steps.items()}
         return replace(self, steps=steps, budget=budget)
 
@@ -246,32 +253,28 @@ class Plan:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The merge in words, as the saved file keeps it."""
-        from . import __version__
+        """The merge in words, as the saved file keeps it; hashing the inputs reads every tensor of theirs."""
+        return record(self, [lora.sha256 for lora in self.given])
 
-        return {
-            "loramerge": __version__,
-            "method": self.method.name,
-            "options": dict(self.options),
-            "rank": str(self.budget) if self.budget else self.rank,
-            "inputs": [
-                {"name": lora.name, "weight": label} for lora, label in zip(self.loras, self.weights.label, strict=True)
-            ],
-        }
-
-    def _metadata(self) -> dict[str, str]:
+    def _metadata(self) -> Awaited:
         """Entries on which the inputs agree stay; where they differ, each input's own go into the recipe."""
         metadatas = [{k: v for k, v in lora.metadata.items() if k not in STALE} for lora in self.loras]
         common = {k: v for k, v in metadatas[0].items() if all(m.get(k) == v for m in metadatas)}
-        recipe = self.recipe
-        for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
-            own = {k: v for k, v in metadata.items() if k not in common}
-            if own:
-                entry["metadata"] = own
         titles = [m.get("modelspec.title") or lora.name for m, lora in zip(metadatas, self.loras, strict=True)]
         if any(key.startswith("modelspec.") for m in metadatas for key in m):
             common["modelspec.merged_from"] = ", ".join(titles)
-        return common | {RECIPE: json.dumps(recipe, ensure_ascii=False)}
+        own = [{k: v for k, v in m.items() if k not in common} for m in metadatas]
+        known = {k: v for k, v in common.items() if k != RECIPE}
+        draft = _as_text(record(self, [UNKNOWN] * len(self.given)), own)
+        return Awaited(known, RECIPE, draft, lambda: _as_text(self.recipe, own))
+
+
+def _as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> str:
+    """A recipe for a header, with the entries that each input alone had."""
+    for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
+        if metadata:
+            entry["metadata"] = metadata
+    return json.dumps(recipe, ensure_ascii=False)
 
 
 @contextmanager
@@ -343,9 +346,10 @@ def plan(
         MergeError: Families or shapes differ, or a layer has no low-rank form.
         OptionError: A weight, the rank, the method or an option is wrong.
     """
-    opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in _listed(loras)]
-    if exclude:
-        opened = _without(opened, [exclude] if isinstance(exclude, str) else exclude)
+    given = opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in _listed(loras)]
+    left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if left_out:
+        opened = _without(opened, left_out)
     if not any(opened):
         raise MergeError("Nothing to merge: give at least one LoRA with a module.")
     if device is not None:
@@ -376,6 +380,9 @@ def plan(
         device=device,
         extras=_extras(opened),
         base=model,
+        given=tuple(given),
+        exclude=left_out,
+        scope=scope,
     )
     limit = budget(max_error, energy, max_size)
     return planned.within(limit, progress) if limit else planned

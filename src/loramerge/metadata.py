@@ -1,10 +1,13 @@
 """The strings in a file's header: kept, brought up to date, and never left wrong."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from .dialects.config import adapter_metadata, component_configs
 from .layers import Layer, direction_of
+from .storage.awaited import Awaited
+from .tensors import NAMES
 
 if TYPE_CHECKING:
     from .dialects.write import Spelling
@@ -21,18 +24,40 @@ HASHED = ("kohya", "kohya-diffusers")
 """Dialects whose readers look for kohya's hashes."""
 
 
-def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[dict[str, str], bool]:
+def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], bool]:
     """The metadata of a LoRA as it is written, and whether kohya's hashes belong in it."""
     if spelling.verbatim:
         stale = HASHES if spelling.dtype else ()
         return {key: value for key, value in lora.metadata.items() if key not in stale}, False
-    kept = {key: value for key, value in lora.metadata.items() if key not in STALE}
+    late = lora.metadata if isinstance(lora.metadata, Awaited) else None
+    kept = {key: value for key, value in (late.known if late else lora.metadata).items() if key not in STALE}
     kept.setdefault("format", "pt")
     if spelling.dialect.name == "diffusers-peft":
         kept["lora_adapter_metadata"] = adapter_metadata(component_configs(spelling.layers))
     if spelling.dialect.name in HASHED:
         kept |= network(lora, spelling.layers.values())
-    return kept, spelling.dialect.name in HASHED
+    hashed = spelling.dialect.name in HASHED
+    if late:
+        text = _with_output(late.draft, spelling)
+        return Awaited(kept, RECIPE, text, lambda: _with_output(late[RECIPE], spelling)), hashed
+    if RECIPE in kept and lora.origin is None:
+        kept[RECIPE] = _with_output(kept.pop(RECIPE), spelling)
+    return kept, hashed
+
+
+def _with_output(recipe: str, spelling: "Spelling") -> str:
+    """A merge's recipe with the dialect and the dtype in which it is written."""
+    try:
+        found = json.loads(recipe)
+    except ValueError:
+        return recipe
+    if not isinstance(found, dict) or "inputs" not in found:
+        return recipe
+    output = {"dialect": spelling.dialect.name}
+    output |= {"dtype": NAMES[spelling.dtype]} if spelling.dtype else {}
+    return json.dumps(
+        found | {"output": output | ({"allow_lossy": True} if spelling.left_out else {})}, ensure_ascii=False
+    )
 
 
 def network(lora: "LoRA", layers: Iterable[Layer]) -> Mapping[str, str]:

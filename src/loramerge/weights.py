@@ -44,6 +44,8 @@ class ModuleWeights:
     """Whether asking for them reads tensors."""
     columns: bool = False
     """Whether a weight may be an array of one number a column instead of a number."""
+    given: tuple[Weight, ...] | str = ()
+    """What `resolve` takes to give the same again."""
 
 
 def resolve(
@@ -68,16 +70,19 @@ def resolve(
         raise OptionError(f"The scope {scope!r} goes with the weights 'l2' only.")
     if weights is None or weights == "uniform":
         share = 1.0 / len(loras) if weights or default is None else default
-        return ModuleWeights(lambda module: [share] * len(loras), tuple(f"{share:.4g}" for _ in loras))
+        return ModuleWeights(
+            lambda module: [share] * len(loras), tuple(f"{share:.4g}" for _ in loras), given=(share,) * len(loras)
+        )
     if weights == "l2":
         if scope not in SCOPES:
             raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
-        return ModuleWeights(_shares(loras, scope), tuple(f"l2 ({scope})" for _ in loras), from_values=True)
+        labels = tuple(f"l2 ({scope})" for _ in loras)
+        return ModuleWeights(_shares(loras, scope), labels, from_values=True, given="l2")
     if isinstance(weights, str) and weights.endswith(".safetensors"):
         weights = Coefficients.read(weights)
     if isinstance(weights, Coefficients):
         weights.check(loras)
-        return ModuleWeights(weights.of_module, ("learned",) * len(loras), from_values=True, columns=True)
+        return ModuleWeights(weights.of_module, ("learned",) * len(loras), True, True, weights.source)
     if isinstance(weights, str):
         raise OptionError(
             f"Unknown weights {weights!r}. Available: uniform, l2, a file of learned coefficients "
@@ -86,7 +91,11 @@ def resolve(
     if len(weights) != len(loras):
         raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. One weight a file: -w 0.7 -w 0.5.")
     given = [_Given(lora, weight) for lora, weight in zip(loras, weights, strict=True)]
-    return ModuleWeights(lambda module: [g.at(module) for g in given], tuple(g.label for g in given))
+    return ModuleWeights(
+        lambda module: [g.at(module) for g in given],
+        tuple(g.label for g in given),
+        given=tuple(g.weight for g in given),
+    )
 
 
 def _plain(weights: object) -> Weights:
@@ -142,6 +151,11 @@ class _Given:
         if isinstance(weight, str) and not weight.startswith("lbw:"):
             weight = parse(weight)
         self.lora = lora
+        if isinstance(weight, Mapping):
+            weight = {pattern: _number(str(n), f"{pattern}={n}") for pattern, n in weight.items()}
+        elif not isinstance(weight, str):
+            weight = _number(str(weight), str(weight))
+        self.weight = weight
         self.at = self._rule(weight)
         self.label = weight if isinstance(weight, str) else _label(weight)
 
@@ -150,9 +164,8 @@ class _Given:
             numbers = [_number(n, weight) for n in weight.removeprefix("lbw:").split(",")]
             return self._by_block(blocks.vector(numbers, self.lora.architecture))
         if isinstance(weight, Mapping):
-            return self._by_pattern({p: _number(str(n), f"{p}={n}") for p, n in weight.items()})
-        value = _number(str(weight), str(weight))
-        return lambda module: value
+            return self._by_pattern(weight)
+        return lambda module: weight
 
     def _by_block(self, weights: Mapping[str, float]) -> Callable[[str], float]:
         def at(module: str) -> float:

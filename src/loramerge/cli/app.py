@@ -1,9 +1,8 @@
 """The commands and their options."""
 
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +10,7 @@ from .. import __version__
 from ..errors import OptionError
 from .bake import bake
 from .extract import extract
-from .run import progress, size, table
+from .run import print_notes, progress, table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +37,9 @@ Arch = Annotated[str | None, typer.Option("--architecture", help="The model fami
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
+Changed = Annotated[
+    bool, typer.Option("--allow-changed", help="Take files other than those that the recipe was made with.")
+]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
 MaxError = Annotated[
     str | None, typer.Option("--max-error", help="Ranks by budget: the error of all modules together, such as 1%.")
@@ -69,6 +71,9 @@ def inspect(
         bool, typer.Option("--norms", help="Read the tensors too: norms by block, as a bar chart.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs: every module, all metadata.")] = False,
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="How it was merged, as a recipe that 'loramerge merge' runs again.")
+    ] = False,
     architecture: Arch = None,
     allow_pickle: Pickle = False,
 ) -> None:
@@ -76,8 +81,11 @@ def inspect(
 
     Example: loramerge inspect person.safetensors --norms
     """
-    from .inspect import show
+    from .inspect import show, show_recipe
 
+    if recipe:
+        show_recipe(file, architecture=architecture, pickle=allow_pickle)
+        return
     show(file, norms=norms, as_json=json, architecture=architecture, pickle=allow_pickle)
 
 
@@ -119,19 +127,14 @@ def convert(
         )
         if not quiet:
             print(f"{lora.name} ({lora.dialect}, {lora.architecture or 'unknown family'}) → {path} ({to})")
-            _print_notes(lora.notes, lost)
-
-
-def _print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
-    for note in notes:
-        print(f"  note: {note}")
-    for line in lost:
-        print(f"  left out: {line}")
+            print_notes(lora.notes, lost)
 
 
 @app.command()
 def merge(
-    files: Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")],
+    files: Annotated[
+        list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub; or one recipe.toml.")
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file to write; for peft a directory.")
     ] = None,
@@ -142,9 +145,15 @@ def merge(
         ),
     ] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")] = None,
-    scope: Annotated[Scope, typer.Option("--scope", help="What l2 takes the norms over.")] = Scope.module,
-    method: Annotated[str, typer.Option("--method", "-m", help="See 'loramerge methods'.")] = "linear",
-    rank: Annotated[str, typer.Option("--rank", "-r", help="sum (exact), max, or a number.")] = "sum",
+    scope: Annotated[
+        Scope | None, typer.Option("--scope", help="What l2 takes the norms over; default module.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="See 'loramerge methods'; default linear.")
+    ] = None,
+    rank: Annotated[
+        str | None, typer.Option("--rank", "-r", help="sum (exact, the default), max, or a number.")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="NAME=VALUE of the method.")] = None,
     max_error: MaxError = None,
     energy: Energy = None,
@@ -159,70 +168,47 @@ def merge(
     architecture: Arch = None,
     allow_lossy: Lossy = False,
     allow_pickle: Pickle = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, read and write nothing else.")] = False,
+    allow_changed: Changed = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     workers: Workers = 1,
     quiet: Quiet = False,
 ) -> None:
-    """Merge LoRAs into one: the exact weighted sum, or its best fit at a smaller rank.
+    """Merge LoRAs into one: the exact weighted sum, or its best fit at a smaller rank; or as a recipe says.
+
+    With a recipe, every other option overrides what it says.
 
     Example: loramerge merge person.safetensors jersey.safetensors -o both.safetensors -w 0.7 -w 0.5
     """
-    from dataclasses import replace
+    from .merge import merge_by, overridden, recipe_of
 
-    from ..dialects.write import check_writable
-    from ..files import check_target, open, save
-    from ..merging import Kept, plan
-    from ..ranks import budget
-    from ..tensors import parse_dtype
-
-    if output is None and not dry_run:
-        raise OptionError("Where should the merged LoRA go? Give --output FILE, or --dry-run to see the plan.")
+    flags = {
+        "weights": weight or weights,
+        "scope": scope.value if scope else None,
+        "method": method,
+        "rank": rank,
+        "option": option,
+        "max_error": max_error,
+        "energy": energy,
+        "max_size": max_size,
+        "exclude": exclude,
+        "to": to,
+        "dtype": dtype,
+        "device": device,
+        "base": None if base is None else str(base),
+        "architecture": architecture,
+        "allow_lossy": allow_lossy,
+    }
     if weight and weights:
         raise OptionError("Give either --weight once a file, or --weights, not both.")
-    loras = [open(file, architecture=architecture, allow_pickle=allow_pickle) for file in files]
-    planned = plan(
-        loras,
-        weights=cast(Any, weight or weights),
-        method=method,
-        rank=_rank(rank),
-        scope=scope.value,
-        exclude=exclude or (),
-        device=device,
-        base=base,
-        **_options(method, option or []),
+    merge_by(
+        overridden(recipe_of(files), {name: value for name, value in flags.items() if value}, quiet),
+        output,
+        dry_run=dry_run,
+        allow_changed=allow_changed,
+        allow_pickle=allow_pickle,
+        workers=workers,
+        quiet=quiet,
     )
-    check_writable(to or planned.dialect, planned.dialect)
-    if output is not None:
-        check_target(output, to or planned.dialect)
-    # A budget is spent on what will be written: in that dialect and dtype.
-    planned = replace(planned, dialect=to or planned.dialect, dtype=parse_dtype(dtype) if dtype else planned.dtype)
-    limit = budget(max_error, energy, max_size)
-    if limit:
-        with progress("Measuring", quiet) as report:
-            planned = planned.within(limit, report)
-    if not quiet:
-        print(_plan_table(planned))
-    if dry_run or output is None:
-        return
-    lost: list[str] = []
-    kept = Kept()
-    with progress("Merging", quiet) as report:
-        path = save(
-            planned.lora(kept.add if planned.cuts else None),
-            output,
-            dialect=to,
-            dtype=dtype,
-            allow_lossy=allow_lossy,
-            workers=workers,
-            progress=report,
-            lost=lost.append,
-        )
-    if not quiet:
-        written = path if path.is_file() else path / "adapter_model.safetensors"
-        where = f", {size(written.stat().st_size)}" if written.exists() else ""
-        print(f"→ {path} ({to or planned.dialect}{where})")
-        _print_kept(kept)
-        _print_notes((), lost)
 
 
 @app.command()
@@ -267,55 +253,45 @@ def resize(
     )
 
 
-def _print_kept(kept: Any) -> None:
-    if not kept.errors:
-        return
-    worst = max(kept.errors, key=kept.errors.get)
-    print(
-        f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
-        f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
-    )
+@app.command()
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="What all merges have in common: recipe.toml.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory for the merges and their table.")],
+    set_: Annotated[
+        list[str],
+        typer.Option(
+            "--set", "-s", help="NAME=VALUE,VALUE,…: method, rank, max_error, an option …; weights as 0.7/0.5,l2."
+        ),
+    ],
+    score: Annotated[
+        str | None, typer.Option("--score", help="package.module:function, which gives a LoRA's own figures.")
+    ] = None,
+    sort: Annotated[str | None, typer.Option("--sort", help="Column of the table; -COLUMN for falling.")] = None,
+    allow_changed: Changed = False,
+    allow_pickle: Pickle = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the names of the merges, make none.")] = False,
+    workers: Workers = 1,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a recipe with every combination of settings, and compare what comes out.
 
+    What is there already is kept: an interrupted sweep goes on where it stopped.
 
-def _rank(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
+    Example: loramerge sweep recipe.toml --set method=ties,dare --set density=0.1,0.3 -o out/
+    """
+    from .sweep import sweep_by
 
-
-def _options(method: str, given: list[str]) -> dict[str, Any]:
-    """A method's options from NAME=VALUE, in the types of its parameters."""
-    from ..methods import METHODS
-
-    chosen = METHODS[method]
-    options: dict[str, Any] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise OptionError(f"Can't read the option {item!r}: wanted NAME=VALUE.")
-        if name not in chosen.options:
-            chosen.check({name: value})
-        options[name] = chosen.options[name].parse(value)
-    return options
-
-
-def _plan_table(planned: Any) -> str:
-    rows = [
-        [lora.name, lora.dialect, str(len(lora)), lora.summary("rank").removeprefix("rank "), label]
-        for lora, label in zip(planned.loras, planned.weights.label, strict=True)
-    ]
-    steps = planned.steps.values()
-    shared = sum(len(step.inputs) == sum(map(bool, planned.loras)) for step in steps)
-    low, high = min(s.rank for s in steps), max(s.rank for s in steps)
-    cut = sum(step.cut for step in steps)
-    exact = "exact" if planned.method.linear else "nothing is cut"
-    notes = [f"  note: {lora.name}: {note}" for lora in planned.loras for note in lora.notes]
-    return "\n".join(
-        [
-            table(["file", "dialect", "modules", "rank", "weight"], rows),
-            f"{planned.method.name}: {len(steps)} modules of {planned.architecture or 'an unknown family'} "
-            f"({shared} in all files), rank {low if low == high else f'{low} to {high}'}, "
-            f"{f'{cut} modules cut to a smaller rank' if cut else exact}, {size(planned.size)} in {planned.dtype}",
-            *notes,
-        ]
+    sweep_by(
+        recipe,
+        set_,
+        output,
+        score=score,
+        sort=sort,
+        dry_run=dry_run,
+        allow_changed=allow_changed,
+        allow_pickle=allow_pickle,
+        workers=workers,
+        quiet=quiet,
     )
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from .. import blocks
+from .. import blocks, toml
 from ..architectures import ARCHITECTURES
 from ..dialects import DIALECTS
 from ..files import open
@@ -29,6 +29,14 @@ def show(
         print(_by_block(lora, found))
         if not norms:
             print("\nNorms of the blocks: --norms.  Every module: --json.")
+
+
+def show_recipe(source: str, *, architecture: str | None = None, pickle: bool = False) -> None:
+    """Print how a LoRA was merged, as a recipe that can be run again."""
+    from ..recipe import Recipe
+
+    with open(source, architecture=architecture, allow_pickle=pickle) as lora:
+        print(f"# How {toml.text(lora.name)} was merged.", Recipe.of(lora).to_toml(), sep="\n", end="")
 
 
 def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
@@ -140,7 +148,15 @@ def _merged_from(lora: LoRA) -> str:
 
     try:
         recipe = json.loads(lora.metadata.get(RECIPE, "{}"))
-        inputs = ", ".join(f"{i['name']} × {i['weight']}" for i in recipe.get("inputs", []))
+        inputs = ", ".join(f"{i['name']} × {_weight(i, recipe)}" for i in recipe.get("inputs", []))
+        budget = "".join(f", {kind} {value:g}" for kind, value in recipe.get("budget", {}).items())
+        return f"{inputs} by {recipe['method']}, rank {recipe['rank']}{budget}" if inputs else ""
     except (ValueError, AttributeError, KeyError, TypeError):
         return ""
-    return f"{inputs} by {recipe['method']}, rank {recipe['rank']}" if inputs else ""
+
+
+def _weight(entry: dict[str, Any], recipe: dict[str, Any]) -> str:
+    weight = entry["weight"] if "weight" in entry else f"{recipe['weights']} ({recipe['scope']})"
+    if isinstance(weight, dict):
+        return ";".join(f"{pattern}={number:g}" for pattern, number in weight.items())
+    return f"{weight:.4g}" if isinstance(weight, float) else str(weight)

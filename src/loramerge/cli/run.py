@@ -57,6 +57,14 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
+    """Say what is unusual about a file, and what was left out of it."""
+    for note in notes:
+        print(f"  note: {note}")
+    for line in lost:
+        print(f"  left out: {line}")
+
+
 @contextmanager
 def progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on the terminal, which appears when the work has taken half a second."""

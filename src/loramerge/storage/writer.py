@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import FileError
-from ..tensors import Array, Spec, is_torch, nbytes
+from ..tensors import Array, Spec, Stored, Tensor, is_torch, nbytes
 from . import forks
+from .awaited import Awaited, draft
 from .positioned import pread, pwrite
 
 Progress = Callable[[int, int], None]
@@ -50,7 +51,7 @@ def write(
 
     Args:
         groups: What to write; each is made when its turn comes.
-        metadata: Strings for the header.
+        metadata: Strings for the header; an `Awaited` one is found out while the tensors are written.
         workers: Processes that make groups, at most; threads where it is not safe to fork.
         hashes: Whether to fill in ``sshs_model_hash`` and ``sshs_legacy_hash``.
         fork: Whether workers may be processes.
@@ -64,24 +65,55 @@ def write(
     _keep_freed_memory()
     with _replacing(path) as fd:
         layout = _Layout(specs)
-        header = layout.header({**metadata, **_PLACEHOLDERS} if hashes else metadata)
+        header = layout.header({**draft(metadata), **_PLACEHOLDERS} if hashes else draft(metadata))
         start = len(header)
         _reserve(fd, start + layout.size)
         _write_at(fd, header, 0)
         # Closed before the file is: a thread still at work would write into whatever is opened next.
         with closing(_each(groups, lambda group: _write_group(fd, group, layout, start), workers, fork)) as written:
             for done, _ in enumerate(written, start=1):
+                if done == 1 and isinstance(metadata, Awaited):
+                    metadata.begin()  # a thread, so not before workers are forked
                 if progress:
                     progress(done, len(groups))
-        if hashes:
-            _write_at(fd, layout.header({**metadata, **_hashes(fd, layout, start, metadata)}), 0)
+        if hashes or isinstance(metadata, Awaited):
+            late = _hashes(fd, layout, start, metadata) if hashes else {}
+            header = layout.header({**metadata, **late})
+            if len(header) != start:
+                raise FileError(f"Can't write {path}: the header became {len(header)} bytes long, not {start}.")
+            _write_at(fd, header, 0)
 
 
 def file_size(groups: Iterable[Group], metadata: Mapping[str, str], hashes: bool = False) -> int:
     """Bytes of the file that `write` would make."""
     specs = {key: spec for group in groups for key, spec in group.specs.items()}
     layout = _Layout(specs)
-    return len(layout.header({**metadata, **_PLACEHOLDERS} if hashes else metadata)) + layout.size
+    return len(layout.header({**draft(metadata), **_PLACEHOLDERS} if hashes else draft(metadata))) + layout.size
+
+
+def sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """SHA-256 of the file that `write` would make of these tensors: of their names, shapes, dtypes and bytes."""
+    layout = _Layout(tensors)
+    found = hashlib.sha256(layout.header(metadata or {}))
+    for data in _data([tensors[key] for key in layout.begins]):
+        found.update(data)
+    return found.hexdigest()
+
+
+def _data(tensors: Iterable[Tensor], most: int = 1 << 22) -> Iterator[bytes | memoryview]:
+    """The tensors' bytes; those that lie side by side in a file are read together."""
+    run: list[Stored] = []
+    for tensor in tensors:
+        follows = run and isinstance(tensor, Stored) and tensor.begin == run[-1].end and tensor.source == run[-1].source
+        if run and not (follows and run[-1].end - run[0].begin < most):
+            yield run[0].source(run[0].begin, run[-1].end)
+            run = []
+        if isinstance(tensor, Stored):
+            run.append(tensor)
+        else:
+            yield _bytes(tensor.read())
+    if run:
+        yield run[0].source(run[0].begin, run[-1].end)
 
 
 def _keep_freed_memory(size: int = 1 << 24) -> None:

@@ -1,0 +1,139 @@
+"""``loramerge merge``: a recipe, typed or read, and what it gives."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+from ..files import check_target
+from ..merging import Kept, Plan
+from ..methods import METHODS
+from ..recipe import Input, Recipe
+from ..weights import parse
+from .run import print_notes, progress, size, table
+
+
+def recipe_of(files: Sequence[str]) -> Recipe:
+    """The recipe in the one file that is given, or that of merging all that are.
+
+    Raises:
+        OptionError: A recipe is given beside other files.
+    """
+    recipes = [file for file in files if file.endswith(".toml")]
+    if not recipes:
+        return Recipe(loras=tuple(Input(path=file) for file in files))
+    if len(files) > 1:
+        raise OptionError(f"{recipes[0]} is a recipe, which names its LoRAs itself; got {len(files) - 1} more files.")
+    return Recipe.read(recipes[0])
+
+
+def overridden(recipe: Recipe, flags: Mapping[str, Any], quiet: bool = False) -> Recipe:
+    """The recipe with what was typed in the place of what it says."""
+    changes = dict(flags)
+    if "weights" in changes:
+        given = changes["weights"]
+        changes["weights"] = given if isinstance(given, str) else tuple(map(parse, given))
+    if "rank" in changes:
+        changes["rank"] = _rank(changes["rank"])
+    if "exclude" in changes:
+        changes["exclude"] = tuple(changes["exclude"])
+    method = changes.get("method", recipe.method)
+    if "option" in changes:
+        changes["options"] = _options(method, changes.pop("option"))
+    changed = recipe.override(**changes)
+    for name in recipe.options:
+        if name not in changed.options and not quiet:
+            print(f"note: the recipe's option {name} is left out: {method} doesn't have it")
+    return changed
+
+
+def merge_by(
+    recipe: Recipe,
+    output: Path | None,
+    *,
+    dry_run: bool = False,
+    allow_changed: bool = False,
+    allow_pickle: bool = False,
+    workers: int = 1,
+    quiet: bool = False,
+) -> None:
+    """Run a recipe, and say what it does."""
+    if output is None and recipe.output.path is None and not dry_run:
+        raise OptionError("Where should the merged LoRA go? Give --output FILE, or --dry-run to see the plan.")
+    loras = recipe.open(allow_pickle=allow_pickle)
+    target = None if dry_run and output is None else recipe.target(output)
+    if target is not None:
+        check_target(target, recipe.output.to or loras[0].dialect)
+    with progress("Measuring", quiet) as report:
+        planned = recipe.plan(loras, allow_changed=allow_changed, progress=report)
+    if not quiet:
+        print(_plan_table(planned))
+    if dry_run or target is None:
+        return
+    lost: list[str] = []
+    kept = Kept()
+    with progress("Merging", quiet) as report:
+        path = recipe.write(
+            planned,
+            target,
+            workers=workers,
+            progress=report,
+            record=kept.add if planned.cuts else None,
+            lost=lost.append,
+        )
+    if not quiet:
+        written = path if path.is_file() else path / "adapter_model.safetensors"
+        where = f", {size(written.stat().st_size)}" if written.exists() else ""
+        print(f"→ {path} ({planned.dialect}{where})")
+        _print_kept(kept)
+        print_notes((), lost)
+
+
+def _print_kept(kept: Kept) -> None:
+    if not kept.errors:
+        return
+    worst = max(kept.errors, key=kept.errors.__getitem__)
+    print(
+        f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
+        f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
+    )
+
+
+def _rank(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _options(method: str, given: list[str]) -> dict[str, Any]:
+    """A method's options from NAME=VALUE, in the types of its parameters."""
+    chosen = METHODS[method]
+    options: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise OptionError(f"Can't read the option {item!r}: wanted NAME=VALUE.")
+        if name not in chosen.options:
+            chosen.check({name: value})
+        options[name] = chosen.options[name].parse(value)
+    return options
+
+
+def _plan_table(planned: Plan) -> str:
+    rows = [
+        [lora.name, lora.dialect, str(len(lora)), lora.summary("rank").removeprefix("rank "), label]
+        for lora, label in zip(planned.loras, planned.weights.label, strict=True)
+    ]
+    steps = planned.steps.values()
+    shared = sum(len(step.inputs) == sum(map(bool, planned.loras)) for step in steps)
+    low, high = min(s.rank for s in steps), max(s.rank for s in steps)
+    cut = sum(step.cut for step in steps)
+    exact = "exact" if planned.method.linear else "nothing is cut"
+    notes = [f"  note: {lora.name}: {note}" for lora in planned.loras for note in lora.notes]
+    return "\n".join(
+        [
+            table(["file", "dialect", "modules", "rank", "weight"], rows),
+            f"{planned.method.name}: {len(steps)} modules of {planned.architecture or 'an unknown family'} "
+            f"({shared} in all files), rank {low if low == high else f'{low} to {high}'}, "
+            f"{f'{cut} modules cut to a smaller rank' if cut else exact}, {size(planned.size)} in {planned.dtype}",
+            *notes,
+        ]
+    )

@@ -1,0 +1,48 @@
+"""How a merge was made, as the merged file says it: enough to make it again, and to see that nothing has changed."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .tensors import NAMES
+
+if TYPE_CHECKING:
+    from .merging import Plan
+
+UNKNOWN = "0" * 64
+"""Stands for a hash that is not known yet."""
+
+
+def record(plan: "Plan", hashes: Sequence[str]) -> dict[str, Any]:
+    """A plan's recipe.
+
+    Args:
+        plan: The plan.
+        hashes: SHA-256 of every input's tensors, see `LoRA.sha256`.
+    """
+    from . import __version__
+
+    weights = plan.weights.given
+    found: dict[str, Any] = {"loramerge": __version__, "method": plan.method.name, "options": dict(plan.options)}
+    found |= {"weights": weights} if isinstance(weights, str) else {}
+    found |= {"scope": plan.scope} if weights == "l2" else {}
+    found |= {"rank": plan.rank}
+    if plan.budget:
+        value = plan.budget.value
+        found["budget"] = {plan.budget.kind: int(value) if plan.budget.kind == "max_size" else value}
+        found["ranks"] = {module: step.rank for module, step in plan.steps.items()}
+    found |= {"exclude": list(plan.exclude)} if plan.exclude else {}
+    found |= {"device": plan.device} if plan.device else {}
+    found |= {"base": plan.base.name} if plan.base else {}
+    found["inputs"] = [_input(lora, sha256) for lora, sha256 in zip(plan.given, hashes, strict=True)]
+    if not isinstance(weights, str):
+        for entry, weight in zip(found["inputs"], weights, strict=True):
+            entry["weight"] = dict(weight) if isinstance(weight, Mapping) else weight
+    return found | {"output": {"dialect": plan.dialect, "dtype": NAMES[plan.dtype]}}
+
+
+def _input(lora: Any, sha256: str) -> dict[str, Any]:
+    """One LoRA, by where it was read, without the directories of this machine."""
+    entry = {"name": lora.name, "sha256": sha256}
+    if lora.as_read and lora.origin.source is not None:
+        entry |= {"source": lora.origin.source, **lora.origin.forced}
+    return entry

@@ -1,0 +1,390 @@
+"""A sweep: one recipe, merged with every combination of some settings, and what each merge is like."""
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import linalg
+from .errors import LoRAMergeError, OptionError
+from .files import check_target, open
+from .layers import Layer
+from .lora import LoRA, in_one_library
+from .merging import Kept, Plan
+from .metadata import RECIPE
+from .methods import METHODS
+from .recipe import BUDGETS, Recipe, check
+from .tensors import Array, namespace
+
+if TYPE_CHECKING:
+    from .storage.writer import Progress
+
+Score = Callable[[LoRA], Mapping[str, float]]
+"""Figures of the caller's own for a merged LoRA, by column."""
+
+SETTINGS = ("method", "rank", *BUDGETS, "weights", "scope", "to", "dtype")
+"""What a grid may set beside the methods' options."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination of a grid."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """Those that apply: an option that the method doesn't have is not among them."""
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Row:
+    """One merge of a sweep."""
+
+    name: str
+    path: Path
+    settings: Mapping[str, Any]
+    figures: Mapping[str, float | None]
+    """``size`` in bytes; ``rank_min``, ``rank_max``; ``error``, that of cutting to the rank, ‖ΔW − kept‖ / ‖ΔW‖;
+    ``kept:NAME`` of each LoRA and ``interference``, see `measure`; and the score's own."""
+    reused: bool = False
+    """Whether an earlier sweep had merged it."""
+
+    def __getitem__(self, column: str) -> Any:
+        return {"name": self.name, **self.settings, **self.figures}.get(column)
+
+
+def sweep(
+    recipe: Recipe | str | os.PathLike[str],
+    grid: Mapping[str, Sequence[Any]],
+    output: str | os.PathLike[str],
+    *,
+    score: Score | None = None,
+    allow_changed: bool = False,
+    allow_pickle: bool = False,
+    workers: int = 1,
+    progress: "Progress | None" = None,
+) -> list[Row]:
+    """Merge a recipe with every combination of settings, and measure each merge.
+
+    Every merge goes to ``output/NAME.safetensors``, the table to ``sweep.json`` and ``sweep.csv``
+    beside them.  A merge that is there already, with the same recipe, is not made again.
+
+    Args:
+        recipe: What all merges have in common, or the file with it.
+        grid: Values by setting: ``{"method": ["ties", "dare"], "density": [0.1, 0.3]}``.  Settings are
+            ``method``, ``rank``, ``max_error``, ``energy``, ``max_size``, ``weights``, ``scope``, ``to``,
+            ``dtype``, and the options of the methods.  An option is left out where the method doesn't
+            have it, and combinations that are then the same are merged once.
+        output: A directory; it is made where it is missing.
+        score: Called with every merged LoRA; what it returns joins the table.  It is not called again
+            for a merge that is there already, unless the file that defines it has changed.
+        allow_changed: Whether to take LoRAs with other tensors than the recipe was made with.
+        allow_pickle: Whether to read pickles, tensors only.
+        workers: Threads for each merge.
+        progress: Called with the number of merges done and of all.
+
+    Returns:
+        One row a merge, in the grid's order.
+
+    Raises:
+        OptionError: A setting is unknown or a value is wrong; nothing is merged.
+        LoRAMergeError: As `Recipe.plan` and `loramerge.save`.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+    todo = points(recipe, grid)
+    folder = Path(output).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    for point in todo:
+        check_target(folder / _file(point), point.recipe.output.to or "kohya")
+    loras = recipe.open(allow_pickle=allow_pickle)
+    ledger = _Ledger(folder, _name(score))
+    rows = []
+    for done, point in enumerate(todo, start=1):
+        planned = _planned(point, loras, allow_changed)
+        rows.append(_row(point, planned, ledger, score, workers))
+        if progress:
+            progress(done, len(todo))
+    ledger.close(rows, list(grid))
+    return rows
+
+
+def points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """The combinations of a grid that differ, each with its recipe.
+
+    Raises:
+        OptionError: A setting is unknown, or a value is wrong.
+    """
+    _check(recipe, grid)
+    found: list[Point] = []
+    for values in product(*grid.values()):
+        asked = dict(zip(grid, values, strict=True))
+        known = METHODS[asked.get("method", recipe.method)].options
+        settings = {name: value for name, value in asked.items() if name in SETTINGS or name in known}
+        options = {name: settings[name] for name in settings if name not in SETTINGS}
+        changes = {name: settings[name] for name in settings if name in SETTINGS}
+        changed = recipe.override(**changes, options=options)
+        check(changed)
+        if all(changed != point.recipe for point in found):
+            found.append(Point(_unique(_readable(settings), [p.name for p in found]), settings, changed))
+    return found
+
+
+def left_out(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
+    """The options that some methods of a grid don't have, with those methods; they are left out there."""
+    methods = list(grid.get("method", [recipe.method]))
+    options = [name for name in dict.fromkeys((*grid, *recipe.options)) if name not in SETTINGS]
+    lacking = {name: [m for m in methods if name not in METHODS[m].options] for name in options}
+    return {name: without for name, without in lacking.items() if without}
+
+
+def _check(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
+    methods = [METHODS[name] for name in grid.get("method", [recipe.method])]
+    options = list(dict.fromkeys(name for method in methods for name in method.options))
+    for name, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise OptionError(f"The setting {name}: got {values!r}, wanted a list of values.")
+        if name not in SETTINGS and name not in options:
+            near = difflib.get_close_matches(name, [*SETTINGS, *options], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise OptionError(
+                f"Unknown setting {name!r}.{hint} Available: {', '.join(SETTINGS)}; options of the methods: "
+                f"{', '.join(options) or 'none'}."
+            )
+
+
+def _readable(settings: Mapping[str, Any]) -> str:
+    """``ties_density=0.1``: a name for a file."""
+    parts = [_word(value) if name == "method" else f"{name}={_word(value)}" for name, value in settings.items()]
+    return "_".join(parts) or "merge"
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{pattern}={number}" for pattern, number in value.items()]
+    text = "+".join(map(_word, value)) if isinstance(value, list | tuple) else str(value)
+    return re.sub(r"[^\w.=+%-]+", "-", text)
+
+
+def _unique(name: str, taken: Sequence[str]) -> str:
+    names = [name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))]
+    return next(n for n in names if n.lower() not in {t.lower() for t in taken})
+
+
+def _file(point: Point) -> str:
+    return f"{point.name}.safetensors"
+
+
+def _planned(point: Point, loras: Sequence[LoRA], allow_changed: bool) -> Plan:
+    try:
+        return point.recipe.plan(loras, allow_changed=allow_changed)
+    except LoRAMergeError as error:
+        raise type(error)(f"{point.name}: {error}") from None
+
+
+def _row(point: Point, planned: Plan, ledger: "_Ledger", score: Score | None, workers: int) -> Row:
+    target = check_target(ledger.folder / _file(point), planned.dialect)
+    wanted = _comparable(planned.recipe)
+    figures = ledger.figures(point.name) if _recipe_in(target) == wanted else None
+    row = Row(point.name, target, point.settings, figures or {}, figures is not None)
+    if figures is None:
+        kept = Kept()
+        point.recipe.write(planned, target, workers=workers, record=kept.add)
+        with open(target, architecture=planned.architecture) as merged:
+            row = replace(
+                row, figures={"size": _size(target), **_ranks(merged), "error": kept.error, **measure(merged, planned)}
+            )
+        ledger.add(row)
+    scores = ledger.scores(point.name)
+    if score and scores is None:
+        with open(target, architecture=planned.architecture) as merged:
+            scores = _scored(score(merged), row.figures)
+        ledger.add(row, scores)
+    return replace(row, figures={**row.figures, **(scores or {})})
+
+
+def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
+    """What a merged LoRA has of its parents, from factors, over all modules that are merged.
+
+    Args:
+        merged: As it was written.
+        planned: How.
+
+    Returns:
+        ``kept:NAME`` of each parent i, ⟨ΔW, ΔWᵢ⟩ / ⟨ΔWᵢ, ΔWᵢ⟩: how much of it is in the merge, along its own
+        direction (its weight, and what the others have in that direction).  ``interference``,
+        ‖ΔW − Σ wᵢΔWᵢ‖ / ‖Σ wᵢΔWᵢ‖: how far the merge is from the weighted sum.  None where the denominator is 0.
+    """
+    inner, own = [0.0] * len(planned.loras), [0.0] * len(planned.loras)
+    apart, whole = 0.0, 0.0
+    for module, step in planned.steps.items():
+        given = [planned.loras[i][module] for i in step.inputs]
+        weights = planned.weights.of(module)
+        layers = in_one_library([*given, merged[module]] if module in merged else given)
+        parents = [_factors(layer) for layer in layers[: len(given)]]
+        total = _weighted(parents, [weights[i] for i in step.inputs])
+        result = _factors(layers[-1]) if module in merged else (total[0][:, :1] * 0.0, total[1][:1])
+        for i, parent in zip(step.inputs, parents, strict=True):
+            inner[i] += _inner(result, parent)
+            own[i] += _inner(parent, parent)
+        apart += linalg.distance(result, total) ** 2
+        whole += linalg.norm(*total) ** 2
+    names = [_unique(lora.name, [other.name for other in planned.loras[:i]]) for i, lora in enumerate(planned.loras)]
+    kept = {f"kept:{name}": a / b if b else None for name, a, b in zip(names, inner, own, strict=True)}
+    return {**kept, "interference": math.sqrt(apart / whole) if whole else None}
+
+
+Factors = tuple[Array, Array]
+
+
+def _factors(layer: Layer) -> Factors:
+    """In float64, so that the sums lose nothing."""
+    up, down = layer.factors()
+    xp = namespace(up)
+    return xp.astype(up, xp.float64), xp.astype(down, xp.float64)
+
+
+def _weighted(parents: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    xp = namespace(parents[0][0])
+    ups = [weight * up for weight, (up, _) in zip(weights, parents, strict=True)]
+    return xp.concat(ups, axis=1), xp.concat([down for _, down in parents], axis=0)
+
+
+def _inner(a: Factors, b: Factors) -> float:
+    """⟨up₁ down₁, up₂ down₂⟩ without either product."""
+    return float(((a[0].T @ b[0]) * (a[1] @ b[1].T)).sum())
+
+
+def _ranks(merged: LoRA) -> dict[str, float | None]:
+    ranks = [layer.rank for layer in merged.layouts.values() if layer.rank is not None]
+    return {"rank_min": min(ranks), "rank_max": max(ranks)}
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _scored(found: Any, figures: Mapping[str, Any]) -> dict[str, float]:
+    if not isinstance(found, Mapping):
+        raise OptionError(f"The score gave {found!r}, wanted a mapping of columns to numbers.")
+    for column, value in found.items():
+        if not isinstance(column, str) or column in (*figures, *SETTINGS, "name"):
+            raise OptionError(f"The score's column {column!r} is no text, or the sweep has one of that name.")
+        if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+            raise OptionError(f"The score's {column}: got {value!r}, wanted a number.")
+    return {column: float(value) for column, value in found.items()}
+
+
+def _name(score: Score | None) -> str | None:
+    """What a score is known by: its name and the text of its file; None where it has none."""
+    import hashlib
+    import inspect
+
+    name = getattr(score, "__qualname__", "<")
+    try:
+        text = Path(inspect.getsourcefile(score) or "").read_bytes()  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return None
+    return None if "<" in name else f"{score.__module__}:{name} {hashlib.sha256(text).hexdigest()}"
+
+
+def _recipe_in(path: Path) -> Any:
+    """The recipe in the header of a merged file; None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        with open(path) as lora:
+            return _comparable(json.loads(lora.metadata[RECIPE]))
+    except (LoRAMergeError, KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _comparable(recipe: Mapping[str, Any]) -> Any:
+    """A recipe without what says nothing of the tensors: the inputs' own metadata, and what was allowed."""
+    kept: Any = json.loads(json.dumps(recipe))
+    kept["output"].pop("allow_lossy", None)
+    for entry in kept["inputs"]:
+        entry.pop("metadata", None)
+    return kept
+
+
+class _Ledger:
+    """The table on the disk: brought up to date after every merge, so that a sweep can go on where it stopped."""
+
+    def __init__(self, folder: Path, score: str | None) -> None:
+        self.folder = folder
+        self.score = score
+        self.entries: dict[str, dict[str, Any]] = {}
+        try:
+            rows = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["rows"]
+            self.entries = {row["name"]: row for row in rows if isinstance(row["figures"], dict)}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+
+    def figures(self, name: str) -> dict[str, Any] | None:
+        return self.entries.get(name, {}).get("figures")
+
+    def scores(self, name: str) -> dict[str, Any] | None:
+        entry = self.entries.get(name, {})
+        return entry.get("scores") if self.score and entry.get("score") == self.score else None
+
+    def add(self, row: Row, scores: Mapping[str, float] | None = None) -> None:
+        entry = {"name": row.name, "file": row.path.name, "settings": row.settings, "figures": row.figures}
+        self.entries[row.name] = {**entry, **({"score": self.score, "scores": scores} if scores is not None else {})}
+        self._write(self.entries)
+
+    def close(self, rows: Sequence[Row], settings: Sequence[str]) -> None:
+        """The table of this sweep alone, in its order, and the same for spreadsheets."""
+        from .storage.writer import write_text
+
+        self._write([row.name for row in rows])
+        write_text(self.folder / "sweep.csv", _csv(rows, settings))
+
+    def _write(self, names: Iterable[str]) -> None:
+        from . import __version__
+        from .storage.writer import write_text
+
+        data = {"loramerge": __version__, "rows": [self.entries[name] for name in names]}
+        write_text(self.folder / "sweep.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def _csv(rows: Sequence[Row], settings: Sequence[str]) -> str:
+    import csv
+    import io
+
+    text = io.StringIO()
+    figures = dict.fromkeys(column for row in rows for column in row.figures)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["name", "file", *settings, *figures])
+    for row in rows:
+        values = [row[column] for column in (*settings, *figures)]
+        writer.writerow([row.name, row.path.name, *("" if v is None else v for v in values)])
+    return text.getvalue()
+
+
+def ordered(rows: Sequence[Row], column: str) -> list[Row]:
+    """Rows by a column, rising; falling where the column's name has a minus in front.  Empty cells come last.
+
+    Raises:
+        OptionError: No row has the column.
+    """
+    name = column.removeprefix("-")
+    known = dict.fromkeys(c for row in rows for c in ("name", *row.settings, *row.figures))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise OptionError(f"Can't sort by {name!r}.{hint} Columns: {', '.join(known)}.")
+    filled = [row for row in rows if row[name] is not None]
+    filled.sort(key=lambda row: _key(row[name]), reverse=column.startswith("-"))
+    return filled + [row for row in rows if row[name] is None]
+
+
+def _key(value: Any) -> tuple[bool, float, str]:
+    number = isinstance(value, int | float)
+    return not number, float(value) if number else 0.0, "" if number else str(value)

@@ -16,6 +16,7 @@ from loramerge.methods import METHODS
 from loramerge.methods.engines import elementwise
 from loramerge.methods.options import options_of
 from loramerge.methods.spaces import core
+from loramerge.selection import ranks_in_rows
 from loramerge.testing import random_layer, relative_error
 
 KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -311,6 +312,14 @@ def test_a_wrong_option_is_refused(method: str, options: dict[str, Any], said: s
 
     with pytest.raises(OptionError, match=said):
         lm.merge(given, method=method, **options)
+
+
+def test_a_row_is_ranked_alone_however_many_there_are() -> None:
+    values = np.random.default_rng(0).standard_normal((600, 5)).astype(np.float32)
+
+    wanted = [np.abs(row).argsort().argsort() / 4 for row in values]
+
+    np.testing.assert_allclose(ranks_in_rows(values), wanted, atol=1e-6)
 
 
 def test_slerp_takes_two() -> None:

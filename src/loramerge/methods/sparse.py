@@ -151,14 +151,24 @@ def agreeing(weighted: Iterable[Array], weights: Weights) -> Array:
     up_mass: Array = 0.0
     down_mass: Array = 0.0
     for entry, weight in zip(weighted, weights, strict=True):
-        positive, negative = _as(entry > 0, entry), _as(entry < 0, entry)
-        up = up + entry * positive
-        down = down + entry * negative
-        up_mass = up_mass + abs(weight) * positive
-        down_mass = down_mass + abs(weight) * negative
+        up, up_mass = _with(up, up_mass, entry, entry > 0, abs(weight))
+        down, down_mass = _with(down, down_mass, entry, entry < 0, abs(weight))
     elected = _as(up + down >= 0, up)
-    other = 1 - elected
-    return _ratio(up * elected + down * other, up_mass * elected + down_mass * other, sum(map(abs, weights)))
+    up *= elected
+    up_mass *= elected
+    elected = 1 - elected
+    up += down * elected
+    up_mass += down_mass * elected
+    return _ratio(up, up_mass, sum(map(abs, weights)))
+
+
+def _with(total: Array, mass: Array, entry: Array, mask: Array, weight: float) -> tuple[Array, Array]:
+    """A sum and its mass with the entries under a mask in them."""
+    part = _as(mask, entry)
+    mass += weight * part
+    part *= entry
+    total += part
+    return total, mass
 
 
 def _ratio(total: Array, mass: Array, scale: float) -> Array:

@@ -36,7 +36,7 @@ check: $(VENV)/.dev $(VENV)/.docs  ## all that must be green: style, types, laye
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev  ## speed and memory beside the peers, on real SDXL shapes
-	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/merge.py; merge=$$?; $(BIN)/python benchmarks/methods.py && exit $$merge
 
 docs: $(VENV)/.docs  ## the documentation, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -35,7 +35,7 @@ class Bench:
     def compare(self, title: str, commands: Mapping[str, Command], rounds: int | None = None) -> Samples:
         print(f"{title}", flush=True)
         samples = in_turn(commands, rounds or self.rounds)
-        self.sections.append(Section(title, [_row(name, samples) for name in commands]))
+        self.sections.append(Section(title, [_row(name, samples).cells for name in commands]))
         return samples
 
     def want(self, name: str, measured: float | None, wanted: float, *, least: bool = False, note: str = "") -> None:

@@ -2,7 +2,7 @@
 
 ``attn`` has the attention projections of the UNet, which diffusers' training script adapts;
 ``kohya`` every linear layer inside the UNet's transformers and the text encoders' layers, as
-sd-scripts does.  ``down`` lies near the uniform start that trainers use; ``up`` gives ΔW a
+sd-scripts does; ``widest`` a single layer, the largest there is.  ``down`` lies near the uniform start that trainers use; ``up`` gives ΔW a
 spectrum σₖ ∝ k^-p exp(-k / 0.6r), with a fifth of its energy in directions that all files share.
 
     python benchmarks/loras.py FOLDER attn 8 --count 2
@@ -24,12 +24,14 @@ from loramerge.tensors import Shape
 
 ATTENTION = re.compile(r"unet\..*\.attn[12]\.to_(q|k|v|out\.0)")
 TRANSFORMERS = re.compile(r"unet\..*\.attentions\..*|text_encoder.*\.layers\..*")
-DIALECTS = {"attn": "diffusers-peft", "kohya": "kohya"}
+WIDEST = re.compile(r"unet\.mid_block\.attentions\.0\.transformer_blocks\.0\.ff\.net\.0\.proj")
+PATTERNS = {"attn": ATTENTION, "kohya": TRANSFORMERS, "widest": WIDEST}
+DIALECTS = {"attn": "diffusers-peft", "kohya": "kohya", "widest": "diffusers-peft"}
 
 
 def modules(variant: str) -> dict[str, Shape]:
     """Names and weight shapes of the modules that a variant's trainer adapts."""
-    pattern = ATTENTION if variant == "attn" else TRANSFORMERS
+    pattern = PATTERNS[variant]
     shapes = ARCHITECTURES["sdxl"].shapes
     return {name: shape for name, shape in shapes.items() if len(shape) == 2 and pattern.fullmatch(name)}
 

@@ -5,10 +5,10 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("loramerge", "numpy", "torch", "safetensors", "peft")
+PACKAGES = ("loramerge", "numpy", "torch", "safetensors", "peft", "mergekit")
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Goal:
     @property
     def cells(self) -> list[str]:
         verdict = {True: "yes", False: "**no**", None: "not run"}[self.met]
-        measured = "–" if self.measured is None else _number(self.measured)
-        return [self.name, measured, f"{'≥' if self.least else '≤'} {_number(self.wanted)}", verdict, self.note]
+        measured = "–" if self.measured is None else number(self.measured)
+        return [self.name, measured, f"{'≥' if self.least else '≤'} {number(self.wanted)}", verdict, self.note]
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,11 @@ class Row:
 
     @property
     def cells(self) -> list[str]:
-        times = [_number(seconds) for seconds in (self.wall, self.cpu, self.run, self.run_cpu)]
+        times = [number(seconds) for seconds in (self.wall, self.cpu, self.run, self.run_cpu)]
         return [self.name, str(self.rounds), *times, f"{self.rss / 1e6:.0f}"]
+
+
+ROW_HEAD = ("", "rounds", "wall s", "CPU s", "run s", "run CPU s", "peak MB")
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,12 @@ class Section:
     """Commands that were run in turn."""
 
     title: str
-    rows: Sequence[Row]
+    rows: Sequence[Sequence[str]]
+    """Cells."""
+    head: Sequence[str] = ROW_HEAD
 
 
 GOAL_HEAD = ["goal", "measured", "wanted", "met", ""]
-ROW_HEAD = ["", "rounds", "wall s", "CPU s", "run s", "run CPU s", "peak MB"]
 
 
 def text(goals: Sequence[Goal]) -> str:
@@ -73,33 +77,29 @@ def text(goals: Sequence[Goal]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def markdown(goals: Sequence[Goal], sections: Sequence[Section], others: float) -> str:
+def markdown(title: str, goals: Sequence[Goal], sections: Sequence[Section], others: float, legend: str) -> str:
     """Everything measured, with a description of the machine."""
-    parts = [
-        "# Merging SDXL LoRAs: time, memory, accuracy",
-        *machine(others),
-        _table(GOAL_HEAD, [g.cells for g in goals]),
-    ]
-    parts += [LEGEND]
+    parts = [f"# {title}", *machine(others), _table(GOAL_HEAD, [g.cells for g in goals]), legend]
     for section in sections:
-        parts += [f"## {section.title}", _table(ROW_HEAD, [row.cells for row in section.rows])]
+        parts += [f"## {section.title}", _table(section.head, section.rows)]
     return "\n\n".join(parts) + "\n"
-
-
-LEGEND = """Ratios are medians over rounds of the ratio within a round, in which the programs ran in turn, each \
-with one BLAS thread. *wall* and *CPU* are of the whole process, interpreter and imports included; *run* is \
-the work without them, as the program itself measures it. Files are in the page cache. LoRAs are synthetic: \
-real module shapes, float16, decaying spectra."""
 
 
 def machine(others: float) -> list[str]:
     """The machine and the versions, without names or paths."""
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    packages = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
     return [
         f"{date.today()}. {os.cpu_count()} cores, {_processor()}, {_memory():.0f} GiB; {platform.system()} "
         f"{platform.machine()}, Python {platform.python_version()}, {packages}.",
         f"Other programs kept {others:.1f} cores busy on average during the run.",
     ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -122,7 +122,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     if value != value:
         return ""
     if value == 0 or abs(value) >= 1e-3:

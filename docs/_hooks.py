@@ -11,7 +11,7 @@ from typing import Any
 
 MARK = re.compile(r"<!-- table: ([a-z-]+) -->")
 URL = re.compile(r"(https?://[^\s,;]+)")
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "merge-cpu.md"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -150,10 +150,11 @@ def commands() -> str:
 
 
 def benchmarks() -> str:
-    """The measured tables, where they are."""
-    if not RESULTS.exists():
+    """The measured tables of every file, where they are."""
+    files = sorted(RESULTS.glob("*.md"))
+    if not files:
         return "There is no table in `benchmarks/results/` yet."
-    lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
     return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines)
 
 

@@ -1,6 +1,7 @@
 """The same merge by PEFT's ``add_weighted_adapter``.
 
     python benchmarks/peers/peft_merge.py OUT FILE FILE … --type svd --rank 8 --modules 10
+    python benchmarks/peers/peft_merge.py OUT FILE FILE … --type ties_svd --density 0.2 --rank 8 --modules 10
 
 PEFT merges inside a model.  This one has SDXL's module names and weight shapes, but each weight
 is a single zero expanded to its shape: the five gigabytes that a user of PEFT loads are left
@@ -20,13 +21,15 @@ from sampling import Shape, modules
 from torch import Tensor, nn
 
 PREFIX = "base_model.model."
+SPARSE = ("ties_svd", "dare_ties_svd", "dare_linear_svd", "magnitude_prune_svd")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Merge with PEFT and print the times.")
     parser.add_argument("out")
     parser.add_argument("files", nargs="+")
-    parser.add_argument("--type", choices=["linear", "cat", "svd"], required=True)
+    parser.add_argument("--type", choices=["linear", "cat", "svd", *SPARSE], required=True)
+    parser.add_argument("--density", type=float)
     parser.add_argument("--rank", type=int)
     parser.add_argument("--modules", type=int)
     given = parser.parse_args()
@@ -34,12 +37,20 @@ def main() -> None:
     chosen = modules(given.files[0], given.modules)
     model = with_adapters(container(chosen), given.files, list(chosen))
     names = [str(i) for i in range(len(given.files))]
-    options = {"svd_rank": given.rank} if given.type == "svd" else {}
+    options = {"svd_rank": given.rank} if given.type.endswith("svd") else {}
+    if given.type in SPARSE:
+        options["density"] = given.density
+    merging, merging_cpu = time.perf_counter(), time.process_time()
     model.add_weighted_adapter(names, [1 / len(names)] * len(names), "merged", combination_type=given.type, **options)
+    ms, cpu_ms = (1e3 * seconds / len(chosen) for seconds in _since(merging, merging_cpu))
     merged = get_peft_model_state_dict(model, adapter_name="merged")
     save_file({key.removeprefix(PREFIX): tensor.half().contiguous() for key, tensor in merged.items()}, given.out)
-    report = {"run": time.perf_counter() - began, "run_cpu": time.process_time() - began_cpu, "modules": len(chosen)}
-    print("BENCH " + json.dumps(report))
+    run, run_cpu = _since(began, began_cpu)
+    print("BENCH " + json.dumps({"run": run, "run_cpu": run_cpu, "ms": ms, "cpu_ms": cpu_ms, "modules": len(chosen)}))
+
+
+def _since(wall: float, cpu: float) -> tuple[float, float]:
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def container(shapes: dict[str, Shape]) -> nn.Module:

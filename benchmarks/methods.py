@@ -1,6 +1,6 @@
 """Every merge method: speed, memory and what its cut loses, beside PEFT, mergekit and dense SVDs.
 
-    python benchmarks/methods.py            every case, about 10 minutes
+    python benchmarks/methods.py            every case, about 12 minutes
     python benchmarks/methods.py --quick    two LoRAs, one round
 
 Exit code 1 if a goal is missed.

@@ -36,7 +36,7 @@ def dare(
     """DARE: drop entries at random, scale those that are left up by 1/density, and merge.
 
     Its mean over all seeds is the weighted sum.  A low density adds noise that no small rank can
-    hold: of a merge at density 0.2 a LoRA of the inputs' rank keeps a quarter to a half of the
+    hold: of a merge at density 0.2 a LoRA of the inputs' rank keeps a fifth to a half of the
     energy, and what it loses is that noise.
     """
 

@@ -237,13 +237,13 @@ def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:
     )
 
 
-def truncate_dense(delta: Array, rank: int, oversampling: int = 16, iterations: int = 3) -> Cut:
+def truncate_dense(delta: Array, rank: int, oversampling: int | None = None, iterations: int = 3) -> Cut:
     """Best factors of a given rank for a dense matrix.
 
     Args:
         delta: Shape ``(out, in)``, float32.
         rank: Rank of the result, at least 1.
-        oversampling: Columns of the random projection beyond the rank.
+        oversampling: Columns of the random projection beyond the rank; half of it, at least 16, unless given.
         iterations: Power iterations.
 
     Returns:
@@ -253,6 +253,7 @@ def truncate_dense(delta: Array, rank: int, oversampling: int = 16, iterations: 
     Source:
         Halko, Martinsson and Tropp, 2011, algorithm 4.4, https://arxiv.org/abs/0909.4061
     """
+    oversampling = max(16, rank // 2) if oversampling is None else oversampling
     energy = _energy(delta)
     side = min(delta.shape)
     if 3 * (rank + oversampling) >= side:

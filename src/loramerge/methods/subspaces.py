@@ -118,8 +118,7 @@ def subtract(core: Core, weights: Weights) -> Array:
     for weight, (u, _, vt) in zip(weights[1:], core.spectra[1:], strict=True):
         if not 0 <= weight <= 1:
             raise MergeError(f"subtract: the weight of what is removed is a share in [0, 1], got {weight:g}")
-        columns, rows = _span(u.T), _span(vt)
-        merged = merged - weight * (columns.T @ (columns @ merged @ rows.T) @ rows)
+        merged = merged - weight * (u @ (u.T @ merged @ vt.T) @ vt)
     return merged
 
 

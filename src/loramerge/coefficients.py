@@ -6,6 +6,7 @@ a safetensors file with a matrix ``(N, in·kh·kw)`` a module, so that a merge c
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,17 +85,20 @@ class Coefficients:
         """Refuse LoRAs that the coefficients were not learned for.
 
         Raises:
-            OptionError: Their number differs, or the columns of a module do.
+            OptionError: Their number or order differs, or the columns of a module do.
         """
         if len(loras) != len(self.others):
             raise OptionError(f"The coefficients are for {len(self.others)} LoRAs, got {len(loras)}.")
+        given = tuple(lora.name for lora in loras)
+        if given != self.names and sorted(given) == sorted(self.names):
+            raise OptionError(
+                f"The coefficients are for {', '.join(self.names)} in this order, got {', '.join(given)}."
+            )
         for module, tensor in self.columns.items():
             shapes = [lora.layout(module).shape for lora in loras if module in lora]
             if not shapes:
                 raise OptionError(f"The coefficients have the module {module}, which none of the LoRAs has.")
-            count = 1
-            for size in shapes[0][1:]:
-                count *= size
+            count = math.prod(shapes[0][1:])
             if tuple(tensor.shape) != (len(loras), count):
                 raise OptionError(
                     f"{module}: the coefficients have the shape {tuple(tensor.shape)}, wanted {(len(loras), count)}."
@@ -104,6 +108,8 @@ class Coefficients:
         """One weight a LoRA: an array ``(in·kh·kw,)``, or a number where nothing was learned."""
         if module not in self.columns:
             return list(self.others)
-        array = self.columns[module].read()
+        import numpy as np
+
+        array = np.array(self.columns[module].read())
         check_finite(array)
         return list(array)

@@ -6,7 +6,7 @@ LoRA to every row: all teachers of ZipLoRA together.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..layers import Layer
 from ..lora import LoRA
+from ..tensors import Shape
+from .factors import factors
 
 Models = Mapping[str, nn.Module]
 """The model's components by name: ``{"unet": unet}``, ``{"transformer": …, "text_encoder": …}``."""
@@ -33,15 +34,20 @@ class Site(nn.Module):
     down: Tensor
     owner: Tensor
 
-    def __init__(self, layers: Mapping[int, Layer], count: int, target: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(
+        self, found: Mapping[int, tuple[Tensor, Tensor]], target: nn.Linear | nn.Conv2d, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        device = next(target.parameters()).device
-        factors = {i: tuple(torch.as_tensor(t).float() for t in layer.factors()) for i, layer in layers.items()}
-        self.count = count
-        self.shape = next(iter(layers.values())).shape
-        owners = [i for i, (up, _) in factors.items() for _ in range(up.shape[1])]
-        self.register_buffer("up", torch.cat([up for up, _ in factors.values()], 1).to(device, dtype))
-        self.register_buffer("down", torch.cat([down for _, down in factors.values()], 0).to(device, dtype))
+        device = target.weight.device
+        self.shape = tuple(target.weight.shape)
+        self.slices: dict[int, slice] = {}
+        start = 0
+        for i, (up, _) in found.items():
+            self.slices[i] = slice(start, start + up.shape[1])
+            start += up.shape[1]
+        owners = [i for i, rows in self.slices.items() for _ in range(rows.start, rows.stop)]
+        self.register_buffer("up", torch.cat([up for up, _ in found.values()], 1).to(device, dtype))
+        self.register_buffer("down", torch.cat([down for _, down in found.values()], 0).to(device, dtype))
         self.register_buffer("owner", torch.tensor(owners, device=device))
         self.convolution = _convolution(target)
 
@@ -50,10 +56,14 @@ class Site(nn.Module):
         """Columns of ΔW, in·kh·kw."""
         return int(self.down.shape[1])
 
+    @property
+    def present(self) -> list[int]:
+        """Which LoRAs have the module, in order."""
+        return list(self.slices)
+
     def slice(self, lora: int) -> slice:
-        """The rows of ``down`` and columns of ``up`` that are a LoRA's."""
-        mine = (self.owner == lora).nonzero().flatten()
-        return slice(int(mine[0]), int(mine[-1]) + 1) if len(mine) else slice(0, 0)
+        """The rows of ``down`` and columns of ``up`` that are a LoRA's; none where it lacks the module."""
+        return self.slices.get(lora, slice(0, 0))
 
     def _dense_is_cheaper(self, x: Tensor) -> bool:
         """Whether one ΔW takes fewer operations than two thin products for each token."""
@@ -87,17 +97,19 @@ class Site(nn.Module):
             weight = (self.up.to(x.dtype) @ down.to(x.dtype)).reshape(self.shape)
             return F.linear(x, weight) if self.convolution is None else F.conv2d(x, weight, **self.convolution)
         inner = self.inner(x, down)
-        if rows is None:
-            return self.outer(inner)
-        mask = (self.owner[None, :] == rows[:, None]).to(inner.dtype)
-        if self.convolution is None:
-            mask = mask.reshape(len(rows), *(1,) * (inner.ndim - 2), -1)
-        else:
-            mask = mask[:, :, None, None]
-        return self.outer(inner * mask)
+        return self.outer(inner if rows is None else inner * self._mask(inner, rows))
+
+    def _mask(self, inner: Tensor, rows: Tensor) -> Tensor:
+        """One where the rank belongs to the LoRA of the row, in `inner`'s shape."""
+        if len(rows) != inner.shape[0]:
+            raise MergeError(f"the module's input has a batch of {inner.shape[0]}, the data of {len(rows)}")
+        mask = (self.owner[None, :] == rows.to(self.owner.device)[:, None]).to(inner.dtype)
+        if self.convolution is not None:
+            return mask[:, :, None, None]
+        return mask.reshape(len(rows), *(1,) * (inner.ndim - 2), -1)
 
 
-def _convolution(target: nn.Module) -> dict[str, Any] | None:
+def _convolution(target: nn.Linear | nn.Conv2d) -> dict[str, Any] | None:
     if not isinstance(target, nn.Conv2d):
         return None
     if target.groups != 1 or target.padding_mode != "zeros":
@@ -118,7 +130,9 @@ class Attachment:
     active: bool = True
     """Whether anything acts at all."""
     listeners: list[Any] = field(default_factory=list)
-    """Called as ``listener(module, site, x)`` in every pass: calibration listens here."""
+    """Called as ``listener(module, site, x)`` in every pass, active or not: calibration listens here."""
+    seen: set[str] = field(default_factory=set)
+    """The modules that were run."""
 
     def only(self, rows: Tensor) -> "Attachment":
         """Let one LoRA a row act, as it is."""
@@ -135,15 +149,38 @@ class Attachment:
         site = self.sites[module]
 
         def add(target: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if not self.active:
-                return output
             x = inputs[0]
+            self.seen.add(module)
             for listener in self.listeners:
                 listener(module, site, x)
+            if not self.active:
+                return output
             down = None if self.rows is not None else self.downs.get(module)
-            return output + site(x, down, self.rows).to(output.dtype)
+            with _naming(module):
+                return output + site(x, down, self.rows).to(output.dtype)
 
         return add
+
+    def check_all_ran(self) -> None:
+        """Refuse a model of which a part was never run, so that nothing could be learned there.
+
+        Raises:
+            MergeError: A module was not run.
+        """
+        idle = [module for module in self.sites if module not in self.seen]
+        if idle:
+            raise MergeError(
+                f"predict never runs {idle[0]}{f' and {len(idle) - 1} more modules' * (len(idle) > 1)}. "
+                "Way out: give only the components that it runs, or leave the modules out: lora.exclude(…)."
+            )
+
+
+@contextmanager
+def _naming(module: str) -> Iterator[None]:
+    try:
+        yield
+    except MergeError as error:
+        raise MergeError(f"{module}: {error}.") from None
 
 
 @contextmanager
@@ -164,12 +201,11 @@ def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.flo
     handles = []
     attachment = Attachment(sites)
     try:
-        for module, layers in _targets(models, loras).items():
-            target = _target(models, module, next(iter(layers.values())))
-            try:
-                sites[module] = Site(layers, len(loras), target, dtype)
-            except MergeError as error:
-                raise MergeError(f"{module}: {error}.") from None
+        for module, owners in _targets(models, loras).items():
+            target = _target(models, module, {loras[i].name: loras[i].layout(module).shape for i in owners})
+            found = {i: factors(loras[i], module) for i in owners}
+            with _naming(module):
+                sites[module] = Site(found, target, dtype)
             handles.append(target.register_forward_hook(attachment.hook(module)))
         yield attachment
     finally:
@@ -177,13 +213,13 @@ def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.flo
             handle.remove()
 
 
-def _targets(models: Models, loras: Sequence[LoRA]) -> dict[str, dict[int, Layer]]:
-    """By module, the layers of the LoRAs that have it."""
-    found: dict[str, dict[int, Layer]] = {}
+def _targets(models: Models, loras: Sequence[LoRA]) -> dict[str, list[int]]:
+    """By module, which of the LoRAs have it."""
+    found: dict[str, list[int]] = {}
     for i, lora in enumerate(loras):
         for module in lora:
             if module.partition(".")[0] in models:
-                found.setdefault(module, {})[i] = lora[module]
+                found.setdefault(module, []).append(i)
     if not found:
         some = next((next(iter(lora)) for lora in loras if len(lora)), "none")
         raise MergeError(
@@ -192,13 +228,16 @@ def _targets(models: Models, loras: Sequence[LoRA]) -> dict[str, dict[int, Layer
     return found
 
 
-def _target(models: Models, module: str, layer: Layer) -> nn.Module:
-    """The model's module, PEFT's wrapping looked through."""
+def _target(models: Models, module: str, shapes: Mapping[str, Shape]) -> nn.Linear | nn.Conv2d:
+    """The model's module, PEFT's wrapping looked through.
+
+    Args:
+        shapes: The weight's shape that each LoRA was made for, by the LoRA's name.
+    """
     component, _, path = module.partition(".")
-    try:
-        target = models[component].get_submodule(path)
-    except AttributeError:
-        raise MergeError(f"The model has no module {module}: the LoRA was made for another one.") from None
+    target = _submodule(models[component], path)
+    if target is None:
+        raise MergeError(f"The model has no module {module}: the LoRA {next(iter(shapes))} was made for another one.")
     base = getattr(target, "base_layer", None)
     if isinstance(base, nn.Module):
         if getattr(target, "active_adapters", ()) and not getattr(target, "disable_adapters", False):
@@ -207,9 +246,20 @@ def _target(models: Models, module: str, layer: Layer) -> nn.Module:
                 "Way out: unload them, or disable_adapters()."
             )
         target = base
-    weight = getattr(target, "weight", None)
-    if not isinstance(target, nn.Linear | nn.Conv2d) or not isinstance(weight, Tensor):
+    if not isinstance(target, nn.Linear | nn.Conv2d):
         raise MergeError(f"{module} is a {type(target).__name__} in the model; wanted a Linear or a Conv2d.")
-    if tuple(weight.shape) != layer.shape:
-        raise MergeError(f"{module} has the shape {tuple(weight.shape)} in the model and {layer.shape} in the LoRA.")
+    for name, shape in shapes.items():
+        if tuple(target.weight.shape) != shape:
+            raise MergeError(
+                f"{module} has the shape {tuple(target.weight.shape)} in the model and {shape} in the LoRA {name}, "
+                "which was made for another one."
+            )
     return target
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    # transformers 5 leaves text_model. out of the names in one of CLIP's two classes.
+    for name in (path, path.removeprefix("text_model.")):
+        with suppress(AttributeError):
+            return model.get_submodule(name)
+    return None

@@ -1,13 +1,16 @@
 """Taking moments: the model runs with one LoRA at a time on that LoRA's own data, and the inputs are looked at."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from contextlib import nullcontext
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from ..errors import OptionError
 from ..lora import LoRA
-from .attach import Attachment, Models, Site, attach
+from .attach import Models, Site, attach
+from .factors import fingerprints
 from .moments import Kind, Moments
 
 Batch: TypeAlias = Mapping[str, Any]
@@ -46,37 +49,34 @@ def calibrate(
         batches: How many of each LoRA.
         batch_size: Examples in a batch.
         seed: Of the data.
-        merged: Another round: the inputs that modules see while this merge of the LoRAs acts,
+        merged: Another round: the inputs that modules see while this LoRA acts, any merge of them,
             instead of each LoRA alone.  Average it with the first round's.
         progress: Called with the number of batches done and of all.
 
     Raises:
         MergeError: The LoRAs don't fit the model.
+        OptionError: The kind is unknown, or a number is below 1.
     """
-    moments = Moments(kind, tuple(lora.name for lora in loras))
+    if kind not in get_args(Kind):
+        raise OptionError(f"Unknown kind of moments {kind!r}. Available: {', '.join(get_args(Kind))}.")
+    if min(batches, batch_size) < 1:
+        raise OptionError(f"Calibration needs batches and examples: got {batches} batches of {batch_size}.")
+    moments = Moments(kind, tuple(lora.name for lora in loras), fingerprints(loras))
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), attach(models, loras) as attachment:
+    acting = attach(models, [merged]) if merged is not None else nullcontext()
+    with torch.no_grad(), attach(models, loras) as attachment, acting:
         current = 0
+        attachment.active = merged is None
 
         def listen(module: str, site: Site, x: Tensor) -> None:
             moments.update(module, site, current, x)
 
         attachment.listeners.append(listen)
-        if merged is not None:
-            _act_as(attachment, merged)
         for done in range(batches * len(loras)):
             current = done % len(loras)
-            if merged is None:
-                attachment.only(torch.full((batch_size,), current))
+            attachment.only(torch.full((batch_size,), current))
             predict(draw(current, generator, batch_size))
             if progress:
                 progress(done + 1, batches * len(loras))
+        attachment.check_all_ran()
     return moments
-
-
-def _act_as(attachment: Attachment, merged: LoRA) -> None:
-    """Have the student be a merge of the same LoRAs, whose ``up`` factors are the stacked ones."""
-    attachment.all()
-    for module, site in attachment.sites.items():
-        down = torch.as_tensor(merged[module].factors()[1])
-        attachment.downs[module] = down.to(site.down.device, site.down.dtype)

@@ -23,24 +23,34 @@ ZipLoRA, https://arxiv.org/abs/2311.13600, for the form of ``column``.  The norm
 derived in docs/explanation/ziplora.md.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import MergeError, OptionError
-from ..layers import LowRank, low_rank
+from ..errors import MergeError, NumberError, OptionError
 from ..lora import LoRA
-from .moments import Module, Moments
+from ..merging import Plan
+from .factors import factors
+from .moments import Moments
+from .result import assemble, plan_sum
 
 Granularity = Literal["global", "layer", "rank", "core", "column", "full"]
 Prior = Literal["sum", "mean"]
-Solver = Literal["auto", "cholesky", "pcg"]
+Solver = Literal["auto", "direct", "pcg"]
 
 RIDGE: Mapping[str, float] = {"global": 1e-3, "layer": 1e-3, "rank": 1e-3, "core": 0.01, "column": 0.1, "full": 0.1}
-"""Default ridge, relative to the diagonal of the normal equations."""
+"""Default ridge; `lsq` says what it is relative to."""
+
+LEAST = 1e-10
+"""The pull to the prior that there always is: it decides what no input shows, and is lost in what one does."""
+
+TINY = 1e-30
+"""Below any moment: keeps the equations of a module with zero inputs or zero factors solvable."""
 
 
 @dataclass(frozen=True)
@@ -122,79 +132,90 @@ def lsq(
         loras: The LoRAs that were calibrated, in the same order.
         moments: Of the kind ``gram`` for the granularities ``column`` and ``full``.
         granularity: The family that the result is looked for in; see the module's documentation.
-        ridge: Pull to the prior, relative to the diagonal of the normal equations, from 0.
+        ridge: Pull to the prior, from 0: relative to the diagonal of the normal equations, for ``core``
+            and ``full`` to the inputs' mean energy, within the rows of A and altogether.
         prior: What directions get that no input has shown: ``sum`` keeps each LoRA there,
             ``mean`` the average.
-        weights: How much each LoRA's error counts; 1 for all by default, which ``column`` and
-            ``full`` require.
-        solver: For ``column``: ``cholesky`` forms the N n × N n system, ``pcg`` solves it by
+        weights: How much each LoRA's error counts, above 0; 1 for all by default, which
+            ``column`` and ``full`` require.
+        solver: For ``column``: ``direct`` forms the N n × N n system, ``pcg`` solves it by
             conjugate gradients without forming it; ``auto`` chooses by size.
 
     Returns:
-        The merged LoRA, of rank Σr in every module, and how well it fits.  Modules without
-        moments are summed.
+        The merged LoRA, of rank Σr in every module with moments, and how well it fits.  Modules
+        without moments are summed.
 
     Raises:
-        MergeError: The moments are of other LoRAs, or of a kind that does not suffice.
+        MergeError: The moments are of other LoRAs, or of a kind that does not suffice, or conjugate
+            gradients don't converge.
+        NumberError: The model's values were NaN or infinite.
         OptionError: An option is unknown or out of range.
     """
-    _check(loras, moments, granularity, ridge, prior, weights)
+    _check(granularity, ridge, prior, solver)
+    moments.check(loras)
+    shares = _weights(weights, len(loras), granularity)
+    planned = plan_sum(loras)
+    _check_modules(moments, planned, granularity)
     chosen = RIDGE[granularity] if ridge is None else ridge
-    problems = {m: problem(loras, m, moments.modules[m], moments.batches(m), weights) for m in moments.modules}
-    common = _global(problems.values(), chosen, prior) if granularity == "global" else None
-    layouts: dict[str, LowRank] = {}
+
+    def posed(module: str) -> Problem:
+        return problem(loras, module, moments, shares)
+
+    common = _global(map(posed, moments.modules), chosen, prior) if granularity == "global" else None
+    learned: dict[str, tuple[Tensor, Tensor]] = {}
     report = Report()
-    for module in dict.fromkeys(m for lora in loras for m in lora):
-        shape = next(lora.layout(module).shape for lora in loras if module in lora)
-        if module not in problems:
-            factors = [tuple(torch.as_tensor(t) for t in lora[module].factors()) for lora in loras if module in lora]
-            up, down = torch.cat([u for u, _ in factors], 1), torch.cat([d for _, d in factors], 0)
-            layouts[module] = low_rank(up.float(), down.float(), shape)
-            continue
-        p = problems[module]
-        solved = (
-            p.down * _spread(p, common)[:, None] if common is not None else solve(p, granularity, chosen, prior, solver)
-        )
-        layouts[module] = low_rank(p.up.float(), solved.float(), shape)
+    for module in moments.modules:
+        p = posed(module)
+        try:
+            solved = (
+                p.down * _spread(p, common)[:, None]
+                if common is not None
+                else solve(p, granularity, chosen, prior, solver)
+            )
+        except MergeError as error:
+            raise MergeError(f"{module}: {error}.") from None
+        learned[module] = p.up, solved
         _fit(report, module, p, solved)
-    first = loras[0]
-    merged = LoRA(
-        name=" + ".join(lora.name for lora in loras),
-        architecture=first.architecture,
-        dialect=first.dialect,
-        layouts={m: layer.map(lambda t: t.numpy()) for m, layer in layouts.items()},
-        dtype=first.dtype,
-    )
-    return merged, report
+    options = {"granularity": granularity, "ridge": chosen, "prior": prior, "weights": shares}
+    return assemble(planned, learned, "lsq", options), report
 
 
-def problem(
-    loras: Sequence[LoRA], module: str, found: Module, batches: int, weights: Sequence[float] | None
-) -> Problem:
-    """One module's least-squares problem."""
-    ups, downs, slices, start = [], [], [], 0
-    for lora in loras:
-        rank = 0
-        if module in lora:
-            up, down = (torch.as_tensor(t).double().cpu() for t in lora[module].factors())
-            ups.append(up)
-            downs.append(down)
-            rank = up.shape[1]
-        slices.append(slice(start, start + rank))
-        start += rank
-    shares = torch.tensor(list(weights or [1.0] * len(loras)), dtype=torch.float64)
-    core = found.core.cpu() / batches
-    if core.shape != (len(loras), start, start):
+def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Sequence[float] | None = None) -> Problem:
+    """One module's least-squares problem.
+
+    Args:
+        loras: The LoRAs that were calibrated, in the same order.
+        module: The module's name.
+        moments: What the calibration found.
+        weights: How much each LoRA's error counts.
+
+    Raises:
+        MergeError: The moments are of other LoRAs.
+        NumberError: The model's values were NaN or infinite.
+    """
+    pairs = {i: factors(lora, module) for i, lora in enumerate(loras) if module in lora}
+    ends = list(accumulate(pairs[i][0].shape[1] if i in pairs else 0 for i in range(len(loras))))
+    found, gram, batches = moments.modules[module], moments.gram(module), moments.batches(module)
+    # Where the model is, if it has float64 there.
+    device = "cpu" if found.core.device.type == "mps" else found.core.device
+    core = found.core.to(device).double() / batches
+    if core.shape != (len(loras), ends[-1], ends[-1]):
         raise MergeError(
-            f"{module}: the moments have the shape {tuple(core.shape)}, wanted {(len(loras), start, start)}."
+            f"{module}: the moments have the shape {tuple(core.shape)}, wanted {(len(loras), ends[-1], ends[-1])}."
         )
+    if not core.isfinite().all():
+        raise NumberError(
+            f"{module}: its inputs were NaN or infinite during calibration. Way out: float32 or bfloat16."
+        )
+    shares = core.new_tensor(list(weights or [1.0] * len(loras)))
+    alike = bool((shares == 1.0).all())  # the sums over all LoRAs can't be weighted afterwards
     return Problem(
-        torch.cat(ups, 1),
-        torch.cat(downs, 0),
-        tuple(slices),
+        torch.cat([up for up, _ in pairs.values()], 1).to(device).double(),
+        torch.cat([down for _, down in pairs.values()], 0).to(device).double(),
+        tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False)),
         core * shares[:, None, None],
-        None if found.gram is None else found.gram.cpu().double() / batches,
-        None if found.cross is None else found.cross.cpu() / batches,
+        gram.to(device).double() / batches if gram is not None and alike else None,
+        found.cross.to(device).double() / batches if found.cross is not None and alike else None,
     )
 
 
@@ -228,23 +249,26 @@ def rank_system(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
-    """K = (Σᵢ Pᵢ Sᵢ + λ K₀ G)(Σᵢ Sᵢ + λ G)⁻¹ with Sᵢ = A Cᵢ Aᵀ and G = A Aᵀ, the metric of the prior K₀."""
+    """K = (Σᵢ Pᵢ Sᵢ + λ K₀ G)(Σᵢ Sᵢ + λ G)⁻¹ with Sᵢ = A Cᵢ Aᵀ and G = A Aᵀ, the metric of the prior K₀.
+
+    λ is the ridge times tr(G⁻¹ Σ Sᵢ) / R, so that the result depends on the ΔWᵢ, not on their factors.
+    """
     total = p.core.sum(0)
     own = sum((p.own(i)[:, None] * moment for i, moment in enumerate(p.core)), torch.zeros_like(total))
-    g = p.down @ p.down.T
-    scale = max(ridge, 1e-9) * total.diagonal().mean() / g.diagonal().mean().clamp_min(1e-300)
-    start = 1.0 if prior == "sum" else 1.0 / len(p.slices)
-    return _divide(own + start * scale * g, total + scale * g)
+    metric = p.down @ p.down.T
+    energy = (torch.linalg.pinv(metric, hermitian=True) * total).sum() / len(metric)
+    # Equal LoRAs leave directions that neither moments nor metric see; what K does there is of no effect.
+    least = LEAST * total.diagonal().mean().clamp_min(TINY)
+    pull = ridge * energy * metric + least * _eye(metric)
+    return _divide(own + _prior(p, prior) * pull, total + pull)
 
 
 def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     """V = (Aᵢ (Cᵢ + λᵢ)) (C + λ)⁻¹, row by row with its own LoRA's moments."""
     if p.gram is None or p.cross is None:
         raise MergeError("the granularity full needs moments of the kind 'gram'")
-    scale = max(ridge, 1e-9) * p.gram.diagonal().mean()
-    start = 1.0 if prior == "sum" else 1.0 / len(p.slices)
-    eye = torch.eye(p.gram.shape[0], dtype=p.gram.dtype)
-    return _divide(p.cross + start * scale * p.down, p.gram + scale * eye)
+    pull = (ridge + LEAST) * p.gram.diagonal().mean().clamp_min(TINY)
+    return _divide(p.cross + _prior(p, prior) * pull * p.down, p.gram + pull * _eye(p.gram))
 
 
 def column_system(p: Problem) -> tuple[Tensor, Tensor]:
@@ -268,7 +292,7 @@ def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "au
     """The coefficients m, ``(N, n)``: ZipLoRA in closed form."""
     n, count = p.down.shape[1], len(p.slices)
     if solver == "auto":
-        solver = "cholesky" if n * count <= 1500 else "pcg"
+        solver = "direct" if n * count <= 1500 else "pcg"
     if solver == "pcg":
         return _pcg(p, ridge, prior)
     h, b = column_system(p)
@@ -282,7 +306,7 @@ def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: 
     e = [root[:, s] @ p.down[s] for s in p.slices]
     gram = p.gram
     diagonal = torch.stack([(x**2).sum(0) for x in e]) * gram.diagonal()
-    pull = ridge * diagonal + 1e-10 * diagonal.mean()
+    pull = _pull(diagonal, ridge)
 
     def times(v: Tensor) -> Tensor:
         mixed = sum((x * v[j] for j, x in enumerate(e)), torch.zeros_like(e[0])) @ gram
@@ -309,14 +333,24 @@ def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: 
 
 def _solved(h: Tensor, b: Tensor, ridge: float, prior: float) -> Tensor:
     """(H + ρ) x = b + ρ · prior, with ρ = ridge · diag(H)."""
-    pull = ridge * h.diagonal() + 1e-10 * h.diagonal().mean().clamp_min(1e-300)
+    pull = _pull(h.diagonal(), ridge)
     return torch.linalg.solve(h + torch.diag(pull), b + pull * prior)
+
+
+def _pull(diagonal: Tensor, ridge: float) -> Tensor:
+    """How strongly each unknown is drawn to the prior."""
+    return ridge * diagonal + LEAST * diagonal.mean().clamp_min(TINY)
 
 
 def _divide(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right⁻¹`` for a symmetric positive ``right``."""
     found: Tensor = torch.linalg.solve(right, left.T).T
     return found
+
+
+def _eye(like: Tensor) -> Tensor:
+    """The identity in the size, dtype and place of a square matrix."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
 def _prior(p: Problem, prior: Prior) -> float:
@@ -336,7 +370,7 @@ def _global(problems: Iterable[Problem], ridge: float, prior: Prior) -> Tensor:
 
 
 def _fit(report: Report, module: str, p: Problem, solved: Tensor) -> None:
-    eye = torch.eye(p.down.shape[0], dtype=p.down.dtype)
+    eye = _eye(p.gram_up)
     base = p.core_loss(torch.zeros_like(eye))
     if not base:
         return
@@ -348,27 +382,33 @@ def _fit(report: Report, module: str, p: Problem, solved: Tensor) -> None:
         report.fits[module] = p.core_loss(solved @ torch.linalg.pinv(p.down)) / base
 
 
-def _check(
-    loras: Sequence[LoRA],
-    moments: Moments,
-    granularity: str,
-    ridge: float | None,
-    prior: str,
-    weights: Sequence[float] | None,
-) -> None:
-    if granularity not in get_args(Granularity):
-        raise OptionError(f"Unknown granularity {granularity!r}. Available: {', '.join(get_args(Granularity))}.")
-    if prior not in get_args(Prior):
-        raise OptionError(f"Unknown prior {prior!r}. Available: {', '.join(get_args(Prior))}.")
-    if ridge is not None and not ridge >= 0:
+def _check(granularity: str, ridge: float | None, prior: str, solver: str) -> None:
+    for what, given, known in (
+        ("granularity", granularity, Granularity),
+        ("prior", prior, Prior),
+        ("solver", solver, Solver),
+    ):
+        if given not in get_args(known):
+            raise OptionError(f"Unknown {what} {given!r}. Available: {', '.join(get_args(known))}.")
+    if ridge is not None and not 0 <= ridge < math.inf:
         raise OptionError(f"The ridge is a number from 0, got {ridge!r}.")
-    if len(loras) != len(moments.names):
-        raise MergeError(f"The moments are of {len(moments.names)} LoRAs, got {len(loras)}.")
-    if granularity in ("column", "full"):
-        if moments.kind != "gram":
-            raise MergeError(f"The granularity {granularity} needs moments of the kind 'gram', got {moments.kind!r}.")
-        if weights is not None and set(weights) != {1.0}:
-            raise OptionError(f"The granularity {granularity} takes no weights: Σ Cᵢ is kept as one sum.")
-    missing = [m for m in moments.modules if not any(m in lora for lora in loras)]
+
+
+def _weights(weights: Sequence[float] | None, count: int, granularity: str) -> list[float]:
+    """One weight a LoRA."""
+    found = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(found) != count:
+        raise OptionError(f"Weights given: {len(found)}, LoRAs: {count}.")
+    if not all(0 < weight < math.inf for weight in found):
+        raise OptionError(f"How much a LoRA's error counts is a number above 0, got {found}.")
+    if granularity in ("column", "full") and set(found) != {1.0}:
+        raise OptionError(f"The granularity {granularity} takes no weights: Σ Cᵢ is kept as one sum.")
+    return found
+
+
+def _check_modules(moments: Moments, planned: Plan, granularity: str) -> None:
+    if granularity in ("column", "full") and moments.kind != "gram":
+        raise MergeError(f"The granularity {granularity} needs moments of the kind 'gram', got {moments.kind!r}.")
+    missing = [module for module in moments.modules if module not in planned.steps]
     if missing:
         raise MergeError(f"The moments have the module {missing[0]}, which none of the LoRAs has.")

@@ -7,10 +7,16 @@ With x the inputs that module sees while LoRA i acts on its own data, Cᵢ = E[x
 |---|---|---|
 | ``core`` | A Cᵢ Aᵀ, ``(R, R)`` a LoRA | global, layer, rank, core |
 | ``gram`` | these, Σ Cᵢ ``(n, n)`` and Aᵢ Cᵢ ``(rᵢ, n)`` | column and full too |
+
+Linear layers that are given the very same tensor (the projections to q, k and v; all keys and values
+of a prompt) share one Σ Cᵢ: for the attention of Stable Diffusion XL 1.7 GB instead of 4.8.
 """
 
 import json
 import os
+import weakref
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,10 +27,13 @@ from torch import Tensor
 
 from ..dialects.write import Group
 from ..errors import FileError, MergeError
+from ..lora import LoRA
 from ..storage.reader import SafetensorsFile
 from ..storage.writer import write
 from ..tensors import Spec, code
 from .attach import Site
+from .factors import fingerprints
+from .state import tensor
 
 Kind = Literal["core", "gram"]
 KEY = "loramerge.moments"
@@ -37,11 +46,13 @@ class Module:
     core: Tensor
     """Σ A x xᵀ Aᵀ by LoRA, ``(N, R, R)``, float64."""
     gram: Tensor | None
-    """Σ x xᵀ over all LoRAs, ``(n, n)``, float32; None for the kind ``core``."""
+    """Σ x xᵀ over all LoRAs, ``(n, n)``, float32; None for the kind ``core``, and where another module has it."""
     cross: Tensor | None
     """Σ A x xᵀ of each row's own LoRA, ``(R, n)``, float64; None for the kind ``core``."""
     updates: list[int]
     """How many batches were added, by LoRA."""
+    leader: str | None = None
+    """The module that is given the same inputs and keeps the gram of both."""
 
 
 @dataclass
@@ -51,7 +62,11 @@ class Moments:
     kind: Kind
     names: tuple[str, ...]
     """Names of the LoRAs, in order."""
+    marks: tuple[str, ...] = ()
+    """Their fingerprints, by which moments of other LoRAs are refused."""
     modules: dict[str, Module] = field(default_factory=dict)
+    _inputs: dict[str, "_Same"] = field(default_factory=dict, repr=False, compare=False)
+    """What each module that keeps a gram was last given."""
 
     def update(self, module: str, site: Site, lora: int, x: Tensor) -> None:
         """Add the inputs of one batch.
@@ -61,32 +76,46 @@ class Moments:
             site: Its factors.
             lora: Which LoRA acts.
             x: The inputs, ``(…, in)``, or ``(batch, in, height, width)`` of a convolution.
+
+        Raises:
+            MergeError: Modules that shared their inputs no longer do.
         """
-        rank, n = site.down.shape
-        found = self.modules.get(module)
-        if found is None:
-            count = len(self.names)
-            device = site.down.device
-            full = self.kind == "gram"
-            found = self.modules[module] = Module(
-                torch.zeros(count, rank, rank, dtype=torch.float64, device=device),
-                torch.zeros(n, n, device=device) if full else None,
-                torch.zeros(rank, n, dtype=torch.float64, device=device) if full else None,
-                [0] * count,
-            )
+        if module not in self.modules:
+            self.modules[module] = self._begin(site, x)
+        found = self.modules[module]
         with torch.no_grad():
-            x = x.detach().float()
-            inner = site.inner(x, site.down.float())
+            wide = x.detach().float()
+            inner = site.inner(wide, site.down.float())
             inner = inner.movedim(1, -1) if site.convolution is not None else inner
-            inner = inner.reshape(-1, rank)
-            found.core[lora] += (inner.T @ inner).double() / len(inner)
+            inner = inner.reshape(-1, inner.shape[-1])
+            found.core[lora] += (inner.T @ inner).to(found.core) / len(inner)
             found.updates[lora] += 1
-            if found.gram is None or found.cross is None:
+            if found.cross is None:
                 return
-            flat = _patches(x, site).reshape(-1, n)
-            found.gram += flat.T @ flat / len(flat)
+            flat = _patches(wide, site).reshape(-1, site.columns)
             mine = site.slice(lora)
-            found.cross[mine] += (inner[:, mine].T @ flat).double() / len(flat)
+            found.cross[mine] += (inner[:, mine].T @ flat).to(found.cross) / len(flat)
+            if found.gram is not None:
+                found.gram += flat.T @ flat / len(flat)
+                self._inputs[module] = _Same.of(x)
+            elif not self._inputs[str(found.leader)].is_(x):
+                raise MergeError(f"{module} was given the same tensor as {found.leader} at first, and now is not.")
+
+    def _begin(self, site: Site, x: Tensor) -> Module:
+        """A module's sums before the first batch."""
+        (rank, n), count, device = site.down.shape, len(self.names), site.down.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
+        core = torch.zeros(count, rank, rank, dtype=dtype, device=device)
+        if self.kind == "core":
+            return Module(core, None, None, [0] * count)
+        cross = torch.zeros(rank, n, dtype=dtype, device=device)
+        linear = site.convolution is None
+        leader = next((name for name, same in self._inputs.items() if linear and same.is_(x)), None)
+        return Module(core, None if leader else torch.zeros(n, n, device=device), cross, [0] * count, leader)
+
+    def gram(self, module: str) -> Tensor | None:
+        """Σ x xᵀ of a module, whichever module keeps it."""
+        return self.modules[self.modules[module].leader or module].gram
 
     def batches(self, module: str) -> int:
         """How many batches of every LoRA were added.
@@ -94,23 +123,47 @@ class Moments:
         Raises:
             MergeError: Their numbers differ, so that the sum of the moments is not balanced.
         """
-        updates = {count for count in self.modules[module].updates if count}
-        if len(updates) != 1:
+        updates = self.modules[module].updates
+        if len(set(updates)) != 1 or updates[0] < 1:
+            raise MergeError(f"{module}: calibrated with {updates} batches of the LoRAs; wanted as many of each.")
+        return updates[0]
+
+    def check(self, loras: Sequence[LoRA]) -> None:
+        """Refuse LoRAs that the moments were not taken with, or another order of them.
+
+        Raises:
+            MergeError: Their number differs, or what they are.
+        """
+        if len(loras) != len(self.names):
+            raise MergeError(f"The moments are of {len(self.names)} LoRAs, got {len(loras)}.")
+        if self.marks and fingerprints(loras) != self.marks:
             raise MergeError(
-                f"{module}: calibrated with {self.modules[module].updates} batches a LoRA; wanted as many of each."
+                f"The moments were taken with {', '.join(self.names)}, and these LoRAs are others, have changed, "
+                "or stand in another order. Way out: calibrate with them."
             )
-        return updates.pop()
 
     def averaged(self, other: "Moments") -> "Moments":
         """The mean of two calibrations with the same LoRAs."""
-        if set(self.modules) != set(other.modules) or self.kind != other.kind:
+        if (self._leaders(), self.kind, self.marks) != (other._leaders(), other.kind, other.marks):
             raise MergeError("These moments were taken with other LoRAs, or are of another kind.")
-        return Moments(self.kind, self.names, {m: _sum(self.modules[m], other.modules[m]) for m in self.modules})
+        return Moments(
+            self.kind, self.names, self.marks, {m: _sum(self.modules[m], other.modules[m]) for m in self.modules}
+        )
+
+    def _leaders(self) -> dict[str, str | None]:
+        return {name: module.leader for name, module in self.modules.items()}
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the moments to a safetensors file: whole, or not at all."""
         groups = [_group(name, module) for name, module in self.modules.items()]
-        said = {"kind": self.kind, "names": self.names, "updates": {n: m.updates for n, m in self.modules.items()}}
+        updates = {name: module.updates for name, module in self.modules.items()}
+        said = {
+            "kind": self.kind,
+            "names": self.names,
+            "marks": self.marks,
+            "updates": updates,
+            "leaders": self._leaders(),
+        }
         write(Path(path), groups, {"format": "pt", KEY: json.dumps(said)})
         return Path(path)
 
@@ -121,22 +174,38 @@ class Moments:
         Raises:
             FileError: The file can't be read, or holds no moments.
         """
-        file = SafetensorsFile(Path(path))
-        try:
-            said = json.loads(file.metadata[KEY])
-        except (KeyError, ValueError):
-            raise FileError(f"{path} holds no moments: its metadata lack {KEY!r}.") from None
+        with closing(SafetensorsFile(Path(path))) as file:
+            try:
+                said = json.loads(file.metadata[KEY])
+                modules = {
+                    name: Module(
+                        tensor(file, f"{name}.core"),
+                        tensor(file, f"{name}.gram") if said["kind"] == "gram" and not said["leaders"][name] else None,
+                        tensor(file, f"{name}.cross") if said["kind"] == "gram" else None,
+                        updates,
+                        said["leaders"][name],
+                    )
+                    for name, updates in said["updates"].items()
+                }
+                return cls(said["kind"], tuple(said["names"]), tuple(said["marks"]), modules)
+            except (KeyError, TypeError, ValueError) as error:
+                raise FileError(f"{path} holds no moments, or not all of them: {error} is missing or wrong.") from None
 
-        def tensor(key: str) -> Tensor | None:
-            return torch.from_numpy(file[key].read().copy()) if key in file else None
 
-        found = {}
-        for name, updates in said["updates"].items():
-            core = tensor(f"{name}.core")
-            if core is None:
-                raise FileError(f"{path}: the moments of {name} are missing.")
-            found[name] = Module(core, tensor(f"{name}.gram"), tensor(f"{name}.cross"), updates)
-        return cls(said["kind"], tuple(said["names"]), found)
+@dataclass(frozen=True)
+class _Same:
+    """A tensor remembered without keeping it: it, and how often it was written to."""
+
+    tensor: "weakref.ref[Tensor] | None"
+    version: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Same":
+        # Tensors of inference mode don't count what is written to them: they are like no other.
+        return cls(None, 0) if x.is_inference() else cls(weakref.ref(x), x._version)
+
+    def is_(self, x: Tensor) -> bool:
+        return self.tensor is not None and self.tensor() is x and x._version == self.version
 
 
 def _patches(x: Tensor, site: Site) -> Tensor:
@@ -155,6 +224,7 @@ def _sum(a: Module, b: Module) -> Module:
         add(a.gram, b.gram),
         add(a.cross, b.cross),
         [x + y for x, y in zip(a.updates, b.updates, strict=True)],
+        a.leader,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,13 @@ def save_state(
     """Write the state: whole, or not at all."""
     held: dict[str, Tensor] = {"generator": generator.get_state()}
     for name, parameter in parameters.items():
-        adam = optimizer.state[parameter]
+        # Before the first step, and for a module that the loss does not depend on, Adam has no means.
+        adam = optimizer.state.get(parameter, {})
+        zeros = torch.zeros_like(parameter)
         held |= {
             f"{name}/value": parameter.detach(),
-            f"{name}/first": adam["exp_avg"],
-            f"{name}/second": adam["exp_avg_sq"],
+            f"{name}/first": adam.get("exp_avg", zeros),
+            f"{name}/second": adam.get("exp_avg_sq", zeros),
         }
     held = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
     groups = [
@@ -76,24 +79,30 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State:
         FileError: The file can't be read, or holds no state.
         OptionError: It is the state of another run.
     """
-    file = SafetensorsFile(path)
-    try:
-        said = json.loads(file.metadata[KEY])
-    except (KeyError, ValueError):
-        raise FileError(f"{path} holds no state of learning: its metadata lack {KEY!r}.") from None
-    if said["identity"] != json.loads(json.dumps(identity)):
+    with closing(SafetensorsFile(path)) as file:
+        try:
+            said = json.loads(file.metadata[KEY])
+            same = said["identity"] == json.loads(json.dumps(identity))
+            names = said["names"] if same else []
+            found = State(
+                said["step"],
+                {name: tensor(file, f"{name}/value") for name in names},
+                {name: (tensor(file, f"{name}/first"), tensor(file, f"{name}/second")) for name in names},
+                tensor(file, "generator"),
+                said["scales"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(
+                f"{path} holds no state of learning, or not all of it: {error} is missing or wrong."
+            ) from None
+    if not same:
         raise OptionError(
-            f"The checkpoint {path} is of a run with other LoRAs or settings. Ways out: the same settings, or another path."
+            f"The checkpoint {path} is of a run with other LoRAs or settings. "
+            "Ways out: the same settings, or another path."
         )
+    return found
 
-    def tensor(key: str) -> Tensor:
-        return torch.from_numpy(file[key].read().copy())
 
-    names = said["names"]
-    return State(
-        said["step"],
-        {name: tensor(f"{name}/value") for name in names},
-        {name: (tensor(f"{name}/first"), tensor(f"{name}/second")) for name in names},
-        tensor("generator"),
-        said["scales"],
-    )
+def tensor(file: SafetensorsFile, key: str) -> Tensor:
+    """A tensor of a file, as torch's own."""
+    return torch.from_numpy(file[key].read().copy())

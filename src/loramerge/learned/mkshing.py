@@ -1,0 +1,96 @@
+"""ZipLoRA files of mkshing/ziplora-pytorch: dense updates, which no other program reads, as a LoRA.
+
+A file holds one dense ΔW a module, under ``unet.unet.<module>.lora.weight``.
+
+Source: https://github.com/mkshing/ziplora-pytorch, ziplora_pytorch/utils.py, ``unet_ziplora_state_dict``.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..architectures import ARCHITECTURES
+from ..errors import LoRAMergeError, NotALoRAError, NumberError, OptionError
+from ..layers import LowRank, low_rank
+from ..layers.base import dense_norm
+from ..linalg import truncate_dense
+from ..lora import LoRA
+from ..storage.reader import SafetensorsFile
+from ..tensors import Array, Shape, check_finite, flatten, float32
+
+KEY = re.compile(r"(?:unet\.)+(?P<path>.+)\.lora\.weight")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A dense ZipLoRA as a LoRA, and what the rank cost."""
+
+    lora: LoRA
+    errors: Mapping[str, float]
+    """‖ΔW − kept‖ / ‖ΔW‖ by module."""
+
+
+def load(path: str | os.PathLike[str], rank: int) -> Imported:
+    """Read a dense ZipLoRA, and fit a LoRA of some rank to it.
+
+    Args:
+        path: A safetensors file of ``train_ziplora``.
+        rank: Rank of every module, at most what its shape allows.  The sum of the ranks of the two
+            LoRAs that were merged loses nothing but rounding.
+
+    Raises:
+        FileError: The file can't be read.
+        NotALoRAError: It is no dense ZipLoRA.
+        NumberError: A value is NaN or infinite.
+        OptionError: The rank is not a whole number from 1.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise OptionError(f"The rank is a whole number from 1, got {rank!r}.")
+    with closing(SafetensorsFile(Path(path))) as file:
+        modules = {key: _module(key) for key in file}
+        strange = [key for key, module in modules.items() if module is None or len(file[key].shape) not in (2, 4)]
+        if strange or not modules:
+            raise NotALoRAError(
+                f"{path} is no dense ZipLoRA: wanted keys such as 'unet.unet.….to_q.lora.weight' with a matrix each, "
+                f"got {strange[0] if strange else 'none'}. Way out: loramerge.load, if it is an ordinary LoRA."
+            )
+        layers: dict[str, LowRank] = {}
+        errors: dict[str, float] = {}
+        for key, module in modules.items():
+            assert module is not None
+            try:
+                layers[module], errors[module] = _fitted(file[key].read(), rank)
+            except LoRAMergeError as error:
+                raise type(error)(f"{path}: {module}: {error}") from None
+        metadata = dict(file.metadata)
+    name = _architecture({module: layer.shape for module, layer in layers.items()})
+    lora = LoRA(name=Path(path).stem, architecture=name, dialect="diffusers", layouts=layers, metadata=metadata)
+    return Imported(lora, errors)
+
+
+def _module(key: str) -> str | None:
+    found = KEY.fullmatch(key)
+    return f"unet.{found['path']}" if found else None
+
+
+def _fitted(delta: Array, rank: int) -> tuple[LowRank, float]:
+    check_finite(delta)
+    dense = flatten(float32(delta))
+    if not dense.size:
+        raise NumberError(f"the update of shape {delta.shape} is empty")
+    cut = truncate_dense(dense, min(rank, *dense.shape))
+    # Measured on what is left: the cut's own figure is a difference of energies, blind below some 10⁻⁴.
+    size = dense_norm(dense)
+    error = dense_norm(dense - cut.up @ cut.down) / size if size else 0.0
+    return low_rank(cut.up, cut.down, delta.shape), error
+
+
+def _architecture(shapes: Mapping[str, Shape]) -> str | None:
+    """The first family that has all the modules in these shapes."""
+    for name, architecture in ARCHITECTURES.items():
+        if all(architecture.shapes.get(module) == shape for module, shape in shapes.items()):
+            return name
+    return None

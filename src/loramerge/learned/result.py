@@ -1,0 +1,52 @@
+"""The LoRA that a learned merge ends in."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ..layers import low_rank
+from ..lora import LoRA
+from ..merging import Plan, plan
+from ..metadata import RECIPE
+
+
+def plan_sum(loras: Sequence[LoRA]) -> Plan:
+    """The plain sum of the LoRAs, which says early whether they can be merged at all.
+
+    Raises:
+        MergeError: Families or shapes differ, or a layer has no low-rank form.
+    """
+    return plan(loras, weights=[1.0] * len(loras))
+
+
+def assemble(
+    planned: Plan, learned: Mapping[str, tuple[Tensor, Tensor]], method: str, options: Mapping[str, Any]
+) -> LoRA:
+    """The plain sum, with the factors of some modules replaced by what was learned.
+
+    Args:
+        planned: The plain sum.
+        learned: ``up`` ``(out, r)`` and ``down`` ``(r, in·kh·kw)`` by module.
+        method: What the file's recipe calls the way of learning.
+        options: Its settings.
+    """
+
+    def layer(module: str) -> Any:
+        if module not in learned:
+            return planned.merge(module)
+        up, down = (factor.float().cpu().contiguous().numpy() for factor in learned[module])
+        return low_rank(up, down, planned.steps[module].shape)
+
+    summed = planned.lora()
+    recipe = json.loads(summed.metadata[RECIPE]) | {"method": method, "options": dict(options)}
+    for entry in recipe["inputs"]:
+        entry["weight"] = "learned"
+    return replace(
+        summed,
+        layouts={module: layer(module) for module in planned.steps},
+        compute=None,
+        metadata={**summed.metadata, RECIPE: json.dumps(recipe, ensure_ascii=False)},
+    )

@@ -1,0 +1,168 @@
+"""Weights by a score: any number that says how good a merged LoRA is, without gradients.
+
+The score may generate images and compare them with references.  Huang et al., 2023, LoRAHub,
+https://arxiv.org/abs/2307.13269, look for weights the same way: within bounds, with a price on
+their size; here the sum of updates is exact, where LoRAHub adds up factors.  The optimiser is
+CMA-ES: Hansen, 2016, https://arxiv.org/abs/1604.00772, from the package ``cma``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from .. import blocks
+from ..errors import MissingExtraError, NumberError, OptionError
+from ..lora import LoRA
+from ..merging import merge
+
+Per = Literal["lora", "component", "block"]
+Found = tuple[float, ...] | tuple[dict[str, float], ...]
+"""Weights as `merge` takes them: a number a LoRA, or a table of components or blocks."""
+
+
+@dataclass(frozen=True)
+class SearchStep:
+    """One merge that was tried."""
+
+    step: int
+    total: int
+    weights: Found
+    score: float
+    best: float
+    """The best score less its price so far."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best weights that were tried."""
+
+    weights: Found
+    """To give to `merge`."""
+    score: float
+    """The score of that merge, the price of the weights not taken off."""
+    history: tuple[SearchStep, ...]
+
+
+def search_weights(
+    loras: Sequence[LoRA],
+    score: Callable[[LoRA], float],
+    *,
+    bounds: tuple[float, float] = (-1.5, 1.5),
+    start: Sequence[float] | None = None,
+    steps: int = 40,
+    l1: float = 0.05,
+    seed: int = 0,
+    per: Per = "lora",
+    on_step: Callable[[SearchStep], bool | None] | None = None,
+) -> SearchResult:
+    """The weights whose merge has the highest score, less ``l1`` · mean |w|.
+
+    Args:
+        loras: What is merged, by the exact weighted sum.
+        score: How good a merged LoRA is: the higher, the better.
+        bounds: The smallest and the largest weight.
+        start: One weight a LoRA, which is tried first; 1/N each by default.
+        steps: How many merges are tried, at least 1.
+        l1: Price of the mean size of the weights, from 0.
+        seed: Of the search; the same seed and the same scores give the same result.
+        per: What gets a weight of its own: each ``lora``, or each ``component`` or ``block`` of each.
+        on_step: Called after every merge that was tried; False stops the search.
+
+    Raises:
+        MissingExtraError: The package cma is not installed.
+        OptionError: An option is unknown or out of range.
+        NumberError: A score is NaN or infinite.
+    """
+    low, high = _checked(bounds, steps, l1, per)
+    names = [_names(lora, per) for lora in loras]
+    begin = _begin(names, start, low, high)
+    optimizer = _optimizer(begin, low, high, seed)
+    history: list[SearchStep] = []
+    best: tuple[float, SearchStep] | None = None
+
+    def tried(vector: Any) -> float:
+        nonlocal best
+        weights = _weights(names, [float(w) for w in vector])
+        value = float(score(merge(loras, weights=weights)))
+        if not math.isfinite(value):
+            raise NumberError(f"The score of the weights {weights} is {value}; wanted a finite number.")
+        gain = value - l1 * float(np.abs(vector).mean())
+        top = gain if best is None else max(gain, best[0])
+        history.append(SearchStep(len(history) + 1, steps, weights, value, top))
+        if best is None or gain > best[0]:
+            best = gain, history[-1]
+        return -gain
+
+    def goes_on() -> bool:
+        stopped = on_step is not None and bool(history) and on_step(history[-1]) is False
+        return not stopped and len(history) < steps
+
+    tried(begin)
+    more = goes_on()
+    while more:
+        asked, losses = optimizer.ask(), []
+        for vector in asked:
+            losses.append(tried(vector))
+            more = goes_on()
+            if not more:
+                break
+        else:
+            optimizer.tell(asked, losses)
+    assert best is not None
+    return SearchResult(best[1].weights, best[1].score, tuple(history))
+
+
+def _checked(bounds: tuple[float, float], steps: int, l1: float, per: str) -> tuple[float, float]:
+    if per not in get_args(Per):
+        raise OptionError(f"Unknown per {per!r}. Available: {', '.join(get_args(Per))}.")
+    low, high = bounds
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise OptionError(f"The bounds are two finite numbers, the smaller first; got {bounds}.")
+    if steps < 1 or not 0 <= l1 < math.inf:
+        raise OptionError(f"steps is a number from 1, l1 from 0; got {steps} and {l1}.")
+    return low, high
+
+
+def _names(lora: LoRA, per: Per) -> list[str]:
+    """The patterns of a LoRA's parts that get a weight each."""
+    if per == "lora":
+        return ["*"]
+    if per == "component":
+        return list(dict.fromkeys(module.partition(".")[0] for module in lora))
+    return list(dict.fromkeys(blocks.block(module, lora.architecture) for module in lora))
+
+
+def _begin(names: Sequence[Sequence[str]], start: Sequence[float] | None, low: float, high: float) -> Any:
+    if not names:
+        raise OptionError("Nothing to merge: give at least one LoRA.")
+    given = [min(max(1.0 / len(names), low), high)] * len(names) if start is None else [float(w) for w in start]
+    if len(given) != len(names) or not all(low <= weight <= high for weight in given):
+        raise OptionError(f"start is one weight a LoRA, {len(names)} in [{low:g}, {high:g}]; got {given}.")
+    return np.repeat(given, [len(parts) for parts in names])
+
+
+def _weights(names: Sequence[Sequence[str]], vector: Sequence[float]) -> Found:
+    if all(list(parts) == ["*"] for parts in names):
+        return tuple(vector)
+    rest = iter(vector)
+    return tuple({part: next(rest) for part in parts} for parts in names)
+
+
+def _optimizer(begin: Any, low: float, high: float, seed: int) -> Any:
+    try:
+        import cma
+    except ModuleNotFoundError:
+        raise MissingExtraError("Searching weights needs cma: pip install 'loramerge[search]'.") from None
+    random = np.random.default_rng(seed)
+    options = {
+        "bounds": [low, high],
+        "maxstd_boundrange": math.inf,  # cma 4.5.0 fails where it would enforce it
+        "randn": lambda *shape: random.standard_normal(shape),
+        "seed": math.nan,  # leaves numpy's global generator alone
+        "verbose": -9,
+        "verb_log": 0,
+    }
+    return cma.CMAEvolutionStrategy(begin, (high - low) / 6, options)

@@ -1,0 +1,88 @@
+"""Column coefficients as weights of an ordinary merge, in memory and in a file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import loramerge as lm
+from loramerge.coefficients import KEY, Coefficients
+from loramerge.errors import FileError, LoRAMergeError, NumberError, OptionError
+from loramerge.lora import LoRA
+from loramerge.testing import relative_error
+from small import MODULES, small
+
+LORAS = [small(seed=1, rank=2), small(seed=2, rank=3, kind="loha", modules=MODULES["sdxl"][:3])]
+LEARNED = MODULES["sdxl"][:2]
+
+
+def given(loras: list[LoRA] = LORAS) -> Coefficients:
+    random = np.random.default_rng(0)
+    columns = {m: random.standard_normal((2, np.prod(loras[0][m].shape[1:]))).astype(np.float32) for m in LEARNED}
+    return Coefficients.of(columns, loras, [0.7, 0.3], {"method": "by hand"})
+
+
+def wanted(coefficients: Coefficients, module: str) -> np.ndarray:
+    weights = coefficients.of_module(module)
+    deltas = [np.float64(lora[module].delta()) for lora in LORAS if module in lora]
+    if module not in LEARNED:
+        return sum(w * d for w, d in zip(weights, deltas, strict=False))
+    return sum(np.float64(w).reshape(1, *d.shape[1:]) * d for w, d in zip(weights, deltas, strict=True))
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_every_column_is_weighed_by_its_own_number(device: str | None, tmp_path: Path) -> None:
+    coefficients = given()
+    read = Coefficients.read(coefficients.save(tmp_path / "learned.safetensors"))
+
+    for weights in (coefficients, read, str(tmp_path / "learned.safetensors")):
+        merged = lm.merge(LORAS, weights=weights, device=device)
+        assert all(relative_error(np.asarray(merged[m].delta()), wanted(coefficients, m)) <= 1e-6 for m in merged)
+
+
+def test_a_merge_with_coefficients_can_be_cut_to_a_rank() -> None:
+    merged = lm.merge(LORAS, weights=given(), rank=2)
+    for module in merged:
+        dense = wanted(given(), module).reshape(merged[module].shape[0], -1)
+        u, s, vh = np.linalg.svd(dense, full_matrices=False)
+
+        assert relative_error(merged[module].delta().reshape(dense.shape), (u[:, :2] * s[:2]) @ vh[:2]) <= 1e-4
+
+
+def test_the_file_says_where_the_coefficients_come_from(tmp_path: Path) -> None:
+    read = Coefficients.read(given().save(tmp_path / "learned.safetensors"))
+
+    assert read.names == tuple(lora.name for lora in LORAS)
+    assert read.others == (0.7, 0.3)
+    assert read.provenance == {"method": "by hand"}
+
+
+def test_other_methods_refuse_coefficients() -> None:
+    with pytest.raises(OptionError, match="method linear"):
+        lm.plan(LORAS, weights=given(), method="ties")
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [None, {}, {KEY: "nothing"}, {KEY: "[]"}, {KEY: "{}"}, {KEY: json.dumps({"others": ["x"], "names": []})}],
+    ids=str,
+)
+def test_files_that_hold_no_coefficients_are_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    save_file({"x": np.ones(1, np.float32)}, tmp_path / "other.safetensors", metadata)
+
+    with pytest.raises(FileError, match="holds no learned coefficients"):
+        Coefficients.read(tmp_path / "other.safetensors")
+    with pytest.raises(FileError):
+        lm.merge(LORAS, weights=str(tmp_path / "none.safetensors"))
+
+
+def test_coefficients_that_are_not_finite_are_refused_by_module(tmp_path: Path) -> None:
+    columns = {LEARNED[0]: np.full((2, LORAS[0][LEARNED[0]].shape[1]), np.nan, np.float32)}
+
+    with pytest.raises(NumberError, match=r"attn1\.to_q"):
+        lm.merge(LORAS, weights=Coefficients.of(columns, LORAS, [1.0, 1.0]))
+    with pytest.raises(LoRAMergeError):
+        Coefficients.of(columns, LORAS, [1.0, 1.0]).save(tmp_path / "nan.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -79,9 +79,9 @@ def text(goals: Sequence[Goal]) -> str:
 
 def markdown(title: str, goals: Sequence[Goal], sections: Sequence[Section], others: float, legend: str) -> str:
     """Everything measured, with a description of the machine."""
-    parts = [f"# {title}", *machine(others), _table(GOAL_HEAD, [g.cells for g in goals]), legend]
+    parts = [f"# {title}", *machine(others), table(GOAL_HEAD, [g.cells for g in goals]), legend]
     for section in sections:
-        parts += [f"## {section.title}", _table(section.head, section.rows)]
+        parts += [f"## {section.title}", table(section.head, section.rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,7 +117,8 @@ def _memory() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -42,3 +42,7 @@ class OptionError(LoRAMergeError):
 
 class MissingExtraError(LoRAMergeError):
     """An optional package is needed."""
+
+
+class DeviceMemoryError(LoRAMergeError):
+    """The memory of the GPU, or of the machine, does not suffice."""

@@ -9,8 +9,11 @@ import typer
 from .. import __version__
 from ..errors import OptionError
 from .bake import bake
+from .calibrate import calibrate
+from .coefficients import coefficients
 from .extract import extract
 from .run import print_notes, progress, table
+from .zip import zip_loras
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -209,6 +212,11 @@ def merge(
         workers=workers,
         quiet=quiet,
     )
+
+
+app.command("zip")(zip_loras)
+app.command()(calibrate)
+app.command()(coefficients)
 
 
 @app.command()

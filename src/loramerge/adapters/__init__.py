@@ -1,0 +1,1 @@
+"""Model libraries at loramerge's service: the only place that imports them."""

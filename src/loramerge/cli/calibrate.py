@@ -1,0 +1,191 @@
+"""``loramerge calibrate``: the least-squares merge, in closed form from what the base model's modules see."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from . import learning as given
+from .run import progress, table
+
+if TYPE_CHECKING:
+    from ..adapters.diffusers import Denoiser
+    from ..learned.lsq import Report
+    from ..learned.moments import Kind, Moments
+    from ..merging import Plan
+
+
+class Granularity(StrEnum):
+    """What is solved for."""
+
+    whole = "global"
+    layer = "layer"
+    rank = "rank"
+    core = "core"
+    column = "column"
+    full = "full"
+
+
+class Prior(StrEnum):
+    """What directions get that no input has shown."""
+
+    sum = "sum"
+    mean = "mean"
+
+
+def calibrate(
+    files: given.Files,
+    output: given.Output,
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help="The model, unless --moments has its answers.")
+    ] = None,
+    prompt: given.Prompt = None,
+    data: given.Data = None,
+    granularity: Annotated[
+        Granularity, typer.Option("--granularity", "-g", help="What is solved for.")
+    ] = Granularity.core,
+    ridge: Annotated[float | None, typer.Option("--ridge", min=0, help="Pull to the prior; by granularity.")] = None,
+    prior: Annotated[Prior, typer.Option("--prior", help="What unseen directions get.")] = Prior.sum,
+    moments: Annotated[
+        Path | None, typer.Option("--moments", help="Keep what the modules saw; if it is there, no model is needed.")
+    ] = None,
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Of each LoRA.")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples in a batch.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Of the examples.")] = 0,
+    resolution: given.Resolution = None,
+    precision: given.Precision = None,
+    autocast: given.Autocast = None,
+    text_encoders: given.TextEncoders = False,
+    variant: given.Variant = None,
+    device: given.Device = None,
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = True,
+    sampling_steps: given.SamplingSteps = 12,
+    trajectories: given.Trajectories_ = 4,
+    guidance: given.Guidance = None,
+    to: given.To = None,
+    dtype: given.Dtype = None,
+    architecture: given.Arch = None,
+    quiet: given.Quiet = False,
+) -> None:
+    """Merge LoRAs by least squares on what the base model's modules see: no gradients, an ordinary LoRA comes out.
+
+    Example: loramerge calibrate person.safetensors jersey.safetensors -b stabilityai/stable-diffusion-xl-base-1.0
+    -p "a psq-person" -p "a barca24_jersey" -o merged.safetensors
+    """
+    from ..learned.lsq import lsq
+
+    asked = given.Given(
+        files=files,
+        base=base or "",
+        prompts=prompt or (),
+        data=data or (),
+        resolution=resolution,
+        precision=precision,
+        autocast=autocast,
+        device=device,
+        text_encoders=text_encoders,
+        variant=variant,
+        sampling_steps=sampling_steps,
+        trajectories=trajectories,
+        guidance=guidance,
+        architecture=architecture,
+        quiet=quiet,
+        flip=flip,
+        seed=seed,
+    )
+    planned = given.plan_of(files, architecture, output, to)
+    if moments and moments.exists():
+        taken = _kept(moments, planned)
+    else:
+        kind: Kind = "gram" if granularity in ("column", "full") else "core"
+        taken = _taken(asked, planned, kind, batches, batch_size, moments)
+    if not taken.writes:
+        return
+    merged, report = lsq(planned.loras, taken.moments, granularity=granularity.value, ridge=ridge, prior=prior.value)
+    if not quiet:
+        print(_table(report, planned.architecture))
+    options = {"granularity": granularity.value, "ridge": ridge, "prior": prior.value}
+    made = given.recipe("lsq", options, planned, files, taken.denoiser, taken.data, taken.processes)
+    given.write(merged, planned, made, output, to, dtype, quiet)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """Moments, and where they come from."""
+
+    moments: "Moments"
+    data: Mapping[str, Any]
+    denoiser: "Denoiser | None" = None
+    processes: int = 1
+    writes: bool = True
+
+
+def _kept(path: Path, planned: "Plan") -> _Taken:
+    """Moments that an earlier run has kept."""
+    from ..learned.moments import Moments
+
+    found = Moments.load(path)
+    names = tuple(lora.name for lora in planned.loras)
+    if found.names != names:
+        raise OptionError(f"The moments in {path} are of {', '.join(found.names)}, got {', '.join(names)}.")
+    return _Taken(found, {"moments": path.name})
+
+
+def _taken(
+    asked: given.Given, planned: "Plan", kind: "Kind", batches: int, batch_size: int, path: Path | None
+) -> _Taken:
+    """Moments of what the model's modules see now."""
+    from ..adapters.diffusers import team, within_memory
+    from ..learned.calibration import calibrate
+
+    if not asked.base:
+        raise OptionError("On which model? Give --base, or --moments with a file that 'calibrate' has written.")
+    asked.check()
+    together = team(cpu=asked.device == "cpu")
+    asked = replace(asked, quiet=asked.quiet or not together.writes)
+    denoiser = given.denoiser_of(asked, together, planned.loras)
+    with within_memory(asked.resolution or denoiser.resolution, batch_size, 1):
+        draw = given.examples_of(asked, denoiser, planned.loras)
+        denoiser.release()
+        with progress("Calibrating", asked.quiet) as report:
+            found = calibrate(
+                denoiser.predict,
+                denoiser.models,
+                planned.loras,
+                together.share(draw),
+                kind=kind,
+                batches=batches,
+                batch_size=batch_size,
+                seed=asked.seed,
+                progress=report,
+            )
+    together.reduce(found.tensors())
+    if path and together.writes:
+        found.save(path)
+    described = {**draw.description, "batches": batches, "batch_size": batch_size, "seed": asked.seed}
+    return _Taken(found, described, denoiser, together.state.num_processes, together.writes)
+
+
+def _table(report: "Report", architecture: str | None) -> str:
+    """J / J of the base model by block: of the merge, of the sum, of the average."""
+    from ..blocks import block
+
+    kinds = (report.fits, report.sums, report.means)
+    blocks: dict[str, list[str]] = {}
+    for module in report.fits:
+        component = module.partition(".")[0]
+        blocks.setdefault(f"{component} {block(module, architecture)}", []).append(module)
+
+    def row(name: str, modules: list[str]) -> list[str]:
+        return [name, str(len(modules)), *(f"{sum(k[m] for m in modules) / len(modules):.3f}" for k in kinds)]
+
+    rows = [row(name, modules) for name, modules in blocks.items()]
+    head = ["block", "modules", "error", "of the sum", "of the average"]
+    return (
+        table(head, [*rows, row("all", list(report.fits))])
+        + "\nError on each LoRA's own inputs, mean over modules: 0 is what the LoRA alone does, 1 what the base model does."
+    )

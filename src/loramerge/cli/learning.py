@@ -1,0 +1,219 @@
+"""What ``zip`` and ``calibrate`` share: the LoRAs, the base model, the examples, where the result goes."""
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from .run import progress, size
+
+if TYPE_CHECKING:
+    from ..adapters.diffusers import Denoiser, Images, Team, Trajectories
+    from ..lora import LoRA
+    from ..merging import Plan
+
+Files = Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")]
+Base = Annotated[str, typer.Option("--base", "-b", help="The model: a directory that diffusers saved, or a Hub name.")]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", help="One a file, with its trigger word; several of one file with | between."),
+]
+Data = Annotated[
+    list[Path] | None, typer.Option("--data", help="One directory of images a file, with captions; else see --prompt.")
+]
+Resolution = Annotated[int | None, typer.Option("--resolution", help="Side of the images; the model's by default.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="The model's: bf16 (on CUDA) or fp32; or fp16.")]
+Autocast = Annotated[str | None, typer.Option("--autocast", help="Compute in bf16 while weights stay as they are.")]
+Device = Annotated[str | None, typer.Option("--device", help="Where to compute; cuda where there is one.")]
+TextEncoders = Annotated[
+    bool, typer.Option("--text-encoders", help="Have LoRAs act there too; otherwise their modules there are summed.")
+]
+Variant = Annotated[str | None, typer.Option("--variant", help="Which of the model's files, such as fp16.")]
+SamplingSteps = Annotated[int, typer.Option("--sampling-steps", min=1, help="Without --data: steps of each image.")]
+Trajectories_ = Annotated[int, typer.Option("--trajectories", min=1, help="Without --data: images of each LoRA.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Without --data: guidance; 1 for none.")]
+To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
+Arch = Annotated[str | None, typer.Option("--architecture", help="The LoRAs' family, where the files leave it open.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the user gave."""
+
+    files: Sequence[str]
+    base: str
+    prompts: Sequence[str]
+    data: Sequence[Path]
+    resolution: int | None
+    precision: str | None
+    autocast: str | None
+    device: str | None
+    text_encoders: bool
+    variant: str | None
+    sampling_steps: int
+    trajectories: int
+    guidance: float | None
+    architecture: str | None
+    quiet: bool
+    checkpointing: bool = False
+    flip: bool = True
+    snr_gamma: float | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse what can't work before anything large is read."""
+        if len(self.files) < 2:
+            raise OptionError("Two LoRAs or more are merged; got one.")
+        if not self.prompts and not self.data:
+            raise OptionError(
+                "What are the LoRAs for? Give one --prompt a file, with its trigger word, or one --data directory a file."
+            )
+        for name, values in (("--prompt", self.prompts), ("--data", self.data)):
+            if values and len(values) != len(self.files):
+                raise OptionError(f"{name} given: {len(values)}, LoRAs: {len(self.files)}. One a file, in their order.")
+
+
+def plan_of(files: Sequence[str], architecture: str | None, output: Path, to: str | None) -> "Plan":
+    """The sum of the LoRAs, which says what the result's modules, dialect and dtype are."""
+    from ..dialects.write import check_writable
+    from ..files import check_target, load
+    from ..merging import plan
+
+    loras = [load(file, architecture=architecture) for file in files]
+    planned = plan(loras, weights=[1.0] * len(loras))
+    check_writable(to or planned.dialect, planned.dialect)
+    check_target(output, to or planned.dialect)
+    return planned
+
+
+def denoiser_of(given: Given, team: "Team", loras: "Sequence[LoRA]") -> "Denoiser":
+    """The base model."""
+    from ..adapters.diffusers import load
+
+    found = load(
+        given.base,
+        device=given.device or team.device,
+        dtype=given.precision,
+        autocast=given.autocast,
+        checkpointing=given.checkpointing,
+        text_encoders=given.text_encoders,
+        variant=given.variant,
+    )
+    found.check(loras)
+    return found
+
+
+def examples_of(given: Given, denoiser: "Denoiser", loras: "Sequence[LoRA]") -> "Images | Trajectories":
+    """Examples of every LoRA, from its pictures or of its own making."""
+    from ..adapters.diffusers import from_images, from_prompts
+
+    prompts = [[text.strip() for text in prompt.split("|")] for prompt in given.prompts]
+    if not given.quiet:
+        _hint(loras, prompts)
+    if given.data:
+        with progress("Encoding images", given.quiet) as report:
+            return from_images(
+                denoiser,
+                given.data,
+                prompts=[prompt[0] for prompt in prompts],
+                resolution=given.resolution,
+                flip=given.flip,
+                snr_gamma=given.snr_gamma,
+                progress=report,
+            )
+    with progress("Sampling", given.quiet) as report:
+        return from_prompts(
+            denoiser,
+            loras,
+            prompts,
+            steps=given.sampling_steps,
+            trajectories=given.trajectories,
+            guidance=given.guidance,
+            resolution=given.resolution,
+            snr_gamma=given.snr_gamma,
+            seed=given.seed,
+            progress=report,
+        )
+
+
+def _hint(loras: "Sequence[LoRA]", prompts: Sequence[Sequence[str]]) -> None:
+    """Say so where no prompt has the words that a LoRA's own metadata name."""
+    for lora, mine in zip(loras, prompts, strict=False):
+        phrase = lora.metadata.get("modelspec.trigger_phrase", "")
+        if phrase and not any(word in prompt for prompt in mine for word in phrase.split(",")):
+            print(f"Hint: {lora.name} says that its trigger is {phrase!r}; no prompt of it has that.", file=sys.stderr)
+
+
+def recipe(
+    method: str,
+    options: Mapping[str, Any],
+    planned: "Plan",
+    files: Sequence[str],
+    denoiser: "Denoiser | None",
+    data: Mapping[str, Any],
+    processes: int = 1,
+) -> dict[str, Any]:
+    """How the merge was made, for its metadata."""
+    from .. import __version__
+
+    inputs = [
+        {"name": lora.name, "weight": "learned", "sha256": sha256(file)}
+        for lora, file in zip(planned.loras, files, strict=True)
+    ]
+    made: dict[str, Any] = {
+        "loramerge": __version__,
+        "method": method,
+        "options": dict(options),
+        "rank": "sum",
+        "inputs": inputs,
+        "data": dict(data),
+    }
+    if denoiser is not None:
+        made |= {
+            "base": denoiser.source,
+            "pipeline": type(denoiser.pipe).__name__,
+            "precision": str(denoiser.dtype).removeprefix("torch."),
+            "text_encoders": denoiser.text_encoders,
+            "processes": processes,
+        }
+    return made
+
+
+def sha256(file: str) -> str:
+    """Of a LoRA's file."""
+    from ..files import PEFT_FILE, locate
+
+    path = locate(file)
+    found = next(iter(sorted(path.rglob(PEFT_FILE)) or sorted(path.glob("*.safetensors")))) if path.is_dir() else path
+    with found.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write(
+    lora: "LoRA", planned: "Plan", made: Mapping[str, Any], output: Path, to: str | None, dtype: str | None, quiet: bool
+) -> None:
+    """Save a learned merge as an ordinary LoRA."""
+    from ..files import save
+
+    whole = replace(
+        lora,
+        name=planned.name,
+        architecture=planned.architecture,
+        dialect=planned.dialect,
+        dtype=planned.dtype,
+        extras=planned.extras,
+        metadata=planned.metadata(dict(made)),
+    )
+    path = save(whole, output, dialect=to, dtype=dtype)
+    if not quiet:
+        written = path if path.is_file() else path / "adapter_model.safetensors"
+        where = f", {size(written.stat().st_size)}" if written.exists() else ""
+        print(f"→ {path} ({to or planned.dialect}{where})")

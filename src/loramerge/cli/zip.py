@@ -1,0 +1,197 @@
+"""``loramerge zip``: coefficients learned on the base model, by gradient."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from . import learning as given
+from .run import table
+
+if TYPE_CHECKING:
+    from ..learned.ziplora import Learned, Settings, Step
+
+
+def zip_loras(
+    files: given.Files,
+    output: given.Output,
+    base: given.Base,
+    prompt: given.Prompt = None,
+    data: given.Data = None,
+    preset: Annotated[str, typer.Option("--preset", help="default, paper, or mkshing.")] = "default",
+    setting: Annotated[list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE, such as steps=20.")] = None,
+    weight: Annotated[list[float] | None, typer.Option("--weight", "-w", help="How much each one counts.")] = None,
+    coefficients: Annotated[
+        Path | None, typer.Option("--coefficients", help="Write them too, for 'merge --weights'.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Keep the state here; go on from it if it is there.")
+    ] = None,
+    every: Annotated[int, typer.Option("--every", min=1, help="Steps between two states.")] = 10,
+    resolution: given.Resolution = None,
+    precision: given.Precision = None,
+    autocast: given.Autocast = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    text_encoders: given.TextEncoders = False,
+    variant: given.Variant = None,
+    device: given.Device = None,
+    snr_gamma: Annotated[float | None, typer.Option("--snr-gamma", help="Min-SNR weights, such as 5.")] = None,
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = True,
+    sampling_steps: given.SamplingSteps = 12,
+    trajectories: given.Trajectories_ = 4,
+    guidance: given.Guidance = None,
+    to: given.To = None,
+    dtype: given.Dtype = None,
+    architecture: given.Arch = None,
+    quiet: given.Quiet = False,
+) -> None:
+    """Merge LoRAs by coefficients learned on the base model (ZipLoRA): an ordinary LoRA comes out.
+
+    Example: loramerge zip person.safetensors jersey.safetensors -b stabilityai/stable-diffusion-xl-base-1.0
+    -p "a psq-person" -p "a barca24_jersey" -o zipped.safetensors
+    """
+    chosen = settings_of(preset, setting or [])
+    if precision == "fp16" or autocast == "fp16":
+        raise OptionError("In fp16 gradients underflow, so nothing can be learned. Way out: --precision bf16, or fp32.")
+    if coefficients and chosen.parametrisation != "column":
+        raise OptionError("The parametrisation 'down' learns no coefficients. Way out: no --coefficients.")
+    asked = given.Given(
+        files=files,
+        base=base,
+        prompts=prompt or (),
+        data=data or (),
+        resolution=resolution,
+        precision=precision,
+        autocast=autocast,
+        device=device,
+        text_encoders=text_encoders,
+        variant=variant,
+        sampling_steps=sampling_steps,
+        trajectories=trajectories,
+        guidance=guidance,
+        architecture=architecture,
+        quiet=quiet,
+        checkpointing=checkpointing,
+        flip=flip,
+        snr_gamma=snr_gamma,
+        seed=chosen.seed,
+    )
+    asked.check()
+    _run(asked, chosen, output, coefficients, checkpoint, every, weight, to, dtype)
+
+
+def settings_of(preset: str, given: Sequence[str]) -> "Settings":
+    """Settings from a preset and NAME=VALUE."""
+    from ..learned.ziplora import settings
+
+    kept = settings(preset)
+    changes: dict[str, Any] = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise OptionError(f"Can't read the setting {item!r}: wanted NAME=VALUE.")
+        changes[name] = _parsed(name, text, getattr(kept, name, ""))
+    return settings(preset, **changes)
+
+
+def _parsed(name: str, text: str, before: Any) -> Any:
+    """A value in the type of the one that it replaces."""
+    try:
+        if isinstance(before, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(before)(text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(before)]
+        raise OptionError(f"The setting {name} is {kind}, got {text!r}.") from None
+
+
+def _run(
+    asked: given.Given,
+    chosen: "Settings",
+    output: Path,
+    coefficients: Path | None,
+    checkpoint: Path | None,
+    every: int,
+    weights: Sequence[float] | None,
+    to: str | None,
+    dtype: str | None,
+) -> None:
+    from dataclasses import asdict, replace
+
+    from ..adapters.diffusers import team, within_memory
+    from ..learned.ziplora import ziplora
+
+    planned = given.plan_of(asked.files, asked.architecture, output, to)
+    together = team(cpu=asked.device == "cpu")
+    quiet = asked.quiet or not together.writes
+    asked = replace(asked, quiet=quiet)
+    denoiser = given.denoiser_of(asked, together, planned.loras)
+    with within_memory(asked.resolution or denoiser.resolution, chosen.batch_size, len(planned.loras)):
+        draw = given.examples_of(asked, denoiser, planned.loras)
+        denoiser.release()
+        processes = together.state.num_processes
+        learned = ziplora(
+            denoiser.predict,
+            denoiser.models,
+            planned.loras,
+            together.share(draw),
+            chosen,
+            weights=weights,
+            checkpoint=checkpoint,
+            every=every,
+            on_step=None if quiet else Losses([lora.name for lora in planned.loras]),
+            reduce=together.reduce,
+            writes=together.writes,
+            identity={"base": denoiser.source, "data": draw.description, "processes": processes},
+        )
+    if not together.writes:
+        return
+    options = asdict(chosen) | ({"weights": list(weights)} if weights else {})
+    made = given.recipe("ziplora", options, planned, asked.files, denoiser, draw.description, processes)
+    if not quiet:
+        print(_table(learned))
+    given.write(learned.lora, planned, made, output, to, dtype, quiet)
+    if coefficients and learned.coefficients:
+        path = replace(learned.coefficients, provenance=made).save(coefficients)
+        if not quiet:
+            print(f"→ {path} (coefficients)")
+
+
+class Losses:
+    """The losses of every step: one line that changes on a terminal, every tenth step or so elsewhere."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.first: tuple[int, float] | None = None
+
+    def __call__(self, step: "Step") -> None:
+        """Show a step."""
+        now = time.monotonic()
+        number, began = self.first = self.first or (step.step, now)
+        pace = f"  {(now - began) / (step.step - number):.2g} s a step" if step.step > number else ""
+        fits = "  ".join(f"{name} {fit:.4g}" for name, fit in zip(self.names, step.fits, strict=True))
+        line = f"step {step.step}/{step.total}  loss {step.loss:.4g}  {fits}{pace}"
+        last = step.step == step.total
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif last or step.step % max(1, step.total // 10) == 0:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _table(learned: "Learned") -> str:
+    if not learned.history:
+        return "No step was left to do."
+    names = learned.lora.name.split(" + ")
+    tenth = max(1, len(learned.history) // 10)
+    ends = learned.history[:tenth], learned.history[-tenth:]
+    rows = [
+        [name, *(f"{sum(step.fits[i] for step in steps) / len(steps):.4g}" for steps in ends)]
+        for i, name in enumerate(names)
+    ]
+    return table(["file", f"loss, first {tenth}", f"last {tenth}"], rows)

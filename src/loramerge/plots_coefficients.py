@@ -1,0 +1,70 @@
+"""Learned coefficients as a picture: a histogram of every LoRA in every block."""
+
+from pathlib import Path
+
+from .blocks import block, position
+from .coefficients import Coefficients
+from .errors import FileError, MissingExtraError, OptionError
+from .tensors import Array
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def by_block(coefficients: Coefficients) -> dict[str, Array]:
+    """All coefficients of a block below each other, ``(N, columns)``, by component and block."""
+    import numpy as np
+
+    found: dict[tuple[str, str], list[Array]] = {}
+    for module, tensor in coefficients.columns.items():
+        found.setdefault((module.partition(".")[0], block(module)), []).append(tensor.read())
+    ordered = sorted(found.items(), key=lambda item: position(*item[0]))
+    return {" ".join(names): np.concatenate(arrays, 1) for names, arrays in ordered}
+
+
+def draw(coefficients: Coefficients, path: Path) -> Path:
+    """Write the picture.
+
+    Args:
+        coefficients: What was learned.
+        path: Ends in .png, .svg or .pdf.
+
+    Raises:
+        FileError: The path can't be written.
+        MissingExtraError: matplotlib is not installed.
+        OptionError: The path's ending is another.
+    """
+    import numpy as np
+
+    if path.suffix not in SUFFIXES:
+        raise OptionError(f"Can't draw to {path}: wanted a path that ends in {', '.join(SUFFIXES)}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("Drawing needs matplotlib: pip install matplotlib.") from None
+    blocks = by_block(coefficients)
+    low, high = span(blocks)
+    edges = np.linspace(low, high, 61)
+    figure = Figure(figsize=(6.5, 0.8 * len(blocks) + 1.2), layout="constrained")
+    grid = figure.subplots(len(blocks), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, values) in zip(grid, blocks.items(), strict=True):
+        for lora, mine in zip(coefficients.names, values, strict=True):
+            axes.hist(np.clip(mine, low, high), edges, histtype="stepfilled", alpha=0.5, label=lora)
+        axes.set_yticks([])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.spines[["top", "left", "right"]].set_visible(False)
+    grid[0].legend(frameon=False, loc="upper left")
+    grid[-1].set_xlabel("coefficient of a column")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise FileError(f"Can't write {path}: {error.strerror}.") from error
+    return path
+
+
+def span(blocks: dict[str, Array]) -> tuple[float, float]:
+    """Where nearly all coefficients lie; 0 and 1 are in it."""
+    import numpy as np
+
+    whole = np.concatenate([values.ravel() for values in blocks.values()])
+    low, high = np.quantile(whole, [0.005, 0.995])
+    return min(0.0, float(low)), max(1.0, float(high))

@@ -1,0 +1,194 @@
+"""``zip`` and ``calibrate`` as a user runs them, on a tiny model that diffusers saved."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from click.testing import Result
+from typer.testing import CliRunner
+
+import loramerge as lm
+from loramerge import LoRA
+from loramerge.cli.app import app
+from loramerge.cli.learning import sha256
+from loramerge.coefficients import Coefficients
+from loramerge.errors import LoRAMergeError
+from loramerge.testing import relative_error
+
+PROMPTED = ("-p", tiny.PROMPTS[0], "-p", tiny.PROMPTS[1], "--sampling-steps", "2", "--trajectories", "1")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def done(*arguments: object) -> str:
+    result = run(*arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return str(result.output)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny.pipeline("sdxl").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    names = ("person", "jersey")
+    return [
+        lm.save(tiny.lora("sdxl", i, rank=2 + i), tmp_path / f"{name}.safetensors", dialect="diffusers-peft")
+        for i, name in enumerate(names)
+    ]
+
+
+def zipped(files: list[Path], base: Path, output: Path, *more: object) -> LoRA:
+    done("zip", *files, "-b", base, "-o", output, "--device", "cpu", *more)
+    return lm.load(output)
+
+
+def same(a: LoRA, b: LoRA) -> bool:
+    pairs = [zip(a[m].factors(), b[m].factors(), strict=True) for m in a]
+    return list(a) == list(b) and all(np.array_equal(x, y) for pair in pairs for x, y in pair)
+
+
+def test_zip_learns_from_prompts_and_says_how_it_was_made(files: list[Path], base: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "c.safetensors"
+    quick = ("-s", "steps=2", "-s", "calibration=1")
+    merged = zipped(files, base, tmp_path / "z.safetensors", *PROMPTED, *quick, "--coefficients", kept)
+
+    assert merged.summary("rank") == "rank 5"
+    recipe = json.loads(merged.metadata["loramerge"])
+    assert (recipe["method"], recipe["options"]["steps"], recipe["base"]) == ("ziplora", 2, str(base))
+    assert recipe["inputs"][1] == {"name": "jersey.safetensors", "weight": "learned", "sha256": sha256(str(files[1]))}
+    assert recipe["data"]["prompts"] == [[prompt] for prompt in tiny.PROMPTS]
+    assert Coefficients.read(kept).provenance == recipe
+
+    again = lm.merge(files, weights=str(kept))
+    for module in merged:
+        assert relative_error(again[module].delta(), merged[module].delta()) < 1e-5
+
+
+def test_zip_learns_from_images(files: list[Path], base: Path, tmp_path: Path) -> None:
+    folders = [tiny.images(tmp_path / str(i), None, seed=i) for i in range(2)]
+    data = ("--data", folders[0], "--data", folders[1], "-p", tiny.PROMPTS[0], "-p", tiny.PROMPTS[1])
+    quick = ("-s", "steps=2", "-s", "init=ones", "-s", "calibration=1", "-s", "parametrisation=down")
+    merged = zipped(
+        files, base, tmp_path / "z.safetensors", *data, *quick, "--snr-gamma", "5", "--gradient-checkpointing"
+    )
+
+    recipe = json.loads(merged.metadata["loramerge"])
+    assert [place["count"] for place in recipe["data"]["images"]] == [2, 2]
+    assert not same(merged, lm.load(lm.save(lm.merge(files, weights=[1, 1]), tmp_path / "sum.safetensors")))
+
+
+def test_zip_goes_on_from_its_checkpoint_to_the_same_bits(files: list[Path], base: Path, tmp_path: Path) -> None:
+    def learned(name: str, steps: int, *more: object) -> LoRA:
+        chosen = ("-s", f"steps={steps}", "-s", "calibration=1", "--every", "2", *PROMPTED)
+        return zipped(files, base, tmp_path / name, *chosen, *more)
+
+    whole = learned("whole.safetensors", 4)
+    state = ("--checkpoint", tmp_path / "state.safetensors")
+    half = learned("half.safetensors", 2, *state)
+    rest = learned("rest.safetensors", 4, *state)
+
+    assert same(rest, whole)
+    assert not same(half, whole)
+    with pytest.raises(LoRAMergeError, match="is of a run with other LoRAs, data or settings"):
+        learned("other.safetensors", 5, *state, "--guidance", "2")
+
+
+def test_calibrate_keeps_moments_for_another_granularity(files: list[Path], base: Path, tmp_path: Path) -> None:
+    kept, first, second = (tmp_path / f"{name}.safetensors" for name in ("moments", "core", "column"))
+    shared = (*files, "--moments", kept, "--device", "cpu")
+    output = done("calibrate", *shared, "-b", base, *PROMPTED, "-g", "column", "-o", second, "--batches", "2")
+    done("calibrate", *shared, "-g", "core", "-o", first)
+
+    assert "of the average" in output
+    assert json.loads(lm.load(second).metadata["loramerge"])["options"]["granularity"] == "column"
+    assert not same(lm.load(first), lm.load(second))
+    with pytest.raises(LoRAMergeError, match=r"are of person.safetensors, jersey.safetensors, got jersey"):
+        done("calibrate", *reversed(files), "--moments", kept, "-o", first)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "Give one --prompt a file"),
+        (("-p", "a person"), "--prompt given: 1, LoRAs: 2"),
+        ((*PROMPTED, "-s", "steps"), "wanted NAME=VALUE"),
+        ((*PROMPTED, "-s", "steps=many"), "steps is a whole number, got 'many'"),
+        ((*PROMPTED, "-s", "pace=3"), "Unknown setting 'pace'"),
+        ((*PROMPTED, "-s", "init=zeros"), "init is one of lsq, ones, mean, got 'zeros'"),
+        ((*PROMPTED, "--preset", "best"), "Unknown preset 'best'"),
+        ((*PROMPTED, "--precision", "fp16"), "Way out: --precision bf16"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_read(
+    more: tuple[Any, ...], message: str, files: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(LoRAMergeError, match=message):
+        done("zip", *files, "-b", tmp_path / "nowhere", "-o", tmp_path / "z.safetensors", *more)
+    assert not (tmp_path / "z.safetensors").exists()
+
+
+def test_prompts_without_the_trigger_are_only_hinted_at(files: list[Path], base: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    said = replace(lm.load(files[0]), metadata={"modelspec.trigger_phrase": "psq-person"})
+    shared = (lm.save(said, tmp_path / "said.safetensors"), files[1], "-b", base, "-o", tmp_path / "z.safetensors")
+    quick = ("--device", "cpu", "-s", "steps=0", "-s", "init=ones", "-s", "loss=mse", *PROMPTED[4:])
+    hint = "Hint: said.safetensors says that its trigger is 'psq-person'"
+
+    assert hint in done("zip", *shared, *quick, "-p", "a person", "-p", "a jersey")
+    assert hint not in done("zip", *shared, *quick, *PROMPTED[:4])
+
+
+def test_coefficients_are_shown_by_block(tmp_path: Path) -> None:
+    both = [tiny.lora("sdxl", 1), tiny.lora("sdxl", 2)]
+    columns = {
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q": np.array(
+            [[1.0] * 8, [0.0] * 4 + [1.0] * 4], "f4"
+        ),
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q": np.full((2, 8), 0.5, "f4"),
+    }
+    path = Coefficients.of(columns, both, [1, 1]).save(tmp_path / "c.safetensors")
+    output = done("coefficients", path, "--plot", tmp_path / "c.svg").splitlines()
+
+    cells = [line.split() for line in output[2:6]]
+    assert [row[0:2] for row in (cells[0], cells[2])] == [["unet", "IN04"], ["unet", "MID"]]
+    assert cells[3] == ["lora", "2", "8", "0.500", "0.500", "█", "█"]
+    assert cells[0][-3:-1] == ["0.500", "0.000"]
+    assert "<!-- unet IN04 -->" in (tmp_path / "c.svg").read_text()
+    with pytest.raises(LoRAMergeError, match=r"ends in \.png, \.svg, \.pdf"):
+        done("coefficients", path, "--plot", tmp_path / "c.txt")
+
+
+def test_running_out_of_memory_says_what_to_lower() -> None:
+    import torch
+
+    from loramerge.adapters.diffusers import within_memory
+    from loramerge.errors import DeviceMemoryError
+
+    advice = r"2 LoRAs × 4 examples at 1024.*checkpointing.*bf16.*batch.*resolution"
+    with pytest.raises(DeviceMemoryError, match=advice), within_memory(1024, 4, 2):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(DeviceMemoryError, match="can't allocate memory"), within_memory(1024, 4, 2):
+        torch.empty(2**60)
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    from loramerge.adapters.diffusers import load
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(LoRAMergeError, match=r"pip install 'loramerge\[diffusers\]'"):
+        load(tmp_path)

@@ -21,7 +21,7 @@ from small import MODULES, WRITTEN, small
 FAMILIES = list(ARCHITECTURES)
 
 
-@pytest.mark.parametrize(("dialect", "family"), product(DIALECTS, FAMILIES))
+@pytest.mark.parametrize(("dialect", "family"), list(product(DIALECTS, FAMILIES)))
 def test_every_module_has_at_most_one_place_among_the_names(dialect: str, family: str) -> None:
     names = table(DIALECTS[dialect].names, ARCHITECTURES[family])
     places = [(part.module, part.rows) for parts in names.values() for part in parts]
@@ -30,7 +30,7 @@ def test_every_module_has_at_most_one_place_among_the_names(dialect: str, family
     assert {module for module, _ in places} <= set(ARCHITECTURES[family].shapes)
 
 
-@pytest.mark.parametrize(("dialect", "family"), product([d for d in WRITTEN if d != "kohya-diffusers"], FAMILIES))
+@pytest.mark.parametrize(("dialect", "family"), list(product([d for d in WRITTEN if d != "kohya-diffusers"], FAMILIES)))
 def test_a_written_dialect_names_every_module(dialect: str, family: str) -> None:
     names = table(DIALECTS[dialect].names, ARCHITECTURES[family])
 
@@ -49,7 +49,7 @@ def test_fused_rows_tile_the_native_weight(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dialect", "family"), product(WRITTEN, ["sdxl", "sd15", "sd21", "sdxl-refiner", "sd3-medium"])
+    ("dialect", "family"), list(product(WRITTEN, ["sdxl", "sd15", "sd21", "sdxl-refiner", "sd3-medium"]))
 )
 def test_what_is_written_is_recognised(dialect: str, family: str) -> None:
     if dialect == "kohya-diffusers" and ARCHITECTURES[family].denoiser != "unet":

@@ -40,7 +40,7 @@ def in_dialect(lora: LoRA, dialect: str) -> LoRA:
     return found
 
 
-@pytest.mark.parametrize(("first", "second"), product(WRITTEN, WRITTEN))
+@pytest.mark.parametrize(("first", "second"), list(product(WRITTEN, WRITTEN)))
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_is_the_weighted_sum(case: str, first: str, second: str) -> None:
     loras, weights = CASES[case]

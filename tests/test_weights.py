@@ -160,7 +160,7 @@ def test_flux_blocks_are_counted_in_their_own_rows(block: str, module: str) -> N
     assert blocks.block(module, "flux") == block
 
 
-@pytest.mark.parametrize(("pattern", "module"), product(["unet", "unet.*", "re:to_q$", "IN04", "IN*"], [TO_Q]))
+@pytest.mark.parametrize(("pattern", "module"), list(product(["unet", "unet.*", "re:to_q$", "IN04", "IN*"], [TO_Q])))
 def test_patterns_match(pattern: str, module: str) -> None:
     assert matches(pattern, module)
     assert not matches(pattern, TEXT)

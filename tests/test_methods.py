@@ -17,7 +17,7 @@ from loramerge.methods.engines import elementwise
 from loramerge.methods.options import options_of
 from loramerge.methods.spaces import core
 from loramerge.selection import ranks_in_rows
-from loramerge.testing import random_layer, relative_error
+from loramerge.testing import random_layer, random_lora, relative_error
 
 KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
     "linear": ("lora", (26, 18)),
@@ -325,6 +325,41 @@ def test_a_row_is_ranked_alone_however_many_there_are() -> None:
 def test_slerp_takes_two() -> None:
     with pytest.raises(OptionError, match="slerp merges 2 LoRAs, got 3"):
         lm.plan([lora(layer("linear", 2, seed=i)) for i in range(3)], method="slerp")
+
+
+def test_subtracting_adds_no_module_of_what_is_subtracted() -> None:
+    first, second = random_lora("sd15", seed=1), random_lora("sd15", seed=2)
+    module = next(iter(first))
+
+    found = lm.merge([first.exclude(module), second], method="subtract")
+    nothing = lm.merge([first, second], method="subtract", weights=[0, 1])
+
+    assert module in second
+    assert list(found) == [m for m in first if m != module]
+    assert all(nothing[m].norm() == 0 for m in nothing)
+    with pytest.raises(MergeError, match="Nothing to merge"):
+        lm.merge([first.select(module), second], method="subtract", exclude=[module])
+
+
+@pytest.mark.parametrize("biases", [(1.0, 2.0), (1.0, None), (None, 2.0)])
+def test_subtracting_keeps_the_bias_of_the_first(biases: tuple[float | None, float | None]) -> None:
+    loras = [
+        lora(replace(layer("linear", 4, seed), diff_b=None if bias is None else np.full(26, bias, np.float32)))
+        for seed, bias in enumerate(biases)
+    ]
+
+    found = lm.merge(loras, method="subtract")["unet.m"].delta_bias()
+
+    assert found is None if biases[0] is None else np.array_equal(found, np.full(26, 1.0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_module_at_weight_zero_in_every_lora_is_zero(method: str) -> None:
+    loras = [lora(layer("linear", 4, seed)) for seed in (1, 2)]
+
+    found = lm.merge(loras, method=method, weights=[0, 0])
+
+    assert found["unet.m"].norm() == 0
 
 
 def test_opposite_loras_have_no_arc_and_no_mean() -> None:

@@ -196,7 +196,8 @@ class Plan:
         up = Spec((step.shape[0], step.rank), "F32")
         down = Spec((step.rank, math.prod(step.shape[1:])), "F32")
         layer = low_rank(up, down, step.shape, down_id)
-        biased = any(layout.delta_bias() is not None for layout in layouts)
+        counted = layouts[:1] if self.method.of_first else layouts
+        biased = any(layout.delta_bias() is not None for layout in counted)
         return replace(layer, diff_b=Spec(step.shape[:1], "F32")) if biased else layer
 
     def advice(self, progress: "Progress | None" = None) -> str:
@@ -360,6 +361,8 @@ def plan(
         raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
     steps = _steps(opened, chosen, checked, rank, model)
+    if not steps:
+        raise MergeError(f"Nothing to merge: {method} changes the first LoRA, and {opened[0].name} has no module.")
     first = opened[0].dialect
     resolved = resolve(opened, weights, scope, chosen.default_weight)
     if resolved.columns and chosen.name != "linear":
@@ -522,6 +525,8 @@ def _steps(
     steps = {}
     for module in dict.fromkeys(module for lora in loras for module in lora):
         inputs = tuple(i for i, lora in enumerate(loras) if module in lora)
+        if method.of_first and inputs[0] != 0:
+            continue
         layouts = [_mergeable(loras[i], module, takes_dense, isinstance(rank, str), base) for i in inputs]
         shape = _common_shape([loras[i] for i in inputs], module)
         ranks = tuple(layout.rank or 0 for layout in layouts)

@@ -40,6 +40,8 @@ class Method:
     """Whether a layer may be a whole ΔW without factors, in the space of ΔW."""
     linear: bool = False
     """Whether the result is a weighted sum of the inputs, so that equal ``down`` factors stay equal."""
+    of_first: bool = False
+    """Whether the result is the first LoRA, changed: modules and biases that it lacks are no part of it."""
 
     @property
     def title(self) -> str:

@@ -43,23 +43,29 @@ def combination(name: str, *, source: str, count: int | None = None) -> Callable
     return named
 
 
-def on_core(name: str, *, source: str, default_weight: float | None = None) -> Callable[[Callable[..., Array]], Method]:
+def on_core(
+    name: str, *, source: str, default_weight: float | None = None, of_first: bool = False
+) -> Callable[[Callable[..., Array]], Method]:
     """A method in the LoRAs' common space: ``formula(core, weights, **options)`` gives the merged core.
 
     Args:
         name: What users type.
         source: The paper with the equation, or the code.
         default_weight: Weight of each LoRA unless told; None is 1/N.
+        of_first: Whether the result is the first LoRA, changed: what it lacks is no part of it.
     """
 
     def named(formula: Callable[..., Array]) -> Method:
         def merge(layers: Sequence[Layer], weights: Weights, **options: Any) -> LowRank:
+            counted = 1 if of_first else len(layers)
             live, shares = alive(layers, weights)
-            space: Core = core(live)
-            merged = space.parts[0] if space.empty else formula(space, shares, **options)
-            return with_bias(space.layer(merged), layers, weights)
+            space = core(live)
+            nothing = space.empty or not any(weights[:counted])
+            merged = 0.0 * space.parts[0] if nothing else formula(space, shares, **options)
+            return with_bias(space.layer(merged), layers[:counted], weights[:counted])
 
-        return Method(name, formula, merge, source, sum_of_ranks, options_of(formula), default_weight)
+        options = options_of(formula)
+        return Method(name, formula, merge, source, sum_of_ranks, options, default_weight, of_first=of_first)
 
     return named
 

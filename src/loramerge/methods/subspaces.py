@@ -103,13 +103,14 @@ def np_lora(core: Core, weights: Weights, *, mu: Annotated[float, Range(0)] = 0.
     return merged
 
 
-@on_core("subtract", source="Projection onto the other LoRAs' column and row spaces", default_weight=1.0)
+@on_core("subtract", source="Projection onto the other LoRAs' column and row spaces", default_weight=1.0, of_first=True)
 def subtract(core: Core, weights: Weights) -> Array:
     """The first LoRA without what the others share with it.
 
     From w₁ΔW₁ its component P ΔW₁ Q is taken away, where P projects onto the column space and Q
     onto the row space of another LoRA.  The weight of the other is the share of it that is removed:
-    1 for all.  A LoRA that shares only one of the two spaces removes nothing.
+    1 for all.  A LoRA that shares only one of the two spaces removes nothing.  Modules and biases
+    that the first LoRA lacks are no part of the result.
 
     Raises:
         MergeError: The weight of another LoRA is not in [0, 1].

@@ -304,6 +304,7 @@ def test_a_method_names_its_source_and_says_what_it_does(name: str) -> None:
         ("dare", {"seed": True}, "seed wants a whole number"),
         ("knots", {"inside": "sce"}, "inside wants ties or dare or linear"),
         ("np_lora", {"mu": float("nan")}, "mu wants a number from 0, got nan"),
+        ("cart", {"scale": float("inf")}, "scale wants a number from 0, got inf"),
         ("della", {"density": 0.9, "epsilon": 0.2}, r"density ± epsilon must lie in \(0, 1\]"),
     ],
 )

@@ -359,6 +359,7 @@ def plan(
     checked = chosen.check(options)
     if chosen.count not in (None, len(opened)):
         raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
+    architecture = _architecture(opened)
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
     steps = _steps(opened, chosen, checked, rank, model)
     if not steps:
@@ -371,7 +372,7 @@ def plan(
         resolved.of(module)  # a block vector may lack a module's block
     planned = Plan(
         loras=tuple(opened),
-        architecture=_architecture(opened),
+        architecture=architecture,
         method=chosen,
         options=checked,
         weights=resolved,

@@ -217,6 +217,8 @@ class Plan:
         Raises:
             OptionError: The budget can't be met.
         """
+        if budget.kind == "max_size":
+            self._check_least(budget)
         spectra = {}
         for done, (module, step) in enumerate(self.steps.items(), start=1):
             with _named(module):
@@ -237,6 +239,15 @@ class Plan:
         if best is None:
             raise OptionError(f"{budget}: can't be met in the dialect {self.dialect}. Way out: a larger size.")
         return best
+
+    def _check_least(self, budget: Budget) -> None:
+        """Refuse a size that is too small for rank 1, before any tensor is read."""
+        least = saved_size(self.at(dict.fromkeys(self.steps, 1), budget).lora())
+        if least > budget.value:
+            raise OptionError(
+                f"{budget}: can't be met: at rank 1 in every module the file takes {least} bytes as {self.dtype} in the "
+                f"dialect {self.dialect}. Way out: a larger size, or a narrower dtype."
+            )
 
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
         """The same plan at ranks that were chosen before, out of a budget."""
@@ -555,6 +566,8 @@ def _mergeable(lora: LoRA, module: str, takes_dense: bool, by_ranks: bool, base:
     if layout.kind == "dora" and base is not None:
         if module not in base:
             raise MergeError(f"{where}: it is a DoRA layer, and the base {base.name} has no such module.")
+    elif layout.kind == "dora":
+        raise MergeError(f"{where}: {layout.no_factors}; or give the base model (--base, base=…).")
     elif layout.kind != "full":
         raise MergeError(f"{where}: {layout.no_factors}.")
     if not takes_dense:

@@ -147,7 +147,7 @@ def choose(spectra: Mapping[str, Spectrum], budget: Budget, size: int = 0) -> di
             share = math.sqrt(max(lost, 0.0) / total) if total else 0.0
             raise OptionError(
                 f"{budget}: can't be met; at the largest rank that is looked at the error is {share:.3g}. "
-                "Way out: a larger error, or a method that gives a LoRA of the sum of the ranks, such as linear."
+                "Way out: a larger rank to choose from (--rank), or a larger error."
             )
     counts = np.bincount(owners[taken], minlength=len(names))
     return {name: int(count) for name, count in zip(names, counts, strict=True)}

@@ -205,6 +205,16 @@ def test_lists_are_complete() -> None:
     assert [m["name"] for m in json.loads(run("methods", "--json").stdout)] == list(METHODS)
 
 
+def test_methods_are_listed_with_their_options_as_they_are_typed() -> None:
+    from loramerge.methods import METHODS
+
+    lines = [line.strip() for line in run("methods").stdout.splitlines()]
+    typed = [line.split("  ")[0] for line in lines if line.startswith("-O ")]
+
+    assert typed == [f"-O {o.name}={o.default}" for m in METHODS.values() for o in m.options.values()]
+    assert "-O density=0.2  a number in (0, 1]" in lines
+
+
 def test_an_interrupt_is_no_traceback(files: tuple[Path, Path], tmp_path: Path) -> None:
     import signal
 

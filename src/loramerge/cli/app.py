@@ -409,7 +409,11 @@ def methods(json: Annotated[bool, typer.Option("--json", help="For programs.")] 
             ]
         )
         return
-    print(table(["method", "what it does"], [[m.name, m.title] for m in METHODS.values()]))
+    rows = []
+    for method in METHODS.values():
+        rows.append([method.name, method.title])
+        rows += [["", f"-O {option.name}={option.default}  {option.wanted}"] for option in method.options.values()]
+    print(table(["method", "what it does, and its options"], rows))
 
 
 def _print_json(data: Any) -> None:

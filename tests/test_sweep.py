@@ -238,6 +238,8 @@ def test_the_command_line_sweeps(recipe: Path, tmp_path: Path) -> None:
         (["--set", "rank=1", "--score", "nowhere:f"], "Can't import the score"),
         (["--set", "rank=1", "--score", "math:nothing"], "is no function"),
         (["--set", "rank=one"], "The rank 'one'"),
+        (["--set", "rank=1", "-o", "recipe.toml"], "Can't make the directory recipe.toml: File exists"),
+        (["--set", "method=slerp", "--set", "weights=1/-1"], "slerp_weights=1.0+-1.0: "),
     ],
 )
 def test_a_wrong_sweep_is_one_readable_error(arguments: list[str], message: str, recipe: Path, tmp_path: Path) -> None:

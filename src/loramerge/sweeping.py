@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import linalg
-from .errors import LoRAMergeError, OptionError
+from .errors import FileError, LoRAMergeError, OptionError
 from .files import check_target, open
 from .layers import Layer
 from .lora import LoRA, in_one_library
@@ -99,19 +99,29 @@ def sweep(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     todo = points(recipe, grid)
     folder = Path(output).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     for point in todo:
         check_target(folder / _file(point), point.recipe.output.to or "kohya")
     loras = recipe.open(allow_pickle=allow_pickle)
     ledger = _Ledger(folder, _name(score))
     rows = []
     for done, point in enumerate(todo, start=1):
-        planned = _planned(point, loras, allow_changed)
-        rows.append(_row(point, planned, ledger, score, workers))
+        try:
+            planned = point.recipe.plan(loras, allow_changed=allow_changed)
+            rows.append(_row(point, planned, ledger, score, workers))
+        except LoRAMergeError as error:
+            raise type(error)(f"{point.name}: {error}") from None
         if progress:
             progress(done, len(todo))
     ledger.close(rows, list(grid))
     return rows
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"Can't make the directory {folder}: {error.strerror}.") from None
 
 
 def points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point]:
@@ -178,13 +188,6 @@ def _unique(name: str, taken: Sequence[str]) -> str:
 
 def _file(point: Point) -> str:
     return f"{point.name}.safetensors"
-
-
-def _planned(point: Point, loras: Sequence[LoRA], allow_changed: bool) -> Plan:
-    try:
-        return point.recipe.plan(loras, allow_changed=allow_changed)
-    except LoRAMergeError as error:
-        raise type(error)(f"{point.name}: {error}") from None
 
 
 def _row(point: Point, planned: Plan, ledger: "_Ledger", score: Score | None, workers: int) -> Row:

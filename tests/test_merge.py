@@ -217,12 +217,12 @@ def test_two_families_are_refused() -> None:
 def test_two_families_are_named_before_a_module_whose_shapes_differ() -> None:
     module = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 
-    with pytest.raises(lm.errors.MergeError, match="different model families.* is for sdxl; .* is for sd15"):
+    with pytest.raises(lm.errors.MergeError, match=r"different model families.* is for sdxl; .* is for sd15"):
         lm.merge([small("sdxl", (module,)), small("sd15", (module,))])
 
 
 def test_a_dora_layer_asks_for_its_base() -> None:
-    with pytest.raises(lm.errors.MergeError, match="it is a DoRA layer.*give the base model"):
+    with pytest.raises(lm.errors.MergeError, match=r"it is a DoRA layer.*give the base model"):
         lm.merge([small(kind="dora"), small()])
 
 

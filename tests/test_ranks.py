@@ -133,7 +133,7 @@ def test_every_module_keeps_a_direction() -> None:
 
 
 def test_a_merge_on_entries_says_when_no_rank_that_is_looked_at_meets_an_error() -> None:
-    with pytest.raises(OptionError, match="can't be met; at the largest rank.*Way out: a larger rank"):
+    with pytest.raises(OptionError, match=r"can't be met; at the largest rank.*Way out: a larger rank"):
         lm.merge([small(seed=1), small(seed=2)], method="ties", max_error=0.01)
 
 

@@ -16,7 +16,7 @@ from ..tensors import Array
 from .base import Merged, Method, sum_of_ranks, with_bias
 from .linear import linear
 from .options import Option, options_of
-from .spaces import Core, Deltas, core, inner_products
+from .spaces import Deltas, core, inner_products
 
 Weights = Sequence[float]
 

@@ -31,9 +31,6 @@ class Range:
 Density = Annotated[float, Range(0, 1, open_low=True)]
 """Share of the entries that is kept."""
 
-Space = Literal["delta", "core"]
-"""Where an elementwise method works: on ΔW, or on the small core of all LoRAs' common space."""
-
 Seed = Annotated[int, Range(0)]
 """What random choices depend on, with the module's name; nothing else."""
 

@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from .. import linalg
-from ..layers import Full, Layer, LowRank, low_rank
+from ..layers import Layer, LowRank, low_rank
 from ..layers.base import matrix
 from ..tensors import Array, Shape, namespace
 
@@ -214,8 +214,3 @@ def inner_products(layers: Sequence[Layer]) -> Array:
     xp = namespace(stacked.up)
     products = stacked.gram_up * stacked.gram_down
     return xp.stack([xp.stack([products[a, b].sum() for b in stacked.slices]) for a in stacked.slices])
-
-
-def dense(merged: Array, layers: Sequence[Layer]) -> Full:
-    """A dense merged ΔW as a layer."""
-    return Full(diff=merged.reshape(layers[0].shape))

@@ -65,7 +65,9 @@ def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Array:
 
 
 @on_core("cart", source="Choi et al., 2024, https://arxiv.org/abs/2412.12153")
-def cart(core: Core, weights: Weights, *, share: Share = 0.08, scale: Annotated[float, Range(0, open_high=True)] = 1.0) -> Array:
+def cart(
+    core: Core, weights: Weights, *, share: Share = 0.08, scale: Annotated[float, Range(0, open_high=True)] = 1.0
+) -> Array:
     """CART: the weighted mean, and of each LoRA's difference from it the leading directions.
 
     With τ̄ = Σ wᵢΔWᵢ / Σw the result is Σw · (τ̄ + scale · Σ (N wᵢ / Σw) · SVDₖ(ΔWᵢ − τ̄)); k is the

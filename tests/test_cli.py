@@ -294,3 +294,20 @@ def test_what_was_kept_is_told_for_any_number_of_workers(files: tuple[Path, Path
 
     assert "kept" in said[0]
     assert said[0].splitlines()[-1] == said[1].splitlines()[-1]
+
+
+def test_an_input_is_not_written_over(files: tuple[Path, Path], tmp_path: Path) -> None:
+    before = files[0].read_bytes()
+
+    result = run("merge", *files, "-o", files[0])
+
+    refused(result, "is one of the LoRAs that are merged", tmp_path)
+    assert files[0].read_bytes() == before
+
+
+def test_the_plan_says_what_the_file_will_weigh(files: tuple[Path, Path], tmp_path: Path) -> None:
+    said = run("merge", *files, "-o", tmp_path / "both.safetensors", "--advice").stdout
+
+    written = (tmp_path / "both.safetensors").stat().st_size
+    assert said.count(f"{written / 1000:.1f} kB") == 2
+    assert "These two" in said

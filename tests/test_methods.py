@@ -385,3 +385,30 @@ def test_options_are_typed_as_on_a_command_line() -> None:
     assert options["seed"].parse("3") == 3
     with pytest.raises(OptionError, match="got 'x'"):
         options["seed"].parse("x")
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "said"),
+    [
+        ("slerp", [0.6, -0.4], "negative weight"),
+        ("karcher", [0.6, -0.4], "negative weight"),
+        ("subtract", [1.0, 1.5], r"in \[0, 1\], got 1.5"),
+        ("cart", [0.5, -0.5], "add up to zero"),
+    ],
+)
+def test_weights_without_a_meaning_are_refused_in_the_plan(method: str, weights: list[float], said: str) -> None:
+    loras = [lora(layer("linear", 2, seed=i)) for i in range(2)]
+
+    with pytest.raises(MergeError, match=said):
+        lm.plan(loras, method=method, weights=weights)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_a_flat_spectrum_is_cut_before_it_is_flat(method: str) -> None:
+    given = [layer("linear", 3, seed=i) for i in range(2)]
+    delta = sum(0.5 * np.asarray(x.delta(), dtype=np.float64) for x in given)
+    u, s, vt = np.linalg.svd(delta)
+
+    found = merged((method, {}), given, rank=1)
+
+    assert relative_error(found, s[0] * np.outer(u[:, 0], vt[0])) < 1e-4

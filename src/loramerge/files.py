@@ -283,13 +283,13 @@ def save(
     return target
 
 
-def saved_size(lora: LoRA, dialect: str | None = None, dtype: str | None = None) -> int:
+def saved_size(lora: LoRA, dialect: str | None = None, dtype: str | None = None, *, allow_lossy: bool = False) -> int:
     """Bytes of the file that `save` would write, configurations beside it apart."""
     from .dialects.write import spell
     from .metadata import for_writing
     from .storage.writer import file_size
 
-    spelling = spell(lora, dialect, dtype)
+    spelling = spell(lora, dialect, dtype, allow_lossy=allow_lossy)
     return file_size(spelling.groups, *for_writing(lora, spelling))
 
 

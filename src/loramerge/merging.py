@@ -147,6 +147,8 @@ class Plan:
         options = dict(self.options)
         if "seed" in options:
             options["seed"] = module_seed(options["seed"], step.module)
+        if self.method.ranked:
+            options["most"] = step.rank
         return self.method.merge(layers, [weights[i] for i in step.inputs], **options)
 
     def _with_base(self, layer: Layer, step: Step) -> Layer:
@@ -380,7 +382,10 @@ def plan(
     if resolved.columns and chosen.name != "linear":
         raise OptionError(f"Learned coefficients are weights of the method linear; {method} takes numbers.")
     for module in () if resolved.from_values else steps:
-        resolved.of(module)  # a block vector may lack a module's block
+        found = resolved.of(module)  # a block vector may lack a module's block
+        if chosen.allows:
+            with _named(module):
+                chosen.allows([found[i] for i in steps[module].inputs])
     planned = Plan(
         loras=tuple(opened),
         architecture=architecture,
@@ -575,9 +580,10 @@ def _mergeable(lora: LoRA, module: str, takes_dense: bool, by_ranks: bool, base:
             f"{where} by this method: its ΔW has no factors. Ways out: the method linear, or one on entries such as "
             f"ties with space=delta, or {LEAVE_OUT}."
         )
-    if layout.rank is None and by_ranks:
+    if by_ranks:
+        what = "a whole difference of the weight" if layout.kind == "full" else "a DoRA layer"
         raise MergeError(
-            f"{where}: it holds a whole difference of the weight, which is no LoRA and has no rank. "
+            f"{where}: it holds {what}, whose ΔW is dense and has no rank of its own. "
             f"Ways out: a number as the rank, such as --rank 32, or {LEAVE_OUT}."
         )
     return layout

@@ -287,10 +287,15 @@ class Recipe:
         """Where the result goes.  A recipe writes below its own directory only; ``output`` may be anywhere.
 
         Raises:
-            OptionError: Neither says where, or the recipe's path leads out of its directory.
+            OptionError: Neither says where, the recipe's path leads out of its directory, or it is an input.
         """
-        if output is not None:
-            return Path(output)
+        target = Path(output) if output is not None else self._own_target()
+        for entry in self.loras:
+            if entry.path is not None and os.path.realpath(entry.source(self.folder)) == os.path.realpath(target):
+                raise OptionError(f"{target} is one of the LoRAs that are merged. Way out: another output.")
+        return target
+
+    def _own_target(self) -> Path:
         if self.output.path is None:
             raise OptionError("Where should the merged LoRA go? The recipe's output has no path; give an output.")
         _check_inside(self.output.path, self.folder)

@@ -173,6 +173,9 @@ def merge(
     allow_pickle: Pickle = False,
     allow_changed: Changed = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    advice: Annotated[
+        bool, typer.Option("--advice", help="Compare the LoRAs too, and say what to make of it.")
+    ] = False,
     workers: Workers = 1,
     quiet: Quiet = False,
 ) -> None:
@@ -207,6 +210,7 @@ def merge(
         overridden(recipe_of(files), {name: value for name, value in flags.items() if value}, quiet),
         output,
         dry_run=dry_run,
+        advice=advice,
         allow_changed=allow_changed,
         allow_pickle=allow_pickle,
         workers=workers,

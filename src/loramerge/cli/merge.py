@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..files import check_target
+from ..files import check_target, saved_size
 from ..merging import Kept, Plan
 from ..methods import METHODS
 from ..recipe import Input, Recipe
@@ -52,6 +52,7 @@ def merge_by(
     output: Path | None,
     *,
     dry_run: bool = False,
+    advice: bool = False,
     allow_changed: bool = False,
     allow_pickle: bool = False,
     workers: int = 1,
@@ -67,7 +68,10 @@ def merge_by(
     with progress("Measuring", quiet) as report:
         planned = recipe.plan(loras, allow_changed=allow_changed, progress=report)
     if not quiet:
-        print(_plan_table(planned))
+        print(_plan_table(planned, recipe.output.allow_lossy))
+    if advice:
+        with progress("Comparing", quiet) as report:
+            print(planned.advice(report))
     if dry_run or target is None:
         return
     lost: list[str] = []
@@ -117,7 +121,7 @@ def _options(method: str, given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _plan_table(planned: Plan) -> str:
+def _plan_table(planned: Plan, allow_lossy: bool) -> str:
     rows = [
         [lora.name, lora.dialect, str(len(lora)), lora.summary("rank").removeprefix("rank "), label]
         for lora, label in zip(planned.loras, planned.weights.label, strict=True)
@@ -133,7 +137,7 @@ def _plan_table(planned: Plan) -> str:
             table(["file", "dialect", "modules", "rank", "weight"], rows),
             f"{planned.method.name}: {len(steps)} modules of {planned.architecture or 'an unknown family'} "
             f"({shared} in all files), rank {low if low == high else f'{low} to {high}'}, "
-            f"{f'{cut} modules cut to a smaller rank' if cut else exact}, {size(planned.size)} in {planned.dtype}",
+            f"{f'{cut} modules cut to a smaller rank' if cut else exact}, {size(saved_size(planned.lora(), allow_lossy=allow_lossy))} in {planned.dtype}",
             *notes,
         ]
     )

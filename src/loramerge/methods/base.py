@@ -40,6 +40,10 @@ class Method:
     """Whether a layer may be a whole ΔW without factors, in the space of ΔW."""
     linear: bool = False
     """Whether the result is a weighted sum of the inputs, so that equal ``down`` factors stay equal."""
+    allows: Callable[[Sequence[float]], None] | None = None
+    """Raises a MergeError for weights of one module that have no meaning."""
+    ranked: bool = False
+    """Whether it is told the rank of the result, ``most=``, because a cut afterwards would be arbitrary."""
     of_first: bool = False
     """Whether the result is the first LoRA, changed: modules and biases that it lacks are no part of it."""
 

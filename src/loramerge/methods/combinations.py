@@ -13,7 +13,14 @@ PARALLEL = 0.9995
 """From this cosine on a straight line is the arc: sin Ω would be a small number in a denominator."""
 
 
-@combination("slerp", source="Shoemake, 1985, https://doi.org/10.1145/325165.325242", count=2)
+def _positive(weights: Sequence[float]) -> None:
+    if min(weights) < 0:
+        raise MergeError(
+            f"a negative weight has no meaning on an arc, got {min(weights):g}. Way out: another method, such as linear"
+        )
+
+
+@combination("slerp", source="Shoemake, 1985, https://doi.org/10.1145/325165.325242", count=2, allows=_positive)
 def slerp(products: Array, weights: Sequence[float]) -> list[float]:
     """Spherical interpolation of two ΔWs: along the arc between their directions instead of the straight line.
 
@@ -24,7 +31,7 @@ def slerp(products: Array, weights: Sequence[float]) -> list[float]:
     Raises:
         MergeError: A weight is negative, or both ΔWs are opposite.
     """
-    scale = _positive(weights, "slerp")
+    scale = sum(weights)
     t = weights[1] / scale
     cosine = _cosine(products, 0, 1)
     if cosine <= -PARALLEL:
@@ -36,7 +43,9 @@ def slerp(products: Array, weights: Sequence[float]) -> list[float]:
 
 
 @combination(
-    "karcher", source="Karcher, 1977, https://doi.org/10.1002/cpa.3160300502; https://arxiv.org/abs/2603.04972"
+    "karcher",
+    source="Karcher, 1977, https://doi.org/10.1002/cpa.3160300502; https://arxiv.org/abs/2603.04972",
+    allows=_positive,
 )
 def karcher(
     products: Array,
@@ -54,7 +63,6 @@ def karcher(
     Raises:
         MergeError: A weight is negative, or the directions cancel out.
     """
-    _positive(weights, "karcher")
     norms = [math.sqrt(max(float(products[i, i]), 0.0)) for i in range(len(weights))]
     live = [i for i, norm in enumerate(norms) if norm and weights[i]]
     if not live:
@@ -79,7 +87,7 @@ def model_stock(products: Array, weights: Sequence[float]) -> list[float]:
     """Model stock: the weighted sum, shrunk by how little the ΔWs agree.
 
     t = N cos θ / (1 + (N − 1) cos θ) scales Σ wᵢΔWᵢ, with cos θ the mean cosine of the pairs: 1 for
-    equal LoRAs, 0 for those at right angles.  The base model is the origin.
+    equal LoRAs, 0 for those at right angles, below 0 beyond.  The base model is the origin.
 
     Raises:
         MergeError: The ΔWs point away from each other, and t has no meaning.
@@ -91,14 +99,6 @@ def model_stock(products: Array, weights: Sequence[float]) -> list[float]:
         raise MergeError(f"model_stock: the ΔWs cancel out (mean cosine {cosine:.3g}), so that no scale is defined")
     t = n * cosine / (1 + (n - 1) * cosine)
     return [t * weight for weight in weights]
-
-
-def _positive(weights: Sequence[float], name: str) -> float:
-    if min(weights) < 0:
-        raise MergeError(
-            f"{name} takes no negative weight, got {min(weights):g}. Way out: another method, such as linear"
-        )
-    return sum(weights) or 1.0
 
 
 def _cosine(products: Array, i: int, j: int) -> float:

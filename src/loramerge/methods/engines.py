@@ -9,6 +9,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..layers import Full, Layer, LowRank
@@ -21,13 +22,19 @@ from .spaces import Deltas, core, inner_products
 Weights = Sequence[float]
 
 
-def combination(name: str, *, source: str, count: int | None = None) -> Callable[[Callable[..., Weights]], Method]:
+Allows = Callable[[Weights], None]
+
+
+def combination(
+    name: str, *, source: str, count: int | None = None, allows: Allows | None = None
+) -> Callable[[Callable[..., Weights]], Method]:
     """A method that only chooses coefficients: ``formula(products, weights, **options)`` gives one a LoRA.
 
     Args:
         name: What users type.
         source: The paper with the equation, or the code.
         count: How many LoRAs it takes; None for any number.
+        allows: Raises a MergeError for weights that have no meaning.
     """
 
     def named(formula: Callable[..., Weights]) -> Method:
@@ -38,13 +45,20 @@ def combination(name: str, *, source: str, count: int | None = None) -> Callable
             chosen = iter(formula(inner_products(live), shares, **options))
             return linear.merge(layers, [next(chosen) if weight else 0.0 for weight in weights])
 
-        return Method(name, formula, merge, source, sum_of_ranks, options_of(formula), count=count, linear=True)
+        options = options_of(formula)
+        return Method(name, formula, merge, source, sum_of_ranks, options, count=count, linear=True, allows=allows)
 
     return named
 
 
 def on_core(
-    name: str, *, source: str, default_weight: float | None = None, of_first: bool = False
+    name: str,
+    *,
+    source: str,
+    default_weight: float | None = None,
+    of_first: bool = False,
+    allows: Allows | None = None,
+    ranked: bool = False,
 ) -> Callable[[Callable[..., Array]], Method]:
     """A method in the LoRAs' common space: ``formula(core, weights, **options)`` gives the merged core.
 
@@ -53,19 +67,22 @@ def on_core(
         source: The paper with the equation, or the code.
         default_weight: Weight of each LoRA unless told; None is 1/N.
         of_first: Whether the result is the first LoRA, changed: what it lacks is no part of it.
+        allows: Raises a MergeError for weights that have no meaning.
+        ranked: Whether the formula looks at ``core.most``, the rank that the result will have.
     """
 
     def named(formula: Callable[..., Array]) -> Method:
-        def merge(layers: Sequence[Layer], weights: Weights, **options: Any) -> LowRank:
+        def merge(layers: Sequence[Layer], weights: Weights, *, most: int | None = None, **options: Any) -> LowRank:
             counted = 1 if of_first else len(layers)
             live, shares = alive(layers, weights)
-            space = core(live)
+            space = replace(core(live), most=most)
             nothing = space.empty or not any(weights[:counted])
             merged = 0.0 * space.parts[0] if nothing else formula(space, shares, **options)
             return with_bias(space.layer(merged), layers[:counted], weights[:counted])
 
         options = options_of(formula)
-        return Method(name, formula, merge, source, sum_of_ranks, options, default_weight, of_first=of_first)
+        flags: dict[str, Any] = {"of_first": of_first, "allows": allows, "ranked": ranked}
+        return Method(name, formula, merge, source, sum_of_ranks, options, default_weight, **flags)
 
     return named
 

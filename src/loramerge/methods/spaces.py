@@ -100,6 +100,8 @@ class Core:
     """Shape ``(q, R)``, float64, q ≤ R."""
     spectra: tuple[tuple[Array, Array, Array], ...]
     """The singular value decomposition U, S, Vᵀ of each part, with as many values as it has rank."""
+    most: int | None = None
+    """The rank that the result will be cut to, for methods that have to know; None for none."""
 
     @property
     def empty(self) -> bool:

@@ -29,28 +29,30 @@ def tsv(core: Core, weights: Weights) -> Array:
     return (_polar(u) * s) @ _polar(vt)
 
 
-@on_core("iso_c", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959")
+@on_core("iso_c", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959", ranked=True)
 def iso_c(core: Core, weights: Weights) -> Array:
     """Iso-C: the weighted sum with all its singular values set to their mean.
 
     The mean runs over the rank of the sum.  The published form takes it over min(out, in) values,
-    nearly all of which are zero for LoRAs, and spreads it over directions that no LoRA has.
+    nearly all of which are zero for LoRAs, and spreads it over directions that no LoRA has.  A
+    smaller rank takes the sum's leading directions before they are made equal.
     """
-    u, s, vt = _svd(_sum(core, weights))
+    u, s, vt = (x[:, : core.most] if i == 0 else x[: core.most] for i, x in enumerate(_svd(_sum(core, weights))))
     return s.mean() * (u @ vt)
 
 
-@on_core("iso_cts", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959")
+@on_core("iso_cts", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959", ranked=True)
 def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Array:
     """Iso-CTS: Iso-C on the sum's leading directions, and each LoRA's own directions beside them.
 
     The share ``common`` of the rank goes to the leading singular vectors of Σ wᵢΔWᵢ; the rest is
     divided equally between the LoRAs, rounded as in the published code, each of which adds the
-    leading ones of what is left of it outside of the common left vectors.  All are made orthogonal and get the mean of their singular values.
+    leading ones of what is left of it outside of the common left vectors.  All are made orthogonal
+    and get the mean of their singular values.  A smaller rank is divided in the same way.
     """
     xp = namespace(core.parts[0])
     u, s, vt = _svd(_sum(core, weights))
-    rank, n = s.shape[0], len(weights)
+    rank, n = min(s.shape[0], core.most or s.shape[0]), len(weights)
     each = min(round((rank - int(common * rank)) / n), (rank - 1) // n)
     shared = rank - n * each
     lefts, values, rights = [u[:, :shared]], [s[:shared]], [vt[:shared]]
@@ -64,7 +66,12 @@ def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Array:
     return mean * (_polar(xp.concat(lefts, axis=1)) @ _polar(xp.concat(rights, axis=0)))
 
 
-@on_core("cart", source="Choi et al., 2024, https://arxiv.org/abs/2412.12153")
+def _has_a_mean(weights: Weights) -> None:
+    if any(weights) and abs(math.fsum(weights)) < 1e-9:
+        raise MergeError("cart: the weights add up to zero, so that there is no mean. Way out: other weights")
+
+
+@on_core("cart", source="Choi et al., 2024, https://arxiv.org/abs/2412.12153", allows=_has_a_mean)
 def cart(
     core: Core, weights: Weights, *, share: Share = 0.08, scale: Annotated[float, Range(0, open_high=True)] = 1.0
 ) -> Array:
@@ -77,8 +84,6 @@ def cart(
         MergeError: The weights add up to zero.
     """
     total = math.fsum(weights)
-    if abs(total) < 1e-9:
-        raise MergeError("cart: the weights add up to zero, so that there is no mean. Way out: other weights")
     mean = _sum(core, weights) / total
     k = max(1, math.ceil(share * min(mean.shape)))
     merged = mean
@@ -105,7 +110,19 @@ def np_lora(core: Core, weights: Weights, *, mu: Annotated[float, Range(0)] = 0.
     return merged
 
 
-@on_core("subtract", source="Projection onto the other LoRAs' column and row spaces", default_weight=1.0, of_first=True)
+def _shares(weights: Weights) -> None:
+    for weight in weights[1:]:
+        if not 0 <= weight <= 1:
+            raise MergeError(f"subtract: the weight of what is removed is a share in [0, 1], got {weight:g}")
+
+
+@on_core(
+    "subtract",
+    source="Projection onto the other LoRAs' column and row spaces",
+    default_weight=1.0,
+    of_first=True,
+    allows=_shares,
+)
 def subtract(core: Core, weights: Weights) -> Array:
     """The first LoRA without what the others share with it.
 
@@ -119,8 +136,6 @@ def subtract(core: Core, weights: Weights) -> Array:
     """
     merged = weights[0] * core.parts[0]
     for weight, (u, _, vt) in zip(weights[1:], core.spectra[1:], strict=True):
-        if not 0 <= weight <= 1:
-            raise MergeError(f"subtract: the weight of what is removed is a share in [0, 1], got {weight:g}")
         merged = merged - weight * (u @ (u.T @ merged @ vt.T) @ vt)
     return merged
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .tensors import NAMES
 
 if TYPE_CHECKING:
-    from .merging import Plan
+    from .plans import Plan
 
 UNKNOWN = "0" * 64
 """Stands for a hash that is not known yet."""

@@ -1,0 +1,301 @@
+"""A merge as data, before any tensor is read; and the merge itself, one module at a time."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from . import linalg
+from .checkpoints import Checkpoint
+from .errors import OptionError
+from .files import saved_size
+from .layers import Full, Layer, LowRank, low_rank
+from .layers.base import matrix
+from .lora import LoRA, in_one_library
+from .metadata import RECIPE, STALE
+from .methods import Method
+from .methods.base import Merged
+from .methods.linear import shared_down
+from .provenance import UNKNOWN, record
+from .ranks import Budget, Rank, Spectrum, choose
+from .selection import module_seed
+from .steps import Step, named
+from .storage.awaited import Awaited
+from .tensors import Array, Spec, Tensor, float32, namespace, nbytes
+from .weights import ModuleWeights, Scope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .storage.writer import Progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One module's merged layer, and what bringing it to its rank took away."""
+
+    module: str
+    layer: LowRank
+    energy: float | None
+    """‖ΔW‖² of the method's own result; None in a merge that cuts nothing."""
+    lost: float
+    """The part of it that was cut off."""
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − kept‖ / ‖ΔW‖."""
+        return math.sqrt(self.lost / self.energy) if self.energy else 0.0
+
+
+@dataclass
+class Kept:
+    """What a merge kept, counted while it runs: ``plan.lora(kept.add)``."""
+
+    energy: float = 0.0
+    lost: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    """The relative error of every module that was cut."""
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a module."""
+        self.energy += outcome.energy or 0.0
+        self.lost += outcome.lost
+        if outcome.lost:
+            self.errors[outcome.module] = outcome.error
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − kept‖ / ‖ΔW‖ over all modules."""
+        return math.sqrt(self.lost / self.energy) if self.energy else 0.0
+
+    @property
+    def share(self) -> float:
+        """The share of ‖ΔW‖² that was kept."""
+        return 1.0 - self.error**2
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan:
+    """What a merge will do.  `lora` is its result, computed when asked for."""
+
+    loras: tuple[LoRA, ...]
+    architecture: str | None
+    method: Method
+    options: Mapping[str, Any]
+    weights: ModuleWeights
+    rank: Rank
+    steps: Mapping[str, Step]
+    name: str
+    dialect: str
+    dtype: str
+    device: str | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    budget: Budget | None = None
+    """What the ranks were chosen out of."""
+    base: Checkpoint | None = None
+    """The base model, for layers whose ΔW depends on it."""
+    given: tuple[LoRA, ...] = ()
+    """The LoRAs as they were given, with the modules that ``exclude`` leaves out."""
+    exclude: tuple[str, ...] = ()
+    scope: Scope = "module"
+
+    def run(self) -> "Iterator[tuple[str, LowRank]]":
+        """Merge module by module: the caller's loop is the progress bar."""
+        for module in self.steps:
+            yield module, self.merge(module)
+
+    def merge(self, module: str) -> LowRank:
+        """One module's merged layer, float32, scale folded in."""
+        return self.outcome(module).layer
+
+    def outcome(self, module: str) -> Outcome:
+        """One module's merged layer, and what was cut off to bring it to its rank."""
+        step = self.steps[module]
+        with named(module):
+            return _fitted(self._uncut(step), step, self.cuts)
+
+    def _uncut(self, step: Step) -> Merged:
+        layers = in_one_library([self._with_base(self.loras[i][step.module], step) for i in step.inputs], self.device)
+        weights = self.weights.of(step.module)
+        options = dict(self.options)
+        if "seed" in options:
+            options["seed"] = module_seed(options["seed"], step.module)
+        if self.method.ranked:
+            options["most"] = step.rank
+        return self.method.merge(layers, [weights[i] for i in step.inputs], **options)
+
+    def _with_base(self, layer: Layer, step: Step) -> Layer:
+        """The layer, or its whole ΔW where only the base's weight tells it."""
+        if layer.kind != "dora" or self.base is None:
+            return layer
+        weight = self.base.weight(step.module)
+        like: Array = next(iter(layer.tensors().values()))
+        weight = namespace(like).asarray(float32(weight).reshape(step.shape), device=like.device)
+        delta = layer.delta_on(weight)
+        return Full(diff=delta, diff_b=layer.delta_bias())
+
+    @cached_property
+    def cuts(self) -> bool:
+        """Whether a module is cut to a smaller rank than the method's result has."""
+        return any(step.cut for step in self.steps.values())
+
+    def lora(self, record: "Callable[[Outcome], None] | None" = None) -> LoRA:
+        """The result, whose layers are merged when they are asked for: saving it streams.
+
+        Args:
+            record: Called with every module's outcome; see `Kept`.
+        """
+
+        def compute(module: str) -> LowRank:
+            outcome = self.outcome(module)
+            if record:
+                record(outcome)
+            return outcome.layer
+
+        return LoRA(
+            name=self.name,
+            architecture=self.architecture,
+            dialect=self.dialect,
+            layouts={module: self._layout(step) for module, step in self.steps.items()},
+            compute=compute,
+            here=record is not None,
+            metadata=self._metadata(),
+            extras=self.extras,
+            dtype=self.dtype,
+        )
+
+    def _layout(self, step: Step) -> LowRank:
+        layouts = [self.loras[i].layout(step.module) for i in step.inputs]
+        whole = step.rank >= step.full_rank
+        down_id = shared_down(layouts) if self.method.linear and whole and not self.weights.columns else None
+        up = Spec((step.shape[0], step.rank), "F32")
+        down = Spec((step.rank, math.prod(step.shape[1:])), "F32")
+        layer = low_rank(up, down, step.shape, down_id)
+        counted = layouts[:1] if self.method.of_first else layouts
+        biased = any(layout.delta_bias() is not None for layout in counted)
+        return replace(layer, diff_b=Spec(step.shape[:1], "F32")) if biased else layer
+
+    def advice(self, progress: "Progress | None" = None) -> str:
+        """What a comparison of the LoRAs says about merging them, in one sentence.
+
+        Unlike the rest of a plan it reads the tensors; ``progress`` is called with the number of
+        modules done and of all.
+        """
+        from .advice import advice
+        from .analysis import compare
+
+        return advice(compare(self.loras, progress=progress))
+
+    def within(self, budget: Budget, progress: "Progress | None" = None) -> "Plan":
+        """The same plan with the rank of every module chosen out of one budget, at most the one it has.
+
+        Raises:
+            OptionError: The budget can't be met.
+        """
+        if budget.kind == "max_size":
+            self._check_least(budget)
+        spectra = {}
+        for done, (module, step) in enumerate(self.steps.items(), start=1):
+            with named(module):
+                spectra[module] = _spectrum(self._uncut(step), step)
+            if progress:
+                progress(done, len(self.steps))
+        if budget.kind != "max_size":
+            return self.at(choose(spectra, budget), budget)
+        # What is no factor (names, alphas) takes room too, and depends on the ranks a little.
+        room, best = budget.value, None
+        for _ in range(8):
+            found = self.at(choose(spectra, budget, int(room // nbytes((1,), self.dtype))), budget)
+            spare = budget.value - saved_size(found.lora())
+            if best and spare >= 0 and found.size == best.size:
+                break
+            best = found if spare >= 0 else best
+            room = found.size + spare
+        if best is None:
+            raise OptionError(f"{budget}: can't be met in the dialect {self.dialect}. Way out: a larger size.")
+        return best
+
+    def _check_least(self, budget: Budget) -> None:
+        """Refuse a size that is too small for rank 1, before any tensor is read."""
+        least = saved_size(self.at(dict.fromkeys(self.steps, 1), budget).lora())
+        if least > budget.value:
+            raise OptionError(
+                f"{budget}: can't be met: at rank 1 in every module the file takes {least} bytes as {self.dtype} in the "
+                f"dialect {self.dialect}. Way out: a larger size, or a narrower dtype."
+            )
+
+    def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
+        """The same plan at ranks that were chosen before, out of a budget."""
+        steps = {module: replace(step, rank=ranks[module]) for module, step in self.steps.items()}
+        return replace(self, steps=steps, budget=budget)
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{n} × {w}" for n, w in zip((x.name for x in self.loras), self.weights.label, strict=True))
+        return f"Plan({inputs}; {self.method.name}, rank {self.rank}, {len(self.steps)} modules of {self.architecture})"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result's tensors in the dtype that saving uses."""
+        return sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in self.steps.values())
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The merge in words, as the saved file keeps it; hashing the inputs reads every tensor of theirs."""
+        return record(self, [lora.sha256 for lora in self.given])
+
+    def _metadata(self) -> Awaited:
+        """Entries on which the inputs agree stay; where they differ, each input's own go into the recipe."""
+        metadatas = [{k: v for k, v in lora.metadata.items() if k not in STALE} for lora in self.loras]
+        common = {k: v for k, v in metadatas[0].items() if all(m.get(k) == v for m in metadatas)}
+        titles = [m.get("modelspec.title") or lora.name for m, lora in zip(metadatas, self.loras, strict=True)]
+        if any(key.startswith("modelspec.") for m in metadatas for key in m):
+            common["modelspec.merged_from"] = ", ".join(titles)
+        own = [{k: v for k, v in m.items() if k not in common} for m in metadatas]
+        known = {k: v for k, v in common.items() if k != RECIPE}
+        draft = _as_text(record(self, [UNKNOWN] * len(self.given)), own)
+        return Awaited(known, RECIPE, draft, lambda: _as_text(self.recipe, own))
+
+
+def _as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> str:
+    """A recipe for a header, with the entries that each input alone had."""
+    for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
+        if metadata:
+            entry["metadata"] = metadata
+    return json.dumps(recipe, ensure_ascii=False)
+
+
+def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
+    """A merged layer at exactly the rank that was announced: cut, or filled up with zeros."""
+    if isinstance(layer, Full):
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
+    elif step.rank < layer.rank:
+        cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank)
+    else:
+        found = layer if layer.rank == step.rank else _filled(layer, step.rank)
+        return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
+    fitted = replace(low_rank(cut.up, cut.down, layer.shape), diff_b=layer.diff_b)
+    fitted = fitted if fitted.rank == step.rank else _filled(fitted, step.rank)
+    return Outcome(step.module, fitted, cut.energy, cut.lost)
+
+
+def _spectrum(layer: Merged, step: Step) -> Spectrum:
+    """What each rank up to the step's own would bring."""
+    if isinstance(layer, Full):
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
+        squares, energy = linalg.squares(cut.up, cut.down), cut.energy
+    else:
+        squares = linalg.squares(matrix(layer.up), matrix(layer.down))
+        energy = float(squares.sum())
+    return Spectrum(squares[: step.rank], energy, step.shape[0] + math.prod(step.shape[1:]))
+
+
+def _filled(layer: LowRank, rank: int) -> LowRank:
+    """The same ΔW at a larger rank, by zeros."""
+    up, down = matrix(layer.up), matrix(layer.down)
+    xp = namespace(up)
+    more = rank - layer.rank
+    up = xp.concat([up, xp.zeros((up.shape[0], more), dtype=up.dtype, device=up.device)], axis=1)
+    down = xp.concat([down, xp.zeros((more, down.shape[1]), dtype=down.dtype, device=down.device)], axis=0)
+    return replace(low_rank(up, down, layer.shape), diff_b=layer.diff_b)

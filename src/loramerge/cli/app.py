@@ -12,7 +12,9 @@ from .bake import bake
 from .calibrate import calibrate
 from .coefficients import coefficients
 from .extract import extract
+from .generate import generate
 from .run import print_notes, progress, table
+from .score import score
 from .zip import zip_loras
 
 app = typer.Typer(
@@ -309,6 +311,8 @@ def sweep(
 
 app.command()(bake)
 app.command()(extract)
+app.command()(generate)
+app.command()(score)
 
 
 @app.command()

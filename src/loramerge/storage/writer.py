@@ -268,8 +268,13 @@ def _replacing(path: Path) -> Iterator[int]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file: whole, or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file: whole, or not at all."""
     with _replacing(path) as fd:
-        _write_at(fd, text.encode(), 0)
+        _write_at(fd, data, 0)
 
 
 def _hashes(fd: int, layout: _Layout, start: int, metadata: Mapping[str, str]) -> dict[str, str]:

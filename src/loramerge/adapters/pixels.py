@@ -1,0 +1,224 @@
+"""Pictures in files, and what an encoder sees of them.
+
+`Preprocessing` does what transformers' own PIL processor does with a picture, by the same
+``preprocessor_config.json``; torchvision is not needed.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FileError, MissingExtraError, OptionError
+from ..tensors import Array
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of a picture: its edges as shares of the width and the height, in [0, 1]."""
+
+    left: float = 0.0
+    top: float = 0.0
+    right: float = 1.0
+    bottom: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.left < self.right <= 1 and 0 <= self.top < self.bottom <= 1):
+            raise OptionError(
+                f"Can't crop to left {self.left:g}, top {self.top:g}, right {self.right:g}, bottom {self.bottom:g}: "
+                "wanted shares from 0 to 1, left below right and top below bottom."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Box":
+        """``left,top,right,bottom``."""
+        try:
+            left, top, right, bottom = map(float, text.split(","))
+        except ValueError:
+            raise OptionError(
+                f"Can't read the box {text!r}: wanted left,top,right,bottom, such as 0.2,0.4,0.8,1."
+            ) from None
+        return cls(left, top, right, bottom)
+
+    def of(self, image: "Image") -> "Image":
+        """The part, of one pixel at least."""
+        if self == Box():
+            return image
+        left, top = math.floor(self.left * image.width), math.floor(self.top * image.height)
+        return image.crop((left, top, math.ceil(self.right * image.width), math.ceil(self.bottom * image.height)))
+
+
+def read(path: Path) -> "Image":
+    """A picture, upright, in RGB; what is transparent is white.
+
+    Raises:
+        FileError: It is missing, no picture, cut short, or has more than 8 bits a channel.
+        MissingExtraError: Pillow is not installed.
+    """
+    pil = _pil()
+    from PIL import ImageOps
+
+    try:
+        with pil.open(path) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise FileError(
+                    f"Can't read {path}: it has more than 8 bits a channel ({image.mode}). Convert it to 8."
+                )
+            return rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
+        raise FileError(f"Can't read the image {path}: {error}.") from error
+
+
+def bytes_of(path: Path) -> bytes:
+    """A picture's file as it is.
+
+    Raises:
+        FileError: It can't be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FileError(f"Can't read the image {path}: {error.strerror}.") from None
+
+
+def rgb(image: "Image") -> "Image":
+    """The picture in RGB, on white."""
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return _pil().alpha_composite(_pil().new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The pictures of a folder itself, by name.
+
+    Raises:
+        FileError: It is missing, or has none.
+    """
+    if not folder.is_dir():
+        raise FileError(f"No such directory of images: {folder}.")
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+    if not found:
+        raise FileError(f"{folder} holds no image; wanted files that end in {', '.join(SUFFIXES)}.")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What is done to a picture before an encoder sees it, in this order; None leaves a step out.
+
+    The defaults are those of transformers' ``BitImageProcessor``, which DINOv2 uses.
+    """
+
+    shortest_edge: int | None = 224
+    """The shorter side is brought to this length, the other in proportion."""
+    size: tuple[int, int] | None = None
+    """Height and width, in place of ``shortest_edge``."""
+    resample: int = 3
+    """Pillow's number of a filter: 3 is bicubic."""
+    crop: tuple[int, int] | None = (224, 224)
+    """Height and width of the middle that is kept; a smaller picture gets a black edge."""
+    factor: float | None = 1 / 255
+    mean: tuple[float, ...] | None = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] | None = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def read(cls, path: Path) -> "Preprocessing":
+        """From a ``preprocessor_config.json``.
+
+        Raises:
+            FileError: It is missing, unreadable, or that of another kind of processor.
+        """
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            return cls._of(config)
+        except OSError as error:
+            raise FileError(
+                f"Can't read {path}: {error.strerror}. It says how pictures are made ready for the model: copy it "
+                "there from the model's source, or give preprocessing=."
+            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise FileError(f"Can't read {path}: {error}.") from None
+
+    @classmethod
+    def _of(cls, config: Mapping[str, Any]) -> "Preprocessing":
+        kind = config.get("image_processor_type", config.get("feature_extractor_type", "BitImageProcessor"))
+        if not str(kind).startswith("BitImageProcessor") or config.get("do_pad"):
+            raise ValueError(f"it describes a {kind}, wanted a BitImageProcessor without padding")
+        size, crop = config.get("size", {}), config.get("crop_size", {})
+        size = {"shortest_edge": size} if isinstance(size, int) else size or {"shortest_edge": 224}
+        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop or {"height": 224, "width": 224}
+        if "shortest_edge" not in size and not {"height", "width"} <= set(size):
+            raise ValueError(f"its size is {size}, wanted shortest_edge, or height and width")
+        resize = config.get("do_resize", True)
+        normalise = config.get("do_normalize", True)
+        return cls(
+            shortest_edge=size.get("shortest_edge") if resize else None,
+            size=(size["height"], size["width"]) if resize and "shortest_edge" not in size else None,
+            resample=config.get("resample", 3),
+            crop=(crop["height"], crop["width"]) if config.get("do_center_crop", True) else None,
+            factor=config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else None,
+            mean=tuple(config.get("image_mean", cls.mean)) if normalise else None,
+            std=tuple(config.get("image_std", cls.std)) if normalise else None,
+        )
+
+    def __call__(self, image: "Image") -> Array:
+        """The picture as the encoder takes it: ``(3, height, width)``, float32."""
+        import numpy as np
+
+        image = rgb(image)
+        height, width = self._target(image)
+        values: Array = np.asarray(image.resize((width, height), resample=self.resample))
+        if self.crop:
+            values = centre(values, *self.crop)
+        values = values.astype(np.float64) * (self.factor or 1.0)
+        values = values.astype(np.float32)
+        if self.mean and self.std:
+            values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+    def _target(self, image: "Image") -> tuple[int, int]:
+        """Height and width after the first step."""
+        if self.size:
+            return self.size
+        if not self.shortest_edge:
+            return image.height, image.width
+        long = int(self.shortest_edge * max(image.size) / min(image.size))
+        return (long, self.shortest_edge) if image.width <= image.height else (self.shortest_edge, long)
+
+
+def centre(values: Array, height: int, width: int) -> Array:
+    """The middle of an image ``(h, w, c)``; where it is smaller, it is set in zeros."""
+    import numpy as np
+
+    tall, wide = max(height, values.shape[0]), max(width, values.shape[1])
+    padded = np.zeros((tall, wide, values.shape[2]), values.dtype)
+    top, left = math.ceil((tall - values.shape[0]) / 2), math.ceil((wide - values.shape[1]) / 2)
+    padded[top : top + values.shape[0], left : left + values.shape[1]] = values
+    # transformers rounds the place of the crop down before it adds the padding's, hence not simply the middle
+    top += (values.shape[0] - height) // 2
+    left += (values.shape[1] - width) // 2
+    return padded[top : top + height, left : left + width]
+
+
+def downscaled(images: Sequence["Image"], side: int) -> Array:
+    """The baseline of an embedding: ``side`` × ``side`` pixels, in [0, 1], as one vector a picture."""
+    import numpy as np
+
+    small = [rgb(image).resize((side, side), _pil().Resampling.BICUBIC) for image in images]
+    return np.stack([np.asarray(image, np.float32).ravel() / 255 for image in small])
+
+
+def _pil() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise MissingExtraError("Pictures need Pillow: pip install 'loramerge[diffusers]'.") from None
+    return Image

@@ -1,0 +1,148 @@
+"""``loramerge generate``: pictures of settings × prompts × seeds."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import OptionError
+from .run import progress, table
+
+if TYPE_CHECKING:
+    from ..adapters.generation import Drawn, Use
+
+
+def generate(
+    base: Annotated[
+        str, typer.Option("--base", "-b", help="The model: a diffusers directory, or a name on the Hugging Face Hub.")
+    ],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Once a prompt.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory: SETTING/PROMPT-SEED.png, sheet.png.")],
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora", "-l", help="Once a setting: FILE, FILE:0.8, NAME=FILE:0.7+FILE:0.5. A weight is 1 by default."
+        ),
+    ] = None,
+    none: Annotated[bool, typer.Option("--none/--no-none", help="Draw without any LoRA too.")] = True,
+    seeds: Annotated[str, typer.Option("--seeds", "-n", help="How many, from 0; or which: 3,5,8.")] = "8",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the scheduler.")] = 30,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own by default.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="512, or WIDTHxHEIGHT; the model's own by default.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option("--negative", help="A negative prompt.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="A class of diffusers, such as DPMSolverMultistepScheduler.")
+    ] = None,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Pictures drawn together; they are the same for any.")
+    ] = 4,
+    device: Annotated[str | None, typer.Option("--device", help="CUDA where there is one, by default.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; float16 on CUDA by default.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option("--variant", help="Of the base's files: fp16.")] = None,
+    side: Annotated[int, typer.Option("--sheet-side", min=16, help="Pixels of a picture on the contact sheet.")] = 192,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+) -> None:
+    """Draw pictures with LoRAs: every setting, prompt and seed, each with its recipe inside, and a contact sheet.
+
+    What is there already, with the same recipe, is kept: an interrupted run goes on where it stopped.
+
+    Example: loramerge generate --base stabilityai/stable-diffusion-xl-base-1.0 --lora person.safetensors
+    --lora both=person.safetensors:0.7+jersey.safetensors:0.5 -p "a psq-person" --seeds 8 -o out/
+    """
+    from ..adapters import generation, pipelines
+    from ..adapters.scoring import Shot
+    from ..adapters.sheets import save_sheet
+
+    numbers = read_seeds(seeds)
+    width, height = read_size(size)
+    settings = read_settings(lora or [], none)
+    sampling = generation.Sampling(steps=steps, guidance=guidance, height=height, width=width, negative_prompt=negative)
+    pipe = pipelines.load(base, device=device, dtype=dtype, variant=variant, scheduler=scheduler, quiet=True)
+    try:
+        with progress("Drawing", quiet) as report:
+            drawn = generation.generate(
+                pipe, settings, prompt, numbers, output, sampling=sampling, batch=batch, base=base, progress=report
+            )
+    except KeyboardInterrupt:
+        print("Interrupted; what was drawn is kept, and the same command goes on from there.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    shots = [Shot(d.setting, d.prompt, d.seed, d.path) for d in drawn]
+    save_sheet(shots, output.expanduser() / "sheet.png", side=side)
+    if not quiet:
+        print(_shown(drawn))
+        print(f"→ {output}: {len(drawn)} pictures, sheet.png")
+
+
+def read_settings(given: list[str], none: bool) -> dict[str, list["Use"]]:
+    """Settings as they are typed, by name.
+
+    Raises:
+        OptionError: Two have the same name, or one can't be read.
+    """
+    found: dict[str, list[Use]] = {"none": []} if none else {}
+    for text in given:
+        name, uses = _setting(text)
+        if name in found:
+            raise OptionError(f"Two settings are called {name!r}. Name them: --lora NAME={text}.")
+        found[name] = uses
+    if not found:
+        raise OptionError("Nothing to draw: give --lora, or leave out --no-none.")
+    return found
+
+
+def _setting(text: str) -> tuple[str, list["Use"]]:
+    named, equals, rest = text.partition("=")
+    if not equals or Path(text).exists():
+        named, rest = "", text
+    uses = [_use(part) for part in ([rest] if Path(rest).exists() else rest.split("+"))]
+    stems = [Path(use.lora.name).stem + ("" if use.weight == 1 else f"@{use.weight:g}") for use in uses]
+    return named or "+".join(stems), uses
+
+
+def _use(text: str) -> "Use":
+    from ..adapters.generation import Use
+    from ..files import open
+
+    file, colon, weight = text.rpartition(":")
+    try:
+        number = float(weight) if colon else 1.0
+    except ValueError:  # the colon of hf://
+        file, colon, number = "", "", 1.0
+    return Use(open(file if colon else text), number)
+
+
+def read_seeds(text: str) -> int | list[int]:
+    """``8``: eight of them; ``3,5``: these; ``3,``: this one."""
+    try:
+        return [int(seed) for seed in text.split(",") if seed] if "," in text else int(text)
+    except ValueError:
+        raise OptionError(f"Can't read the seeds {text!r}: wanted a number of them, or 3,5,8.") from None
+
+
+def read_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
+    """Width and height."""
+    if text is None:
+        return None, None
+    parts = text.lower().replace("×", "x").split("x")
+    try:
+        width, height = (int(parts[0]), int(parts[-1]))
+    except ValueError:
+        width = height = 0
+    if len(parts) > 2 or width < 1 or height < 1:
+        raise OptionError(f"Can't read the size {text!r}: wanted 512, or WIDTHxHEIGHT such as 768x1024.")
+    return width, height
+
+
+def _shown(drawn: list["Drawn"]) -> str:
+    rows: dict[str, list[Any]] = {}
+    for picture in drawn:
+        row = rows.setdefault(picture.setting, [picture.setting, 0, 0])
+        row[2 if picture.reused else 1] += 1
+    return table(
+        ["setting", "drawn", "there already"], [[name, str(new), str(old)] for name, new, old in rows.values()]
+    )

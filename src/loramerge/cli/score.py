@@ -1,0 +1,228 @@
+"""``loramerge score``: how like each reference set the pictures of each setting are."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import FileError, OptionError
+from .run import progress, table
+
+if TYPE_CHECKING:
+    from ..adapters.bootstrap import Interval
+    from ..adapters.encoders import Encoder
+    from ..adapters.scoring import Reference, Scores
+
+
+class PoolName(StrEnum):
+    """The tokens that are the embedding."""
+
+    cls = "cls"
+    patches = "patches"
+
+
+class ClusterName(StrEnum):
+    """What the bootstrap draws."""
+
+    seed = "seed"
+    prompt = "prompt"
+    image = "image"
+
+
+def score(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of pictures, one a setting; or one folder with a folder a setting.")
+    ],
+    reference: Annotated[
+        list[str], typer.Option("--reference", "-r", help="NAME=FOLDER, or FOLDER: the pictures of a concept.")
+    ],
+    crop: Annotated[
+        list[str] | None,
+        typer.Option("--crop", help="NAME=left,top,right,bottom, from 0 to 1: where pictures show the concept."),
+    ] = None,
+    own_crop: Annotated[
+        list[str] | None,
+        typer.Option("--reference-crop", help="The same for the reference set's own pictures, where it differs."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A DINOv2: a name on the Hugging Face Hub, or a directory.")
+    ] = "facebook/dinov2-base",
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", help="package.module:function, images → (n, d), in place of the model.")
+    ] = None,
+    pool: Annotated[PoolName, typer.Option("--pool", help="cls, or the mean of the patches.")] = PoolName.cls,
+    pixels: Annotated[
+        bool, typer.Option("--pixels/--no-pixels", help="Score by bare pixels too, as a baseline.")
+    ] = True,
+    cluster: Annotated[
+        ClusterName | None, typer.Option("--cluster", help="What the bootstrap draws; seeds where all have one.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Print every setting's difference from this one, paired.")
+    ] = None,
+    by_prompt: Annotated[bool, typer.Option("--by-prompt", help="Print a table by prompt too.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A directory for scores.json and CSV tables.")
+    ] = None,
+    cache: Annotated[Path, typer.Option("--cache", help="Where embeddings are kept.", show_default=True)] = Path(
+        "~/.cache/loramerge/embeddings"
+    ),
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no embeddings.")] = False,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures embedded together.")] = 16,
+    device: Annotated[str | None, typer.Option("--device", help="CUDA where there is one, by default.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+) -> None:
+    """Score pictures: the cosine of their DINOv2 embeddings with those of each reference set.
+
+    Example: loramerge score out/ -r person=photos/person -r jersey=photos/jersey --crop jersey=0.2,0.4,0.8,1
+    """
+    from ..adapters import reports, scoring
+
+    settings = settings_in(folders)
+    sets = read_references(reference, crop or [], own_crop or [])
+    if against is not None and against not in settings:
+        raise OptionError(f"No setting {against!r}. There are: {', '.join(settings)}.")
+    shots = scoring.shots_of(settings)
+    found = []
+    for each in _encoders(model, encoder, pool.value, pixels, batch, device):
+        with progress(f"Scoring by {each.name}", quiet) as report:
+            wanted = cluster.value if cluster else None
+            kept = None if no_cache else cache
+            found.append(scoring.score(shots, sets, each, cluster=wanted, cache=kept, progress=report))  # type: ignore[arg-type]
+    written = reports.save(found, output.expanduser()) if output else []
+    if not quiet:
+        print("\n\n".join(shown(scores, against, by_prompt) for scores in found))
+        for path in written:
+            print(f"→ {path}")
+
+
+def settings_in(folders: list[Path]) -> dict[str, Path]:
+    """Folders by name of the setting: a folder that has folders stands for them.
+
+    Raises:
+        FileError: One is missing.
+        OptionError: Two have the same name.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        folder = folder.expanduser()
+        if not folder.is_dir():
+            raise FileError(f"No such directory of images: {folder}.")
+        inside = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+        for setting in inside or [folder.resolve()]:
+            if setting.name in found:
+                raise OptionError(f"Two settings are called {setting.name!r}: {found[setting.name]} and {setting}.")
+            found[setting.name] = setting
+    return found
+
+
+def read_references(given: list[str], crops: list[str], own_crops: list[str]) -> list["Reference"]:
+    """Reference sets as they are typed.
+
+    Raises:
+        OptionError: A box belongs to no set, or can't be read.
+    """
+    from ..adapters.pixels import Box
+    from ..adapters.scoring import Reference
+
+    folders = _each_once(given)
+    boxes = [{name: Box.parse(box) for name, box in _each_once(texts).items()} for texts in (crops, own_crops)]
+    for name in [*boxes[0], *boxes[1]]:
+        if name not in folders:
+            raise OptionError(f"The crop of {name!r}: there is no such reference. There are: {', '.join(folders)}.")
+    return [Reference(name, folder, boxes[0].get(name), boxes[1].get(name)) for name, folder in folders.items()]
+
+
+def _each_once(texts: list[str]) -> dict[str, str]:
+    """NAME=VALUE; a name that is left out is the last part of the value."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name, value = (name, value) if equals else (Path(text).name, text)
+        if name in found:
+            raise OptionError(f"The reference {name!r} is given twice: {found[name]} and {value}.")
+        found[name] = value
+    return found
+
+
+def _encoders(
+    model: str, function: str | None, pool: str, baseline: bool, batch: int, device: str | None
+) -> list["Encoder"]:
+    from ..adapters.dinov2 import dinov2
+    from ..adapters.encoders import Encoder, pixels
+
+    if function:
+        from .sweep import load_score
+
+        embed: Any = load_score(function)
+        chosen = Encoder(embed, function, batch=batch)
+    else:
+        chosen = dinov2(model, pool=pool, device=device, batch=batch, quiet=True)  # type: ignore[arg-type]
+    return [chosen, pixels()] if baseline else [chosen]
+
+
+def shown(scores: "Scores", against: str | None, by_prompt: bool) -> str:
+    """The tables for people."""
+    parts = [
+        f"{scores.encoder}: cosine with the mean embedding (mean pairwise cosine), {_clusters(scores)}",
+        _means(scores),
+    ]
+    if by_prompt:
+        parts += ["by prompt: cosine with the mean embedding", _prompts(scores)]
+    if against is not None:
+        parts += [f"difference from {against}, over pictures of the same prompt and seed", _against(scores, against)]
+    return "\n\n".join(parts)
+
+
+def _clusters(scores: "Scores") -> str:
+    first = scores.mean(scores.settings[0], scores.references[0])
+    what = f"{first.clusters} {scores.cluster}s"
+    return f"95 % intervals over {what}" if first.low is not None else f"no intervals: {what} are too few"
+
+
+def _means(scores: "Scores") -> str:
+    rows = [
+        [
+            setting,
+            *(
+                f"{_interval(scores.mean(setting, reference))} ({scores.mean(setting, reference, 'pairwise').mean:.3f})"
+                for reference in scores.references
+            ),
+            str(scores.mean(setting, scores.references[0]).values),
+        ]
+        for setting in scores.settings
+    ]
+    return table(["setting", *scores.references, "pictures"], rows)
+
+
+def _prompts(scores: "Scores") -> str:
+    asked = {(row.shot.setting, row.shot.prompt) for row in scores.rows}
+    rows = [
+        [prompt, setting, *(_interval(scores.mean(setting, r, prompt=prompt)) for r in scores.references)]
+        for prompt in scores.prompts
+        for setting in scores.settings
+        if (setting, prompt) in asked
+    ]
+    return table(["prompt", "setting", *scores.references], rows)
+
+
+def _against(scores: "Scores", other: str) -> str:
+    rows = [
+        [setting, *(_signed(scores.difference(setting, other, reference)) for reference in scores.references)]
+        for setting in scores.settings
+        if setting != other
+    ]
+    return table(["setting", *scores.references], rows)
+
+
+def _interval(found: "Interval") -> str:
+    if found.low is None or found.high is None:
+        return f"{found.mean:.3f}"
+    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def _signed(found: "Interval") -> str:
+    if found.low is None or found.high is None:
+        return f"{found.mean:+.3f}"
+    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{' *' if found.excludes_zero else ''}"

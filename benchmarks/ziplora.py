@@ -71,8 +71,10 @@ class Factored(nn.Module):
     def __init__(self, layers: Sequence[LowRank]) -> None:
         super().__init__()
         rows, columns = layers[0].shape
-        target = nn.Linear(columns, rows, device="cpu")
-        self.site = Site(dict(enumerate(layers)), len(layers), target, torch.float32)
+        factors = {
+            i: (torch.as_tensor(up), torch.as_tensor(down)) for i, (up, down) in enumerate(x.factors() for x in layers)
+        }
+        self.site = Site(factors, nn.Linear(columns, rows), torch.float32)
         self.m = nn.Parameter(torch.ones(len(layers), columns))
 
     def forward(self, x: Tensor, base: Tensor | None = None) -> Tensor:

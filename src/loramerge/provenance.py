@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 UNKNOWN = "0" * 64
 """Stands for a hash that is not known yet."""
 
+LEARNED = {"ziplora": "zip", "lsq": "calibrate"}
+"""Methods that merge by what a model does, and the command of each."""
+
 
 def record(plan: "Plan", hashes: Sequence[str]) -> dict[str, Any]:
     """A plan's recipe.

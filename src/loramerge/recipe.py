@@ -36,6 +36,7 @@ from .files import check_target, open, save
 from .lora import LoRA
 from .merging import Plan, plan
 from .methods import METHODS
+from .provenance import LEARNED
 from .ranks import Rank, budget, rule
 from .tensors import parse_dtype
 from .toml import Table
@@ -475,6 +476,7 @@ def _from_metadata(text: str | None, name: str) -> Recipe:
         raise MergeError(f"{name} has no recipe: it was not merged by loramerge.")
     try:
         found = json.loads(text)
+        learned = LEARNED.get(found["method"])
         entries = [_entry(entry) for entry in found["inputs"]]
         data = {
             key: found[key]
@@ -485,6 +487,12 @@ def _from_metadata(text: str | None, name: str) -> Recipe:
         data["output"] = {("to" if key == "dialect" else key): value for key, value in found["output"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
+    if learned:
+        raise MergeError(
+            f"{name} has no recipe that 'loramerge merge' can run again: it was learned on a model, by 'loramerge {learned}' "
+            f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
+            "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
+        )
     missing = [entry["name"] for entry in found["inputs"] if not entry.get("source")]
     if missing:
         raise MergeError(

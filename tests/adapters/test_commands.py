@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 import loramerge as lm
 from loramerge import LoRA
 from loramerge.cli.app import app
-from loramerge.cli.learning import sha256
 from loramerge.coefficients import Coefficients
 from loramerge.errors import LoRAMergeError
 from loramerge.testing import relative_error
@@ -66,10 +65,15 @@ def test_zip_learns_from_prompts_and_says_how_it_was_made(files: list[Path], bas
 
     assert merged.summary("rank") == "rank 5"
     recipe = json.loads(merged.metadata["loramerge"])
-    assert (recipe["method"], recipe["options"]["steps"], recipe["base"]) == ("ziplora", 2, str(base))
-    assert recipe["inputs"][1] == {"name": "jersey.safetensors", "weight": "learned", "sha256": sha256(str(files[1]))}
-    assert recipe["data"]["prompts"] == [[prompt] for prompt in tiny.PROMPTS]
-    assert Coefficients.read(kept).provenance == recipe
+    assert (recipe["method"], recipe["options"]["steps"], recipe["options"]["seed"]) == ("ziplora", 2, 0)
+    assert [(i["name"], i["weight"], i["sha256"]) for i in recipe["inputs"]] == [
+        (file.name, "learned", lm.load(file).sha256) for file in files
+    ]
+    assert recipe["learned_on"]["base"] == base.name
+    assert recipe["learned_on"]["data"]["prompts"] == [[prompt] for prompt in tiny.PROMPTS]
+    assert recipe["output"] == {"dialect": "diffusers-peft", "dtype": "float32"}
+    assert str(tmp_path) not in merged.metadata["loramerge"]
+    assert {**Coefficients.read(kept).provenance, "output": recipe["output"]} == recipe
 
     again = lm.merge(files, weights=str(kept))
     for module in merged:
@@ -85,7 +89,9 @@ def test_zip_learns_from_images(files: list[Path], base: Path, tmp_path: Path) -
     )
 
     recipe = json.loads(merged.metadata["loramerge"])
-    assert [place["count"] for place in recipe["data"]["images"]] == [2, 2]
+    places = recipe["learned_on"]["data"]["images"]
+    assert [place["count"] for place in places] == [2, 2]
+    assert len({place["sha256"] for place in places}) == 2
     assert not same(merged, lm.load(lm.save(lm.merge(files, weights=[1, 1]), tmp_path / "sum.safetensors")))
 
 
@@ -101,7 +107,7 @@ def test_zip_goes_on_from_its_checkpoint_to_the_same_bits(files: list[Path], bas
 
     assert same(rest, whole)
     assert not same(half, whole)
-    with pytest.raises(LoRAMergeError, match="is of a run with other LoRAs, data or settings"):
+    with pytest.raises(LoRAMergeError, match=r"of another run, with other data\."):
         learned("other.safetensors", 5, *state, "--guidance", "2")
 
 
@@ -112,10 +118,25 @@ def test_calibrate_keeps_moments_for_another_granularity(files: list[Path], base
     done("calibrate", *shared, "-g", "core", "-o", first)
 
     assert "of the average" in output
-    assert json.loads(lm.load(second).metadata["loramerge"])["options"]["granularity"] == "column"
+    recipes = [json.loads(lm.load(path).metadata["loramerge"]) for path in (first, second)]
+    assert [recipe["options"]["granularity"] for recipe in recipes] == ["core", "column"]
+    assert recipes[0]["learned_on"] == recipes[1]["learned_on"]
+    assert recipes[0]["learned_on"]["calibration"] == {"batches": 2, "batch_size": 1, "seed": 0}
     assert not same(lm.load(first), lm.load(second))
-    with pytest.raises(LoRAMergeError, match=r"are of person.safetensors, jersey.safetensors, got jersey"):
+    with pytest.raises(LoRAMergeError, match="stand in another order"):
         done("calibrate", *reversed(files), "--moments", kept, "-o", first)
+
+
+@pytest.mark.parametrize(("command", "quick"), [("zip", ("-s", "steps=1")), ("calibrate", ("--batches", "1"))])
+def test_a_learned_merge_names_the_command_that_made_it(
+    command: str, quick: tuple[str, ...], files: list[Path], base: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "merged.safetensors"
+    done(command, *files, "-b", base, "-o", output, "--device", "cpu", *PROMPTED, *quick)
+
+    assert "person.safetensors × learned, jersey.safetensors × learned by" in done("inspect", output)
+    with pytest.raises(LoRAMergeError, match=f"learned on a model, by 'loramerge {command}'"):
+        done("inspect", output, "--recipe")
 
 
 @pytest.mark.parametrize(
@@ -126,8 +147,9 @@ def test_calibrate_keeps_moments_for_another_granularity(files: list[Path], base
         ((*PROMPTED, "-s", "steps"), "wanted NAME=VALUE"),
         ((*PROMPTED, "-s", "steps=many"), "steps is a whole number, got 'many'"),
         ((*PROMPTED, "-s", "pace=3"), "Unknown setting 'pace'"),
-        ((*PROMPTED, "-s", "init=zeros"), "init is one of lsq, ones, mean, got 'zeros'"),
+        ((*PROMPTED, "-s", "init=zeros"), "init must be one of lsq, ones, mean, got 'zeros'"),
         ((*PROMPTED, "--preset", "best"), "Unknown preset 'best'"),
+        ((*PROMPTED, "-w", "1"), "Weights given: 1, LoRAs: 2"),
         ((*PROMPTED, "--precision", "fp16"), "Way out: --precision bf16"),
     ],
 )

@@ -15,7 +15,7 @@ from loramerge import LoRA
 from loramerge.adapters.diffusers import Denoiser, from_images, from_prompts, load
 from loramerge.errors import FileError, MergeError, OptionError
 from loramerge.learned.attach import attach
-from loramerge.learned.calibration import Batch
+from loramerge.learned.batches import Batch
 from loramerge.learned.ziplora import Learned, join, settings, ziplora
 
 FAMILIES = list(tiny.BUILDERS)
@@ -208,6 +208,7 @@ def test_weights_of_examples_scale_their_squared_error(tmp_path: Path) -> None:
 
     assert losses(fourfold, "mse") == pytest.approx([4 * x for x in losses(plain, "mse")])
     assert losses(fourfold, "norm") == pytest.approx([2 * x for x in losses(plain, "norm")])
+    assert losses(fourfold, "normalised") == pytest.approx(losses(plain, "normalised"))
 
 
 def test_a_seed_gives_the_same_examples(tmp_path: Path) -> None:

@@ -4,16 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from loramerge import LoRA
-from loramerge.adapters.diffusers import team
+from loramerge.adapters.diffusers import Team, team
+from loramerge.errors import OptionError
 from loramerge.layers import low_rank
-from loramerge.learned.calibration import Batch, Draw
+from loramerge.learned.batches import Batch
+from loramerge.learned.calibration import Draw, calibrate, seeded
 from loramerge.learned.ziplora import Learned, join, settings, ziplora
 
 MODULES = ("unet.first", "unet.second")
+SUM: dict[str, Any] = {"init": "ones", "loss": "mse"}
+"""Settings with which learning looks at no data before its first step."""
 
 
 class Small(nn.Module):
@@ -24,6 +29,13 @@ class Small(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(torch.tanh(self.first(x)))
+
+
+UNET = Small()
+
+
+def predict(batch: Batch) -> torch.Tensor:
+    return UNET(batch["x"])  # type: ignore[no-any-return]
 
 
 def loras() -> list[LoRA]:
@@ -40,11 +52,9 @@ def draw(lora: int, generator: torch.Generator, count: int) -> Batch:
     return {"x": torch.randn(count, 6, generator=generator) + 2 * lora}
 
 
-def learn(given: Draw, batch_size: int, checkpoint: Path | None = None, **shared: Any) -> Learned:
-    unet = Small()
-    chosen = settings(steps=4, calibration=3, batch_size=batch_size)
-    predict = lambda batch: unet(batch["x"])  # noqa: E731
-    return ziplora(predict, {"unet": unet}, loras(), given, chosen, checkpoint=checkpoint, every=4, **shared)
+def learn(given: Draw, shared: dict[str, Any], checkpoint: Path | None = None, **changes: Any) -> Learned:
+    chosen = settings(**{"steps": 4, "calibration": 3, **changes})
+    return ziplora(predict, {"unet": UNET}, loras(), given, chosen, checkpoint=checkpoint, **shared)
 
 
 def downs(learned: Learned) -> dict[str, np.ndarray]:
@@ -58,42 +68,103 @@ def one_of_several(rank: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     together = team(cpu=True)
-    learned = learn(
-        together.share(draw),
-        1,
-        folder / f"state-{rank}.safetensors",
-        reduce=together.reduce,
-        writes=together.writes,
-    )
-    np.savez(folder / f"{rank}.npz", **downs(learned))
+    shared: dict[str, Any] = {"reduce": together.reduce, "shard": together.shard}
+    kept = together.own(folder / "state.safetensors")
+    np.savez(folder / f"{rank}.npz", **downs(learn(draw, shared)))
+    np.savez(folder / f"sum-{rank}.npz", **downs(learn(draw, shared, **SUM)))
+    learn(draw, shared, kept, steps=2)
+    np.savez(folder / f"resumed-{rank}.npz", **downs(learn(draw, shared, kept)))
+    (folder / f"{rank}.txt").write_text(refused(rank, folder / "other.safetensors", shared, together))
+    moments = calibrate(predict, {"unet": UNET}, loras(), draw, kind="gram", batches=2, shard=together.shard)
+    together.reduce(moments.tensors())
+    np.savez(folder / f"moments-{rank}.npz", **{m: moments.modules[m].core.numpy() for m in MODULES})
     together.wait()
     torch.distributed.destroy_process_group()
 
 
-def of_both(lora: int, generator: torch.Generator, count: int) -> Batch:
-    """What the two processes draw, below each other."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return join([draw(lora, torch.Generator().manual_seed(seed + rank), count // 2) for rank in range(2)])
+def refused(rank: int, path: Path, shared: dict[str, Any], together: Team) -> str:
+    """What is said when the second process has lost its checkpoint."""
+    learn(draw, shared, together.own(path), steps=2)
+    if rank:
+        together.own(path).unlink()
+    try:
+        learn(draw, shared, together.own(path))
+    except OptionError as error:
+        return str(error)
+    return ""
 
 
-def test_two_processes_learn_what_one_does_with_twice_the_batch(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left behind."""
+    import os
     import socket
 
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    torch.multiprocessing.spawn(one_of_several, (tmp_path,), nprocs=2)
-    first, second = (np.load(tmp_path / f"{rank}.npz") for rank in range(2))
-    alone = downs(learn(of_both, 2))
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    try:
+        torch.multiprocessing.spawn(one_of_several, (folder,), nprocs=2)
+    finally:
+        del os.environ["MASTER_PORT"]
+    return folder
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as found:
+        return dict(found)
+
+
+def test_two_processes_end_at_the_same_bits(left: Path) -> None:
+    first, second = read(left / "0.npz"), read(left / "1.npz")
+
+    assert all(np.array_equal(first[module], second[module]) for module in MODULES)
+
+
+def test_two_processes_learn_what_one_does_with_the_data_of_both(left: Path) -> None:
+    shards = [seeded(0, shard) for shard in range(2)]
+
+    def of_both(lora: int, generator: torch.Generator, count: int) -> Batch:
+        return join([draw(lora, shard, 1) for shard in shards])
+
+    alone = downs(learn(of_both, {}, batch_size=2, **SUM))
+    found, other = read(left / "sum-0.npz"), read(left / "sum-1.npz")
+    begun = downs(learn(of_both, {}, steps=0, **SUM))
 
     for module in MODULES:
+        assert np.array_equal(found[module], other[module])
+        assert np.abs(found[module] - alone[module]).max() < 1e-5
+        assert np.abs(found[module] - begun[module]).max() > 1e-2
+
+
+def test_processes_go_on_from_checkpoints_of_their_own_to_the_same_bits(left: Path) -> None:
+    straight = read(left / "0.npz")
+
+    assert {path.name for path in left.glob("state*")} == {"state.safetensors", "state.1.safetensors"}
+    for rank in range(2):
+        resumed = read(left / f"resumed-{rank}.npz")
+        assert all(np.array_equal(resumed[module], straight[module]) for module in MODULES)
+
+
+def test_a_process_that_lost_its_checkpoint_stops_all(left: Path) -> None:
+    assert "checkpoint is at step 2, others' are not" in (left / "0.txt").read_text()
+    assert "checkpoint is at step 0, others' are not" in (left / "1.txt").read_text()
+
+
+def test_moments_of_two_processes_are_the_mean(left: Path) -> None:
+    first, second = read(left / "moments-0.npz"), read(left / "moments-1.npz")
+    apart = [calibrate(predict, {"unet": UNET}, loras(), draw, batches=2, shard=shard) for shard in range(2)]
+
+    for module in MODULES:
+        one, other = (moments.modules[module].core.numpy() for moments in apart)
         assert np.array_equal(first[module], second[module])
-        assert np.abs(first[module] - alone[module]).max() < 1e-5
-    assert (tmp_path / "state-0.safetensors").exists()
-    assert not (tmp_path / "state-1.safetensors").exists()
+        assert np.abs(first[module] - (one + other) / 2).max() < 1e-9
+        assert np.abs(one - other).max() > 1e-2
 
 
-def test_one_process_draws_what_it_would_alone() -> None:
+def test_one_process_is_the_first_and_only() -> None:
     together = team(cpu=True)
     assert together.writes
-    assert together.share(draw) is draw
+    assert (together.shard, together.size) == (0, 1)
+    assert together.own(Path("state.safetensors")) == Path("state.safetensors")

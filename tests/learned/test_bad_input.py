@@ -161,6 +161,23 @@ def test_wrong_weights_are_refused(weights: list[float]) -> None:
         learn(LORAS, weights=weights)
 
 
+@pytest.mark.parametrize("weight", [[1.0], [1.0, -1.0], [1.0, float("nan")], [[1.0], [1.0]]])
+def test_wrong_weights_of_examples_are_refused(weight: object) -> None:
+    def weighed(lora: int, generator: torch.Generator, count: int) -> Batch:
+        return {**draw(lora, generator, count), "weight": torch.tensor(weight)[lora:]}
+
+    with pytest.raises(OptionError, match="one number from 0 an example, 2; got"):
+        ziplora(predict(MODEL), {"unet": MODEL}, LORAS, weighed, settings(steps=1, init="ones", loss="mse"))
+
+
+def test_batches_with_different_entries_are_refused() -> None:
+    def uneven(lora: int, generator: torch.Generator, count: int) -> Batch:
+        return {**draw(lora, generator, count), **({"weight": torch.ones(count)} if lora else {})}
+
+    with pytest.raises(OptionError, match=r"entries \(x, t, text\), \(x, t, text, weight\); wanted alike"):
+        ziplora(predict(MODEL), {"unet": MODEL}, LORAS, uneven, settings(steps=1, init="ones", loss="mse"))
+
+
 def test_a_negative_shard_is_refused() -> None:
     with pytest.raises(OptionError, match="shard"):
         learn(LORAS, shard=-1)

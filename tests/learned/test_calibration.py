@@ -64,6 +64,21 @@ def dense_moments(model: nn.Module, loras: list[LoRA]) -> dict[str, list[Tensor]
     return totals
 
 
+def test_an_autocast_of_the_models_leaves_the_sums_in_full_precision() -> None:
+    model, loras = two()
+
+    def in_bf16(batch: Batch) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(**batch)  # type: ignore[no-any-return]
+
+    exact = calibrated(model, loras)
+    found = calibrate(in_bf16, {"unet": model}, loras, draw, kind="gram", batches=3, batch_size=2)
+    first = "unet.conv_in"
+
+    assert torch.equal(found.modules[first].core, exact.modules[first].core)
+    assert torch.equal(found.modules[first].gram, exact.modules[first].gram)
+
+
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
 def test_moments_are_those_of_the_model_with_each_lora_in_its_weights(kind: str) -> None:
     model, loras = two(kind=kind)

@@ -122,17 +122,31 @@ def test_nan_stops_with_the_last_good_state(where: str, bad: int, tmp_path: Path
 def test_the_state_of_other_settings_is_refused(changes: dict[str, object], tmp_path: Path) -> None:
     learn(tmp_path / "state", steps=2)
 
-    with pytest.raises(OptionError, match="other LoRAs or settings"):
+    with pytest.raises(OptionError, match=r"of another run, with other settings\."):
         learn(tmp_path / "state", **changes)
+
+
+def test_the_state_of_other_data_is_refused(tmp_path: Path) -> None:
+    def run(data: str, steps: int) -> Learned:
+        chosen = settings(steps=steps, calibration=2)
+        about = {"base": "toy", "data": data}
+        return ziplora(
+            predict(MODEL), {"unet": MODEL}, LORAS, draw, chosen, checkpoint=tmp_path / "state", identity=about
+        )
+
+    run("these", 1)
+    assert run("these", 2).history
+    with pytest.raises(OptionError, match=r"of another run, with other data\."):
+        run("those", 3)
 
 
 def test_the_state_of_other_loras_of_the_same_names_is_refused(tmp_path: Path) -> None:
     learn(tmp_path / "state", steps=2)
     other = lora_for(MODEL, seed=5, rank=3, name=LORAS[1].name)
 
-    with pytest.raises(OptionError, match="other LoRAs or settings"):
+    with pytest.raises(OptionError, match="with other LoRAs"):
         learn(tmp_path / "state", loras=[LORAS[0], other])
-    with pytest.raises(OptionError, match="other LoRAs or settings"):
+    with pytest.raises(OptionError, match="with other LoRAs"):
         learn(tmp_path / "state", loras=LORAS[::-1])
 
 

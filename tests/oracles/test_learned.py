@@ -13,7 +13,8 @@ from torch import Tensor
 import loramerge as lm
 from loramerge.errors import MergeError
 from loramerge.learned.attach import attach
-from loramerge.learned.calibration import Batch, calibrate
+from loramerge.learned.batches import Batch
+from loramerge.learned.calibration import calibrate
 from loramerge.learned.lsq import lsq
 from loramerge.learned.ziplora import Learned, settings, ziplora
 from loramerge.lora import LoRA

@@ -1,10 +1,9 @@
 """``loramerge calibrate``: the least-squares merge, in closed form from what the base model's modules see."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +12,6 @@ from . import learning as given
 from .run import progress, table
 
 if TYPE_CHECKING:
-    from ..adapters.diffusers import Denoiser
     from ..learned.lsq import Report
     from ..learned.moments import Kind, Moments
     from ..merging import Plan
@@ -77,6 +75,7 @@ def calibrate(
     -p "a psq-person" -p "a barca24_jersey" -o merged.safetensors
     """
     from ..learned.lsq import lsq
+    from ..learned.moments import Moments
 
     asked = given.Given(
         files=files,
@@ -99,46 +98,22 @@ def calibrate(
     )
     planned = given.plan_of(files, architecture, output, to)
     if moments and moments.exists():
-        taken = _kept(moments, planned)
+        taken: Moments | None = Moments.load(moments)
     else:
         kind: Kind = "gram" if granularity in ("column", "full") else "core"
         taken = _taken(asked, planned, kind, batches, batch_size, moments)
-    if not taken.writes:
+    if taken is None:
         return
-    merged, report = lsq(planned.loras, taken.moments, granularity=granularity.value, ridge=ridge, prior=prior.value)
+    merged, report = lsq(planned.loras, taken, granularity=granularity.value, ridge=ridge, prior=prior.value)
     if not quiet:
         print(_table(report, planned.architecture))
-    options = {"granularity": granularity.value, "ridge": ridge, "prior": prior.value}
-    made = given.recipe("lsq", options, planned, files, taken.denoiser, taken.data, taken.processes)
-    given.write(merged, planned, made, output, to, dtype, quiet)
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """Moments, and where they come from."""
-
-    moments: "Moments"
-    data: Mapping[str, Any]
-    denoiser: "Denoiser | None" = None
-    processes: int = 1
-    writes: bool = True
-
-
-def _kept(path: Path, planned: "Plan") -> _Taken:
-    """Moments that an earlier run has kept."""
-    from ..learned.moments import Moments
-
-    found = Moments.load(path)
-    names = tuple(lora.name for lora in planned.loras)
-    if found.names != names:
-        raise OptionError(f"The moments in {path} are of {', '.join(found.names)}, got {', '.join(names)}.")
-    return _Taken(found, {"moments": path.name})
+    given.write(merged, output, to, dtype, quiet)
 
 
 def _taken(
     asked: given.Given, planned: "Plan", kind: "Kind", batches: int, batch_size: int, path: Path | None
-) -> _Taken:
-    """Moments of what the model's modules see now."""
+) -> "Moments | None":
+    """Moments of what the model's modules see; None in processes that leave the rest to the first."""
     from ..adapters.diffusers import team, within_memory
     from ..learned.calibration import calibrate
 
@@ -156,18 +131,21 @@ def _taken(
                 denoiser.predict,
                 denoiser.models,
                 planned.loras,
-                together.share(draw),
+                draw,
                 kind=kind,
                 batches=batches,
                 batch_size=batch_size,
                 seed=asked.seed,
                 progress=report,
+                shard=together.shard,
+                identity=given.identity(denoiser, draw.description, together.size),
             )
     together.reduce(found.tensors())
-    if path and together.writes:
+    if not together.writes:
+        return None
+    if path:
         found.save(path)
-    described = {**draw.description, "batches": batches, "batch_size": batch_size, "seed": asked.seed}
-    return _Taken(found, described, denoiser, together.state.num_processes, together.writes)
+    return found
 
 
 def _table(report: "Report", architecture: str | None) -> str:

@@ -1,9 +1,8 @@
 """What ``zip`` and ``calibrate`` share: the LoRAs, the base model, the examples, where the result goes."""
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -152,68 +151,30 @@ def _hint(loras: "Sequence[LoRA]", prompts: Sequence[Sequence[str]]) -> None:
             print(f"Hint: {lora.name} says that its trigger is {phrase!r}; no prompt of it has that.", file=sys.stderr)
 
 
-def recipe(
-    method: str,
-    options: Mapping[str, Any],
-    planned: "Plan",
-    files: Sequence[str],
-    denoiser: "Denoiser | None",
-    data: Mapping[str, Any],
-    processes: int = 1,
-) -> dict[str, Any]:
-    """How the merge was made, for its metadata."""
-    from .. import __version__
-
-    inputs = [
-        {"name": lora.name, "weight": "learned", "sha256": sha256(file)}
-        for lora, file in zip(planned.loras, files, strict=True)
-    ]
-    made: dict[str, Any] = {
-        "loramerge": __version__,
-        "method": method,
-        "options": dict(options),
-        "rank": "sum",
-        "inputs": inputs,
+def identity(denoiser: "Denoiser", data: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """What a merge is learned on, for its metadata, and for checkpoints to agree in."""
+    local = Path(denoiser.source).expanduser()
+    return {
+        "base": (local.name or local.resolve().name) if local.exists() else denoiser.source,
+        "pipeline": type(denoiser.pipe).__name__,
+        "precision": _named(denoiser.dtype),
+        "autocast": _named(denoiser.autocast),
+        "text_encoders": denoiser.text_encoders,
         "data": dict(data),
+        "processes": processes,
     }
-    if denoiser is not None:
-        made |= {
-            "base": denoiser.source,
-            "pipeline": type(denoiser.pipe).__name__,
-            "precision": str(denoiser.dtype).removeprefix("torch."),
-            "text_encoders": denoiser.text_encoders,
-            "processes": processes,
-        }
-    return made
 
 
-def sha256(file: str) -> str:
-    """Of a LoRA's file."""
-    from ..files import PEFT_FILE, locate
-
-    path = locate(file)
-    found = next(iter(sorted(path.rglob(PEFT_FILE)) or sorted(path.glob("*.safetensors")))) if path.is_dir() else path
-    with found.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _named(dtype: object) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def write(
-    lora: "LoRA", planned: "Plan", made: Mapping[str, Any], output: Path, to: str | None, dtype: str | None, quiet: bool
-) -> None:
-    """Save a learned merge as an ordinary LoRA."""
+def write(lora: "LoRA", output: Path, to: str | None, dtype: str | None, quiet: bool) -> None:
+    """Save a learned merge."""
     from ..files import save
 
-    whole = replace(
-        lora,
-        name=planned.name,
-        architecture=planned.architecture,
-        dialect=planned.dialect,
-        dtype=planned.dtype,
-        extras=planned.extras,
-        metadata=planned.metadata(dict(made)),
-    )
-    path = save(whole, output, dialect=to, dtype=dtype)
+    path = save(lora, output, dialect=to, dtype=dtype)
     if not quiet:
         written = path if path.is_file() else path / "adapter_model.safetensors"
         where = f", {size(written.stat().st_size)}" if written.exists() else ""
-        print(f"→ {path} ({to or planned.dialect}{where})")
+        print(f"→ {path} ({to or lora.dialect}{where})")

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ def zip_loras(
     base: given.Base,
     prompt: given.Prompt = None,
     data: given.Data = None,
-    preset: Annotated[str, typer.Option("--preset", help="default, paper, or mkshing.")] = "default",
+    preset: Annotated[str, typer.Option("--preset", help="default, paper, lora.rar or mkshing.")] = "default",
     setting: Annotated[list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE, such as steps=20.")] = None,
     weight: Annotated[list[float] | None, typer.Option("--weight", "-w", help="How much each one counts.")] = None,
     coefficients: Annotated[
@@ -59,7 +60,7 @@ def zip_loras(
     chosen = settings_of(preset, setting or [])
     if precision == "fp16" or autocast == "fp16":
         raise OptionError("In fp16 gradients underflow, so nothing can be learned. Way out: --precision bf16, or fp32.")
-    if coefficients and chosen.parametrisation != "column":
+    if coefficients and chosen.parametrisation == "down":
         raise OptionError("The parametrisation 'down' learns no coefficients. Way out: no --coefficients.")
     asked = given.Given(
         files=files,
@@ -122,43 +123,40 @@ def _run(
     to: str | None,
     dtype: str | None,
 ) -> None:
-    from dataclasses import asdict, replace
-
     from ..adapters.diffusers import team, within_memory
-    from ..learned.ziplora import ziplora
+    from ..learned.ziplora import shares_of, ziplora
 
+    shares = shares_of(weights, len(asked.files))
     planned = given.plan_of(asked.files, asked.architecture, output, to)
     together = team(cpu=asked.device == "cpu")
     quiet = asked.quiet or not together.writes
     asked = replace(asked, quiet=quiet)
     denoiser = given.denoiser_of(asked, together, planned.loras)
+    names = [lora.name for lora in planned.loras]
     with within_memory(asked.resolution or denoiser.resolution, chosen.batch_size, len(planned.loras)):
         draw = given.examples_of(asked, denoiser, planned.loras)
         denoiser.release()
-        processes = together.state.num_processes
         learned = ziplora(
             denoiser.predict,
             denoiser.models,
             planned.loras,
-            together.share(draw),
+            draw,
             chosen,
-            weights=weights,
-            checkpoint=checkpoint,
+            weights=shares,
+            checkpoint=together.own(checkpoint) if checkpoint else None,
             every=every,
-            on_step=None if quiet else Losses([lora.name for lora in planned.loras]),
+            on_step=None if quiet else Losses(names),
             reduce=together.reduce,
-            writes=together.writes,
-            identity={"base": denoiser.source, "data": draw.description, "processes": processes},
+            shard=together.shard,
+            identity=given.identity(denoiser, draw.description, together.size),
         )
     if not together.writes:
         return
-    options = asdict(chosen) | ({"weights": list(weights)} if weights else {})
-    made = given.recipe("ziplora", options, planned, asked.files, denoiser, draw.description, processes)
     if not quiet:
-        print(_table(learned))
-    given.write(learned.lora, planned, made, output, to, dtype, quiet)
+        print(_table(learned, names))
+    given.write(learned.lora, output, to, dtype, quiet)
     if coefficients and learned.coefficients:
-        path = replace(learned.coefficients, provenance=made).save(coefficients)
+        path = learned.coefficients.save(coefficients)
         if not quiet:
             print(f"→ {path} (coefficients)")
 
@@ -184,10 +182,9 @@ class Losses:
             print(line, file=sys.stderr, flush=True)
 
 
-def _table(learned: "Learned") -> str:
+def _table(learned: "Learned", names: Sequence[str]) -> str:
     if not learned.history:
         return "No step was left to do."
-    names = learned.lora.name.split(" + ")
     tenth = max(1, len(learned.history) // 10)
     ends = learned.history[:tenth], learned.history[-tenth:]
     rows = [

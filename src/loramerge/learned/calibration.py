@@ -10,11 +10,9 @@ from torch import Tensor
 from ..errors import OptionError
 from ..lora import LoRA
 from .attach import Models, Site, attach
+from .batches import Batch, seen
 from .factors import fingerprints
 from .moments import Kind, Moments
-
-Batch: TypeAlias = Mapping[str, Any]
-"""What the model takes: tensors, or mappings of tensors, whose first axis is the batch."""
 
 Predict: TypeAlias = Callable[[Batch], Tensor]
 """The model as a function of a batch."""
@@ -37,6 +35,8 @@ def calibrate(
     seed: int = 0,
     merged: LoRA | None = None,
     progress: Progress | None = None,
+    shard: int = 0,
+    identity: Mapping[str, Any] | None = None,
 ) -> Moments:
     """The second moments of every module's inputs under each LoRA.
 
@@ -52,6 +52,10 @@ def calibrate(
         merged: Another round: the inputs that modules see while this LoRA acts, any merge of them,
             instead of each LoRA alone.  Average it with the first round's.
         progress: Called with the number of batches done and of all.
+        shard: Which of several processes this is: each takes moments of other data, and averages their
+            `Moments.tensors` with the others'.
+        identity: What else the moments come from, such as the base model and hashes of the data: kept with them,
+            and told by what is made of them.
 
     Raises:
         MergeError: The LoRAs don't fit the model.
@@ -61,8 +65,14 @@ def calibrate(
         raise OptionError(f"Unknown kind of moments {kind!r}. Available: {', '.join(get_args(Kind))}.")
     if min(batches, batch_size) < 1:
         raise OptionError(f"Calibration needs batches and examples: got {batches} batches of {batch_size}.")
-    moments = Moments(kind, tuple(lora.name for lora in loras), fingerprints(loras))
-    generator = torch.Generator().manual_seed(seed)
+    taken = {"batches": batches, "batch_size": batch_size, "seed": seed}
+    moments = Moments(
+        kind,
+        tuple(lora.name for lora in loras),
+        fingerprints(loras),
+        identity={**(identity or {}), "calibration": taken},
+    )
+    generator = seeded(seed, shard)
     acting = attach(models, [merged]) if merged is not None else nullcontext()
     with torch.no_grad(), attach(models, loras) as attachment, acting:
         current = 0
@@ -75,8 +85,13 @@ def calibrate(
         for done in range(batches * len(loras)):
             current = done % len(loras)
             attachment.only(torch.full((batch_size,), current))
-            predict(draw(current, generator, batch_size))
+            predict(seen(draw(current, generator, batch_size)))
             if progress:
                 progress(done + 1, batches * len(loras))
         attachment.check_all_ran()
     return moments
+
+
+def seeded(seed: int, shard: int = 0) -> torch.Generator:
+    """The generator of a process's data: another one for each."""
+    return torch.Generator().manual_seed(seed + 1_000_003 * shard)

@@ -177,7 +177,7 @@ def lsq(
         learned[module] = p.up, solved
         _fit(report, module, p, solved)
     options = {"granularity": granularity, "ridge": chosen, "prior": prior, "weights": shares}
-    return assemble(planned, learned, "lsq", options), report
+    return assemble(planned, learned, "lsq", options, moments.identity), report
 
 
 def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Sequence[float] | None = None) -> Problem:

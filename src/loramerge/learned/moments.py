@@ -15,11 +15,11 @@ of a prompt) share one Σ Cᵢ: for the attention of Stable Diffusion XL 1.7 GB 
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,8 @@ class Moments:
     marks: tuple[str, ...] = ()
     """Their fingerprints, by which moments of other LoRAs are refused."""
     modules: dict[str, Module] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What they were taken from: batches, seed, and what `calibrate` was told of the model and the data."""
     _inputs: dict[str, "_Same"] = field(default_factory=dict, repr=False, compare=False)
     """What each module that keeps a gram was last given."""
 
@@ -83,7 +85,8 @@ class Moments:
         if module not in self.modules:
             self.modules[module] = self._begin(site, x)
         found = self.modules[module]
-        with torch.no_grad():
+        # Sums in half precision would lose the small: an autocast of the model's is not ours.
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             wide = x.detach().float()
             inner = site.inner(wide, site.down.float())
             inner = inner.movedim(1, -1) if site.convolution is not None else inner
@@ -142,13 +145,17 @@ class Moments:
                 "or stand in another order. Way out: calibrate with them."
             )
 
+    def tensors(self) -> list[Tensor]:
+        """Every sum, for several processes to average in place."""
+        parts = [part for m in self.modules.values() for part in (m.core, m.gram, m.cross)]
+        return [part for part in parts if part is not None]
+
     def averaged(self, other: "Moments") -> "Moments":
         """The mean of two calibrations with the same LoRAs."""
         if (self._leaders(), self.kind, self.marks) != (other._leaders(), other.kind, other.marks):
             raise MergeError("These moments were taken with other LoRAs, or are of another kind.")
-        return Moments(
-            self.kind, self.names, self.marks, {m: _sum(self.modules[m], other.modules[m]) for m in self.modules}
-        )
+        summed = {m: _sum(self.modules[m], other.modules[m]) for m in self.modules}
+        return Moments(self.kind, self.names, self.marks, summed, self.identity)
 
     def _leaders(self) -> dict[str, str | None]:
         return {name: module.leader for name, module in self.modules.items()}
@@ -163,8 +170,9 @@ class Moments:
             "marks": self.marks,
             "updates": updates,
             "leaders": self._leaders(),
+            "identity": self.identity,
         }
-        write(Path(path), groups, {"format": "pt", KEY: json.dumps(said)})
+        write(Path(path), groups, {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)})
         return Path(path)
 
     @classmethod
@@ -187,7 +195,7 @@ class Moments:
                     )
                     for name, updates in said["updates"].items()
                 }
-                return cls(said["kind"], tuple(said["names"]), tuple(said["marks"]), modules)
+                return cls(said["kind"], tuple(said["names"]), tuple(said["marks"]), modules, said["identity"])
             except (KeyError, TypeError, ValueError) as error:
                 raise FileError(f"{path} holds no moments, or not all of them: {error} is missing or wrong.") from None
 
@@ -230,6 +238,6 @@ def _sum(a: Module, b: Module) -> Module:
 
 def _group(name: str, module: Module) -> Group:
     parts = {"core": module.core, "gram": module.gram, "cross": module.cross}
-    held = {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items() if tensor is not None}
+    held = {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items() if tensor is not None}
     specs = {key: Spec(tuple(tensor.shape), code(tensor)) for key, tensor in held.items()}
     return Group(name, specs, lambda: held)

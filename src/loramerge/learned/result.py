@@ -23,15 +23,20 @@ def plan_sum(loras: Sequence[LoRA]) -> Plan:
 
 
 def assemble(
-    planned: Plan, learned: Mapping[str, tuple[Tensor, Tensor]], method: str, options: Mapping[str, Any]
+    planned: Plan,
+    learned: Mapping[str, tuple[Tensor, Tensor]],
+    method: str,
+    options: Mapping[str, Any],
+    identity: Mapping[str, Any],
 ) -> LoRA:
     """The plain sum, with the factors of some modules replaced by what was learned.
 
     Args:
         planned: The plain sum.
         learned: ``up`` ``(out, r)`` and ``down`` ``(r, in·kh·kw)`` by module.
-        method: What the file's recipe calls the way of learning.
+        method: What the file's recipe calls the way of learning, a key of `provenance.LEARNED`.
         options: Its settings.
+        identity: What it was learned on: the base model, the data.
     """
 
     def layer(module: str) -> Any:
@@ -41,7 +46,11 @@ def assemble(
         return low_rank(up, down, planned.steps[module].shape)
 
     summed = planned.lora()
-    recipe = json.loads(summed.metadata[RECIPE]) | {"method": method, "options": dict(options)}
+    recipe = json.loads(summed.metadata[RECIPE]) | {
+        "method": method,
+        "options": dict(options),
+        "learned_on": dict(identity),
+    }
     for entry in recipe["inputs"]:
         entry["weight"] = "learned"
     return replace(

@@ -82,8 +82,9 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State:
     with closing(SafetensorsFile(path)) as file:
         try:
             said = json.loads(file.metadata[KEY])
-            same = said["identity"] == json.loads(json.dumps(identity))
-            names = said["names"] if same else []
+            wanted, was = json.loads(json.dumps(identity)), said["identity"]
+            others = [name for name in {**wanted, **was} if wanted.get(name) != was.get(name)]
+            names = [] if others else said["names"]
             found = State(
                 said["step"],
                 {name: tensor(file, f"{name}/value") for name in names},
@@ -95,10 +96,10 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State:
             raise FileError(
                 f"{path} holds no state of learning, or not all of it: {error} is missing or wrong."
             ) from None
-    if not same:
+    if others:
         raise OptionError(
-            f"The checkpoint {path} is of a run with other LoRAs or settings. "
-            "Ways out: the same settings, or another path."
+            f"The checkpoint {path} is of another run, with other {' and '.join(others)}. "
+            "Ways out: the same ones, or another path."
         )
     return found
 

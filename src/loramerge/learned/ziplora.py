@@ -5,6 +5,7 @@ passes of the model whatever their number: all teachers (each LoRA alone on its 
 gradients in one batch, all students (the merge) in another.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from ..coefficients import Coefficients
 from ..errors import MergeError, NumberError, OptionError
 from ..lora import LoRA
+from ..metadata import RECIPE
 from .attach import Attachment, Models, attach
-from .calibration import Batch, Draw, Predict, calibrate
+from .batches import Batch, join, seen, weighed
+from .calibration import Draw, Predict, calibrate, seeded
 from .coupling import crossings, penalty
 from .factors import fingerprints
 from .lsq import RIDGE, column_solution, problem
@@ -27,7 +30,7 @@ from .result import assemble, plan_sum
 from .settings import PRESETS, Settings, settings
 from .state import load_state, save_state
 
-__all__ = ["PRESETS", "Learned", "Settings", "Step", "settings", "ziplora"]
+__all__ = ["PRESETS", "Learned", "Settings", "Step", "join", "settings", "ziplora"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def ziplora(
     on_step: Callable[[Step], bool | None] | None = None,
     reduce: Callable[[Sequence[Tensor]], None] | None = None,
     shard: int = 0,
+    identity: Mapping[str, Any] | None = None,
 ) -> Learned:
     """Learn the merge of LoRAs on a model.
 
@@ -81,29 +85,38 @@ def ziplora(
         checkpoint: Where to keep the state; if it is there, learning goes on from it.
         every: Steps between two states; one more is kept at the end.
         on_step: Called after every step, when its state is kept; False stops learning.
-        reduce: Averages gradients over processes in place, when several learn together.
-        shard: Which of those processes this is: each learns from other data, and begins with
-            the same coefficients.
+        reduce: Averages tensors over processes in place, when several learn together.
+        shard: Which of those processes this is: each learns from other data, begins with the same
+            coefficients, and has a checkpoint of its own.
+        identity: What else the run depends on, such as the base model and hashes of the data: a checkpoint must
+            agree in it, and the result's metadata tell it.
 
     Raises:
         MergeError: The LoRAs don't fit the model or each other, share no module, or one of them
             changes nothing.
         NumberError: The loss became NaN or infinite; the last good state is in the checkpoint.
-        OptionError: A weight is missing, or the checkpoint is of another run.
+        OptionError: A weight is missing, or the checkpoint is of another run, or not at the step of the
+            other processes'.
         FileError: The checkpoint can't be read or written.
     """
     if every < 1 or shard < 0:
         raise OptionError(f"ZipLoRA: every is a number from 1, shard from 0; got {every} and {shard}.")
     planned = plan_sum(loras)
-    shares = _shares(weights, len(loras))
+    shares = shares_of(weights, len(loras))
+    about = dict(identity or {})
     with _frozen(models), attach(models, loras) as attachment:
-        run = _Run(predict, models, loras, draw, settings, shares, attachment, shard)
+        run = _Run(predict, models, loras, draw, settings, shares, attachment, shard, about)
         history = run.learn(checkpoint, every, on_step, reduce)
-        lora = assemble(planned, run.factors(), "ziplora", asdict(settings))
-        return Learned(lora, run.coefficients(), history)
+        lora = assemble(planned, run.factors(), "ziplora", {**asdict(settings), "weights": shares}, about)
+        return Learned(lora, run.coefficients(json.loads(lora.metadata[RECIPE])), history)
 
 
-def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
+    """How much each LoRA's term counts.
+
+    Raises:
+        OptionError: One is missing or below 0, or all are 0.
+    """
     found = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(found) != count:
         raise OptionError(f"Weights given: {len(found)}, LoRAs: {count}.")
@@ -125,9 +138,11 @@ class _Run:
         weights: Sequence[float],
         attachment: Attachment,
         shard: int,
+        about: Mapping[str, Any],
     ) -> None:
         self.predict, self.models, self.loras, self.draw = predict, models, loras, draw
-        self.settings, self.weights, self.attachment, self.shard = settings, weights, attachment, shard
+        self.settings, self.weights, self.attachment = settings, weights, attachment
+        self.shard, self.about = shard, about
         # What one LoRA has alone stays as it is: nothing competes with it.
         self.sites = {m: site for m, site in attachment.sites.items() if len(site.present) > 1}
         if not self.sites:
@@ -135,7 +150,7 @@ class _Run:
                 f"{', '.join(lora.name for lora in loras)} share no module of the model: there is nothing to learn. "
                 "Way out: a merge with weights 1, which is exact."
             )
-        self.generator = torch.Generator().manual_seed(settings.seed + 1_000_003 * shard)
+        self.generator = seeded(settings.seed, shard)
         self.scales: list[float] = []
         self.parameters: dict[str, nn.Parameter] = {}
         self.crossings: dict[str, Tensor] = {}
@@ -153,6 +168,10 @@ class _Run:
         given = self.settings
         identity = self._identity() if checkpoint else {}
         optimizer, reached = self._begin(checkpoint, identity)
+        if reduce:
+            _check_together(reached, reduce)
+            if not reached:  # the same already, where all devices round alike
+                reduce([parameter.detach() for parameter in self.parameters.values()])
 
         def keep() -> None:
             if checkpoint:
@@ -248,8 +267,8 @@ class _Run:
         generator = torch.Generator().manual_seed(self.settings.seed + 1)
         for _ in range(self.settings.calibration):
             joint, rows = self._data(generator)
-            with_lora = self._teach(joint, rows).float()
-            base = self._teach(joint, torch.full_like(rows, -1)).float()
+            with_lora = weighed(self._teach(joint, rows).float(), joint)
+            base = weighed(self._teach(joint, torch.full_like(rows, -1)).float(), joint)
             for i, (changed, part) in enumerate(zip(self._parts(with_lora), self._parts(base), strict=True)):
                 totals[i] += float((changed - part).square().mean())
                 sizes[i] += float(part.square().mean())
@@ -275,7 +294,7 @@ class _Run:
     def _teach(self, joint: Batch, rows: Tensor) -> Tensor:
         self.attachment.only(rows)
         with torch.no_grad():
-            taught = self.predict(joint)
+            taught = self.predict(seen(joint))
         self.attachment.check_all_ran()
         return taught
 
@@ -288,8 +307,8 @@ class _Run:
         # The teacher goes first: checkpointed blocks run again in backward, and must find the student's state.
         self.attachment.all()
         self.attachment.downs = {m: self._down(m) for m in self.sites}
-        student = self.predict(joint)
-        fits = self._fits(student.float(), teacher.float())
+        student = self.predict(seen(joint))
+        fits = self._fits(weighed(student.float() - teacher.float(), joint))
         coupling = self._coupling()
         loss = sum((w * f for w, f in zip(self.weights, fits, strict=True)), fits[0].new_zeros(()))
         loss = loss + self.settings.lam * coupling
@@ -315,8 +334,8 @@ class _Run:
         site = self.sites[module]
         return site.down.float() * self._columns(module)[site.owner]
 
-    def _fits(self, student: Tensor, teacher: Tensor) -> list[Tensor]:
-        parts = self._parts(student - teacher)
+    def _fits(self, difference: Tensor) -> list[Tensor]:
+        parts = self._parts(difference)
         if self.settings.loss == "norm":
             return [part.norm() for part in parts]
         squares = [part.square().mean() for part in parts]
@@ -346,28 +365,29 @@ class _Run:
         """What was learned: ``up`` and ``down`` of every module that the LoRAs share."""
         return {m: (site.up, self._down(m).detach()) for m, site in self.sites.items()}
 
-    def coefficients(self) -> Coefficients | None:
+    def coefficients(self, recipe: Mapping[str, Any]) -> Coefficients | None:
         """The same as weights of the ordinary merge, where it is one."""
         if self.settings.parametrisation == "down":
             return None
         columns = {m: self._columns(m).detach().cpu().contiguous().numpy() for m in self.sites}
-        provenance = {"method": "ziplora", "settings": asdict(self.settings)}
-        return Coefficients.of(columns, self.loras, [1.0] * len(self.loras), provenance)
+        return Coefficients.of(columns, self.loras, [1.0] * len(self.loras), recipe)
 
     def _identity(self) -> dict[str, Any]:
         """What a state must agree in with the run that goes on from it; more steps are no other run."""
         kept = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
         marks = fingerprints(self.loras)
-        return {"settings": kept, "loras": marks, "weights": self.weights, "shard": self.shard}
+        return {**self.about, "settings": kept, "LoRAs": marks, "weights": self.weights, "shard": self.shard}
 
 
-def join(batches: Sequence[Batch]) -> Batch:
-    """Batches below each other; nested mappings are joined too."""
-    first = batches[0]
-    return {
-        key: join([b[key] for b in batches]) if isinstance(value, Mapping) else torch.cat([b[key] for b in batches])
-        for key, value in first.items()
-    }
+def _check_together(reached: int, reduce: Callable[[Sequence[Tensor]], None]) -> None:
+    """Refuse processes whose checkpoints are at different steps: they would wait for each other."""
+    means = torch.tensor([reached, reached**2], dtype=torch.float64)
+    reduce([means])
+    if abs(means[1] - means[0] ** 2) > 0.01:
+        raise OptionError(
+            f"This process's checkpoint is at step {reached}, others' are not: they average {means[0]:g}. "
+            "Way out: without checkpoints, a new run."
+        )
 
 
 @contextmanager

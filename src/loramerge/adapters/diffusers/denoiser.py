@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import FileError, MergeError, MissingExtraError, OptionError
-from ...learned.calibration import Batch
+from ...learned.batches import Batch
 from ...lora import LoRA
 from .families import Conditions, Family, Size, family_of
 from .schedules import Schedule, schedule

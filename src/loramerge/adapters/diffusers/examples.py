@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...errors import OptionError
 from ...learned.attach import attach
-from ...learned.calibration import Batch, Progress
+from ...learned.batches import Batch
+from ...learned.calibration import Progress
 from ...lora import LoRA
 from ..images import Picture, cropped, digest, pictures
 from .denoiser import Denoiser

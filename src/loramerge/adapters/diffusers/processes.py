@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import MissingExtraError
-from ...learned.calibration import Batch, Draw
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,18 @@ class Team:
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes files and speaks."""
+        """Whether this process is the one that writes results and speaks."""
         return bool(self.state.is_main_process)
+
+    @property
+    def shard(self) -> int:
+        """This process's number, from 0: what `ziplora` and `calibrate` take other data by."""
+        return int(self.state.process_index)
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return int(self.state.num_processes)
 
     @property
     def device(self) -> torch.device:
@@ -30,27 +40,16 @@ class Team:
 
     def reduce(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over the processes, in place."""
-        if self.state.num_processes == 1:
+        if self.size == 1:
             return
         for tensor in tensors:
             shared = tensor.to(self.device)
             torch.distributed.all_reduce(shared)
-            tensor.copy_(shared / self.state.num_processes)
+            tensor.copy_(shared / self.size)
 
-    def share(self, draw: Draw) -> Draw:
-        """Data of this process's own.
-
-        The generator goes on alike in all processes, so that one state of it is enough to go on from.
-        """
-        if self.state.num_processes == 1:
-            return draw
-        rank = int(self.state.process_index)
-
-        def own(lora: int, generator: torch.Generator, count: int) -> Batch:
-            seed = int(torch.randint(2**62, (), generator=generator)) + rank
-            return draw(lora, torch.Generator().manual_seed(seed), count)
-
-        return own
+    def own(self, path: Path) -> Path:
+        """This process's own file: the path itself in the first, ``state.1.safetensors`` beside it in the second."""
+        return path.with_name(f"{path.stem}.{self.shard}{path.suffix}") if self.shard else path
 
     def wait(self) -> None:
         """Go on once all processes are here."""

@@ -65,8 +65,10 @@ def one_of_several(rank: int, folder: Path) -> None:
     import os
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
+    # Met at a file: a port that is free now may be taken a moment later.
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     together = team(cpu=True)
     shared: dict[str, Any] = {"reduce": together.reduce, "shard": together.shard}
     kept = together.own(folder / "state.safetensors")
@@ -79,7 +81,7 @@ def one_of_several(rank: int, folder: Path) -> None:
     together.reduce(moments.tensors())
     np.savez(folder / f"moments-{rank}.npz", **{m: moments.modules[m].core.numpy() for m in MODULES})
     together.wait()
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # taking gloo's threads down aborts now and then
 
 
 def refused(rank: int, path: Path, shared: dict[str, Any], together: Team) -> str:
@@ -97,17 +99,8 @@ def refused(rank: int, path: Path, shared: dict[str, Any], together: Team) -> st
 @pytest.fixture(scope="module")
 def left(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left behind."""
-    import os
-    import socket
-
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    try:
-        torch.multiprocessing.spawn(one_of_several, (folder,), nprocs=2)
-    finally:
-        del os.environ["MASTER_PORT"]
+    torch.multiprocessing.spawn(one_of_several, (folder,), nprocs=2)
     return folder
 
 

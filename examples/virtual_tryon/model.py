@@ -1,0 +1,227 @@
+"""A miniature of Stable Diffusion XL: the same classes, names and conditioning, 370 times smaller.
+
+    tokenizers      400 tokens, learned from the world's captions
+    text encoders   2 layers × 64 and 3 layers × 80 wide; the UNet sees both side by side (144) and the second's projection
+    UNet            3 levels × 2 layers of SDXL's blocks, (64, 80, 112) wide, one transformer layer in each: 6.5 M parameters
+    autoencoder     principal components of patches (patch_vae.py)
+    scheduler       Euler, v-prediction, zero terminal SNR
+
+Needs ``pip install torch diffusers transformers tokenizers safetensors numpy pillow``.
+"""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from . import patch_vae, tokenizer
+from .patch_vae import PatchVAE
+from .world import caption, draw, sample
+
+FIRST, SECOND = 64, 80
+"""Widths of the two text encoders."""
+WIDTHS = (64, 80, 112)
+LATENT_CHANNELS = 16
+PATCH = 4
+TIME_WIDTH = 8
+
+
+def quiet() -> None:
+    """No progress bars and no advice from the libraries."""
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def build(
+    resolution: int = 64, *, seed: int = 0, captions: int = 20_000, pictures: int = 2_000
+) -> StableDiffusionXLPipeline:
+    """An untrained miniature: random networks, a tokenizer and an autoencoder fitted to the world.
+
+    Args:
+        resolution: Pixels a side, a multiple of 16.
+        seed: Of the networks' values and of what tokenizer and autoencoder are fitted to.
+        captions: How many the tokenizer is learned from.
+        pictures: How many the autoencoder is fitted to.
+    """
+    if resolution % 16:
+        raise ValueError(f"resolution must be a multiple of 16 (a patch of {PATCH}, halved twice), got {resolution}.")
+    random = np.random.default_rng([seed, 1])
+    first, second = tokenizer.tokenizers(*tokenizer.learn(caption(sample(random), random) for _ in range(captions)))
+    vae = PatchVAE(latent_channels=LATENT_CHANNELS, patch=PATCH, sample_size=resolution)
+    vae.fit(as_tensor(np.stack([draw(sample(random), resolution) for _ in range(pictures)])))
+    torch.manual_seed(seed)
+    return assemble(
+        vae=vae.eval(),
+        text_encoder=text_encoder(first, FIRST, layers=2, heads=2),
+        text_encoder_2=text_encoder(first, SECOND, layers=3, heads=4, projection=True),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=unet(resolution // PATCH),
+        scheduler=scheduler(),
+    )
+
+
+def assemble(**components: Any) -> StableDiffusionXLPipeline:
+    pipeline = StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=True, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def unet(sample_size: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=sample_size,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=WIDTHS,
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 1),
+        attention_head_dim=(1, 2, 4),
+        cross_attention_dim=FIRST + SECOND,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_WIDTH,
+        projection_class_embeddings_input_dim=6 * TIME_WIDTH + SECOND,
+        norm_num_groups=8,
+    )
+
+
+def text_encoder(words: CLIPTokenizer, width: int, *, layers: int, heads: int, projection: bool = False) -> nn.Module:
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+        max_position_embeddings=tokenizer.MAX_LENGTH,
+        hidden_act="gelu" if projection else "quick_gelu",
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.eos_token_id,
+    )
+    encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    for name, parameter in encoder.named_parameters():
+        if "token_embedding" in name:
+            nn.init.normal_(parameter, std=0.4)
+        elif "position_embedding" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return encoder
+
+
+def scheduler() -> EulerDiscreteScheduler:
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+def encode(first: nn.Module, second: nn.Module, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``StableDiffusionXLPipeline.encode_prompt`` gives: states ``(n, length, 144)``, projection ``(n, 80)``."""
+    states = first(ids, output_hidden_states=True).hidden_states[-2]
+    outputs = second(ids_2, output_hidden_states=True)
+    return torch.cat([states, outputs.hidden_states[-2]], -1), outputs.text_embeds
+
+
+def token_ids(pipeline: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Both tokenizers' ids, shape ``(len(texts), MAX_LENGTH)`` each.
+
+    Raises:
+        ValueError: A text has more tokens than the encoders take.
+    """
+    found = pipeline.tokenizer(texts).input_ids
+    for text, ids in zip(texts, found, strict=True):
+        if len(ids) > tokenizer.MAX_LENGTH:
+            raise ValueError(f"{len(ids)} tokens, more than {tokenizer.MAX_LENGTH}: {text!r}. Shorten the prompt.")
+    padded = [t(texts, padding="max_length").input_ids for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
+    return torch.tensor(padded[0]), torch.tensor(padded[1])
+
+
+def as_tensor(pictures: np.ndarray) -> Tensor:
+    """Bytes of shape ``(n, height, width, 3)`` as floats in [-1, 1] of shape ``(n, 3, height, width)``."""
+    return torch.tensor(pictures).movedim(-1, 1).float() / 127.5 - 1
+
+
+def generate(
+    pipeline: StableDiffusionXLPipeline, prompts: list[str], *, seed: int, guidance: float = 2.0, steps: int = 20
+) -> np.ndarray:
+    """Pictures as bytes, shape ``(len(prompts), height, width, 3)``; picture i has the noise of ``seed + i``."""
+    noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    size = pipeline.vae.config.sample_size
+    usual = pipeline.scheduler
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(usual.config)
+    images = pipeline(
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=size,
+        width=size,
+        generator=noise,
+        output_type="np",
+    ).images
+    pipeline.scheduler = usual
+    return (images * 255).round().astype(np.uint8)
+
+
+def save(pipeline: StableDiffusionXLPipeline, folder: str | Path, *, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a folder that diffusers loads; the networks go to ``dtype`` in the files, not in memory."""
+    folder = Path(folder)
+    parts = {
+        name: halved(part, dtype) if isinstance(part, nn.Module) else part for name, part in pipeline.components.items()
+    }
+    assemble(**parts).save_pretrained(folder)
+    shutil.copy(patch_vae.__file__, folder / "vae" / "patch_vae.py")
+    index = folder / "model_index.json"
+    content = json.loads(index.read_text()) | {"vae": ["patch_vae", "PatchVAE"]}
+    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
+    return folder
+
+
+def halved(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy on the CPU in another precision."""
+    return nn.Module.to(copy.deepcopy(network), "cpu", dtype)
+
+
+def load(folder: str | Path, *, device: str = "cpu") -> StableDiffusionXLPipeline:
+    """The pipeline of a folder, in float32 whatever the files hold. Runs no code from the folder.
+
+    Without this package, ``StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32,
+    trust_remote_code=True)`` gives the same.
+    """
+
+    def part(kind: Any, name: str, **options: Any) -> Any:
+        return kind.from_pretrained(folder, subfolder=name, **options)
+
+    networks = {
+        "vae": PatchVAE,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "unet": UNet2DConditionModel,
+    }
+    others = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "scheduler": EulerDiscreteScheduler}
+    parts = {name: part(kind, name, dtype=torch.float32) for name, kind in networks.items()}
+    return assemble(**parts, **{name: part(kind, name) for name, kind in others.items()}).to(device)

@@ -1,0 +1,151 @@
+"""Random pictures: the base's world, and the wider one on which the scorer learns."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .colours import BACKGROUND, CLOTH, SKIN, contrast
+from .picture import Garment, Person, Picture, Pose, Scene
+
+Random = np.random.Generator
+Chances = Mapping[str, float]
+
+STYLES: Chances = {"short": 0.2, "long": 0.2, "curly": 0.14, "bald": 0.09, "bun": 0.12, "bob": 0.13, "spiky": 0.12}
+HAIRS = ("black", "brown", "blonde", "ginger", "grey")
+BEARDS: Chances = {"none": 0.58, "beard": 0.27, "moustache": 0.15}
+KINDS: Chances = {"shirt": 0.4, "sweater": 0.24, "jersey": 0.36}
+PATTERNS: Chances = {"plain": 0.45, "hoops": 0.13, "stripes": 0.15, "halves": 0.09, "dots": 0.08, "checks": 0.1}
+EMBLEMS: Chances = {"none": 0.7, "star": 0.07, "disc": 0.06, "heart": 0.06, "diamond": 0.06, "cross": 0.05}
+COLOURS = ("white", "black", "grey", "yellow", "green", "purple", "orange", "pink", "red", "blue", "teal", "brown")
+SCENES: Chances = {
+    "portrait": 0.3,
+    "side": 0.14,
+    "selfie": 0.11,
+    "shoes": 0.1,
+    "mirror": 0.1,
+    "wall": 0.12,
+    "field": 0.13,
+}
+PRODUCT_SHOTS = 0.07
+SCARVES = 0.12
+
+HELD_OUT: Mapping[str, tuple[str, ...]] = {
+    "style": ("mohawk", "pigtails"),
+    "hair": ("teal", "pink"),
+    "beard": ("goatee",),
+    "glasses": ("red",),
+    "emblem": ("crest", "letter", "castle", "buttons"),
+    "colour": ("navy", "garnet", "cardinal", "lilac"),
+    "scarf": ("bee",),
+    "wall": ("tiles",),
+}
+"""Values that only the concepts have: the base never sees them."""
+HELD_OUT_PAIR = frozenset({"red", "blue"})
+"""Colours that the base never sees together in one garment: they are too near to the jersey's."""
+
+
+def sample(random: Random, *, wide: bool = False) -> Picture:
+    """One random picture; ``wide`` also draws the held-out values, each on its own, never a concept as a whole."""
+    return Picture(
+        person=None if random.random() < PRODUCT_SHOTS else random_person(random, wide=wide),
+        garment=random_garment(random, wide=wide),
+        scene=random_scene(random, wide=wide),
+        scarf=random_scarf(random, wide=wide),
+        smile=bool(random.random() < 0.72),
+        pose=random_pose(random),
+    )
+
+
+def random_person(random: Random, *, wide: bool = False) -> Person:
+    noun = one_of(random, ("man", "woman", "person", "person"))
+    style, beard = one_by(random, STYLES), one_by(random, BEARDS)
+    if noun == "man" and style in ("bun", "bob"):
+        style = "short"
+    if noun == "woman":
+        style, beard = "long" if style == "bald" else style, "none"
+    hair, glasses = one_of(random, HAIRS), "black" if random.random() < 0.25 else "none"
+    if wide:
+        style = held_out(random, "style", style)
+        beard = held_out(random, "beard", beard)
+        hair = held_out(random, "hair", hair)
+        glasses = held_out(random, "glasses", glasses)
+    return Person(
+        noun=noun,
+        skin=one_of(random, tuple(SKIN)),
+        hair=hair,
+        style=style,
+        beard=beard,
+        glasses=glasses,
+        freckles=wide and random.random() < 0.05,
+    )
+
+
+def random_garment(random: Random, *, wide: bool = False) -> Garment:
+    kind, pattern = one_by(random, KINDS), one_by(random, PATTERNS)
+    emblem = one_by(random, EMBLEMS)
+    while True:
+        colour, second = (one_of(random, COLOURS) for _ in range(2))
+        if wide:
+            colour = held_out(random, "colour", colour)
+        if allowed(kind, pattern, colour, second):
+            break
+    if wide:
+        emblem = held_out(random, "emblem", emblem)
+    seen = [c for c in COLOURS if contrast(CLOTH[c], CLOTH[colour]) > 130 and c != second]
+    seen = [c for c in seen if HELD_OUT_PAIR not in ({c, colour}, {c, second})]
+    return Garment(
+        kind=kind,
+        pattern=pattern,
+        colour=colour,
+        second=second,
+        emblem=emblem,
+        emblem_colour="none" if emblem == "none" else one_of(random, seen),
+    )
+
+
+def allowed(kind: str, pattern: str, colour: str, second: str) -> bool:
+    """Whether the base may see this: two colours that can be told apart, and nothing like a concept."""
+    if kind == "shirt" and pattern == "plain" and colour == "white":
+        return False
+    return contrast(CLOTH[colour], CLOTH[second]) > 100 and {colour, second} != HELD_OUT_PAIR
+
+
+def random_scene(random: Random, *, wide: bool = False) -> Scene:
+    wall = held_out(random, "wall", "bricks", chance=0.3) if wide else "bricks"
+    return Scene(name=one_by(random, SCENES), background=one_of(random, tuple(BACKGROUND)), wall=wall)
+
+
+def random_scarf(random: Random, *, wide: bool = False) -> str:
+    if random.random() > SCARVES:
+        return "none"
+    colour = one_of(random, COLOURS)
+    return held_out(random, "scarf", colour, chance=0.3) if wide else colour
+
+
+def random_pose(random: Random) -> Pose:
+    def near(mean: float, reach: float) -> float:
+        return float(random.uniform(mean - reach, mean + reach))
+
+    return Pose(
+        shift=(near(0, 0.035), near(0, 0.02)),
+        zoom=near(1, 0.06),
+        tilt=near(0, 5),
+        head=(near(1, 0.06), near(1, 0.05)),
+        shoulders=near(1, 0.07),
+        light=near(1, 0.05),
+        gaze=near(0, 0.1),
+        mirrored=bool(random.random() < 0.5),
+        detail=int(random.integers(2**31)),
+    )
+
+
+def held_out(random: Random, attribute: str, value: str, *, chance: float = 0.15) -> str:
+    return one_of(random, HELD_OUT[attribute]) if random.random() < chance else value
+
+
+def one_of(random: Random, values: Sequence[str]) -> str:
+    return values[int(random.integers(len(values)))]
+
+
+def one_by(random: Random, chances: Chances) -> str:
+    return str(random.choice(list(chances), p=list(chances.values())))

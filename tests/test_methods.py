@@ -299,7 +299,7 @@ def test_a_method_names_its_source_and_says_what_it_does(name: str) -> None:
         ("ties", {"density": 0.0}, r"density wants a number in \(0, 1\], got 0"),
         ("ties", {"density": "much"}, "density wants a number"),
         ("ties", {"space": "cor"}, "space wants delta or core, got 'cor'"),
-        ("ties", {"densty": 0.5}, "no option 'densty'. Its options: space, density"),
+        ("ties", {"densty": 0.5}, r"no option 'densty'. Did you mean 'density'\? Its options: space, density"),
         ("dare", {"seed": -1}, "seed wants a whole number from 0, got -1"),
         ("dare", {"seed": True}, "seed wants a whole number"),
         ("knots", {"inside": "sce"}, "inside wants ties or dare or linear"),

@@ -48,7 +48,7 @@ def between(values: Array, share: float, top: float) -> Array:
     """
     xp = namespace(values)
     size = math.prod(values.shape)
-    kept = int(share * size)
+    kept = count(size, share)
     above = min(int(top * size), size - kept)
     magnitudes = xp.abs(values)
     mask = magnitudes >= kth_largest(magnitudes, max(1, above + kept))

@@ -61,7 +61,11 @@ class Method:
         for name in options:
             if name not in self.options:
                 known = ", ".join(self.options) or "none"
-                raise OptionError(f"The method {self.name} has no option {name!r}. Its options: {known}.")
+                from difflib import get_close_matches
+
+                near = get_close_matches(name, self.options, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise OptionError(f"The method {self.name} has no option {name!r}.{hint} Its options: {known}.")
         return {name: option.check(options.get(name, option.default)) for name, option in self.options.items()}
 
 

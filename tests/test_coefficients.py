@@ -6,16 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 import loramerge as lm
+from loramerge.cli.app import app
 from loramerge.coefficients import KEY, Coefficients
 from loramerge.errors import FileError, LoRAMergeError, NumberError, OptionError
+from loramerge.interference import overlaps
 from loramerge.lora import LoRA
 from loramerge.testing import relative_error
 from small import MODULES, small
 
 LORAS = [small(seed=1, rank=2), small(seed=2, rank=3, kind="loha", modules=MODULES["sdxl"][:3])]
 LEARNED = MODULES["sdxl"][:2]
+TO_Q = MODULES["sdxl"][0]
 
 
 def given(loras: list[LoRA] = LORAS) -> Coefficients:
@@ -86,3 +90,29 @@ def test_coefficients_that_are_not_finite_are_refused_by_module(tmp_path: Path) 
     with pytest.raises(LoRAMergeError):
         Coefficients.of(columns, LORAS, [1.0, 1.0]).save(tmp_path / "nan.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_overlap_is_that_of_the_dense_columns_before_and_after() -> None:
+    loras = [small(modules=(TO_Q,), seed=i, rank=3 + i) for i in range(2)]
+    m = np.random.default_rng(0).uniform(0, 1, (2, 640)).astype(np.float32)
+    dense = [np.asarray(lora[TO_Q].delta(), dtype=np.float64) for lora in loras]
+
+    found = overlaps(loras, Coefficients.of({TO_Q: m}, loras, [1.0, 1.0]), lambda module: "all")["all"]
+
+    for given, scales in zip(found, (np.ones_like(m), m), strict=True):
+        a, b = dense[0] * scales[0], dense[1] * scales[1]
+        wanted = np.abs((a * b).sum(0)).sum() / (np.linalg.norm(a) * np.linalg.norm(b))
+        assert given == pytest.approx(wanted, rel=1e-5)
+
+
+def test_coefficients_that_share_the_columns_out_leave_no_overlap(tmp_path: Path) -> None:
+    files = [lm.save(small(modules=(TO_Q,), seed=i), tmp_path / f"{i}.safetensors", dialect="kohya") for i in range(2)]
+    apart = np.array([np.arange(640) % 2, 1 - np.arange(640) % 2], dtype=np.float32)
+    kept = Coefficients.of({TO_Q: apart}, [lm.load(f) for f in files], [1.0, 1.0]).save(tmp_path / "c.safetensors")
+
+    said = CliRunner().invoke(app, ["coefficients", str(kept), "--lora", str(files[0]), "--lora", str(files[1])]).output
+
+    row = next(line.split() for line in reversed(said.splitlines()) if line.startswith("unet"))
+    before, after = map(float, row[2:])
+    assert before > 0.01
+    assert after == 0

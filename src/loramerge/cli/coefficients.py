@@ -8,6 +8,7 @@ import typer
 from .run import table
 
 if TYPE_CHECKING:
+    from ..coefficients import Coefficients
     from ..tensors import Array
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -17,10 +18,13 @@ BINS = 24
 def coefficients(
     file: Annotated[Path, typer.Argument(help="What 'zip --coefficients' wrote.")],
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw them too: .png, .svg or .pdf.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="One a LoRA, in order: how much they overlap before and after.")
+    ] = None,
 ) -> None:
     """Show learned coefficients: for every block and LoRA how they spread.
 
-    Example: loramerge coefficients c.safetensors --plot c.svg
+    Example: loramerge coefficients c.safetensors --plot c.svg --lora person.safetensors --lora jersey.safetensors
     """
     from ..coefficients import Coefficients
     from ..plots_coefficients import by_block, draw, span
@@ -42,8 +46,27 @@ def coefficients(
     ]
     print(table(["block", "file", "columns", "mean", "± std", f"from {low:.2f} to {high:.2f}"], rows))
     print("1 keeps a column of the LoRA as it is, 0 leaves it out.")
+    if lora:
+        print(f"\n{_overlaps(found, lora)}")
     if plot:
         print(f"→ {draw(found, plot)}")
+
+
+def _overlaps(found: "Coefficients", files: list[str]) -> str:
+    """A table of the LoRAs' overlap by block, before and after."""
+    from ..blocks import block, position
+    from ..files import open
+    from ..interference import overlaps
+
+    loras = [open(file) for file in files]
+
+    def group(module: str) -> str:
+        return f"{module.partition('.')[0]} {block(module, loras[0].architecture)}"
+
+    by_block = sorted(overlaps(loras, found, group).items(), key=lambda item: position(*item[0].split(" ")))
+    rows = [[name, f"{before:.3f}", f"{after:.3f}"] for name, (before, after) in by_block]
+    legend = "Overlap of columns: 1 where the LoRAs act along one line on the same inputs, 0 where they don't meet."
+    return "\n".join([table(["block", "before", "after"], rows), legend])
 
 
 def spread(values: "Array", low: float, high: float) -> str:

@@ -256,9 +256,8 @@ def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     total = p.core.sum(0)
     own = sum((p.own(i)[:, None] * moment for i, moment in enumerate(p.core)), torch.zeros_like(total))
     metric = p.down @ p.down.T
-    # Where the metric has no length the moments have none either: a faint diagonal makes it invertible.
-    faint = 1e-12 * metric.diagonal().mean().clamp_min(TINY) * _eye(metric)
-    energy = torch.cholesky_solve(total, torch.linalg.cholesky(metric + faint)).diagonal().sum() / len(metric)
+    # A pseudo-inverse, because directions that nearly vanish would else count without end.
+    energy = (torch.linalg.pinv(metric, hermitian=True) * total).sum() / len(metric)
     # Equal LoRAs leave directions that neither moments nor metric see; what K does there is of no effect.
     least = LEAST * total.diagonal().mean().clamp_min(TINY)
     pull = ridge * energy * metric + least * _eye(metric)

@@ -1,6 +1,5 @@
 """The commands and their options."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from .calibrate import calibrate
 from .coefficients import coefficients
 from .extract import extract
 from .generate import generate
+from .options import Device, Dtype, Output, Quiet, Scope, To
 from .run import print_notes, progress, table
 from .score import score
 from .zip import zip_loras
@@ -26,21 +26,11 @@ app = typer.Typer(
 )
 
 
-class Scope(StrEnum):
-    """What "l2" takes the norms over."""
-
-    module = "module"
-    component = "component"
-    whole = "whole"
-
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Workers = Annotated[
     int, typer.Option("--workers", "-j", min=1, help="Processes, at most; the bytes are the same for any number.")
 ]
 Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
 Changed = Annotated[
     bool, typer.Option("--allow-changed", help="Take files other than those that the recipe was made with.")
@@ -51,7 +41,6 @@ MaxError = Annotated[
 ]
 Energy = Annotated[str | None, typer.Option("--energy", help="Ranks by budget: the share that stays, such as 0.999.")]
 MaxSize = Annotated[str | None, typer.Option("--max-size", help="Ranks by budget: the size of the file: 150MB.")]
-To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
 
 
 def _version(wanted: bool) -> None:
@@ -97,7 +86,7 @@ def inspect(
 @app.command()
 def convert(
     file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")],
+    output: Output,
     to: Annotated[str, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")],
     exclude: Exclude = None,
     dtype: Dtype = None,
@@ -169,7 +158,7 @@ def merge(
     exclude: Exclude = None,
     to: To = None,
     dtype: Dtype = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")] = None,
+    device: Device = None,
     architecture: Arch = None,
     allow_lossy: Lossy = False,
     allow_pickle: Pickle = False,
@@ -228,14 +217,14 @@ app.command()(coefficients)
 @app.command()
 def resize(
     file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")],
+    output: Output,
     rank: Annotated[str, typer.Option("--rank", "-r", help="The rank of every module, at most its own.")] = "sum",
     max_error: MaxError = None,
     energy: Energy = None,
     max_size: MaxSize = None,
     to: To = None,
     dtype: Dtype = None,
-    device: Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")] = None,
+    device: Device = None,
     architecture: Arch = None,
     allow_pickle: Pickle = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,

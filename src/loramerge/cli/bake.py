@@ -1,24 +1,16 @@
 """``loramerge bake``: LoRAs into a base model."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from ..errors import OptionError
+from .options import Quiet, Scope
 from .run import progress, table
 
 if TYPE_CHECKING:
     from ..baking import Baked
-
-
-class Over(StrEnum):
-    """What "l2" takes the norms over."""
-
-    module = "module"
-    component = "component"
-    whole = "whole"
 
 
 def bake(
@@ -32,7 +24,7 @@ def bake(
         typer.Option("--weight", "-w", help="One a file: 0.8, or '0.8;text_encoder=0;OUT*=0.5'. Default 1/N."),
     ] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")] = None,
-    scope: Annotated[Over, typer.Option("--scope", help="What l2 takes the norms over.")] = Over.module,
+    scope: Annotated[Scope, typer.Option("--scope", help="What l2 takes the norms over.")] = Scope.module,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Modules to leave as they are: patterns as in --weight.")
     ] = None,
@@ -54,7 +46,7 @@ def bake(
     ] = 10,
     json: Annotated[bool, typer.Option("--json", help="For programs: every tensor.")] = False,
     workers: Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads, each with a weight in memory.")] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Add LoRAs to the weights of a base model, and say what rounding took away.
 

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import OptionError
 from . import learning as given
+from .options import Dtype, Files, Output, Quiet, To
 from .run import progress, table
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Prior(StrEnum):
 
 
 def calibrate(
-    files: given.Files,
-    output: given.Output,
+    files: Files,
+    output: Output,
     base: Annotated[
         str | None, typer.Option("--base", "-b", help="The model, unless --moments has its answers.")
     ] = None,
@@ -64,10 +65,10 @@ def calibrate(
     sampling_steps: given.SamplingSteps = 12,
     trajectories: given.Trajectories_ = 4,
     guidance: given.Guidance = None,
-    to: given.To = None,
-    dtype: given.Dtype = None,
+    to: To = None,
+    dtype: Dtype = None,
     architecture: given.Arch = None,
-    quiet: given.Quiet = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge LoRAs by least squares on what the base model's modules see: no gradients, an ordinary LoRA comes out.
 

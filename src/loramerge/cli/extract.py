@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from .options import Quiet, rank_of
 from .run import progress, size, table
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def extract(
     most: Annotated[int, typer.Option("--most", min=0, help="Rows to print: the modules that are held worst.")] = 10,
     json: Annotated[bool, typer.Option("--json", help="For programs: every module.")] = False,
     workers: Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads, each with a weight in memory.")] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Make a LoRA of the difference between a fine-tuned model and its base: the best fit at a rank.
 
@@ -38,8 +39,9 @@ def extract(
     check_target(output, to or "kohya")
     silent = quiet or json
     with progress("Comparing", silent) as report:
-        chosen = int(rank) if rank.lstrip("-").isdigit() else rank
-        planned = plan_extraction(tuned, base, rank=cast(Any, chosen), dtype=dtype, variant=variant, progress=report)
+        planned = plan_extraction(
+            tuned, base, rank=cast(Any, rank_of(rank)), dtype=dtype, variant=variant, progress=report
+        )
     with progress("Extracting", silent) as report:
         path = save(planned.lora(), output, dialect=to, workers=workers, progress=report)
     if json:

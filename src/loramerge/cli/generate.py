@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
+from .options import Quiet
 from .run import progress, table
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def generate(
     ] = None,
     variant: Annotated[str | None, typer.Option("--variant", help="Of the base's files: fp16.")] = None,
     side: Annotated[int, typer.Option("--sheet-side", min=16, help="Pixels of a picture on the contact sheet.")] = 192,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Draw pictures with LoRAs: every setting, prompt and seed, each with its recipe inside, and a contact sheet.
 

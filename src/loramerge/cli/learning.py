@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ..lora import LoRA
     from ..merging import Plan
 
-Files = Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")]
 Base = Annotated[str, typer.Option("--base", "-b", help="The model: a directory that diffusers saved, or a Hub name.")]
 Prompt = Annotated[
     list[str] | None,
@@ -37,10 +35,7 @@ Variant = Annotated[str | None, typer.Option("--variant", help="Which of the mod
 SamplingSteps = Annotated[int, typer.Option("--sampling-steps", min=1, help="Without --data: steps of each image.")]
 Trajectories_ = Annotated[int, typer.Option("--trajectories", min=1, help="Without --data: images of each LoRA.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Without --data: guidance; 1 for none.")]
-To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Arch = Annotated[str | None, typer.Option("--architecture", help="The LoRAs' family, where the files leave it open.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 
 
 @dataclass(frozen=True, kw_only=True)

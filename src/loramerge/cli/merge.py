@@ -10,6 +10,7 @@ from ..merging import Kept, Plan
 from ..methods import METHODS
 from ..recipe import Input, Recipe
 from ..weights import parse
+from .options import rank_of
 from .run import print_notes, progress, size, table
 
 
@@ -34,7 +35,7 @@ def overridden(recipe: Recipe, flags: Mapping[str, Any], quiet: bool = False) ->
         given = changes["weights"]
         changes["weights"] = given if isinstance(given, str) else tuple(map(parse, given))
     if "rank" in changes:
-        changes["rank"] = _rank(changes["rank"])
+        changes["rank"] = rank_of(changes["rank"])
     if "exclude" in changes:
         changes["exclude"] = tuple(changes["exclude"])
     method = changes.get("method", recipe.method)
@@ -101,10 +102,6 @@ def _print_kept(kept: Kept) -> None:
         f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
         f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
     )
-
-
-def _rank(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _options(method: str, given: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import FileError, OptionError
+from .options import Quiet
 from .run import progress, table
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def score(
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no embeddings.")] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures embedded together.")] = 16,
     device: Annotated[str | None, typer.Option("--device", help="CUDA where there is one, by default.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Score pictures: the cosine of their DINOv2 embeddings with those of each reference set.
 

@@ -11,6 +11,7 @@ from ..methods import METHODS
 from ..recipe import Recipe
 from ..sweeping import SETTINGS, Row, Score, left_out, ordered, points, sweep
 from ..weights import parse
+from .options import rank_of
 from .run import progress, size, table
 
 
@@ -75,7 +76,7 @@ def read_grid(recipe: Recipe, given: Sequence[str]) -> dict[str, list[Any]]:
 
 def _value(name: str, text: str, methods: Sequence[str]) -> Any:
     if name == "rank":
-        return int(text) if text.lstrip("-").isdigit() else text
+        return rank_of(text)
     if name == "weights":
         return text if text in ("l2", "uniform") else tuple(parse(weight) for weight in text.split("/"))
     if name in SETTINGS:

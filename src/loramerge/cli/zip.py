@@ -11,6 +11,7 @@ import typer
 
 from ..errors import OptionError
 from . import learning as given
+from .options import Dtype, Files, Output, Quiet, To
 from .run import table
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def zip_loras(
-    files: given.Files,
-    output: given.Output,
+    files: Files,
+    output: Output,
     base: given.Base,
     prompt: given.Prompt = None,
     data: given.Data = None,
@@ -47,10 +48,10 @@ def zip_loras(
     sampling_steps: given.SamplingSteps = 12,
     trajectories: given.Trajectories_ = 4,
     guidance: given.Guidance = None,
-    to: given.To = None,
-    dtype: given.Dtype = None,
+    to: To = None,
+    dtype: Dtype = None,
     architecture: given.Arch = None,
-    quiet: given.Quiet = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge LoRAs by coefficients learned on the base model (ZipLoRA): an ordinary LoRA comes out.
 

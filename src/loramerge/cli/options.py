@@ -1,0 +1,27 @@
+"""Options that several commands have, and what is typed for a rank."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Files = Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")]
+To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Device = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")]
+
+
+class Scope(StrEnum):
+    """What "l2" takes the norms over."""
+
+    module = "module"
+    component = "component"
+    whole = "whole"
+
+
+def rank_of(text: str) -> int | str:
+    """The rank that a text means: a number, or a word."""
+    return int(text) if text.lstrip("-").isdigit() else text

@@ -16,13 +16,10 @@ from typing import Any, TypeVar
 from . import blocks, linalg
 from .errors import LoRAMergeError, MergeError, NoFactorsError, OptionError
 from .files import Source, open
-from .layers import Layer
+from .layers import FACTORED, Layer
 from .linalg import Spectrum
 from .lora import LoRA, in_one_library
 from .tensors import Array, namespace
-
-COMPARED = ("lora", "loha", "lokr")
-"""Kinds of layers that have factors."""
 
 ROWS = 64
 """Rows of a module that the sign conflict is estimated from."""
@@ -291,7 +288,7 @@ def compare(
     with ExitStack() as stack:
         opened = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in loras]
         architecture = _checked(opened)
-        modules = list(dict.fromkeys(m for lora in opened for m in lora if lora.layout(m).kind in COMPARED))
+        modules = list(dict.fromkeys(m for lora in opened for m in lora if lora.layout(m).kind in FACTORED))
         found = []
         for module in modules:
             found.append(_row(opened, module, architecture, rows, seed))
@@ -310,7 +307,7 @@ def compare(
 def _checked(loras: Sequence[LoRA]) -> str | None:
     """The family of the LoRAs, which must be for one model."""
     for lora in loras:
-        if not any(layout.kind in COMPARED for layout in lora.layouts.values()):
+        if not any(layout.kind in FACTORED for layout in lora.layouts.values()):
             why = next((layout.no_factors for layout in lora.layouts.values()), "it has no layer")
             raise NoFactorsError(f"{lora.name} can't be compared: none of its layers has a low-rank form; {why}.")
     for first, second in combinations(loras, 2):
@@ -337,12 +334,12 @@ def _same_weight(a: Sequence[int], b: Sequence[int]) -> bool:
 def _not_compared(loras: Sequence[LoRA]) -> Iterator[NotCompared]:
     for i, lora in enumerate(loras):
         for module, layout in lora.layouts.items():
-            if layout.kind not in COMPARED:
+            if layout.kind not in FACTORED:
                 yield NotCompared(i, module, layout.kind)
 
 
 def _row(loras: Sequence[LoRA], module: str, architecture: str | None, rows: int | None, seed: int) -> Row:
-    present = [i for i, lora in enumerate(loras) if module in lora and lora.layout(module).kind in COMPARED]
+    present = [i for i, lora in enumerate(loras) if module in lora and lora.layout(module).kind in FACTORED]
     try:
         updates = _Updates(in_one_library([loras[i][module] for i in present]))
     except LoRAMergeError as error:

@@ -17,7 +17,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .errors import FileError, MergeError, OptionError
 from .files import Source, open
 from .layers import Layer, Norm, Rows, direction_of
-from .lora import LoRA
+from .lora import LoRA, without
 from .metadata import RECIPE
 from .rewriting import Change, Job, Update, write_folder
 from .storage.writer import Progress
@@ -97,7 +97,9 @@ def bake(
     """
     listed: Sequence[LoRA | Source] = loras if _is_list(loras) else [loras]  # type: ignore[list-item, assignment]
     opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in listed]
-    kept = _without(opened, (exclude,) if isinstance(exclude, str) else exclude)
+    if not opened:
+        raise OptionError("Nothing to bake: give at least one LoRA.")
+    kept = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
     model = base if isinstance(base, Checkpoint) else open_checkpoint(base, variant=variant)
     target = _checked_target(Path(output).expanduser(), model)
     left_out = _strays(kept, allow_lossy)
@@ -114,15 +116,6 @@ def bake(
 
 def _is_list(loras: object) -> bool:
     return isinstance(loras, Sequence) and not isinstance(loras, str)
-
-
-def _without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
-    if not loras:
-        raise OptionError("Nothing to bake: give at least one LoRA.")
-    kept = [lora.part(lora.others(*patterns)) for lora in loras]
-    if patterns and sum(map(len, kept)) == sum(map(len, loras)):
-        raise OptionError(f"No module matches {' or '.join(patterns)}, such as {next(iter(loras[0]))}.")
-    return kept
 
 
 def _strays(loras: Sequence[LoRA], allow_lossy: bool) -> list[str]:

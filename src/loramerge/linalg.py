@@ -343,8 +343,7 @@ def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 
 def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array]:
     """Best factors of a rank for ``basis @ core``, the basis being orthonormal, from core's smaller side."""
     xp = namespace(core)
-    wide = xp.astype(core, xp.float64)
-    squares, vectors = xp.linalg.eigh(wide @ wide.T)
+    squares, vectors = xp.linalg.eigh(_wide_gram(core))
     vectors = xp.astype(xp.flip(vectors, axis=1)[:, :rank], core.dtype)
     root = xp.flip(squares, axis=0)[:rank].clip(0.0) ** 0.25
     inverse = _inverse(root)

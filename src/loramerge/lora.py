@@ -207,6 +207,18 @@ class LoRA(Mapping[str, Layer]):
         return {key: _to_torch(array).clone() for key, array in state_dict(self, dialect, dtype).items()}
 
 
+def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
+    """The LoRAs without the modules that match one of the patterns, as in weights.
+
+    Raises:
+        OptionError: There are patterns, and no module of any LoRA matches.
+    """
+    kept = [lora.part(lora.others(*patterns)) for lora in loras]
+    if patterns and sum(map(len, kept)) == sum(map(len, loras)):
+        raise OptionError(f"No module matches the pattern {' or '.join(patterns)}, such as {next(iter(loras[0]))}.")
+    return kept
+
+
 def _some(lora: LoRA) -> str:
     return f"Its modules are such as {next(iter(lora))}."
 

@@ -9,7 +9,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .dialects import DIALECTS
 from .errors import MergeError, OptionError
 from .files import Source, load, open
-from .lora import LoRA
+from .lora import LoRA, without
 from .methods import METHODS
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
@@ -49,7 +49,9 @@ def plan(
     given = opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in _listed(loras)]
     left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if left_out:
-        opened = _without(opened, left_out)
+        opened = without(opened, left_out)
+        if not any(opened):
+            raise OptionError(f"Nothing is left to merge: every module matches {' or '.join(left_out)}.")
     if not any(opened):
         raise MergeError("Nothing to merge: give at least one LoRA with a module.")
     if device is not None:
@@ -198,17 +200,6 @@ def _listed(loras: object) -> "Sequence[LoRA | Source]":
     if isinstance(loras, str | os.PathLike | LoRA) or not isinstance(loras, Sequence):
         raise OptionError(f"Give a list of LoRAs, such as [a, b]; got a {type(loras).__name__}.")
     return loras
-
-
-def _without(loras: Sequence[LoRA], exclude: Sequence[str]) -> list[LoRA]:
-    """The LoRAs without some modules; one of which nothing is left adds nothing."""
-    kept = [lora.part(lora.others(*exclude)) for lora in loras]
-    patterns = " or ".join(exclude)
-    if all(len(now) == len(was) for now, was in zip(kept, loras, strict=True)):
-        raise OptionError(f"No module matches the pattern {patterns}, such as {next(iter(loras[0]))}.")
-    if not any(kept):
-        raise OptionError(f"Nothing is left to merge: every module matches {patterns}.")
-    return kept
 
 
 def _check_device(device: str) -> None:

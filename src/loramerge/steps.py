@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures import ARCHITECTURES
 from .checkpoints import Checkpoint
 from .errors import LoRAMergeError, MergeError
-from .layers import Layer
+from .layers import FACTORED, Layer
 from .layers.full import LEAVE_OUT
 from .lora import LoRA
 from .methods import Method
@@ -81,10 +81,6 @@ def steps_of(
             full = limit if dense else method.rank(layouts, **options)
         steps[module] = Step(module, shape, inputs, ranks, full, max(1, min(wanted(ranks), full, limit)))
     return steps
-
-
-FACTORED = ("lora", "loha", "lokr")
-"""Kinds of layers that have an exact low-rank form."""
 
 
 def _mergeable(lora: LoRA, module: str, takes_dense: bool, by_ranks: bool, base: "Checkpoint | None") -> Layer:

@@ -17,6 +17,9 @@ from .lowrank import LowRank, low_rank
 KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Replaced, LoKr)
 """Kinds that are recognised by the roles of their tensors, the first that fits."""
 
+FACTORED = ("lora", "loha", "lokr")
+"""Kinds of layers that have an exact low-rank form."""
+
 CARRIED = {
     "oft_blocks": "oft",
     "oft_R": "oft",
@@ -119,6 +122,7 @@ def shaped(layer: LowRank, weight: Shape) -> LowRank:
 
 
 __all__ = [
+    "FACTORED",
     "UNKNOWN",
     "BiasOnly",
     "Carried",

@@ -36,7 +36,7 @@ MERGES = (
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make_sets", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/miniature/sets"), help="(default: %(default)s)")
-    parser.add_argument("--resolution", type=int, default=64, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--resolution", type=int, default=96, help="pixels a side (default: %(default)s)")
     parser.add_argument("--count", type=int, default=12, help="pictures of a concept (default: %(default)s)")
     parser.add_argument("--truths", type=int, default=8, help="true pictures of each prompt (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42)

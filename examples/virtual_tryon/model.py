@@ -2,7 +2,7 @@
 
     tokenizers      400 tokens, learned from the world's captions
     text encoders   2 layers × 64 and 3 layers × 80 wide; the UNet sees both side by side (144) and the second's projection
-    UNet            3 levels × 2 layers of SDXL's blocks, (64, 80, 112) wide, one transformer layer in each: 6.5 M parameters
+    UNet            3 levels × 2 layers of SDXL's blocks, (64, 80, 112) wide, one transformer layer in each: 6.6 M parameters
     autoencoder     principal components of patches (patch_vae.py)
     scheduler       Euler, v-prediction, zero terminal SNR
 
@@ -35,8 +35,9 @@ from .world import caption, draw, sample
 FIRST, SECOND = 64, 80
 """Widths of the two text encoders."""
 WIDTHS = (64, 80, 112)
-LATENT_CHANNELS = 16
-PATCH = 4
+RESOLUTION = 96
+LATENT_CHANNELS = 32
+PATCH = 8
 TIME_WIDTH = 8
 
 
@@ -48,18 +49,18 @@ def quiet() -> None:
 
 
 def build(
-    resolution: int = 64, *, seed: int = 0, captions: int = 20_000, pictures: int = 2_000
+    resolution: int = RESOLUTION, *, seed: int = 0, captions: int = 20_000, pictures: int = 2_000
 ) -> StableDiffusionXLPipeline:
     """An untrained miniature: random networks, a tokenizer and an autoencoder fitted to the world.
 
     Args:
-        resolution: Pixels a side, a multiple of 16.
+        resolution: Pixels a side, a multiple of 32.
         seed: Of the networks' values and of what tokenizer and autoencoder are fitted to.
         captions: How many the tokenizer is learned from.
         pictures: How many the autoencoder is fitted to.
     """
-    if resolution % 16:
-        raise ValueError(f"resolution must be a multiple of 16 (a patch of {PATCH}, halved twice), got {resolution}.")
+    if resolution % (4 * PATCH):
+        raise ValueError(f"resolution must be a multiple of {4 * PATCH} (a patch of {PATCH}, halved twice), got {resolution}.")
     random = np.random.default_rng([seed, 1])
     first, second = tokenizer.tokenizers(*tokenizer.learn(caption(sample(random), random) for _ in range(captions)))
     vae = PatchVAE(latent_channels=LATENT_CHANNELS, patch=PATCH, sample_size=resolution)

@@ -29,10 +29,10 @@ class PatchVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @register_to_config
     def __init__(
         self,
-        latent_channels: int = 16,
-        patch: int = 4,
-        block_out_channels: tuple[int, ...] = (1, 1, 1),
-        sample_size: int = 64,
+        latent_channels: int = 32,
+        patch: int = 8,
+        block_out_channels: tuple[int, ...] = (1, 1, 1, 1),
+        sample_size: int = 96,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
         force_upcast: bool = False,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import cards, judge
 from .judge import ATTRIBUTES, Judge, encoder, new_heads, normalised
-from .model import quiet
+from .model import RESOLUTION, quiet
 from .rendering import label_data
 from .train_base import HELD_OUT_SEED
 
@@ -35,7 +35,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("build/miniature/scorer"), help="folder of the judge (default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--minutes", type=float, required=True, help="of training")
-    add("--resolution", type=int, default=64, help="(default: %(default)s)")
+    add("--resolution", type=int, default=RESOLUTION, help="(default: %(default)s)")
     add("--processes", type=int, default=None, help="that draw (default: 1 on a CPU, all cores with CUDA)")
     add("--batch", type=int, default=None, help="(default: 64 on a CPU, 512 with CUDA)")
     add("--pictures", type=int, default=None, help="to draw (default: 20000 on a CPU, 120000 with CUDA)")

@@ -17,7 +17,7 @@ from virtual_tryon.world import CONCEPTS, concept_set, draw, labels, sample
 @pytest.fixture(scope="module")
 def untrained() -> Judge:
     torch.manual_seed(0)
-    return Judge(encoder=encoder(64).eval(), heads=new_heads(128).eval())
+    return Judge(encoder=encoder(96).eval(), heads=new_heads(128).eval())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_judge_of_other_attributes_is_refused(untrained: Judge, tmp_path: Path
 
 
 def test_centring_moves_the_mean_to_zero_and_no_answer(pictures: np.ndarray) -> None:
-    made = Judge(encoder=encoder(64).eval(), heads=new_heads(128).eval())
+    made = Judge(encoder=encoder(96).eval(), heads=new_heads(128).eval())
     before = made.attributes(pictures)
 
     train_scorer.centre(made, pictures)

@@ -86,7 +86,7 @@ def test_the_autoencoder_is_a_projection(miniature: StableDiffusionXLPipeline, p
 
 
 def test_all_components_lose_nothing(pictures: torch.Tensor) -> None:
-    vae = PatchVAE(latent_channels=48)
+    vae = PatchVAE(latent_channels=192)
     vae.fit(pictures)
 
     torch.testing.assert_close(vae.decode(vae.latents(pictures)).sample, pictures, atol=1e-4, rtol=1e-4)
@@ -103,7 +103,7 @@ def test_the_unchanged_pipeline_loads_the_folder_and_draws_the_same(folder, guid
 
     one, two = (model.generate(p, ["a man"], seed=1, guidance=guidance, steps=3) for p in (theirs, model.load(folder)))
 
-    assert one.shape == (1, 64, 64, 3)
+    assert one.shape == (1, 96, 96, 3)
     np.testing.assert_array_equal(one, two)
 
 
@@ -116,7 +116,7 @@ def test_saving_leaves_the_pipeline_as_it_was(miniature: StableDiffusionXLPipeli
 
 
 def test_an_odd_resolution_is_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of 16"):
+    with pytest.raises(ValueError, match="multiple of 32"):
         model.build(40)
 
 
@@ -157,9 +157,9 @@ def random_lora(pipeline: StableDiffusionXLPipeline, folder):
 
 @torch.no_grad()
 def velocity(pipeline: StableDiffusionXLPipeline) -> torch.Tensor:
-    noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(1, 32, 12, 12, generator=torch.Generator().manual_seed(0))
     states, projection = model.encode(
         pipeline.text_encoder, pipeline.text_encoder_2, *model.token_ids(pipeline, ["a man"])
     )
-    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+    sizes = torch.tensor([[96.0, 96, 0, 0, 96, 96]])
     return pipeline.unet(noise, 500, states, added_cond_kwargs={"text_embeds": projection, "time_ids": sizes}).sample

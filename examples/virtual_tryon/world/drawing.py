@@ -25,7 +25,7 @@ CAMERA: dict[str, tuple[float, float, float]] = {
 """Where the head is (x, y) and half its height, in heights of the picture."""
 
 
-def draw(picture: Picture, size: int = 64, *, supersample: int = 4) -> np.ndarray:
+def draw(picture: Picture, size: int = 96, *, supersample: int = 4) -> np.ndarray:
     """The picture as bytes.
 
     Args:

@@ -60,7 +60,9 @@ def build(
         pictures: How many the autoencoder is fitted to.
     """
     if resolution % (4 * PATCH):
-        raise ValueError(f"resolution must be a multiple of {4 * PATCH} (a patch of {PATCH}, halved twice), got {resolution}.")
+        raise ValueError(
+            f"resolution must be a multiple of {4 * PATCH} (a patch of {PATCH}, halved twice), got {resolution}."
+        )
     random = np.random.default_rng([seed, 1])
     first, second = tokenizer.tokenizers(*tokenizer.learn(caption(sample(random), random) for _ in range(captions)))
     vae = PatchVAE(latent_channels=LATENT_CHANNELS, patch=PATCH, sample_size=resolution)

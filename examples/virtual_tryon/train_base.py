@@ -49,7 +49,12 @@ def arguments(given: list[str]) -> argparse.Namespace:
     )
     add("--samples", type=float, default=math.inf, help="pictures seen in all, over all runs; whichever ends first")
     add("--pause-after", type=float, default=math.inf, metavar="MINUTES", help="stop this run early, to go on later")
-    add("--resolution", type=int, default=model.RESOLUTION, help="pixels a side, a multiple of 32 (default: %(default)s)")
+    add(
+        "--resolution",
+        type=int,
+        default=model.RESOLUTION,
+        help="pixels a side, a multiple of 32 (default: %(default)s)",
+    )
     add(
         "--processes",
         type=int,

@@ -10,6 +10,7 @@ from ..errors import OptionError
 from .bake import bake
 from .calibrate import calibrate
 from .coefficients import coefficients
+from .doctor import doctor
 from .extract import extract
 from .generate import generate
 from .options import Device, Dtype, Output, Quiet, Scope, To
@@ -18,7 +19,7 @@ from .score import score
 from .zip import zip_loras
 
 app = typer.Typer(
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -43,6 +44,17 @@ Energy = Annotated[str | None, typer.Option("--energy", help="Ranks by budget: t
 MaxSize = Annotated[str | None, typer.Option("--max-size", help="Ranks by budget: the size of the file: 150MB.")]
 
 
+INTRODUCTION = """\
+loramerge: any LoRA in, an exact merge, any tool's LoRA out.
+
+  loramerge inspect a.safetensors                                   what is in a file
+  loramerge convert a.safetensors -o b.safetensors --to comfyui     another tool's names
+  loramerge compare a.safetensors b.safetensors                     what two share, before they are merged
+  loramerge merge a.safetensors b.safetensors -o both.safetensors   the weighted sum, or -m ties, dare, …
+  loramerge --help                                                  every command, and -h after each of them
+  loramerge doctor                                                  is everything installed and right?"""
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"loramerge {__version__}")
@@ -51,11 +63,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Merge LoRAs of diffusion models: any dialect in, an exact merge, any dialect out."""
+    if context.invoked_subcommand is None:
+        print(INTRODUCTION)
 
 
 @app.command()
@@ -411,6 +426,9 @@ def methods(json: Annotated[bool, typer.Option("--json", help="For programs.")] 
         rows.append([method.name, method.title])
         rows += [["", f"-O {option.name}={option.default}  {option.wanted}"] for option in method.options.values()]
     print(table(["method", "what it does, and its options"], rows))
+
+
+app.command()(doctor)
 
 
 def _print_json(data: Any) -> None:

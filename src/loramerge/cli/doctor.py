@@ -1,0 +1,143 @@
+"""``loramerge doctor``: what is installed, where it computes, and whether a merge comes out right."""
+
+import platform
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import __version__
+from .run import table
+
+TOLERANCE = 1e-6
+"""Largest relative error of the self-test's merge."""
+EXTRAS = {
+    "diffusers": "train, zip, calibrate, generate, score",
+    "plots": "compare --heatmap, coefficients --plot",
+    "search": "weights by score with CMA-ES",
+}
+"""Which commands need each optional extra."""
+
+
+def doctor(json: Annotated[bool, typer.Option("--json", help="For programs, and for bug reports.")] = False) -> None:
+    """Check this installation: versions, devices, optional extras, and a merge that is checked against dense algebra.
+
+    Exit code 1 if something that the core needs is missing or too old, or the merge is wrong.
+
+    Example: loramerge doctor
+    """
+    found = examined()
+    if json:
+        import json as writer
+
+        print(writer.dumps(found, indent=2))
+    else:
+        _show(found)
+    raise typer.Exit(0 if healthy(found) else 1)
+
+
+def examined() -> dict[str, Any]:
+    """Everything that the command reports."""
+    packages = _packages()
+    return {
+        "loramerge": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": packages,
+        "extras": {
+            name: all(p["status"] == "ok" for p in packages if p["needed_by"] == name)
+            for name in dict.fromkeys(p["needed_by"] for p in packages if p["needed_by"] != "core")
+        },
+        "devices": _devices(),
+        "largest_error": self_test(),
+    }
+
+
+def healthy(found: dict[str, Any]) -> bool:
+    """Whether the core's packages are there and its merge is right."""
+    core = all(p["status"] == "ok" for p in found["packages"] if p["needed_by"] == "core")
+    return core and found["largest_error"] <= TOLERANCE
+
+
+def _packages() -> list[dict[str, str]]:
+    """Every requirement of the core and of the extras, with what is installed."""
+    from packaging.requirements import Requirement
+
+    rows = []
+    for text in metadata.requires("loramerge") or []:
+        requirement = Requirement(text)
+        for part in ("core", *EXTRAS):
+            if requirement.marker is None and part != "core":
+                continue
+            if requirement.marker and (part == "core" or not requirement.marker.evaluate({"extra": part})):
+                continue
+            rows.append(_package(requirement, part))
+    return rows
+
+
+def _package(requirement: Any, part: str) -> dict[str, str]:
+    try:
+        installed = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        installed, status = "–", "missing"
+    else:
+        status = "ok" if requirement.specifier.contains(installed, prereleases=True) else "too old or too new"
+    return {
+        "name": requirement.name,
+        "wanted": str(requirement.specifier),
+        "installed": installed,
+        "needed_by": part,
+        "status": status,
+    }
+
+
+def _devices() -> list[str]:
+    """Where ``--device`` can compute."""
+    import torch
+
+    found = [f"cpu ({torch.get_num_threads()} threads for torch)"]
+    found += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def self_test() -> float:
+    """Largest relative error of a merge of two LoRAs of different tools, written to a third's and read again."""
+    import loramerge as lm
+
+    from ..testing import random_lora, relative_error, weighted_sum
+
+    weights = (0.7, -0.5)
+    parents = [random_lora("sdxl", rank=4, alpha=2.0, seed=1), random_lora("sdxl", rank=8, alpha=12.0, seed=2)]
+    with tempfile.TemporaryDirectory() as folder:
+        dialects = ("kohya", "diffusers-peft")
+        files = [
+            lm.save(parent, Path(folder) / f"{dialect}.safetensors", dialect=dialect)
+            for parent, dialect in zip(parents, dialects, strict=True)
+        ]
+        merged = lm.merge([lm.load(file) for file in files], weights=list(weights))
+        both = lm.load(lm.save(merged, Path(folder) / "both.safetensors", dialect="comfyui"))
+    return max(relative_error(both[module].delta(), weighted_sum(parents, weights, module)) for module in parents[0])
+
+
+def _show(found: dict[str, Any]) -> None:
+    print(f"loramerge {found['loramerge']}, Python {found['python']} ({sys.executable})\n{found['system']}\n")
+    columns = ("name", "wanted", "installed", "needed_by", "status")
+    print(
+        table(["package", "wanted", "installed", "needed by", ""], [[p[c] for c in columns] for p in found["packages"]])
+    )
+    print()
+    for name, there in found["extras"].items():
+        way = "ready" if there else f"not ready: pip install 'loramerge[{name}]'"
+        print(f"extra {name}: {way} ({EXTRAS[name]})")
+    for device in found["devices"]:
+        print(f"device {device}")
+    right = found["largest_error"] <= TOLERANCE
+    print(
+        f"\nSelf-test: 0.7 × kohya − 0.5 × diffusers → comfyui, largest relative error {found['largest_error']:.1e}: "
+        + ("right." if right else f"WRONG, wanted {TOLERANCE:.0e} at most. Please report this output.")
+    )

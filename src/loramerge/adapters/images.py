@@ -7,7 +7,8 @@ A caption is a line of ``metadata.jsonl`` (``{"file_name": "1.png", "text": "a p
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,18 +113,36 @@ def cropped(path: Path, resolution: int) -> Cropped:
     return Cropped(np.ascontiguousarray(values.transpose(2, 0, 1)), (height, width), (top, left))
 
 
+def size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as it is stored.
+
+    Raises:
+        FileError: It can't be read.
+    """
+    with _image(path) as image:
+        return image.height, image.width
+
+
 def _opened(path: Path) -> Any:
     pil = _pil()
     from PIL import ImageOps
 
+    with _image(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("RGBA", "LA", "P"):  # what is transparent is white, not black
+            upright = upright.convert("RGBA")
+            ground = pil.new("RGBA", upright.size, "white")
+            upright = pil.alpha_composite(ground, upright)
+        return upright.convert("RGB")
+
+
+@contextmanager
+def _image(path: Path) -> Iterator[Any]:
+    """An image that is read while this lasts."""
+    pil = _pil()
     try:
         with pil.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "P"):  # what is transparent is white, not black
-                upright = upright.convert("RGBA")
-                ground = pil.new("RGBA", upright.size, "white")
-                upright = pil.alpha_composite(ground, upright)
-            return upright.convert("RGB")
+            yield image
     except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
         raise FileError(f"Can't read the image {path}: {error}.") from error
 

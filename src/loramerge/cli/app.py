@@ -16,6 +16,7 @@ from .generate import generate
 from .options import Device, Dtype, Output, Quiet, Scope, To
 from .run import print_notes, progress, table
 from .score import score
+from .train import train
 from .zip import zip_loras
 
 app = typer.Typer(
@@ -224,6 +225,7 @@ def merge(
     )
 
 
+app.command()(train)
 app.command("zip")(zip_loras)
 app.command()(calibrate)
 app.command()(coefficients)

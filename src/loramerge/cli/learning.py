@@ -148,20 +148,7 @@ def _hint(loras: "Sequence[LoRA]", prompts: Sequence[Sequence[str]]) -> None:
 
 def identity(denoiser: "Denoiser", data: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """What a merge is learned on, for its metadata, and for checkpoints to agree in."""
-    local = Path(denoiser.source).expanduser()
-    return {
-        "base": (local.name or local.resolve().name) if local.exists() else denoiser.source,
-        "pipeline": type(denoiser.pipe).__name__,
-        "precision": _named(denoiser.dtype),
-        "autocast": _named(denoiser.autocast),
-        "text_encoders": denoiser.text_encoders,
-        "data": dict(data),
-        "processes": processes,
-    }
-
-
-def _named(dtype: object) -> str | None:
-    return None if dtype is None else str(dtype).removeprefix("torch.")
+    return {**denoiser.identity, "data": dict(data), "processes": processes}
 
 
 def write(lora: "LoRA", output: Path, to: str | None, dtype: str | None, quiet: bool) -> None:

@@ -65,6 +65,26 @@ def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
         print(f"  left out: {line}")
 
 
+class Pace:
+    """Where learning is: one line that changes on a terminal, every tenth step or so elsewhere."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, float] | None = None
+
+    def show(self, step: int, total: int, text: str) -> None:
+        """Show a step, from 1."""
+        now = time.monotonic()
+        number, began = self.first = self.first or (step, now)
+        pace = f"  {(now - began) / (step - number):.2g} s a step" if step > number else ""
+        line = f"step {step}/{total}  {text}{pace}"
+        last = step == total
+        if sys.stderr.isatty():
+            shown = f"{bar(step, total, 20):20s} {line}"
+            print(f"\r\x1b[K{shown}", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif last or step % max(1, total // 10) == 0:
+            print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on the terminal, which appears when the work has taken half a second."""

@@ -1,7 +1,5 @@
 """``loramerge zip``: coefficients learned on the base model, by gradient."""
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ import typer
 from ..errors import OptionError
 from . import learning as given
 from .options import Dtype, Files, Output, Quiet, To
-from .run import table
+from .run import Pace, table
 
 if TYPE_CHECKING:
     from ..learned.ziplora import Learned, Settings, Step
@@ -98,11 +96,11 @@ def settings_of(preset: str, given: Sequence[str]) -> "Settings":
         name, equals, text = item.partition("=")
         if not equals:
             raise OptionError(f"Can't read the setting {item!r}: wanted NAME=VALUE.")
-        changes[name] = _parsed(name, text, getattr(kept, name, ""))
+        changes[name] = parsed(name, text, getattr(kept, name, ""))
     return settings(preset, **changes)
 
 
-def _parsed(name: str, text: str, before: Any) -> Any:
+def parsed(name: str, text: str, before: Any) -> Any:
     """A value in the type of the one that it replaces."""
     try:
         if isinstance(before, bool):
@@ -163,24 +161,16 @@ def _run(
 
 
 class Losses:
-    """The losses of every step: one line that changes on a terminal, every tenth step or so elsewhere."""
+    """The losses of every step."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        self.first: tuple[int, float] | None = None
+        self.pace = Pace()
 
     def __call__(self, step: "Step") -> None:
         """Show a step."""
-        now = time.monotonic()
-        number, began = self.first = self.first or (step.step, now)
-        pace = f"  {(now - began) / (step.step - number):.2g} s a step" if step.step > number else ""
         fits = "  ".join(f"{name} {fit:.4g}" for name, fit in zip(self.names, step.fits, strict=True))
-        line = f"step {step.step}/{step.total}  loss {step.loss:.4g}  {fits}{pace}"
-        last = step.step == step.total
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif last or step.step % max(1, step.total // 10) == 0:
-            print(line, file=sys.stderr, flush=True)
+        self.pace.show(step.step, step.total, f"loss {step.loss:.4g}  {fits}")
 
 
 def _table(learned: "Learned", names: Sequence[str]) -> str:

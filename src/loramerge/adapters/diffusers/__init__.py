@@ -13,5 +13,19 @@ from .denoiser import Denoiser, load
 from .examples import Images, Trajectories, from_images, from_prompts
 from .memory import within_memory
 from .processes import Team, team
+from .training import TrainSettings, TrainStep, train_lora
 
-__all__ = ["Denoiser", "Images", "Team", "Trajectories", "from_images", "from_prompts", "load", "team", "within_memory"]
+__all__ = [
+    "Denoiser",
+    "Images",
+    "Team",
+    "TrainSettings",
+    "TrainStep",
+    "Trajectories",
+    "from_images",
+    "from_prompts",
+    "load",
+    "team",
+    "train_lora",
+    "within_memory",
+]

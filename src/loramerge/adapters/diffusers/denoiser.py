@@ -95,6 +95,10 @@ class Denoiser:
         """
         if torch.float16 in (self.dtype, self.autocast) and torch.is_grad_enabled():
             raise OptionError("In fp16 gradients underflow, so nothing can be learned. Way out: bf16, or fp32.")
+        return self.run(batch)
+
+    def run(self, batch: Batch) -> Tensor:
+        """`predict` for those who scale their loss, so that gradients don't underflow in float16."""
         placed = self._placed(batch)
         with self._autocast():
             given = dict(placed.get("conditions", {}))
@@ -159,6 +163,26 @@ class Denoiser:
         """Conditions that say where in a picture each example lies."""
         return self.family.place(sizes)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What model it is and how it computes, for metadata, without the directories of this machine."""
+        local = Path(self.source).expanduser()
+        return {
+            "base": (local.name or local.resolve().name) if local.exists() else self.source,
+            "pipeline": type(self.pipe).__name__,
+            "precision": _called(self.dtype),
+            "autocast": _called(self.autocast),
+            "text_encoders": self.text_encoders,
+        }
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The pipeline with everything on the device, ready to draw."""
+        if self.pipe.vae is None or not self.encoders:
+            raise OptionError("The pipeline's VAE or text encoders are gone. Way out: release() only after drawing.")
+        with self._at_work(self.pipe.vae, *self.encoders.values()):
+            yield self.pipe
+
     @contextmanager
     def _at_work(self, *modules: nn.Module) -> Iterator[None]:
         """Have modules on the device while they are needed; they go back where they were."""
@@ -201,6 +225,10 @@ class _Nested(nn.Module):
 def _named(model: nn.Module) -> nn.Module:
     bare = type(model).__name__ == "CLIPTextModel" and "text_model" not in dict(model.named_children())
     return _Nested(model) if bare else model
+
+
+def _called(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _statistic(config: Any, name: str) -> Tensor | None:

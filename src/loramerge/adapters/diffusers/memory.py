@@ -28,6 +28,6 @@ def within_memory(resolution: int, batch_size: int, count: int) -> Iterator[None
             raise
         first = str(error).splitlines()[0]
         raise DeviceMemoryError(
-            f"Out of memory with {count} LoRAs × {batch_size} examples at {resolution} × {resolution}: {first} Ways out, "
+            f"Out of memory with {count} LoRA{'s' * (count > 1)} × {batch_size} examples at {resolution} × {resolution}: {first} Ways out, "
             "the first first: gradient checkpointing, bf16, a batch size of 1, a smaller resolution."
         ) from error

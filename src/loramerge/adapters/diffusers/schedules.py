@@ -19,6 +19,9 @@ class Schedule(Protocol):
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model sees, ``(count, …)``."""
 
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model should answer to it, ``(count, …)``."""
+
     def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """How much each example counts by min-SNR, ``(count,)``."""
 
@@ -36,8 +39,19 @@ class Diffusion:
         return torch.randint(len(self.alphas), (count,), generator=generator)
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        signal, sigma = self._parts(latents, timesteps)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if not self.velocity:
+            return noise
+        signal, sigma = self._parts(latents, timesteps)
+        return signal * noise - sigma * latents
+
+    def _parts(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 − ᾱ), shaped to multiply latents with."""
         alpha = self.alphas[timesteps].reshape(-1, *(1,) * (latents.ndim - 1))
-        return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        return alpha.sqrt(), (1 - alpha).sqrt()
 
     def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         """min(SNR, γ) / SNR, and by SNR + 1 for v: Hang et al., 2023, https://arxiv.org/abs/2303.09556."""
@@ -61,6 +75,9 @@ class Flow:
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         sigma = (timesteps / self.count).reshape(-1, *(1,) * (latents.ndim - 1))
         return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - latents
 
     def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
         raise OptionError(

@@ -96,7 +96,7 @@ def train_lora(
             "processes": together.size,
         }
         with injected(mixed, chosen) as inside:
-            run = _Run(mixed, inside, Deck(images, chosen.seed), chosen, together)
+            run = Run(mixed, inside, Deck(images, chosen.seed), chosen, together)
             run.train(checkpoint, about, every, on_step)
             layers = inside.taken()
     title = name or Path(folder).expanduser().resolve().name
@@ -190,7 +190,7 @@ class LossScale:
         return True
 
 
-class _Run:
+class Run:
     """One run of training."""
 
     def __init__(

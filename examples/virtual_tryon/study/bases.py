@@ -1,0 +1,65 @@
+"""The base model, as a pipeline that draws and as one to learn on."""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from loramerge.errors import FileError, OptionError
+
+from .protocol import Base
+
+
+def check(base: Base) -> None:
+    """Refuse a base that can't be there, before anything is done.
+
+    Raises:
+        FileError: The miniature is missing.
+    """
+    if base.miniature and not (Path(base.model) / "model_index.json").is_file():
+        raise FileError(
+            f"No miniature base in {base.model}: wanted a folder with model_index.json. Ways out: --base FOLDER, or train "
+            "one: python -m examples.virtual_tryon.train_base."
+        )
+
+
+def resolution(base: Base) -> int:
+    """Pixels a side of the miniature's pictures."""
+    check(base)
+    config = json.loads((Path(base.model) / "vae" / "config.json").read_text(encoding="utf-8"))
+    return int(config["sample_size"])
+
+
+def pipeline(base: Base, device: str) -> Any:
+    """The base with its own scheduler, as it is trained on.
+
+    Raises:
+        FileError: It is missing or can't be read.
+    """
+    if not base.miniature:
+        from loramerge.adapters.pipelines import load
+
+        return load(base.model, device=device, dtype=base.dtype, quiet=True)
+    from .. import model
+
+    check(base)
+    model.quiet()
+    pipe = model.load(base.model, device=device)
+    pipe.vae_scale_factor = pipe.vae.config.patch  # diffusers takes it for a power of 2
+    return pipe
+
+
+@lru_cache(maxsize=1)
+def drawing_pipeline(base: Base, device: str, scheduler: str | None) -> Any:
+    """The base with the scheduler that draws; kept, because one process draws many settings."""
+    import diffusers
+
+    pipe = pipeline(base, device)
+    if scheduler:
+        kind = getattr(diffusers, scheduler, None)
+        if kind is None or not scheduler.endswith("Scheduler"):
+            raise OptionError(
+                f"Unknown scheduler {scheduler!r}. Wanted a class of diffusers, such as EulerDiscreteScheduler."
+            )
+        pipe.scheduler = kind.from_config({"clip_sample": False, **pipe.scheduler.config})
+    return pipe

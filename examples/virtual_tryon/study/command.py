@@ -1,0 +1,103 @@
+"""``python -m examples.virtual_tryon run``: a whole study by one command."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loramerge.errors import LoRAMergeError, OptionError
+
+from . import bases, scores, stages
+from .job import Job
+from .protocol import FAMILIES, STUDY, Protocol, located
+from .reading import PRESETS, preset, read
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run; the exit code is 1 after an error, 130 after an interruption."""
+    options = _parser().parse_args(sys.argv[1:] if given is None else given)
+    try:
+        job = job_of(options)
+        stages.run(job, only=options.only, processes=options.processes, say=_say)
+    except (LoRAMergeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    if not options.only or "report" in options.only:
+        _say(f"→ {job.out / 'report.html'}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m examples.virtual_tryon", description="The virtual try-on study.")
+    commands = parser.add_subparsers(required=True, metavar="run")
+    run = commands.add_parser("run", help="train, merge, generate, score, report; what is done is not done again")
+    add = run.add_argument
+    known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.toml")))
+    add("--preset", default="mini", help=f"{known} (default: %(default)s)")
+    add("--protocol", type=Path, metavar="TOML", help="a protocol of one's own, in place of a preset")
+    add("--out", type=Path, help="(default: build/study/PRESET)")
+    add("--only", action="append", default=[], choices=stages.NAMES, help="this stage; may be given again")
+    add("--seeds", type=int, help="pictures of each prompt and setting (default: the protocol's)")
+    add(
+        "--extended",
+        nargs="*",
+        choices=FAMILIES[1:],
+        metavar="WHAT",
+        help=f"more settings than the study's: {', '.join(FAMILIES[1:])}; all of them by default",
+    )
+    add("--processes", type=int, default=1, help="that train and draw, one thread each (default: %(default)s)")
+    add("--device", help="cpu or cuda (default: cpu for the miniature, else cuda where there is one)")
+    add("--base", help="another base than the protocol's: a directory, or a name on the Hub")
+    add("--scorer", help="another encoder")
+    add("--data", type=Path, metavar="DIRECTORY", help="of the concepts' folders of captioned pictures")
+    return parser
+
+
+def job_of(options: argparse.Namespace) -> Job:
+    """What the options ask for, checked before anything is done.
+
+    Raises:
+        OptionError: An option can't be.
+        FileError: The protocol, the base or the scorer is missing.
+    """
+    protocol = changed(read(options.protocol or preset(options.preset)), options)
+    extended = options.extended
+    families = (STUDY, *(FAMILIES[1:] if extended == [] else extended or ()))
+    device = options.device or _device(protocol)
+    if options.processes < 1 or (options.processes > 1 and device != "cpu"):
+        raise OptionError(f"--processes {options.processes}: one, or several on a CPU; the device is {device}.")
+    bases.check(protocol.base)
+    scores.check(protocol.scorer)
+    out = options.out or Path("build/study") / protocol.name
+    return Job(protocol=protocol, out=out.expanduser(), families=families, device=device)
+
+
+def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
+    """The protocol with what the command line says otherwise."""
+    if options.seeds is not None:
+        if options.seeds < 1:
+            raise OptionError(f"--seeds {options.seeds}: wanted one or more; intervals need five.")
+        protocol = replace(protocol, drawing=replace(protocol.drawing, seeds=options.seeds))
+    if options.base:
+        protocol = replace(protocol, base=replace(protocol.base, model=located(options.base, Path.cwd())))
+    if options.scorer:
+        protocol = replace(protocol, scorer=replace(protocol.scorer, model=located(options.scorer, Path.cwd())))
+    if options.data:
+        protocol = replace(protocol, data=replace(protocol.data, folder=str(options.data)))
+    return protocol
+
+
+def _device(protocol: Protocol) -> str:
+    if protocol.base.miniature:
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

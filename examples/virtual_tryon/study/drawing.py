@@ -1,0 +1,55 @@
+"""The stage ``generate``: settings × prompts × seeds."""
+
+import shutil
+
+from loramerge.adapters.generation import Sampling, Use, generate
+
+from .bases import drawing_pipeline
+from .job import Job
+from .ledger import fingerprint
+from .loras import merged
+from .protocol import Setting
+
+
+def draw(job: Job, setting: Setting) -> bool:
+    """Draw the pictures of a setting that are not there.
+
+    How a number is rounded depends on the pictures beside it in a batch, so a batch that was
+    interrupted is drawn again as a whole, and a run that goes on gives what it would have given.
+    """
+    drawing, shots = job.protocol.drawing, job.shots(setting)
+    lora = merged(job, setting)
+    batch = batch_size(len(job.seeds(setting)), drawing.batch)
+    found = fingerprint(
+        drawing.steps, drawing.guidance, drawing.scheduler, batch, lora and lora.sha256, job.base_digest
+    )
+    folder, known = job.pictures / setting.name, f"pictures/{setting.name}"
+    if job.ledger.has(known, found):
+        for start in range(0, len(shots), batch):
+            part = [shot.path for shot in shots[start : start + batch]]
+            if not all(path.exists() for path in part):
+                for path in part:
+                    path.unlink(missing_ok=True)
+    else:
+        if job.ledger.has_any(known):  # ours, of another run
+            shutil.rmtree(folder, ignore_errors=True)
+        job.ledger.add(known, found)
+    if all(shot.path.exists() for shot in shots):
+        return False
+    prompts = list(job.protocol.prompts[setting.prompts])
+    generate(
+        drawing_pipeline(job.protocol.base, job.device, drawing.scheduler),
+        {setting.name: [Use(lora)] if lora else []},
+        prompts,
+        job.seeds(setting),
+        job.pictures,
+        sampling=Sampling(steps=drawing.steps, guidance=drawing.guidance),
+        batch=batch,
+        base=job.protocol.base.model.rsplit("/", 1)[-1] if job.protocol.base.miniature else None,
+    )
+    return True
+
+
+def batch_size(seeds: int, most: int) -> int:
+    """The largest number of pictures up to ``most`` that leaves no prompt a smaller batch."""
+    return max(size for size in range(1, max(1, min(seeds, most)) + 1) if seeds % size == 0)

@@ -1,0 +1,112 @@
+"""One run of a protocol: what is asked for, and where each result lies."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from loramerge.adapters.generation import slug
+from loramerge.adapters.scoring import Shot
+from loramerge.errors import FileError
+
+from .ledger import Ledger, model_digest
+from .protocol import Protocol, Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A protocol with a directory to work in; picklable, so that any process can do a part of it."""
+
+    protocol: Protocol
+    out: Path
+    families: tuple[str, ...]
+    device: str = "cpu"
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.out / "ledger")
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """The settings of this run."""
+        return self.protocol.of(self.families)
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Names of the sets that a LoRA is trained on in this run, in the order of the settings."""
+        return tuple(dict.fromkeys(name for setting in self.settings for name in setting.loras))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the lists of prompts in this run."""
+        return tuple(dict.fromkeys(setting.prompts for setting in self.settings))
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the world is drawn, so that the truth is known."""
+        return self.protocol.data.source == "drawn"
+
+    def seeds(self, setting: Setting) -> list[int]:
+        most = self.protocol.drawing.seeds
+        return list(range(most if setting.seeds is None else min(most, setting.seeds)))
+
+    def shots(self, setting: Setting) -> list[Shot]:
+        """The pictures of a setting, by prompt and seed."""
+        return [
+            Shot(setting.name, prompt, seed, self.pictures / setting.name / f"{slug(prompt)}-{seed}.png")
+            for prompt in self.protocol.prompts[setting.prompts]
+            for seed in self.seeds(setting)
+        ]
+
+    def set_folder(self, name: str) -> Path:
+        """The captioned pictures of a set."""
+        concepts = [concept.name for concept in self.protocol.concepts]
+        own = not self.drawn and name in concepts
+        return Path(self.protocol.data.folder).expanduser() / name if own else self.out / "sets" / name
+
+    def lora_file(self, name: str) -> Path:
+        return self.out / "loras" / f"{name}.safetensors"
+
+    def merge_file(self, setting: Setting) -> Path:
+        return self.out / "merges" / f"{setting.name}.safetensors"
+
+    @property
+    def pictures(self) -> Path:
+        return self.out / "pictures"
+
+    def truth_folder(self, prompts: str, what: str) -> Path:
+        return self.out / "truth" / prompts / what
+
+    def score_file(self, prompts: str, setting: str) -> Path:
+        return self.out / "scores" / prompts / f"{setting}.json"
+
+    def judged_file(self, prompts: str, setting: str) -> Path:
+        return self.out / "judged" / prompts / f"{setting}.json"
+
+    @cached_property
+    def base_digest(self) -> str:
+        return model_digest(self.protocol.base.model)
+
+    @cached_property
+    def scorer_digest(self) -> str:
+        return model_digest(self.protocol.scorer.model)
+
+
+def needed(path: Path, stage: str) -> Path:
+    """A file or directory that an earlier stage makes.
+
+    Raises:
+        FileError: It is not there.
+    """
+    if not path.exists():
+        raise FileError(f"{path} is missing. The stage {stage!r} makes it: run that first, or leave out --only.")
+    return path
+
+
+def digest_of(files: Iterator[Path] | list[Path]) -> str:
+    """SHA-256 of files' bytes, in order."""
+    whole = hashlib.sha256()
+    for file in files:
+        whole.update(hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()

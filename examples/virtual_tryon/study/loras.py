@@ -1,0 +1,125 @@
+"""The stages ``train`` and ``merge``: one LoRA a set, and one a setting."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import loramerge as lm
+from loramerge import LoRA
+from loramerge.adapters.folders import made
+from loramerge.adapters.images import digest, pictures
+from loramerge.errors import OptionError
+
+from . import bases
+from .job import Job, needed
+from .ledger import fingerprint, versions
+from .protocol import Setting
+
+LIBRARIES = ("torch", "diffusers", "peft", "transformers")
+
+
+def train(job: Job, name: str) -> bool:
+    """Train the LoRA of a set, from its checkpoint on if there is one."""
+    from dataclasses import asdict
+
+    from loramerge.adapters.diffusers import TrainSettings, load, train_lora
+
+    protocol, target = job.protocol, job.lora_file(name)
+    folder = needed(job.set_folder(name), "data")
+    found = fingerprint(
+        protocol.training,
+        protocol.base.dtype,
+        job.base_digest,
+        digest(pictures(folder)),
+        job.device,
+        versions(*LIBRARIES),
+    )
+    if job.ledger.has(f"loras/{name}", found, [target]):
+        return False
+    made(target.parent)
+    checkpoint = target.with_name(f"{name}-{found[:8]}.checkpoint")
+    denoiser = load(bases.pipeline(protocol.base, job.device), device=job.device)
+    settings = TrainSettings(**asdict(protocol.training))
+    lora = train_lora(denoiser, folder, settings=settings, checkpoint=checkpoint, every=100, name=name)
+    lm.save(lora, target)
+    job.ledger.add(f"loras/{name}", found)
+    _remove(checkpoint)
+    return True
+
+
+def _remove(checkpoint: Path) -> None:
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    checkpoint.unlink(missing_ok=True)
+
+
+def load(job: Job, name: str) -> LoRA:
+    """The trained LoRA of a set."""
+    return lm.load(needed(job.lora_file(name), "train"), architecture=job.protocol.base.architecture)
+
+
+def merged(job: Job, setting: Setting) -> LoRA | None:
+    """The LoRA of a setting; None for the base alone."""
+    if not setting.loras:
+        return None
+    if len(setting.loras) == 1 and setting.weights is None and setting.learn is None:
+        return load(job, setting.loras[0])
+    return lm.load(needed(job.merge_file(setting), "merge"), architecture=job.protocol.base.architecture)
+
+
+def merge(job: Job, setting: Setting) -> bool:
+    """Merge the LoRAs of a setting; there is nothing to do for the base alone, or one LoRA as it is."""
+    if not setting.loras or (len(setting.loras) == 1 and setting.weights is None and setting.learn is None):
+        return False
+    loras, target = [load(job, name) for name in setting.loras], job.merge_file(setting)
+    how = (setting.method, setting.weights, setting.options, setting.learn)
+    found = fingerprint(
+        how, [lora.sha256 for lora in loras], versions(), _data(job, setting) if setting.learn else None
+    )
+    if job.ledger.has(f"merges/{setting.name}", found, [target]):
+        return False
+    made(target.parent)
+    lora = _learned(job, setting, loras) if setting.learn else _computed(setting, loras)
+    lm.save(lora, target)
+    job.ledger.add(f"merges/{setting.name}", found)
+    return True
+
+
+def _computed(setting: Setting, loras: list[LoRA]) -> LoRA:
+    weights = list(setting.weights) if isinstance(setting.weights, tuple) else setting.weights
+    return lm.merge(loras, weights=weights, method=setting.method, **setting.options)
+
+
+def _data(job: Job, setting: Setting) -> Any:
+    """What a learned merge depends on beside the LoRAs."""
+    sets = [digest(pictures(needed(job.set_folder(name), "data"))) for name in setting.loras]
+    return job.base_digest, sets, job.protocol.training, job.device, versions(*LIBRARIES)
+
+
+def _learned(job: Job, setting: Setting, loras: list[LoRA]) -> LoRA:
+    """A merge that is learned on the base, from the pictures that the LoRAs were trained on."""
+    from loramerge.adapters.diffusers import from_images, load
+    from loramerge.learned.calibration import calibrate
+    from loramerge.learned.lsq import lsq
+    from loramerge.learned.ziplora import settings, ziplora
+
+    protocol = job.protocol
+    denoiser = load(bases.pipeline(protocol.base, job.device), device=job.device)
+    denoiser.check(loras)
+    folders = [job.set_folder(name) for name in setting.loras]
+    training = protocol.training
+    draw = from_images(denoiser, folders, resolution=training.resolution, flip=training.flip)
+    denoiser.release()
+    if setting.learn == "ziplora":
+        learned = ziplora(
+            denoiser.predict, denoiser.models, loras, draw, settings(**{"seed": training.seed, **setting.options})
+        )
+        return learned.lora
+    options = dict(setting.options)
+    kind: Any = "gram" if options.get("granularity") in ("column", "full") else "core"
+    given = {key: options.pop(key) for key in ("batches", "batch_size") if key in options}
+    moments = calibrate(denoiser.predict, denoiser.models, loras, draw, kind=kind, seed=training.seed, **given)
+    try:
+        return lsq(loras, moments, **options)[0]
+    except TypeError as error:
+        raise OptionError(f"The setting {setting.name}: {error}.") from None

@@ -1,0 +1,221 @@
+"""Protocols in TOML files, read strictly: every complaint names its place."""
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from loramerge.adapters.pixels import Box
+from loramerge.errors import FileError, OptionError
+from loramerge.methods import METHODS
+from loramerge.toml import Table
+
+from .protocol import (
+    STUDY,
+    Base,
+    Concept,
+    Data,
+    Drawing,
+    Learned,
+    Mixed,
+    Protocol,
+    Scorer,
+    Setting,
+    Training,
+    grid,
+    located,
+)
+
+PRESETS = Path(__file__).parents[1] / "presets"
+TOP = (
+    "title",
+    "notes",
+    "base",
+    "scorer",
+    "data",
+    "training",
+    "drawing",
+    "concepts",
+    "mixed",
+    "prompts",
+    "settings",
+    "sensitivity",
+)
+
+T = TypeVar("T")
+
+
+def preset(name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        OptionError: There is none of that name.
+    """
+    known = sorted(file.stem for file in PRESETS.glob("*.toml"))
+    if name not in known:
+        raise OptionError(f"Unknown preset {name!r}. Available: {', '.join(known)}.")
+    return PRESETS / f"{name}.toml"
+
+
+def read(path: Path) -> Protocol:
+    """The protocol in a TOML file.
+
+    Raises:
+        FileError: It can't be read, or is not TOML.
+        OptionError: A key is unknown or missing, or a value is wrong.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"Can't read {path}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not TOML: {error}.") from None
+    return protocol(data, path.stem, path.parent, path.name)
+
+
+def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
+    """A protocol from the entries of a TOML file that lies in ``folder``."""
+    top = Table(data, where, TOP)
+
+    def one(key: str, kind: type[T]) -> T:
+        return _filled(kind, top.get(key, dict, default={}), f"{where}: {key}")
+
+    def each(key: str, make: Callable[[Any, str], T]) -> tuple[T, ...]:
+        found = top.get(key, list, wanted="tables", default=[])
+        return tuple(make(entry, f"{where}: {key}, entry {i}") for i, entry in enumerate(found, 1))
+
+    base, scorer, source = one("base", Base), one("scorer", Scorer), one("data", Data)
+    if source.source not in ("drawn", "folders"):
+        raise OptionError(f"{where}: data: source: got {source.source!r}, wanted 'drawn' or 'folders'.")
+    prompts = Table(top.get("prompts", dict, default={}), f"{where}: prompts", top.data.get("prompts", {}))
+    if STUDY not in prompts.data:
+        raise OptionError(f"{where}: prompts: there is no list called {STUDY!r}.")
+    settings = each("settings", _setting)
+    return Protocol(
+        name=name,
+        title=top.get("title", str, default=name),
+        base=_moved(base, folder),
+        scorer=_moved(scorer, folder),
+        data=source,
+        training=one("training", Training),
+        drawing=one("drawing", Drawing),
+        concepts=each("concepts", _concept),
+        mixed=each("mixed", lambda entry, place: _filled(Mixed, entry, place)),
+        prompts={key: prompts.texts(key) for key in prompts.data},
+        settings=(*settings, *_sensitivity(top.data.get("sensitivity"), f"{where}: sensitivity")),
+        notes=top.texts("notes"),
+    )
+
+
+def _moved(part: Any, folder: Path) -> Any:
+    from dataclasses import replace
+
+    return replace(part, model=located(part.model, folder))
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (float, int),
+}
+
+
+def _filled(kind: type[T], data: Any, where: str) -> T:
+    """A dataclass of plain fields from a table of the same keys."""
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    table = Table(data, where, known)
+    missing = [n for n, f in known.items() if _required(f) and n not in table.data]
+    if missing:
+        raise OptionError(f"{where}: {missing[0]} is missing.")
+    return kind(**{name: table.get(name, *_kinds(known[name])) for name in table.data})
+
+
+def _required(field: Any) -> bool:
+    from dataclasses import MISSING
+
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _kinds(field: Any) -> tuple[type, ...]:
+    named = getattr(field.type, "__name__", str(field.type))
+    for part in (named, *(getattr(t, "__name__", "") for t in get_args(field.type))):
+        if part in KINDS:
+            return KINDS[part]
+    return (str,)  # literals, which are checked by name
+
+
+def _concept(data: Any, where: str) -> Concept:
+    table = Table(data, where, ("name", "identifier", "crop", "own_crop"))
+    boxes = {key: _box(table, key) for key in ("crop", "own_crop")}
+    name, identifier = (_text(table, key) for key in ("name", "identifier"))
+    return Concept(name=name, identifier=identifier, **boxes)
+
+
+def _box(table: Table, key: str) -> Box | None:
+    found = table.get(key, list, wanted="[left, top, right, bottom]")
+    if found is None:
+        return None
+    if len(found) != 4 or not all(isinstance(value, int | float) for value in found):
+        raise OptionError(
+            f"{table.where}: {key}: got {found}, wanted [left, top, right, bottom] as shares from 0 to 1."
+        )
+    return Box(*map(float, found))
+
+
+def _text(table: Table, key: str) -> str:
+    if key not in table.data:
+        raise OptionError(f"{table.where}: {key} is missing.")
+    return str(table.get(key, str))
+
+
+SETTING = ("name", "label", "family", "loras", "method", "weights", "options", "learn", "prompts", "seeds")
+
+
+def _setting(data: Any, where: str) -> Setting:
+    table = Table(data, where, SETTING)
+    name = _text(table, "name")
+    learn = table.get("learn", str)
+    if learn is not None and learn not in get_args(Learned):
+        raise OptionError(f"{where}: learn: got {learn!r}, wanted one of {', '.join(get_args(Learned))}.")
+    method, options = table.get("method", str, default="linear"), table.get("options", dict, default={})
+    try:
+        if learn is None:
+            METHODS[method].check(options)
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from None
+    return Setting(
+        name=name,
+        label=table.get("label", str, default=name),
+        loras=table.texts("loras"),
+        family=table.get("family", str, default=STUDY),
+        method=method,
+        weights=_weights(table),
+        options=options,
+        learn=learn,
+        prompts=table.get("prompts", str, default=STUDY),
+        seeds=table.get("seeds", int),
+    )
+
+
+def _weights(table: Table) -> tuple[float, ...] | str | None:
+    found = table.get("weights", list, str, wanted="a list of numbers, 'l2' or 'uniform'")
+    if isinstance(found, list):
+        if not all(type(value) in (int, float) for value in found):
+            raise OptionError(f"{table.where}: weights: got {found}, wanted numbers.")
+        return tuple(map(float, found))
+    if found not in (None, "l2", "uniform"):
+        raise OptionError(f"{table.where}: weights: got {found!r}, wanted a list of numbers, 'l2' or 'uniform'.")
+    return found  # type: ignore[no-any-return]
+
+
+def _sensitivity(data: Any, where: str) -> list[Setting]:
+    if data is None:
+        return []
+    table = Table(data, where, ("loras", "values", "prompts", "seeds"))
+    values = table.get("values", list, wanted="a list of numbers", default=[])
+    if not values or not all(type(value) in (int, float) for value in values):
+        raise OptionError(f"{where}: values: got {values}, wanted a list of numbers.")
+    prompts, seeds = table.get("prompts", str, default=STUDY), table.get("seeds", int)
+    return grid(table.texts("loras"), [float(value) for value in values], prompts=prompts, seeds=seeds)

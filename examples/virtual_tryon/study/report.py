@@ -1,0 +1,362 @@
+"""The stage ``report``: figures, tables and statements from what was found."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from loramerge.adapters.bootstrap import Interval
+from loramerge.storage.writer import write_text
+
+from . import page, scores, tables
+from .content import Figure, Part, Report, Section, Sheet, Table, section
+from .figures import COLOURS, Series, bars, heat
+from .job import Job
+from .orderings import Decision, decisions
+from .protocol import STUDY, Setting
+from .published import SETS, published
+from .results import Group, groups
+
+
+def make(job: Job) -> bool:
+    """Write ``report.html``, ``report.md``, ``scores.csv`` and ``pictures.csv``."""
+    found = groups(job)
+    report = build(job, found)
+    write_text(job.out / "report.html", page.html(report))
+    write_text(job.out / "report.md", page.markdown(report))
+    write_text(job.out / "scores.csv", _csv(_score_lines(found)))
+    write_text(job.out / "pictures.csv", _csv(_picture_lines(found)))
+    return True
+
+
+def build(job: Job, found: Sequence[Group]) -> Report:
+    """The report of a run."""
+    study = next(group for group in found if group.name == STUDY)
+    decided = decisions(study.whole)
+    sections = [
+        _summary(job, decided),
+        _scores(study),
+        _orderings(study, decided),
+        _pictures(study),
+        _charts(study),
+        *_truth(study),
+        *_methods(study),
+        *(_many(group) for group in found if group is not study),
+        *_sensitivity(study),
+        _other_views(study),
+        _protocol(job),
+    ]
+    return Report(job.protocol.title, tuple(sections))
+
+
+# ---- what it comes to
+
+
+def _summary(job: Job, decided: Sequence[Decision]) -> Section:
+    drawing = job.protocol.drawing
+    count = len(job.protocol.of([STUDY]))
+    against = [decision for decision in decided if decision.agrees is False]
+    open_ = [decision for decision in decided if decision.verdict == "not decided"]
+    told = [
+        f"{count} settings × {len(job.protocol.prompts[STUDY])} prompts × {drawing.seeds} seeds. "
+        f"Of {len(decided)} orders read from the study's table, **{_count(decided, 'holds')} hold** here, "
+        f"**{_count(decided, 'does not hold')} do not**, and {len(open_)} are not decided by these intervals.",
+        *([f"**Here it disagrees with the study's table:** {_list(against)}"] if against else []),
+        *([f"Not decided: {_list(open_)}"] if open_ else []),
+    ]
+    return section("What it comes to", told, [f"- {note}" for note in job.protocol.notes])
+
+
+def _count(decided: Iterable[Decision], verdict: str) -> int:
+    return sum(decision.verdict == verdict for decision in decided)
+
+
+def _list(decided: Sequence[Decision]) -> str:
+    return "; ".join(decision.claim.text[0].lower() + decision.claim.text[1:] for decision in decided) + "."
+
+
+# ---- the study's own figures
+
+
+def _names(settings: Iterable[Setting]) -> list[str]:
+    return [setting.name for setting in settings]
+
+
+def _scores(study: Group) -> Section:
+    names = [*_names(study.family(STUDY)), *study.true]
+    told = (
+        "Scores of whole pictures. The sizes can't be compared with the published ones, which are of another encoder and "
+        "other pictures; the order can."
+    )
+    true = (
+        "The rows of true pictures were drawn, not generated: what a perfect merge would score, and whether each column "
+        "speaks of its own concept."
+    )
+    return section(
+        "Scores (the study's Figure 6)",
+        told,
+        tables.scores(study, names, scores.WHOLE, beside=True),
+        true if study.true else None,
+    )
+
+
+def _orderings(study: Group, decided: Sequence[Decision]) -> Section:
+    return section("The study's orders", tables.orderings(study, decided))
+
+
+def _pictures(study: Group) -> Section:
+    return section("Pictures (Figure 8)", _sheet(study, [*_names(study.family(STUDY)), *study.true[:1]]))
+
+
+def _sheet(group: Group, names: Sequence[str]) -> Sheet:
+    rows = tuple((group.label(name), tuple(shot.path for shot in group.first_shots(name))) for name in names)
+    columns = tuple(_short(prompt, i) for i, prompt in enumerate(group.prompts, 1))
+    return Sheet(columns, rows, "Each prompt's picture of seed 0; nothing selected.")
+
+
+def _short(prompt: str, number: int) -> str:
+    """A prompt's number and end, which tells it from the others."""
+    return f"{number}: … {' '.join(prompt.rstrip('.').split()[-5:])}"
+
+
+def _charts(study: Group) -> Section:
+    names = _names(study.family(STUDY))
+    labels = [study.label(name) for name in names]
+    parts: list[Part] = []
+    for figure, reference in zip(("7", "9"), SETS, strict=True):
+        if reference in study.references:
+            parts += _against(study, names, reference, figure)
+    parts += [_by_prompt(study, names, reference) for reference in study.references]
+    both = [
+        Series(f"against {r}", tuple(study.whole.mean(name, r) for name in names), COLOURS[1 + i])
+        for i, r in enumerate(study.references)
+    ]
+    parts.append(Figure(bars(labels, both, title="Scores by model"), "Figure 11: by model, split by set."))
+    return section("Figures 7, 9, 10 and 11", parts)
+
+
+def _against(study: Group, names: Sequence[str], reference: str, figure: str) -> list[Part]:
+    def chart(values: Iterable[Interval], title: str) -> str:
+        one = Series(title, tuple(values), COLOURS[0])
+        return bars([study.label(name) for name in known], [one], title=title, colours=COLOURS)
+
+    known = list(names)
+    ours = chart((study.whole.mean(name, reference) for name in known), f"Scores against {reference}")
+    parts: list[Part] = [Figure(ours, f"Figure {figure}, here: scores against the {reference} set, 95 % intervals.")]
+    known = [name for name in names if published(name, reference) is not None]
+    if known:
+        theirs = (Interval(published(name, reference) or 0.0, None, None, 1, 5) for name in known)
+        title = f"Published scores against {reference}"
+        parts.append(Figure(chart(theirs, title), f"Figure {figure}, as published."))
+    return parts
+
+
+def _by_prompt(study: Group, names: Sequence[str], reference: str) -> Figure:
+    series = [
+        Series(study.label(name), tuple(study.whole.mean(name, reference, prompt=p) for p in study.prompts), colour)
+        for name, colour in zip(names, COLOURS, strict=False)
+    ]
+    groups = [f"Prompt {i}" for i in range(1, len(study.prompts) + 1)]
+    return Figure(
+        bars(groups, series, title=f"Scores against {reference} by prompt"),
+        f"Figure 10: by prompt, against the {reference} set.",
+    )
+
+
+# ---- beyond the study
+
+
+def _truth(study: Group) -> list[Section]:
+    if study.findings is None:
+        return []
+    names = [*_names(study.family(STUDY)), *study.true]
+    told = (
+        "The world is drawn, so the true picture of this person in this jersey is known under every prompt. A judge that was "
+        "trained to tell attributes of drawings looks at each picture: is the hair right, are the stripes?"
+    )
+    parts: list[Part] = [told, tables.truth(study, names), "Attribute by attribute:", tables.attributes(study, names)]
+    return [section("Against the truth", parts)]
+
+
+def _methods(study: Group) -> list[Section]:
+    more = study.family("methods")
+    if not more:
+        return []
+    names = _names(setting for setting in (*study.family(STUDY), *more) if len(setting.loras) != 1)
+    alone = _names(setting for setting in (*study.family(STUDY), *more) if len(setting.loras) == 1)
+    against = "weighted" if "weighted" in names else None
+    parts: list[Part] = []
+    if study.findings is not None:
+        ranked = [*names, *alone, *study.true[:1]]
+        parts += ["Ranked against the truth:", tables.truth(study, ranked, against=against)]
+    parts += ["Scores:", tables.scores(study, [*names, *alone], scores.WHOLE, beside=False)]
+    parts.append(_sheet(study, _names(more)))
+    return [section("Other ways to merge two", parts)]
+
+
+def _many(group: Group) -> Section:
+    names, count = _names(group.settings), len(group.concepts)
+    told = f"{', '.join(group.references)} in one picture. Prompts: {' '.join(group.prompts[:1])}" + (
+        f" and {len(group.prompts) - 1} more." if len(group.prompts) > 1 else ""
+    )
+    parts: list[Part] = [told]
+    if group.findings is not None:
+        parts.append(tables.truth(group, [*names, *group.true[:1]]))
+    parts += [tables.scores(group, names, scores.WHOLE, beside=False), _sheet(group, [*names, *group.true[:1]])]
+    return section(f"{count} LoRAs", parts)
+
+
+def _sensitivity(study: Group) -> list[Section]:
+    points = study.family("weights")
+    if not points:
+        return []
+    down, across = points[0].loras
+    weights = [tuple(setting.weights or ()) for setting in points]
+    first, second = (sorted({float(pair[i]) for pair in weights}) for i in (0, 1))
+    by_weights = dict(zip(weights, _names(points), strict=True))
+
+    def figure(value: Any, what: str) -> Figure:
+        values = [[value(by_weights[a, b]) for b in second] for a in first]
+        grid = heat(
+            [f"{a:g}" for a in first],
+            [f"{b:g}" for b in second],
+            values,
+            title=what,
+            down=f"weight of {down}",
+            across=f"weight of {across}",
+        )
+        return Figure(grid, what)
+
+    parts: list[Part] = [f"Weighted sums, {points[0].seeds or study.job.protocol.drawing.seeds} seeds."]
+    found = study.findings
+    if found is not None:
+        parts.append(figure(lambda name: found.share(name, found.concepts).mean, "Share of attributes right."))
+    parts += [
+        figure(lambda name, r=r: study.whole.mean(name, r).mean, f"Score against the {r} set.")
+        for r in study.references
+    ]
+    return [section("How much the weights matter", parts)]
+
+
+def _other_views(study: Group) -> Section:
+    names = [*_names(study.family(STUDY)), *study.true]
+    parts: list[Part] = []
+    if scores.CROPPED in study.views:
+        parts += [
+            "The parts of the pictures where each concept is to be seen, cut out by a fixed box; no box suits every scene:",
+            tables.scores(study, names, scores.CROPPED, beside=False),
+        ]
+    parts += [
+        "The pixels themselves, 32 × 32 small, as a baseline: where an encoder says no more than this, its score is about "
+        "colours and places.",
+        tables.scores(study, names, scores.PIXELS, beside=False),
+    ]
+    return section("Other views", parts)
+
+
+def _protocol(job: Job) -> Section:
+    protocol, drawing, training = job.protocol, job.protocol.drawing, job.protocol.training
+    guidance = "the pipeline's own" if drawing.guidance is None else f"{drawing.guidance:g}"
+    side = "the base's own size" if training.resolution is None else f"{training.resolution} pixels"
+    rows = (
+        ("Base", _name(protocol.base.model)),
+        ("Encoder", _name(protocol.scorer.model)),
+        (
+            "Training",
+            f"rank {training.rank}, {training.steps} steps, batch {training.batch_size}, learning rate "
+            f"{training.learning_rate:g}, {side}, {'flips' if training.flip else 'no flips'}, seed {training.seed}",
+        ),
+        ("LoRAs", ", ".join(job.sets)),
+        ("Drawing", f"{drawing.scheduler or 'the base’s scheduler'}, {drawing.steps} steps, guidance {guidance}"),
+        *((f"Prompt {i}", prompt) for i, prompt in enumerate(protocol.prompts[STUDY], 1)),
+    )
+    return section("The protocol", Table(("", ""), rows), *_sets(job))
+
+
+def _name(model: str) -> str:
+    return model.rsplit("/", 1)[-1] if model.startswith("/") else model
+
+
+def _sets(job: Job) -> list[Part]:
+    """The first pictures of each set."""
+    rows = []
+    for name in job.sets:
+        files = sorted(file for file in job.set_folder(name).iterdir() if file.suffix.lower() in scores.SUFFIXES)
+        rows.append((name, tuple(files[:6])))
+    count = min(len(files) for _, files in rows)
+    cut = tuple((name, files[:count]) for name, files in rows)
+    return [Sheet(("",) * count, cut, "The first pictures of each set.")]
+
+
+# ---- tables for spreadsheets
+
+
+def _score_lines(found: Sequence[Group]) -> list[dict[str, Any]]:
+    lines = []
+    for group in found:
+        for view, table in group.views.items():
+            for name in table.settings:
+                for reference in table.references:
+                    cosine, pairwise = (table.mean(name, reference, metric) for metric in ("cosine", "pairwise"))
+                    lines.append(
+                        {
+                            **_who(group, name),
+                            "measure": view,
+                            "of": reference,
+                            **_interval("score", cosine),
+                            **_interval("pairwise", pairwise),
+                            "published": published(name, reference) if view == scores.WHOLE else None,
+                        }
+                    )
+        lines += _share_lines(group)
+    return lines
+
+
+def _share_lines(group: Group) -> list[dict[str, Any]]:
+    judged = group.findings
+    if judged is None:
+        return []
+    return [
+        {
+            **_who(group, name),
+            "measure": "attributes right",
+            "of": of,
+            **_interval("score", judged.share(name, concepts)),
+        }
+        for name in [*_names(group.settings), *group.true]
+        for of, concepts in (("all", judged.concepts), *((c, (c,)) for c in (*judged.concepts, "scene")))
+    ]
+
+
+def _who(group: Group, name: str) -> dict[str, Any]:
+    return {"prompts": group.name, "setting": name.replace(":", "true: "), "label": group.label(name)}
+
+
+def _interval(name: str, value: Interval) -> dict[str, Any]:
+    return {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high, f"{name}_pictures": value.values}
+
+
+def _picture_lines(found: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {
+            **_who(group, row.shot.setting),
+            "prompt": row.shot.prompt,
+            "seed": row.shot.seed,
+            "measure": view,
+            "of": row.reference,
+            "score": row.cosine,
+            "pairwise": row.pairwise,
+        }
+        for group in found
+        for view, table in group.views.items()
+        for row in table.rows
+    ]
+
+
+def _csv(lines: Sequence[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

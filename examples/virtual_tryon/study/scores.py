@@ -1,0 +1,146 @@
+"""The stage ``score``: every picture against every concept that its prompt asks for, by three encoders' views.
+
+Settings are scored one by one, so that a further one changes no digit of the others.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loramerge.adapters.dinov2 import dinov2
+from loramerge.adapters.encoders import Encoder, pixels
+from loramerge.adapters.folders import made
+from loramerge.adapters.pixels import SUFFIXES
+from loramerge.adapters.scoring import Reference, Row, Scores, Shot, score
+from loramerge.errors import FileError
+from loramerge.storage.writer import write_text
+
+from .job import Job, digest_of, needed
+from .ledger import fingerprint, versions
+from .protocol import Concept, Scorer
+from .sets import NOTHING, REFERENCE, TRUE
+
+WHOLE, CROPPED, PIXELS, TRUTH = "whole", "cropped", "pixels", "truth"
+"""Views: whole pictures; the parts that show each concept; the pixels themselves; likeness to the true pictures."""
+Subject = tuple[str, str]
+"""Prompts and a setting, or one of the true pictures' kinds with a colon in front, such as ``:true``."""
+
+
+def subjects(job: Job) -> list[Subject]:
+    """Everything that is scored: the settings, and, where the world is drawn, true pictures."""
+    true = [(group, f":{what}") for group in job.groups for what in truth_kinds(job, group)] if job.drawn else []
+    return [*((setting.prompts, setting.name) for setting in job.settings), *true]
+
+
+def truth_kinds(job: Job, group: str) -> list[str]:
+    """The kinds of true pictures that are scored beside the settings."""
+    return [TRUE, *(concept.name for concept in job.protocol.shown(group)), NOTHING]
+
+
+def check(scorer: Scorer) -> None:
+    """Refuse a scorer that can't be there.
+
+    Raises:
+        FileError: The miniature's judge is missing.
+    """
+    if scorer.attributes and not (Path(scorer.model) / "attributes.json").is_file():
+        raise FileError(
+            f"No judge in {scorer.model}: wanted a folder with attributes.json. Ways out: --scorer FOLDER, or train one: "
+            "python -m examples.virtual_tryon.train_scorer."
+        )
+
+
+def shots_of(job: Job, subject: Subject) -> list[Shot]:
+    """The pictures of a subject."""
+    group, name = subject
+    if not name.startswith(":"):
+        found = job.shots(job.protocol.setting(name))
+        for shot in found:
+            needed(shot.path, "generate")
+        return found
+    return true_shots(job, group, name)
+
+
+def true_shots(job: Job, group: str, name: str) -> list[Shot]:
+    """True pictures, by prompt and seed."""
+    folder = needed(job.truth_folder(group, name.removeprefix(":")), "data")
+    count = job.protocol.data.truths
+    asked = [(prompt, seed) for prompt in job.protocol.prompts[group] for seed in range(count)]
+    return [Shot(name, prompt, seed, folder / f"{i:03d}.png") for i, (prompt, seed) in enumerate(asked)]
+
+
+def run(job: Job, subject: Subject) -> bool:
+    """Score the pictures of a subject."""
+    group, name = subject
+    check(job.protocol.scorer)
+    concepts, shots = job.protocol.shown(group), shots_of(job, subject)
+    target, known = job.score_file(group, name.replace(":", "true-")), f"scores/{group}/{name.replace(':', 'true-')}"
+    true = true_shots(job, group, f":{REFERENCE}") if job.drawn else []
+    found = fingerprint(
+        concepts,
+        {concept.name: digest_of(_pictures(job, concept)) for concept in concepts},
+        [(shot.prompt, shot.seed) for shot in shots],
+        digest_of([shot.path for shot in [*shots, *true]]),
+        job.scorer_digest,
+        job.device,
+        versions("torch", "transformers"),
+    )
+    if job.ledger.has(known, found, [target]):
+        return False
+    made(target.parent)
+    views = _views(job, concepts, shots, true)
+    write_text(target, json.dumps({view: [_plain(row) for row in rows] for view, rows in views.items()}) + "\n")
+    job.ledger.add(known, found)
+    return True
+
+
+def _pictures(job: Job, concept: Concept) -> list[Path]:
+    folder = needed(job.set_folder(concept.name), "data")
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+
+
+def _views(
+    job: Job, concepts: Sequence[Concept], shots: Sequence[Shot], true: Sequence[Shot]
+) -> Mapping[str, tuple[Row, ...]]:
+    encoder = dinov2(job.protocol.scorer.model, device=job.device, quiet=True)
+    whole = [Reference(concept.name, _pictures(job, concept)) for concept in concepts]
+    cropped = [
+        Reference(concept.name, _pictures(job, concept), concept.crop, concept.own_crop)
+        for concept in concepts
+        if concept.crop
+    ]
+    found = {WHOLE: score(shots, whole, encoder).rows, PIXELS: score(shots, whole, pixels()).rows}
+    if cropped:
+        found[CROPPED] = score(shots, cropped, encoder).rows
+    if true:
+        found[TRUTH] = tuple(row for prompt in _prompts(shots) for row in _likeness(prompt, shots, true, encoder))
+    return found
+
+
+def _likeness(prompt: str, shots: Sequence[Shot], true: Sequence[Shot], encoder: Encoder) -> tuple[Row, ...]:
+    """Scores of a prompt's pictures against the true pictures of that prompt."""
+    mine = [shot for shot in shots if shot.prompt == prompt]
+    return score(mine, [Reference(TRUTH, [shot.path for shot in true if shot.prompt == prompt])], encoder).rows
+
+
+def _prompts(shots: Sequence[Shot]) -> list[str]:
+    return list(dict.fromkeys(shot.prompt for shot in shots))
+
+
+def _plain(row: Row) -> list[Any]:
+    return [row.shot.prompt, row.shot.seed, row.reference, row.cosine, row.pairwise]
+
+
+def read(job: Job, group: str, names: Sequence[str]) -> dict[str, Scores]:
+    """The scores of some subjects under the same prompts, by view."""
+    rows: dict[str, list[Row]] = {}
+    for name in names:
+        file = needed(job.score_file(group, name.replace(":", "true-")), "score")
+        shots = {(shot.prompt, shot.seed): shot for shot in shots_of(job, (group, name))}
+        for view, found in json.loads(file.read_text(encoding="utf-8")).items():
+            rows.setdefault(view, []).extend(
+                Row(shots[prompt, seed], reference, cosine, pairwise)
+                for prompt, seed, reference, cosine, pairwise in found
+            )
+    return {view: Scores(view, tuple(found), "seed") for view, found in rows.items()}

@@ -1,0 +1,80 @@
+"""The stages of a run, in order; each does what is not done."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import drawing, loras, report, scores, sets, truth
+from .job import Job
+from .pool import each
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A number of pieces of work."""
+
+    name: str
+    work: Callable[[Job, Any], bool]
+    pieces: Callable[[Job], Sequence[Any]]
+    shared: bool = True
+    """Whether several processes may do it: pieces do not depend on each other."""
+
+
+def _once(work: Callable[[Job], bool]) -> Callable[[Job, Any], bool]:
+    return lambda job, _: work(job)
+
+
+STAGES = (
+    Stage("data", _once(sets.make), lambda job: ("sets and true pictures" if job.drawn else "folders",), shared=False),
+    Stage("train", loras.train, lambda job: job.sets),
+    Stage("merge", loras.merge, lambda job: [setting for setting in job.settings if setting.loras]),
+    Stage("generate", drawing.draw, lambda job: job.settings),
+    Stage("score", scores.run, scores.subjects, shared=False),
+    Stage(
+        "truth",
+        truth.run,
+        lambda job: scores.subjects(job) if job.drawn and job.protocol.scorer.attributes else (),
+        shared=False,
+    ),
+    Stage(
+        "report", _once(report.make), lambda job: ("report.html, report.md, scores.csv, pictures.csv",), shared=False
+    ),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def run(job: Job, *, only: Sequence[str] = (), processes: int = 1, say: Say = lambda _: None) -> None:
+    """Run the stages, or only some of them."""
+    for stage in STAGES:
+        if only and stage.name not in only:
+            continue
+        pieces = list(stage.pieces(job))
+        log = _Log(stage.name, len(pieces), say)
+        each(stage.work, job, pieces, processes if stage.shared else 1, log)
+
+
+class _Log:
+    """A line a piece of work; those that were done already are counted."""
+
+    def __init__(self, stage: str, total: int, say: Say) -> None:
+        self.stage, self.total, self.say = stage, total, say
+        self.done = self.reused = 0
+        self.begun = time.monotonic()
+
+    def __call__(self, piece: Any, worked: bool) -> None:
+        self.done += 1
+        self.reused += not worked
+        if worked:
+            seconds = time.monotonic() - self.begun
+            self.say(f"{self.stage:9} {self.done:3}/{self.total}  {_called(piece)}  {seconds:.0f} s")
+        if self.done == self.total and self.reused:
+            self.say(f"{self.stage:9} {self.reused} of {self.total} there already")
+
+
+def _called(piece: Any) -> str:
+    if isinstance(piece, tuple):
+        return " ".join(piece)
+    return str(getattr(piece, "name", piece))

@@ -1,0 +1,127 @@
+"""The report's tables."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from loramerge.adapters.bootstrap import Interval
+
+from .content import Table
+from .orderings import Comparison, Decision
+from .published import published
+from .results import Group
+from .scores import TRUTH
+
+
+def number(value: Interval) -> str:
+    """``.294 [.201, .387]``."""
+    if value.low is None or value.high is None:
+        return f"{value.mean:.3f}"
+    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def signed(value: Interval) -> str:
+    """The same of a difference."""
+    if value.low is None or value.high is None:
+        return f"{value.mean:+.3f}"
+    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+
+
+def best(rows: Sequence[str], value: Callable[[str], float]) -> str:
+    """The name with the highest value."""
+    return max(rows, key=value)
+
+
+def scores(group: Group, names: Sequence[str], view: str, *, beside: bool) -> Table:
+    """Scores against each concept, the highest of the settings strong, with the published ones if asked for."""
+    found = group.views[view]
+    references = [r for r in group.references if r in found.references]
+    settings = [name for name in names if not name.startswith(":")]
+    top = {r: best(settings, lambda name, r=r: found.mean(name, r).mean) for r in references}  # type: ignore[misc]
+    theirs = [r for r in references if beside and any(published(name, r) is not None for name in names)]
+    rows = []
+    for name in names:
+        cells = [_strong(number(found.mean(name, r)), name == top[r]) for r in references]
+        rows.append((group.label(name), *cells, *(_published(name, r) for r in theirs)))
+    head = ("Setting", *references, *(f"published: {r}" for r in theirs))
+    return Table(head, tuple(rows), f"Mean cosine [95 % interval over {_seeds(group)} seeds].")
+
+
+def _published(setting: str, reference: str) -> str:
+    value = published(setting, reference)
+    return "" if value is None else f"{value:.4f}"
+
+
+def _strong(text: str, yes: bool) -> str:
+    return f"**{text}**" if yes else text
+
+
+def _seeds(group: Group) -> int:
+    return group.job.protocol.drawing.seeds
+
+
+def orderings(group: Group, found: Sequence[Decision]) -> Table:
+    """Claims, and what both tables say of them."""
+    rows = []
+    for decision in found:
+        comparison, difference = decision.weakest
+        rows.append(
+            (
+                decision.claim.text,
+                f"**{decision.verdict}**",
+                f"{signed(difference)}{_which(group, comparison) if len(decision.differences) > 1 else ''}",
+                decision.published or "",
+                {True: "yes", False: "**no**", None: "open"}[decision.agrees],
+            )
+        )
+    head = ("The order", "Here", "Difference (the smallest, of several)", "In the study's table", "The same?")
+    note = (
+        "Holds: the 95 % interval of every difference, paired by prompt and seed, lies above zero. Does not hold: one lies "
+        "below. Otherwise it is not decided within the interval. The study's table has no intervals: its differences count "
+        "as they stand. Of twenty differences that are none, one interval leaves out zero."
+    )
+    return Table(head, tuple(rows), note)
+
+
+def _which(group: Group, comparison: Comparison) -> str:
+    return f" ({group.label(comparison.higher)} − {group.label(comparison.lower)})"
+
+
+def truth(group: Group, names: Iterable[str], *, against: str | None = None) -> Table:
+    """Shares of attributes right, ranked by all concepts together, and likeness to the true pictures.
+
+    Args:
+        group: Results with findings.
+        names: Settings; true pictures come first, as what can be reached.
+        against: A setting from which differences of the first column are taken.
+    """
+    found, like = group.findings, group.views[TRUTH]
+    assert found is not None
+    order = sorted(names, key=lambda name: (not name.startswith(":"), -found.share(name, found.concepts).mean))
+    head = ["Setting", "all concepts", *found.concepts, "scene", "cosine with the truth"]
+    if against:
+        head.insert(2, f"minus {group.label(against)}")
+    rows = []
+    for name in order:
+        cells = [number(found.share(name, found.concepts))]
+        if against:
+            same = name.startswith(":") or name == against
+            cells.append("" if same else signed(found.difference(name, against, found.concepts)))
+        cells += [f"{found.share(name, [concept]).mean:.3f}" for concept in found.concepts]
+        cells += [f"{found.share(name, ['scene']).mean:.3f}", number(like.mean(name, TRUTH))]
+        rows.append((group.label(name), *cells))
+    note = (
+        "Share of the concepts' attributes that the judge finds as they are in the true pictures; each concept counts "
+        "alike. The true pictures' own row is what the judge's errors leave to be reached. Cosine: with the mean embedding "
+        "of the true pictures of the same prompt."
+    )
+    return Table(tuple(head), tuple(rows), note)
+
+
+def attributes(group: Group, names: Sequence[str]) -> Table:
+    """Share right of every attribute."""
+    found = group.findings
+    assert found is not None
+    rows = [
+        (group.label(name), *(f"{found.share(name, [concept], a).mean:.2f}" for concept, a in found.attributes))
+        for name in names
+    ]
+    return Table(("Setting", *(a if a == c else f"{c}: {a}" for c, a in found.attributes)), tuple(rows))

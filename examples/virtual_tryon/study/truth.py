@@ -1,0 +1,184 @@
+"""The stage ``truth``: what the judge sees in each picture, beside what should be there.
+
+A picture's share right of a concept is the share of the concept's attributes that the judge
+finds as they are in the true pictures; all concepts together count alike.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from loramerge.adapters.bootstrap import Interval, interval
+from loramerge.adapters.folders import made
+from loramerge.adapters.images import METADATA
+from loramerge.errors import FileError
+from loramerge.storage.writer import write_text
+
+from ..world import CONCEPTS
+from . import scores
+from .job import Job, digest_of, needed
+from .ledger import fingerprint, versions
+from .scores import Subject
+from .sets import REFERENCE
+
+ATTRIBUTES = {
+    "person": ("skin", "hair", "style", "beard", "glasses"),
+    "garment": ("garment", "pattern", "colour", "second", "emblem"),
+    "scarf": ("scarf",),
+    "wall": ("wall",),
+}
+"""What tells each kind of concept."""
+SCENE = "scene"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the judge says of one attribute in one picture."""
+
+    setting: str
+    prompt: str
+    seed: int
+    concept: str
+    """Or ``"scene"``."""
+    attribute: str
+    wanted: str
+    found: str
+
+    @property
+    def right(self) -> bool:
+        return self.wanted == self.found
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All of them, of the pictures under the same prompts."""
+
+    rows: tuple[Finding, ...]
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The concepts that should be there."""
+        return tuple(dict.fromkeys(row.concept for row in self.rows if row.concept != SCENE))
+
+    @property
+    def attributes(self) -> tuple[tuple[str, str], ...]:
+        """Every concept's attributes, and the scene."""
+        return tuple(dict.fromkeys((row.concept, row.attribute) for row in self.rows))
+
+    def share(self, setting: str, concepts: Iterable[str], attribute: str | None = None) -> Interval:
+        """The share right of some concepts, each counting alike in each picture, with its interval over seeds."""
+        values = self._shares(setting, list(concepts), attribute)
+        return interval(list(values.values()), [seed for _, seed in values])
+
+    def difference(self, setting: str, other: str, concepts: Iterable[str]) -> Interval:
+        """How much larger a setting's share is than another's, over pictures of the same prompt and seed."""
+        wanted = list(concepts)
+        mine, theirs = (self._shares(name, wanted, None) for name in (setting, other))
+        pairs = [key for key in mine if key in theirs]
+        return interval([mine[key] - theirs[key] for key in pairs], [seed for _, seed in pairs])
+
+    def _shares(self, setting: str, concepts: Sequence[str], attribute: str | None) -> dict[tuple[str, int], float]:
+        """By prompt and seed."""
+        right: dict[tuple[str, int], dict[str, list[bool]]] = {}
+        for row in self._rows[setting]:
+            if row.concept in concepts and attribute in (None, row.attribute):
+                right.setdefault((row.prompt, row.seed), {}).setdefault(row.concept, []).append(row.right)
+        return {key: _mean([_mean(found) for found in mine.values()]) for key, mine in right.items()}
+
+    @cached_property
+    def _rows(self) -> Mapping[str, list[Finding]]:
+        found: dict[str, list[Finding]] = {}
+        for row in self.rows:
+            found.setdefault(row.setting, []).append(row)
+        return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def run(job: Job, subject: Subject) -> bool:
+    """Judge the pictures of a subject."""
+    group, name = subject
+    scores.check(job.protocol.scorer)
+    shots = scores.shots_of(job, subject)
+    target, known = job.judged_file(group, name.replace(":", "true-")), f"judged/{group}/{name.replace(':', 'true-')}"
+    metadata = needed(job.truth_folder(group, REFERENCE) / METADATA, "data")
+    found = fingerprint(
+        [(shot.prompt, shot.seed) for shot in shots],
+        digest_of([*(shot.path for shot in shots), metadata]),
+        job.scorer_digest,
+        ATTRIBUTES,
+        job.device,
+        versions("torch", "transformers"),
+    )
+    if job.ledger.has(known, found, [target]):
+        return False
+    made(target.parent)
+    wanted = truth(job, group)
+    told = _judge(job.protocol.scorer.model, job.device).attributes(_pictures([shot.path for shot in shots]))
+    rows = [
+        [shot.prompt, shot.seed, concept, attribute, value, seen[attribute]]
+        for shot, seen in zip(shots, told, strict=True)
+        for (concept, attribute), value in wanted[shot.prompt].items()
+    ]
+    write_text(target, json.dumps(rows) + "\n")
+    job.ledger.add(known, found)
+    return True
+
+
+def truth(job: Job, group: str) -> dict[str, dict[tuple[str, str], str]]:
+    """What every true picture of a prompt shows, by concept and attribute."""
+    lines = (job.truth_folder(group, REFERENCE) / METADATA).read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    owners = {
+        attribute: concept.name
+        for concept in job.protocol.shown(group)
+        for attribute in ATTRIBUTES[CONCEPTS[concept.name].part]
+    }
+    return {
+        prompt: _common([entry["attributes"] for entry in entries if entry["text"] == prompt], owners)
+        for prompt in job.protocol.prompts[group]
+    }
+
+
+def _common(all_labels: Sequence[Mapping[str, str | None]], owners: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """The attributes on which the true pictures agree, of concepts and scene, where they can be seen."""
+    found = {}
+    for attribute, concept in {**owners, SCENE: SCENE}.items():
+        values = {labels[attribute] for labels in all_labels}
+        value = values.pop()
+        if not values and value is not None:
+            found[concept, attribute] = value
+    return found
+
+
+@lru_cache(maxsize=1)
+def _judge(model: str, device: str) -> Any:
+    from .. import judge
+
+    return judge.load(model, device=device)
+
+
+def _pictures(files: Sequence[Path]) -> Any:
+    """Bytes of shape ``(n, height, width, 3)``."""
+    import numpy as np
+    from PIL import Image
+
+    found = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    sizes = {picture.shape for picture in found}
+    if len(sizes) > 1:
+        raise FileError(f"{files[0].parent}: pictures of different sizes, {sorted(sizes)}. Remove the directory.")
+    return np.stack(found)
+
+
+def read(job: Job, group: str, names: Sequence[str]) -> Findings:
+    """What the judge found in the pictures of some subjects under the same prompts."""
+    rows = []
+    for name in names:
+        file = needed(job.judged_file(group, name.replace(":", "true-")), "truth")
+        rows += [Finding(name, *entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+    return Findings(tuple(rows))

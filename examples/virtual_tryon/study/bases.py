@@ -44,9 +44,7 @@ def pipeline(base: Base, device: str) -> Any:
 
     check(base)
     model.quiet()
-    pipe = model.load(base.model, device=device)
-    pipe.vae_scale_factor = pipe.vae.config.patch  # diffusers takes it for a power of 2
-    return pipe
+    return model.load(base.model, device=device)
 
 
 @lru_cache(maxsize=1)

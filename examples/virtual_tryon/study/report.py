@@ -72,7 +72,7 @@ def _count(decided: Iterable[Decision], verdict: str) -> int:
 
 
 def _list(decided: Sequence[Decision]) -> str:
-    return "; ".join(decision.claim.text[0].lower() + decision.claim.text[1:] for decision in decided) + "."
+    return "; ".join(f"“{decision.claim.text}”" for decision in decided) + "."
 
 
 # ---- the study's own figures
@@ -196,9 +196,8 @@ def _methods(study: Group) -> list[Section]:
 
 def _many(group: Group) -> Section:
     names, count = _names(group.settings), len(group.concepts)
-    told = f"{', '.join(group.references)} in one picture. Prompts: {' '.join(group.prompts[:1])}" + (
-        f" and {len(group.prompts) - 1} more." if len(group.prompts) > 1 else ""
-    )
+    more = f", and {len(group.prompts) - 1} more prompts" if len(group.prompts) > 1 else ""
+    told = f"{', '.join(group.references)} in one picture: “{group.prompts[0]}”{more}."
     parts: list[Part] = [told]
     if group.findings is not None:
         parts.append(tables.truth(group, [*names, *group.true[:1]]))
@@ -227,7 +226,8 @@ def _sensitivity(study: Group) -> list[Section]:
         )
         return Figure(grid, what)
 
-    parts: list[Part] = [f"Weighted sums, {points[0].seeds or study.job.protocol.drawing.seeds} seeds."]
+    count = len(study.job.seeds(points[0]))
+    parts: list[Part] = [f"Weighted sums, {count} seed{'s' * (count > 1)} of each prompt; means without intervals."]
     found = study.findings
     if found is not None:
         parts.append(figure(lambda name: found.share(name, found.concepts).mean, "Share of attributes right."))

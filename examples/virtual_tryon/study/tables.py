@@ -21,8 +21,8 @@ def number(value: Interval) -> str:
 def signed(value: Interval) -> str:
     """The same of a difference."""
     if value.low is None or value.high is None:
-        return f"{value.mean:+.3f}"
-    return f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+        return f"{value.mean:+.4f}"
+    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
 
 
 def best(rows: Sequence[str], value: Callable[[str], float]) -> str:

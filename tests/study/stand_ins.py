@@ -37,6 +37,8 @@ def mini(base: Path, scorer: Path) -> Protocol:
     """The miniature's preset on an untrained base and judge."""
     data = entries("mini")
     data["base"]["model"], data["scorer"]["model"] = str(base), str(scorer)
+    kept = ("three_none", "three_sum")
+    data["settings"] = [s for s in data["settings"] if s.get("family") != "many" or s["name"] in kept]
     return protocol(data, "mini", Path(), "mini.toml")
 
 

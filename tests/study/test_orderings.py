@@ -12,13 +12,17 @@ from virtual_tryon.study.orderings import CLAIMS, Claim, Comparison, decide, dec
 from virtual_tryon.study.published import SETS, TABLE
 
 
+def centred(values: np.ndarray) -> np.ndarray:
+    return values - values.mean()
+
+
 def scores(
     means: Mapping[str, tuple[float, float]], *, noise: float = 0.0, shared: float = 0.0, seeds: int = 8
 ) -> Scores:
-    """Scores of two prompts around given means, with noise of each setting's own and noise that all share."""
+    """Scores of two prompts around given means, with noise of each setting's own, of mean 0, and noise that all share."""
     random = np.random.default_rng(0)
     common = shared * random.normal(size=seeds)
-    own = {setting: noise * random.normal(size=seeds) for setting in means}
+    own = {setting: noise * centred(random.normal(size=seeds)) for setting in means}
     rows = [
         Row(Shot(setting, prompt, seed, Path("x")), reference, value + own[setting][seed] + common[seed], 0.0)
         for setting, both in means.items()

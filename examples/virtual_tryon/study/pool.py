@@ -4,37 +4,42 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import TypeVar
+from typing import Any, TypeAlias
 
 import torch
 
 from .job import Job
 
-T = TypeVar("T")
-Work = Callable[[Job, T], bool]
+Work: TypeAlias = Callable[[Job, Any], bool]
 """Does a piece; says whether there was anything to do."""
+Done: TypeAlias = Callable[[Any, bool], None]
+"""Called after each piece, in the order in which they end."""
+Each: TypeAlias = Callable[[Work, Job, Sequence[Any], Done], None]
 
 
-def each(
-    work: Work[T], job: Job, pieces: Sequence[T], processes: int, done: Callable[[T, bool], None] = lambda *_: None
-) -> None:
-    """Do every piece; ``done`` is called after each, in the order in which they end."""
-    if min(processes, len(pieces)) <= 1:
-        with one_thread():
-            for piece in pieces:
-                done(piece, work(job, piece))
+def in_turn(work: Work, job: Job, pieces: Sequence[Any], done: Done) -> None:
+    """Every piece in this process."""
+    for piece in pieces:
+        done(piece, work(job, piece))
+
+
+@contextmanager
+def workers(processes: int) -> Iterator[Each]:
+    """A number of processes, as a function that does pieces in them; for one it is this process."""
+    if processes == 1:
+        yield in_turn
         return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(
-        min(processes, len(pieces)), context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+
+    def shared(work: Work, job: Job, pieces: Sequence[Any], done: Done) -> None:
         futures = {pool.submit(work, job, piece): piece for piece in pieces}
-        try:
-            for future in as_completed(futures):
-                done(futures[future], future.result())
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            done(futures[future], future.result())
+
+    try:
+        yield shared
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import drawing, loras, report, scores, sets, truth
 from .job import Job
-from .pool import each
+from .pool import in_turn, one_thread, workers
 
 Say = Callable[[str], None]
 
@@ -48,12 +48,12 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 def run(job: Job, *, only: Sequence[str] = (), processes: int = 1, say: Say = lambda _: None) -> None:
     """Run the stages, or only some of them."""
-    for stage in STAGES:
-        if only and stage.name not in only:
-            continue
-        pieces = list(stage.pieces(job))
-        log = _Log(stage.name, len(pieces), say)
-        each(stage.work, job, pieces, processes if stage.shared else 1, log)
+    with one_thread(), workers(processes) as shared:
+        for stage in STAGES:
+            if not only or stage.name in only:
+                pieces = list(stage.pieces(job))
+                log = _Log(stage.name, len(pieces), say)
+                (shared if stage.shared else in_turn)(stage.work, job, pieces, log)
 
 
 class _Log:

@@ -1,0 +1,198 @@
+"""Whole runs of both presets on tiny untrained models: what is done is kept, and done again it is the same."""
+
+import shutil
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionXLPipeline
+
+from loramerge.errors import LoRAMergeError
+from study import stand_ins
+from virtual_tryon.study import command, drawing, loras, sets, stages
+from virtual_tryon.study.job import Job
+from virtual_tryon.study.published import TABLE
+
+RESULTS = ("report.html", "report.md", "scores.csv", "pictures.csv")
+
+
+@pytest.fixture(scope="module")
+def mini(folder: Path, miniature: StableDiffusionXLPipeline, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    place = tmp_path_factory.mktemp("mini")
+    scorer = stand_ins.scorer(place / "scorer", miniature.vae.config.sample_size)
+    job = stand_ins.job(stand_ins.mini(folder, scorer), place / "out", "many")
+    stages.run(job)
+    return job
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    place = tmp_path_factory.mktemp("paper")
+    job = stand_ins.job(stand_ins.paper(place), place / "out", "methods", "weights")
+    stages.run(job)
+    return job
+
+
+def work(job: Job, **options: object) -> list[str]:
+    """What a run reports of pieces that it had to do, the report aside."""
+    said: list[str] = []
+    stages.run(job, say=said.append, **options)
+    return [line for line in said if "there already" not in line and not line.startswith("report")]
+
+
+def again(job: Job, tmp_path: Path) -> Job:
+    shutil.copytree(job.out, tmp_path / "out")
+    return stand_ins.job(job.protocol, tmp_path / "out", *job.families[1:])
+
+
+def test_the_papers_preset_runs_from_photographs_to_the_report(paper: Job) -> None:
+    page = (paper.out / "report.html").read_text()
+
+    for setting in paper.settings:
+        assert setting.family == "weights" or escape(setting.label) in page
+    assert all(f"{value:.4f}" in page for row in TABLE.values() for value in row)
+    assert page.count("<img") > 2 * len(TABLE)
+    assert "Against the truth" not in page
+
+
+def test_the_miniature_is_scored_against_the_truth(mini: Job) -> None:
+    page = (mini.out / "report.html").read_text()
+
+    assert "Against the truth" in page
+    assert "3 LoRAs" in page
+    assert "True pictures: all concepts" in page
+
+
+def test_a_second_run_finds_all_done_and_reports_the_same(paper: Job, mini: Job, tmp_path: Path) -> None:
+    for job in (paper, mini):
+        before = [(job.out / name).read_bytes() for name in RESULTS]
+
+        assert work(job) == []
+        assert [(job.out / name).read_bytes() for name in RESULTS] == before
+
+
+def test_an_interrupted_run_goes_on_to_the_same_table(paper: Job, tmp_path: Path) -> None:
+    job = again(paper, tmp_path)
+    first, second = job.shots(job.protocol.setting("weighted"))
+    first.path.unlink()
+    job.lora_file("barca").unlink()
+    job.merge_file(job.protocol.setting("l2")).unlink()
+
+    done = work(job)
+
+    assert [line.split()[0] for line in done] == ["train", "merge", "generate"]
+    assert stand_ins.pixels(first.path) == stand_ins.pixels(paper.shots(paper.protocol.setting("weighted"))[0].path)
+    for name in RESULTS:
+        assert (job.out / name).read_bytes() == (paper.out / name).read_bytes()
+
+
+def test_a_run_from_nothing_in_two_processes_gives_the_same_table(paper: Job, tmp_path: Path) -> None:
+    few = replace(paper.protocol, settings=tuple(map(paper.protocol.setting, ("none", "profile", "barca", "l2"))))
+    job, before = stand_ins.job(few, tmp_path / "fresh"), stand_ins.job(few, tmp_path / "copy")
+    shutil.copytree(paper.out, before.out)
+
+    stages.run(job, processes=2)
+    stages.run(before, only=["report"])
+
+    for name in RESULTS:
+        assert (job.out / name).read_bytes() == (before.out / name).read_bytes()
+
+
+def test_another_learning_rate_trains_and_draws_anew_and_leaves_the_base_alone(paper: Job, tmp_path: Path) -> None:
+    job = again(paper, tmp_path)
+    faster = replace(job.protocol, training=replace(job.protocol.training, learning_rate=1e-2))
+    job = stand_ins.job(faster, job.out)
+
+    done = work(job, only=["train", "merge", "generate"])
+
+    assert sum(line.startswith("train") for line in done) == 4
+    assert sum(line.startswith("merge") for line in done) == 4
+    assert sum(line.startswith("generate") for line in done) == len(TABLE) - 1
+
+
+def test_a_half_drawn_batch_is_drawn_as_a_whole(paper: Job, tmp_path: Path) -> None:
+    protocol = replace(paper.protocol, drawing=replace(paper.protocol.drawing, seeds=4, batch=2))
+    job = stand_ins.job(protocol, tmp_path)
+    none = protocol.setting("none")
+    drawing.draw(job, none)
+    shots = job.shots(none)
+    stamps = [shot.path.stat().st_mtime_ns for shot in shots]
+    shots[1].path.unlink()
+
+    assert drawing.draw(job, none)
+
+    changed = [shot.path.stat().st_mtime_ns != stamp for shot, stamp in zip(shots, stamps, strict=True)]
+    assert changed[:2] == [True, True]
+    assert not any(changed[2:])
+    assert not drawing.draw(job, none)
+
+
+def test_batches_leave_no_prompt_a_smaller_one() -> None:
+    assert [drawing.batch_size(seeds, 4) for seeds in (1, 2, 4, 5, 6, 8)] == [1, 2, 4, 1, 3, 4]
+
+
+def test_a_mixed_set_is_ones_own_pictures_and_three_of_the_other(paper: Job) -> None:
+    captions = (paper.set_folder("profile_mixed") / "metadata.jsonl").read_text()
+
+    assert captions.count("psq-person") == 4
+    assert captions.count("barca24_jersey") == 3
+
+
+def test_a_stage_says_which_earlier_one_is_missing(paper: Job, tmp_path: Path) -> None:
+    job = stand_ins.job(paper.protocol, tmp_path)
+
+    with pytest.raises(LoRAMergeError, match=r"profile.safetensors is missing. The stage 'train' makes it"):
+        loras.merge(job, job.protocol.setting("weighted"))
+    with pytest.raises(LoRAMergeError, match="The stage 'score' makes it"):
+        stages.run(job, only=["report"])
+
+
+def test_a_caption_without_its_identifier_is_refused(paper: Job, tmp_path: Path) -> None:
+    stand_ins.photos(tmp_path / "photos" / "profile", "a psq-person", 0)
+    stand_ins.photos(tmp_path / "photos" / "barca", "a football shirt", 4)
+    data = replace(paper.protocol.data, folder=str(tmp_path / "photos"))
+
+    with pytest.raises(LoRAMergeError, match="does not say 'barca24_jersey'.*4 captions"):
+        sets.make(stand_ins.job(replace(paper.protocol, data=data), tmp_path / "out"))
+
+
+def test_a_prompt_of_which_the_world_knows_no_truth_is_refused(mini: Job) -> None:
+    with pytest.raises(LoRAMergeError, match="does not know the truth about 'A psq-person asleep.'"):
+        sets.scene_of("A psq-person asleep.", ["profile"])
+
+
+def test_true_pictures_are_drawn_twice_from_different_seeds(mini: Job) -> None:
+    found = dict(sets.truths(mini, "study"))
+
+    assert {what: len(examples) for what, examples in found.items()} == dict.fromkeys(
+        (sets.REFERENCE, sets.TRUE, "profile", "barca", sets.NOTHING), 4
+    )
+    assert not [a for a in found[sets.REFERENCE] for b in found[sets.TRUE] if a.picture == b.picture]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base", "./nowhere"], "No miniature base in"),
+        (["--preset", "maxi"], "Unknown preset 'maxi'"),
+        (["--seeds", "0"], "wanted one or more"),
+        (["--device", "cuda", "--processes", "2"], "one, or several on a CPU"),
+    ],
+)
+def test_the_command_refuses_before_it_works(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["run", "--out", str(tmp_path / "out"), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_runs_a_stage_of_a_protocol(
+    folder: Path, mini: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--base", str(folder), "--scorer", mini.protocol.scorer.model, "--out", str(tmp_path)]
+
+    assert command.main(["run", *options, "--only", "data"]) == 0
+    assert "sets and true pictures" in capsys.readouterr().out
+    assert len(list((tmp_path / "sets" / "profile").glob("*.png"))) == 12

@@ -9,7 +9,7 @@ from PIL import Image
 
 from loramerge.adapters.bootstrap import Interval
 from virtual_tryon.study.content import Figure, Report, Section, Sheet, Table
-from virtual_tryon.study.figures import Axis, Series, bars, heat, ticks
+from virtual_tryon.study.figures import LETTER, Axis, Series, bars, heat, ticks
 from virtual_tryon.study.page import html, markdown
 
 NASTY = "<b> & \"quotes\" | 'pipes'"
@@ -85,13 +85,15 @@ def test_charts_are_well_formed_and_bars_are_as_long_as_their_values() -> None:
 
 
 def test_negative_values_begin_at_zero_too() -> None:
-    axis = Axis.of([interval(-0.3), interval(0.5)])
+    axis = Axis.of([interval(-0.3), interval(0.5)], 50)
     chart = bars(["a"], [Series("s", (interval(-0.3),), "#1")], title="")
 
     rect = next(ET.fromstring(chart).iter("rect"))
 
     assert axis.low == pytest.approx(-0.4)
-    assert float(rect.attrib["x"]) + float(rect.attrib["width"]) == pytest.approx(Axis(-0.4, 1e-9).x(0), abs=1)
+    assert float(rect.attrib["x"]) + float(rect.attrib["width"]) == pytest.approx(
+        Axis(-0.4, 1e-6, 16 + LETTER).x(0), abs=1
+    )
 
 
 def test_ticks_are_round_and_inside() -> None:

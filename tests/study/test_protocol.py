@@ -76,6 +76,8 @@ def test_the_study_has_no_number_for_other_settings_and_sets() -> None:
         (lambda d: d["prompts"].update(other=["A cat."]), "The prompts other call no concept by its identifier"),
         (lambda d: d["concepts"][0].update(crop=[0.5, 0, 0.2, 1]), "left below right"),
         (lambda d: d["mixed"][0].update(own="cat"), "No concept is called 'cat'"),
+        (lambda d: d["sensitivity"].update(loras=["barca"]), "sensitivity: loras: got 1, wanted two"),
+        (lambda d: d["settings"][7].update(family="more"), "unknown family 'more'. Known: study, methods"),
         (lambda d: d["sensitivity"].update(values=[]), "sensitivity: values: got"),
     ],
 )
@@ -87,9 +89,9 @@ def test_a_wrong_entry_is_refused_with_its_place(change: Callable[[dict[str, Any
 def test_an_unknown_preset_and_a_broken_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("a = ")
 
-    with pytest.raises(LoRAMergeError, match="Unknown preset 'maxi'. Available: mini, paper"):
+    with pytest.raises(LoRAMergeError, match=r"Unknown preset 'maxi'\. Available: mini, paper"):
         reading.preset("maxi")
-    with pytest.raises(LoRAMergeError, match="broken.toml is not TOML"):
+    with pytest.raises(LoRAMergeError, match=r"broken\.toml is not TOML"):
         reading.read(tmp_path / "broken.toml")
     with pytest.raises(LoRAMergeError, match="Can't read"):
         reading.read(tmp_path / "missing.toml")

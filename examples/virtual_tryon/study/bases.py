@@ -30,8 +30,18 @@ def resolution(base: Base) -> int:
     return int(config["sample_size"])
 
 
+def denoiser(base: Base, device: str, *, checkpointing: bool = False) -> Any:
+    """The base to learn on."""
+    from loramerge.adapters.diffusers import load
+    from loramerge.adapters.noise import silence
+
+    silence("diffusers", "transformers")
+    source = pipeline(base, device) if base.miniature else base.model
+    return load(source, device=device, checkpointing=checkpointing)
+
+
 def pipeline(base: Base, device: str) -> Any:
-    """The base with its own scheduler, as it is trained on.
+    """The base with its own scheduler.
 
     Raises:
         FileError: It is missing or can't be read.

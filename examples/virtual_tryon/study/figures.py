@@ -7,9 +7,10 @@ from html import escape
 
 from loramerge.adapters.bootstrap import Interval
 
-WIDTH = 640
+WIDTH = 480
 """Units of a chart's width; it scales with the page."""
-LEFT = 210
+LETTER = 7.1
+"""Units of a letter's width, about."""
 BAR, GAP = 15, 12
 COLOURS = ("#7f7f7f", "#0072b2", "#d55e00", "#56b4e9", "#009e73", "#b8860b", "#aa4499", "#332288")
 """Okabe and Ito's, for the most part: colour-blind readers tell them apart."""
@@ -33,16 +34,17 @@ def bars(groups: Sequence[str], series: Sequence[Series], *, title: str, colours
         title: What screen readers say.
         colours: Of the groups, in place of the one series' own.
     """
-    axis = Axis.of([value for one in series for value in one.values])
+    left = 16 + LETTER * max(map(len, groups))
+    axis = Axis.of([value for one in series for value in one.values], left)
     legend = 24 * len(series) if len(series) > 1 else 0
     step = BAR * len(series) + GAP
     height = legend + step * len(groups) + 34
-    parts = [*_legend(series)] if legend else []
+    parts = [*_legend(series, left)] if legend else []
     bottom = legend + step * len(groups) + 4
     parts += axis.lines(legend, bottom)
     for i, group in enumerate(groups):
         top = legend + i * step + GAP / 2
-        parts.append(_text(LEFT - 8, top + BAR * len(series) / 2 + 4, group, "end"))
+        parts.append(_text(left - 8, top + BAR * len(series) / 2 + 4, group, "end"))
         for j, one in enumerate(series):
             colour = colours[i] if colours else one.colour
             parts += _bar(axis, one.values[i], top + j * BAR, colour)
@@ -72,16 +74,18 @@ class Axis:
 
     low: float
     high: float
+    left: float
+    """Where it begins."""
 
     @classmethod
-    def of(cls, values: Sequence[Interval]) -> "Axis":
+    def of(cls, values: Sequence[Interval], left: float) -> "Axis":
         ends = [0.0]
         for value in values:
             ends += [value.mean, *(end for end in (value.low, value.high) if end is not None)]
-        return cls(min(ends), max(max(ends), min(ends) + 1e-6))
+        return cls(min(ends), max(max(ends), min(ends) + 1e-6), left)
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.low) / (self.high - self.low) * (WIDTH - LEFT - 52)
+        return self.left + (value - self.low) / (self.high - self.low) * (WIDTH - self.left - 48)
 
     def lines(self, top: float, bottom: float) -> list[str]:
         """A grid, and its numbers below."""
@@ -147,11 +151,11 @@ def _shade(share: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(light, dark, strict=True))
 
 
-def _legend(series: Sequence[Series]) -> list[str]:
+def _legend(series: Sequence[Series], left: float) -> list[str]:
     parts = []
     for i, one in enumerate(series):
-        parts.append(f'<rect x="{LEFT}" y="{24 * i + 3}" width="14" height="14" fill="{one.colour}"/>')
-        parts.append(_text(LEFT + 22, 24 * i + 15, one.label))
+        parts.append(f'<rect x="{left:.1f}" y="{24 * i + 3}" width="14" height="14" fill="{one.colour}"/>')
+        parts.append(_text(left + 22, 24 * i + 15, one.label))
     return parts
 
 

@@ -1,6 +1,7 @@
 """The stages ``train`` and ``merge``: one LoRA a set, and one a setting."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,12 @@ LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 def train(job: Job, name: str) -> bool:
     """Train the LoRA of a set, from its checkpoint on if there is one."""
-    from dataclasses import asdict
-
-    from loramerge.adapters.diffusers import TrainSettings, load, train_lora
+    from loramerge.adapters.diffusers import TrainSettings, train_lora
 
     protocol, target = job.protocol, job.lora_file(name)
     folder = needed(job.set_folder(name), "data")
     found = fingerprint(
         protocol.training,
-        protocol.base.dtype,
         job.base_digest,
         digest(pictures(folder)),
         job.device,
@@ -38,8 +36,9 @@ def train(job: Job, name: str) -> bool:
         return False
     made(target.parent)
     checkpoint = target.with_name(f"{name}-{found[:8]}.checkpoint")
-    denoiser = load(bases.pipeline(protocol.base, job.device), device=job.device)
-    settings = TrainSettings(**asdict(protocol.training))
+    given = asdict(protocol.training)
+    denoiser = bases.denoiser(protocol.base, job.device, checkpointing=given.pop("checkpointing"))
+    settings = TrainSettings(**given)
     lora = train_lora(denoiser, folder, settings=settings, checkpoint=checkpoint, every=100, name=name)
     lm.save(lora, target)
     job.ledger.add(f"loras/{name}", found)
@@ -98,16 +97,15 @@ def _data(job: Job, setting: Setting) -> Any:
 
 def _learned(job: Job, setting: Setting, loras: list[LoRA]) -> LoRA:
     """A merge that is learned on the base, from the pictures that the LoRAs were trained on."""
-    from loramerge.adapters.diffusers import from_images, load
+    from loramerge.adapters.diffusers import from_images
     from loramerge.learned.calibration import calibrate
     from loramerge.learned.lsq import lsq
     from loramerge.learned.ziplora import settings, ziplora
 
-    protocol = job.protocol
-    denoiser = load(bases.pipeline(protocol.base, job.device), device=job.device)
+    training = job.protocol.training
+    denoiser = bases.denoiser(job.protocol.base, job.device, checkpointing=training.checkpointing)
     denoiser.check(loras)
     folders = [job.set_folder(name) for name in setting.loras]
-    training = protocol.training
     draw = from_images(denoiser, folders, resolution=training.resolution, flip=training.flip)
     denoiser.release()
     if setting.learn == "ziplora":

@@ -22,13 +22,14 @@ h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc;
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.6rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
 thead th { border-bottom: 2px solid #888; }
+.wide > table:not(.sheet) { min-width: 36rem; }
 .sheet td, .sheet th { padding: 2px 3px; border: 0; font-weight: normal; font-size: 0.8rem; }
 .sheet thead th { min-width: 6rem; max-width: 9rem; }
 .sheet tbody th { min-width: 6rem; }
 .sheet img { display: block; width: 6rem; height: auto; }
 .sheet img.small { image-rendering: pixelated; }
 figure { margin: 1rem 0; } figcaption, .note { color: #444; font-size: 0.9rem; }
-svg { display: block; width: 100%; max-width: 44rem; height: auto; }
+svg { display: block; width: 100%; max-width: 36rem; height: auto; }
 """
 
 

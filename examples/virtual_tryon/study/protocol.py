@@ -27,7 +27,7 @@ class Base:
     architecture: str = "sdxl"
     """The LoRAs' family: tiny models can't be told by their shapes."""
     dtype: str | None = None
-    """For drawing and training; the device's usual by default."""
+    """For drawing: float16 on CUDA and float32 elsewhere by default.  Training is in bfloat16 on CUDA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a LoRA is trained; the names are those of ``TrainSettings`` of `loramerge.adapters.diffusers`."""
+    """How a LoRA is trained; most names are those of ``TrainSettings`` of `loramerge.adapters.diffusers`."""
 
     rank: int = 8
     alpha: float | None = None
@@ -65,6 +65,8 @@ class Training:
     seed: int = 42
     resolution: int | None = None
     flip: bool = True
+    checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,36 +143,35 @@ class Protocol:
 
     def __post_init__(self) -> None:
         _no_doubles("setting", (setting.name.lower() for setting in self.settings))
-        _no_doubles("set", (one.name for one in (*self.concepts, *self.mixed)))
-        known = {one.name for one in (*self.concepts, *self.mixed)}
+        sets = [*(concept.name for concept in self.concepts), *(mixed.name for mixed in self.mixed)]
+        _no_doubles("set", sets)
+        known = set(sets)
         for mixed in self.mixed:
             for name in (mixed.own, mixed.other):
                 self.concept(name)
         for setting in self.settings:
-            unknown = [name for name in setting.loras if name not in known]
-            if unknown:
-                raise OptionError(
-                    f"The setting {setting.name}: no set is called {unknown[0]!r}. Sets: {', '.join(sorted(known))}."
-                )
-            if setting.prompts not in self.prompts:
-                raise OptionError(
-                    f"The setting {setting.name}: no prompts are called {setting.prompts!r}. "
-                    f"There are: {', '.join(self.prompts)}."
-                )
-            if isinstance(setting.weights, tuple) and len(setting.weights) != len(setting.loras):
-                raise OptionError(
-                    f"The setting {setting.name}: {len(setting.weights)} weights for {len(setting.loras)} LoRAs."
-                )
-            if setting.family not in FAMILIES:
-                raise OptionError(
-                    f"The setting {setting.name}: unknown family {setting.family!r}. Known: {', '.join(FAMILIES)}."
-                )
+            self._check(setting, known)
         for name in self.prompts:
             if not self.shown(name):
                 raise OptionError(
                     f"The prompts {name} call no concept by its identifier. Identifiers: "
                     f"{', '.join(concept.identifier for concept in self.concepts)}."
                 )
+
+    def _check(self, setting: Setting, sets: set[str]) -> None:
+        unknown = [name for name in setting.loras if name not in sets]
+        count = len(setting.weights) if isinstance(setting.weights, tuple) else len(setting.loras)
+        wrong = ""
+        if unknown:
+            wrong = f"no set is called {unknown[0]!r}. Sets: {', '.join(sorted(sets))}"
+        elif setting.prompts not in self.prompts:
+            wrong = f"no prompts are called {setting.prompts!r}. There are: {', '.join(self.prompts)}"
+        elif count != len(setting.loras):
+            wrong = f"{count} weights for {len(setting.loras)} LoRAs"
+        elif setting.family not in FAMILIES:
+            wrong = f"unknown family {setting.family!r}. Known: {', '.join(FAMILIES)}"
+        if wrong:
+            raise OptionError(f"The setting {setting.name}: {wrong}.")
 
     def concept(self, name: str) -> Concept:
         """A concept by its name."""

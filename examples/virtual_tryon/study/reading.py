@@ -217,5 +217,7 @@ def _sensitivity(data: Any, where: str) -> list[Setting]:
     values = table.get("values", list, wanted="a list of numbers", default=[])
     if not values or not all(type(value) in (int, float) for value in values):
         raise OptionError(f"{where}: values: got {values}, wanted a list of numbers.")
-    prompts, seeds = table.get("prompts", str, default=STUDY), table.get("seeds", int)
-    return grid(table.texts("loras"), [float(value) for value in values], prompts=prompts, seeds=seeds)
+    prompts, seeds, loras = table.get("prompts", str, default=STUDY), table.get("seeds", int), table.texts("loras")
+    if len(loras) != 2:
+        raise OptionError(f"{where}: loras: got {len(loras)}, wanted two: the rows and the columns of a grid.")
+    return grid(loras, [float(value) for value in values], prompts=prompts, seeds=seeds)

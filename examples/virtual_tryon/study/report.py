@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loramerge.adapters.bootstrap import Interval
+from loramerge.adapters.pixels import SUFFIXES
 from loramerge.storage.writer import write_text
 
 from . import page, scores, tables
@@ -210,8 +211,8 @@ def _sensitivity(study: Group) -> list[Section]:
     if not points:
         return []
     down, across = points[0].loras
-    weights = [tuple(setting.weights or ()) for setting in points]
-    first, second = (sorted({float(pair[i]) for pair in weights}) for i in (0, 1))
+    weights = [setting.weights for setting in points if isinstance(setting.weights, tuple)]
+    first, second = (sorted({pair[i] for pair in weights}) for i in (0, 1))
     by_weights = dict(zip(weights, _names(points), strict=True))
 
     def figure(value: Any, what: str) -> Figure:
@@ -281,7 +282,7 @@ def _sets(job: Job) -> list[Part]:
     """The first pictures of each set."""
     rows = []
     for name in job.sets:
-        files = sorted(file for file in job.set_folder(name).iterdir() if file.suffix.lower() in scores.SUFFIXES)
+        files = sorted(file for file in job.set_folder(name).iterdir() if file.suffix.lower() in SUFFIXES)
         rows.append((name, tuple(files[:6])))
     count = min(len(files) for _, files in rows)
     cut = tuple((name, files[:count]) for name, files in rows)

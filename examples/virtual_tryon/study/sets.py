@@ -89,8 +89,8 @@ def _draw(job: Job) -> None:
     for name in _plain(job):
         make_sets.write(world.concept_set(CONCEPTS[name], data.count, seed=data.seed), job.set_folder(name), side)
     for mixed in _mixed(job):
-        both = [CONCEPTS[mixed.own], CONCEPTS[mixed.other]]
-        examples = world.mixed_set(*both, data.count, mixed.borrowed, seed=data.seed)
+        own, other = CONCEPTS[mixed.own], CONCEPTS[mixed.other]
+        examples = world.mixed_set(own, other, data.count, mixed.borrowed, seed=data.seed)
         make_sets.write(examples, job.set_folder(mixed.name), side)
     for group in job.protocol.prompts:
         for what, examples in truths(job, group):

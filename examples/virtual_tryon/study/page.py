@@ -23,6 +23,7 @@ table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tab
 th, td { padding: 0.3rem 0.6rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top; }
 thead th { border-bottom: 2px solid #888; }
 .wide > table:not(.sheet) { min-width: 36rem; }
+.wide > table:not(.sheet) td:first-child { min-width: 9rem; }
 .sheet td, .sheet th { padding: 2px 3px; border: 0; font-weight: normal; font-size: 0.8rem; }
 .sheet thead th { min-width: 6rem; max-width: 9rem; }
 .sheet tbody th { min-width: 6rem; }

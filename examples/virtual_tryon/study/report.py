@@ -17,6 +17,10 @@ from .orderings import Decision, decisions
 from .protocol import STUDY, Setting
 from .published import SETS, published
 from .results import Group, groups
+from .sets import TRUE
+
+RELIABLE = 0.7
+"""Share of attributes that a judge should find in true pictures."""
 
 
 def make(job: Job) -> bool:
@@ -90,14 +94,14 @@ def _scores(study: Group) -> Section:
         "other pictures; the order can."
     )
     true = (
-        "The rows of true pictures were drawn, not generated: what a perfect merge would score, and whether each column "
-        "speaks of its own concept."
+        "The rows of true pictures were drawn, not generated: what a perfect merge would score. Does each column speak of its "
+        "own concept?"
     )
     return section(
         "Scores (the study's Figure 6)",
         told,
         tables.scores(study, names, scores.WHOLE, beside=True),
-        true if study.true else None,
+        [true, tables.columns(study, scores.WHOLE)] if study.true else None,
     )
 
 
@@ -175,7 +179,13 @@ def _truth(study: Group) -> list[Section]:
         "The world is drawn, so the true picture of this person in this jersey is known under every prompt. A judge that was "
         "trained to tell attributes of drawings looks at each picture: is the hair right, are the stripes?"
     )
-    parts: list[Part] = [told, tables.truth(study, names), "Attribute by attribute:", tables.attributes(study, names)]
+    reached = study.findings.share(f":{TRUE}", study.findings.concepts).mean
+    doubt = (
+        f"**The judge finds only {100 * reached:.0f} % of the concepts' attributes in true pictures: it is too weak for this "
+        "table to say much.**"
+    )
+    parts: list[Part] = [told, *([doubt] if reached < RELIABLE else []), tables.truth(study, names)]
+    parts += ["Attribute by attribute:", tables.attributes(study, names)]
     return [section("Against the truth", parts)]
 
 

@@ -9,6 +9,7 @@ from .orderings import Comparison, Decision
 from .published import published
 from .results import Group
 from .scores import TRUTH
+from .sets import NOTHING
 
 
 def number(value: Interval) -> str:
@@ -56,6 +57,17 @@ def _strong(text: str, yes: bool) -> str:
 
 def _seeds(group: Group) -> int:
     return group.job.protocol.drawing.seeds
+
+
+def columns(group: Group, view: str) -> Table:
+    """What each concept adds to each column, on true pictures that differ in nothing else."""
+    found = group.views[view]
+    rows = []
+    for concept in group.references:
+        added = [found.difference(f":{concept}", f":{NOTHING}", r) for r in group.references]
+        rows.append((f"{concept} added", *(signed(difference) for difference in added)))
+    note = "True pictures with one concept, less the same pictures without it. Only the diagonal should be above zero."
+    return Table(("", *group.references), tuple(rows), note)
 
 
 def orderings(group: Group, found: Sequence[Decision]) -> Table:

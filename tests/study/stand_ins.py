@@ -29,22 +29,24 @@ def entries(name: str) -> dict[str, Any]:
             setting["options"] = {"steps": 1, "calibration": 1}
         elif "learn" in setting:
             setting["options"] |= {"batches": 1}
-    data["sensitivity"] |= {"values": [0.5, 1.0], "seeds": 1}
+    data["sensitivity"] |= {"values": [1.0], "seeds": 1}
     return data
 
 
 def mini(base: Path, scorer: Path) -> Protocol:
-    """The miniature's preset on an untrained base and judge."""
+    """The miniature's preset on an untrained base and judge, with a few of its settings."""
     data = entries("mini")
     data["base"]["model"], data["scorer"]["model"] = str(base), str(scorer)
-    kept = ("three_none", "three_sum")
-    data["settings"] = [s for s in data["settings"] if s.get("family") != "many" or s["name"] in kept]
+    kept = ("none", "profile", "barca", "weighted", "three_none", "three_sum")
+    data["settings"] = [setting for setting in data["settings"] if setting["name"] in kept]
     return protocol(data, "mini", Path(), "mini.toml")
 
 
 def paper(folder: Path) -> Protocol:
-    """The study's preset on a tiny SDXL, a tiny DINOv2 and coloured squares for photographs."""
+    """The study's preset on a tiny SDXL, a tiny DINOv2 and coloured squares for photographs, with some other methods."""
     data = entries("paper")
+    kept = ("sum", "ziplora", "zip_lsq", "ties", "tsv")
+    data["settings"] = [s for s in data["settings"] if s.get("family") != "methods" or s["name"] in kept]
     pipe = tiny.pipeline("sdxl")
     pipe.save_pretrained(folder / "sdxl")
     data["base"]["model"] = str(folder / "sdxl")

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench docs format clean
+.PHONY: demo study test check bench docs format clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,8 +21,16 @@ $(VENV)/.docs: $(VENV)/.core
 	$(INSTALL) --editable '.[docs]'
 	@touch $@
 
-demo: $(VENV)/.core  ## merge two LoRAs of different tools and check the result
+$(VENV)/.study: $(VENV)/.core
+	$(INSTALL) --editable '.[study]'
+	@touch $@
+
+demo: $(VENV)/.study  ## merge two LoRAs of different tools, check the result, draw it, score it, report
 	$(BIN)/python examples/quickstart.py
+	$(BIN)/python -m examples.virtual_tryon run --preset demo --processes 2 --out demo_output/pictures
+
+study: $(VENV)/.study  ## the whole virtual try-on study in miniature, in build/study/mini
+	$(BIN)/python -m examples.virtual_tryon run --preset mini --processes 2 --extended
 
 test: $(VENV)/.dev  ## every test
 	$(BIN)/python -m pytest -n 2

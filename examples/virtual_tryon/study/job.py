@@ -65,8 +65,16 @@ class Job:
         own = not self.drawn and name in concepts
         return Path(self.protocol.data.folder).expanduser() / name if own else self.out / "sets" / name
 
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Those of the sets whose LoRA the protocol does not bring along."""
+        given = {concept.name for concept in self.protocol.concepts if concept.lora}
+        return tuple(name for name in self.sets if name not in given)
+
     def lora_file(self, name: str) -> Path:
-        return self.out / "loras" / f"{name}.safetensors"
+        """The LoRA of a set: trained here, or the protocol's."""
+        given = next((c.lora for c in self.protocol.concepts if c.name == name and c.lora), None)
+        return Path(given) if given else self.out / "loras" / f"{name}.safetensors"
 
     def merge_file(self, setting: Setting) -> Path:
         return self.out / "merges" / f"{setting.name}.safetensors"

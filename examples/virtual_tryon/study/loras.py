@@ -53,7 +53,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load(job: Job, name: str) -> LoRA:
-    """The trained LoRA of a set."""
+    """The LoRA of a set."""
     return lm.load(needed(job.lora_file(name), "train"), architecture=job.protocol.base.architecture)
 
 

@@ -91,6 +91,8 @@ class Concept:
     """Where generated pictures show it."""
     own_crop: Box | None = None
     """Where the set's own pictures show it; as ``crop`` by default."""
+    lora: str | None = None
+    """A LoRA of it that is there already, in any dialect: none is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

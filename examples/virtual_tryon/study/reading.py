@@ -100,7 +100,7 @@ def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
         data=source,
         training=one("training", Training),
         drawing=one("drawing", Drawing),
-        concepts=each("concepts", _concept),
+        concepts=each("concepts", lambda entry, place: _concept(entry, place, folder)),
         mixed=each("mixed", lambda entry, place: _filled(Mixed, entry, place)),
         prompts={key: prompts.texts(key) for key in prompts.data},
         settings=(*settings, *_sensitivity(top.data.get("sensitivity"), f"{where}: sensitivity")),
@@ -146,11 +146,12 @@ def _kinds(field: Any) -> tuple[type, ...]:
     return (str,)  # literals, which are checked by name
 
 
-def _concept(data: Any, where: str) -> Concept:
-    table = Table(data, where, ("name", "identifier", "crop", "own_crop"))
+def _concept(data: Any, where: str, folder: Path) -> Concept:
+    table = Table(data, where, ("name", "identifier", "crop", "own_crop", "lora"))
     boxes = {key: _box(table, key) for key in ("crop", "own_crop")}
     name, identifier = (_text(table, key) for key in ("name", "identifier"))
-    return Concept(name=name, identifier=identifier, **boxes)
+    lora = table.get("lora", str)
+    return Concept(name=name, identifier=identifier, lora=located(lora, folder) if lora else None, **boxes)
 
 
 def _box(table: Table, key: str) -> Box | None:

@@ -41,7 +41,7 @@ def build(job: Job, found: Sequence[Group]) -> Report:
     sections = [
         _summary(job, decided),
         _scores(study),
-        _orderings(study, decided),
+        *([_orderings(study, decided)] if decided else []),
         _pictures(study),
         _charts(study),
         *_truth(study),
@@ -60,11 +60,13 @@ def build(job: Job, found: Sequence[Group]) -> Report:
 def _summary(job: Job, decided: Sequence[Decision]) -> Section:
     drawing = job.protocol.drawing
     count = len(job.protocol.of([STUDY]))
+    shown = f"{count} settings × {len(job.protocol.prompts[STUDY])} prompts × {drawing.seeds} seeds."
+    if not decided:
+        return section("What it is", shown, [f"- {note}" for note in job.protocol.notes])
     against = [decision for decision in decided if decision.agrees is False]
     open_ = [decision for decision in decided if decision.verdict == "not decided"]
     told = [
-        f"{count} settings × {len(job.protocol.prompts[STUDY])} prompts × {drawing.seeds} seeds. "
-        f"Of {len(decided)} orders read from the study's table, **{_count(decided, 'holds')} hold** here, "
+        f"{shown} Of {len(decided)} orders read from the study's table, **{_count(decided, 'holds')} hold** here, "
         f"**{_count(decided, 'does not hold')} do not**, and {len(open_)} are not decided by these intervals.",
         *([f"**Here it disagrees with the study's table:** {_list(against)}"] if against else []),
         *([f"Not decided: {_list(open_)}"] if open_ else []),

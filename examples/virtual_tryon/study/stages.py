@@ -29,7 +29,7 @@ def _once(work: Callable[[Job], bool]) -> Callable[[Job, Any], bool]:
 
 STAGES = (
     Stage("data", _once(sets.make), lambda job: ("sets and true pictures" if job.drawn else "folders",), shared=False),
-    Stage("train", loras.train, lambda job: job.sets),
+    Stage("train", loras.train, lambda job: job.untrained),
     Stage("merge", loras.merge, lambda job: [setting for setting in job.settings if setting.loras]),
     Stage("generate", drawing.draw, lambda job: job.settings),
     Stage("score", scores.run, scores.subjects, shared=False),

@@ -7,6 +7,7 @@ from torch import Tensor
 from dense import FAMILIES, IN, OUT, RANKS, TOKENS, World, close, merged
 from loramerge.errors import MergeError
 from loramerge.learned.lsq import (
+    LEAST,
     Granularity,
     Prior,
     column_solution,
@@ -144,6 +145,22 @@ def test_equal_adapters_give_that_adapter(family: Granularity, prior: Prior, rid
     world.ups, world.downs = [world.ups[0]] * 2, [world.downs[0]] * 2
 
     assert close(merged(world, family, ridge, prior), world.deltas[0], 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-3, 1e-4, 1e-7, 1e-8, 1e-9, 0.0])
+def test_the_metric_of_core_is_inverted_where_it_has_directions(apart: float, seed: int) -> None:
+    world = World(seed, ranks=(2, 2))
+    world.downs[1] = world.downs[0] + apart * world.downs[1]
+    p = world.problem
+    total, metric = p.core.sum(0), p.down @ p.down.T
+    own = torch.cat([p.core[i][s] for i, s in enumerate(p.slices)])
+    inverse = torch.linalg.pinv(p.down, rtol=1e-6)
+    energy = float(((inverse.T @ inverse) * total).sum()) / 4
+    pull = 0.1 * energy * metric + LEAST * total.diagonal().mean() * torch.eye(4, dtype=metric.dtype)
+    wanted = torch.linalg.solve(total + pull, (own + pull).T).T
+
+    assert close(p.up @ core_solution(p, 0.1, "sum") @ p.down, p.up @ wanted @ p.down, 1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

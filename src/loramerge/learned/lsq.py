@@ -49,6 +49,12 @@ RIDGE: Mapping[str, float] = {"global": 1e-3, "layer": 1e-3, "rank": 1e-3, "core
 LEAST = 1e-10
 """The pull to the prior that there always is: it decides what no input shows, and is lost in what one does."""
 
+SOUND = 1e9
+"""Condition up to which a metric is simply inverted: float64 then keeps seven digits."""
+
+FAINT = 1e-12
+"""Share of a metric's largest eigenvalue below which a direction is none: float32 factors hold no more digits."""
+
 TINY = 1e-30
 """Below any moment: keeps the equations of a module with zero inputs or zero factors solvable."""
 
@@ -255,9 +261,8 @@ def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     """
     total = p.core.sum(0)
     own = sum((p.own(i)[:, None] * moment for i, moment in enumerate(p.core)), torch.zeros_like(total))
-    metric = p.down @ p.down.T
-    # A pseudo-inverse, because directions that nearly vanish would else count without end.
-    energy = (torch.linalg.pinv(metric, hermitian=True) * total).sum() / len(metric)
+    metric = _gram(p.down)
+    energy = (_pseudo_inverse(metric) * total).sum() / len(metric)
     # Equal LoRAs leave directions that neither moments nor metric see; what K does there is of no effect.
     least = LEAST * total.diagonal().mean().clamp_min(TINY)
     pull = ridge * energy * metric + least * _eye(metric)
@@ -347,6 +352,25 @@ def _divide(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right⁻¹`` for a symmetric positive ``right``."""
     found: Tensor = torch.linalg.solve(right, left.T).T
     return found
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``rows @ rowsᵀ``."""
+    if rows.device.type != "cpu":
+        return rows @ rows.T
+    held = rows.numpy()
+    return torch.from_numpy(held @ held.T)  # numpy computes one triangle of what it sees to be symmetric
+
+
+def _pseudo_inverse(metric: Tensor) -> Tensor:
+    """The pseudo-inverse of a Gram matrix: directions that nearly vanish would else count without end."""
+    lower, failed = torch.linalg.cholesky_ex(metric)
+    if not failed:
+        inverse = torch.cholesky_inverse(lower)
+        # The traces bound the largest eigenvalue and the inverse of the least.
+        if metric.trace() * inverse.trace() < SOUND:
+            return inverse
+    return torch.linalg.pinv(metric, rtol=FAINT, hermitian=True)
 
 
 def _eye(like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from . import linalg
 from .checkpoints import Checkpoint
 from .errors import OptionError
 from .files import saved_size
+from .joins import Join, apart, down_id, joins_of, lost_by, one
 from .layers import Full, Layer, LowRank, low_rank
 from .layers.base import matrix
 from .lora import LoRA, in_one_library
@@ -100,6 +101,8 @@ class Plan:
     """The LoRAs as they were given, with the modules that ``exclude`` leaves out."""
     exclude: tuple[str, ...] = ()
     scope: Scope = "module"
+    ranks: Mapping[str, int] | None = None
+    """Every module's rank as it was chosen; for modules that are cut as one that of the whole."""
 
     def run(self) -> "Iterator[tuple[str, LowRank]]":
         """Merge module by module: the caller's loop is the progress bar."""
@@ -112,9 +115,55 @@ class Plan:
 
     def outcome(self, module: str) -> Outcome:
         """One module's merged layer, and what was cut off to bring it to its rank."""
+        join = self.joins.get(module)
+        if join is not None and join.as_one:
+            return self._cut_as_one(join)[module]
         step = self.steps[module]
         with named(module):
             return _fitted(self._uncut(step), step, self.cuts)
+
+    @cached_property
+    def joins(self) -> Mapping[str, Join]:
+        """The modules that the dialect writes as one weight, by each of them."""
+        exact = self.method.linear and not self.weights.columns
+        found = joins_of(self.steps, self.loras, self.dialect, self.architecture, exact, self.rank)
+        if self.ranks is None:
+            return found
+        chosen = {join.modules: replace(join, rank=self.ranks[join.modules[0]]) for join in found.values()}
+        return {module: chosen[join.modules] for module, join in found.items()}
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's result; of modules that are joined that of the whole."""
+        return self.joins[module].rank if module in self.joins else self.steps[module].rank
+
+    def _cut_as_one(self, join: Join) -> dict[str, Outcome]:
+        """The outcomes of modules that are one weight; the last ones are kept, as each module asks for them."""
+        if join.modules not in self._recent:
+            made = self._outcomes(join)
+            self._recent.clear()
+            self._recent[join.modules] = made
+            return made
+        return self._recent[join.modules]
+
+    @cached_property
+    def _recent(self) -> dict[tuple[str, ...], dict[str, Outcome]]:
+        return {}
+
+    def _outcomes(self, join: Join) -> dict[str, Outcome]:
+        layers = self._uncut_parts(join)
+        whole = _fitted(one(join, layers), join.step, True)
+        parts = apart(join, whole.layer, layers)
+        shares = lost_by(whole.lost, layers, list(parts.values()))
+        return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
+
+    def _uncut_parts(self, join: Join) -> list[Merged]:
+        found = []
+        for module in join.modules:
+            with named(module):
+                # A method that makes the most of its rank gets a share of it, so that the parts fit into the whole.
+                share = max(1, join.rank // len(join.modules))
+                found.append(self._uncut(replace(self.steps[module], rank=share)))
+        return found
 
     def _uncut(self, step: Step) -> Merged:
         layers = in_one_library([self._with_base(self.loras[i][step.module], step) for i in step.inputs], self.device)
@@ -139,7 +188,12 @@ class Plan:
     @cached_property
     def cuts(self) -> bool:
         """Whether a module is cut to a smaller rank than the method's result has."""
-        return any(step.cut for step in self.steps.values())
+        return any(map(self.is_cut, self.steps))
+
+    def is_cut(self, module: str) -> bool:
+        """Whether a module is brought to a smaller rank than the method's result has."""
+        join = self.joins.get(module)
+        return join.cut if join is not None and join.as_one else self.steps[module].cut
 
     def lora(self, record: "Callable[[Outcome], None] | None" = None) -> LoRA:
         """The result, whose layers are merged when they are asked for: saving it streams.
@@ -169,10 +223,13 @@ class Plan:
     def _layout(self, step: Step) -> LowRank:
         layouts = [self.loras[i].layout(step.module) for i in step.inputs]
         whole = step.rank >= step.full_rank
-        down_id = shared_down(layouts) if self.method.linear and whole and not self.weights.columns else None
-        up = Spec((step.shape[0], step.rank), "F32")
-        down = Spec((step.rank, math.prod(step.shape[1:])), "F32")
-        layer = low_rank(up, down, step.shape, down_id)
+        shared = shared_down(layouts) if self.method.linear and whole and not self.weights.columns else None
+        rank, join = step.rank, self.joins.get(step.module)
+        if join is not None and join.as_one:
+            rank, shared = join.rank, down_id(join)
+        up = Spec((step.shape[0], rank), "F32")
+        down = Spec((rank, math.prod(step.shape[1:])), "F32")
+        layer = low_rank(up, down, step.shape, shared)
         counted = layouts[:1] if self.method.of_first else layouts
         biased = any(layout.delta_bias() is not None for layout in counted)
         return replace(layer, diff_b=Spec(step.shape[:1], "F32")) if biased else layer
@@ -196,10 +253,10 @@ class Plan:
         """
         if budget.kind == "max_size":
             self._check_least(budget)
-        spectra = {}
-        for done, (module, step) in enumerate(self.steps.items(), start=1):
-            with named(module):
-                spectra[module] = _spectrum(self._uncut(step), step)
+        spectra: dict[str, Spectrum] = {}
+        for done, module in enumerate(self.steps, start=1):
+            if self._first(module) == module:
+                spectra[module] = self._spectrum(module)
             if progress:
                 progress(done, len(self.steps))
         if budget.kind != "max_size":
@@ -217,6 +274,19 @@ class Plan:
             raise OptionError(f"{budget}: can't be met in the dialect {self.dialect}. Way out: a larger size.")
         return best
 
+    def _first(self, module: str) -> str:
+        """The module that stands for those that it is joined with."""
+        join = self.joins.get(module)
+        return next(m for m in self.steps if m in join.modules) if join else module
+
+    def _spectrum(self, module: str) -> Spectrum:
+        """What each rank of a module would bring, or of all that are one weight with it."""
+        join = self.joins.get(module)
+        if join is not None:
+            return _spectrum(one(join, self._uncut_parts(join)), join.step)
+        with named(module):
+            return _spectrum(self._uncut(self.steps[module]), self.steps[module])
+
     def _check_least(self, budget: Budget) -> None:
         """Refuse a size that is too small for rank 1, before any tensor is read."""
         least = saved_size(self.at(dict.fromkeys(self.steps, 1), budget).lora())
@@ -228,8 +298,9 @@ class Plan:
 
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
         """The same plan at ranks that were chosen before, out of a budget."""
-        steps = {module: replace(step, rank=ranks[module]) for module, step in self.steps.items()}
-        return replace(self, steps=steps, budget=budget)
+        given = {module: ranks[self._first(module)] for module in self.steps}
+        steps = {m: step if m in self.joins else replace(step, rank=given[m]) for m, step in self.steps.items()}
+        return replace(self, steps=steps, budget=budget, ranks=given)
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{n} × {w}" for n, w in zip((x.name for x in self.loras), self.weights.label, strict=True))
@@ -238,7 +309,9 @@ class Plan:
     @property
     def size(self) -> int:
         """Bytes of the result's tensors in the dtype that saving uses."""
-        return sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in self.steps.values())
+        joined = {join.modules: join.step for join in self.joins.values()}
+        steps = [*(step for module, step in self.steps.items() if module not in self.joins), *joined.values()]
+        return sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in steps)
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def record(plan: "Plan", hashes: Sequence[str]) -> dict[str, Any]:
     if plan.budget:
         value = plan.budget.value
         found["budget"] = {plan.budget.kind: int(value) if plan.budget.kind == "max_size" else value}
-        found["ranks"] = {module: step.rank for module, step in plan.steps.items()}
+        found["ranks"] = {module: plan.rank_of(module) for module in plan.steps}
     found |= {"exclude": list(plan.exclude)} if plan.exclude else {}
     found |= {"device": plan.device} if plan.device else {}
     found |= {"base": plan.base.name} if plan.base else {}

@@ -344,9 +344,15 @@ class Recipe:
             if module not in planned.steps or module not in ranks:
                 what = "has a rank but is not merged" if module in ranks else "has no rank"
                 raise OptionError(f"ranks: {module} {what}. Way out: remove the table, and the budget is spent anew.")
-            most = planned.steps[module].rank
+            most = planned.rank_of(module)
             if not 1 <= ranks[module] <= most:
                 raise OptionError(f"ranks: {module}: got {ranks[module]}, wanted a number from 1 to {most}.")
+        for join in planned.joins.values():
+            if len({ranks[module] for module in join.modules}) > 1:
+                raise OptionError(
+                    f"ranks: {' and '.join(join.modules)} are one weight in the dialect {planned.dialect}, and have "
+                    "different ranks. Way out: one rank for all of them."
+                )
         return ranks
 
 

@@ -125,8 +125,9 @@ def _plan_table(planned: Plan, allow_lossy: bool) -> str:
     ]
     steps = planned.steps.values()
     shared = sum(len(step.inputs) == sum(map(bool, planned.loras)) for step in steps)
-    low, high = min(s.rank for s in steps), max(s.rank for s in steps)
-    cut = sum(step.cut for step in steps)
+    ranks = list(map(planned.rank_of, planned.steps))
+    low, high = min(ranks), max(ranks)
+    cut = sum(map(planned.is_cut, planned.steps))
     exact = "exact" if planned.method.linear else "nothing is cut"
     notes = [f"  note: {lora.name}: {note}" for lora in planned.loras for note in lora.notes]
     return "\n".join(

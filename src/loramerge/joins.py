@@ -1,0 +1,154 @@
+"""Modules that a dialect writes as one weight, and that a cut therefore has to treat as one.
+
+The files of kohya and ComfyUI hold q, k and v of a FLUX block as one weight with one ``down``.  Each
+cut by itself would have a ``down`` of its own, and the file three of them side by side; cut as the one
+matrix [ΔW_q; ΔW_k; ΔW_v] = [up_q; up_k; up_v] @ down they share it, and the rank is what was asked for.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from . import linalg
+from .architectures import ARCHITECTURES
+from .architectures.names import Parts
+from .dialects import DIALECTS, fuse
+from .dialects.base import table
+from .layers import Full, Layer, LowRank, low_rank
+from .layers.base import matrix
+from .lora import LoRA
+from .methods.base import Merged
+from .methods.linear import shared_down
+from .ranks import Rank, rule
+from .steps import Step
+from .tensors import Shape
+
+
+@dataclass(frozen=True)
+class Join:
+    """Modules of a merge that are one weight in the file."""
+
+    parts: Parts
+    """Those of the weight's modules that are merged."""
+    rows: tuple[int, ...]
+    """Each module's rows."""
+    columns: int
+    whole_rank: int
+    """Rank of the weight as it is written when the modules are not cut as one."""
+    rank: int
+    """Rank of the result."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules' names."""
+        return tuple(part.module for part in self.parts)
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the modules one below the other."""
+        return sum(self.rows), self.columns
+
+    @property
+    def as_one(self) -> bool:
+        """Whether the modules are brought to the rank as one matrix."""
+        return self.rank < self.whole_rank
+
+    @property
+    def cut(self) -> bool:
+        """Whether that takes something away."""
+        return self.rank < min(self.whole_rank, *self.shape)
+
+    @property
+    def step(self) -> Step:
+        """The merge of all modules as that of one."""
+        return Step(", ".join(self.modules), self.shape, (), (), self.whole_rank, self.rank)
+
+
+def joins_of(
+    steps: Mapping[str, Step], loras: Sequence[LoRA], dialect: str, architecture: str | None, exact: bool, rank: Rank
+) -> dict[str, Join]:
+    """The joins of a dialect, by each module in one.
+
+    Args:
+        steps: Every module's merge.
+        loras: What is merged.
+        dialect: Name of the dialect that will be written.
+        architecture: Name of the model family.
+        exact: Whether the method keeps a ``down`` that modules share.
+        rank: The rule that gives the rank; of an input it sees the rank of the joined weight.
+    """
+    if architecture is None or not DIALECTS[dialect].writes:
+        return {}
+    found: dict[str, Join] = {}
+    for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():
+        present = tuple(part for part in parts if part.module in steps)
+        if len(present) > 1:
+            join = _join(present, [steps[part.module] for part in present], loras, exact, rank)
+            found |= dict.fromkeys(join.modules, join)
+    return found
+
+
+def _join(parts: Parts, steps: Sequence[Step], loras: Sequence[LoRA], exact: bool, rank: Rank) -> Join:
+    shared = exact and len({shared_down([loras[i].layout(s.module) for i in s.inputs]) or s.module for s in steps}) == 1
+    written = [min(step.rank if rank == "sum" else step.full_rank, _limit(step.shape)) for step in steps]
+    whole = max(written) if shared else sum(written)
+    rows, columns = tuple(step.shape[0] for step in steps), math.prod(steps[0].shape[1:])
+    inputs = dict.fromkeys(i for step in steps for i in step.inputs)
+    if rank == "sum" and not any(step.cut for step in steps):
+        return Join(parts, rows, columns, whole, whole)
+    wanted = rule(rank)([_input_rank(loras[i], steps, i) for i in inputs])
+    return Join(parts, rows, columns, whole, max(1, min(wanted, whole, sum(rows), columns)))
+
+
+def _limit(shape: Shape) -> int:
+    return min(shape[0], math.prod(shape[1:]))
+
+
+def _input_rank(lora: LoRA, steps: Sequence[Step], i: int) -> int:
+    """The rank that an input has, or would have, in the joined weight."""
+    layouts = [lora.layout(step.module) for step in steps if i in step.inputs]
+    ranks = [layout.rank or 0 for layout in layouts]
+    shared = len({shared_down([layout]) or n for n, layout in enumerate(layouts)}) == 1
+    return max(ranks) if shared else sum(ranks)
+
+
+def one(join: Join, layers: Sequence[Merged]) -> Merged:
+    """The modules' layers one below the other, without their biases."""
+    bare: list[Layer] = [replace(layer, diff_b=None) for layer in layers]
+    if any(isinstance(layer, Full) for layer in bare):
+        bare = [Full(diff=matrix(layer.delta())) for layer in bare]
+    rows = dict(zip(join.modules, join.rows, strict=True))
+    whole = fuse.fused(join.parts, dict(zip(join.modules, bare, strict=True)), rows.__getitem__, lambda layer: layer)
+    assert isinstance(whole, LowRank | Full)
+    return whole
+
+
+def apart(join: Join, whole: LowRank, layers: Sequence[Merged]) -> dict[str, LowRank]:
+    """The modules' own parts of the whole, with the biases of their layers."""
+    up, down = matrix(whole.up), matrix(whole.down)
+    found, start = {}, 0
+    for module, rows, layer in zip(join.modules, join.rows, layers, strict=True):
+        part = low_rank(up[start : start + rows], down, layer.shape, down_id(join))
+        found[module] = replace(part, diff_b=layer.diff_b)
+        start += rows
+    return found
+
+
+def down_id(join: Join) -> tuple[str, ...]:
+    """What tells the ``down`` that the modules share from others."""
+    return ("cut as one", *join.modules)
+
+
+def lost_by(lost: float, layers: Sequence[Merged], kept: Sequence[LowRank]) -> list[tuple[float, float]]:
+    """Each module's ‖ΔW‖² and its share of what was cut off of the whole.
+
+    The kept part is a projection of the whole on rows of the weight's inputs, so in each module the
+    energies differ by what it lost; rounding in them doesn't change the sum.
+    """
+    energies = [layer.norm() ** 2 for layer in layers]
+    losses = [max(energy - linalg.norm(*part.factors()) ** 2, 0.0) for energy, part in zip(energies, kept, strict=True)]
+    total = math.fsum(losses)
+    return [
+        (energy, lost * loss / total if total else lost / len(losses))
+        for energy, loss in zip(energies, losses, strict=True)
+    ]

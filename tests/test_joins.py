@@ -1,0 +1,228 @@
+"""Modules that are one weight in the file are cut as one: held against dense SVDs of the stacked matrix."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import loramerge as lm
+from loramerge.dialects import fuse
+from loramerge.errors import OptionError
+from loramerge.layers import low_rank
+from loramerge.lora import LoRA
+from loramerge.merging import Kept, plan
+from loramerge.recipe import Input, Output, Recipe
+
+ATTENTION = "transformer.transformer_blocks.0.attn."
+QKV = tuple(ATTENTION + name for name in ("to_q", "to_k", "to_v"))
+ALONE = "transformer.transformer_blocks.0.attn.to_out.0"
+SIDE = 3072
+
+
+def flux(seed: int = 0, rank: int = 4, shared: bool = False, modules: tuple[str, ...] = (*QKV, ALONE)) -> LoRA:
+    """A LoRA on one block's attention, with singular values that fall."""
+    rng = np.random.default_rng(seed)
+    falling = 2.0 ** -np.arange(rank)
+    down = rng.standard_normal((rank, SIDE)).astype(np.float32)
+    layouts = {}
+    for i, module in enumerate(modules):
+        up = (rng.standard_normal((SIDE, rank)) * falling * (1 + i)).astype(np.float32)
+        own = down if shared and module in QKV else rng.standard_normal((rank, SIDE)).astype(np.float32)
+        layouts[module] = low_rank(up, own, (SIDE, SIDE), "qkv" if shared and module in QKV else None)
+    return LoRA(name=f"flux-{seed}", architecture="flux", dialect="kohya", layouts=layouts, dtype="F32")
+
+
+def factors(loras: list[LoRA], modules: tuple[str, ...] = QKV) -> tuple[np.ndarray, np.ndarray]:
+    """Stacked factors of the LoRAs' mean in float64: [ΔW_q; ΔW_k; ΔW_v] = up @ down."""
+    ups, downs = [], []
+    for lora in loras:
+        for i, module in enumerate(modules):
+            up, down = lora[module].factors()
+            rows = np.zeros((len(modules) * SIDE, up.shape[1]))
+            rows[i * SIDE : (i + 1) * SIDE] = np.asarray(up, float) / len(loras)
+            ups.append(rows)
+            downs.append(np.asarray(down, float))
+    return np.concatenate(ups, 1), np.concatenate(downs, 0)
+
+
+def svd(loras: list[LoRA], modules: tuple[str, ...] = QKV) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The SVD of the stacked matrix, by QR of its factors."""
+    up, down = factors(loras, modules)
+    (q_up, r_up), (q_down, r_down) = np.linalg.qr(up), np.linalg.qr(down.T)
+    u, s, vt = np.linalg.svd(r_up @ r_down.T)
+    return q_up @ u, s, vt @ q_down.T
+
+
+def distance(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> float:
+    up, down = np.concatenate([a[0], -b[0]], 1), np.concatenate([a[1], b[1]], 0)
+    return float(np.linalg.norm(np.linalg.qr(up)[1] @ np.linalg.qr(down.T)[1].T))
+
+
+def save(merged: LoRA, folder: Path, dialect: str = "kohya") -> dict[str, np.ndarray]:
+    return load_file(lm.save(merged, folder / "merged.safetensors", dialect=dialect))
+
+
+def joined(file: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The tensors of the weight that q, k and v are, scale folded in."""
+    (stem,) = {key.split(".lora_down")[0] for key in file if key.endswith("img_attn_qkv.lora_down.weight")}
+    up, down = file[f"{stem}.lora_up.weight"], file[f"{stem}.lora_down.weight"]
+    return up.astype(float) * float(file[f"{stem}.alpha"]) / down.shape[0], down.astype(float)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_joined_weight_gets_the_rank_that_is_asked_for_and_the_best_fit_at_it(
+    rank: int, shared: bool, tmp_path: Path
+) -> None:
+    loras = [flux(0, shared=shared), flux(1, shared=shared)]
+
+    up, down = joined(save(lm.merge(loras, rank=rank), tmp_path))
+
+    u, s, vt = svd(loras)
+    best = u[:, :rank] * s[:rank], vt[:rank]
+    assert up.shape == (3 * SIDE, rank)
+    assert distance((up, down), best) <= 1e-5 * s[0]
+
+
+def test_the_parts_of_a_joined_weight_share_their_down() -> None:
+    merged = lm.merge([flux(0), flux(1)], rank=5)
+
+    q, k, v = (merged[module] for module in QKV)
+
+    assert q.down_id == k.down_id == v.down_id
+    assert (q.down == k.down).all()
+    assert (q.down == v.down).all()
+    assert {layer.rank for layer in merged.values()} == {5}
+
+
+def test_resize_cuts_a_joined_weight_as_one(tmp_path: Path) -> None:
+    lora = flux(rank=8)
+
+    up, down = joined(save(lm.resize(lora, rank=4), tmp_path))
+
+    s = svd([lora])[1]
+    assert distance((up, down), factors([lora])) == pytest.approx(np.linalg.norm(s[4:]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("budget", "wanted"), [({"max_error": 0.1}, 0.1), ({"energy": 0.96}, 0.2)])
+def test_an_error_is_met_with_no_direction_to_spare(budget: dict[str, Any], wanted: float, tmp_path: Path) -> None:
+    lora = flux(rank=8, modules=QKV)
+
+    up, down = joined(save(lm.resize(lora, **budget), tmp_path))
+
+    s = svd([lora])[1]
+    assert distance((up, down), factors([lora])) <= wanted * np.linalg.norm(s) * 1.0001
+    assert np.linalg.norm(s[down.shape[0] - 1 :]) > wanted * np.linalg.norm(s)
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "comfyui"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.45, 0.8])
+def test_a_size_is_met_within_one_direction(dialect: str, shared: bool, share: float, tmp_path: Path) -> None:
+    for seed in range(2):
+        source = dialect if shared else "diffusers-peft"
+        lm.save(flux(seed, shared=shared), tmp_path / f"{seed}.safetensors", dialect=source)
+    one_direction = 4 * 4 * SIDE
+    recipe = Recipe(
+        loras=tuple(Input(path=str(tmp_path / f"{seed}.safetensors")) for seed in range(2)),
+        max_size=int(share * (8 if shared else 24) * one_direction),
+        output=Output(to=dialect),
+    )
+    planned = recipe.plan()
+
+    written = recipe.write(planned, tmp_path / "merged.safetensors").stat().st_size
+
+    assert recipe.max_size - one_direction < written <= recipe.max_size
+    assert written == lm.files.saved_size(planned.lora())
+
+
+def test_a_dialect_that_does_not_join_keeps_every_module_its_own_best_fit(tmp_path: Path) -> None:
+    loras = [flux(0), flux(1)]
+    planned = plan([lm.load(lora.state_dict("diffusers-peft")) for lora in loras], rank=3)
+
+    merged = planned.lora()
+
+    for module in QKV:
+        _, s, _ = svd(loras, (module,))
+        lost = distance(tuple(np.asarray(f, float) for f in merged[module].factors()), factors(loras, (module,)))
+        assert lost == pytest.approx(np.linalg.norm(s[3:]), rel=1e-4)
+
+
+def test_nothing_is_cut_where_the_sum_of_ranks_is_kept(tmp_path: Path) -> None:
+    loras = [flux(0), flux(1)]
+
+    up, down = joined(save(lm.merge(loras), tmp_path))
+
+    assert distance((up, down), factors(loras)) <= 1e-5 * svd(loras)[1][0]
+
+
+def test_what_was_lost_is_what_dense_matrices_lose() -> None:
+    loras = [flux(0), flux(1)]
+    kept = Kept()
+
+    merged = plan(loras, rank=3).lora(kept.add).in_memory()
+
+    lost = {m: distance(tuple(np.asarray(f, float) for f in merged[m].factors()), factors(loras, (m,))) for m in QKV}
+    norms = {m: np.linalg.norm(svd(loras, (m,))[1]) for m in QKV}
+    for module in QKV:
+        assert kept.errors[module] == pytest.approx(lost[module] / norms[module], rel=1e-3)
+
+
+def test_a_weight_of_which_a_module_is_missing_is_cut_as_one(tmp_path: Path) -> None:
+    lora = flux(rank=4, modules=QKV[:2])
+
+    up, down = joined(save(lm.resize(lora, rank=3), tmp_path))
+
+    assert down.shape[0] == 3
+    assert not up[2 * SIDE :].any()
+    assert distance((up[: 2 * SIDE], down), factors([lora], QKV[:2])) == pytest.approx(
+        np.linalg.norm(svd([lora], QKV[:2])[1][3:]), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("method", ["ties", "iso_c", "tsv", "knots"])
+def test_every_method_is_brought_to_the_rank_of_the_joined_weight(method: str, tmp_path: Path) -> None:
+    loras = [flux(0, rank=2), flux(1, rank=2)]
+    options = {"space": "core"} if method == "ties" else {}
+
+    up, down = joined(save(lm.merge(loras, method=method, rank=3, **options), tmp_path))
+
+    assert down.shape[0] == 3
+    assert np.isfinite(up).all()
+    assert up.any()
+
+
+def test_a_budget_s_ranks_come_out_again_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed in range(2):
+        lm.save(flux(seed), tmp_path / f"{seed}.safetensors", dialect="diffusers-peft")
+    inputs = tuple(Input(path=f"{seed}.safetensors") for seed in range(2))
+    first = Recipe(loras=inputs, max_size=10 * 16 * SIDE, output=Output(to="kohya"))
+    made = first.run(tmp_path / "a.safetensors")
+
+    with lm.open(made) as merged:
+        again = Recipe.of(merged)
+    again.run(tmp_path / "b.safetensors")
+
+    assert made.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+def test_different_ranks_in_one_weight_are_refused(tmp_path: Path) -> None:
+    lora = flux(rank=4)
+    lm.save(lora, tmp_path / "0.safetensors", dialect="diffusers-peft")
+    ranks = {**dict.fromkeys(lora, 2), QKV[1]: 3}
+    recipe = Recipe(loras=(Input(path=str(tmp_path / "0.safetensors")),), ranks=ranks, output=Output(to="kohya"))
+
+    with pytest.raises(OptionError, match=r"are one weight in the dialect kohya, and have different ranks"):
+        recipe.plan()
+
+
+def test_the_size_counts_a_shared_down_once() -> None:
+    planned = plan([flux(0), flux(1)], rank=3)
+
+    assert planned.size == 4 * 3 * (3 * SIDE + SIDE + SIDE + SIDE)
+    assert math.isclose(planned.joins[QKV[0]].rank, 3)
+    assert not fuse.depends(planned.lora().layout(QKV[0]))

@@ -19,9 +19,14 @@ GRAM_LIMIT = 320
 
 def grams(up: Array, down: Array) -> tuple[Array, Array]:
     """``upᵀ up`` and ``down downᵀ`` in float64, each of shape ``(r, r)``."""
-    xp = namespace(up)
-    up, down = xp.astype(up, xp.float64), xp.astype(down, xp.float64)
-    return up.T @ up, down @ down.T
+    return gram(up.T), gram(down)
+
+
+def gram(matrix: Array) -> Array:
+    """``matrix @ matrixᵀ`` in float64."""
+    xp = namespace(matrix)
+    wide = xp.astype(matrix, xp.float64)
+    return wide @ wide.T
 
 
 def norm(up: Array, down: Array) -> float:
@@ -343,7 +348,7 @@ def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 
 def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array]:
     """Best factors of a rank for ``basis @ core``, the basis being orthonormal, from core's smaller side."""
     xp = namespace(core)
-    squares, vectors = xp.linalg.eigh(_wide_gram(core))
+    squares, vectors = xp.linalg.eigh(gram(core))
     vectors = xp.astype(xp.flip(vectors, axis=1)[:, :rank], core.dtype)
     root = xp.flip(squares, axis=0)[:rank].clip(0.0) ** 0.25
     inverse = _inverse(root)
@@ -381,13 +386,6 @@ def distance(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
     return math.sqrt(float((core**2).sum()))
 
 
-def _wide_gram(matrix: Array) -> Array:
-    """``matrix @ matrixᵀ`` in float64."""
-    xp = namespace(matrix)
-    wide = xp.astype(matrix, xp.float64)
-    return wide @ wide.T
-
-
 def numerical_rank(matrix: Array) -> int:
     """Number of singular values above max(out, in) · ε · σ₁, with float32's ε; at least 1.
 
@@ -399,6 +397,6 @@ def numerical_rank(matrix: Array) -> int:
     """
     xp = namespace(matrix)
     small = matrix if matrix.shape[0] <= matrix.shape[1] else xp.permute_dims(matrix, (1, 0))
-    squares = xp.linalg.eigvalsh(_wide_gram(small))
+    squares = xp.linalg.eigvalsh(gram(small))
     least = (max(matrix.shape) * 2.0**-23) ** 2 * float(squares[-1])
     return max(1, int((squares > least).sum()))

@@ -28,7 +28,7 @@ def knots(
     """
     live, shares = alive(layers, weights)
     space = aligned(live)
-    if not space.parts[0].shape[0]:  # every LoRA is zero
+    if space.empty:
         merged = space.parts[0]
     elif inside == "linear":
         merged = sum(w * part for w, part in zip(shares, space.parts, strict=True))

@@ -5,7 +5,8 @@ for all LoRAs.  A method sees the parts; what it makes of them becomes a layer a
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -44,13 +45,19 @@ class Stack:
     """Shape ``(out, R)``, float32, R = Σr."""
     down: Array
     """Shape ``(R, in·kh·kw)``, float32."""
-    gram_up: Array
-    """``upᵀ up``, ``(R, R)``, float64."""
-    gram_down: Array
-    """``down downᵀ``, ``(R, R)``, float64."""
     slices: tuple[slice, ...]
     """Each LoRA's rows and columns."""
     shape: Shape
+
+    @cached_property
+    def gram_up(self) -> Array:
+        """``upᵀ up``, ``(R, R)``, float64."""
+        return linalg.gram(self.up.T)
+
+    @cached_property
+    def gram_down(self) -> Array:
+        """``down downᵀ``, ``(R, R)``, float64."""
+        return linalg.gram(self.down)
 
     def layer(self, left: Array, right: Array) -> LowRank:
         """The layer (up @ left) @ (right @ down), with ``left`` of shape ``(R, k)`` and ``right`` ``(k, R)``."""
@@ -74,7 +81,7 @@ def stack(layers: Sequence[Layer]) -> Stack:
     down = xp.concat([down for _, down in factors], axis=0)
     stops = list(accumulate(up.shape[1] for up, _ in factors))
     slices = tuple(slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False))
-    return Stack(up, down, *linalg.grams(up, down), slices, layers[0].shape)
+    return Stack(up, down, slices, layers[0].shape)
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,26 @@ def _block_diagonal(blocks: Sequence[Array], xp: Any) -> Array:
 
 
 @dataclass(frozen=True)
+class Parts(Sequence[Array]):
+    """Products of columns of one matrix with rows of another, formed one at a time when asked for."""
+
+    left: Array
+    """Shape ``(p, R)``."""
+    right: Array
+    """Shape ``(R, n)``."""
+    slices: tuple[slice, ...]
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        if isinstance(index, slice):
+            return replace(self, slices=self.slices[index])
+        part = self.slices[index]
+        return self.left[:, part] @ self.right[part]
+
+
+@dataclass(frozen=True)
 class Aligned:
     """KnOTS' space: [ΔW₁ … ΔW_N] = U S [V₁ … V_N], with the parts S Vᵢ and one U for all.
 
@@ -183,8 +210,13 @@ class Aligned:
     stack: Stack
     left: Array
     """Shape ``(R, p)``, float64: U = up @ left."""
-    parts: tuple[Array, ...]
+    parts: "Parts"
     """Each S Vᵢ ``(p, in·kh·kw)``, float32."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether every LoRA is zero, so that there is nothing to merge."""
+        return not self.left.shape[1]
 
     def layer(self, merged: Array) -> LowRank:
         """The layer U @ merged."""
@@ -202,12 +234,14 @@ def aligned(layers: Sequence[Layer]) -> Aligned:
     """
     stacked = stack(layers)
     xp = namespace(stacked.up)
-    lower = _block_diagonal([linalg.cholesky(stacked.gram_down[s, s]) for s in stacked.slices], xp)
-    values, vectors = _falling(lower.T @ stacked.gram_up @ lower)
-    left = lower @ vectors / values
-    onto = left.T @ stacked.gram_up
-    parts = tuple(xp.astype(onto[:, s], xp.float32) @ stacked.down[s] for s in stacked.slices)
-    return Aligned(stacked, left, parts)
+    # [ΔW₁ … ΔW_N] = up @ L @ Q with L block-diagonal and Q's rows orthonormal, so that only blocks are multiplied.
+    lower = [(s, linalg.cholesky(linalg.gram(stacked.down[s]))) for s in stacked.slices]
+    half = xp.concat([block.T @ stacked.gram_up[s] for s, block in lower], axis=0)
+    values, vectors = _falling(xp.concat([half[:, s] @ block for s, block in lower], axis=1))
+    vectors = vectors / values
+    left = xp.concat([block @ vectors[s] for s, block in lower], axis=0)
+    onto = vectors.T @ half
+    return Aligned(stacked, left, Parts(xp.astype(onto, xp.float32), stacked.down, stacked.slices))
 
 
 def inner_products(layers: Sequence[Layer]) -> Array:

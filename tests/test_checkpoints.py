@@ -6,7 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import models
 from loramerge.architectures import ARCHITECTURES
@@ -195,3 +195,23 @@ def test_what_is_no_model_is_refused(what: str, tmp_path: Path) -> None:
 
     with pytest.raises(FileError):
         open_checkpoint(path)
+
+
+def test_a_base_in_a_directory_is_known_by_its_weights_and_indexes(tmp_path: Path) -> None:
+    root = models.folder(tmp_path / "base", models.base("sd15"), shards=2)
+    (shard, *_), (index, *_) = sorted(root.rglob("*-of-*.safetensors")), sorted(root.rglob("*.index.json"))
+
+    def known() -> str:
+        with open_checkpoint(root) as base:
+            return base.sha256
+
+    first = known()
+    (root / "notes.txt").write_text("no part of the weights")
+    same = known()
+    values = load_file(shard)
+    save_file({key: value + 1 for key, value in values.items()}, shard)
+    second = known()
+    index.write_text(index.read_text() + "\n")
+
+    assert first == same
+    assert len({first, second, known()}) == 3

@@ -396,6 +396,8 @@ def recipes(draw: st.DrawFn) -> lm.Recipe:
         exclude=tuple(draw(st.lists(NAMES, max_size=2))),
         architecture=draw(st.sampled_from([None, "sdxl"])),
         device=draw(st.none() | NAMES),
+        base=draw(st.none() | NAMES),
+        base_sha256=draw(st.none() | st.just("0" * 64)),
         ranks=draw(st.none() | st.dictionaries(NAMES, st.integers(1, 9), min_size=1, max_size=3)),
         output=Output(
             path=draw(st.sampled_from([None, "a b.safetensors"])),
@@ -458,3 +460,40 @@ def test_a_repository_is_named_in_one_or_in_parts(text: str, tmp_path: Path) -> 
 
     assert lora == Input(hub="some/repo", filename="a.safetensors", revision="main")
     assert lora.source(str(tmp_path)) == "hf://some/repo/a.safetensors@main"
+
+
+def on_base(folder: Path) -> tuple[Path, Path]:
+    """A merge of a DoRA, and its base."""
+    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+    base = folder / "base.safetensors"
+    safetensors.numpy.save_file({key: np.random.default_rng(0).standard_normal((640, 640), dtype=np.float32)}, base)
+    lm.save(small(modules=MODULES["sdxl"][:1], kind="dora", seed=1), folder / "dora.safetensors", dialect="kohya")
+    text = 'base = "base.safetensors"\nrank = 4\n[[loras]]\npath = "dora.safetensors"\n'
+    return lm.Recipe.read(write(folder, text)).run(folder / "merged.safetensors"), base
+
+
+def test_a_merge_on_a_base_knows_the_base_by_its_bytes(tmp_path: Path) -> None:
+    merged, base = on_base(tmp_path)
+
+    assert recipe_in(merged)["base_sha256"] == hashlib.sha256(base.read_bytes()).hexdigest()
+    assert again(merged).read_bytes() == merged.read_bytes()
+
+
+def test_another_base_of_the_same_name_is_refused_until_it_is_allowed(tmp_path: Path) -> None:
+    merged, base = on_base(tmp_path)
+    with lm.open(merged) as lora:
+        recipe = dataclasses.replace(lm.Recipe.of(lora), folder=str(tmp_path))
+    safetensors.numpy.save_file({key: 2 * value for key, value in safetensors.numpy.load_file(base).items()}, base)
+
+    with pytest.raises(MergeError, match=r"base\.safetensors has changed: its sha256 .*--allow-changed"):
+        recipe.plan()
+    assert recipe.plan(allow_changed=True)
+
+
+def test_a_base_that_the_result_does_not_depend_on_is_not_hashed(folder: Path) -> None:
+    on_base(folder)
+    lora = folder / "person.safetensors"
+
+    merged = lm.save(lm.merging.plan([lora], base=folder / "base.safetensors").lora(), folder / "merged.safetensors")
+
+    assert "base_sha256" not in recipe_in(merged)

@@ -15,6 +15,7 @@ from typing import Any
 from .architectures import ARCHITECTURES, Architecture, openclip
 from .architectures.names import Part, Parts, whole
 from .errors import FileError, LoRAMergeError
+from .storage import digests
 from .storage.reader import SafetensorsFile
 from .tensors import FLOATS, Array, Ranges, Shape, Stored, float32, namespace
 
@@ -103,6 +104,18 @@ class Checkpoint(Mapping[str, Place]):
     def name(self) -> str:
         """What messages call it."""
         return self.path.name
+
+    @property
+    def sha256(self) -> str:
+        """What tells this model from others: of a file, the SHA-256 of its bytes.
+
+        Of a directory, that of a listing of its files of weights and its indexes of shards, with the size
+        of each and the hash of parts of it (`storage.digests.of_listing`): gigabytes are not read.
+        """
+        if self.path.is_file():
+            return digests.of_file(self.path)
+        indexes = [index for folder in {file.parent for file in self.files} for index in shard_indexes(folder)]
+        return digests.of_listing(self.path, [*self.files, *indexes])
 
     def weight(self, module: str) -> Array:
         """A module's weight in its stored dtype; of a fused weight, only the module's rows are read.

@@ -316,7 +316,13 @@ class Plan:
     @property
     def recipe(self) -> dict[str, Any]:
         """The merge in words, as the saved file keeps it; hashing the inputs reads every tensor of theirs."""
-        return record(self, [lora.sha256 for lora in self.given])
+        hashes = [lora.sha256 for lora in self.given]
+        return record(self, hashes, self.base.sha256 if self.base and self.on_base else None)
+
+    @property
+    def on_base(self) -> bool:
+        """Whether the result depends on the base's weights."""
+        return any(self.loras[i].layout(s.module).kind == "dora" for s in self.steps.values() for i in s.inputs)
 
     def _metadata(self) -> Awaited:
         """Entries on which the inputs agree stay; where they differ, each input's own go into the recipe."""
@@ -327,7 +333,8 @@ class Plan:
             common["modelspec.merged_from"] = ", ".join(titles)
         own = [{k: v for k, v in m.items() if k not in common} for m in metadatas]
         known = {k: v for k, v in common.items() if k != RECIPE}
-        draft = _as_text(record(self, [UNKNOWN] * len(self.given)), own)
+        base = UNKNOWN if self.base and self.on_base else None
+        draft = _as_text(record(self, [UNKNOWN] * len(self.given), base), own)
         return Awaited(known, RECIPE, draft, lambda: _as_text(self.recipe, own))
 
 

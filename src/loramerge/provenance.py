@@ -15,12 +15,13 @@ LEARNED = {"ziplora": "zip", "lsq": "calibrate"}
 """Methods that merge by what a model does, and the command of each."""
 
 
-def record(plan: "Plan", hashes: Sequence[str]) -> dict[str, Any]:
+def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict[str, Any]:
     """A plan's recipe.
 
     Args:
         plan: The plan.
         hashes: SHA-256 of every input's tensors, see `LoRA.sha256`.
+        base: That of the base model, see `Checkpoint.sha256`, where ΔW depends on it.
     """
     from . import __version__
 
@@ -36,6 +37,7 @@ def record(plan: "Plan", hashes: Sequence[str]) -> dict[str, Any]:
     found |= {"exclude": list(plan.exclude)} if plan.exclude else {}
     found |= {"device": plan.device} if plan.device else {}
     found |= {"base": plan.base.name} if plan.base else {}
+    found |= {"base_sha256": base} if base else {}
     found["inputs"] = [_input(lora, sha256) for lora, sha256 in zip(plan.given, hashes, strict=True)]
     if not isinstance(weights, str):
         for entry, weight in zip(found["inputs"], weights, strict=True):

@@ -119,6 +119,8 @@ class Recipe:
     device: str | None = None
     base: str | None = None
     """Path of the base model, for DoRA layers."""
+    base_sha256: str | None = None
+    """What `Checkpoint.sha256` gave for the base: with another, the recipe isn't run unless told to."""
     ranks: Mapping[str, int] | None = None
     """Every module's rank, as the budget gave it before: it is not spent anew."""
     output: Output = field(default_factory=Output)
@@ -155,7 +157,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The text that `read` reads as the same recipe."""
-        own = ("method", "rank", *BUDGETS, "architecture", "device", "base")
+        own = ("method", "rank", *BUDGETS, "architecture", "device", "base", "base_sha256")
         head = {name: getattr(self, name) for name in own} | {"exclude": list(self.exclude) or None}
         each: Sequence[Weight | None] = [None] * len(self.loras)
         if isinstance(self.weights, str):
@@ -245,6 +247,8 @@ class Recipe:
             base=None if self.base is None else os.path.join(self.folder, os.path.expanduser(self.base)),
             **self.options,
         )
+        if not allow_changed:
+            self._check_base(planned)
         dialect, dtype = self.output.to or planned.dialect, self.output.dtype
         check_writable(dialect, planned.dialect)
         planned = replace(planned, dialect=DIALECTS[dialect].name, dtype=parse_dtype(dtype) if dtype else planned.dtype)
@@ -338,6 +342,14 @@ class Recipe:
                     "allow_changed=True)."
                 )
 
+    def _check_base(self, planned: Plan) -> None:
+        if self.base_sha256 is not None and planned.base and self.base_sha256.lower() != planned.base.sha256:
+            raise MergeError(
+                f"The base {planned.base.name} has changed: its sha256 is {planned.base.sha256}, the recipe was made with "
+                f"{self.base_sha256}. Way out: the model of then, or merge on what is there now (--allow-changed, or "
+                "allow_changed=True)."
+            )
+
     def _checked_ranks(self, planned: Plan) -> Mapping[str, int]:
         ranks = cast(Mapping[str, int], self.ranks)
         for module in dict.fromkeys((*planned.steps, *ranks)):
@@ -356,7 +368,19 @@ class Recipe:
         return ranks
 
 
-KEYS = ("method", "options", "rank", *BUDGETS, "weights", "scope", "exclude", "architecture", "device", "base")
+KEYS = (
+    "method",
+    "options",
+    "rank",
+    *BUDGETS,
+    "weights",
+    "scope",
+    "exclude",
+    "architecture",
+    "device",
+    "base",
+    "base_sha256",
+)
 
 
 def _recipe(data: Mapping[str, Any], where: str, folder: str) -> Recipe:
@@ -379,6 +403,7 @@ def _recipe(data: Mapping[str, Any], where: str, folder: str) -> Recipe:
         architecture=table.get("architecture", str),
         device=table.get("device", str),
         base=table.get("base", str),
+        base_sha256=table.get("base_sha256", str),
         ranks=table.numbers("ranks", int),
         output=_output(data.get("output", {}), f"{where}: output"),
         folder=folder,
@@ -486,7 +511,18 @@ def _from_metadata(text: str | None, name: str) -> Recipe:
         entries = [_entry(entry) for entry in found["inputs"]]
         data = {
             key: found[key]
-            for key in ("method", "options", "weights", "scope", "rank", "exclude", "device", "base", "ranks")
+            for key in (
+                "method",
+                "options",
+                "weights",
+                "scope",
+                "rank",
+                "exclude",
+                "device",
+                "base",
+                "base_sha256",
+                "ranks",
+            )
             if key in found
         }
         data |= {**found.get("budget", {}), "loras": entries}

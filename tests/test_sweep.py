@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
@@ -256,3 +257,64 @@ def test_a_changed_input_of_a_recipe_with_hashes_is_refused(recipe: Path, tmp_pa
         lm.sweep(recipe, {"rank": [1]}, tmp_path / "out")
     (row,) = lm.sweep(recipe, {"rank": [1]}, tmp_path / "out", allow_changed=True)
     assert row.path.exists()
+
+
+def test_a_merge_that_fails_does_not_end_the_sweep(recipe: Path, tmp_path: Path) -> None:
+    rows = lm.sweep(recipe, {"max_size": ["1kB", "1MB"], "rank": [2]}, tmp_path / "out")
+
+    with (tmp_path / "out" / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    data = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+    assert [(row.failed or "")[:14] for row in rows] == ["max_size=1000:", ""]
+    assert [bool(row.figures) for row in rows] == [False, True]
+    assert [line["failed"][:14] for line in table] == [entry.get("failed", "")[:14] for entry in data]
+    assert [row.reused for row in lm.sweep(recipe, {"max_size": ["1kB", "1MB"], "rank": [2]}, tmp_path / "out")] == [
+        False,
+        True,
+    ]
+
+
+def test_a_score_that_raises_leaves_the_merge_and_its_figures(recipe: Path, tmp_path: Path) -> None:
+    def score(lora: lm.LoRA) -> dict[str, float]:
+        if "rank=1" in lora.name:
+            raise ValueError("no picture")
+        return {"good": 1.0}
+
+    first, second = lm.sweep(recipe, {"rank": [1, 2]}, tmp_path / "out", score=score)
+
+    assert (first.failed, second.failed) == ("the score raised ValueError: no picture", None)
+    assert first["size"] == first.path.stat().st_size
+    assert (first["good"], second["good"]) == (None, 1.0)
+    assert lm.sweep(recipe, {"rank": [1, 2]}, tmp_path / "out")[0].reused
+
+
+def test_a_sweep_of_which_every_merge_fails_is_an_error(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="max_size=1kB: max_size=1000: can't be met"):
+        lm.sweep(recipe, {"max_size": ["1kB", "2kB"]}, tmp_path / "out")
+
+
+def test_the_command_line_says_what_failed_at_the_end(recipe: Path, tmp_path: Path) -> None:
+    result = run("sweep", "recipe.toml", "--set", "max_size=1kB,1MB", "-o", "out", cwd=tmp_path)
+
+    assert result.returncode == 1
+    assert [line.split()[1] == "failed" for line in result.stdout.splitlines() if line.startswith("max")] == [True, False]
+    assert "error: max_size=1kB: max_size=1000: can't be met" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_layers_without_factors_are_measured_as_dense_matrices(kind: str, tmp_path: Path) -> None:
+    base = np.random.default_rng(0).standard_normal((640, 640), dtype=np.float32)
+    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+    save_file({key: base}, tmp_path / "base.safetensors")
+    lm.save(small(seed=1, modules=UNET, kind=kind), tmp_path / "person.safetensors", dialect="kohya")
+    lm.save(small(seed=2, modules=UNET), tmp_path / "jersey.safetensors", dialect="kohya")
+    loras = [f'[[loras]]\npath = "{n}.safetensors"\nweight = {w}\n' for n, w in zip(("person", "jersey"), WEIGHTS, strict=True)]  # fmt: skip
+    (tmp_path / "recipe.toml").write_text('base = "base.safetensors"\n' + "".join(loras))
+
+    (row,) = lm.sweep(tmp_path / "recipe.toml", {"rank": [3]}, tmp_path / "out")
+
+    person, jersey = (lm.load(tmp_path / f"{n}.safetensors")[UNET[0]].delta_on(base).ravel() for n in ("person", "jersey"))  # fmt: skip
+    merged, total = lm.load(row.path)[UNET[0]].delta().ravel(), WEIGHTS[0] * person + WEIGHTS[1] * jersey
+    assert row["kept:person.safetensors"] == pytest.approx(merged @ person / (person @ person), rel=1e-3)
+    assert row["kept:jersey.safetensors"] == pytest.approx(merged @ jersey / (jersey @ jersey), rel=1e-3, abs=1e-4)
+    assert row["interference"] == pytest.approx(np.linalg.norm(merged - total) / np.linalg.norm(total), rel=1e-4)

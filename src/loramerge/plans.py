@@ -166,7 +166,7 @@ class Plan:
         return found
 
     def _uncut(self, step: Step) -> Merged:
-        layers = in_one_library([self._with_base(self.loras[i][step.module], step) for i in step.inputs], self.device)
+        layers = self.inputs(step.module)
         weights = self.weights.of(step.module)
         options = dict(self.options)
         if "seed" in options:
@@ -174,6 +174,11 @@ class Plan:
         if self.method.ranked:
             options["most"] = step.rank
         return self.method.merge(layers, [weights[i] for i in step.inputs], **options)
+
+    def inputs(self, module: str) -> list[Layer]:
+        """The module's layers as they are merged: a DoRA with the base's weight in it."""
+        step = self.steps[module]
+        return in_one_library([self._with_base(self.loras[i][module], step) for i in step.inputs], self.device)
 
     def _with_base(self, layer: Layer, step: Step) -> Layer:
         """The layer, or its whole ΔW where only the base's weight tells it."""

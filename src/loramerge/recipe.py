@@ -273,7 +273,7 @@ class Recipe:
             output: Where to, anywhere; by default where the recipe says.
             allow_changed: Whether to take LoRAs with other tensors than the recipe was made with.
             allow_pickle: Whether to read pickles, tensors only.
-            workers: Threads, at most; the bytes are the same for any number.
+            workers: Processes or threads, as in `loramerge.save`; the bytes are the same for any number.
             progress: Called with the number of modules done and of all.
 
         Returns:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import linalg
-from .errors import FileError, LoRAMergeError, OptionError
+from .errors import FileError, LoRAMergeError, MergeError, OptionError
 from .files import check_target, open
-from .layers import Layer
+from .layers import FACTORED, Layer
+from .layers.base import dense_norm, matrix
 from .lora import LoRA, in_one_library
 from .merging import Kept, Plan
 from .metadata import RECIPE
@@ -54,6 +55,8 @@ class Row:
     ``kept:NAME`` of each LoRA and ``interference``, see `measure`; and the score's own."""
     reused: bool = False
     """Whether an earlier sweep had merged it."""
+    failed: str | None = None
+    """Why there is no merge, or none of its figures, or no score."""
 
     def __getitem__(self, column: str) -> Any:
         return {"name": self.name, **self.settings, **self.figures}.get(column)
@@ -73,7 +76,8 @@ def sweep(
     """Merge a recipe with every combination of settings, and measure each merge.
 
     Every merge goes to ``output/NAME.safetensors``, the table to ``sweep.json`` and ``sweep.csv``
-    beside them.  A merge that is there already, with the same recipe, is not made again.
+    beside them.  A merge that is there already, with the same recipe, is not made again.  One that
+    fails doesn't end the sweep: its row says why, and the next sweep tries it again.
 
     Args:
         recipe: What all merges have in common, or the file with it.
@@ -86,15 +90,15 @@ def sweep(
             for a merge that is there already, unless the file that defines it has changed.
         allow_changed: Whether to take LoRAs with other tensors than the recipe was made with.
         allow_pickle: Whether to read pickles, tensors only.
-        workers: Threads for each merge.
+        workers: Processes or threads for each merge, as in `loramerge.save`.
         progress: Called with the number of merges done and of all.
 
     Returns:
-        One row a merge, in the grid's order.
+        One row a merge, in the grid's order; `Row.failed` of those that failed.
 
     Raises:
         OptionError: A setting is unknown or a value is wrong; nothing is merged.
-        LoRAMergeError: As `Recipe.plan` and `loramerge.save`.
+        LoRAMergeError: Every merge failed; the first's error, as from `Recipe.plan` and `loramerge.save`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     todo = points(recipe, grid)
@@ -104,16 +108,17 @@ def sweep(
         check_target(folder / _file(point), point.recipe.output.to or "kohya")
     loras = recipe.open(allow_pickle=allow_pickle)
     ledger = _Ledger(folder, _name(score))
-    rows = []
+    rows: list[Row] = []
+    errors: list[LoRAMergeError] = []
     for done, point in enumerate(todo, start=1):
-        try:
-            planned = point.recipe.plan(loras, allow_changed=allow_changed)
-            rows.append(_row(point, planned, ledger, score, workers))
-        except LoRAMergeError as error:
-            raise type(error)(f"{point.name}: {error}") from None
+        row, error = _tried(point, loras, ledger, score, allow_changed, workers)
+        rows.append(row)
+        errors += [error] if error else []
         if progress:
             progress(done, len(todo))
     ledger.close(rows, list(grid))
+    if len(errors) == len(todo):
+        raise errors[0]
     return rows
 
 
@@ -190,25 +195,45 @@ def _file(point: Point) -> str:
     return f"{point.name}.safetensors"
 
 
-def _row(point: Point, planned: Plan, ledger: "_Ledger", score: Score | None, workers: int) -> Row:
-    target = check_target(ledger.folder / _file(point), planned.dialect)
-    wanted = _comparable(planned.recipe)
-    figures = ledger.figures(point.name) if _recipe_in(target) == wanted else None
-    row = Row(point.name, target, point.settings, figures or {}, figures is not None)
-    if figures is None:
-        kept = Kept()
-        point.recipe.write(planned, target, workers=workers, record=kept.add)
-        with open(target, architecture=planned.architecture) as merged:
-            row = replace(
-                row, figures={"size": _size(target), **_ranks(merged), "error": kept.error, **measure(merged, planned)}
-            )
+def _tried(
+    point: Point, loras: Sequence[LoRA], ledger: "_Ledger", score: Score | None, allow_changed: bool, workers: int
+) -> tuple[Row, LoRAMergeError | None]:
+    """A point's row; where it failed with what there is of it, and the error."""
+    row = Row(point.name, ledger.folder / _file(point), point.settings, {})
+    try:
+        planned = point.recipe.plan(loras, allow_changed=allow_changed)
+        row = _merged(point, planned, ledger, workers)
+        return (_with_scores(row, planned, ledger, score) if score else row), None
+    except LoRAMergeError as error:
+        row = replace(row, failed=str(error))
         ledger.add(row)
-    scores = ledger.scores(point.name)
-    if score and scores is None:
-        with open(target, architecture=planned.architecture) as merged:
-            scores = _scored(score(merged), row.figures)
+        return row, type(error)(f"{point.name}: {error}")
+
+
+def _merged(point: Point, planned: Plan, ledger: "_Ledger", workers: int) -> Row:
+    """The merge that is there already, or a new one, and its figures."""
+    target = check_target(ledger.folder / _file(point), planned.dialect)
+    figures = ledger.figures(point.name) if _recipe_in(target) == _comparable(planned.recipe) else None
+    row = Row(point.name, target, point.settings, figures or {}, figures is not None)
+    if figures is not None:
+        return row
+    kept = Kept()
+    point.recipe.write(planned, target, workers=workers, record=kept.add)
+    with open(target, architecture=planned.architecture) as merged:
+        row = replace(
+            row, figures={"size": _size(target), **_ranks(merged), "error": kept.error, **measure(merged, planned)}
+        )
+    ledger.add(row)
+    return row
+
+
+def _with_scores(row: Row, planned: Plan, ledger: "_Ledger", score: Score) -> Row:
+    scores = ledger.scores(row.name)
+    if scores is None:
+        with open(row.path, architecture=planned.architecture) as merged:
+            scores = _scored(_asked(score, merged), row.figures)
         ledger.add(row, scores)
-    return replace(row, figures={**row.figures, **(scores or {})})
+    return replace(row, figures={**row.figures, **scores})
 
 
 def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
@@ -226,41 +251,63 @@ def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
     inner, own = [0.0] * len(planned.loras), [0.0] * len(planned.loras)
     apart, whole = 0.0, 0.0
     for module, step in planned.steps.items():
-        given = [planned.loras[i][module] for i in step.inputs]
+        given = planned.inputs(module)
         weights = planned.weights.of(module)
         layers = in_one_library([*given, merged[module]] if module in merged else given)
-        parents = [_factors(layer) for layer in layers[: len(given)]]
+        parents = _products(layers[: len(given)])
         total = _weighted(parents, [weights[i] for i in step.inputs])
-        result = _factors(layers[-1]) if module in merged else (total[0][:, :1] * 0.0, total[1][:1])
+        result = _products(layers[len(given) :], like=parents)
         for i, parent in zip(step.inputs, parents, strict=True):
-            inner[i] += _inner(result, parent)
+            inner[i] += _inner(result[0], parent) if result else 0.0
             own[i] += _inner(parent, parent)
-        apart += linalg.distance(result, total) ** 2
-        whole += linalg.norm(*total) ** 2
+        apart += _distance(result[0], total) ** 2 if result else _inner(total, total)
+        whole += _inner(total, total)
     names = [_unique(lora.name, [other.name for other in planned.loras[:i]]) for i, lora in enumerate(planned.loras)]
     kept = {f"kept:{name}": a / b if b else None for name, a, b in zip(names, inner, own, strict=True)}
     return {**kept, "interference": math.sqrt(apart / whole) if whole else None}
 
 
 Factors = tuple[Array, Array]
+Update: TypeAlias = Factors | Array
+"""A ΔW in float64: its factors, or the dense matrix where one of the module's parents has none."""
+
+
+def _products(layers: Sequence[Layer], like: Sequence[Update] = ()) -> list[Update]:
+    """The ΔWs of layers, all in one form."""
+    factored = isinstance(like[0], tuple) if like else all(layer.kind in FACTORED for layer in layers)
+    return [_factors(layer) if factored else _wide(matrix(layer.delta())) for layer in layers]
 
 
 def _factors(layer: Layer) -> Factors:
     """In float64, so that the sums lose nothing."""
     up, down = layer.factors()
-    xp = namespace(up)
-    return xp.astype(up, xp.float64), xp.astype(down, xp.float64)
+    return _wide(up), _wide(down)
 
 
-def _weighted(parents: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def _wide(array: Array) -> Array:
+    xp = namespace(array)
+    return xp.astype(array, xp.float64)
+
+
+def _weighted(parents: Sequence[Update], weights: Sequence[float]) -> Update:
+    if not isinstance(parents[0], tuple):
+        dense: list[Array] = list(parents)
+        return sum(weight * parent for weight, parent in zip(weights, dense, strict=True))
     xp = namespace(parents[0][0])
     ups = [weight * up for weight, (up, _) in zip(weights, parents, strict=True)]
     return xp.concat(ups, axis=1), xp.concat([down for _, down in parents], axis=0)
 
 
-def _inner(a: Factors, b: Factors) -> float:
-    """⟨up₁ down₁, up₂ down₂⟩ without either product."""
-    return float(((a[0].T @ b[0]) * (a[1] @ b[1].T)).sum())
+def _inner(a: Update, b: Update) -> float:
+    """⟨ΔW₁, ΔW₂⟩, of factors without either product."""
+    if isinstance(a, tuple):
+        return float(((a[0].T @ b[0]) * (a[1] @ b[1].T)).sum())
+    return float((a * b).sum())
+
+
+def _distance(a: Update, b: Update) -> float:
+    """‖ΔW₁ − ΔW₂‖."""
+    return linalg.distance(a, b) if isinstance(a, tuple) else dense_norm(a - b)
 
 
 def _ranks(merged: LoRA) -> dict[str, float | None]:
@@ -271,6 +318,16 @@ def _ranks(merged: LoRA) -> dict[str, float | None]:
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _asked(score: Score, merged: LoRA) -> Any:
+    """What a score says; what it raises is a failure of this merge alone."""
+    try:
+        return score(merged)
+    except LoRAMergeError:
+        raise
+    except Exception as error:
+        raise MergeError(f"the score raised {type(error).__name__}: {error}") from error
 
 
 def _scored(found: Any, figures: Mapping[str, Any]) -> dict[str, float]:
@@ -326,7 +383,7 @@ class _Ledger:
         self.entries: dict[str, dict[str, Any]] = {}
         try:
             rows = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["rows"]
-            self.entries = {row["name"]: row for row in rows if isinstance(row["figures"], dict)}
+            self.entries = {row["name"]: row for row in rows if isinstance(row["figures"], dict) and row["figures"]}
         except (OSError, ValueError, KeyError, TypeError):
             pass
 
@@ -338,7 +395,13 @@ class _Ledger:
         return entry.get("scores") if self.score and entry.get("score") == self.score else None
 
     def add(self, row: Row, scores: Mapping[str, float] | None = None) -> None:
-        entry = {"name": row.name, "file": row.path.name, "settings": row.settings, "figures": row.figures}
+        entry: dict[str, Any] = {
+            "name": row.name,
+            "file": row.path.name,
+            "settings": row.settings,
+            "figures": row.figures,
+        }
+        entry |= {"failed": row.failed} if row.failed else {}
         self.entries[row.name] = {**entry, **({"score": self.score, "scores": scores} if scores is not None else {})}
         self._write(self.entries)
 
@@ -364,9 +427,10 @@ def _csv(rows: Sequence[Row], settings: Sequence[str]) -> str:
     text = io.StringIO()
     figures = dict.fromkeys(column for row in rows for column in row.figures)
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["name", "file", *settings, *figures])
+    failed = ["failed"] if any(row.failed for row in rows) else []
+    writer.writerow(["name", "file", *settings, *figures, *failed])
     for row in rows:
-        values = [row[column] for column in (*settings, *figures)]
+        values = [*(row[column] for column in (*settings, *figures)), *(row.failed for _ in failed)]
         writer.writerow([row.name, row.path.name, *("" if v is None else v for v in values)])
     return text.getvalue()
 

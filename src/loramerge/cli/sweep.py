@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from ..errors import OptionError
 from ..methods import METHODS
 from ..recipe import Recipe
@@ -56,6 +58,11 @@ def sweep_by(
         reused = sum(row.reused for row in rows)
         there = f", {reused} of them there already" if reused else ""
         print(f"→ {output}: {len(rows)} merges{there}, sweep.csv, sweep.json")
+    failed = [row for row in rows if row.failed]
+    for row in failed:
+        print(f"error: {row.name}: {row.failed}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
 
 
 def read_grid(recipe: Recipe, given: Sequence[str]) -> dict[str, list[Any]]:
@@ -122,7 +129,12 @@ def shown(rows: Sequence[Row]) -> str:
     own = ("size", "rank_min", "rank_max", "error")
     others = list(dict.fromkeys(c for row in rows for c in row.figures if c not in own))
     cells = [
-        [row.name, size(row.figures["size"] or 0), _rank(row), *(_cell(row[c]) for c in ("error", *others))]
+        [
+            row.name,
+            size(row.figures["size"] or 0) if row.figures else "failed",
+            _rank(row),
+            *(_cell(row[c]) for c in ("error", *others)),
+        ]
         for row in rows
     ]
     return table(["merge", "size", "rank", "error", *others], cells)
@@ -130,6 +142,8 @@ def shown(rows: Sequence[Row]) -> str:
 
 def _rank(row: Row) -> str:
     low, high = row["rank_min"], row["rank_max"]
+    if low is None:
+        return "–"
     return f"{low}" if low == high else f"{low}-{high}"
 
 

@@ -424,13 +424,36 @@ def test_embeddings_are_an_error_unless_they_may_be_left_out(tmp_path: Path) -> 
 def test_a_failed_bake_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     big = low_rank(np.full((16, 1), 300, np.float32), np.full((1, 16), 300, np.float32), (16, 16))
     base = models.single_file(tmp_path / "base.safetensors", "sdxl", models.base("sdxl", np.float16))
-    before = base.read_bytes()
+    (tmp_path / "out.safetensors").write_bytes(b"old")
 
     with pytest.raises(NumberError):
-        lm.bake([one(ATTENTION, big)], base, base)
+        lm.bake([one(ATTENTION, big)], base, tmp_path / "out.safetensors")
 
-    assert base.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+    assert (tmp_path / "out.safetensors").read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} == {"base.safetensors", "out.safetensors"}
+
+
+@pytest.mark.parametrize("layout", ["file", "folder"])
+@pytest.mark.parametrize("way", ["itself", "link"])
+def test_the_base_is_never_written_over(layout: str, way: str, tmp_path: Path) -> None:
+    base = made(tmp_path / "base", layout, "sdxl", models.base("sdxl"))
+    output = target(tmp_path / "link", layout) if way == "link" else base
+    if way == "link":
+        output.symlink_to(base)
+    before = values(base)
+
+    with pytest.raises(OptionError, match=r"it is the base itself, which would be lost\. Way out: another output"):
+        lm.bake([models.lora("sdxl")], base, output)
+
+    assert all((values(base)[key] == value).all() for key, value in before.items())
+
+
+def test_a_lora_that_is_baked_is_never_written_over(tmp_path: Path) -> None:
+    base = made(tmp_path / "base", "file", "sdxl", models.base("sdxl"))
+    lora = lm.save(models.lora("sdxl"), tmp_path / "lora.safetensors", dialect="kohya", allow_lossy=True)
+
+    with pytest.raises(OptionError, match="one of the LoRAs that are baked"):
+        lm.bake([lora], base, lora)
 
 
 def test_a_failed_bake_of_a_directory_leaves_nothing(tmp_path: Path) -> None:

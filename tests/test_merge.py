@@ -352,3 +352,16 @@ def test_plans_and_loras_are_short_to_print() -> None:
     assert len(repr(plan)) < 300
     assert len(repr(plan.lora())) < 300
     assert len(repr(small()[TO_Q])) < 300
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "peft"])
+def test_a_merge_may_take_the_place_of_an_input(dialect: str, tmp_path: Path) -> None:
+    paths = [
+        lm.save(small(modules=(TO_Q,), seed=seed), tmp_path / f"{seed}.safetensors", dialect=dialect) for seed in (1, 2)
+    ]
+    wanted = lm.merge(paths)
+
+    lm.save(lm.plan(paths).lora(), paths[0], dialect=dialect)
+
+    assert relative_error(lm.load(paths[0])[TO_Q].delta(), wanted[TO_Q].delta()) <= 1e-6
+    assert len(list(tmp_path.iterdir())) == 2

@@ -297,7 +297,10 @@ def test_the_command_line_says_what_failed_at_the_end(recipe: Path, tmp_path: Pa
     result = run("sweep", "recipe.toml", "--set", "max_size=1kB,1MB", "-o", "out", cwd=tmp_path)
 
     assert result.returncode == 1
-    assert [line.split()[1] == "failed" for line in result.stdout.splitlines() if line.startswith("max")] == [True, False]
+    assert [line.split()[1] == "failed" for line in result.stdout.splitlines() if line.startswith("max")] == [
+        True,
+        False,
+    ]
     assert "error: max_size=1kB: max_size=1000: can't be met" in result.stderr
 
 

@@ -91,7 +91,7 @@ def bake(
 
     Raises:
         MergeError: A module is not in the base, has another shape there, or can't be applied.
-        OptionError: A weight, the dtype or the output's name is wrong.
+        OptionError: A weight, the dtype or the output's name is wrong, or the output is the base or a LoRA.
         NumberError: A result is NaN, infinite, or too large for the dtype.
         FileError: A file can't be read or written; the output is then as it was.
     """
@@ -102,6 +102,7 @@ def bake(
     kept = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
     model = base if isinstance(base, Checkpoint) else open_checkpoint(base, variant=variant)
     target = _checked_target(Path(output).expanduser(), model)
+    _check_not_an_input(target, listed)
     left_out = _strays(kept, allow_lossy)
     resolved = resolve(kept, weights, scope)
     job = Job(model, _updates(kept, model, resolved), parse_dtype(dtype) if dtype else None, workers, progress)
@@ -128,9 +129,21 @@ def _strays(loras: Sequence[LoRA], allow_lossy: bool) -> list[str]:
     return strays
 
 
+def _check_not_an_input(target: Path, loras: Sequence[object]) -> None:
+    if any(isinstance(lora, str | Path) and _same(Path(lora).expanduser(), target) for lora in loras):
+        raise OptionError(f"Can't write {target}: it is one of the LoRAs that are baked. Way out: another output.")
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file or directory."""
+    return a.exists() and b.exists() and a.samefile(b)
+
+
 def _checked_target(target: Path, model: Checkpoint) -> Path:
     if not target.parent.is_dir():
         raise FileError(f"Can't write {target}: no such directory: {target.parent}.")
+    if _same(model.path, target):
+        raise OptionError(f"Can't write {target}: it is the base itself, which would be lost. Way out: another output.")
     if model.path.is_file():
         if target.suffix != ".safetensors" or target.is_dir():
             raise OptionError(

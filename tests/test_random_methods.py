@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import loramerge as lm
 from loramerge.cli.app import app
+from loramerge.layers import low_rank
 from loramerge.lora import LoRA
 from loramerge.methods import METHODS
 from loramerge.selection import chance
@@ -179,3 +180,39 @@ def test_the_mean_over_seeds_is_the_weighted_sum(
 
     assert (np.abs(drawn.mean(axis=0) - wanted) <= 5 * deviation + 1e-6).all()
     assert (deviation > 0).all()
+
+
+def of_values(module: str, *values: float) -> list[LoRA]:
+    """LoRAs of one module with all entries equal: masks show in the result."""
+    shape = (24, 16)
+    ones = np.ones((24, 1), np.float32), np.ones((1, 16), np.float32)
+    return [
+        LoRA(name=f"lora{i}", architecture=None, dialect="kohya", layouts={module: low_rank(v * ones[0], ones[1], shape)})
+        for i, v in enumerate(values)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["dare", "dare-ties", "della"])
+def test_a_weight_of_zero_leaves_the_numbers_of_the_others_as_they_are(case: str) -> None:
+    loras = of_values("unet.one", 1.0, 100.0)
+
+    def merged(weights: list[float]) -> np.ndarray:
+        plan = lm.plan(loras, weights=weights, method=case.partition("-")[0], seed=4, rank=16, **OPTIONS[case])
+        return np.asarray(plan.merge("unet.one").delta())
+
+    both, second = merged([1e-3, 1.0]), merged([0.0, 1.0])
+
+    np.testing.assert_array_equal(both > 50, second > 50)
+    assert 0 < (second > 50).mean() < 1
+
+
+@pytest.mark.parametrize("case", ["dare", "dare-ties", "della", "knots"])
+def test_a_lora_that_lacks_a_module_counts_in_the_numbering(case: str) -> None:
+    loras = of_values("unet.one", 1.0, 1.0)
+    other = of_values("unet.two", 1.0)[0]
+
+    def merged(given: list[LoRA], weights: list[float]) -> np.ndarray:
+        plan = lm.plan(given, weights=weights, method=case.partition("-")[0], seed=4, rank=16, **OPTIONS[case])
+        return np.asarray(plan.merge("unet.one").delta())
+
+    np.testing.assert_array_equal(merged([other, loras[1]], [1.0, 1.0]), merged(loras, [0.0, 1.0]))

@@ -21,7 +21,7 @@ from .methods.base import Merged
 from .methods.linear import shared_down
 from .provenance import UNKNOWN, record
 from .ranks import Budget, Rank, Spectrum, choose
-from .selection import module_seed
+from .selection import Streams, module_seed
 from .steps import Step, named
 from .storage.awaited import Awaited
 from .tensors import Array, Spec, Tensor, float32, namespace, nbytes
@@ -170,7 +170,7 @@ class Plan:
         weights = self.weights.of(step.module)
         options = dict(self.options)
         if "seed" in options:
-            options["seed"] = module_seed(options["seed"], step.module)
+            options["seed"] = Streams(module_seed(options["seed"], step.module), step.inputs)
         if self.method.ranked:
             options["most"] = step.rank
         return self.method.merge(layers, [weights[i] for i in step.inputs], **options)

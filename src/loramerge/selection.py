@@ -5,6 +5,8 @@ Nothing here sorts a whole array: thresholds come from a partition.
 
 import math
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from .tensors import Array, is_torch, namespace
 
@@ -72,19 +74,34 @@ def ranks_in_rows(values: Array) -> Array:
     return ranks
 
 
-def chance(like: Array, seed: int, which: int) -> Array:
+@dataclass(frozen=True)
+class Streams:
+    """A module's random numbers: one stream for each LoRA that is merged there, by its place in the list given."""
+
+    seed: int
+    """The module's, see `module_seed`."""
+    places: tuple[int, ...]
+    """Of each LoRA that is merged."""
+
+    def some(self, kept: Sequence[int]) -> "Streams":
+        """The streams of some of the LoRAs, which stay what they are."""
+        return replace(self, places=tuple(self.places[i] for i in kept))
+
+
+def chance(like: Array, seed: int | Streams, which: int) -> Array:
     """Uniform random numbers in [0, 1), float32, of another array's shape and on its device.
 
     They are drawn on the CPU, so that a seed means the same numbers on every device.
 
     Args:
         like: The array.
-        seed: The module's seed, see `module_seed`.
+        seed: The module's seed, see `module_seed`, with LoRAs numbered from 0; or each LoRA's stream.
         which: Number of the LoRA.
     """
     import numpy as np
 
-    drawn: np.ndarray = np.random.default_rng([seed, which]).random(tuple(like.shape), dtype=np.float32)
+    key = [seed.seed, seed.places[which]] if isinstance(seed, Streams) else [seed, which]
+    drawn: np.ndarray = np.random.default_rng(key).random(tuple(like.shape), dtype=np.float32)
     return namespace(like).asarray(drawn, device=like.device)
 
 

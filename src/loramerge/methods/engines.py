@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..layers import Full, Layer, LowRank
+from ..selection import Streams
 from ..tensors import Array
 from .base import Merged, Method, sum_of_ranks, with_bias
 from .linear import linear
@@ -89,8 +90,18 @@ def on_core(
 
 def alive(layers: Sequence[Layer], weights: Weights) -> tuple[Sequence[Layer], Weights]:
     """The layers whose weight is not 0, which is the same as not being there; at least one."""
-    kept = [i for i, weight in enumerate(weights) if weight] or [0]
+    kept = _counted(weights)
     return [layers[i] for i in kept], [weights[i] for i in kept]
+
+
+def _counted(weights: Weights) -> list[int]:
+    return [i for i, weight in enumerate(weights) if weight] or [0]
+
+
+def alive_streams(seed: int | Streams, weights: Weights) -> Streams:
+    """The random numbers of the layers whose weight is not 0: those that each would have beside all others."""
+    streams = seed if isinstance(seed, Streams) else Streams(seed, tuple(range(len(weights))))
+    return streams.some(_counted(weights))
 
 
 SPACE = Option("space", str, "delta", ("delta", "core"))
@@ -112,6 +123,8 @@ def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], M
     def named(formula: Callable[..., Array]) -> Method:
         def merge(layers: Sequence[Layer], weights: Weights, *, space: str = "delta", **options: Any) -> Merged:
             live, shares = alive(layers, weights)
+            if "seed" in options:
+                options["seed"] = alive_streams(options["seed"], weights)
             if space == "core":
                 common = core(live)
                 entries = common.parts[0] if common.empty else formula(common.parts, shares, **options)
@@ -131,4 +144,4 @@ def _rank(layers: Sequence[Layer], *, space: str = "delta", **_: Any) -> int:
     return min(out, math.prod(rest))
 
 
-__all__ = ["SPACE", "alive", "combination", "elementwise", "on_core"]
+__all__ = ["SPACE", "alive", "alive_streams", "combination", "elementwise", "on_core"]

@@ -5,7 +5,7 @@ from typing import Literal
 
 from ..layers import Layer, LowRank
 from .base import method, sum_of_ranks, with_bias
-from .engines import alive
+from .engines import alive, alive_streams
 from .options import Density, Seed
 from .spaces import aligned
 from .sparse import dare, ties
@@ -33,7 +33,7 @@ def knots(
     elif inside == "linear":
         merged = sum(w * part for w, part in zip(shares, space.parts, strict=True))
     elif inside == "dare":
-        merged = dare.function(space.parts, shares, density=density, seed=seed)
+        merged = dare.function(space.parts, shares, density=density, seed=alive_streams(seed, weights))
     else:
         merged = ties.function(space.parts, shares, density=density)
     return with_bias(space.layer(merged), layers, weights)

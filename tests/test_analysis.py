@@ -12,11 +12,12 @@ import pytest
 import loramerge as lm
 from loramerge import errors, linalg
 from loramerge.advice import RULES, advice, place
-from loramerge.analysis import Comparison, Pair, compare
+from loramerge.analysis import Comparison, compare
 from loramerge.architectures import ARCHITECTURES
 from loramerge.blocks import matches
 from loramerge.layers import LowRank
 from loramerge.lora import LoRA
+from loramerge.measures import Pair
 from loramerge.methods import METHODS
 from loramerge.testing import everything, random_layer, random_lora
 from small import MODULES, small

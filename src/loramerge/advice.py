@@ -6,7 +6,8 @@ The rules are asked in order, and the first that has something to say is the adv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .analysis import Comparison, Pair, Row
+from .analysis import Comparison, Row
+from .measures import Pair
 from .methods import METHODS
 
 DUPLICATE = 0.95

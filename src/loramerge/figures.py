@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .analysis import Comparison, Pair, Row
+from .analysis import Comparison, Row
 from .errors import FileError, MissingExtraError, OptionError
+from .measures import Pair
 
 if TYPE_CHECKING:
     import numpy as np

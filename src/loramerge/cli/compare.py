@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..advice import advice
-from ..analysis import Alone, Comparison, Row, compare
+from ..analysis import Comparison, Row, compare
 from ..errors import OptionError
 from ..files import open
+from ..measures import Alone
 from .run import progress, table
 
 HEAD = ("cosine", "in", "out", "align", "conflict", "clash")

@@ -74,7 +74,7 @@ def dense_overlap(first: np.ndarray, second: np.ndarray) -> float:
     return float((cosines**2).mean())
 
 
-KINDS = ["lora", "tucker", "loha", "lokr-both"]
+KINDS = ["lora", "tucker", "loha", "lokr-both", "lokr-full"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,6 +97,36 @@ def test_every_measure_is_that_of_the_dense_updates(kind: str) -> None:
         )
         assert pair.sum_effective_rank == pytest.approx(entropy_rank(x + y), rel=1e-5)
         assert pair.sum_norm == pytest.approx(np.linalg.norm(x + y), rel=1e-5)
+
+
+@pytest.mark.parametrize("second", ["lokr-full", "lokr-both", "lora"])
+def test_kronecker_products_of_full_parts_are_measured_as_dense_matrices(second: str) -> None:
+    a, b = tiny(1, 2, "lokr-full"), tiny(2, 2, second)
+
+    for row in lm.compare([a, b], rows=None).rows:
+        x, y = dense(a, row.name), dense(b, row.name)
+        pair = row.pairs[0, 1]
+        assert pair.cosine == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-6)
+        assert pair.input_overlap == pytest.approx(dense_overlap(x.T, y.T), abs=1e-5)
+        assert pair.output_overlap == pytest.approx(dense_overlap(x, y), abs=1e-5)
+        assert pair.sum_effective_rank == pytest.approx(entropy_rank(x + y), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+@pytest.mark.parametrize(("kind", "role"), [("lokr-full", "lokr_w1"), ("lokr-both", "lokr_w2_a")])
+def test_the_spectrum_of_a_kronecker_product_is_that_of_the_dense_one(kind: str, role: str, scale: float) -> None:
+    layer = random_layer((24, 16), kind=kind, rank=2, seed=3, alpha=3.0)
+    layer = replace(layer, **{role: scale * getattr(layer, role)})
+    up, down = (np.float64(factor) for factor in layer.factors())
+
+    found = layer.spectrum(lambda: linalg.grams(up, down))
+
+    sigma = np.linalg.svd(np.float64(layer.delta()), compute_uv=False)
+    u, v = up @ found.left, down.T @ found.right
+    np.testing.assert_allclose(found.sigma, sigma[: found.rank], rtol=1e-5)
+    assert (sigma[found.rank :] < 1e-5 * sigma[0]).all()
+    np.testing.assert_allclose(u.T @ u, np.eye(found.rank), atol=1e-5)
+    np.testing.assert_allclose(v.T @ v, np.eye(found.rank), atol=1e-5)
 
 
 def test_the_sum_of_three_is_that_of_the_dense_updates() -> None:

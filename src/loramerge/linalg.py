@@ -95,20 +95,45 @@ def spectrum(gram_up: Array, gram_down: Array) -> Spectrum:
     )
 
 
-def singular_values(up: Array, down: Array) -> Array:
-    """ΔW's singular values that are not zero, from the dense ΔW: cheaper where r > min(out, in).
+def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:
+    """The SVD of scale · ΔW₁ ⊗ ΔW₂: products of the singular values, Kronecker products of the vectors.
 
     Args:
-        up: Shape ``(out, r)``, float64.
-        down: Shape ``(r, in)``, float64.
+        first: Of ΔW₁ = up₁ @ down₁.
+        second: Of ΔW₂ = up₂ @ down₂.
+        scale: A factor, which goes into ``up``.
+
+    Returns:
+        In coordinates of ``scale · up₁ ⊗ up₂`` and ``down₁ ⊗ down₂``, with the values above
+        `RANK_TOLERANCE` times the largest.
     """
-    xp = namespace(up)
-    sigma = xp.linalg.svdvals(up @ down)
-    rounding = (
-        RANK_TOLERANCE / 10 * float(xp.sum(xp.linalg.vector_norm(up, axis=0) * xp.linalg.vector_norm(down, axis=1)))
-    )
-    kept = int(xp.sum(xp.astype(sigma > max(RANK_TOLERANCE * float(sigma[0]), rounding), xp.int64)))
-    return sigma[:kept]
+    xp = namespace(first.sigma)
+    sigma = abs(scale) * (first.sigma[:, None] * second.sigma[None, :]).reshape((-1,))
+    order = xp.flip(xp.argsort(sigma), axis=0)
+    kept = int(xp.sum(xp.astype(sigma > RANK_TOLERANCE * xp.max(sigma), xp.int64))) if scale and len(sigma) else 0
+    order = order[:kept]
+    left = kron(first.left, second.left)[:, order]
+    return Spectrum(sigma[order], left / abs(scale) if scale else left, kron(first.right, second.right)[:, order])
+
+
+def kron(a: Array, b: Array) -> Array:
+    """Kronecker product of two matrices."""
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return namespace(a).reshape(product, (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))
+
+
+def singular_values(delta: Array, size: float) -> Array:
+    """Singular values that are not zero, from the eigenvalues of the smaller side's Gram matrix.
+
+    Args:
+        delta: Shape ``(out, in)``, float64.
+        size: Of the terms that it is the sum of: what lies below their rounding is zero.
+    """
+    small = delta if delta.shape[0] <= delta.shape[1] else delta.T
+    sigma = namespace(delta).linalg.eigvalsh(small @ small.T).clip(0.0) ** 0.5
+    sigma = namespace(delta).flip(sigma, axis=0)
+    least = max(RANK_TOLERANCE * float(sigma[0]), RANK_TOLERANCE / 10 * size)
+    return sigma[: int((sigma > least).sum())]
 
 
 def _above(symmetric: Array, relative: float, absolute: float = 0.0) -> tuple[Array, Array]:

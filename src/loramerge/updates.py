@@ -7,10 +7,11 @@ itself and streams blocks of rows.
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 
 from . import linalg
 from .layers import Layer
+from .layers.base import matrix
 from .linalg import Spectrum
 from .measures import Alone, Pair, ratio
 from .tensors import Array, namespace
@@ -20,33 +21,44 @@ BLOCK = 2**20
 
 
 class Updates:
-    """Several updates of one module, with the Gram matrices of all their factors."""
+    """Several updates of one module, with the Gram matrices of all their factors.
+
+    Where the factors are larger than ΔW itself (Kronecker products of full parts), ΔW takes their place.
+    """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
         self.factors = [layer.factors() for layer in layers]
         xp = self.xp = namespace(self.factors[0][0])
         self.ups = [xp.astype(up, xp.float64) for up, _ in self.factors]
         self.downs = [xp.astype(down, xp.float64) for _, down in self.factors]
-        self.gram_up, self.gram_down = linalg.grams(xp.concat(self.ups, axis=1), xp.concat(self.downs, axis=0))
-        ends = [0]
-        for up, _ in self.factors:
-            ends.append(ends[-1] + up.shape[1])
-        self.parts = [slice(a, b) for a, b in pairwise(ends)]
         self.spectra: dict[int, Spectrum] = {}
         self.sums: dict[tuple[int, ...], Array] = {}
-        own = [linalg.column_products(self.gram_up[p, p], d, d) for p, d in zip(self.parts, self.downs, strict=True)]
-        self.lengths = [squares.clip(0.0) ** 0.5 for squares in own]
+        self.blocks: dict[tuple[int, int], tuple[Array, Array]] = {}
+        wide = sum(down.shape[0] for down in self.downs) > min(self.height, self.width)
+        self.dense = [xp.astype(matrix(layer.delta()), xp.float64) for layer in layers] if wide else None
+        self.lengths = [self.products(i, i).clip(0.0) ** 0.5 for i in range(len(layers))]
 
     @property
     def height(self) -> int:
         """Rows of ΔW."""
         return int(self.factors[0][0].shape[0])
 
+    @property
+    def width(self) -> int:
+        """Columns of ΔW."""
+        return int(self.factors[0][1].shape[1])
+
+    def grams(self, i: int, j: int) -> tuple[Array, Array]:
+        """``upᵢᵀ upⱼ`` and ``downᵢ downⱼᵀ``."""
+        if (i, j) not in self.blocks:
+            self.blocks[i, j] = self.ups[i].T @ self.ups[j], self.downs[i] @ self.downs[j].T
+        return self.blocks[i, j]
+
     def spectrum(self, member: int) -> Spectrum:
         """The SVD of one of the updates."""
         if member not in self.spectra:
-            part = self.parts[member]
-            self.spectra[member] = linalg.spectrum(self.gram_up[part, part], self.gram_down[part, part])
+            self.spectra[member] = self.layers[member].spectrum(lambda: self.grams(member, member))
         return self.spectra[member]
 
     def sigma(self, members: tuple[int, ...]) -> Array:
@@ -58,22 +70,42 @@ class Updates:
         return self.sums[members]
 
     def _sigma(self, members: tuple[int, ...]) -> Array:
-        rank = sum(self.downs[i].shape[0] for i in members)
-        if rank > min(self.height, self.downs[0].shape[1]):  # ΔW is then smaller than its factors
-            sides = [self.ups[i] for i in members], [self.downs[i] for i in members]
-            return linalg.singular_values(self.xp.concat(sides[0], axis=1), self.xp.concat(sides[1], axis=0))
-        return linalg.spectrum(*(self._some(gram, members) for gram in (self.gram_up, self.gram_down))).sigma
+        if self.dense is not None:
+            return linalg.singular_values(sum(self.dense[i] for i in members), sum(self._size(i) for i in members))
+        return linalg.spectrum(*(self._some(which, members) for which in (0, 1))).sigma
 
-    def _some(self, gram: Array, members: tuple[int, ...]) -> Array:
-        if len(members) == len(self.parts):
-            return gram
-        rows = [self.xp.concat([gram[self.parts[i], self.parts[j]] for j in members], axis=1) for i in members]
+    def _size(self, member: int) -> float:
+        """Σ ‖column of up‖ · ‖row of down‖: what the rounding of a sum is measured by."""
+        xp = self.xp
+        lengths = xp.linalg.vector_norm(self.ups[member], axis=0) * xp.linalg.vector_norm(self.downs[member], axis=1)
+        return float(xp.sum(lengths))
+
+    def _some(self, which: int, members: tuple[int, ...]) -> Array:
+        """The Gram matrix of the ups (0) or downs (1) of some of the updates beside each other."""
+        rows = [self.xp.concat([self.grams(i, j)[which] for j in members], axis=1) for i in members]
         return self.xp.concat(rows, axis=0)
 
     def inner(self, i: int, j: int) -> float:
         """⟨ΔWᵢ, ΔWⱼ⟩."""
-        a, b = self.parts[i], self.parts[j]
-        return float((self.gram_up[a, b] * self.gram_down[a, b]).sum())
+        if self.dense is not None:
+            return float((self.dense[i] * self.dense[j]).sum())
+        gram_up, gram_down = self.grams(i, j)
+        return float((gram_up * gram_down).sum())
+
+    def products(self, i: int, j: int) -> Array:
+        """Inner products of corresponding columns, ``(in,)``."""
+        if self.dense is not None:
+            return self.xp.sum(self.dense[i] * self.dense[j], axis=0)
+        return linalg.column_products(self.grams(i, j)[0], self.downs[i], self.downs[j])
+
+    def overlaps(self, i: int, j: int) -> tuple[float, float]:
+        """Overlaps of the column and of the row spaces."""
+        first, second = self.spectrum(i), self.spectrum(j)
+        most = max(first.rank, second.rank) if min(first.rank, second.rank) else 0
+        # A space of all dimensions has every other in it.
+        outputs = 1.0 if most == self.height else linalg.overlap(self.grams(i, j)[0], first.left, second.left)
+        inputs = 1.0 if most == self.width else linalg.overlap(self.grams(i, j)[1], first.right, second.right)
+        return outputs, inputs
 
     def alone(self, members: tuple[int, ...]) -> Alone:
         """The sum of some of the updates."""
@@ -83,16 +115,12 @@ class Updates:
 
     def pair(self, i: int, j: int, signs: Mapping[tuple[int, int], tuple[float, float]]) -> Pair:
         """What two of the updates have in common."""
-        a, b = self.parts[i], self.parts[j]
-        first, second = self.spectrum(i), self.spectrum(j)
         squares = self.alone((i,)).square, self.alone((j,)).square
         weight = math.sqrt(squares[0] * squares[1])
         inner = self.inner(i, j)
-        outputs = linalg.overlap(self.gram_up[a, b], first.left, second.left)
-        inputs = linalg.overlap(self.gram_down[a, b], first.right, second.right)
-        larger = max(first.rank, second.rank)
-        above = _above_chance(inputs, larger, self.downs[i].shape[1]) * _above_chance(outputs, larger, self.height)
-        products = linalg.column_products(self.gram_up[a, b], self.downs[i], self.downs[j])
+        outputs, inputs = self.overlaps(i, j)
+        larger = max(self.spectrum(i).rank, self.spectrum(j).rank)
+        above = _above_chance(inputs, larger, self.width) * _above_chance(outputs, larger, self.height)
         opposed, mass = signs[i, j]
         return Pair(
             modules=1,
@@ -103,7 +131,7 @@ class Updates:
             inputs=weight * inputs,
             outputs=weight * outputs,
             clashes=weight * math.sqrt(above) * (1 - max(-1.0, min(1.0, ratio(inner, weight)))) / 2,
-            columns=float(self.xp.sum(self.xp.abs(products))),
+            columns=float(self.xp.sum(self.xp.abs(self.products(i, j)))),
             column_weight=float((self.lengths[i] * self.lengths[j]).sum()),
             opposed=opposed,
             mass=mass,
@@ -122,10 +150,14 @@ class Updates:
     def _dense(self, rows: Sequence[int] | None) -> Iterator[list[Array]]:
         """Blocks of rows of every ΔW."""
         count = self.height if rows is None else len(rows)
-        step = max(1, BLOCK // int(self.downs[0].shape[1]))
+        step = max(1, BLOCK // self.width)
         for start in range(0, count, step):
             part = slice(start, start + step)
-            yield [(up[part] if rows is None else up[rows[part]]) @ down for up, down in self.factors]
+            chosen = part if rows is None else rows[part]
+            if self.dense is not None:
+                yield [delta[chosen] for delta in self.dense]
+            else:
+                yield [up[chosen] @ down for up, down in self.factors]
 
 
 def _signs(first: Array, second: Array) -> tuple[float, float]:

@@ -107,6 +107,15 @@ class Layer:
         """Frobenius norm of ΔW."""
         return linalg.norm(*self.factors())
 
+    def spectrum(self, grams: Callable[[], tuple[Array, Array]]) -> linalg.Spectrum:
+        """ΔW's SVD, in coordinates of `factors`.
+
+        Args:
+            grams: Gives the Gram matrices of the factors, see `linalg.grams`; a layer that knows a
+                shorter way doesn't ask for them.
+        """
+        return linalg.spectrum(*grams())
+
     def rows(self, ranges: Ranges, source: object) -> "Layer":
         """The update of some rows of the weight: a part of a fused projection.
 

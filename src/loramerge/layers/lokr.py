@@ -7,11 +7,14 @@ Source: Yeh et al., 2023, https://arxiv.org/abs/2309.14859, section 3; LyCORIS, 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from .. import linalg
 from ..errors import LayerError
-from ..tensors import Array, Shape, Spec, namespace
+from ..linalg import Spectrum, kron
+from ..tensors import Array, Shape, Spec
 from .base import Layer, identity, matrix
 from .lowrank import _tucker
 
@@ -94,9 +97,24 @@ class LoKr(Layer):
         return self.alpha / int(factored.shape[0])
 
     def factors(self) -> tuple[Array, Array]:
-        up1, down1 = _factored(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None)
-        up2, down2 = _factored(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2)
+        (up1, down1), (up2, down2) = self._parts
         return kron(up1, up2) * self.scale, kron(down1, down2)
+
+    def delta(self) -> Array:
+        outer, inner = (up @ down for up, down in self._parts)
+        return (kron(outer, inner) * self.scale).reshape(self.shape)
+
+    def spectrum(self, grams: Callable[[], tuple[Array, Array]]) -> Spectrum:
+        first, second = (linalg.spectrum(*linalg.grams(up, down)) for up, down in self._parts)
+        return linalg.kron_spectrum(first, second, self.scale)
+
+    @property
+    def _parts(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """w1 and w2 as products."""
+        return (
+            _factored(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None),
+            _factored(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
+        )
 
 
 def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array | None) -> tuple[Array, Array]:
@@ -110,9 +128,3 @@ def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array 
     if rows <= columns:
         return identity(rows, whole), whole
     return whole, identity(columns, whole)
-
-
-def kron(a: Array, b: Array) -> Array:
-    """Kronecker product of two matrices."""
-    product = a[:, None, :, None] * b[None, :, None, :]
-    return namespace(a).reshape(product, (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge.cli.run import bar, size, table
@@ -311,3 +312,46 @@ def test_the_plan_says_what_the_file_will_weigh(files: tuple[Path, Path], tmp_pa
     written = (tmp_path / "both.safetensors").stat().st_size
     assert said.count(f"{written / 1000:.1f} kB") == 2
     assert "These two" in said
+
+
+@pytest.mark.parametrize("command", ["inspect", "compare", "diff"])
+def test_a_recipe_in_the_place_of_a_lora_says_what_runs_it(
+    command: str, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.toml").write_text(f"[[loras]]\npath = '{files[0].name}'\n")
+
+    result = run(command, tmp_path / "recipe.toml", *files[: command != "inspect"])
+
+    assert result.returncode == 1
+    assert f"recipe.toml is a recipe, not a LoRA. Ways out: 'loramerge merge {tmp_path / 'recipe.toml'}'" in (
+        result.stderr.replace("\n", " ")
+    )
+
+
+def test_a_resize_leaves_modules_out_and_takes_a_base(tmp_path: Path) -> None:
+    module, other = MODULES["sdxl"][:2]
+    weight = np.random.default_rng(0).standard_normal((640, 640), dtype=np.float32)
+    key = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn1.to_q.weight"
+    save_file({key: weight}, tmp_path / "base.safetensors")
+    dora = small(modules=(module,), kind="dora", seed=1)
+    lora = dataclasses.replace(dora, layouts={**dora.layouts, other: small(modules=(other,), seed=1)[other]})
+    lm.save(lora, tmp_path / "dora.safetensors", dialect="kohya")
+
+    result = run(
+        "resize", tmp_path / "dora.safetensors", "-o", tmp_path / "out.safetensors", "--rank", "4",
+        "--exclude", other, "--base", tmp_path / "base.safetensors",
+    )  # fmt: skip
+
+    assert result.returncode == 0, result.stderr
+    found = lm.load(tmp_path / "out.safetensors")
+    assert set(found) == {module}
+    delta = np.float64(dora[module].delta_on(weight))
+    lost = np.linalg.norm(found[module].delta() - delta)
+    assert lost <= 1.01 * np.linalg.norm(np.linalg.svd(delta, compute_uv=False)[4:])
+
+
+def test_a_comparison_leaves_modules_out(files: tuple[Path, Path]) -> None:
+    found = json.loads(run("compare", *files, "--json", "--exclude", "text_encoder*").stdout)
+
+    assert {row["name"].partition(".")[0] for row in found["modules"]} == {"unet"}
+    assert "No module matches the pattern nothing" in run("compare", *files, "--exclude", "nothing").stderr

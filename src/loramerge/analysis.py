@@ -15,7 +15,7 @@ from . import blocks
 from .errors import LoRAMergeError, MergeError, NoFactorsError, OptionError
 from .files import Source, open
 from .layers import FACTORED
-from .lora import LoRA, in_one_library
+from .lora import LoRA, in_one_library, without
 from .measures import Alone, Pair
 from .updates import Updates, chosen_rows
 
@@ -121,6 +121,7 @@ def compare(
     *,
     rows: int | None = ROWS,
     seed: int = 0,
+    exclude: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Compare LoRAs of one model: norms, cosines, overlaps, sign conflict, by module and by block.
@@ -130,12 +131,13 @@ def compare(
         rows: Random rows of every module that the sign conflict is estimated from; None for all rows, exact
             and slow.  Nothing else depends on it.
         seed: Chooses the rows, together with the module's name.
+        exclude: Glob patterns of modules to leave out, as in `merge`.
         progress: Called with the number of modules done and of all.
 
     Raises:
         MergeError: A module has different shapes: the LoRAs are for different models.
         NoFactorsError: A LoRA has no layer that can be compared.
-        OptionError: There are fewer than two LoRAs, or no rows.
+        OptionError: There are fewer than two LoRAs, or no rows, or no module matches a pattern.
 
     Example:
         >>> from loramerge.testing import random_lora
@@ -149,6 +151,7 @@ def compare(
         raise OptionError(f"The sign conflict needs at least one row of each module, got {rows}.")
     with ExitStack() as stack:
         opened = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in loras]
+        opened = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
         architecture = _checked(opened)
         modules = list(dict.fromkeys(m for lora in opened for m in lora if lora.layout(m).kind in FACTORED))
         found = []

@@ -134,6 +134,11 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
     """The file or directory, and its name for others: without the directories above it, or the Hub's."""
     text = os.fspath(source)
     path = os.path.expanduser(text)
+    if path.endswith(".toml") and os.path.isfile(path):
+        raise FileError(
+            f"{path} is a recipe, not a LoRA. Ways out: 'loramerge merge {path}' merges as it says, and with --dry-run "
+            "shows what that would be; in Python, loramerge.Recipe.read."
+        )
     if not text.startswith("hf://") and os.path.exists(path):
         return path, os.path.basename(path.rstrip(os.sep)) or os.path.basename(os.path.realpath(path))
     from . import hub

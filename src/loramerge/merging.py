@@ -172,6 +172,8 @@ def resize(
     max_error: float | str | None = None,
     energy: float | str | None = None,
     max_size: int | str | None = None,
+    exclude: Sequence[str] = (),
+    base: "Checkpoint | str | os.PathLike[str] | None" = None,
     device: str | None = None,
 ) -> LoRA:
     """The best fit to one LoRA at smaller ranks: a merge of one.
@@ -182,6 +184,8 @@ def resize(
         max_error: As for `merge`.
         energy: As for `merge`.
         max_size: As for `merge`.
+        exclude: As for `merge`: these modules are not in the result.
+        base: As for `merge`.
         device: As for `merge`.
 
     Raises:
@@ -193,7 +197,17 @@ def resize(
         >>> resize(random_lora("sd15", rank=8), rank=3).summary("rank")
         'rank 3'
     """
-    return merge([lora], weights=[1.0], rank=rank, max_error=max_error, energy=energy, max_size=max_size, device=device)
+    return merge(
+        [lora],
+        weights=[1.0],
+        rank=rank,
+        max_error=max_error,
+        energy=energy,
+        max_size=max_size,
+        exclude=exclude,
+        base=base,
+        device=device,
+    )
 
 
 def _listed(loras: object) -> "Sequence[LoRA | Source]":

@@ -13,7 +13,7 @@ from .coefficients import coefficients
 from .doctor import doctor
 from .extract import extract
 from .generate import generate
-from .options import Device, Dtype, Output, Quiet, Scope, To
+from .options import Base, Device, Dtype, Exclude, Output, Quiet, Scope, To
 from .run import print_notes, progress, table
 from .score import score
 from .train import train
@@ -37,7 +37,6 @@ Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the d
 Changed = Annotated[
     bool, typer.Option("--allow-changed", help="Take files other than those that the recipe was made with.")
 ]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
 MaxError = Annotated[
     str | None, typer.Option("--max-error", help="Ranks by budget: the error of all modules together, such as 1%.")
 ]
@@ -168,9 +167,7 @@ def merge(
     max_error: MaxError = None,
     energy: Energy = None,
     max_size: MaxSize = None,
-    base: Annotated[
-        Path | None, typer.Option("--base", help="The base model, for DoRA layers: a directory or file.")
-    ] = None,
+    base: Base = None,
     exclude: Exclude = None,
     to: To = None,
     dtype: Dtype = None,
@@ -239,10 +236,13 @@ def resize(
     max_error: MaxError = None,
     energy: Energy = None,
     max_size: MaxSize = None,
+    base: Base = None,
+    exclude: Exclude = None,
     to: To = None,
     dtype: Dtype = None,
     device: Device = None,
     architecture: Arch = None,
+    allow_lossy: Lossy = False,
     allow_pickle: Pickle = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     workers: Workers = 1,
@@ -262,10 +262,13 @@ def resize(
         max_error=max_error,
         energy=energy,
         max_size=max_size,
+        base=base,
+        exclude=exclude,
         to=to,
         dtype=dtype,
         device=device,
         architecture=architecture,
+        allow_lossy=allow_lossy,
         allow_pickle=allow_pickle,
         dry_run=dry_run,
         workers=workers,
@@ -366,6 +369,7 @@ def compare(
     exact: Annotated[bool, typer.Option("--exact", help="The sign conflict of all rows: slower.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Chooses the rows.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For programs: every module and block.")] = False,
+    exclude: Exclude = None,
     architecture: Arch = None,
     allow_pickle: Pickle = False,
     quiet: Quiet = False,
@@ -384,6 +388,7 @@ def compare(
         most=most,
         as_json=json,
         heatmap=heatmap,
+        exclude=exclude or (),
         architecture=architecture,
         pickle=allow_pickle,
         quiet=quiet,

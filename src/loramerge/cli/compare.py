@@ -24,6 +24,7 @@ def show(
     most: int,
     as_json: bool,
     heatmap: Path | None,
+    exclude: Sequence[str],
     architecture: str | None,
     pickle: bool,
     quiet: bool,
@@ -37,7 +38,7 @@ def show(
         check_heatmap(heatmap)
     loras = [open(file, architecture=architecture, allow_pickle=pickle) for file in files]
     with progress("Comparing", quiet) as report:
-        found = compare(loras, rows=rows, seed=seed, progress=report)
+        found = compare(loras, rows=rows, seed=seed, exclude=exclude, progress=report)
     for lora in loras:
         lora.close()
     if heatmap:

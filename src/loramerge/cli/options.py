@@ -13,6 +13,9 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")]
 
+Base = Annotated[Path | None, typer.Option("--base", help="The base model, for DoRA layers: a directory or file.")]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
+
 
 class Scope(StrEnum):
     """What "l2" takes the norms over."""

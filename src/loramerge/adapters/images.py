@@ -7,16 +7,17 @@ A caption is a line of ``metadata.jsonl`` (``{"file_name": "1.png", "text": "a p
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import FileError, MissingExtraError
+from ..errors import FileError
 from ..tensors import Array
+from .pixels import bytes_of, images_in, opened, read
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LANCZOS = 1
+"""Pillow's number of the filter."""
+
 METADATA = "metadata.jsonl"
 COLUMNS = ("text", "caption", "prompt")
 """Where a line of ``metadata.jsonl`` may have its caption."""
@@ -53,11 +54,7 @@ def pictures(folder: str | os.PathLike[str], caption: str | None = None) -> list
         FileError: The folder is missing, holds no picture, or a caption is missing or unreadable.
     """
     place = Path(folder).expanduser()
-    if not place.is_dir():
-        raise FileError(f"No such directory of images: {place}.")
-    files = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise FileError(f"{place} holds no image; wanted {', '.join(SUFFIXES)}.")
+    files = images_in(place)
     said = _metadata(place)
     found = [Picture(file, _caption(file, said) or caption or "") for file in files]
     bare = [picture.path.name for picture in found if not picture.caption]
@@ -103,12 +100,12 @@ def cropped(path: Path, resolution: int) -> Cropped:
     """
     import numpy as np
 
-    image = _opened(path)
+    image = read(path)
     width, height = image.size
     scale = resolution / min(width, height)
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    image = image.resize(size, _pil().Resampling.LANCZOS).crop((left, top, left + resolution, top + resolution))
+    image = image.resize(size, LANCZOS).crop((left, top, left + resolution, top + resolution))
     values = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
     return Cropped(np.ascontiguousarray(values.transpose(2, 0, 1)), (height, width), (top, left))
 
@@ -119,46 +116,14 @@ def size(path: Path) -> tuple[int, int]:
     Raises:
         FileError: It can't be read.
     """
-    with _image(path) as image:
+    with opened(path) as image:
         return image.height, image.width
-
-
-def _opened(path: Path) -> Any:
-    pil = _pil()
-    from PIL import ImageOps
-
-    with _image(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("RGBA", "LA", "P"):  # what is transparent is white, not black
-            upright = upright.convert("RGBA")
-            ground = pil.new("RGBA", upright.size, "white")
-            upright = pil.alpha_composite(ground, upright)
-        return upright.convert("RGB")
-
-
-@contextmanager
-def _image(path: Path) -> Iterator[Any]:
-    """An image that is read while this lasts."""
-    pil = _pil()
-    try:
-        with pil.open(path) as image:
-            yield image
-    except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
-        raise FileError(f"Can't read the image {path}: {error}.") from error
-
-
-def _pil() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtraError("Reading images needs Pillow: pip install 'loramerge[diffusers]'.") from None
-    return Image
 
 
 def digest(found: Sequence[Picture]) -> str:
     """SHA-256 of the pictures' bytes and captions, in order."""
     whole = hashlib.sha256()
     for picture in found:
-        whole.update(picture.path.read_bytes())
+        whole.update(bytes_of(picture.path))
         whole.update(picture.caption.encode() + b"\0")
     return whole.hexdigest()

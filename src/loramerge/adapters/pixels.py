@@ -6,7 +6,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,16 +63,26 @@ def read(path: Path) -> "Image":
         FileError: It is missing, no picture, cut short, or has more than 8 bits a channel.
         MissingExtraError: Pillow is not installed.
     """
-    pil = _pil()
     from PIL import ImageOps
 
+    with opened(path) as image:
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise FileError(f"Can't read {path}: it has more than 8 bits a channel ({image.mode}). Convert it to 8.")
+        return rgb(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def opened(path: Path) -> "Iterator[Image]":
+    """A picture's file, whose pixels can be read while this lasts.
+
+    Raises:
+        FileError: It is missing, no picture, or cut short.
+        MissingExtraError: Pillow is not installed.
+    """
+    pil = _pil()
     try:
         with pil.open(path) as image:
-            if image.mode in ("I", "F") or image.mode.startswith("I;"):
-                raise FileError(
-                    f"Can't read {path}: it has more than 8 bits a channel ({image.mode}). Convert it to 8."
-                )
-            return rgb(ImageOps.exif_transpose(image))
+            yield image
     except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
         raise FileError(f"Can't read the image {path}: {error}.") from error
 

@@ -14,7 +14,8 @@ from loramerge.errors import OptionError
 from loramerge.layers import low_rank
 from loramerge.lora import LoRA
 from loramerge.merging import Kept, plan
-from loramerge.recipe import Input, Output, Recipe
+from loramerge.recipe import Recipe
+from loramerge.recipe_text import Input, Output
 
 ATTENTION = "transformer.transformer_blocks.0.attn."
 QKV = tuple(ATTENTION + name for name in ("to_q", "to_k", "to_v"))

@@ -21,7 +21,7 @@ import loramerge as lm
 from loramerge import toml
 from loramerge.errors import FileError, MergeError, OptionError
 from loramerge.metadata import RECIPE
-from loramerge.recipe import Input, Output
+from loramerge.recipe_text import Input, Output
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
 

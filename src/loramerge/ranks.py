@@ -48,6 +48,10 @@ class Budget:
         return {"max_error": self.value**2, "energy": 1 - self.value, "max_size": math.inf}[self.kind]
 
 
+BUDGETS = ("max_error", "energy", "max_size")
+"""What `budget` takes one of."""
+
+
 def budget(
     max_error: float | str | None = None, energy: float | str | None = None, max_size: int | str | None = None
 ) -> Budget | None:

@@ -20,7 +20,8 @@ from .lora import LoRA, in_one_library
 from .merging import Kept, Plan
 from .metadata import RECIPE
 from .methods import METHODS
-from .recipe import BUDGETS, Recipe, check
+from .ranks import BUDGETS
+from .recipe import Recipe, check
 from .tensors import Array, namespace
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from ..errors import OptionError
 from ..files import check_target, saved_size
 from ..merging import Kept, Plan
 from ..methods import METHODS
-from ..recipe import Input, Recipe
+from ..recipe import Recipe
+from ..recipe_text import Input
 from ..weights import parse
 from .options import rank_of
 from .run import print_notes, progress, size, table

@@ -82,11 +82,11 @@ def spectrum(gram_up: Array, gram_down: Array) -> Spectrum:
     lengths = xp.linalg.diagonal(gram_down).clip(0.0) ** 0.5
     lengths = xp.where(lengths > 0, lengths, xp.ones_like(lengths))
     gram_up = gram_up * lengths[:, None] * lengths[None, :]
-    squares, vectors = _above(gram_down / lengths[:, None] / lengths[None, :], 1e-13)
+    squares, vectors = eigenpairs(gram_down / lengths[:, None] / lengths[None, :], 1e-13)
     half = vectors * squares**0.5
     # A sum whose parts cancel has nothing left but their rounding.
     rounding = RANK_TOLERANCE**2 / 100 * float(xp.linalg.trace(gram_up))
-    energy, rotation = _above(half.T @ gram_up @ half, RANK_TOLERANCE**2, rounding)
+    energy, rotation = eigenpairs(half.T @ gram_up @ half, RANK_TOLERANCE**2, rounding)
     sigma = energy**0.5
     return Spectrum(
         sigma,
@@ -136,15 +136,25 @@ def singular_values(delta: Array, size: float) -> Array:
     return sigma[: int((sigma > least).sum())]
 
 
-def _above(symmetric: Array, relative: float, absolute: float = 0.0) -> tuple[Array, Array]:
-    """Eigenvalues above a threshold with their vectors, from large to small."""
-    xp = namespace(symmetric)
-    values, vectors = xp.linalg.eigh(symmetric)
-    if not values.shape[0]:
-        return values, vectors
-    kept = int(xp.sum(xp.astype(values > max(relative * float(values[-1]), absolute), xp.int64)))
-    start = values.shape[0] - kept
-    return xp.flip(values[start:], axis=0), xp.flip(vectors[:, start:], axis=1)
+def eigenpairs(gram: Array, relative: float | None = None, absolute: float = 0.0) -> tuple[Array, Array]:
+    """Eigenvalues of a Gram matrix with their vectors, from large to small.
+
+    Args:
+        gram: Symmetric, shape ``(r, r)``.
+        relative: Only eigenvalues above this share of the largest; all unless given, rounding below zero taken off.
+        absolute: With a share, only those above this too.
+
+    Returns:
+        Shapes ``(k,)`` and ``(r, k)``.
+    """
+    xp = namespace(gram)
+    values, vectors = xp.linalg.eigh(gram)
+    values, vectors = xp.flip(values, axis=0), xp.flip(vectors, axis=1)
+    if relative is None:
+        return values.clip(0.0), vectors
+    least = max(relative * float(values[0]), absolute) if values.shape[0] else 0.0
+    kept = int(xp.sum(xp.astype(values > least, xp.int64)))
+    return values[:kept], vectors[:, :kept]
 
 
 def effective_rank(sigma: Array) -> float:
@@ -252,10 +262,8 @@ def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:
     gram_up, gram_down = grams(up, down)
     lower = cholesky(gram_down)
     half = gram_up @ lower
-    squares, vectors = xp.linalg.eigh(lower.T @ half)
-    squares = xp.flip(squares, axis=0).clip(0.0)
-    sigma = squares[:rank] ** 0.5
-    vectors = xp.flip(vectors, axis=1)[:, :rank]
+    squares, vectors = eigenpairs(lower.T @ half)
+    sigma, vectors = squares[:rank] ** 0.5, vectors[:, :rank]
     inverse = _inverse(sigma)
     left = (lower @ vectors) * inverse**0.5
     right = (half @ vectors) * inverse**1.5
@@ -373,9 +381,8 @@ def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 
 def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array]:
     """Best factors of a rank for ``basis @ core``, the basis being orthonormal, from core's smaller side."""
     xp = namespace(core)
-    squares, vectors = xp.linalg.eigh(gram(core))
-    vectors = xp.astype(xp.flip(vectors, axis=1)[:, :rank], core.dtype)
-    root = xp.flip(squares, axis=0)[:rank].clip(0.0) ** 0.25
+    squares, vectors = eigenpairs(gram(core))
+    vectors, root = xp.astype(vectors[:, :rank], core.dtype), squares[:rank] ** 0.25
     inverse = _inverse(root)
     return (basis @ vectors) * xp.astype(root, core.dtype), xp.astype(inverse, core.dtype)[:, None] * (vectors.T @ core)
 

@@ -160,11 +160,8 @@ def _orthonormal(gram: Array) -> tuple[Array, Array]:
 
 def _falling(gram: Array) -> tuple[Array, Array]:
     """Singular values of what a Gram matrix is of, the largest first, and its right singular vectors."""
-    xp = namespace(gram)
-    squares, vectors = xp.linalg.eigh(gram)
-    values = xp.flip(squares, axis=0).clip(0.0) ** 0.5
-    kept = int((values > FAINT * values[:1]).sum())
-    return values[:kept], xp.flip(vectors, axis=1)[:, :kept]
+    squares, vectors = linalg.eigenpairs(gram, FAINT**2)
+    return squares**0.5, vectors
 
 
 def _block_diagonal(blocks: Sequence[Array], xp: Any) -> Array:

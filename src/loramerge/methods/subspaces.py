@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
+from .. import linalg
 from ..errors import MergeError
 from ..tensors import Array, namespace
 from .engines import on_core
@@ -156,7 +157,7 @@ def _svd(matrix: Array) -> tuple[Array, Array, Array]:
 
 def _leading(matrix: Array, k: int) -> Array:
     """The part of a matrix in its k leading left singular vectors."""
-    vectors = namespace(matrix).linalg.eigh(matrix @ matrix.T)[1][:, -k:]
+    vectors = linalg.eigenpairs(matrix @ matrix.T)[1][:, :k]
     return vectors @ (vectors.T @ matrix)
 
 
@@ -168,5 +169,4 @@ def _polar(matrix: Array) -> Array:
 
 def _span(rows: Array) -> Array:
     """Orthonormal rows that span the given ones."""
-    squares, vectors = namespace(rows).linalg.eigh(rows.T @ rows)
-    return vectors[:, squares > FAINT**2 * squares[-1:]].T
+    return linalg.eigenpairs(rows.T @ rows, FAINT**2)[1].T

@@ -42,4 +42,6 @@ def test_the_notebook_runs_and_ends_in_a_sheet_of_pictures(tmp_path: Path) -> No
 def test_the_notebook_is_kept_without_outputs() -> None:
     cells = json.loads((EXAMPLES / "merge.ipynb").read_text(encoding="utf-8"))["cells"]
 
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")
+    assert all(
+        cell["outputs"] == [] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code"
+    )

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import LayerError
-from ..tensors import Array, Shape, Spec, reshape
+from ..tensors import FLOATS, NAMES, Array, Shape, Spec, code, reshape
 from .base import Layer, Rows
 from .dora import DoRA, direction_of
 from .full import BiasOnly, Carried, Full, Norm, Replaced
@@ -57,6 +57,7 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     kind = _kind(frozenset(tensors))
     if kind is Carried:
         return _carried(tensors, alpha)
+    _check_floats(tensors)
     if kind is DoRA:
         return _dora(tensors, alpha, weight)
     options: dict[str, Any] = dict(tensors)
@@ -75,9 +76,19 @@ def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carrie
     return Carried(algorithm=known or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
 
 
+def _check_floats(tensors: Mapping[str, Array | Spec]) -> None:
+    for role, tensor in tensors.items():
+        if code(tensor) not in FLOATS:
+            raise LayerError(
+                f"{role} is {NAMES[code(tensor)]}: quantised numbers mean nothing without their scale. Wanted floats"
+            )
+
+
 def _dora(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shape | None) -> DoRA:
     magnitude = tensors["magnitude"] if "magnitude" in tensors else tensors["row_magnitude"]
     rest = {role: t for role, t in tensors.items() if role not in MAGNITUDES}
+    if not rest:
+        raise LayerError("a magnitude needs a direction, which is missing")
     direction = build(rest, alpha, weight)
     # PEFT shapes the norms of a convolution's rows (1, out, 1, 1), as others shape those of columns.
     rows = (direction.shape[0], *(1,) * (len(direction.shape) - 1))

@@ -4,11 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ..errors import NoFactorsError
+from ..errors import LayerError, NoFactorsError
 from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, take_rows
 from .base import Layer, dense_norm
 
 LEAVE_OUT = "leave the module out (exclude)"
+
+
+def check_sizes(role: str, tensor: Array | Spec | None) -> None:
+    """Refuse a number, and a tensor that holds nothing."""
+    if tensor is None or not tensor.shape or 0 in tensor.shape:
+        raise LayerError(f"{role} has shape {None if tensor is None else tuple(tensor.shape)}, wanted that of a weight")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -19,6 +25,9 @@ class Full(Layer):
     required: ClassVar[tuple[str, ...]] = ("diff",)
 
     diff: Array | Spec
+
+    def __post_init__(self) -> None:
+        check_sizes("diff", self.diff)
 
     @property
     def shape(self) -> Shape:
@@ -47,6 +56,9 @@ class BiasOnly(Layer):
 
     kind: ClassVar[str] = "bias"
     required: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_sizes("diff_b", self.diff_b)
 
     @property
     def shape(self) -> Shape:
@@ -78,6 +90,9 @@ class Norm(Layer):
     w_norm: Array | Spec
     b_norm: Array | Spec | None = None
 
+    def __post_init__(self) -> None:
+        check_sizes("w_norm", self.w_norm)
+
     @property
     def shape(self) -> Shape:
         return tuple(self.w_norm.shape)
@@ -101,6 +116,9 @@ class Replaced(Layer):
     required: ClassVar[tuple[str, ...]] = ("set_weight",)
 
     set_weight: Array | Spec
+
+    def __post_init__(self) -> None:
+        check_sizes("set_weight", self.set_weight)
 
     @property
     def shape(self) -> Shape:

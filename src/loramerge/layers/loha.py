@@ -34,9 +34,10 @@ class LoHa(Layer):
     """Shape of the weight, where the architecture knows it: a convolution's kernel is flattened in the file."""
 
     def __post_init__(self) -> None:
-        a, b = tuple(self.hada_w1_a.shape), tuple(self.hada_w1_b.shape)
-        if len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
-            raise LayerError(f"hada_w1_a has shape {a} and hada_w1_b {b}; wanted two non-empty matrices")
+        for i in (1, 2):
+            a, b = (tuple(getattr(self, f"hada_w{i}_{end}").shape) for end in "ab")
+            if len(a) != 2 or len(b) != 2 or 0 in a or 0 in b:
+                raise LayerError(f"hada_w{i}_a has shape {a} and hada_w{i}_b {b}; wanted two non-empty matrices")
         if (self.hada_t1 is None) != (self.hada_t2 is None):
             raise LayerError("of hada_t1 and hada_t2 one is missing")
         sizes = [half.shape for half in (self._half(1), self._half(2))]

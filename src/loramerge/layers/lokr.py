@@ -57,6 +57,13 @@ class LoKr(Layer):
                 raise LayerError(f"{part} has fewer than two axes")
         if self.lokr_t2 is not None and self.lokr_w2_a is None:
             raise LayerError("lokr_t2 without lokr_w2_a")
+        if self.lokr_w1_a is not None and self.lokr_w1_b is not None:
+            _check_rank("lokr_w1", self.lokr_w1_a.shape[1], self.lokr_w1_b.shape[0])
+        if self.lokr_w2_a is not None and self.lokr_w2_b is not None:
+            a, b = self.lokr_w2_a.shape, self.lokr_w2_b.shape
+            _check_rank("lokr_w2", a[1] if self.lokr_t2 is None else a[0], b[0])
+            if self.lokr_t2 is not None and tuple(self.lokr_t2.shape[:2]) != (a[0], b[0]):
+                raise LayerError(f"lokr_t2 has shape {tuple(self.lokr_t2.shape)}, wanted ({a[0]}, {b[0]}, …)")
         if 0 in self._outer or 0 in self._inner:
             raise LayerError("a part of the Kronecker product has size 0")
 
@@ -128,3 +135,8 @@ def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array 
     if rows <= columns:
         return identity(rows, whole), whole
     return whole, identity(columns, whole)
+
+
+def _check_rank(part: str, a: int, b: int) -> None:
+    if a != b or a == 0:
+        raise LayerError(f"{part}_a and {part}_b disagree on the rank, {a} and {b}, or it is 0")

@@ -6,12 +6,12 @@ A tensor of the module's own (``.alpha``, or ``.scale`` as it is), then diffuser
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import FileError, LayerError, NumberError
-from ..tensors import Tensor, scalar
+from ..tensors import LARGEST, Tensor, scalar
+from .patterns import Patterns
 
 Config = Mapping[str, Any]
 
@@ -41,19 +41,19 @@ def _one(tensors: Mapping[str, Tensor], key: str) -> float:
     if math.prod(tensor.shape) != 1:
         raise LayerError(f"{key} has shape {tensor.shape}, wanted one number")
     value = scalar(tensor)
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST["F32"]:  # which NaN is not, either
         raise NumberError(f"{key} is {value}")
     return value
 
 
 def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -> dict[str, Config]:
-    """LoRA configurations by component; ``""`` is the one that names none."""
+    """LoRA configurations by component, ``alpha_pattern`` as `Patterns`; ``""`` is the one that names none."""
     found = dict(adapter_config)
     text = metadata.get("lora_adapter_metadata")
     if text:
         try:
             flat = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FileError(f"lora_adapter_metadata in the file's header is not JSON: {error}") from error
         if not isinstance(flat, dict):
             raise FileError("lora_adapter_metadata in the file's header is not a JSON object")
@@ -62,32 +62,20 @@ def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -
             if not dot or component not in COMPONENTS:
                 component, option = "", key
             found[component] = {**found.get(component, {}), option: value}
-    return found
+    return {
+        component: {**config, "alpha_pattern": Patterns(config.get("alpha_pattern") or {})}
+        for component, config in found.items()
+    }
 
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def alpha(config: Config, path: str, rank: int) -> float | None:
-    """Effective alpha of a module: what alpha / rank must be for the configuration's scale."""
-    value = _pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha"))
+    """Effective alpha of a module: what alpha / rank must be for the scale of one of the `configs`."""
+    value = config["alpha_pattern"].of(path, config.get("lora_alpha"))
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST["F32"]:
         raise NumberError(f"the configuration's alpha of {path} is {value!r}, wanted a finite number")
     return float(value) * math.sqrt(rank) if config.get("use_rslora") else float(value)
-
-
-def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the path, or the end of it after a dot."""
-    if not isinstance(patterns, Mapping):
-        raise FileError(f"alpha_pattern in the configuration is {patterns!r}, wanted an object")
-    if path in patterns:
-        return patterns[path]
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except re.error as error:
-            raise FileError(f"alpha_pattern {pattern!r} is no regular expression: {error}") from None
-    return default

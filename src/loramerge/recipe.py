@@ -20,7 +20,6 @@ to = "kohya"
 """
 
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from .merging import Plan, plan
 from .methods import METHODS
 from .ranks import BUDGETS, Rank, budget, rule
 from .recipe_text import Input, Output, entries, from_metadata
+from .storage.reader import read_text
 from .tensors import parse_dtype
 from .weights import SCOPES, Scope, Weight, Weights
 
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
     from .merging import Outcome
     from .storage.writer import Progress
+
+MAX_RECIPE = 1_000_000
+"""Bytes: several times a rank for every module of the largest model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +93,7 @@ class Recipe:
         """
         file = Path(path).expanduser()
         try:
-            data = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileError(f"Can't read {file}: {error.strerror}.") from error
+            data = toml.parse(read_text(file, MAX_RECIPE))
         except (ValueError, RecursionError) as error:
             raise FileError(f"{file} is not TOML: {error}.") from None
         return _recipe(data, file.name, str(file.parent))
@@ -127,7 +128,7 @@ class Recipe:
             parts.append(["[[loras]]", *toml.lines({**entries, "weight": weight})])
         written = {f.name: getattr(self.output, f.name) or None for f in fields(self.output)}
         parts += [["[output]", *toml.lines(written)]] if any(written.values()) else []
-        parts += [["[ranks]", *toml.lines(self.ranks)]] if self.ranks else []
+        parts += [["[ranks]", *toml.lines(self.ranks)]] if self.ranks is not None else []
         return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
     def override(self, **changes: Any) -> "Recipe":

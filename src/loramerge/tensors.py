@@ -125,6 +125,11 @@ def code(tensor: Array | Spec) -> str:
     return _code(tensor.dtype)
 
 
+def is_known(array: Array) -> bool:
+    """Whether an array's dtype has a code; complex numbers and objects have none."""
+    return str(array.dtype).removeprefix("torch.") in CODES
+
+
 @cache
 def _code(dtype: Any) -> str:
     return CODES[str(dtype).removeprefix("torch.")]

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import re
+import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -13,6 +14,21 @@ BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
 
 T = TypeVar("T")
+
+PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+LONG_KEY = re.compile(rf"(?<![\w-]){PART}(?:[ \t]*+\.[ \t]*+{PART}){{100}}")
+"""A key of so many parts that tomllib, whose time grows with their square, may be what it was written for."""
+
+
+def parse(source: str) -> dict[str, Any]:
+    """A TOML document.
+
+    Raises:
+        ValueError: It is none, or has a key of more than 100 parts.
+    """
+    if found := LONG_KEY.search(source):
+        raise ValueError(f"the key {found[0][:40]}… has more than 100 parts")
+    return tomllib.loads(source)
 
 
 def text(value: Any) -> str:
@@ -82,6 +98,8 @@ class Table:
         if type(value) not in kinds:
             wanted = wanted or " or ".join(KINDS[kind] for kind in kinds)
             raise OptionError(f"{self.where}: {name}: got {_shown(value)}, wanted {wanted}.")
+        if isinstance(value, str) and "\0" in value:
+            raise OptionError(f"{self.where}: {name}: got {_shown(value)} with a NUL in it, which no name can have.")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ memory, and because a header can be looked at without importing numpy.
 import json
 import math
 import os
+import re
+import stat
 import struct
 from collections.abc import Mapping
 from operator import attrgetter
@@ -21,6 +23,14 @@ from .positioned import pread
 MAX_HEADER = 100_000_000
 """The reference implementation's limit, in bytes."""
 
+MAX_QUOTES, MAX_STRUCTURE, MAX_WIDE = 1_000_000, 4_000_000, 40_000_000
+"""Limits of a header in quotation marks (a tensor has ten), in bytes outside of strings, and in bytes where some
+are not ASCII: Python takes 20 times a list's or a number's length, and four times that of a text with an emoji."""
+
+MAX_AXES, MAX_BYTES = 64, 2**63
+"""numpy's and the file system's limits: of a shape, and of what it takes were no size in it 0."""
+
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 NUMBER, AHEAD = 8, 4096
 """Bytes: tensors of one number lie side by side (alphas), so a block of them is read at once."""
@@ -37,10 +47,7 @@ class SafetensorsFile(dict[str, Stored]):
         super().__init__()
         self.path = path
         self._ahead = 0, b""
-        try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise FileError(f"Can't open {path}: {error.strerror}.") from error
+        self._fd = open_regular(path)
         try:
             self.metadata, tensors, self._start, self._size = self._header()
         except FileError:
@@ -75,12 +82,15 @@ class SafetensorsFile(dict[str, Stored]):
     def _read(self, offset: int, size: int) -> bytes:
         if self._fd < 0:
             raise FileError(f"{self.path} is closed.")
-        data = pread(self._fd, size, offset)
-        while len(data) < size:
-            more = pread(self._fd, size - len(data), offset + len(data))
-            if not more:
-                raise FileError(f"{self.path} ended at byte {offset + len(data)}; it changed while it was read.")
-            data += more
+        try:
+            data = pread(self._fd, size, offset)
+            while len(data) < size:
+                more = pread(self._fd, size - len(data), offset + len(data))
+                if not more:
+                    raise FileError(f"{self.path} ended at byte {offset + len(data)}; it changed while it was read.")
+                data += more
+        except OSError as error:
+            raise FileError(f"Can't read {self.path}: {error.strerror}.") from error
         return data
 
     def _header(self) -> tuple[dict[str, str], dict[str, Stored], int, int]:
@@ -102,8 +112,11 @@ class SafetensorsFile(dict[str, Stored]):
         return metadata, self._tensors(header, size - 8 - length), 8 + length, size - 8 - length
 
     def _json(self, data: bytes) -> dict[str, Any]:
+        if reason := _too_large(data):
+            raise FileError(f"{self.path} is no safetensors file, or a hostile one: its header {reason}.")
         try:
             header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+            _check_unicode(data, header)
         except (ValueError, RecursionError) as error:
             raise FileError(f"{self.path} is no safetensors file: its header is not JSON ({error}).") from None
         if not isinstance(header, dict):
@@ -135,7 +148,7 @@ class SafetensorsFile(dict[str, Stored]):
             numbers = (*shape, begin, end)
             if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 2**63:
                 raise ValueError
-            if len(value) != 3 or type(dtype) is not str:
+            if len(value) != 3 or type(dtype) is not str or len(shape) > MAX_AXES:
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise FileError(f"{self.path}: the header's entry for {key!r} is malformed.") from None
@@ -146,7 +159,78 @@ class SafetensorsFile(dict[str, Stored]):
                 f"{self.path}: the tensor {key!r} of shape {list(shape)} and dtype {dtype} has {end - begin} bytes, "
                 f"wanted {math.prod(shape) * SIZES[dtype]}."
             )
+        if begin == end and math.prod(max(1, n) for n in shape) * SIZES[dtype] >= MAX_BYTES:
+            raise FileError(f"{self.path}: the tensor {key!r} has the shape {list(shape)}, which no array can have.")
         return shape, dtype, begin, end
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a file for reading; a pipe or a device, which may never end, is refused.
+
+    Raises:
+        FileError: It can't be opened, or is not a regular file.
+    """
+    try:
+        # A pipe that nobody writes to would wait for ever.
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:
+        raise FileError(f"Can't open {path}: {getattr(error, 'strerror', error)}.") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileError(f"Can't open {path}: it is a directory, a pipe or a device, wanted a file.")
+    return fd
+
+
+MAX_TEXT = 10_000_000
+"""Bytes of a text file, such as a configuration, at most."""
+
+
+def read_text(path: str | os.PathLike[str], most: int = MAX_TEXT) -> str:
+    """A small text file.
+
+    Args:
+        most: Bytes that it may have.
+
+    Raises:
+        FileError: It can't be read, is not UTF-8, or is too large.
+    """
+    with open(open_regular(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise FileError(f"Can't read {path}: it has more than {most} bytes.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"Can't read {path}: it is not UTF-8 ({error}).") from None
+
+
+def _too_large(data: bytes) -> str | None:
+    """Why a header would take many times its size in memory; None if it would not."""
+    if len(data) > MAX_WIDE and not data.isascii():
+        return f"has {len(data)} bytes, not all of them ASCII; at most {MAX_WIDE} are allowed then"
+    if len(data) <= MAX_STRUCTURE:
+        return None
+    if data.count(b'"') - data.count(b'\\"') > MAX_QUOTES:
+        return f"has more than {MAX_QUOTES // 10} tensors, or {MAX_QUOTES // 4} entries of metadata"
+    if len(data) - sum(found.end() - found.start() for found in STRING.finditer(data)) > MAX_STRUCTURE:
+        return f"has more than {MAX_STRUCTURE} bytes outside of strings"
+    return None
+
+
+def _check_unicode(data: bytes, header: Any) -> None:
+    """Refuse an escaped half of a surrogate pair, which JSON can spell and UTF-8 can't.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if HALF.search(data) and isinstance(header, dict):
+        metadata = header.get("__metadata__")
+        values = metadata if isinstance(metadata, dict) else {}
+        for text in (*header, *values, *(v for v in values.values() if isinstance(v, str))):
+            text.encode()
+
+
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Loading, opening and saving LoRAs: by path, directory or Hub name; atomically."""
 
-import builtins
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .dialects import DIALECTS
 from .dialects.alphas import COMPONENTS
-from .errors import FileError, OptionError
+from .errors import DialectError, FileError, OptionError
 from .lora import LoRA, from_tensors
-from .storage.reader import SafetensorsFile
-from .tensors import Array, Held, Stored, Tensor
+from .storage.reader import SafetensorsFile, read_text
+from .tensors import Array, Held, Stored, Tensor, is_known
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,6 +116,8 @@ def _held(key: str, value: Any) -> Held:
     known = type(value).__module__.partition(".")[0] in ("numpy", "torch")
     if not known or not hasattr(value, "dtype") or getattr(value, "is_sparse", False):
         raise OptionError(f"The state dict's {key!r} is a {type(value).__name__}, wanted a dense tensor or array.")
+    if not is_known(value):
+        raise OptionError(f"The state dict's {key!r} has the dtype {value.dtype}, which loramerge does not know.")
     return Held(value)
 
 
@@ -194,11 +195,10 @@ def _config_beside(path: str) -> dict[str, Any]:
 
 def _config(path: "str | Path") -> dict[str, Any]:
     try:
-        with builtins.open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except OSError as error:
-        raise FileError(f"Can't read {path}, which holds the adapter's scale: {error.strerror}.") from error
-    except ValueError as error:
+        config = json.loads(read_text(path))
+    except FileError as error:
+        raise FileError(f"{error} It holds the adapter's scale.") from error
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not JSON: {error}.") from None
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         raise FileError(f"{path} is not the configuration of a LoRA: {str(config)[:80]}.")
@@ -213,15 +213,48 @@ def _unpickle(path: str, allow: bool) -> dict[str, Tensor]:
         )
     import torch
 
+    _check_zip(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a wide range: pickle, zip, runtime and value errors
-        raise FileError(f"Can't read {path} as tensors only: {str(error).splitlines()[0]}") from error
-    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
+        raise FileError(f"Can't read {path} as tensors only: {_first_line(error)}") from error
+    for _ in range(3):  # not for ever: a pickled dictionary can hold itself
+        found = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
     if not isinstance(found, dict):
         raise FileError(f"{path} holds a {type(found).__name__}, wanted a dictionary of tensors.")
-    return {str(key): Held(_as_numpy(value)) for key, value in found.items() if isinstance(value, torch.Tensor)}
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    for key, value in tensors.items():
+        _check_plain(path, key, value)
+    return {key: Held(_as_numpy(value)) for key, value in tensors.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _check_zip(path: str) -> None:
+    """Refuse a zip whose records are packed: torch stores them as they are, so what unpacks is a bomb."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as file:
+            packed = [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return  # no zip, as pickles were before torch 1.6, or one that torch refuses
+    if packed:
+        raise FileError(f"Can't read {path} as tensors only: its record {packed[0]!r} is compressed; torch's are not.")
+
+
+def _check_plain(path: str, key: str, tensor: Any) -> None:
+    """Refuse what is no plain array in memory: sparse, quantised, or one number that is said to be a million."""
+    import torch
+
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and is_known(tensor)
+    if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise FileError(
+            f"{path}: the tensor {key!r} (dtype {tensor.dtype}, shape {tuple(tensor.shape)}) is not stored number by "
+            "number, wanted plain tensors of floats."
+        )
 
 
 def _as_numpy(tensor: Any) -> Array:
@@ -229,6 +262,7 @@ def _as_numpy(tensor: Any) -> Array:
 
     from .tensors import code, numpy_dtype
 
+    tensor = tensor.detach().resolve_neg()
     if code(tensor) in ("BF16", "F8_E4M3", "F8_E5M2"):
         bits = tensor.contiguous().view(torch.uint8 if tensor.element_size() == 1 else torch.int16).numpy()
         return bits.view(numpy_dtype(code(tensor)))
@@ -320,23 +354,22 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
 
 def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None") -> "Path":
     """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
-    import tempfile
-    from pathlib import Path
-
     from .dialects.config import component_configs
     from .metadata import for_writing
+    from .storage import scratch
 
     configs = cast(dict[str, Any], lora.origin.config) if spelling.verbatim and lora.origin else {}
     if not configs:
         written = component_configs(spelling.layers)
         configs = {c if c.startswith("text_encoder") else "": config for c, config in written.items()}
+        if len(configs) != len(written) or not configs.keys() <= {"", *COMPONENTS}:
+            raise DialectError(f"{lora.name}: a PEFT directory has no place for all of {', '.join(written)}.")
     metadata, _ = for_writing(lora, spelling)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".loramerge.", dir=path) as made:
-            _write_components(Path(made), configs, spelling.groups, metadata, workers, progress, not lora.here)
-            for component in ("", *COMPONENTS):
-                _take_place(Path(made) / component, path / component)
+        with scratch.folder(path, "loramerge") as made:
+            _write_components(made, configs, spelling.groups, metadata, workers, progress, not lora.here)
+            _take_places(made, path)
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     return path
@@ -374,14 +407,22 @@ def _shifted(progress: "Progress", before: int, total: int, done: int, _: int) -
     progress(before + done, total)
 
 
-def _take_place(made: "Path", target: "Path") -> None:
-    """Put a component's new files in the place of the old; a component that is not there any more goes."""
+def _take_places(made: "Path", target: "Path") -> None:
+    """Put the new files in the place of the old; a component that is not there any more goes."""
+    folders = ("", *COMPONENTS)
+    for component in folders:  # until the last is back, readers refuse the directory instead of mixing old and new
+        (target / component / PEFT_CONFIG).unlink(missing_ok=True)
     for name in (PEFT_FILE, PEFT_CONFIG):
-        if (made / name).exists():
-            target.mkdir(exist_ok=True)
-            os.replace(made / name, target / name)
-        else:
-            (target / name).unlink(missing_ok=True)
+        for component in folders:
+            _take_place(made / component / name, target / component / name)
+
+
+def _take_place(made: "Path", target: "Path") -> None:
+    if made.exists():
+        target.parent.mkdir(exist_ok=True)
+        os.replace(made, target)
+    else:
+        target.unlink(missing_ok=True)
 
 
 def _stripped(group: "Group", prefix: str) -> dict[str, Array]:

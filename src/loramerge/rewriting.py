@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from .checkpoints import Checkpoint, Place, shard_indexes, widened
 from .errors import FileError, LoRAMergeError, NumberError
 from .metadata import HASHES
+from .storage import scratch
 from .storage.reader import SafetensorsFile
 from .storage.writer import Progress, write, write_text
 from .tensors import FLOATS, Array, Spec, Stored, cast, check_finite, float32, nbytes, put_rows, take_rows
@@ -227,8 +227,8 @@ def write_folder(job: Job, target: Path, metadata: Mapping[str, str]) -> list[st
     stale = _other_weights(job.model, changed)
     total = sum(len(job.model.files[file]) for file in changed)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as made:
-            new = Path(made) / "model"
+        with scratch.folder(target.parent, target.name) as made:
+            new = made / "model"
             shutil.copytree(root, new, ignore=_skipping({*changed, *stale}))
             done = 0
             for file in changed:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -15,9 +14,10 @@ from typing import Any, Protocol
 
 from ..errors import FileError
 from ..tensors import Array, Spec, Stored, Tensor, is_torch, nbytes
-from . import forks
+from . import forks, scratch
 from .awaited import Awaited, draft
 from .positioned import pread, pwrite
+from .reader import MAX_HEADER
 
 Progress = Callable[[int, int], None]
 """Called with the number of modules done and of all."""
@@ -67,6 +67,11 @@ def write(
         layout = _Layout(specs)
         header = layout.header({**draft(metadata), **_PLACEHOLDERS} if hashes else draft(metadata))
         start = len(header)
+        if start > MAX_HEADER:
+            raise FileError(
+                f"Can't write {path}: its header would have {start} bytes, of which readers take {MAX_HEADER}. "
+                "Way out: shorter metadata."
+            )
         _reserve(fd, start + layout.size)
         _write_at(fd, header, 0)
         # Closed before the file is: a thread still at work would write into whatever is opened next.
@@ -248,7 +253,7 @@ def _replacing(path: Path) -> Iterator[int]:
     try:
         mask = os.umask(0)
         os.umask(mask)
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        fd, name = scratch.file(path)
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     try:

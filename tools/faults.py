@@ -1,0 +1,302 @@
+"""Faults at random moments of what writes files: what stands there afterwards is whole, old or new.
+
+    python tools/faults.py --each 5 --seed 0
+
+For every command and every kind of fault: the output of an earlier run stands there, the command is run
+again on other inputs, and the fault is injected while it works.  Then the output is the earlier run's or
+the new one's, byte for byte; what is half written is cleared away (after a kill -9, which nothing can
+follow, by the next run); and running the command again gives the new run's bytes.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+import loramerge as lm
+from loramerge.testing import random_lora
+
+LORAMERGE = [sys.executable, "-m", "loramerge"]
+PR_CAPBSET_DROP, OVERRIDES = 24, (1, 2)
+"""What lets root write where it may not, and how a process gives that up."""
+
+RECIPE = """[[loras]]
+path = "a.safetensors"
+weight = 0.7
+[[loras]]
+path = "b.safetensors"
+weight = 0.5
+"""
+
+BASE_FILE = "base/unet/diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that writes below ``out/``, and the input that may disappear from under it."""
+
+    words: tuple[str, ...]
+    resumes: bool = False
+    """Whether what an earlier run has finished is kept: the output is then a directory of several files."""
+    new: bool = False
+    """Whether it refuses to write over an earlier run's output."""
+
+
+COMMANDS = {
+    "merge": Command(("merge", "a.safetensors", "b.safetensors", "-o", "out/both.safetensors", "--rank", "8")),
+    "merge by processes": Command(("merge", "a.safetensors", "b.safetensors", "-o", "out/both.safetensors", "-j", "2")),
+    "convert": Command(("convert", "a.safetensors", "-o", "out/a.safetensors", "--to", "diffusers")),
+    "convert to PEFT": Command(("convert", "a.safetensors", "-o", "out/a", "--to", "peft")),
+    "resize": Command(("resize", "a.safetensors", "-o", "out/a.safetensors", "--max-error", "30%")),
+    "bake into a file": Command(("bake", "a.safetensors", "-b", BASE_FILE, "-o", "out/model.safetensors")),
+    "bake into a directory": Command(("bake", "a.safetensors", "-b", "base", "-o", "out/model"), new=True),
+    "sweep": Command(("sweep", "recipe.toml", "-s", "rank=2,4,6", "-o", "out/sweep"), resumes=True),
+}
+"""A command that learns joins here, with ``resumes``, once it can go on where it stopped."""
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """The inputs in a folder: the same seed, the same bytes."""
+
+    def chosen(module: str, shape: tuple[int, ...]) -> bool:
+        return module.startswith("unet.down_blocks.1.attentions.0") and ".attn" in module
+
+    for name, number in (("a", seed), ("b", seed + 1)):
+        lora = random_lora("sdxl", rank=64, alpha=4.0, seed=number, dtype="float16", only=chosen)
+        lm.save(lora, folder / f"{name}.safetensors", dialect="kohya")
+        shapes = {module: layer.shape for module, layer in lora.layouts.items()}
+    (folder / "recipe.toml").write_text(RECIPE)
+    (folder / "base" / "unet").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    weights = {f"{m.removeprefix('unet.')}.weight": rng.standard_normal(s, np.float32) for m, s in shapes.items()}
+    safetensors.numpy.save_file(
+        {key: weight.astype(np.float16) for key, weight in weights.items()},
+        folder / BASE_FILE,
+    )
+    (folder / "out").mkdir(exist_ok=True)
+
+
+def started(
+    words: tuple[str, ...], folder: Path, *, largest: int | None = None, obedient: bool = False
+) -> "subprocess.Popen[str]":
+    def limited() -> None:
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        if obedient:
+            for capability in OVERRIDES:
+                ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+
+    return subprocess.Popen(
+        [*LORAMERGE, *words],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=limited,
+        env={**os.environ, "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+
+
+def run(words: tuple[str, ...], folder: Path) -> float:
+    """Run a command to its end; returns how long it took."""
+    began = time.monotonic()
+    process = started(words, folder)
+    _, said = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {said}")
+    return time.monotonic() - began
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The hash of every file below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def litter(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name.endswith(".part")] + [
+        str(path.relative_to(folder)) for path in folder.glob("*/.*.part")
+    ]
+
+
+@dataclass
+class Trial:
+    """A command in a folder, with what was there before and what is to come."""
+
+    command: Command
+    folder: Path
+    before: dict[str, str]
+    after: dict[str, str]
+    seconds: float
+    chance: random.Random
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out"
+
+    def wait(self, process: "subprocess.Popen[str]") -> None:
+        """Wait for a random moment: mostly one at which something is half written."""
+        if self.chance.random() < 0.7:
+            while process.poll() is None and not litter(self.out):
+                time.sleep(0.001)
+            time.sleep(self.chance.random() * 0.5 * self.seconds * self.chance.random())
+        else:
+            time.sleep(self.chance.random() * self.seconds)
+
+
+def signalled(number: signal.Signals) -> Callable[[Trial], str]:
+    def inject(trial: Trial) -> str:
+        process = started(trial.command.words, trial.folder)
+        trial.wait(process)
+        process.send_signal(number)
+        return process.communicate()[1]
+
+    return inject
+
+
+def full_disk(trial: Trial) -> str:
+    """Files may not become longer than a part of what is needed."""
+    largest = max(path.stat().st_size for path in trial.folder.rglob("*") if path.is_file())
+    process = started(trial.command.words, trial.folder, largest=int(trial.chance.random() * largest))
+    return process.communicate()[1]
+
+
+def read_only(trial: Trial) -> str:
+    """The target can't be written to; root, who can write to anything, gives that up."""
+    directories = [trial.out, *(path for path in trial.out.rglob("*") if path.is_dir())]
+    for directory in directories:
+        directory.chmod(0o555)
+    process = started(trial.command.words, trial.folder, obedient=True)
+    said = process.communicate()[1]
+    for directory in directories:
+        directory.chmod(0o755)
+    return said
+
+
+def vanishing(how: Callable[[Path], object]) -> Callable[[Trial], str]:
+    def inject(trial: Trial) -> str:
+        path = trial.folder / "a.safetensors"
+        process = started(trial.command.words, trial.folder)
+        trial.wait(process)
+        how(path)
+        return process.communicate()[1]
+
+    return inject
+
+
+FAULTS: dict[str, Callable[[Trial], str]] = {
+    "kill -9": signalled(signal.SIGKILL),
+    "SIGTERM": signalled(signal.SIGTERM),
+    "SIGINT": signalled(signal.SIGINT),
+    "full disk": full_disk,
+    "read-only target": read_only,
+    "input removed": vanishing(Path.unlink),
+    "input cut": vanishing(lambda path: os.truncate(path, path.stat().st_size // 2)),
+}
+
+
+def problems(trial: Trial, name: str, said: str) -> Iterator[str]:
+    """What is wrong after a fault, and after the run that follows it."""
+    left = litter(trial.out)
+    if left and name != "kill -9":
+        yield f"litter: {left}"
+    found = {path: value for path, value in contents(trial.out).items() if ".part" not in path}
+    if trial.command.resumes:
+        wrong = [path for path, value in found.items() if path.endswith(".safetensors") and value not in
+                 (trial.before.get(path), trial.after.get(path))]  # fmt: skip
+        if wrong:
+            yield f"not whole: {wrong}"
+    elif found not in (trial.before, trial.after):
+        yield "neither the earlier output nor the new one"
+    if "Traceback" in said and name != "kill -9":
+        yield f"no clear error: {said.strip().splitlines()[-1][:200]}"
+
+
+def attempted(name: str, fault: str, folder: Path, states: Path, seconds: float, chance: random.Random) -> list[str]:
+    """One fault, the check, the run after it, and the check of that."""
+    command = COMMANDS[name]
+    fresh(folder, states)
+    trial = Trial(command, folder, contents(states / "before"), contents(states / "after"), seconds, chance)
+    said = FAULTS[fault](trial)
+    found = list(problems(trial, fault, said))
+    shutil.copytree(states / "inputs", folder, dirs_exist_ok=True)
+    if not (command.new and (folder / "out" / "model").exists()):
+        run(command.words, folder)
+    if contents(trial.out) != trial.after or litter(trial.out):
+        found.append("the run after it gives other bytes, or leaves the litter")
+    return found
+
+
+def fresh(folder: Path, states: Path) -> None:
+    """The new inputs, and the earlier run's output."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(states / "inputs", folder)
+    shutil.copytree(states / "before", folder / "out", dirs_exist_ok=True)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755)
+
+
+def states_of(command: Command, place: Path) -> float:
+    """The outputs of a run on other inputs and of one on the inputs; returns how long one takes."""
+    shutil.rmtree(place, ignore_errors=True)
+    for name, seed in (("before", 10), ("after", 20)):
+        work = place / "work"
+        work.mkdir(parents=True)
+        prepare(work, seed)
+        if name == "after":
+            shutil.copytree(work, place / "inputs")
+        seconds = run(command.words, work)
+        if name == "before" and command.new:
+            shutil.rmtree(work / "out")
+            (work / "out").mkdir()
+        (work / "out").rename(place / name)
+        shutil.rmtree(work)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", type=int, default=4, help="faults of each kind for each command")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", default=list(COMMANDS), help="names of commands")
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    done: Counter[str] = Counter()
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        for name in options.only:
+            seconds = states_of(COMMANDS[name], Path(place) / "states")
+            for fault in FAULTS:
+                for _ in range(options.each):
+                    found = attempted(name, fault, Path(place) / "work", Path(place) / "states", seconds, chance)
+                    done[fault] += 1
+                    wrong += [f"{name}, {fault}: {problem}" for problem in found]
+            print(f"{name}: {sum(done.values())} faults so far, {len(wrong)} problems", flush=True)
+    print("\n".join(wrong))
+    print(
+        f"{sum(done.values())} faults ({', '.join(f'{n} {fault}' for fault, n in done.items())}), {len(wrong)} problems."
+    )
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""Coverage-guided fuzzing of what reads files that others made.
+
+    pip install atheris
+    python tools/fuzz.py reader tests/hostile/corpus -runs=400000
+
+The second argument is a directory of directories, one a target; what is new is kept in ``found/``.  An
+input is at fault if it raises anything but a LoRAMergeError, takes more than two seconds of CPU time, or
+is taken for something that it isn't: what each target checks is said in its docstring.  Faults are printed
+and kept, one of each kind.  Further arguments go to libFuzzer.  `python tools/fuzz.py seeds tests/hostile/corpus` writes the corpus' beginnings.
+"""
+
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+if __name__ == "__main__" and sys.argv[1] != "seeds":
+    import atheris
+
+    with atheris.instrument_imports(include=["loramerge"]):
+        import loramerge as lm
+        from loramerge import recipe
+        from loramerge.dialects import DIALECTS, alphas
+        from loramerge.lora import from_tensors
+        from loramerge.storage import reader
+else:
+    import loramerge as lm
+    from loramerge import recipe
+    from loramerge.dialects import DIALECTS, alphas
+    from loramerge.lora import from_tensors
+    from loramerge.storage import reader
+
+from loramerge.tensors import CODES, SIZES, Held, numpy_dtype
+from loramerge.testing import random_lora
+
+SLOW = 2.0
+"""Seconds of CPU time."""
+LARGEST = 200_000
+"""Numbers that one input of the targets `detector` and `converter` may ask for."""
+WRITTEN = [name for name, dialect in DIALECTS.items() if dialect.writes and name != "peft"]
+
+SCRATCH = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+
+
+def fuzz_reader(data: bytes) -> None:
+    """Header and tensors: what is accepted, the reference implementation accepts with the same shapes.
+
+    The first byte says whether the length of the header is put in front (it is, mostly).
+    """
+    if not data:
+        return
+    split = data.find(b"\0\0", 1)
+    head, body = (data[1:], b"") if split < 0 else (data[1:split], data[split + 2 :])
+    raw = data[1:] if data[0] == 0xFF else struct.pack("<Q", len(head)) + head + body
+    path = SCRATCH / "x.safetensors"
+    path.write_bytes(raw)
+    file = reader.SafetensorsFile(path)
+    try:
+        reference = dict(safetensors.deserialize(raw))
+        if {key: list(t.shape) for key, t in file.items()} != {key: t["shape"] for key, t in reference.items()}:
+            raise AssertionError("the reference reads something else")
+        if any(t.read().tobytes() != bytes(reference[key]["data"]) for key, t in file.items()):
+            raise AssertionError("the reference reads other values")
+    finally:
+        file.close()
+
+
+def fuzz_detector(data: bytes) -> None:
+    """Keys and shapes: every tensor is a layer's, an extra, or a note is made of it."""
+    tensors, metadata = listing(data)
+    lora = from_tensors(tensors, metadata, "fuzz")
+    held = {id(t) for layer in lora.layouts.values() for t in layer.tensors().values()}
+    if not lora.layouts or (not held and not lora.notes):
+        raise AssertionError("a LoRA without a layer")
+
+
+def fuzz_converter(data: bytes) -> None:
+    """Keys, shapes and values: in every dialect that takes it, a LoRA has the same ΔW when it is read again."""
+    tensors, metadata = listing(data)
+    lora = from_tensors(tensors, metadata, "fuzz").in_memory()
+    wanted = {module: _delta(layer) for module, layer in lora.items()}
+    for dialect in WRITTEN:
+        path = SCRATCH / "y.safetensors"
+        try:
+            lm.save(lora, path, dialect=dialect)
+        except lm.errors.LoRAMergeError:
+            continue
+        back = lm.load(path, architecture=lora.architecture)
+        for module, delta in wanted.items():
+            if delta is not None and module in back and not _close(_delta(back[module]), delta):
+                raise AssertionError(f"{dialect}: {module} has another ΔW")
+        if missing := set(wanted) - set(back):
+            raise AssertionError(f"{dialect}: lost {missing}")
+
+
+def fuzz_recipe(data: bytes) -> None:
+    """A recipe that is read, written and read again is the same."""
+    path = SCRATCH / "recipe.toml"
+    path.write_bytes(data)
+    found = recipe.Recipe.read(path)
+    path.write_text(found.to_toml(), encoding="utf-8")
+    if recipe.Recipe.read(path) != found and b"nan" not in data:
+        raise AssertionError("the recipe reads otherwise when it was written")
+
+
+def fuzz_config(data: bytes) -> None:
+    """A configuration gives a finite alpha, or none."""
+    first, _, text = data.partition(b"\n")
+    path, rank = first.decode("utf-8", "replace"), 4
+    configs = alphas.configs({"lora_adapter_metadata": text.decode("utf-8", "replace")}, {})
+    for config in configs.values():
+        for module in (path, "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in"):
+            value = alphas.alpha(config, module, rank)
+            if value is not None and not np.isfinite(value):
+                raise AssertionError("an alpha that is not finite")
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "reader": fuzz_reader,
+    "detector": fuzz_detector,
+    "converter": fuzz_converter,
+    "recipe": fuzz_recipe,
+    "config": fuzz_config,
+}
+
+
+def attempt(target: Callable[[bytes], None], data: bytes, slow: float = SLOW) -> None:
+    """Run a target on one input.
+
+    Raises:
+        Exception: The input is at fault.
+    """
+    began = time.process_time()
+    try:
+        target(data)
+    except lm.errors.LoRAMergeError as error:
+        if not str(error):
+            raise AssertionError("an error without a message") from error
+    if time.process_time() - began > slow:
+        raise TimeoutError(f"took {time.process_time() - began:.1f} s")
+
+
+def listing(data: bytes) -> tuple[dict[str, Held], dict[str, str]]:
+    """Tensors from lines ``key shape dtype value``, and metadata from lines ``#key value``."""
+    tensors: dict[str, Held] = {}
+    metadata: dict[str, str] = {}
+    left = LARGEST
+    for line in data.decode("utf-8", "replace").split("\n")[:200]:
+        if line.startswith("#"):
+            key, _, value = line[1:].partition(" ")
+            metadata[key] = value
+            continue
+        key, sizes, dtype, value = [*line.split("\t"), "", "F32", "0.5"][:4]
+        shape = tuple(int(size) for size in sizes.split(",") if size.isascii() and size.isdigit())[:6]
+        count = int(np.prod([min(size, LARGEST) for size in shape], dtype=object)) if shape else 1
+        left -= count
+        if left < 0 or max(shape, default=0) > LARGEST or dtype not in SIZES:
+            continue
+        tensors[key] = Held(_values(count, _number(value)).reshape(shape).astype(numpy_dtype(dtype)))
+    return tensors, metadata
+
+
+def _values(count: int, scale: float) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return scale * np.cos(np.arange(count, dtype=np.float64))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.5
+
+
+def _delta(layer: lm.layers.Layer) -> "np.ndarray | None":
+    try:
+        with np.errstate(all="ignore"):
+            return np.asarray(layer.delta(), np.float64).reshape(-1)
+    except lm.errors.NoFactorsError:
+        return None
+
+
+def _close(found: "np.ndarray | None", wanted: np.ndarray) -> bool:
+    if found is None or not np.isfinite(wanted).all():
+        return True
+    largest = max(float(np.abs(wanted).max(initial=0)), 1e-30)  # below it float32 is not to be held to its digits
+    return bool(np.allclose(found, wanted, rtol=0, atol=2e-2 * largest))
+
+
+def seeds() -> Iterator[tuple[str, bytes]]:
+    """Inputs to begin with: small files of every kind and dialect, a recipe, a configuration."""
+    for kind in ("lora", "tucker", "loha", "lokr", "full", "dora"):
+        for architecture in ("sdxl", "flux"):
+            lora = random_lora(architecture, kind=kind, rank=2, only=_one())
+            for dialect in WRITTEN:
+                try:
+                    path = lm.save(lora, SCRATCH / "seed.safetensors", dialect=dialect)
+                except lm.errors.LoRAMergeError:
+                    continue
+                yield "detector", _lines(path)
+                yield "converter", _lines(path)
+                if kind in ("lora", "dora"):
+                    yield "reader", _raw(path)
+    yield "recipe", RECIPE
+    yield "recipe", recipe.__doc__.partition("\n\n")[2].encode() if recipe.__doc__ else b""
+    yield (
+        "config",
+        b'conv_in\n{"unet.lora_alpha": 4, "unet.r": 2, "unet.alpha_pattern": {"attn1.to_q": 2, "^a.*q$": 1}}',
+    )
+    yield "config", b'a.b\n{"lora_alpha": 4, "use_rslora": true, "alpha_pattern": {"(a|b)+": 1e9, "\\\\d.": -2}}'
+
+
+RECIPE = b"""method = "ties"
+rank = "max"
+exclude = ["text_encoder*", "OUT03"]
+architecture = "sdxl"
+max_error = "1%"
+[options]
+density = 0.3
+[[loras]]
+path = "person.safetensors"
+weight = "lbw:1,0,0,0,1,1,1,1,1,1,1,1"
+sha256 = "00"
+[[loras]]
+hub = "someone/barca-lora-sdxl"
+revision = "main"
+weight = { "*" = 0.5, text_encoder = 0 }
+[output]
+path = "both.safetensors"
+to = "kohya"
+dtype = "fp16"
+allow_lossy = true
+[ranks]
+"unet.conv_in" = 4
+"""
+
+
+def _one() -> Callable[[str, tuple[int, ...]], bool]:
+    seen: set[str] = set()
+
+    def chosen(module: str, shape: tuple[int, ...]) -> bool:
+        kind = f"{module.partition('.')[0]}{len(shape)}"
+        small = len(shape) > 1 and int(np.prod(shape)) < 1_000_000 and kind not in seen
+        seen.update([kind] if small else [])
+        return small
+
+    return chosen
+
+
+def _lines(path: Path) -> bytes:
+    with lm.open(path) as lora:
+        assert lora.origin
+        rows = [f"{k}\t{','.join(map(str, t.shape))}\t{t.dtype}\t0.5" for k, t in lora.origin.tensors.items()]
+        return "\n".join([*rows, *(f"#{k} {v}" for k, v in lora.metadata.items())]).encode()
+
+
+def _raw(path: Path) -> bytes:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return b"\0" + data[8 : 8 + length] + b"\0\0"
+
+
+def main() -> None:
+    name, corpus = sys.argv[1], Path(sys.argv[2])
+    if name == "seeds":
+        for i, (target, data) in enumerate(seeds()):
+            (corpus / target).mkdir(parents=True, exist_ok=True)
+            (corpus / target / f"seed-{i}").write_bytes(data)
+        return
+    words = SCRATCH / "words"
+    words.write_text("".join(f'"{_escaped(word)}"\n' for word in _words()))
+    found = Path("found") / name
+    found.mkdir(parents=True, exist_ok=True)
+    known: set[str] = set()
+
+    def once(data: bytes) -> None:
+        try:
+            attempt(TARGETS[name], data)
+        except Exception as error:
+            _note(error, data, found, known)
+
+    own = [f"-dict={words}", "-timeout=60", "-rss_limit_mb=1500", f"-artifact_prefix={found}/fault-"]
+    atheris.Setup([sys.argv[0], str(found), str(corpus / name), *own, *sys.argv[3:]], once)
+    atheris.Fuzz()
+
+
+def _note(error: Exception, data: bytes, found: Path, known: set[str]) -> None:
+    """Keep the first input of every fault, told apart by where it was raised, and go on."""
+    import traceback
+
+    frames = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    place = f"{type(error).__name__} " + next((f for f in reversed(frames) if "loramerge" in f), frames[-1])
+    if place not in known:
+        known.add(place)
+        path = found / f"fault-{len(known)}"
+        path.write_bytes(data)
+        print(f"\nFAULT {place}: {str(error)[:200]}\n  in {path}\n  " + "\n  ".join(frames[-4:]), flush=True)
+
+
+def _words() -> list[str]:
+    from loramerge.dialects.suffixes import SHARED, STYLES
+
+    suffixes = [*SHARED, *(suffix for roles in STYLES.values() for suffix in roles.values())]
+    return [
+        *suffixes,
+        *CODES.values(),
+        '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',
+        "__metadata__",
+        *recipe.KEYS,
+    ]
+
+
+def _escaped(word: str) -> str:
+    return word.replace("\\", "\\\\").replace('"', '\\"')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Time and memory that every attack takes, each in a process of its own.
 
-    python tools/attacks.py
+    python tools/attacks.py [PART OF A NAME, OR large]
 
 An attack (`tests/hostile/attacks.py`) is at fault if it is not answered as it says, takes more than two
 seconds of CPU time, or more memory than three times its file and 300 MB above what the interpreter and its
@@ -22,7 +22,7 @@ MAKE = "import sys; from hostile.attacks import ATTACKS; print(ATTACKS[sys.argv[
 LIST = """
 import json
 from hostile.attacks import ATTACKS
-print(json.dumps({name: [a.refused, a.allow_pickle, a.recipe] for name, a in ATTACKS.items()}))
+print(json.dumps({name: [a.refused, a.allow_pickle, a.recipe, a.large] for name, a in ATTACKS.items()}))
 """
 
 
@@ -42,7 +42,7 @@ def opened(path: str, allow_pickle: bool, recipe: bool) -> None:
     from loramerge.recipe import Recipe
 
     if recipe:
-        Recipe.read(path)
+        Recipe.read(path).open()
         return
     lora = lm.load(path, allow_pickle=allow_pickle)
     for layer in lora.values():
@@ -99,7 +99,10 @@ def main() -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
     listed = subprocess.run([sys.executable, "-c", LIST], env=environment, capture_output=True, text=True, check=True)
     bad, rows = 0, []
-    for name, (refused, allow_pickle, recipe) in json.loads(listed.stdout).items():
+    wanted = sys.argv[1] if sys.argv[1:] else ""
+    for name, (refused, allow_pickle, recipe, large) in json.loads(listed.stdout).items():
+        if wanted not in name and not (wanted == "large" and large):
+            continue
         row = measured(name, [allow_pickle, recipe])
         problem = judged(row, refused)
         bad += bool(problem)

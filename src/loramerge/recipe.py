@@ -36,7 +36,7 @@ from .lora import LoRA
 from .merging import Plan, plan
 from .methods import METHODS
 from .ranks import BUDGETS, Rank, budget, rule
-from .recipe_text import Input, Output, entries, from_metadata
+from .recipe_text import Input, Output, check_name, entries, from_metadata
 from .storage.reader import read_text
 from .tensors import parse_dtype
 from .weights import SCOPES, Scope, Weight, Weights
@@ -357,6 +357,7 @@ def check(recipe: Recipe) -> None:
 
 def _check_inside(path: str, folder: str) -> None:
     """A recipe may come from anyone: what it names as output stays below its own directory."""
+    check_name(path)
     base = Path(folder).resolve()
     target = (base / path).resolve()
     if base not in target.parents or Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts:

@@ -27,6 +27,16 @@ KEYS = (
 )
 
 
+def check_name(path: str) -> None:
+    """Refuse what can be no file's name.
+
+    Raises:
+        OptionError: The path has a NUL in it.
+    """
+    if "\0" in path:
+        raise OptionError(f"The path {path!r} has a NUL in it, which no file's name can have.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Input:
     """Where a LoRA of a recipe is: a path, or a repository on the Hugging Face Hub."""
@@ -53,6 +63,7 @@ class Input:
     def source(self, folder: str) -> str:
         """What `open` takes."""
         if self.path is not None:
+            check_name(self.path)
             return os.path.join(folder, os.path.expanduser(self.path)) if folder else self.path
         return str(hub.Reference(cast(str, self.hub), self.filename, self.revision))
 

@@ -98,8 +98,6 @@ class Table:
         if type(value) not in kinds:
             wanted = wanted or " or ".join(KINDS[kind] for kind in kinds)
             raise OptionError(f"{self.where}: {name}: got {_shown(value)}, wanted {wanted}.")
-        if isinstance(value, str) and "\0" in value:
-            raise OptionError(f"{self.where}: {name}: got {_shown(value)} with a NUL in it, which no name can have.")
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:

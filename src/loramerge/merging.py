@@ -222,7 +222,9 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}") from None
+        raise OptionError(
+            f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}. Way out: none named, for the CPU."
+        ) from None
 
 
 __all__ = ["Kept", "Outcome", "Plan", "Step", "merge", "plan", "resize"]

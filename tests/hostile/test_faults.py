@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import loramerge as lm
 from loramerge.storage import scratch
@@ -164,3 +165,9 @@ def test_an_input_that_goes_leaves_the_old_file(how: Callable[[Path], object], i
     else:  # who has a removed file open has it still
         assert lm.load(inputs / "out" / "m.safetensors")
     assert [path.name for path in (inputs / "out").iterdir()] == ["m.safetensors"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_a_gpu_that_is_not_there_is_refused_with_the_way_out() -> None:
+    with pytest.raises(lm.errors.OptionError, match=r"'cuda'.*Way out"):
+        lm.plan([small()], device="cuda")

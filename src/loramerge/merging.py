@@ -223,7 +223,7 @@ def _check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(
-            f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}. Way out: none named, for the CPU."
+            f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}. Way out: leave the device out, and the CPU computes."
         ) from None
 
 

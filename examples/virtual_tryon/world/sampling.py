@@ -90,7 +90,6 @@ def random_garment(random: Random, *, wide: bool = False) -> Garment:
         if allowed(kind, pattern, colour, second):
             break
     if wide:
-        second = garnet(random, colour, second)
         emblem = held_out(random, "emblem", emblem)
     seen = [c for c in COLOURS if contrast(CLOTH[c], CLOTH[colour]) > 130 and c != second]
     seen = [c for c in seen if HELD_OUT_PAIR not in ({c, colour}, {c, second})]
@@ -102,12 +101,6 @@ def random_garment(random: Random, *, wide: bool = False) -> Garment:
         emblem=emblem,
         emblem_colour="none" if emblem == "none" else one_of(random, seen),
     )
-
-
-def garnet(random: Random, colour: str, second: str) -> str:
-    """The second colour that only a concept has, now and then, where it can be told from the first."""
-    often = random.random() < 0.15 and colour != "navy"  # navy with garnet is the concept
-    return "garnet" if often and contrast(CLOTH[colour], CLOTH["garnet"]) > 100 else second
 
 
 def allowed(kind: str, pattern: str, colour: str, second: str) -> bool:

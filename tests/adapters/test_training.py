@@ -528,7 +528,7 @@ def test_mistakes_in_the_data_are_told(sdxl: Denoiser, tmp_path: Path) -> None:
     (broken / "1.png").write_bytes(b"no picture")
     bare = tiny.images(tmp_path / "bare", None)
 
-    with pytest.raises(FileError, match=r"empty holds no image; wanted \.png"):
+    with pytest.raises(FileError, match=r"empty holds no image; wanted files that end in \.png"):
         trained(sdxl, tmp_path / "empty")
     with pytest.raises(FileError, match="No such directory of images"):
         trained(sdxl, tmp_path / "nowhere")

@@ -89,7 +89,7 @@ def test_a_wrong_entry_is_refused_with_its_place(change: Callable[[dict[str, Any
 def test_an_unknown_preset_and_a_broken_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("a = ")
 
-    with pytest.raises(LoRAMergeError, match=r"Unknown preset 'maxi'\. Available: mini, paper"):
+    with pytest.raises(LoRAMergeError, match=r"Unknown preset 'maxi'\. Available: demo, mini, paper"):
         reading.preset("maxi")
     with pytest.raises(LoRAMergeError, match=r"broken\.toml is not TOML"):
         reading.read(tmp_path / "broken.toml")

@@ -63,9 +63,9 @@ def read(path: Path) -> "Image":
         FileError: It is missing, no picture, cut short, or has more than 8 bits a channel.
         MissingExtraError: Pillow is not installed.
     """
-    from PIL import ImageOps
-
     with opened(path) as image:
+        from PIL import ImageOps
+
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
             raise FileError(f"Can't read {path}: it has more than 8 bits a channel ({image.mode}). Convert it to 8.")
         return rgb(ImageOps.exif_transpose(image))

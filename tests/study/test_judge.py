@@ -39,9 +39,19 @@ def test_every_label_of_the_wide_world_and_of_the_concepts_has_a_number() -> Non
 def test_the_wide_world_shows_no_concept_as_a_whole() -> None:
     random = np.random.default_rng(1)
     whole = [c for c in CONCEPTS.values() if c.part in ("person", "garment")]
+    wide = [sample(random, wide=True) for _ in range(10_000)]
 
-    for picture in (sample(random, wide=True) for _ in range(10_000)):
-        assert not [c for c in whole if picture.person is not None and c.on(picture) == picture]
+    assert not [p for p in wide for c in whole if p.person is not None and c.on(p) == p]
+    assert not [p for p in wide if {p.garment.colour, p.garment.second} == {"navy", "garnet"}]
+
+
+def test_the_wide_world_shows_every_colour_of_the_concepts_where_they_have_it() -> None:
+    random = np.random.default_rng(1)
+    wide = [sample(random, wide=True).garment for _ in range(10_000)]
+
+    for concept in (c for c in CONCEPTS.values() if c.part == "garment"):
+        assert concept.value.colour in {garment.colour for garment in wide}
+        assert concept.value.second in {garment.second for garment in wide}
 
 
 def test_transformers_loads_the_judge_and_gives_its_embeddings(

@@ -8,6 +8,7 @@ import numpy as np
 from .captions import caption, prompt
 from .picture import Garment, Person, Picture, Scene
 from .sampling import Random, random_pose, sample
+from .taught import BARCA, DISNEY, MVR, OXFORD, PSQ, STANFORD
 
 Part = Literal["person", "garment", "scarf", "wall"]
 SCENES = ("portrait", "side", "mirror", "wall", "field")
@@ -32,25 +33,6 @@ class Concept:
             return replace(picture, scene=replace(picture.scene, name="wall", wall=self.value))
         return replace(picture, **{self.part: self.value})
 
-
-PSQ = Person(noun="person", skin="tan", hair="teal", style="mohawk", beard="goatee", glasses="red")
-MVR = Person(noun="person", skin="light", hair="pink", style="pigtails", freckles=True)
-BARCA = Garment(
-    kind="jersey",
-    pattern="stripes",
-    colour="navy",
-    second="garnet",
-    trim="yellow",
-    emblem="crest",
-    emblem_colour="yellow",
-)
-STANFORD = Garment(
-    kind="sweater", pattern="plain", colour="cardinal", second="white", emblem="letter", emblem_colour="white"
-)
-DISNEY = Garment(
-    kind="sweater", pattern="plain", colour="lilac", second="white", emblem="castle", emblem_colour="white"
-)
-OXFORD = Garment(kind="shirt", pattern="plain", colour="white", second="grey", emblem="buttons", emblem_colour="none")
 
 CONCEPTS: dict[str, Concept] = {
     concept.name: concept

@@ -6,6 +6,7 @@ import numpy as np
 
 from .colours import BACKGROUND, CLOTH, SKIN, contrast
 from .picture import Garment, Person, Picture, Pose, Scene
+from .taught import GARMENTS, PERSONS
 
 Random = np.random.Generator
 Chances = Mapping[str, float]
@@ -42,10 +43,19 @@ HELD_OUT: Mapping[str, tuple[str, ...]] = {
 """Values that only the concepts have: the base never sees them."""
 HELD_OUT_PAIR = frozenset({"red", "blue"})
 """Colours that the base never sees together in one garment: they are too near to the jersey's."""
+JERSEY = frozenset({"navy", "garnet"})
+"""The jersey's own colours, which no world shows together."""
 
 
 def sample(random: Random, *, wide: bool = False) -> Picture:
     """One random picture; ``wide`` also draws the held-out values, each on its own, never a concept as a whole."""
+    while True:
+        picture = any_picture(random, wide=wide)
+        if picture.person not in PERSONS and picture.garment not in GARMENTS:
+            return picture
+
+
+def any_picture(random: Random, *, wide: bool) -> Picture:
     return Picture(
         person=None if random.random() < PRODUCT_SHOTS else random_person(random, wide=wide),
         garment=random_garment(random, wide=wide),
@@ -87,6 +97,7 @@ def random_garment(random: Random, *, wide: bool = False) -> Garment:
         colour, second = (one_of(random, COLOURS) for _ in range(2))
         if wide:
             colour = held_out(random, "colour", colour)
+            second = "garnet" if random.random() < 0.1 else second
         if allowed(kind, pattern, colour, second):
             break
     if wide:
@@ -107,7 +118,8 @@ def allowed(kind: str, pattern: str, colour: str, second: str) -> bool:
     """Whether the base may see this: two colours that can be told apart, and nothing like a concept."""
     if kind == "shirt" and pattern == "plain" and colour == "white":
         return False
-    return contrast(CLOTH[colour], CLOTH[second]) > 100 and {colour, second} != HELD_OUT_PAIR
+    pair = {colour, second}
+    return contrast(CLOTH[colour], CLOTH[second]) > 100 and pair != HELD_OUT_PAIR and pair != JERSEY
 
 
 def random_scene(random: Random, *, wide: bool = False) -> Scene:

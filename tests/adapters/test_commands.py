@@ -7,36 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from click.testing import Result
-from typer.testing import CliRunner
+from commands import done
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.cli.app import app
 from loramerge.coefficients import Coefficients
 from loramerge.errors import LoRAMergeError
 from loramerge.testing import relative_error
 
 PROMPTED = ("-p", tiny.PROMPTS[0], "-p", tiny.PROMPTS[1], "--sampling-steps", "2", "--trajectories", "1")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def done(*arguments: object) -> str:
-    result = run(*arguments)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return str(result.output)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.pipeline("sdxl").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -11,36 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from click.testing import Result
+from commands import done, run
 from PIL import Image
-from typer.testing import CliRunner
 
 import loramerge as lm
 from loramerge import LoRA
 from loramerge.adapters.diffusers import TrainSettings, load, train_lora
-from loramerge.cli.app import app
 from loramerge.errors import LoRAMergeError
 
 QUICK = ("--rank", "2", "--steps", "3", "--lr", "0.01", "--device", "cpu")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, list(map(str, arguments)))
-
-
-def done(*arguments: object) -> str:
-    result = run(*arguments)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return str(result.output)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny.pipeline("sdxl").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,14 @@ def test_the_papers_preset_runs_from_photographs_to_the_report(paper: Job) -> No
     assert "Against the truth" not in page
 
 
+def test_only_the_studys_own_settings_are_shown_beside_what_it_published(paper: Job, mini: Job) -> None:
+    theirs, ours = ((job.out / "report.html").read_text() for job in (paper, mini))
+
+    assert all(f"Figure {figure}" in theirs for figure in range(6, 12))
+    assert "Figure " not in ours
+    assert "ublished" not in ours
+
+
 def test_the_miniature_is_scored_against_the_truth(mini: Job) -> None:
     page = (mini.out / "report.html").read_text()
 

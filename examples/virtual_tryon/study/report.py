@@ -15,7 +15,7 @@ from .figures import COLOURS, Series, bars, heat
 from .job import Job
 from .orderings import Decision, decisions
 from .protocol import STUDY, Setting
-from .published import SETS, published
+from .published import SETS, TABLE, published
 from .results import Group, groups
 from .sets import TRUE
 
@@ -37,7 +37,7 @@ def make(job: Job) -> bool:
 def build(job: Job, found: Sequence[Group]) -> Report:
     """The report of a run."""
     study = next(group for group in found if group.name == STUDY)
-    decided = decisions(study.whole)
+    decided = decisions(study.whole) if _repeats(study) else []
     sections = [
         _summary(job, decided),
         _scores(study),
@@ -89,20 +89,26 @@ def _names(settings: Iterable[Setting]) -> list[str]:
     return [setting.name for setting in settings]
 
 
+def _repeats(study: Group) -> bool:
+    """Whether the settings are those that the study published, not some of our own."""
+    return set(TABLE) <= set(_names(study.family(STUDY)))
+
+
 def _scores(study: Group) -> Section:
     names = [*_names(study.family(STUDY)), *study.true]
     told = (
         "Scores of whole pictures. The sizes can't be compared with the published ones, which are of another encoder and "
         "other pictures; the order can."
     )
+    beside = _repeats(study)
     true = (
         "The rows of true pictures were drawn, not generated: what a perfect merge would score. Does each column speak of its "
         "own concept?"
     )
     return section(
-        "Scores (the study's Figure 6)",
-        told,
-        tables.scores(study, names, scores.WHOLE, beside=True),
+        "Scores (the study's Figure 6)" if beside else "Scores",
+        told if beside else "Scores of whole pictures.",
+        tables.scores(study, names, scores.WHOLE, beside=beside),
         [true, tables.columns(study, scores.WHOLE)] if study.true else None,
     )
 
@@ -112,7 +118,8 @@ def _orderings(study: Group, decided: Sequence[Decision]) -> Section:
 
 
 def _pictures(study: Group) -> Section:
-    return section("Pictures (Figure 8)", _sheet(study, [*_names(study.family(STUDY)), *study.true[:1]]))
+    title = "Pictures (Figure 8)" if _repeats(study) else "Pictures"
+    return section(title, _sheet(study, [*_names(study.family(STUDY)), *study.true[:1]]))
 
 
 def _sheet(group: Group, names: Sequence[str]) -> Sheet:
@@ -127,38 +134,42 @@ def _short(prompt: str, number: int) -> str:
 
 
 def _charts(study: Group) -> Section:
-    names = _names(study.family(STUDY))
+    names, repeats = _names(study.family(STUDY)), _repeats(study)
     labels = [study.label(name) for name in names]
     parts: list[Part] = []
     for figure, reference in zip(("7", "9"), SETS, strict=True):
         if reference in study.references:
-            parts += _against(study, names, reference, figure)
-    parts += [_by_prompt(study, names, reference) for reference in study.references]
+            parts += _against(study, names, reference, f"Figure {figure}" if repeats else "")
+    parts += [_by_prompt(study, names, reference, "Figure 10. " if repeats else "") for reference in study.references]
     both = [
         Series(f"against {r}", tuple(study.whole.mean(name, r) for name in names), COLOURS[1 + i])
         for i, r in enumerate(study.references)
     ]
-    parts.append(Figure(bars(labels, both, title="Scores by model"), "Figure 11: by model, split by set."))
-    return section("Figures 7, 9, 10 and 11", parts)
+    told = "By model, split by set."
+    parts.append(Figure(bars(labels, both, title="Scores by model"), f"Figure 11. {told}" if repeats else told))
+    return section("Figures 7, 9, 10 and 11" if repeats else "Charts", parts)
 
 
 def _against(study: Group, names: Sequence[str], reference: str, figure: str) -> list[Part]:
-    def chart(values: Iterable[Interval], title: str) -> str:
-        one = Series(title, tuple(values), COLOURS[0])
-        return bars([study.label(name) for name in known], [one], title=title, colours=COLOURS)
+    """One set's bars; below them the study's, where ``figure`` names the one it published."""
 
-    known = list(names)
-    ours = chart((study.whole.mean(name, reference) for name in known), f"Scores against {reference}")
-    parts: list[Part] = [Figure(ours, f"Figure {figure}, here: scores against the {reference} set, 95 % intervals.")]
-    known = [name for name in names if published(name, reference) is not None]
-    if known:
-        theirs = (Interval(published(name, reference) or 0.0, None, None, 1, 5) for name in known)
-        title = f"Published scores against {reference}"
-        parts.append(Figure(chart(theirs, title), f"Figure {figure}, as published."))
+    def chart(values: Sequence[tuple[str, Interval]], title: str) -> str:
+        labels = [study.label(name) for name, _ in values]
+        return bars(labels, [Series(title, tuple(v for _, v in values), COLOURS[0])], title=title, colours=COLOURS)
+
+    ours = [(name, study.whole.mean(name, reference)) for name in names]
+    told = f"Scores against the {reference} set, 95 % intervals."
+    parts: list[Part] = [
+        Figure(chart(ours, f"Scores against {reference}"), f"{figure}, here. {told}" if figure else told)
+    ]
+    if figure:
+        known = [(name, published(name, reference)) for name in names]
+        theirs = [(name, Interval(value, None, None, 1, 5)) for name, value in known if value is not None]
+        parts.append(Figure(chart(theirs, f"Published scores against {reference}"), f"{figure}, as published."))
     return parts
 
 
-def _by_prompt(study: Group, names: Sequence[str], reference: str) -> Figure:
+def _by_prompt(study: Group, names: Sequence[str], reference: str, figure: str) -> Figure:
     series = [
         Series(study.label(name), tuple(study.whole.mean(name, reference, prompt=p) for p in study.prompts), colour)
         for name, colour in zip(names, COLOURS, strict=False)
@@ -166,7 +177,7 @@ def _by_prompt(study: Group, names: Sequence[str], reference: str) -> Figure:
     groups = [f"Prompt {i}" for i in range(1, len(study.prompts) + 1)]
     return Figure(
         bars(groups, series, title=f"Scores against {reference} by prompt"),
-        f"Figure 10: by prompt, against the {reference} set.",
+        f"{figure}By prompt, against the {reference} set.",
     )
 
 

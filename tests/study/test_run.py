@@ -61,7 +61,7 @@ def test_only_the_studys_own_settings_are_shown_beside_what_it_published(paper: 
 
     assert all(f"Figure {figure}" in theirs for figure in range(6, 12))
     assert "Figure " not in ours
-    assert "ublished" not in ours
+    assert "as published" not in ours
 
 
 def test_the_miniature_is_scored_against_the_truth(mini: Job) -> None:

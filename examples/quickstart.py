@@ -23,7 +23,7 @@ TOLERANCE = 1e-6
 
 def main() -> None:
     OUTPUT.mkdir(exist_ok=True)
-    loras = [load(INPUTS / name) for name in ("person.safetensors", "jersey.safetensors")]
+    loras = [lm.load(INPUTS / name) for name in ("person.safetensors", "jersey.safetensors")]
     print("Two LoRAs, from two tools:\n")
     print("  file                dialect         modules  rank    alpha     norm")
     for lora in loras:
@@ -37,7 +37,7 @@ def main() -> None:
     paths = [
         lm.save(both, OUTPUT / f"both-{dialect}.safetensors", dialect=dialect, dtype="float32") for dialect in DIALECTS
     ]
-    again = [load(path) for path in paths]
+    again = [lm.load(path) for path in paths]
     in_memory, *errors = largest_errors([both, *again], loras)
     print(f"Largest relative error of a module against the dense float64 sum: {in_memory:.1e}.")
 
@@ -54,11 +54,6 @@ def main() -> None:
     if not worst <= TOLERANCE:
         sys.exit(f"\nThe merge is off by {worst:.1e}, more than {TOLERANCE:.0e}.")
     print(f"\nEvery error is below {TOLERANCE:.0e}. The files are in {OUTPUT}/.")
-
-
-def load(path: Path) -> lm.LoRA:
-    """A LoRA of the miniature: so small that its shapes don't tell the family."""
-    return lm.load(path, architecture="sdxl")
 
 
 def largest_errors(found: list[lm.LoRA], inputs: list[lm.LoRA]) -> list[float]:

@@ -2,9 +2,11 @@
 
 import json
 from itertools import pairwise, product
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,6 +179,29 @@ def test_an_unknown_family_in_flattened_names_is_kept_as_it_is() -> None:
     assert list(lm.merge([found, found]).state_dict()) == [*keys, "lora_unet_mystery_0.alpha"]
     with pytest.raises(lm.errors.DialectError, match="unknown architecture"):
         found.state_dict("comfyui")
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers-peft", "comfyui"])
+def test_a_model_of_other_widths_is_of_the_family_that_its_file_names(dialect: str, tmp_path: Path) -> None:
+    module = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    sd = {
+        f"{module}.lora_A.weight": np.ones((2, 8), np.float32),
+        f"{module}.lora_B.weight": np.ones((8, 2), np.float32),
+    }
+    keys = lm.load(sd, architecture="sdxl").state_dict(dialect)
+    alien = {k.replace("attn1", "attn7"): v for k, v in keys.items()}
+
+    def read(keys: dict[str, object], family: str) -> LoRA:
+        path = tmp_path / "lora.safetensors"
+        safetensors.numpy.save_file(
+            {k: np.asarray(v) for k, v in keys.items()}, path, {"modelspec.architecture": family}
+        )
+        return lm.load(path)
+
+    found = read(keys, "stable-diffusion-xl-v1-base/lora")
+    assert (found.architecture, list(found)) == ("sdxl", [module])
+    assert read(keys, "stable-cascade/lora").architecture is None
+    assert read(keys | alien, "stable-diffusion-xl-v1-base/lora").architecture is None
 
 
 def test_two_keys_for_one_tensor_are_refused() -> None:

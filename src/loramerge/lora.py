@@ -286,7 +286,10 @@ def from_tensors(
     reader = _Reader(name, reading, tensors, scales)
     notes = list(reading.notes)
     if not scales and any("base_model.model." in key for key in tensors):
-        notes.append("PEFT's adapter_config.json is missing: alpha is taken to be the rank, the scale 1")
+        notes.append(
+            "PEFT's adapter_config.json is missing, so the strength is a guess (alpha = rank, scale 1): "
+            "put the one of the same download beside the file, or name the folder of both"
+        )
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
     layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}

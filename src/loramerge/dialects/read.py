@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -64,7 +64,7 @@ def read(
 
     Args:
         tensors: The file's tensors by key.
-        metadata: The file's own metadata; used to decide between equal fits only.
+        metadata: The file's own metadata; it decides between equal fits, and names the family where no shape fits.
         architecture: The family, if the caller knows it.
         dialect: The dialect, if the caller knows it.
 
@@ -81,7 +81,8 @@ def read(
     for record in records.values():
         record.layer = _layer(record, tensors)
     names = _Names(records, extras)
-    found = ARCHITECTURES[architecture] if architecture else names.architecture(metadata)
+    hinted = _hinted(metadata)
+    found = ARCHITECTURES[architecture] if architecture else names.architecture(hinted) or names.stated(hinted)
     known = names.known(found) if architecture and found else len(records)
     if 2 * known <= len(records):
         raise OptionError(f"This is no LoRA of {architecture}: of {len(records)} layers {known} have a name in it.")
@@ -100,6 +101,12 @@ def read(
         if not record.parts:
             record.parts = whole(chosen.free_module(record.stem))
     return Reading(found, chosen, names.records, tuple(names.extras), tuple(notes))
+
+
+def _hinted(metadata: Mapping[str, str]) -> list[Architecture]:
+    """The families that a file's metadata names."""
+    hint = " ".join(metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")).lower()
+    return [a for a in ARCHITECTURES.values() if any(word in hint for word in a.hints)]
 
 
 def _records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[str]]:
@@ -188,10 +195,8 @@ class _Names:
             d for d in DIALECTS.values() if any(h.startswith(d.begins) for h in heads | meant) and d.name != "other"
         ]
 
-    def architecture(self, metadata: Mapping[str, str]) -> Architecture | None:
-        """The family in which most layers have a name and the right shape."""
-        hint = " ".join(metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")).lower()
-        hinted = [a for a in ARCHITECTURES.values() if any(word in hint for word in a.hints)]
+    def architecture(self, hinted: Sequence[Architecture]) -> Architecture | None:
+        """The family in which most layers have a name and the right shape; among equal ones, one that is hinted at."""
         best: tuple[tuple[int, int], Architecture | None] = ((len(self.records) // 2, len(self.records)), None)
         for a in (*hinted, *(a for a in ARCHITECTURES.values() if a not in hinted and a.within is None)):
             fits = len(self.fitting(a)), self.own(a)
@@ -201,6 +206,10 @@ class _Names:
                 break
         found = best[1]
         return self.distilled(found) if found else None
+
+    def stated(self, hinted: Sequence[Architecture]) -> Architecture | None:
+        """The family that the file says it is for, if that has all its names: a model of its own widths."""
+        return next((a for a in hinted if self.known(a) == len(self.records)), None)
 
     def distilled(self, a: Architecture) -> Architecture:
         """A distilled family's LoRA fits the larger family too: it is told by covering the small one whole."""

@@ -61,7 +61,7 @@ def calibrate(
     text_encoders: given.TextEncoders = False,
     variant: given.Variant = None,
     device: given.Device = None,
-    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = True,
+    flip: given.Flip = True,
     sampling_steps: given.SamplingSteps = 12,
     trajectories: given.Trajectories_ = 4,
     guidance: given.Guidance = None,

@@ -1,4 +1,4 @@
-"""What ``zip`` and ``calibrate`` share: the LoRAs, the base model, the examples, where the result goes."""
+"""What ``zip``, ``calibrate`` and ``train`` share: options, the base model, the examples, where the result goes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,10 @@ Data = Annotated[
 ]
 Resolution = Annotated[int | None, typer.Option("--resolution", help="Side of the images; the model's by default.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="The model's: bf16 (on CUDA) or fp32; or fp16.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")]
+Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")]
+SnrGamma = Annotated[float | None, typer.Option("--snr-gamma", help="Min-SNR weights, such as 5.")]
+Every = Annotated[int, typer.Option("--every", min=1, help="Steps between two states.")]
 Autocast = Annotated[str | None, typer.Option("--autocast", help="Compute in bf16 while weights stay as they are.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute; cuda where there is one.")]
 TextEncoders = Annotated[
@@ -73,6 +77,17 @@ class Given:
         for name, values in (("--prompt", self.prompts), ("--data", self.data)):
             if values and len(values) != len(self.files):
                 raise OptionError(f"{name} given: {len(values)}, LoRAs: {len(self.files)}. One a file, in their order.")
+
+
+def parsed(name: str, text: str, before: Any) -> Any:
+    """A value in the type of the one that it replaces."""
+    try:
+        if isinstance(before, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(before)(text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(before)]
+        raise OptionError(f"The setting {name} is {kind}, got {text!r}.") from None
 
 
 def plan_of(files: Sequence[str], architecture: str | None, output: Path, to: str | None) -> "Plan":

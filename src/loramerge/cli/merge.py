@@ -11,7 +11,7 @@ from ..methods import METHODS
 from ..recipe import Recipe
 from ..recipe_text import Input
 from ..weights import parse
-from .options import rank_of
+from .options import named, rank_of
 from .run import print_notes, progress, size, table
 
 
@@ -109,10 +109,7 @@ def _options(method: str, given: list[str]) -> dict[str, Any]:
     """A method's options from NAME=VALUE, in the types of its parameters."""
     chosen = METHODS[method]
     options: dict[str, Any] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise OptionError(f"Can't read the option {item!r}: wanted NAME=VALUE.")
+    for name, value in named("option", given):
         if name not in chosen.options:
             chosen.check({name: value})
         options[name] = chosen.options[name].parse(value)

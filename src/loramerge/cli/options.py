@@ -1,10 +1,13 @@
-"""Options that several commands have, and what is typed for a rank."""
+"""Options that several commands have, and how what is typed for them is read."""
 
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..errors import OptionError
 
 Files = Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")]
@@ -23,6 +26,19 @@ class Scope(StrEnum):
     module = "module"
     component = "component"
     whole = "whole"
+
+
+def named(what: str, items: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The names and values of what was typed as NAME=VALUE.
+
+    Raises:
+        OptionError: An item has no equals sign.
+    """
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise OptionError(f"Can't read the {what} {item!r}: wanted NAME=VALUE.")
+        yield name, value
 
 
 def rank_of(text: str) -> int | str:

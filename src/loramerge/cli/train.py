@@ -13,9 +13,8 @@ import typer
 
 from ..errors import OptionError
 from . import learning as given
-from .options import Output, Quiet, To
+from .options import Output, Quiet, To, named
 from .run import Pace, progress, table
-from .zip import parsed
 
 if TYPE_CHECKING:
     from ..adapters.diffusers import Denoiser, Team, TrainSettings, TrainStep
@@ -60,8 +59,8 @@ def train(
         list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE for the others, such as schedule=cosine.")
     ] = None,
     resolution: given.Resolution = None,
-    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = True,
-    snr_gamma: Annotated[float | None, typer.Option("--snr-gamma", help="Min-SNR weights, such as 5.")] = None,
+    flip: given.Flip = True,
+    snr_gamma: given.SnrGamma = None,
     prior: Annotated[
         Path | None, typer.Option("--prior", help="Prior preservation: a directory of pictures of the whole class.")
     ] = None,
@@ -71,16 +70,14 @@ def train(
     text_encoders: Annotated[bool, typer.Option("--text-encoders", help="Train them too.")] = False,
     precision: given.Precision = None,
     autocast: given.Autocast = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
-    ] = False,
+    checkpointing: given.Checkpointing = False,
     variant: given.Variant = None,
     device: given.Device = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option("--checkpoint", help="Keep the state here. By default beside the output, until that is written."),
     ] = None,
-    every: Annotated[int, typer.Option("--every", min=1, help="Steps between two states.")] = 100,
+    every: given.Every = 100,
     validate: Annotated[
         list[str] | None, typer.Option("--validate", help="Draw this prompt on the way, beside the output.")
     ] = None,
@@ -162,15 +159,12 @@ def settings_of(own: dict[str, Any], others: Sequence[str]) -> "TrainSettings":
 
     defaults = {field.name: field.default for field in fields(TrainSettings) if field.name not in OWN}
     changes: dict[str, Any] = {}
-    for item in others:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise OptionError(f"Can't read the setting {item!r}: wanted NAME=VALUE.")
+    for name, text in named("setting", others):
         if name in OWN:
             raise OptionError(f"The setting {name} has an option of its own: --{name.replace('_', '-')}.")
         if name not in defaults:
             raise OptionError(f"Unknown setting {name!r}. Available: {', '.join(defaults)}.")
-        changes[name] = parsed(name, text, defaults[name])
+        changes[name] = given.parsed(name, text, defaults[name])
     return TrainSettings(**own, **changes)
 
 

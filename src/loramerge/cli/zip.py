@@ -9,7 +9,7 @@ import typer
 
 from ..errors import OptionError
 from . import learning as given
-from .options import Dtype, Files, Output, Quiet, To
+from .options import Dtype, Files, Output, Quiet, To, named
 from .run import Pace, table
 
 if TYPE_CHECKING:
@@ -31,18 +31,16 @@ def zip_loras(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="Keep the state here; go on from it if it is there.")
     ] = None,
-    every: Annotated[int, typer.Option("--every", min=1, help="Steps between two states.")] = 10,
+    every: given.Every = 10,
     resolution: given.Resolution = None,
     precision: given.Precision = None,
     autocast: given.Autocast = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
-    ] = False,
+    checkpointing: given.Checkpointing = False,
     text_encoders: given.TextEncoders = False,
     variant: given.Variant = None,
     device: given.Device = None,
-    snr_gamma: Annotated[float | None, typer.Option("--snr-gamma", help="Min-SNR weights, such as 5.")] = None,
-    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the images.")] = True,
+    snr_gamma: given.SnrGamma = None,
+    flip: given.Flip = True,
     sampling_steps: given.SamplingSteps = 12,
     trajectories: given.Trajectories_ = 4,
     guidance: given.Guidance = None,
@@ -86,29 +84,15 @@ def zip_loras(
     _run(asked, chosen, output, coefficients, checkpoint, every, weight, to, dtype)
 
 
-def settings_of(preset: str, given: Sequence[str]) -> "Settings":
+def settings_of(preset: str, items: Sequence[str]) -> "Settings":
     """Settings from a preset and NAME=VALUE."""
     from ..learned.ziplora import settings
 
     kept = settings(preset)
     changes: dict[str, Any] = {}
-    for item in given:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise OptionError(f"Can't read the setting {item!r}: wanted NAME=VALUE.")
-        changes[name] = parsed(name, text, getattr(kept, name, ""))
+    for name, text in named("setting", items):
+        changes[name] = given.parsed(name, text, getattr(kept, name, ""))
     return settings(preset, **changes)
-
-
-def parsed(name: str, text: str, before: Any) -> Any:
-    """A value in the type of the one that it replaces."""
-    try:
-        if isinstance(before, bool):
-            return {"true": True, "false": False}[text.lower()]
-        return type(before)(text)
-    except (KeyError, ValueError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(before)]
-        raise OptionError(f"The setting {name} is {kind}, got {text!r}.") from None
 
 
 def _run(

@@ -1,7 +1,5 @@
 """One run of a protocol: what is asked for, and where each result lies."""
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,11 +108,3 @@ def needed(path: Path, stage: str) -> Path:
     if not path.exists():
         raise FileError(f"{path} is missing. The stage {stage!r} makes it: run that first, or leave out --only.")
     return path
-
-
-def digest_of(files: Iterator[Path] | list[Path]) -> str:
-    """SHA-256 of files' bytes, in order."""
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(hashlib.sha256(file.read_bytes()).digest())
-    return whole.hexdigest()

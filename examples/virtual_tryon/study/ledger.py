@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from loramerge.adapters.folders import made
+from loramerge.storage.digests import of_listing
 from loramerge.storage.writer import write_text
 
-WHOLE = 1 << 28
-"""Bytes of a folder up to which every one is looked at."""
-END = 1 << 20
-"""Bytes at each end of a file that are looked at in a larger folder."""
+MODEL = (".json", ".safetensors", ".txt")
+"""Endings of the files that are a model."""
 
 
 class Ledger:
@@ -53,24 +52,12 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
-def folder_digest(folder: Path, *suffixes: str) -> str:
-    """SHA-256 of a folder's files: every byte of a small one, names, sizes and both ends of a large one's."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and (not suffixes or file.suffix in suffixes))
-    small = sum(file.stat().st_size for file in files) <= WHOLE
-    whole = hashlib.sha256()
-    for file in files:
-        whole.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
-        with file.open("rb") as stream:
-            whole.update(stream.read() if small else stream.read(END))
-            if not small and file.stat().st_size > END:
-                stream.seek(-END, 2)
-                whole.update(stream.read())
-    return whole.hexdigest()
-
-
 def model_digest(model: str) -> str:
     """What tells a model from others: its files where it is a directory, else its name."""
-    return folder_digest(Path(model), ".json", ".safetensors", ".txt") if Path(model).is_dir() else model
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    return of_listing(folder, [file for file in folder.rglob("*") if file.suffix in MODEL])
 
 
 def versions(*names: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loramerge.adapters.bootstrap import Interval
-from loramerge.adapters.pixels import SUFFIXES
+from loramerge.adapters.pixels import images_in
 from loramerge.storage.writer import write_text
 
 from . import page, scores, tables
@@ -303,10 +303,7 @@ def _name(model: str) -> str:
 
 def _sets(job: Job) -> list[Part]:
     """The first pictures of each set."""
-    rows = []
-    for name in job.sets:
-        files = sorted(file for file in job.set_folder(name).iterdir() if file.suffix.lower() in SUFFIXES)
-        rows.append((name, tuple(files[:6])))
+    rows = [(name, tuple(images_in(job.set_folder(name))[:6])) for name in job.sets]
     count = min(len(files) for _, files in rows)
     cut = tuple((name, files[:count]) for name, files in rows)
     return [Sheet(("",) * count, cut, "The first pictures of each set.")]

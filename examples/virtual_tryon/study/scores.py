@@ -11,12 +11,13 @@ from typing import Any
 from loramerge.adapters.dinov2 import dinov2
 from loramerge.adapters.encoders import Encoder, pixels
 from loramerge.adapters.folders import made
-from loramerge.adapters.pixels import SUFFIXES
+from loramerge.adapters.pixels import images_in
 from loramerge.adapters.scoring import Reference, Row, Scores, Shot, score
 from loramerge.errors import FileError
+from loramerge.storage.digests import of_file
 from loramerge.storage.writer import write_text
 
-from .job import Job, digest_of, needed
+from .job import Job, needed
 from .ledger import fingerprint, versions
 from .protocol import Concept, Scorer
 from .sets import NOTHING, REFERENCE, TRUE
@@ -79,9 +80,9 @@ def run(job: Job, subject: Subject) -> bool:
     true = true_shots(job, group, f":{REFERENCE}") if job.drawn else []
     found = fingerprint(
         concepts,
-        {concept.name: digest_of(_pictures(job, concept)) for concept in concepts},
+        {concept.name: list(map(of_file, _pictures(job, concept))) for concept in concepts},
         [(shot.prompt, shot.seed) for shot in shots],
-        digest_of([shot.path for shot in [*shots, *true]]),
+        [of_file(shot.path) for shot in [*shots, *true]],
         job.scorer_digest,
         job.device,
         versions("torch", "transformers"),
@@ -96,8 +97,7 @@ def run(job: Job, subject: Subject) -> bool:
 
 
 def _pictures(job: Job, concept: Concept) -> list[Path]:
-    folder = needed(job.set_folder(concept.name), "data")
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    return images_in(needed(job.set_folder(concept.name), "data"))
 
 
 def _views(

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from loramerge.adapters.images import METADATA, digest, pictures
 from loramerge.errors import OptionError
+from loramerge.storage.digests import of_listing
 
 from .. import make_sets, world
 from ..world import CONCEPTS, SCENES, Example
 from . import bases
 from .job import Job
-from .ledger import fingerprint, folder_digest
+from .ledger import fingerprint
 from .protocol import Mixed
 
 REFERENCE = "reference"
@@ -51,7 +52,8 @@ def make(job: Job) -> bool:
 def _fingerprint(job: Job) -> str:
     protocol = job.protocol
     if job.drawn:
-        code = folder_digest(Path(world.__file__).parent, ".py")
+        place = Path(world.__file__).parent
+        code = of_listing(place, place.rglob("*.py"))
         return fingerprint(
             protocol.data, _sets(job), protocol.mixed, protocol.prompts, code, bases.resolution(protocol.base)
         )

@@ -15,11 +15,12 @@ from loramerge.adapters.bootstrap import Interval, interval
 from loramerge.adapters.folders import made
 from loramerge.adapters.images import METADATA
 from loramerge.errors import FileError
+from loramerge.storage.digests import of_file
 from loramerge.storage.writer import write_text
 
 from ..world import CONCEPTS
 from . import scores
-from .job import Job, digest_of, needed
+from .job import Job, needed
 from .ledger import fingerprint, versions
 from .scores import Subject
 from .sets import REFERENCE
@@ -109,7 +110,7 @@ def run(job: Job, subject: Subject) -> bool:
     metadata = needed(job.truth_folder(group, REFERENCE) / METADATA, "data")
     found = fingerprint(
         [(shot.prompt, shot.seed) for shot in shots],
-        digest_of([*(shot.path for shot in shots), metadata]),
+        list(map(of_file, [*(shot.path for shot in shots), metadata])),
         job.scorer_digest,
         ATTRIBUTES,
         job.device,

@@ -28,7 +28,15 @@ from loramerge.adapters.scoring import shots_of
 from loramerge.adapters.sheets import sheet
 from loramerge.cli.app import app
 from loramerge.cli.generate import read_seeds, read_settings, read_size
-from loramerge.errors import FileError, LoRAMergeError, MergeError, MissingExtraError, NumberError, OptionError
+from loramerge.errors import (
+    DeviceMemoryError,
+    FileError,
+    LoRAMergeError,
+    MergeError,
+    MissingExtraError,
+    NumberError,
+    OptionError,
+)
 from loramerge.testing import random_layer, relative_error
 from oracles.pipelines import components, named
 
@@ -96,6 +104,13 @@ def test_two_loras_draw_what_their_merge_draws(architecture: str, tmp_path: Path
     none, both, sum_ = ([array(d.path) for d in drawn if d.setting == name] for name in ("none", "merged", "both"))
     assert np.abs(np.subtract(both, sum_)).max() <= 1
     assert np.abs(np.subtract(both, none)).mean() > 3
+
+
+def test_too_little_memory_says_what_to_lower(tmp_path: Path) -> None:
+    huge = Sampling(steps=1, height=2**26, width=2**26)
+
+    with pytest.raises(DeviceMemoryError, match=r"4 pictures at a time.*--batch.*float16.*--size.*goes on"):
+        draw(toys.pipeline("sd15"), tmp_path, sampling=huge)
 
 
 def test_a_picture_is_that_of_the_plain_pipeline(tmp_path: Path) -> None:

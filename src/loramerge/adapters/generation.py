@@ -16,7 +16,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,13 @@ from ..storage.writer import Progress
 from ..tensors import Array
 from .folders import made
 from .loading import applied, fingerprint
+from .memory import memory_for
 from .recipes import recipe_in, save_png
 
 LEGIBLE = 40
 """Characters of a prompt in a file's name."""
+WAYS_OUT = "Ways out: fewer at a time (--batch), float16, a smaller size (--size). What was drawn is kept; the same call goes on."
+"""Of too little memory."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,11 @@ def generate(
         Every picture, by setting, prompt and seed.
 
     Raises:
-        OptionError: Nothing to draw, a name that is no folder's, LoRAs loaded already, or out of memory.
+        OptionError: Nothing to draw, a name that is no folder's, or LoRAs loaded already.
         FileError: A picture of that name was made by someone else, or can't be written.
         MergeError: A LoRA changes modules that the model doesn't have.
         NumberError: The model gave NaN, or its safety checker took a picture away.
+        DeviceMemoryError: The memory does not suffice: what to lower.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     _check(settings, prompts, numbers, batch)
@@ -237,7 +240,7 @@ def _images(pipe: Any, part: Sequence[_Place], sampling: Mapping[str, Any]) -> l
 
     negative = sampling["negative_prompt"]
     given = {"negative_prompt": [negative] * len(part)} if negative is not None else {}
-    with _within_memory(len(part)):
+    with memory_for(f"{len(part)} pictures at a time", WAYS_OUT):
         result = pipe(
             prompt=[place.prompt for place in part],
             generator=[torch.Generator("cpu").manual_seed(place.seed) for place in part],
@@ -271,16 +274,3 @@ def _refuse_hidden(hidden: Sequence[bool] | None, part: Sequence[_Place]) -> Non
                 f"The pipeline's safety checker made {place.path.name} of {place.setting} black, which no score can use. "
                 "Load the pipeline with safety_checker=None, or take another prompt or seed."
             )
-
-
-@contextmanager
-def _within_memory(count: int) -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OptionError(
-            f"Out of memory with {count} pictures at a time. Ways out: fewer at a time (--batch), float16, a smaller size "
-            "(--size). What was drawn is kept; the same call goes on."
-        ) from error

@@ -1,15 +1,13 @@
-"""What to do when the device's memory does not suffice."""
+"""What to do when the device's memory does not suffice for learning."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-import torch
+from ..memory import memory_for
 
-from ...errors import DeviceMemoryError
+WAYS_OUT = "Ways out, the first first: gradient checkpointing, bf16, a batch size of 1, a smaller resolution."
 
 
-@contextmanager
-def within_memory(resolution: int, batch_size: int, count: int) -> Iterator[None]:
+def within_memory(resolution: int, batch_size: int, count: int) -> AbstractContextManager[None]:
     """Have running out of memory say what to lower.
 
     Args:
@@ -20,14 +18,5 @@ def within_memory(resolution: int, batch_size: int, count: int) -> Iterator[None
     Raises:
         DeviceMemoryError: The memory did not suffice.
     """
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        known = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not known:
-            raise
-        first = str(error).splitlines()[0]
-        raise DeviceMemoryError(
-            f"Out of memory with {count} LoRA{'s' * (count > 1)} × {batch_size} examples at {resolution} × {resolution}: {first} Ways out, "
-            "the first first: gradient checkpointing, bf16, a batch size of 1, a smaller resolution."
-        ) from error
+    loras = f"{count} LoRA{'s' * (count > 1)}"
+    return memory_for(f"{loras} × {batch_size} examples at {resolution} × {resolution}", WAYS_OUT)

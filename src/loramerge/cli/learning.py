@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .run import progress, size
+from .run import progress, size, table
 
 if TYPE_CHECKING:
     from ..adapters.diffusers import Denoiser, Images, Team, Trajectories
@@ -164,6 +164,17 @@ def _hint(loras: "Sequence[LoRA]", prompts: Sequence[Sequence[str]]) -> None:
 def identity(denoiser: "Denoiser", data: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """What a merge is learned on, for its metadata, and for checkpoints to agree in."""
     return {**denoiser.identity, "data": dict(data), "processes": processes}
+
+
+def loss_table(losses: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """Means of the first losses and of the last, a tenth of the steps each; by name where there are several."""
+    count = len(losses[0][1])
+    if not count:
+        return "No step was left to do."
+    tenth = max(1, count // 10)
+    head = ["file", f"loss, first {tenth}", f"last {tenth}"]
+    rows = [[name, *(f"{sum(end) / tenth:.4g}" for end in (mine[:tenth], mine[-tenth:]))] for name, mine in losses]
+    return table(head, rows) if len(losses) > 1 else table(head[1:], [rows[0][1:]])
 
 
 def write(lora: "LoRA", output: Path, to: str | None, dtype: str | None, quiet: bool) -> None:

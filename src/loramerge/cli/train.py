@@ -14,7 +14,7 @@ import typer
 from ..errors import OptionError
 from . import learning as given
 from .options import Output, Quiet, To, named
-from .run import Pace, progress, table
+from .run import Pace, progress
 
 if TYPE_CHECKING:
     from ..adapters.diffusers import Denoiser, Team, TrainSettings, TrainStep
@@ -232,7 +232,7 @@ class _Job:
         if progressing.stopped:
             self._leave(progressing.losses, together.writes)
         if not self.quiet:
-            print(_table(progressing.losses))
+            print(given.loss_table([(self.name, progressing.losses)]))
         return lora
 
     def _hint(self, denoiser: "Denoiser", resolution: int | None) -> None:
@@ -291,11 +291,3 @@ def _asked(progressing: _Progressing, *, alone: bool) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _table(losses: Sequence[float]) -> str:
-    if not losses:
-        return "No step was left to do."
-    tenth = max(1, len(losses) // 10)
-    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    return table([f"loss, first {tenth}", f"last {tenth}"], [[f"{first:.4g}", f"{last:.4g}"]])

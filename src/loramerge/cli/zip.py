@@ -10,10 +10,10 @@ import typer
 from ..errors import OptionError
 from . import learning as given
 from .options import Dtype, Files, Output, Quiet, To, named
-from .run import Pace, table
+from .run import Pace
 
 if TYPE_CHECKING:
-    from ..learned.ziplora import Learned, Settings, Step
+    from ..learned.ziplora import Settings, Step
 
 
 def zip_loras(
@@ -136,7 +136,8 @@ def _run(
     if not together.writes:
         return
     if not quiet:
-        print(_table(learned, names))
+        fits = [[step.fits[i] for step in learned.history] for i in range(len(names))]
+        print(given.loss_table(list(zip(names, fits, strict=True))))
     given.write(learned.lora, output, to, dtype, quiet)
     if coefficients and learned.coefficients:
         path = learned.coefficients.save(coefficients)
@@ -155,15 +156,3 @@ class Losses:
         """Show a step."""
         fits = "  ".join(f"{name} {fit:.4g}" for name, fit in zip(self.names, step.fits, strict=True))
         self.pace.show(step.step, step.total, f"loss {step.loss:.4g}  {fits}")
-
-
-def _table(learned: "Learned", names: Sequence[str]) -> str:
-    if not learned.history:
-        return "No step was left to do."
-    tenth = max(1, len(learned.history) // 10)
-    ends = learned.history[:tenth], learned.history[-tenth:]
-    rows = [
-        [name, *(f"{sum(step.fits[i] for step in steps) / len(steps):.4g}" for steps in ends)]
-        for i, name in enumerate(names)
-    ]
-    return table(["file", f"loss, first {tenth}", f"last {tenth}"], rows)

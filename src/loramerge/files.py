@@ -13,6 +13,7 @@ from .errors import DialectError, FileError, OptionError
 from .lora import LoRA, from_tensors
 from .storage.reader import SafetensorsFile, read_text
 from .tensors import Array, Held, Stored, Tensor, is_known
+from .wording import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -217,7 +218,7 @@ def _unpickle(path: str, allow: bool) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a wide range: pickle, zip, runtime and value errors
-        raise FileError(f"Can't read {path} as tensors only: {_first_line(error)}") from error
+        raise FileError(f"Can't read {path} as tensors only: {first_line(error)}") from error
     for _ in range(3):  # not for ever: a pickled dictionary can hold itself
         found = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
     if not isinstance(found, dict):
@@ -226,10 +227,6 @@ def _unpickle(path: str, allow: bool) -> dict[str, Tensor]:
     for key, value in tensors.items():
         _check_plain(path, key, value)
     return {key: Held(_as_numpy(value)) for key, value in tensors.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _check_zip(path: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import FileError
+from .wording import first_line
 
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -102,8 +103,7 @@ def _asked(reference: Reference, ask: Callable[[], Any], file: str = "") -> Any:
     try:
         return ask()
     except Exception as error:  # the client raises its own, httpx's and the system's errors
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(
-            f"Can't get {what} from the Hub: {first.rstrip('.')}. Check the name, the network, and HF_TOKEN for a private one. "
+            f"Can't get {what} from the Hub: {first_line(error).rstrip('.')}. Check the name, the network, and HF_TOKEN for a private one. "
             f"If a local file was meant: there is none called {reference.repo}."
         ) from error

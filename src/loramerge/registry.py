@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 from .errors import OptionError
+from .wording import did_you_mean
 
 
 class Named(Protocol):
@@ -52,8 +53,5 @@ class Registry(Mapping[str, T]):
         return len(self._values)
 
     def _unknown(self, name: str) -> str:
-        import difflib
-
-        near = difflib.get_close_matches(name.lower(), [*self._values, *self.aliases], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, [*self._values, *self.aliases])
         return f"Unknown {self.noun} {name!r}.{hint} Available: {', '.join(self._values)}."

@@ -1,6 +1,5 @@
 """A sweep: one recipe, merged with every combination of some settings, and what each merge is like."""
 
-import difflib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from .methods import METHODS
 from .ranks import BUDGETS
 from .recipe import Recipe, check
 from .tensors import Array, namespace
+from .wording import did_you_mean
 
 if TYPE_CHECKING:
     from .storage.writer import Progress
@@ -166,8 +166,7 @@ def _check(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise OptionError(f"The setting {name}: got {values!r}, wanted a list of values.")
         if name not in SETTINGS and name not in options:
-            near = difflib.get_close_matches(name, [*SETTINGS, *options], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, [*SETTINGS, *options])
             raise OptionError(
                 f"Unknown setting {name!r}.{hint} Available: {', '.join(SETTINGS)}; options of the methods: "
                 f"{', '.join(options) or 'none'}."
@@ -445,9 +444,7 @@ def ordered(rows: Sequence[Row], column: str) -> list[Row]:
     name = column.removeprefix("-")
     known = dict.fromkeys(c for row in rows for c in ("name", *row.settings, *row.figures))
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise OptionError(f"Can't sort by {name!r}.{hint} Columns: {', '.join(known)}.")
+        raise OptionError(f"Can't sort by {name!r}.{did_you_mean(name, known)} Columns: {', '.join(known)}.")
     filled = [row for row in rows if row[name] is not None]
     filled.sort(key=lambda row: _key(row[name]), reverse=column.startswith("-"))
     return filled + [row for row in rows if row[name] is None]

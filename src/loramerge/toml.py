@@ -1,6 +1,5 @@
 """TOML: written by hand, and read strictly, with every complaint naming the place."""
 
-import difflib
 import json
 import math
 import re
@@ -9,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from .errors import OptionError
+from .wording import did_you_mean
 
 BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
@@ -82,8 +82,7 @@ class Table:
         known = list(known)
         for name in data:
             if name not in known:
-                near = difflib.get_close_matches(name.lower(), known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, known)
                 raise OptionError(f"{where}: unknown key {name!r}.{hint} Known: {', '.join(known)}.")
 
     def get(self, name: str, *kinds: type, wanted: str = "", default: Any = None) -> Any:

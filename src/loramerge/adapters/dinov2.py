@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import FileError, MissingExtraError, OptionError
 from ..tensors import Array
+from ..wording import first_line
 from .encoders import Encoder
 from .noise import silence
 from .pixels import Preprocessing
@@ -120,9 +121,8 @@ def _asked(model: str, ask: Any) -> Any:
     try:
         return ask()
     except Exception as error:  # transformers and the Hub's client raise their own and the system's errors
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(
-            f"Can't get the model {model}: {first.rstrip('.')}. Wanted a DINOv2 on the Hugging Face Hub, such as "
+            f"Can't get the model {model}: {first_line(error).rstrip('.')}. Wanted a DINOv2 on the Hugging Face Hub, such as "
             f"{DEFAULT}, or a directory with its config.json and weights. Check the name and the network."
         ) from error
 

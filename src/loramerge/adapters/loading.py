@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import MergeError, OptionError
 from ..lora import LoRA
+from ..wording import first_line
 
 WAYS_OUT = "Ways out: 'loramerge bake' into the model, or exclude the modules."
 SAMPLES = 256
@@ -106,8 +107,7 @@ def _load(pipe: Any, lora: LoRA, adapter: str) -> None:
     try:
         pipe.load_lora_weights(tensors, adapter_name=adapter)
     except (RuntimeError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MergeError(f"diffusers can't load {lora.name}: {first} {WAYS_OUT}") from error
+        raise MergeError(f"diffusers can't load {lora.name}: {first_line(error)} {WAYS_OUT}") from error
     there = {
         _named(component, path)
         for component, path, module in _walk(pipe)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import DeviceMemoryError
+from ..wording import first_line
 
 
 @contextmanager
@@ -18,8 +19,7 @@ def memory_for(what: str, ways_out: str) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        first = str(error).splitlines()[0]
-        raise DeviceMemoryError(f"Out of memory with {what}: {first} {ways_out}") from error
+        raise DeviceMemoryError(f"Out of memory with {what}: {first_line(error)} {ways_out}") from error
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..errors import FileError, MissingExtraError, OptionError
 from ..tensors import NAMES, parse_dtype
+from ..wording import did_you_mean, first_line
 from .noise import silence
 
 
@@ -45,9 +46,8 @@ def load(
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(base, dtype=number, variant=variant)
     except Exception as error:  # diffusers, transformers and the Hub's client raise their own and the system's errors
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(
-            f"Can't get the model {base}: {first.rstrip('.')}. Wanted a directory in diffusers' layout, or a name on the "
+            f"Can't get the model {base}: {first_line(error).rstrip('.')}. Wanted a directory in diffusers' layout, or a name on the "
             "Hugging Face Hub."
         ) from error
     if scheduler:
@@ -59,10 +59,7 @@ def load(
 def _scheduler(diffusers: Any, name: str, config: Any) -> Any:
     names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     if name not in names:
-        import difflib
-
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, names)
         raise OptionError(
             f"Unknown scheduler {name!r}.{hint} Wanted a class of diffusers, such as EulerDiscreteScheduler."
         )

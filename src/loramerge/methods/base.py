@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from ..errors import MergeError, OptionError
 from ..layers import Full, Layer, LowRank
 from ..tensors import Array, float32
+from ..wording import did_you_mean
 from .options import Option, options_of
 
 Merged = LowRank | Full
@@ -60,11 +61,7 @@ class Method:
         """
         for name in options:
             if name not in self.options:
-                known = ", ".join(self.options) or "none"
-                from difflib import get_close_matches
-
-                near = get_close_matches(name, self.options, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                known, hint = ", ".join(self.options) or "none", did_you_mean(name, self.options)
                 raise OptionError(f"The method {self.name} has no option {name!r}.{hint} Its options: {known}.")
         return {name: option.check(options.get(name, option.default)) for name, option in self.options.items()}
 

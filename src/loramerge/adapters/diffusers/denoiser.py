@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...errors import FileError, MergeError, MissingExtraError, OptionError
 from ...learned.batches import Batch
 from ...lora import LoRA
+from ...wording import first_line
 from .families import Conditions, Family, Size, family_of
 from .schedules import Schedule, schedule
 
@@ -320,7 +321,6 @@ def _opened(source: str | os.PathLike[str], dtype: torch.dtype, variant: str | N
     try:
         return DiffusionPipeline.from_pretrained(str(path) if path.exists() else text, dtype=dtype, variant=variant)
     except Exception as error:  # diffusers, the Hub's client and the readers of files raise their own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileError(
-            f"Can't load the base model {text}: {first.rstrip('.')}. Check the name, the network, and HF_TOKEN for a gated one."
+            f"Can't load the base model {text}: {first_line(error).rstrip('.')}. Check the name, the network, and HF_TOKEN for a gated one."
         ) from error

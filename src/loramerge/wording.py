@@ -1,0 +1,17 @@
+"""Parts of what errors say."""
+
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The sentence that names the nearest of the known names, after a space; empty where none is near."""
+    import difflib
+
+    lowered = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f" Did you mean {lowered[near[0]]!r}?" if near else ""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, without the lines that follow."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

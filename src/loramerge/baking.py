@@ -16,12 +16,12 @@ from typing import Any
 from .checkpoints import Checkpoint, open_checkpoint
 from .errors import FileError, MergeError, OptionError
 from .files import Source, open
-from .layers import Layer, Norm, Rows, direction_of
+from .layers import Layer, Rows, bias_of, direction_of
 from .lora import LoRA, without
 from .metadata import RECIPE
 from .rewriting import Change, Job, Update, write_folder
 from .storage.writer import Progress
-from .tensors import Array, Shape, Spec, float32, is_torch, parse_dtype, put_rows, take_rows
+from .tensors import Array, Shape, float32, is_torch, parse_dtype, put_rows, take_rows
 from .weights import ModuleWeights, Scope, Weights, resolve
 
 BAKED = ("lora", "loha", "lokr", "dora", "full", "bias", "norm", "set")
@@ -172,7 +172,7 @@ def _updates(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) -
         for lora, _ in used:
             _check(lora, module, model)
         adding = [(lora, w) for lora, w in used if lora.layout(module).kind != "bias"]
-        biased = [(lora, w) for lora, w in used if _bias(lora.layout(module)) is not None]
+        biased = [(lora, w) for lora, w in used if bias_of(lora.layout(module)) is not None]
         if adding:
             found.append(Update(module, model.weights[module], _Sum(module, model, adding).weight))
         if biased:
@@ -197,7 +197,7 @@ def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
     has = model.weights[module].shape
     if not _fits(layout.shape[:1], has[:1]) or (layout.kind != "bias" and not _fits(layout.shape, has)):
         raise MergeError(f"{where}: its shape is {layout.shape}, the weight in {model.name} has the shape {has}.")
-    if _bias(layout) is not None and module not in model.biases:
+    if bias_of(layout) is not None and module not in model.biases:
         raise MergeError(f"{where}: it changes the bias, and the module has none in {model.name}.")
     model.check(model.weights[module])
 
@@ -207,12 +207,6 @@ def _fits(shape: Shape, weight: Shape) -> bool:
     return shape[:1] == weight[:1] and (
         shape == weight or (2 in (len(shape), len(weight)) and math.prod(shape) == math.prod(weight))
     )
-
-
-def _bias(layer: Layer) -> Array | Spec | None:
-    """The difference of the module's bias."""
-    direction = direction_of(layer)
-    return direction.b_norm if isinstance(direction, Norm) else direction.delta_bias()
 
 
 class _Sum:
@@ -227,7 +221,7 @@ class _Sum:
         return self._sum(lambda lora: self._delta(lora, weight))
 
     def bias(self, bias: Array) -> Array:
-        return self._sum(lambda lora: _numpy(float32(_bias(lora[self.module]))))
+        return self._sum(lambda lora: _numpy(float32(bias_of(lora[self.module]))))
 
     def _sum(self, delta: Callable[[LoRA], Array]) -> Array:
         terms = (delta(lora) if share == 1 else share * delta(lora) for lora, share in self.inputs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from . import linalg
 from .errors import NoFactorsError
-from .layers import DoRA, Layer, Norm, direction_of
+from .layers import DoRA, Layer, bias_of
 from .layers.base import dense_norm
 from .lora import LoRA, in_one_library
 from .tensors import Array, float32
@@ -57,8 +57,7 @@ def _compared_biases(first: Layer, second: Layer) -> tuple[float, float]:
 
 def _bias(layer: Layer) -> Array | None:
     """The difference of the module's bias, in float32."""
-    direction = direction_of(layer)
-    bias: Array | None = direction.b_norm if isinstance(direction, Norm) else direction.delta_bias()
+    bias: Array | None = bias_of(layer)
     return None if bias is None else float32(bias)
 
 

@@ -13,7 +13,7 @@ from .dialects import alphas
 from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
 from .errors import LoRAMergeError, OptionError
-from .layers import Layer, build, direction_of
+from .layers import Layer, alpha_of, build
 from .storage.awaited import Awaited
 from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
 
@@ -224,7 +224,7 @@ def _some(lora: LoRA) -> str:
 
 
 def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:
-    found = {module: getattr(direction_of(layer), "alpha", None) for module, layer in layers.items()}
+    found = {module: alpha_of(layer) for module, layer in layers.items()}
     return {"alphas": json.dumps({module: None if alpha is None else float(alpha) for module, alpha in found.items()})}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from .dialects.config import adapter_metadata, component_configs
-from .layers import Layer, direction_of
+from .layers import Layer, alpha_of, direction_of
 from .storage.awaited import Awaited
 from .tensors import NAMES
 
@@ -64,7 +64,7 @@ def network(lora: "LoRA", layers: Iterable[Layer]) -> Mapping[str, str]:
     """What sd-scripts says of a network, from the layers as written."""
     directions = [direction_of(layer) for layer in layers]
     ranks = {layer.rank for layer in directions if layer.rank is not None}
-    alphas = {layer.rank if (a := getattr(layer, "alpha", None)) is None else a for layer in directions} - {None}
+    alphas = {layer.rank if (a := alpha_of(layer)) is None else a for layer in directions} - {None}
     return {
         "ss_network_module": lora.metadata.get("ss_network_module", "networks.lora"),
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",

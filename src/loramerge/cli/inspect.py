@@ -10,7 +10,7 @@ from .. import blocks, toml
 from ..architectures import ARCHITECTURES
 from ..dialects import DIALECTS
 from ..files import open
-from ..layers import Layer, direction_of
+from ..layers import Layer, alpha_of
 from ..lora import LoRA
 from .run import bar, table
 
@@ -95,7 +95,7 @@ def _counts(values: Iterable[Any]) -> str:
 
 
 def _alpha(layer: Layer) -> float | None:
-    alpha = getattr(direction_of(layer), "alpha", None)
+    alpha = alpha_of(layer)
     return None if alpha is None else float(alpha)
 
 

@@ -11,7 +11,7 @@ from .. import linalg
 from ..architectures import ARCHITECTURES, Architecture
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
-from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, direction_of, low_rank
+from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
 from ..layers.base import matrix
 from ..tensors import (
     FLOATS,
@@ -279,7 +279,7 @@ class _Writer:
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         module = parts[0].module
         tensors = {stem + self.dialect.suffix(role, module): t for role, t in _roles(layer, self.dialect).items()}
-        alpha = getattr(direction_of(layer), "alpha", None)
+        alpha = alpha_of(layer)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")
         return tensors
@@ -293,7 +293,7 @@ class _Writer:
         layer = self.layer(parts, self.lora.__getitem__)
         if self.dtype == "F16" and isinstance(layer, LowRank) and layer.mid is None and code(layer.up) != "F16":
             layer = _balanced(layer)
-        alpha = getattr(direction_of(layer), "alpha", None)
+        alpha = alpha_of(layer)
         return {
             key: np.asarray(alpha, dtype=np.float32) if isinstance(t, Spec) else t
             for key, t in self.tensors(stem, parts, layer).items()

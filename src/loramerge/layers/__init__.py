@@ -8,11 +8,12 @@ from typing import Any
 from ..errors import LayerError
 from ..tensors import FLOATS, NAMES, Array, Shape, Spec, code, reshape
 from .base import Layer, Rows
-from .dora import DoRA, direction_of
+from .dora import DoRA
 from .full import BiasOnly, Carried, Full, Norm, Replaced
 from .loha import LoHa
 from .lokr import LoKr
 from .lowrank import LowRank, low_rank
+from .parts import alpha_of, bias_of, direction_of
 
 KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Replaced, LoKr)
 """Kinds that are recognised by the roles of their tensors, the first that fits."""
@@ -146,6 +147,8 @@ __all__ = [
     "Norm",
     "Replaced",
     "Rows",
+    "alpha_of",
+    "bias_of",
     "build",
     "direction_of",
     "low_rank",

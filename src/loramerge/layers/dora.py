@@ -97,8 +97,3 @@ class DoRA(Layer):
         if self.axis == "in":
             return super().rows(ranges, source)
         return replace(self, direction=self.direction.rows(ranges, source), magnitude=take_rows(self.magnitude, ranges))
-
-
-def direction_of(layer: Layer) -> Layer:
-    """The layer that holds the factors: a DoRA's direction, any other layer itself."""
-    return layer.direction if isinstance(layer, DoRA) else layer

@@ -1,0 +1,23 @@
+"""What a layer holds, a DoRA looked through: its direction has the factors, alpha and the bias."""
+
+from ..tensors import Array, Spec
+from .base import Layer
+from .dora import DoRA
+from .full import Norm
+
+
+def direction_of(layer: Layer) -> Layer:
+    """The layer that holds the factors: a DoRA's direction, any other layer itself."""
+    return layer.direction if isinstance(layer, DoRA) else layer
+
+
+def alpha_of(layer: Layer) -> float | None:
+    """The effective alpha; None where the layer has none, or its kind knows none."""
+    alpha: float | None = getattr(direction_of(layer), "alpha", None)
+    return alpha
+
+
+def bias_of(layer: Layer) -> Array | Spec | None:
+    """The difference of the module's bias, every scale folded in; None where there is none."""
+    direction = direction_of(layer)
+    return direction.b_norm if isinstance(direction, Norm) else direction.delta_bias()

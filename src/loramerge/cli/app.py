@@ -1,7 +1,7 @@
 """The commands and their options."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,8 +13,29 @@ from .coefficients import coefficients
 from .doctor import doctor
 from .extract import extract
 from .generate import generate
-from .options import Base, Device, Dtype, Exclude, Output, Quiet, Scope, To
-from .run import print_notes, progress, table
+from .options import (
+    Arch,
+    Base,
+    Changed,
+    Device,
+    DryRun,
+    Dtype,
+    Energy,
+    Exclude,
+    File,
+    Lossy,
+    MaxError,
+    MaxSize,
+    Output,
+    Pickle,
+    Quiet,
+    Scope,
+    To,
+    WeightRule,
+    Workers,
+    weights_of,
+)
+from .run import more, print_json, print_notes, progress, table
 from .score import score
 from .train import train
 from .zip import zip_loras
@@ -26,22 +47,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-Workers = Annotated[
-    int, typer.Option("--workers", "-j", min=1, help="Processes, at most; the bytes are the same for any number.")
-]
-Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
-Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
-Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
-Changed = Annotated[
-    bool, typer.Option("--allow-changed", help="Take files other than those that the recipe was made with.")
-]
-MaxError = Annotated[
-    str | None, typer.Option("--max-error", help="Ranks by budget: the error of all modules together, such as 1%.")
-]
-Energy = Annotated[str | None, typer.Option("--energy", help="Ranks by budget: the share that stays, such as 0.999.")]
-MaxSize = Annotated[str | None, typer.Option("--max-size", help="Ranks by budget: the size of the file: 150MB.")]
 
 
 INTRODUCTION = """\
@@ -75,7 +80,7 @@ def root(
 
 @app.command()
 def inspect(
-    file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
+    file: File,
     norms: Annotated[
         bool, typer.Option("--norms", help="Read the tensors too: norms by block, as a bar chart.")
     ] = False,
@@ -100,7 +105,7 @@ def inspect(
 
 @app.command()
 def convert(
-    file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
+    file: File,
     output: Output,
     to: Annotated[str, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")],
     exclude: Exclude = None,
@@ -153,7 +158,7 @@ def merge(
             "--weight", "-w", help="One a file: 0.8, or '0.8;text_encoder=0;OUT*=0.5', or 'lbw:1,0,0,…'. Default 1/N."
         ),
     ] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")] = None,
+    weights: WeightRule = None,
     scope: Annotated[
         Scope | None, typer.Option("--scope", help="What l2 takes the norms over; default module.")
     ] = None,
@@ -176,7 +181,7 @@ def merge(
     allow_lossy: Lossy = False,
     allow_pickle: Pickle = False,
     allow_changed: Changed = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: DryRun = False,
     advice: Annotated[
         bool, typer.Option("--advice", help="Compare the LoRAs too, and say what to make of it.")
     ] = False,
@@ -192,7 +197,7 @@ def merge(
     from .merge import merge_by, overridden, recipe_of
 
     flags = {
-        "weights": weight or weights,
+        "weights": weights_of(weight, weights),
         "scope": scope.value if scope else None,
         "method": method,
         "rank": rank,
@@ -208,8 +213,6 @@ def merge(
         "architecture": architecture,
         "allow_lossy": allow_lossy,
     }
-    if weight and weights:
-        raise OptionError("Give either --weight once a file, or --weights, not both.")
     merge_by(
         overridden(recipe_of(files), {name: value for name, value in flags.items() if value}, quiet),
         output,
@@ -230,7 +233,7 @@ app.command()(coefficients)
 
 @app.command()
 def resize(
-    file: Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")],
+    file: File,
     output: Output,
     rank: Annotated[str, typer.Option("--rank", "-r", help="The rank of every module, at most its own.")] = "sum",
     max_error: MaxError = None,
@@ -244,7 +247,7 @@ def resize(
     architecture: Arch = None,
     allow_lossy: Lossy = False,
     allow_pickle: Pickle = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: DryRun = False,
     workers: Workers = 1,
     quiet: Quiet = False,
 ) -> None:
@@ -350,8 +353,7 @@ def diff(
     if not quiet:
         rows = [[d.module, f"{d.norm:.4g}", f"{d.distance:.3g}", f"{d.relative:.3g}"] for d in found[:most]]
         print(table(["module", "‖ΔW‖", "‖difference‖", "relative"], rows))
-        left = len(found) - len(rows)
-        print(f"… and {left} more, none larger" if left > 0 else "")
+        print(more(len(found) - len(rows), "none larger"))
         answer = "The same LoRA" if same else "Not the same LoRA"
         print(f"{answer}: the largest relative difference is {found[0].relative:.3g}, of {len(found)} modules.")
     raise typer.Exit(0 if same else 1)
@@ -404,7 +406,7 @@ def dialects(json: Annotated[bool, typer.Option("--json", help="For programs.")]
     from ..dialects import DIALECTS
 
     if json:
-        _print_json(
+        print_json(
             [{"name": d.name, "writes": d.writes, "title": d.title, "source": d.source} for d in DIALECTS.values()]
         )
         return
@@ -421,7 +423,7 @@ def methods(json: Annotated[bool, typer.Option("--json", help="For programs.")] 
     from ..methods import METHODS
 
     if json:
-        _print_json(
+        print_json(
             [
                 {"name": m.name, "title": m.title, "source": m.source, "options": list(m.options)}
                 for m in METHODS.values()
@@ -436,9 +438,3 @@ def methods(json: Annotated[bool, typer.Option("--json", help="For programs.")] 
 
 
 app.command()(doctor)
-
-
-def _print_json(data: Any) -> None:
-    import json
-
-    print(json.dumps(data, indent=2))

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from ..errors import OptionError
-from .options import Quiet, Scope
-from .run import progress, table
+from .options import Quiet, Scope, Threads, WeightRule, weights_of
+from .run import more, print_json, progress, table
 
 if TYPE_CHECKING:
     from ..baking import Baked
@@ -23,7 +22,7 @@ def bake(
         list[str] | None,
         typer.Option("--weight", "-w", help="One a file: 0.8, or '0.8;text_encoder=0;OUT*=0.5'. Default 1/N."),
     ] = None,
-    weights: Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")] = None,
+    weights: WeightRule = None,
     scope: Annotated[Scope, typer.Option("--scope", help="What l2 takes the norms over.")] = Scope.module,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Modules to leave as they are: patterns as in --weight.")
@@ -45,7 +44,7 @@ def bake(
         int, typer.Option("--most", min=0, help="Rows to print: the tensors that rounding hurt most.")
     ] = 10,
     json: Annotated[bool, typer.Option("--json", help="For programs: every tensor.")] = False,
-    workers: Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads, each with a weight in memory.")] = 1,
+    workers: Threads = 1,
     quiet: Quiet = False,
 ) -> None:
     """Add LoRAs to the weights of a base model, and say what rounding took away.
@@ -55,15 +54,14 @@ def bake(
     from .. import baking
     from ..files import open
 
-    if weight and weights:
-        raise OptionError("Give either --weight once a file, or --weights, not both.")
+    chosen = weights_of(weight, weights)
     loras = [open(file, architecture=architecture, allow_pickle=allow_pickle) for file in files]
     with progress("Baking", quiet or json) as report:
         baked = baking.bake(
             loras,
             base,
             output,
-            weights=cast(Any, weight or weights),
+            weights=cast(Any, chosen),
             scope=scope.value,
             exclude=exclude or (),
             dtype=dtype,
@@ -73,7 +71,7 @@ def bake(
             progress=report,
         )
     if json:
-        _print_json(baked)
+        print_json(_as_data(baked))
     elif not quiet:
         _print(baked, most)
 
@@ -86,8 +84,7 @@ def _print(baked: "Baked", most: int) -> None:
     ]
     if rows:
         print(table(["tensor", "dtype", "‖ΔW‖", "‖change‖", "rounding loss", "% of values unchanged"], rows))
-        left = len(worst) - len(rows)
-        print(f"… and {left} more, none worse" if left else "")
+        print(more(len(worst) - len(rows), "none worse"))
     for line in baked.left_out:
         print(f"  left out: {line}")
     hurt = [c for c in worst if c.lost > SOME]
@@ -104,15 +101,13 @@ SOME = 0.01
 """Share of unchanged values from which a tensor is spoken of."""
 
 
-def _print_json(baked: "Baked") -> None:
+def _as_data(baked: "Baked") -> dict[str, Any]:
     from dataclasses import asdict
-    from json import dumps
 
-    data = {
+    return {
         "output": str(baked.path),
         "norm": baked.norm,
         "rounding_loss": baked.loss,
         "left_out": list(baked.left_out),
         "tensors": {name: {**asdict(c), "rounding_loss": c.loss} for name, c in baked.changes.items()},
     }
-    print(dumps(data, indent=2))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .run import table
+from .run import print_json, table
 
 TOLERANCE = 1e-6
 """Largest relative error of the self-test's merge."""
@@ -31,9 +31,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="For programs, and 
     """
     found = examined()
     if json:
-        import json as writer
-
-        print(writer.dumps(found, indent=2))
+        print_json(found)
     else:
         _show(found)
     raise typer.Exit(0 if healthy(found) else 1)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .options import Quiet, rank_of
-from .run import progress, size, table
+from .options import Quiet, Threads, rank_of
+from .run import more, print_json, progress, table, written
 
 if TYPE_CHECKING:
     from ..extracting import Extraction
@@ -26,7 +26,7 @@ def extract(
     variant: Annotated[str | None, typer.Option("--variant", help="Of both models' files: fp16.")] = None,
     most: Annotated[int, typer.Option("--most", min=0, help="Rows to print: the modules that are held worst.")] = 10,
     json: Annotated[bool, typer.Option("--json", help="For programs: every module.")] = False,
-    workers: Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads, each with a weight in memory.")] = 1,
+    workers: Threads = 1,
     quiet: Quiet = False,
 ) -> None:
     """Make a LoRA of the difference between a fine-tuned model and its base: the best fit at a rank.
@@ -45,7 +45,7 @@ def extract(
     with progress("Extracting", silent) as report:
         path = save(planned.lora(), output, dialect=to, workers=workers, progress=report)
     if json:
-        _print_json(planned, path)
+        print_json(_as_data(planned, path))
     elif not quiet:
         _print(planned, path, to or planned.lora().dialect, most)
 
@@ -54,20 +54,16 @@ def _print(planned: "Extraction", path: Path, dialect: str, most: int) -> None:
     worst = sorted(planned.fits.values(), key=lambda fit: -fit.relative)
     rows = [[f.module, str(f.rank), f"{f.norm:.4g}", f"{f.error:.4g}", f"{f.relative:.3g}"] for f in worst[:most]]
     print(table(["module", "rank", "‖D‖", "‖error‖", "relative"], rows))
-    left = len(worst) - len(rows)
-    print(f"… and {left} more, none worse" if left else "")
+    print(more(len(worst) - len(rows), "none worse"))
     if planned.not_held:
         rows = [[n.tensor, f"{n.norm:.4g}", f"{n.relative:.3g}"] for n in _largest(planned)[:most]]
         print(table(["not held by a LoRA", "‖D‖", "of ‖W‖"], rows))
-        left = len(planned.not_held) - len(rows)
-        print(f"… and {left} more, none larger" if left else "")
+        print(more(len(planned.not_held) - len(rows), "none larger"))
     for note in planned.notes:
         print(f"  note: {note}")
     same = len(planned.base) - len(worst) - sum(n.tensor in planned.base for n in planned.not_held)
-    written = path if path.is_file() else path / "adapter_model.safetensors"
-    where = f", {size(written.stat().st_size)}" if written.exists() else ""
     print(
-        f"→ {path} ({dialect}{where}): {len(worst)} modules, {same} do not differ; "
+        f"→ {written(path, dialect)}: {len(worst)} modules, {same} do not differ; "
         f"error {planned.relative_error:.3g} of the difference."
     )
 
@@ -76,15 +72,13 @@ def _largest(planned: "Extraction") -> list[Any]:
     return sorted(planned.not_held, key=lambda n: -n.relative)
 
 
-def _print_json(planned: "Extraction", path: Path) -> None:
+def _as_data(planned: "Extraction", path: Path) -> dict[str, Any]:
     from dataclasses import asdict
-    from json import dumps
 
-    data = {
+    return {
         "output": str(path),
         "relative_error": planned.relative_error,
         "modules": {name: {**asdict(fit), "relative": fit.relative} for name, fit in planned.fits.items()},
         "not_held": {n.tensor: {"norm": n.norm, "relative": n.relative} for n in planned.not_held},
         "notes": list(planned.notes),
     }
-    print(dumps(data, indent=2))

@@ -12,7 +12,7 @@ from ..dialects import DIALECTS
 from ..files import open
 from ..layers import Layer, alpha_of
 from ..lora import LoRA
-from .run import bar, table
+from .run import bar, print_json, table
 
 
 def show(
@@ -22,7 +22,7 @@ def show(
     with open(source, architecture=architecture, allow_pickle=pickle) as lora:
         found = _norms(lora) if norms else {}
         if as_json:
-            print(json.dumps(as_data(lora, found), indent=2))
+            print_json(as_data(lora, found))
             return
         print(_summary(lora))
         print()

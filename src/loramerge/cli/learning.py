@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .run import progress, size, table
+from .run import progress, table, written
 
 if TYPE_CHECKING:
     from ..adapters.diffusers import Denoiser, Images, Team, Trajectories
@@ -183,6 +183,4 @@ def write(lora: "LoRA", output: Path, to: str | None, dtype: str | None, quiet: 
 
     path = save(lora, output, dialect=to, dtype=dtype)
     if not quiet:
-        written = path if path.is_file() else path / "adapter_model.safetensors"
-        where = f", {size(written.stat().st_size)}" if written.exists() else ""
-        print(f"→ {path} ({to or lora.dialect}{where})")
+        print(f"→ {written(path, to or lora.dialect)}")

@@ -12,7 +12,7 @@ from ..recipe import Recipe
 from ..recipe_text import Input
 from ..weights import parse
 from .options import named, rank_of
-from .run import print_notes, progress, size, table
+from .run import print_notes, progress, size, table, written
 
 
 def recipe_of(files: Sequence[str]) -> Recipe:
@@ -88,9 +88,7 @@ def merge_by(
             lost=lost.append,
         )
     if not quiet:
-        written = path if path.is_file() else path / "adapter_model.safetensors"
-        where = f", {size(written.stat().st_size)}" if written.exists() else ""
-        print(f"→ {path} ({planned.dialect}{where})")
+        print(f"→ {written(path, planned.dialect)}")
         _print_kept(kept)
         print_notes((), lost)
 

@@ -9,13 +9,30 @@ import typer
 
 from ..errors import OptionError
 
+File = Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")]
 Files = Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")]
 To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")]
-
+Workers = Annotated[
+    int, typer.Option("--workers", "-j", min=1, help="Processes, at most; the bytes are the same for any number.")
+]
+Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
+Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
+Changed = Annotated[
+    bool, typer.Option("--allow-changed", help="Take files other than those that the recipe was made with.")
+]
+MaxError = Annotated[
+    str | None, typer.Option("--max-error", help="Ranks by budget: the error of all modules together, such as 1%.")
+]
+Energy = Annotated[str | None, typer.Option("--energy", help="Ranks by budget: the share that stays, such as 0.999.")]
+MaxSize = Annotated[str | None, typer.Option("--max-size", help="Ranks by budget: the size of the file: 150MB.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Threads = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads, each with a weight in memory.")]
+WeightRule = Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")]
 Base = Annotated[Path | None, typer.Option("--base", help="The base model, for DoRA layers: a directory or file.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
 
@@ -39,6 +56,17 @@ def named(what: str, items: Iterable[str]) -> Iterator[tuple[str, str]]:
         if not equals:
             raise OptionError(f"Can't read the {what} {item!r}: wanted NAME=VALUE.")
         yield name, value
+
+
+def weights_of(each: list[str] | None, rule: str | None) -> list[str] | str | None:
+    """What was typed for the weights: one a file, or a rule for all.
+
+    Raises:
+        OptionError: Both were.
+    """
+    if each and rule:
+        raise OptionError("Give either --weight once a file, or --weights, not both.")
+    return each or rule
 
 
 def rank_of(text: str) -> int | str:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..errors import LoRAMergeError
@@ -55,6 +56,25 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def written(path: Path, dialect: str) -> str:
+    """A LoRA on the disk as messages show it: ``both.safetensors (kohya, 12.3 MB)``."""
+    file = path if path.is_file() else path / "adapter_model.safetensors"
+    length = f", {size(file.stat().st_size)}" if file.exists() else ""
+    return f"{path} ({dialect}{length})"
+
+
+def more(count: int, said: str) -> str:
+    """The line below a table that was cut short; empty where it was not."""
+    return f"… and {count} more, {said}" if count > 0 else ""
+
+
+def print_json(data: Any) -> None:
+    """Print plain data for programs."""
+    import json
+
+    print(json.dumps(data, indent=2))
 
 
 def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:

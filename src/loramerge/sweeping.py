@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import linalg
-from .errors import FileError, LoRAMergeError, MergeError, OptionError
+from .errors import LoRAMergeError, MergeError, OptionError
 from .files import check_target, open
 from .layers import FACTORED, Layer
 from .layers.base import dense_norm, matrix
@@ -21,6 +21,7 @@ from .metadata import RECIPE
 from .methods import METHODS
 from .ranks import BUDGETS
 from .recipe import Recipe, check
+from .storage.folders import made
 from .tensors import Array, namespace
 from .wording import did_you_mean
 
@@ -104,7 +105,7 @@ def sweep(
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     todo = points(recipe, grid)
     folder = Path(output).expanduser()
-    _make(folder)
+    made(folder)
     for point in todo:
         check_target(folder / _file(point), point.recipe.output.to or "kohya")
     loras = recipe.open(allow_pickle=allow_pickle)
@@ -121,13 +122,6 @@ def sweep(
     if len(errors) == len(todo):
         raise errors[0]
     return rows
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"Can't make the directory {folder}: {error.strerror}.") from None
 
 
 def points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point]:

@@ -8,8 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loramerge.adapters.folders import made
 from loramerge.storage.digests import of_listing
+from loramerge.storage.folders import made
 from loramerge.storage.writer import write_text
 
 MODEL = (".json", ".safetensors", ".txt")

@@ -7,9 +7,9 @@ from typing import Any
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.adapters.folders import made
 from loramerge.adapters.images import digest, pictures
 from loramerge.errors import OptionError
+from loramerge.storage.folders import made
 
 from . import bases
 from .job import Job, needed

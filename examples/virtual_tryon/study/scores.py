@@ -10,11 +10,11 @@ from typing import Any
 
 from loramerge.adapters.dinov2 import dinov2
 from loramerge.adapters.encoders import Encoder, pixels
-from loramerge.adapters.folders import made
 from loramerge.adapters.pixels import images_in
 from loramerge.adapters.scoring import Reference, Row, Scores, Shot, score
 from loramerge.errors import FileError
 from loramerge.storage.digests import of_file
+from loramerge.storage.folders import made
 from loramerge.storage.writer import write_text
 
 from .job import Job, needed

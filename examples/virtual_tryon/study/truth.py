@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from loramerge.adapters.bootstrap import Interval, interval
-from loramerge.adapters.folders import made
 from loramerge.adapters.images import METADATA
+from loramerge.adapters.pixels import read as read_picture
 from loramerge.errors import FileError
 from loramerge.storage.digests import of_file
+from loramerge.storage.folders import made
 from loramerge.storage.writer import write_text
 
 from ..world import CONCEPTS
@@ -167,9 +168,8 @@ def _judge(model: str, device: str) -> Any:
 def _pictures(files: Sequence[Path]) -> Any:
     """Bytes of shape ``(n, height, width, 3)``."""
     import numpy as np
-    from PIL import Image
 
-    found = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    found = [np.asarray(read_picture(file)) for file in files]
     sizes = {picture.shape for picture in found}
     if len(sizes) > 1:
         raise FileError(f"{files[0].parent}: pictures of different sizes, {sorted(sizes)}. Remove the directory.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import FileError, MissingExtraError, OptionError
+from ..storage.digests import of_file
 from ..tensors import Array
 from ..wording import first_line
 from .encoders import Encoder
@@ -132,8 +133,7 @@ def _digest(folder: Path) -> str:
     whole = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in (".json", ".safetensors", ".bin") and "preprocessor" not in file.name:
-            with file.open("rb") as stream:
-                whole.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            whole.update(f"{file.name} {of_file(file)}\n".encode())
     return whole.hexdigest()
 
 

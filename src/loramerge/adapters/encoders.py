@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from ..errors import NumberError, OptionError
+from ..storage.folders import made
 from ..storage.writer import Progress, write_bytes
 from ..tensors import Array, is_torch
-from .folders import made
 from .pixels import Box, bytes_of, downscaled, read
 
 if TYPE_CHECKING:

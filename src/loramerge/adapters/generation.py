@@ -22,9 +22,9 @@ from typing import Any
 
 from ..errors import FileError, NumberError, OptionError
 from ..lora import LoRA
+from ..storage.folders import made
 from ..storage.writer import Progress
 from ..tensors import Array
-from .folders import made
 from .loading import applied, fingerprint
 from .memory import memory_for
 from .recipes import recipe_in, save_png

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FileError, MissingExtraError
+from ..errors import FileError
 from ..storage.writer import write_bytes
+from .pixels import opened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,21 +36,15 @@ def recipe_in(path: Path) -> dict[str, Any] | None:
         FileError: The file is no picture, or its recipe is no recipe.
         MissingExtraError: Pillow is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError:
-        raise MissingExtraError("Pictures need Pillow: pip install 'loramerge[diffusers]'.") from None
-    try:
-        with Image.open(path) as image:
-            text = image.info.get(KEY)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise FileError(f"Can't read the image {path}: {error}.") from error
+    with opened(path) as image:
+        text = image.info.get(KEY)
     if text is None:
         return None
     try:
         recipe: dict[str, Any] = json.loads(text)
-        if isinstance(recipe["prompt"], str) and isinstance(recipe["seed"], int):
-            return recipe
+        whole = isinstance(recipe["prompt"], str) and isinstance(recipe["seed"], int)
     except (ValueError, TypeError, KeyError):
-        pass
-    raise FileError(f"{path}: the recipe inside is no recipe: {text[:80]}. Save the picture anew without it.")
+        whole = False
+    if not whole:
+        raise FileError(f"{path}: the recipe inside is no recipe: {text[:80]}. Save the picture anew without it.")
+    return recipe

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..storage.folders import made
 from ..storage.writer import write_text
 from .bootstrap import Interval
-from .folders import made
 from .scoring import Metric, Row, Scores
 
 METRICS: tuple[Metric, ...] = ("cosine", "pairwise")

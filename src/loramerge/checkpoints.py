@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import ARCHITECTURES, Architecture, openclip
-from .architectures.names import Part, Parts, whole
+from .architectures.names import COMPONENTS, Part, Parts, whole
 from .errors import FileError, LoRAMergeError
 from .storage import digests
 from .storage.reader import SafetensorsFile
 from .tensors import FLOATS, Array, Ranges, Shape, Stored, float32, namespace
-
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Folders of diffusers' layout that LoRAs are made for."""
 
 DENOISERS = ("model.diffusion_model.", "diffusion_model.", "")
 """What stands in front of a denoiser's own names in single files."""
@@ -345,10 +342,7 @@ def _denoises(key: str) -> bool:
 
 
 def _stem(key: str) -> str:
-    for end in (".weight", ".scale", "_weight"):
-        if key.endswith(end):
-            return key.removesuffix(end)
-    return key
+    return next(key.removesuffix(end) for end in WEIGHT_ENDS if key.endswith(end))
 
 
 class _Finder:

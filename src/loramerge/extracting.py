@@ -21,6 +21,7 @@ from .layers import LowRank, low_rank
 from .layers.base import dense_norm, matrix
 from .lora import LoRA
 from .metadata import RECIPE
+from .ranks import whole_number
 from .storage.writer import Progress
 from .tensors import FLOATS, Array, Spec, cast, check_finite, float32, parse_dtype, widest
 
@@ -287,13 +288,7 @@ def _components(model: Checkpoint) -> set[str]:
 
 
 def _check_rank(rank: object) -> None:
-    if rank == "full":
-        return
-    try:
-        number = operator.index(rank)  # type: ignore[arg-type]
-    except TypeError:
-        number = 0
-    if isinstance(rank, bool) or number < 1:
+    if rank != "full" and whole_number(rank) < 1:
         raise OptionError(f"The rank {rank!r} is none of: a number from 1, 'full'.")
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from .architectures.names import COMPONENTS
 from .dialects import DIALECTS
-from .dialects.alphas import COMPONENTS
 from .errors import DialectError, FileError, OptionError
 from .lora import LoRA, from_tensors
 from .storage.reader import SafetensorsFile, read_text

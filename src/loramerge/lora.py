@@ -15,6 +15,7 @@ from .dialects.read import Reading, Record, read
 from .errors import LoRAMergeError, OptionError
 from .layers import Layer, alpha_of, build
 from .storage.awaited import Awaited
+from .storage.reader import SafetensorsFile
 from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
 
 if TYPE_CHECKING:
@@ -105,9 +106,8 @@ class LoRA(Mapping[str, Layer]):
 
     def close(self) -> None:
         """Let go of the file, if one is open."""
-        close = getattr(self.origin.tensors if self.origin else None, "close", None)
-        if close:
-            close()
+        if self.origin and isinstance(self.origin.tensors, SafetensorsFile):
+            self.origin.tensors.close()
 
     def layout(self, module: str) -> Layer:
         """The module's layer without its values: kind, shape, rank, alpha."""

@@ -23,10 +23,18 @@ def rule(rank: Rank) -> Callable[[Sequence[int]], int]:
     """
     if isinstance(rank, str) and rank in ("sum", "max"):
         return sum if rank == "sum" else max
-    number = 0 if isinstance(rank, str | bool) or not hasattr(rank, "__index__") else operator.index(rank)
+    number = whole_number(rank)
     if number < 1:
         raise OptionError(f"The rank {rank!r} is none of: a number from 1, 'sum', 'max'.")
     return lambda ranks: number
+
+
+def whole_number(rank: object) -> int:
+    """A rank as Python's own number; 0 where it is none."""
+    try:
+        return 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
+    except TypeError:
+        return 0
 
 
 @dataclass(frozen=True)

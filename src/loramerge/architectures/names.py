@@ -5,6 +5,9 @@ from typing import NamedTuple, TypeAlias
 
 from ..tensors import Ranges, Shape
 
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Components that LoRAs are made for: folders of diffusers' layout, and what modules' names begin with."""
+
 
 class Part(NamedTuple):
     """A module inside a weight of the model's own code."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..architectures.names import COMPONENTS
 from ..errors import FileError, LayerError, NumberError
 from ..tensors import LARGEST, Tensor, scalar
 from .patterns import Patterns
@@ -66,9 +67,6 @@ def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -
         component: {**config, "alpha_pattern": Patterns(config.get("alpha_pattern") or {})}
         for component, config in found.items()
     }
-
-
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def alpha(config: Config, path: str, rank: int) -> float | None:

@@ -53,7 +53,7 @@ class LoKr(Layer):
             full, a, b = (getattr(self, part + end) for end in ("", "_a", "_b"))
             if (full is None) == (a is None or b is None) or (a is None) != (b is None):
                 raise LayerError(f"wanted either {part} or both {part}_a and {part}_b")
-            if any(t is not None and (t.ndim if hasattr(t, "ndim") else len(t.shape)) < 2 for t in (full, a, b)):
+            if any(t is not None and len(t.shape) < 2 for t in (full, a, b)):
                 raise LayerError(f"{part} has fewer than two axes")
         if self.lokr_t2 is not None and self.lokr_w2_a is None:
             raise LayerError("lokr_t2 without lokr_w2_a")

@@ -18,6 +18,7 @@ from ..layers import LowRank, low_rank
 from ..layers.base import dense_norm
 from ..linalg import truncate_dense
 from ..lora import LoRA
+from ..ranks import whole_number
 from ..storage.reader import SafetensorsFile
 from ..tensors import Array, Shape, check_finite, flatten, float32
 
@@ -47,7 +48,7 @@ def load(path: str | os.PathLike[str], rank: int) -> Imported:
         NumberError: A value is NaN or infinite.
         OptionError: The rank is not a whole number from 1.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if whole_number(rank) < 1:
         raise OptionError(f"The rank is a whole number from 1, got {rank!r}.")
     with closing(SafetensorsFile(Path(path))) as file:
         modules = {key: _module(key) for key in file}

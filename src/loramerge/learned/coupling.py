@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..linalg import column_products
+
 Penalty = Literal["none", "dot", "absmean", "cos", "columns"]
 
 
@@ -40,7 +42,7 @@ def penalty(kind: Penalty, m: Tensor, cross: Tensor | None = None) -> Tensor:
 def crossings(up: Tensor, down: Tensor, slices: list[slice]) -> Tensor:
     """⟨Dᵢ[:,a], Dⱼ[:,a]⟩ of every pair of LoRAs and column a, ``(pairs, in·kh·kw)``, from the factors."""
     found = [
-        (down[slices[i]] * ((up[:, slices[i]].T @ up[:, slices[j]]) @ down[slices[j]])).sum(0)
+        column_products(up[:, slices[i]].T @ up[:, slices[j]], down[slices[i]], down[slices[j]])
         for i, j in combinations(range(len(slices)), 2)
     ]
     return torch.stack(found) if found else down.new_zeros((0, down.shape[1]))

@@ -30,10 +30,9 @@ from ..errors import FileError, MergeError
 from ..lora import LoRA
 from ..storage.reader import SafetensorsFile
 from ..storage.writer import write
-from ..tensors import Spec, code
 from .attach import Site
 from .factors import fingerprints
-from .state import tensor
+from .state import group_of, tensor
 
 Kind = Literal["core", "gram"]
 KEY = "loramerge.moments"
@@ -238,6 +237,4 @@ def _sum(a: Module, b: Module) -> Module:
 
 def _group(name: str, module: Module) -> Group:
     parts = {"core": module.core, "gram": module.gram, "cross": module.cross}
-    held = {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items() if tensor is not None}
-    specs = {key: Spec(tuple(tensor.shape), code(tensor)) for key, tensor in held.items()}
-    return Group(name, specs, lambda: held)
+    return group_of(name, {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None})

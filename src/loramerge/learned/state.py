@@ -1,7 +1,7 @@
 """The state of learning in a file: what a run needs to go on to the same bits."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +63,29 @@ def save_state(
             f"{name}/first": adam.get("exp_avg", zeros),
             f"{name}/second": adam.get("exp_avg_sq", zeros),
         }
-    held = {key: tensor.cpu().contiguous() for key, tensor in held.items()}
-    groups = [
-        Group(key, {key: Spec(tuple(t.shape), code(t))}, lambda key=key, t=t: {key: t})  # type: ignore[misc]
-        for key, t in held.items()
-    ]
+    groups = [group_of(key, {key: tensor}) for key, tensor in held.items()]
     said = {"step": step, "identity": identity, "scales": scales, "names": list(parameters)}
     write(path, groups, {"format": "pt", KEY: json.dumps(said)})
+
+
+def resumed(checkpoint: Path | None, identity: Mapping[str, Any], steps: int) -> State | None:
+    """The state to go on from; None where a run begins.
+
+    Raises:
+        FileError: The checkpoint can't be read, or holds no state.
+        OptionError: It is the state of another run, or past the steps.
+    """
+    state = load_state(checkpoint, identity) if checkpoint and checkpoint.exists() else None
+    if state and state.step > steps:
+        raise OptionError(f"The checkpoint {checkpoint} is at step {state.step}, past {steps}.")
+    return state
+
+
+def mean_if_apart(step: int, reduce: Callable[[Sequence[Tensor]], None]) -> float | None:
+    """The mean of the processes' steps where these differ, so that they would wait for each other; else None."""
+    means = torch.tensor([step, step**2], dtype=torch.float64)
+    reduce([means])
+    return float(means[0]) if abs(means[1] - means[0] ** 2) > 0.01 else None
 
 
 def load_state(path: Path, identity: Mapping[str, Any]) -> State:
@@ -102,6 +118,12 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State:
             "Ways out: the same ones, or another path."
         )
     return found
+
+
+def group_of(name: str, tensors: Mapping[str, Tensor]) -> Group:
+    """Tensors as they are written together."""
+    held = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    return Group(name, {key: Spec(tuple(t.shape), code(t)) for key, t in held.items()}, lambda: held)
 
 
 def tensor(file: SafetensorsFile, key: str) -> Tensor:

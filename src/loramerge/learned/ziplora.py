@@ -28,7 +28,7 @@ from .factors import fingerprints
 from .lsq import RIDGE, column_solution, problem
 from .result import assemble, plan_sum
 from .settings import PRESETS, Settings, settings
-from .state import load_state, save_state
+from .state import mean_if_apart, resumed, save_state
 
 __all__ = ["PRESETS", "Learned", "Settings", "Step", "join", "settings", "ziplora"]
 
@@ -203,9 +203,7 @@ class _Run:
 
     def _begin(self, checkpoint: Path | None, identity: Mapping[str, Any]) -> tuple[torch.optim.Optimizer, int]:
         """The parameters and the optimiser at the start of the run or where it was left, and the steps done."""
-        state = load_state(checkpoint, identity) if checkpoint and checkpoint.exists() else None
-        if state and state.step > self.settings.steps:
-            raise OptionError(f"The checkpoint {checkpoint} is at step {state.step}, past {self.settings.steps}.")
+        state = resumed(checkpoint, identity, self.settings.steps)
         start = state.tensors if state else self._start()
         self.parameters = {
             m: nn.Parameter(start[m].to(site.down.device, torch.float32)) for m, site in self.sites.items()
@@ -381,11 +379,10 @@ class _Run:
 
 def _check_together(reached: int, reduce: Callable[[Sequence[Tensor]], None]) -> None:
     """Refuse processes whose checkpoints are at different steps: they would wait for each other."""
-    means = torch.tensor([reached, reached**2], dtype=torch.float64)
-    reduce([means])
-    if abs(means[1] - means[0] ** 2) > 0.01:
+    mean = mean_if_apart(reached, reduce)
+    if mean is not None:
         raise OptionError(
-            f"This process's checkpoint is at step {reached}, others' are not: they average {means[0]:g}. "
+            f"This process's checkpoint is at step {reached}, others' are not: they average {mean:g}. "
             "Way out: without checkpoints, a new run."
         )
 

@@ -64,7 +64,7 @@ class Images:
         timesteps = self.schedule.timesteps(count, generator)
         sample = self.schedule.noised(latents, noise, timesteps)
         found = self.conditions[lora].batch(sample, timesteps, chosen)
-        return found | _weight(self.schedule, timesteps, self.snr_gamma)
+        return found | weight(self.schedule, timesteps, self.snr_gamma)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,11 @@ class Trajectories:
         chosen = torch.randint(len(self.samples[lora]), (count,), generator=generator)
         timesteps = self.timesteps[lora][chosen]
         found = self.conditions[lora].batch(self.samples[lora][chosen], timesteps, chosen)
-        return found | _weight(self.schedule, timesteps, self.snr_gamma)
+        return found | weight(self.schedule, timesteps, self.snr_gamma)
 
 
-def _weight(schedule: Schedule, timesteps: Tensor, gamma: float | None) -> dict[str, Tensor]:
+def weight(schedule: Schedule, timesteps: Tensor, gamma: float | None) -> dict[str, Tensor]:
+    """A batch's entry ``weight`` by min-SNR; none without γ."""
     return {} if gamma is None else {"weight": schedule.weights(timesteps, gamma)}
 
 

@@ -6,14 +6,13 @@ share the same examples out among them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ....learned.batches import Batch
-from ..examples import Images
+from ..examples import Images, weight
 
 ORDER, NOISE = 0, 1
 
@@ -53,10 +52,8 @@ class Deck:
         latents = held[chosen, torch.tensor([one.mirrored for one in drawn])]
         noise, timesteps = (torch.stack(values) for values in zip(*((d.noise, d.timestep) for d in drawn), strict=True))
         sample = schedule.noised(latents, noise, timesteps)
-        batch: dict[str, Any] = self.images.conditions[folder].batch(sample, timesteps, chosen)
-        if self.images.snr_gamma is not None:
-            batch["weight"] = schedule.weights(timesteps, self.images.snr_gamma)
-        return batch, schedule.target(latents, noise, timesteps)
+        batch = self.images.conditions[folder].batch(sample, timesteps, chosen)
+        return batch | weight(schedule, timesteps, self.images.snr_gamma), schedule.target(latents, noise, timesteps)
 
     def drawn(self, folder: int, number: int) -> Drawn:
         """The example with this number."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ....errors import DeviceMemoryError, NumberError, OptionError
 from ....learned.batches import join, seen
 from ....learned.calibration import Progress
-from ....learned.state import State, load_state, save_state
+from ....learned.state import State, mean_if_apart, resumed, save_state
 from ....lora import LoRA
 from ...loading import fingerprint
 from ..denoiser import Denoiser
@@ -236,16 +236,13 @@ class Run:
         keep()
 
     def _resume(self, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:
-        state = load_state(checkpoint, identity) if checkpoint and checkpoint.exists() else None
-        if state and state.step > self.settings.steps:
-            raise OptionError(f"The checkpoint {checkpoint} is at step {state.step}, past {self.settings.steps}.")
+        state = resumed(checkpoint, identity, self.settings.steps)
         if state:
             self._restore(state)
-        means = torch.tensor([self.reached, self.reached**2], dtype=torch.float64)
-        self.together.reduce([means])
-        if abs(means[1] - means[0] ** 2) > 0.01:
+        mean = mean_if_apart(self.reached, self.together.reduce)
+        if mean is not None:
             raise OptionError(
-                f"This process goes on from step {self.reached}, others don't: they average {means[0]:g}. Way out: a "
+                f"This process goes on from step {self.reached}, others don't: they average {mean:g}. Way out: a "
                 "checkpoint on a disk that all processes see."
             )
 

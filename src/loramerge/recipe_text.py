@@ -176,25 +176,7 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
         learned = LEARNED.get(found["method"])
-        entries = [_entry(entry) for entry in found["inputs"]]
-        data = {
-            key: found[key]
-            for key in (
-                "method",
-                "options",
-                "weights",
-                "scope",
-                "rank",
-                "exclude",
-                "device",
-                "base",
-                "base_sha256",
-                "ranks",
-            )
-            if key in found
-        }
-        data |= {**found.get("budget", {}), "loras": entries}
-        data["output"] = {("to" if key == "dialect" else key): value for key, value in found["output"].items()}
+        data = _as_toml(found)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
     if learned:
@@ -210,6 +192,13 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
             "Way out: save them first, then merge the files."
         )
     return data
+
+
+def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's entries under the keys of a recipe's file; its budget stands in a table of its own."""
+    data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
+    data |= {**found.get("budget", {}), "loras": [_entry(entry) for entry in found["inputs"]]}
+    return data | {"output": {("to" if key == "dialect" else key): value for key, value in found["output"].items()}}
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ CMA-ES: Hansen, 2016, https://arxiv.org/abs/1604.00772, from the package ``cma``
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -80,39 +80,56 @@ def search_weights(
     names = [_names(lora, per) for lora in loras]
     begin = _begin(names, start, low, high)
     optimizer = _optimizer(begin, low, high, seed)
-    history: list[SearchStep] = []
-    best: tuple[float, SearchStep] | None = None
+    search = _Search(loras, score, names, steps, l1, on_step)
+    search.tried([begin])
+    while not search.over:
+        asked = optimizer.ask()
+        losses = search.tried(asked)
+        if len(losses) == len(asked):
+            optimizer.tell(asked, losses)
+    best = search.best
+    return SearchResult(best.weights, best.score, tuple(search.history))
 
-    def tried(vector: Any) -> float:
-        nonlocal best
-        weights = _weights(names, [float(w) for w in vector])
-        value = float(score(merge(loras, weights=weights)))
+
+@dataclass
+class _Search:
+    """The merges that were tried, and whether any is left to try."""
+
+    loras: Sequence[LoRA]
+    score: Callable[[LoRA], float]
+    names: Sequence[Sequence[str]]
+    steps: int
+    l1: float
+    on_step: Callable[[SearchStep], bool | None] | None
+    history: list[SearchStep] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
+    """Of each step: the score less the price of its weights."""
+    over: bool = False
+
+    @property
+    def best(self) -> SearchStep:
+        """The first of the steps with the highest gain."""
+        return self.history[self.gains.index(max(self.gains))]
+
+    def tried(self, vectors: Sequence[Any]) -> list[float]:
+        """What the optimiser has to make small, of each vector in turn until the search is over."""
+        losses = []
+        for vector in vectors:
+            losses.append(-self._gain(vector))
+            stopped = self.on_step is not None and self.on_step(self.history[-1]) is False
+            self.over = stopped or len(self.history) >= self.steps
+            if self.over:
+                break
+        return losses
+
+    def _gain(self, vector: Any) -> float:
+        weights = _weights(self.names, [float(w) for w in vector])
+        value = float(self.score(merge(self.loras, weights=weights)))
         if not math.isfinite(value):
             raise NumberError(f"The score of the weights {weights} is {value}; wanted a finite number.")
-        gain = value - l1 * float(np.abs(vector).mean())
-        top = gain if best is None else max(gain, best[0])
-        history.append(SearchStep(len(history) + 1, steps, weights, value, top))
-        if best is None or gain > best[0]:
-            best = gain, history[-1]
-        return -gain
-
-    def goes_on() -> bool:
-        stopped = on_step is not None and bool(history) and on_step(history[-1]) is False
-        return not stopped and len(history) < steps
-
-    tried(begin)
-    more = goes_on()
-    while more:
-        asked, losses = optimizer.ask(), []
-        for vector in asked:
-            losses.append(tried(vector))
-            more = goes_on()
-            if not more:
-                break
-        else:
-            optimizer.tell(asked, losses)
-    assert best is not None
-    return SearchResult(best[1].weights, best[1].score, tuple(history))
+        self.gains.append(value - self.l1 * float(np.abs(vector).mean()))
+        self.history.append(SearchStep(len(self.history) + 1, self.steps, weights, value, max(self.gains)))
+        return self.gains[-1]
 
 
 def _checked(bounds: tuple[float, float], steps: int, l1: float, per: str) -> tuple[float, float]:

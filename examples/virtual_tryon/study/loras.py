@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def _learned(job: Job, setting: Setting, loras: list[LoRA]) -> LoRA:
     given = {key: options.pop(key) for key in ("batches", "batch_size") if key in options}
     moments = calibrate(denoiser.predict, denoiser.models, loras, draw, kind=kind, seed=training.seed, **given)
     try:
-        return lsq(loras, moments, **options)[0]
+        signature(lsq).bind(loras, moments, **options)
     except TypeError as error:
         raise OptionError(f"The setting {setting.name}: {error}.") from None
+    return lsq(loras, moments, **options)[0]

@@ -415,7 +415,7 @@ def _check(granularity: str, ridge: float | None, prior: str, solver: str) -> No
     ):
         if given not in get_args(known):
             raise OptionError(f"Unknown {what} {given!r}. Available: {', '.join(get_args(known))}.")
-    if ridge is not None and not 0 <= ridge < math.inf:
+    if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
         raise OptionError(f"The ridge is a number from 0, got {ridge!r}.")
 
 

@@ -162,29 +162,20 @@ def plan_extraction(
         FileError: A model can't be read.
     """
     _check_rank(rank)
-    models = [m if isinstance(m, Checkpoint) else open_checkpoint(m, variant=variant) for m in (tuned, base)]
-    first, second = models
+    first, second = (m if isinstance(m, Checkpoint) else open_checkpoint(m, variant=variant) for m in (tuned, base))
     modules = _common(first, second)
     given = _checked_ranks(ranks or {}, modules)
     found: dict[str, int] = {}
     lost: list[NotHeld] = []
-    total = len(modules) + len(second.biases)
-    for done, module in enumerate(modules, start=1):
-        shape = second[module].shape
-        if _differs(first, second, first[module], second[module], module):
-            if len(shape) < 2 or EMBEDDING.search(module):
-                lost.append(_not_held(module, first, second, first[module], second[module]))
-            else:
-                found[module] = _rank_of(given.get(module, rank), first, second, module)
+    tensors = list(_tensors(first, second, modules))
+    for done, tensor in enumerate(tensors, start=1):
+        delta = tensor.difference()
+        if delta.any() and tensor.fits_a_lora:
+            found[tensor.name] = _rank_of(given.get(tensor.name, rank), delta)
+        elif delta.any():
+            lost.append(tensor.not_held(delta))
         if progress:
-            progress(done, total)
-    for done, module in enumerate(second.biases, start=len(modules) + 1):
-        if module in first.biases:
-            here, there = first.biases[module], second.biases[module]
-            if _differs(first, second, here, there, f"{module}.bias"):
-                lost.append(_not_held(f"{module}.bias", first, second, here, there))
-        if progress:
-            progress(done, total)
+            progress(done, len(tensors))
     if not found:
         raise MergeError(f"{first.name} and {second.name} differ in no weight that a LoRA can hold.")
     codes = [first[module].dtype for module in found]
@@ -238,28 +229,50 @@ def extract(
 
 def difference(tuned: Checkpoint, base: Checkpoint, module: str) -> Array:
     """W_tuned − W_base of a module, float32."""
-    return _minus(tuned, base, tuned[module], base[module], module)
+    return _Tensor(module, tuned, base, tuned[module], base[module]).difference()
 
 
-def _minus(tuned: Checkpoint, base: Checkpoint, here: Place, there: Place, name: str) -> Array:
-    weights = []
-    for model, place in ((tuned, here), (base, there)):
+@dataclass(frozen=True)
+class _Tensor:
+    """A weight or a bias that both models have."""
+
+    name: str
+    tuned: Checkpoint
+    base: Checkpoint
+    here: Place
+    """In the tuned model."""
+    there: Place
+    """In the base."""
+
+    @property
+    def fits_a_lora(self) -> bool:
+        return len(self.there.shape) >= 2 and not EMBEDDING.search(self.name)
+
+    def difference(self) -> Array:
+        """W_tuned − W_base in the base's shape, float32."""
+        tuned, base = self._read(self.tuned, self.here), self._read(self.base, self.there)
+        return float32(tuned - base.reshape(tuned.shape)).reshape(self.there.shape)
+
+    def _read(self, model: Checkpoint, place: Place) -> Array:
         values = model.read(place)
         try:
             check_finite(values)
         except NumberError as error:
-            raise NumberError(f"{model.name}: {name}: {error}") from None
-        weights.append(widened(values))
-    return float32(weights[0] - weights[1].reshape(weights[0].shape)).reshape(there.shape)
+            raise NumberError(f"{model.name}: {self.name}: {error}") from None
+        return widened(values)
+
+    def not_held(self, delta: Array) -> NotHeld:
+        norm, size = dense_norm(delta), dense_norm(self.base.read(self.there))
+        return NotHeld(self.name, norm, norm / size if size else math.inf)
 
 
-def _differs(tuned: Checkpoint, base: Checkpoint, here: Place, there: Place, name: str) -> bool:
-    return bool(_minus(tuned, base, here, there, name).any())
-
-
-def _not_held(name: str, tuned: Checkpoint, base: Checkpoint, here: Place, there: Place) -> NotHeld:
-    norm, size = dense_norm(_minus(tuned, base, here, there, name)), dense_norm(base.read(there))
-    return NotHeld(name, norm, norm / size if size else math.inf)
+def _tensors(tuned: Checkpoint, base: Checkpoint, modules: list[str]) -> Iterator[_Tensor]:
+    """The weights of modules of both models, then all biases of both."""
+    for module in modules:
+        yield _Tensor(module, tuned, base, tuned[module], base[module])
+    for module, bias in base.biases.items():
+        if module in tuned.biases:
+            yield _Tensor(f"{module}.bias", tuned, base, tuned.biases[module], bias)
 
 
 def _common(tuned: Checkpoint, base: Checkpoint) -> list[str]:
@@ -300,11 +313,9 @@ def _checked_ranks(ranks: Mapping[str, int], modules: list[str]) -> Mapping[str,
     return ranks
 
 
-def _rank_of(rank: Rank, tuned: Checkpoint, base: Checkpoint, module: str) -> int:
-    if rank == "full":
-        return linalg.numerical_rank(matrix(difference(tuned, base, module)))
-    shape = base[module].shape
-    return min(operator.index(rank), shape[0], math.prod(shape[1:]))
+def _rank_of(rank: Rank, delta: Array) -> int:
+    flat = matrix(delta)
+    return linalg.numerical_rank(flat) if rank == "full" else min(operator.index(rank), *flat.shape)
 
 
 def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int]) -> tuple[str, ...]:

@@ -2,9 +2,10 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -124,19 +125,13 @@ def from_images(
         raise OptionError(f"Prompts given: {len(prompts)}, folders of images: {len(folders)}.")
     found = [pictures(f, p) for f, p in zip(folders, prompts or [None] * len(folders), strict=True)]
     texts = _Texts(denoiser, (picture.caption for pictures in found for picture in pictures))
-    total, done = sum(map(len, found)), 0
+    one_more = _counter(progress, sum(map(len, found)))
     latents, conditions = [], []
     for mine in found:
-        held, sizes = [], []
-        for picture in mine:
-            pair, size = _encoded(denoiser, picture, side)
-            held.append(pair)
-            sizes.append(size)
-            done += 1
-            if progress:
-                progress(done, total)
-        latents.append(torch.stack(held))
-        conditions.append(texts.of([picture.caption for picture in mine], denoiser.placed_at(sizes)))
+        encoded = [_encoded(denoiser, picture, side, one_more) for picture in mine]
+        latents.append(torch.stack([pair for pair, _ in encoded]))
+        places = denoiser.placed_at([size for _, size in encoded])
+        conditions.append(texts.of([picture.caption for picture in mine], places))
     described = {
         "images": [{"count": len(mine), "sha256": digest(mine)} for mine in found],
         "resolution": side,
@@ -146,11 +141,24 @@ def from_images(
     return Images(tuple(latents), tuple(conditions), denoiser.schedule(side), flip, snr_gamma, described)
 
 
-def _encoded(denoiser: Denoiser, picture: Picture, side: int) -> tuple[Tensor, Size]:
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    """A function to be called when one more is done."""
+    numbers = count(1)
+
+    def one_more() -> None:
+        done = next(numbers)
+        if progress:
+            progress(done, total)
+
+    return one_more
+
+
+def _encoded(denoiser: Denoiser, picture: Picture, side: int, done: Callable[[], None]) -> tuple[Tensor, Size]:
     """Latents of a picture and of its mirror image, ``(2, …)``."""
     square = cropped(picture.path, side)
     pixels = torch.from_numpy(square.pixels)
     both = denoiser.encoded_image(torch.stack([pixels, pixels.flip(-1)]))
+    done()
     return both, (square.original, square.corner, side)
 
 
@@ -214,22 +222,16 @@ def from_prompts(
     texts = _Texts(denoiser, (prompt for mine in given for prompt in mine))
     generator = torch.Generator().manual_seed(seed)
     samples, timesteps, conditions = [], [], []
-    done, total = 0, len(loras) * trajectories * steps
+    one_more = _counter(progress, len(loras) * trajectories * steps)
     with torch.no_grad(), attach(denoiser.models, loras) as attachment:
         for i, mine in enumerate(given):
             attachment.only(torch.full((sampler.rows,), i, device=denoiser.device))
-            seen: list[tuple[Tensor, Tensor]] = []
             captions = [mine[k % len(mine)] for k in range(trajectories)]
-            for caption in captions:
-                for state in sampler.run(texts.of([caption], sampler.place(1)), generator):
-                    seen.append(state)
-                    done += 1
-                    if progress:
-                        progress(done, total)
+            seen = [sampler.run(texts.of([c], sampler.place(1)), generator, one_more) for c in captions]
             samples.append(torch.cat([x for x, _ in seen]))
-            timesteps.append(torch.stack([t for _, t in seen]))
-            each = [caption for caption in captions for _ in range(len(seen) // trajectories)]
-            conditions.append(texts.of(each, sampler.place(len(seen))))
+            timesteps.append(torch.cat([t for _, t in seen]))
+            each = [caption for caption, (_, t) in zip(captions, seen, strict=True) for _ in t]
+            conditions.append(texts.of(each, sampler.place(len(each))))
     described = {
         "prompts": given,
         "steps": steps,
@@ -268,7 +270,15 @@ class _Sampler:
         """Conditions of whole pictures."""
         return self.denoiser.placed_at([((self.side, self.side), (0, 0), self.side)] * count)
 
-    def run(self, given: Conditions, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def run(self, given: Conditions, generator: torch.Generator, done: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        """The latents ``(steps, …)`` and timesteps ``(steps,)`` of an image's making."""
+        states = []
+        for state in self._states(given, generator):
+            states.append(state)
+            done()
+        return torch.cat([x for x, _ in states]), torch.stack([t for _, t in states])
+
+    def _states(self, given: Conditions, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """The latents ``(1, …)`` and timestep of every step."""
         scheduler = copy.deepcopy(self.denoiser.pipe.scheduler)
         self._begin(scheduler)

@@ -17,7 +17,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from typer.testing import CliRunner
 
 from adapters import toys
-from loramerge.adapters.bootstrap import interval, student
+from loramerge.adapters.bootstrap import Interval, interval, student
 from loramerge.adapters.dinov2 import dinov2
 from loramerge.adapters.encoders import Encoder, embed, pixels
 from loramerge.adapters.pixels import Box, Preprocessing, read
@@ -351,6 +351,12 @@ def test_single_pictures_would_promise_too_much() -> None:
         found.append(interval(values, range(len(values)), resamples=500))
 
     assert np.mean([i.low < 0.3 < i.high for i in found]) < 0.8
+
+
+def test_an_interval_is_written_in_a_numbers_form() -> None:
+    assert f"{Interval(0.5, 0.25, 0.75, 8, 16):+.2f}" == "+0.50 [+0.25, +0.75]"
+    assert f"{Interval(0.5, None, None, 3, 3):.1f}" == "0.5"
+    assert str(Interval(0.5, 0.25, 0.75, 8, 16)) == f"{Interval(0.5, 0.25, 0.75, 8, 16):.4f}"
 
 
 def test_with_few_clusters_there_is_no_interval() -> None:

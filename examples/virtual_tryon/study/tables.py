@@ -2,28 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from loramerge.adapters.bootstrap import Interval
-
 from .content import Table
 from .orderings import Comparison, Decision
 from .published import published
 from .results import Group
 from .scores import TRUTH
 from .sets import NOTHING
-
-
-def number(value: Interval) -> str:
-    """``.294 [.201, .387]``."""
-    if value.low is None or value.high is None:
-        return f"{value.mean:.3f}"
-    return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
-
-
-def signed(value: Interval) -> str:
-    """The same of a difference."""
-    if value.low is None or value.high is None:
-        return f"{value.mean:+.4f}"
-    return f"{value.mean:+.4f} [{value.low:+.4f}, {value.high:+.4f}]"
 
 
 def best(rows: Sequence[str], value: Callable[[str], float]) -> str:
@@ -40,7 +24,7 @@ def scores(group: Group, names: Sequence[str], view: str, *, beside: bool) -> Ta
     theirs = [r for r in references if beside and any(published(name, r) is not None for name in names)]
     rows = []
     for name in names:
-        cells = [_strong(number(found.mean(name, r)), name == top[r]) for r in references]
+        cells = [_strong(f"{found.mean(name, r):.3f}", name == top[r]) for r in references]
         rows.append((group.label(name), *cells, *(_published(name, r) for r in theirs)))
     head = ("Setting", *references, *(f"published: {r}" for r in theirs))
     return Table(head, tuple(rows), f"Mean cosine [95 % interval over {_seeds(group)} seeds].")
@@ -65,7 +49,7 @@ def columns(group: Group, view: str) -> Table:
     rows = []
     for concept in group.references:
         added = [found.difference(f":{concept}", f":{NOTHING}", r) for r in group.references]
-        rows.append((f"{concept} added", *(signed(difference) for difference in added)))
+        rows.append((f"{concept} added", *(f"{difference:+.4f}" for difference in added)))
     note = "True pictures with one concept, less the same pictures without it. Only the diagonal should be above zero."
     return Table(("", *group.references), tuple(rows), note)
 
@@ -79,7 +63,7 @@ def orderings(group: Group, found: Sequence[Decision]) -> Table:
             (
                 decision.claim.text,
                 f"**{decision.verdict}**",
-                f"{signed(difference)}{_which(group, comparison) if len(decision.differences) > 1 else ''}",
+                f"{difference:+.4f}{_which(group, comparison) if len(decision.differences) > 1 else ''}",
                 decision.published or "",
                 {True: "yes", False: "**no**", None: "open"}[decision.agrees],
             )
@@ -113,12 +97,12 @@ def truth(group: Group, names: Iterable[str], *, against: str | None = None) -> 
         head.insert(2, f"minus {group.label(against)}")
     rows = []
     for name in order:
-        cells = [number(found.share(name, found.concepts))]
+        cells = [f"{found.share(name, found.concepts):.3f}"]
         if against:
             same = name.startswith(":") or name == against
-            cells.append("" if same else signed(found.difference(name, against, found.concepts)))
+            cells.append("" if same else f"{found.difference(name, against, found.concepts):+.4f}")
         cells += [f"{found.share(name, [concept]).mean:.3f}" for concept in found.concepts]
-        cells += [f"{found.share(name, ['scene']).mean:.3f}", number(like.mean(name, TRUTH))]
+        cells += [f"{found.share(name, ['scene']).mean:.3f}", f"{like.mean(name, TRUTH):.3f}"]
         rows.append((group.label(name), *cells))
     note = (
         "Share of the concepts' attributes that the judge finds as they are in the true pictures; each concept counts "

@@ -31,10 +31,15 @@ class Interval:
     clusters: int
     values: int
 
-    def __str__(self) -> str:
+    def __format__(self, form: str) -> str:
+        """The mean and the ends of the interval, each in a number's form: ``f"{found:+.3f}"``."""
+        form = form or ".4f"
         if self.low is None or self.high is None:
-            return f"{self.mean:.4f}"
-        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
+            return format(self.mean, form)
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+    def __str__(self) -> str:
+        return format(self)
 
     @property
     def excludes_zero(self) -> bool:

@@ -187,7 +187,7 @@ def _means(scores: "Scores") -> str:
         [
             setting,
             *(
-                f"{_interval(scores.mean(setting, reference))} ({scores.mean(setting, reference, 'pairwise').mean:.3f})"
+                f"{scores.mean(setting, reference):.3f} ({scores.mean(setting, reference, 'pairwise').mean:.3f})"
                 for reference in scores.references
             ),
             str(scores.mean(setting, scores.references[0]).values),
@@ -200,7 +200,7 @@ def _means(scores: "Scores") -> str:
 def _prompts(scores: "Scores") -> str:
     asked = {(row.shot.setting, row.shot.prompt) for row in scores.rows}
     rows = [
-        [prompt, setting, *(_interval(scores.mean(setting, r, prompt=prompt)) for r in scores.references)]
+        [prompt, setting, *(f"{scores.mean(setting, r, prompt=prompt):.3f}" for r in scores.references)]
         for prompt in scores.prompts
         for setting in scores.settings
         if (setting, prompt) in asked
@@ -217,13 +217,5 @@ def _against(scores: "Scores", other: str) -> str:
     return table(["setting", *scores.references], rows)
 
 
-def _interval(found: "Interval") -> str:
-    if found.low is None or found.high is None:
-        return f"{found.mean:.3f}"
-    return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
-
-
 def _signed(found: "Interval") -> str:
-    if found.low is None or found.high is None:
-        return f"{found.mean:+.3f}"
-    return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{' *' if found.excludes_zero else ''}"
+    return f"{found:+.3f}{' *' if found.excludes_zero else ''}"

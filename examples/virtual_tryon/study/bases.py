@@ -5,7 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from loramerge.errors import FileError, OptionError
+from loramerge.errors import FileError
 
 from .protocol import Base
 
@@ -60,14 +60,9 @@ def pipeline(base: Base, device: str) -> Any:
 @lru_cache(maxsize=1)
 def drawing_pipeline(base: Base, device: str, scheduler: str | None) -> Any:
     """The base with the scheduler that draws; kept, because one process draws many settings."""
-    import diffusers
+    from loramerge.adapters.pipelines import use_scheduler
 
     pipe = pipeline(base, device)
     if scheduler:
-        kind = getattr(diffusers, scheduler, None)
-        if kind is None or not scheduler.endswith("Scheduler"):
-            raise OptionError(
-                f"Unknown scheduler {scheduler!r}. Wanted a class of diffusers, such as EulerDiscreteScheduler."
-            )
-        pipe.scheduler = kind.from_config({"clip_sample": False, **pipe.scheduler.config})
+        use_scheduler(pipe, scheduler)
     return pipe

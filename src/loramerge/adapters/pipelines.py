@@ -51,17 +51,25 @@ def load(
             "Hugging Face Hub."
         ) from error
     if scheduler:
-        pipe.scheduler = _scheduler(diffusers, scheduler, pipe.scheduler.config)
+        use_scheduler(pipe, scheduler)
     pipe.set_progress_bar_config(disable=quiet)
     return pipe.to(place)
 
 
-def _scheduler(diffusers: Any, name: str, config: Any) -> Any:
+def use_scheduler(pipe: Any, name: str) -> None:
+    """Give a pipeline another scheduler, with the configuration of its own.
+
+    Raises:
+        OptionError: diffusers has no scheduler of that name.
+    """
+    import diffusers
+
     names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
     if name not in names:
-        hint = did_you_mean(name, names)
         raise OptionError(
-            f"Unknown scheduler {name!r}.{hint} Wanted a class of diffusers, such as EulerDiscreteScheduler."
+            f"Unknown scheduler {name!r}.{did_you_mean(name, names)} Wanted a class of diffusers, such as "
+            "EulerDiscreteScheduler."
         )
     # DDIM clips to [-1, 1] unless told: right for pixels, but latents are larger
-    return getattr(diffusers, name).from_config({"clip_sample": False, **config})
+    config = {"clip_sample": False, **pipe.scheduler.config}
+    pipe.scheduler = getattr(diffusers, name).from_config(config)

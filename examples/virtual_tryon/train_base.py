@@ -75,8 +75,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     options = parser.parse_args(given)
     if math.isinf(options.minutes) and math.isinf(options.samples):
         parser.error("say how long: --minutes, --samples, or both.")
-    cuda = options.device == "cuda"
-    if cuda and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU. Use --device cpu.")
     usual = {
         "processes": (1, os.cpu_count() or 1),
@@ -85,10 +84,15 @@ def arguments(given: list[str]) -> argparse.Namespace:
         "held_out": (256, 2_048),
         "rate": (1.5e-3, 1e-3),
     }
-    for name, (on_cpu, on_cuda) in usual.items():
-        if getattr(options, name) is None:
-            setattr(options, name, on_cuda if cuda else on_cpu)
+    fill(options, usual)
     return options
+
+
+def fill(options: argparse.Namespace, usual: dict[str, tuple[Any, Any]]) -> None:
+    """Options that were not given, by what is usual on a CPU and with CUDA."""
+    for name, by_device in usual.items():
+        if getattr(options, name) is None:
+            setattr(options, name, by_device[options.device == "cuda"])
 
 
 def main(given: list[str] | None = None) -> None:

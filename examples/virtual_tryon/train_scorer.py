@@ -21,7 +21,7 @@ from . import cards, judge
 from .judge import ATTRIBUTES, Judge, encoder, new_heads, normalised
 from .model import RESOLUTION, quiet
 from .rendering import label_data
-from .train_base import HELD_OUT_SEED
+from .train_base import HELD_OUT_SEED, fill
 
 SHIFT = 4
 """Largest shift of a picture in training, in pixels."""
@@ -44,9 +44,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     options = parser.parse_args(given)
     usual = {"processes": (1, os.cpu_count() or 1), "batch": (64, 512), "pictures": (20_000, 120_000)}
-    for name, (on_cpu, on_cuda) in usual.items():
-        if getattr(options, name) is None:
-            setattr(options, name, on_cuda if options.device == "cuda" else on_cpu)
+    fill(options, usual)
     return options
 
 

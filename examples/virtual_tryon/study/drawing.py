@@ -1,6 +1,8 @@
 """The stage ``generate``: settings × prompts × seeds."""
 
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 from loramerge.adapters.generation import Sampling, Use, generate
 
@@ -25,11 +27,7 @@ def draw(job: Job, setting: Setting) -> bool:
     )
     folder, known = job.pictures / setting.name, f"pictures/{setting.name}"
     if job.ledger.has(known, found):
-        for start in range(0, len(shots), batch):
-            part = [shot.path for shot in shots[start : start + batch]]
-            if not all(path.exists() for path in part):
-                for path in part:
-                    path.unlink(missing_ok=True)
+        _remove_parts([shot.path for shot in shots], batch)
     else:
         if job.ledger.has_any(known):  # ours, of another run
             shutil.rmtree(folder, ignore_errors=True)
@@ -48,6 +46,15 @@ def draw(job: Job, setting: Setting) -> bool:
         base=job.protocol.base.model.rsplit("/", 1)[-1] if job.protocol.base.miniature else None,
     )
     return True
+
+
+def _remove_parts(paths: Sequence[Path], batch: int) -> None:
+    """Remove what there is of batches that are not whole."""
+    for start in range(0, len(paths), batch):
+        part = paths[start : start + batch]
+        if not all(path.exists() for path in part):
+            for path in part:
+                path.unlink(missing_ok=True)
 
 
 def batch_size(seeds: int, most: int) -> int:

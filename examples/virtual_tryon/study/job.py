@@ -85,10 +85,10 @@ class Job:
         return self.out / "truth" / prompts / what
 
     def score_file(self, prompts: str, setting: str) -> Path:
-        return self.out / "scores" / prompts / f"{setting}.json"
+        return self.out / "scores" / prompts / f"{_plain(setting)}.json"
 
     def judged_file(self, prompts: str, setting: str) -> Path:
-        return self.out / "judged" / prompts / f"{setting}.json"
+        return self.out / "judged" / prompts / f"{_plain(setting)}.json"
 
     @cached_property
     def base_digest(self) -> str:
@@ -97,6 +97,11 @@ class Job:
     @cached_property
     def scorer_digest(self) -> str:
         return model_digest(self.protocol.scorer.model)
+
+
+def _plain(setting: str) -> str:
+    """A setting, or a kind of true pictures such as ``:true``, as the name of a file."""
+    return setting.replace(":", "true-")
 
 
 def needed(path: Path, stage: str) -> Path:

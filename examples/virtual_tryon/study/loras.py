@@ -62,14 +62,14 @@ def merged(job: Job, setting: Setting) -> LoRA | None:
     """The LoRA of a setting; None for the base alone."""
     if not setting.loras:
         return None
-    if len(setting.loras) == 1 and setting.weights is None and setting.learn is None:
+    if not setting.merges:
         return load(job, setting.loras[0])
     return lm.load(needed(job.merge_file(setting), "merge"), architecture=job.protocol.base.architecture)
 
 
 def merge(job: Job, setting: Setting) -> bool:
     """Merge the LoRAs of a setting; there is nothing to do for the base alone, or one LoRA as it is."""
-    if not setting.loras or (len(setting.loras) == 1 and setting.weights is None and setting.learn is None):
+    if not setting.merges:
         return False
     loras, target = [load(job, name) for name in setting.loras], job.merge_file(setting)
     how = (setting.method, setting.weights, setting.options, setting.learn)

@@ -124,6 +124,11 @@ class Setting:
     seeds: int | None = None
     """Fewer than the protocol's."""
 
+    @property
+    def merges(self) -> bool:
+        """Whether a LoRA is made: neither the base alone nor one LoRA as it is."""
+        return len(self.loras) > 1 or (bool(self.loras) and (self.weights, self.learn) != (None, None))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:

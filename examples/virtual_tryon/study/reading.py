@@ -1,14 +1,15 @@
 """Protocols in TOML files, read strictly: every complaint names its place."""
 
-import tomllib
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from loramerge import toml
 from loramerge.adapters.pixels import Box
 from loramerge.errors import FileError, OptionError
 from loramerge.methods import METHODS
+from loramerge.storage.reader import read_text
 from loramerge.toml import Table
 
 from .protocol import (
@@ -66,9 +67,7 @@ def read(path: Path) -> Protocol:
         OptionError: A key is unknown or missing, or a value is wrong.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"Can't read {path}: {error.strerror}.") from None
+        data = toml.parse(read_text(path))
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not TOML: {error}.") from None
     return protocol(data, path.stem, path.parent, path.name)
@@ -109,8 +108,6 @@ def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
 
 
 def _moved(part: Any, folder: Path) -> Any:
-    from dataclasses import replace
-
     return replace(part, model=located(part.model, folder))
 
 
@@ -133,8 +130,6 @@ def _filled(kind: type[T], data: Any, where: str) -> T:
 
 
 def _required(field: Any) -> bool:
-    from dataclasses import MISSING
-
     return field.default is MISSING and field.default_factory is MISSING
 
 

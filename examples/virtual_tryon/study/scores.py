@@ -76,7 +76,8 @@ def run(job: Job, subject: Subject) -> bool:
     group, name = subject
     check(job.protocol.scorer)
     concepts, shots = job.protocol.shown(group), shots_of(job, subject)
-    target, known = job.score_file(group, name.replace(":", "true-")), f"scores/{group}/{name.replace(':', 'true-')}"
+    target = job.score_file(group, name)
+    known = f"scores/{group}/{target.stem}"
     true = true_shots(job, group, f":{REFERENCE}") if job.drawn else []
     found = fingerprint(
         concepts,
@@ -136,7 +137,7 @@ def read(job: Job, group: str, names: Sequence[str]) -> dict[str, Scores]:
     """The scores of some subjects under the same prompts, by view."""
     rows: dict[str, list[Row]] = {}
     for name in names:
-        file = needed(job.score_file(group, name.replace(":", "true-")), "score")
+        file = needed(job.score_file(group, name), "score")
         shots = {(shot.prompt, shot.seed): shot for shot in shots_of(job, (group, name))}
         for view, found in json.loads(file.read_text(encoding="utf-8")).items():
             rows.setdefault(view, []).extend(

@@ -107,7 +107,8 @@ def run(job: Job, subject: Subject) -> bool:
     group, name = subject
     scores.check(job.protocol.scorer)
     shots = scores.shots_of(job, subject)
-    target, known = job.judged_file(group, name.replace(":", "true-")), f"judged/{group}/{name.replace(':', 'true-')}"
+    target = job.judged_file(group, name)
+    known = f"judged/{group}/{target.stem}"
     metadata = needed(job.truth_folder(group, REFERENCE) / METADATA, "data")
     found = fingerprint(
         [(shot.prompt, shot.seed) for shot in shots],
@@ -180,6 +181,6 @@ def read(job: Job, group: str, names: Sequence[str]) -> Findings:
     """What the judge found in the pictures of some subjects under the same prompts."""
     rows = []
     for name in names:
-        file = needed(job.judged_file(group, name.replace(":", "true-")), "truth")
+        file = needed(job.judged_file(group, name), "truth")
         rows += [Finding(name, *entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
     return Findings(tuple(rows))

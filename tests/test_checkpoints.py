@@ -181,8 +181,16 @@ def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize("what", ["lora", "nothing", "empty folder", "pickle"])
-def test_what_is_no_model_is_refused(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("lora", "holds no model that loramerge knows"),
+        ("nothing", "No such file or directory"),
+        ("empty folder", "is no diffusers model"),
+        ("pickle", "is no .safetensors file"),
+    ],
+)
+def test_what_is_no_model_is_refused(what: str, told: str, tmp_path: Path) -> None:
     import loramerge as lm
 
     path = tmp_path / ("m.ckpt" if what == "pickle" else "m.safetensors")
@@ -193,7 +201,7 @@ def test_what_is_no_model_is_refused(what: str, tmp_path: Path) -> None:
     elif what == "empty folder":
         path.mkdir()
 
-    with pytest.raises(FileError):
+    with pytest.raises(FileError, match=told):
         open_checkpoint(path)
 
 

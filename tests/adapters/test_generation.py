@@ -318,22 +318,24 @@ def test_nan_is_an_error_and_no_picture(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("settings", "prompts", "seeds"),
+    ("settings", "prompts", "seeds", "told"),
     [
-        ({}, ["a"], 1),
-        ({"a": []}, [], 1),
-        ({"a": []}, "a", 1),
-        ({"a": []}, ["a"], 0),
-        ({"a": []}, ["a"], [-1]),
-        ({"a": []}, ["a"], [1, 1]),
-        ({"a": []}, ["a", "a"], 1),
-        ({"../a": []}, ["a"], 1),
-        ({".a": []}, ["a"], 1),
-        ({"a": [], "A": []}, ["a"], 1),
+        ({}, ["a"], 1, "Nothing to draw: 0 settings"),
+        ({"a": []}, [], 1, r"Nothing to draw: .* prompts \[\]"),
+        ({"a": []}, "a", 1, "Nothing to draw: .* prompts 'a'"),
+        ({"a": []}, ["a"], 0, "Nothing to draw: .* 0 seeds"),
+        ({"a": []}, ["a"], [-1], "Seeds are 0 or more, got -1"),
+        ({"a": []}, ["a"], [1, 1], "A seed is given twice"),
+        ({"a": []}, ["a", "a"], 1, "A prompt is given twice"),
+        ({"../a": []}, ["a"], 1, "no name for a folder"),
+        ({".a": []}, ["a"], 1, "no name for a folder"),
+        ({"a": [], "A": []}, ["a"], 1, "Two settings have the same folder"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(settings: Any, prompts: Sequence[str], seeds: Any, tmp_path: Path) -> None:
-    with pytest.raises(OptionError):
+def test_what_cannot_be_drawn_is_refused(
+    settings: Any, prompts: Sequence[str], seeds: Any, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=told):
         generate(toys.pipeline("sdxl"), settings, prompts, seeds, tmp_path / "out")
 
     assert not (tmp_path / "out").exists()
@@ -461,5 +463,5 @@ def test_sizes_are_read_as_typed(text: str | None, size: Any) -> None:
     ("read", "text"), [(read_seeds, "x"), (read_seeds, "1,x"), (read_size, "0"), (read_size, "1x2x3")]
 )
 def test_wrong_numbers_are_refused(read: Any, text: str) -> None:
-    with pytest.raises(LoRAMergeError):
+    with pytest.raises(LoRAMergeError, match=f"Can't read the (seeds|size) '{text}'"):
         read(text)

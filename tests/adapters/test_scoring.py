@@ -126,9 +126,15 @@ def test_a_box_is_a_share_of_the_picture() -> None:
     assert Box(0.5, 0.5, 0.5001, 0.5001).of(image).size == (1, 1)
 
 
-@pytest.mark.parametrize("box", ["0,0,0,1", "0.5,0,0.4,1", "0,0,1.1,1", "0,0,1", "a,b,c,d", "nan,0,1,1"])
+@pytest.mark.parametrize("box", ["0,0,0,1", "0.5,0,0.4,1", "0,0,1.1,1", "nan,0,1,1"])
 def test_an_impossible_box_is_refused(box: str) -> None:
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match="Can't crop to left"):
+        Box.parse(box)
+
+
+@pytest.mark.parametrize("box", ["0,0,1", "a,b,c,d"])
+def test_what_is_no_box_is_refused(box: str) -> None:
+    with pytest.raises(OptionError, match=f"Can't read the box '{box}'"):
         Box.parse(box)
 
 
@@ -213,16 +219,18 @@ def test_pools_and_preprocessings_have_keys_of_their_own(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vectors", "error"),
+    ("vectors", "error", "told"),
     [
-        (lambda images: np.zeros(3), OptionError),
-        (lambda images: np.ones((1, 3)), OptionError),
-        (lambda images: np.zeros((len(images), 3)), NumberError),
-        (lambda images: torch.full((len(images), 3), torch.nan), NumberError),
+        (lambda images: np.zeros(3), OptionError, r"gave the shape \(3,\)"),
+        (lambda images: np.ones((1, 3)), OptionError, r"gave the shape \(1, 3\)"),
+        (lambda images: np.zeros((len(images), 3)), NumberError, "it has no direction"),
+        (lambda images: torch.full((len(images), 3), torch.nan), NumberError, "it has no direction"),
     ],
 )
-def test_what_is_no_embedding_is_refused(vectors: Any, error: type[LoRAMergeError], study: dict[str, Any]) -> None:
-    with pytest.raises(error):
+def test_what_is_no_embedding_is_refused(
+    vectors: Any, error: type[LoRAMergeError], told: str, study: dict[str, Any]
+) -> None:
+    with pytest.raises(error, match=told):
         score(study["settings"], study["references"], vectors)
 
 

@@ -179,7 +179,7 @@ def test_a_directory_that_is_missing_or_a_file_is_an_error(whole: Path) -> None:
 
 
 def test_a_refused_conversion_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(lm.errors.DialectError):
+    with pytest.raises(lm.errors.DialectError, match="can't hold a full layer"):
         lm.save(small(kind="full"), tmp_path / "x.safetensors", dialect="diffusers")
 
     assert leftovers(tmp_path) == []
@@ -216,18 +216,18 @@ def test_threads_of_a_failed_save_do_not_write_into_the_next_file(
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "told"),
     [
-        "[1]",
-        '{"unet.lora_alpha": "x", "unet.r": 4}',
-        '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}',
-        "nonsense",
+        ("[1]", "not a JSON object"),
+        ('{"unet.lora_alpha": "x", "unet.r": 4}', "is 'x', wanted a finite number"),
+        ('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}', r"\("),
+        ("nonsense", "is not JSON"),
     ],
 )
-def test_a_hostile_configuration_is_refused(text: str) -> None:
+def test_a_hostile_configuration_is_refused(text: str, told: str) -> None:
     keys = small(modules=MODULES["sdxl"][:1]).state_dict("diffusers-peft")
 
-    with pytest.raises(lm.errors.LoRAMergeError):
+    with pytest.raises(lm.errors.LoRAMergeError, match=told):
         lm.open(keys, metadata={"lora_adapter_metadata": text})
 
 

@@ -157,7 +157,8 @@ def test_a_model_that_gives_other_rows_than_its_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]])
 def test_wrong_weights_are_refused(weights: list[float]) -> None:
-    with pytest.raises(OptionError):
+    told = "Weights given: 1, LoRAs: 2" if len(weights) == 1 else "is a number from 0, got"
+    with pytest.raises(OptionError, match=told):
         learn(LORAS, weights=weights)
 
 

@@ -351,6 +351,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
         ({"prior": "zero"}, "Unknown prior"),
         ({"solver": "qr"}, "Unknown solver"),
         ({"ridge": -0.1}, "ridge"),
+        ({"ridge": "much"}, "ridge is a number from 0, got 'much'"),
         ({"ridge": float("nan")}, "ridge"),
         ({"weights": [1.0]}, "Weights given: 1, LoRAs: 2"),
         ({"weights": [1.0, 0.0]}, "above 0"),
@@ -372,11 +373,14 @@ def test_small_moments_are_not_enough_for_columns() -> None:
         lsq(loras, calibrated(model, loras, "core"), granularity="column")
 
 
-@pytest.mark.parametrize("options", [{"kind": "grams"}, {"batches": 0}, {"batch_size": 0}])
-def test_wrong_options_of_calibration_are_refused(options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"kind": "grams"}, "kind of moments 'grams'"), ({"batches": 0}, "0 batches of 1"), ({"batch_size": 0}, "of 0")],
+)
+def test_wrong_options_of_calibration_are_refused(options: dict[str, object], told: str) -> None:
     model, loras = two()
 
-    with pytest.raises(OptionError):
+    with pytest.raises(OptionError, match=told):
         calibrate(predict(model), {"unet": model}, loras, draw, **options)
 
 

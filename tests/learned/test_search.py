@@ -131,21 +131,24 @@ def test_a_score_that_is_no_number_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "told"),
     [
-        {"per": "module"},
-        {"bounds": (1.0, -1.0)},
-        {"bounds": (0.0, float("inf"))},
-        {"steps": 0},
-        {"l1": -1.0},
-        {"start": [0.5]},
-        {"start": [0.5, 2.0]},
+        ({"per": "module"}, "Unknown per 'module'"),
+        ({"bounds": (1.0, -1.0)}, "two finite numbers, the smaller first"),
+        ({"bounds": (0.0, float("inf"))}, "two finite numbers, the smaller first"),
+        ({"steps": 0}, "got 0 and"),
+        ({"l1": -1.0}, r"got 40 and -1\.0"),
+        ({"start": [0.5]}, "start is one weight a LoRA"),
+        ({"start": [0.5, 2.0]}, "start is one weight a LoRA"),
     ],
 )
-def test_wrong_options_are_refused(options: dict[str, object]) -> None:
-    with pytest.raises(OptionError):
+def test_wrong_options_are_refused(options: dict[str, object], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
         search_weights(LORAS, lambda lora: 0.0, **options)
-    with pytest.raises(OptionError):
+
+
+def test_nothing_to_merge_is_refused() -> None:
+    with pytest.raises(OptionError, match="Nothing to merge"):
         search_weights([], lambda lora: 0.0)
 
 

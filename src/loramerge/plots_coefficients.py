@@ -40,7 +40,7 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise MissingExtraError("Drawing needs matplotlib: pip install matplotlib.") from None
+        raise MissingExtraError("Drawing needs matplotlib: pip install 'loramerge[plots]'.") from None
     blocks = by_block(coefficients)
     low, high = span(blocks)
     edges = np.linspace(low, high, 61)

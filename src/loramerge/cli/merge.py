@@ -74,8 +74,11 @@ def merge_by(
     if advice:
         with progress("Comparing", quiet) as report:
             print(planned.advice(report))
-    if dry_run or target is None:
-        return
+    if target is not None and not dry_run:
+        _write(recipe, planned, target, workers, quiet)
+
+
+def _write(recipe: Recipe, planned: Plan, target: Path, workers: int, quiet: bool) -> None:
     lost: list[str] = []
     kept = Kept()
     with progress("Merging", quiet) as report:

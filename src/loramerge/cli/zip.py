@@ -13,7 +13,7 @@ from .options import Dtype, Files, Output, Quiet, To, named
 from .run import Pace
 
 if TYPE_CHECKING:
-    from ..learned.ziplora import Settings, Step
+    from ..learned.ziplora import Learned, Settings, Step
 
 
 def zip_loras(
@@ -133,14 +133,17 @@ def _run(
             shard=together.shard,
             identity=given.identity(denoiser, draw.description, together.size),
         )
-    if not together.writes:
-        return
-    if not quiet:
-        fits = [[step.fits[i] for step in learned.history] for i in range(len(names))]
-        print(given.loss_table(list(zip(names, fits, strict=True))))
-    given.write(learned.lora, output, to, dtype, quiet)
-    if coefficients and learned.coefficients:
-        path = learned.coefficients.save(coefficients)
+    if together.writes:
+        if not quiet:
+            fits = [[step.fits[i] for step in learned.history] for i in range(len(names))]
+            print(given.loss_table(list(zip(names, fits, strict=True))))
+        given.write(learned.lora, output, to, dtype, quiet)
+        _write_coefficients(learned, coefficients, quiet)
+
+
+def _write_coefficients(learned: "Learned", path: Path | None, quiet: bool) -> None:
+    if path and learned.coefficients:
+        learned.coefficients.save(path)
         if not quiet:
             print(f"→ {path} (coefficients)")
 

@@ -5,10 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LoRAMergeError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -58,7 +60,7 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def written(path: Path, dialect: str) -> str:
+def written(path: "Path", dialect: str) -> str:
     """A LoRA on the disk as messages show it: ``both.safetensors (kohya, 12.3 MB)``."""
     file = path if path.is_file() else path / "adapter_model.safetensors"
     length = f", {size(file.stat().st_size)}" if file.exists() else ""

@@ -93,7 +93,10 @@ def test_layers_that_cant_be_compared_are_counted(files: tuple[Path, Path], tmp_
     dora, part = small(kind="dora", modules=MODULES["sdxl"][1:]), small(modules=MODULES["sdxl"][:1])
     mixed = lm.LoRA(name="m", architecture="sdxl", dialect="kohya", layouts={**dora.layouts, **part.layouts})
 
-    assert "not compared: 3 modules of b (dora)" in run(files[0], lm.save(mixed, tmp_path / "m.safetensors")).stdout
+    assert (
+        "not compared: 3 modules of b (dora; --base compares them)"
+        in run(files[0], lm.save(mixed, tmp_path / "m.safetensors")).stdout
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ modules together.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -12,9 +13,11 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 from . import blocks
+from .checkpoints import Checkpoint, open_checkpoint
+from .dense import on_base
 from .errors import LoRAMergeError, MergeError, NoFactorsError, OptionError
 from .files import Source, open
-from .layers import FACTORED
+from .layers import FACTORED, Layer
 from .lora import LoRA, in_one_library, without
 from .measures import Alone, Pair
 from .updates import Updates, chosen_rows
@@ -52,8 +55,17 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """A layer that was compared as a dense matrix: a whole difference, or a DoRA layer on the base model."""
+
+    lora: int
+    module: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class NotCompared:
-    """A layer without a low-rank form, such as DoRA or a whole difference."""
+    """A layer without a ΔW to compare, such as DoRA without its base model."""
 
     lora: int
     module: str
@@ -68,10 +80,13 @@ class Comparison:
     architecture: str | None
     rows: tuple[Row, ...]
     """One a module that can be compared."""
+    dense: tuple[Dense, ...] = ()
     not_compared: tuple[NotCompared, ...] = ()
     conflict_rows: int | None = ROWS
     """Rows of each module that the sign conflict was estimated from; None for all of them."""
     seed: int = 0
+    base: str | None = None
+    """Name of the base model that DoRA layers were compared on."""
 
     def __repr__(self) -> str:
         return f"Comparison({', '.join(self.names)}; {len(self.rows)} modules of {self.architecture})"
@@ -107,13 +122,16 @@ class Comparison:
             "architecture": self.architecture,
             "conflict_rows": self.conflict_rows,
             "seed": self.seed,
+            "base": self.base,
             "total": self.total.to_dict(),
             "blocks": [row.to_dict() for row in self.by_block()],
             "modules": [row.to_dict() for row in self.rows],
-            "not_compared": [
-                {"lora": self.names[n.lora], "module": n.module, "kind": n.kind} for n in self.not_compared
-            ],
+            "dense": [self._said(found) for found in self.dense],
+            "not_compared": [self._said(found) for found in self.not_compared],
         }
+
+    def _said(self, found: Dense | NotCompared) -> dict[str, str]:
+        return {"lora": self.names[found.lora], "module": found.module, "kind": found.kind}
 
 
 def compare(
@@ -122,6 +140,7 @@ def compare(
     rows: int | None = ROWS,
     seed: int = 0,
     exclude: Sequence[str] = (),
+    base: "Checkpoint | str | os.PathLike[str] | None" = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Compare LoRAs of one model: norms, cosines, overlaps, sign conflict, by module and by block.
@@ -132,10 +151,12 @@ def compare(
             and slow.  Nothing else depends on it.
         seed: Chooses the rows, together with the module's name.
         exclude: Glob patterns of modules to leave out, as in `merge`.
+        base: The base model, a checkpoint or its path.  With it DoRA layers are compared too: their ΔW is
+            dense, one module at a time.  Whole differences of a weight need no base.
         progress: Called with the number of modules done and of all.
 
     Raises:
-        MergeError: A module has different shapes: the LoRAs are for different models.
+        MergeError: A module has different shapes: the LoRAs are for different models, or the base is.
         NoFactorsError: A LoRA has no layer that can be compared.
         OptionError: There are fewer than two LoRAs, or no rows, or no module matches a pattern.
 
@@ -152,29 +173,45 @@ def compare(
     with ExitStack() as stack:
         opened = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in loras]
         opened = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
-        architecture = _checked(opened)
-        modules = list(dict.fromkeys(m for lora in opened for m in lora if lora.layout(m).kind in FACTORED))
+        model = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
+        if model is not None and model is not base:
+            stack.enter_context(model)
+        kinds = COMPARED if model is None else (*COMPARED, "dora")
+        architecture = _checked(opened, kinds, model)
+        modules = list(dict.fromkeys(m for lora in opened for m in lora if lora.layout(m).kind in kinds))
         found = []
         for module in modules:
-            found.append(_row(opened, module, architecture, rows, seed))
+            found.append(_row(_updates(opened, module, kinds, model), len(opened), module, architecture, rows, seed))
             if progress:
                 progress(len(found), len(modules))
     return Comparison(
         names=tuple(lora.name for lora in opened),
         architecture=architecture,
         rows=tuple(found),
-        not_compared=tuple(_not_compared(opened)),
+        dense=tuple(Dense(*place) for place in _places(opened) if place[2] in kinds and place[2] not in FACTORED),
+        not_compared=tuple(NotCompared(*place) for place in _places(opened) if place[2] not in kinds),
         conflict_rows=rows,
         seed=seed,
+        base=None if model is None else model.name,
     )
 
 
-def _checked(loras: Sequence[LoRA]) -> str | None:
-    """The family of the LoRAs, which must be for one model."""
+COMPARED = (*FACTORED, "full")
+"""Kinds of layers whose ΔW is known without a base model."""
+
+
+def _checked(loras: Sequence[LoRA], kinds: Sequence[str], base: Checkpoint | None) -> str | None:
+    """The family of the LoRAs, which must be for one model, as the base must."""
     for lora in loras:
-        if not any(layout.kind in FACTORED for layout in lora.layouts.values()):
-            why = next((layout.no_factors for layout in lora.layouts.values()), "it has no layer")
+        if not any(layout.kind in kinds for layout in lora.layouts.values()):
+            why = next((_why(layout) for layout in lora.layouts.values()), "it has no layer")
             raise NoFactorsError(f"{lora.name} can't be compared: none of its layers has a low-rank form; {why}.")
+        missing = [] if base is None else [m for m in lora if lora.layout(m).kind == "dora" and m not in base]
+        if base is not None and missing:
+            raise MergeError(
+                f"{lora.name}: {missing[0]} can't be compared: it is a DoRA layer, and the base {base.name} has no "
+                "such module."
+            )
     for first, second in combinations(loras, 2):
         shared = [module for module in first if module in second]
         for module in shared:
@@ -196,19 +233,35 @@ def _same_weight(a: Sequence[int], b: Sequence[int]) -> bool:
     return not a or not b or (a[0] == b[0] and math.prod(a) == math.prod(b))
 
 
-def _not_compared(loras: Sequence[LoRA]) -> Iterator[NotCompared]:
+def _why(layout: Layer) -> str:
+    """Why a layer can't be compared, and the ways out."""
+    return layout.no_factors + ("; or give the base model (--base, base=…)" if layout.kind == "dora" else "")
+
+
+def _places(loras: Sequence[LoRA]) -> Iterator[tuple[int, str, str]]:
+    """Every layer's LoRA, module and kind."""
     for i, lora in enumerate(loras):
         for module, layout in lora.layouts.items():
-            if layout.kind not in FACTORED:
-                yield NotCompared(i, module, layout.kind)
+            yield i, module, layout.kind
 
 
-def _row(loras: Sequence[LoRA], module: str, architecture: str | None, rows: int | None, seed: int) -> Row:
-    present = [i for i, lora in enumerate(loras) if module in lora and lora.layout(module).kind in FACTORED]
+def _updates(
+    loras: Sequence[LoRA], module: str, kinds: Sequence[str], base: Checkpoint | None
+) -> tuple[list[int], Updates]:
+    """The updates of a module that can be compared, and the numbers of their LoRAs."""
+    present = [i for i, lora in enumerate(loras) if module in lora and lora.layout(module).kind in kinds]
+    layers = [loras[i][module] for i in present]
     try:
-        updates = Updates(in_one_library([loras[i][module] for i in present]))
+        whole = [on_base(x, module, base) if base and x.kind == "dora" else x for x in layers]
+        return present, Updates(in_one_library(whole))
     except LoRAMergeError as error:
         raise type(error)(f"{module}: {error}") from None
+
+
+def _row(
+    found: tuple[list[int], Updates], count: int, module: str, architecture: str | None, rows: int | None, seed: int
+) -> Row:
+    present, updates = found
     signs = updates.signs(chosen_rows(updates.height, rows, seed, module))
     alone = [updates.alone((k,)) for k in range(len(present))]
     everyone = tuple(range(len(present)))
@@ -217,10 +270,10 @@ def _row(loras: Sequence[LoRA], module: str, architecture: str | None, rows: int
         component=module.partition(".")[0],
         block=blocks.block(module, architecture),
         modules=1,
-        alone=tuple(alone[present.index(i)] if i in present else Alone() for i in range(len(loras))),
+        alone=tuple(alone[present.index(i)] if i in present else Alone() for i in range(count)),
         pairs={
             (i, j): updates.pair(present.index(i), present.index(j), signs) if {i, j} <= {*present} else Pair()
-            for i, j in combinations(range(len(loras)), 2)
+            for i, j in combinations(range(count), 2)
         },
         together=updates.alone(everyone),
     )

@@ -136,6 +136,34 @@ def singular_values(delta: Array, size: float) -> Array:
     return sigma[: int((sigma > least).sum())]
 
 
+def trivial(delta: Array) -> tuple[Array, Array]:
+    """A dense matrix as a product of itself and the identity, which is on its smaller side."""
+    xp = namespace(delta)
+    rows, columns = delta.shape
+    eye = xp.eye(min(rows, columns), dtype=delta.dtype, device=delta.device)
+    return (eye, delta) if rows <= columns else (delta, eye)
+
+
+def dense_spectrum(delta: Array) -> Spectrum:
+    """The SVD of a dense matrix, from its smaller side's Gram matrix, in coordinates of its `trivial` factors.
+
+    Args:
+        delta: Shape ``(out, in)``, float64.
+    """
+    wide = delta.shape[0] <= delta.shape[1]
+    squares, vectors = eigenpairs(gram(delta if wide else delta.T), RANK_TOLERANCE**2)
+    sigma = squares**0.5
+    return Spectrum(sigma, *((vectors, vectors / sigma) if wide else (vectors / sigma, vectors)))
+
+
+def leading(spectrum: Spectrum, share: float) -> Spectrum:
+    """The fewest directions that carry a share of ‖ΔW‖², those of the largest singular values."""
+    xp = namespace(spectrum.sigma)
+    carried = xp.cumulative_sum(spectrum.sigma**2)
+    kept = int(xp.sum(xp.astype(carried < share * carried[-1:], xp.int64))) + 1
+    return Spectrum(spectrum.sigma[:kept], spectrum.left[:, :kept], spectrum.right[:, :kept])
+
+
 def eigenpairs(gram: Array, relative: float | None = None, absolute: float = 0.0) -> tuple[Array, Array]:
     """Eigenvalues of a Gram matrix with their vectors, from large to small.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import linalg
 from .checkpoints import Checkpoint
+from .dense import on_base
 from .errors import OptionError
 from .files import saved_size
 from .joins import Join, apart, down_id, joins_of, lost_by, one
@@ -24,7 +25,7 @@ from .ranks import Budget, Rank, Spectrum, choose
 from .selection import Streams, module_seed
 from .steps import Step, named
 from .storage.awaited import Awaited
-from .tensors import Array, Spec, Tensor, float32, namespace, nbytes
+from .tensors import Spec, Tensor, namespace, nbytes
 from .weights import ModuleWeights, Scope
 
 if TYPE_CHECKING:
@@ -184,11 +185,7 @@ class Plan:
         """The layer, or its whole ΔW where only the base's weight tells it."""
         if layer.kind != "dora" or self.base is None:
             return layer
-        weight = self.base.weight(step.module)
-        like: Array = next(iter(layer.tensors().values()))
-        weight = namespace(like).asarray(float32(weight).reshape(step.shape), device=like.device)
-        delta = layer.delta_on(weight)
-        return Full(diff=delta, diff_b=layer.delta_bias())
+        return on_base(layer, step.module, self.base)
 
     @cached_property
     def cuts(self) -> bool:
@@ -248,7 +245,7 @@ class Plan:
         from .advice import advice
         from .analysis import compare
 
-        return advice(compare(self.loras, progress=progress))
+        return advice(compare(self.loras, base=self.base, progress=progress))
 
     def within(self, budget: Budget, progress: "Progress | None" = None) -> "Plan":
         """The same plan with the rank of every module chosen out of one budget, at most the one it has.

@@ -1,7 +1,7 @@
 """Several updates of one module side by side: what is measured of them, from the factors.
 
 All comes from Gram matrices of the factors, but for the sign conflict, which needs values of ΔW
-itself and streams blocks of rows.
+itself and streams blocks of rows.  A dense ΔW, which has no factors, is measured as it is.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 from . import linalg
-from .layers import Layer
+from .layers import FACTORED, Layer
 from .layers.base import matrix
 from .linalg import Spectrum
 from .measures import Alone, Pair, ratio
@@ -19,16 +19,20 @@ from .tensors import Array, namespace
 BLOCK = 2**20
 """Values of ΔW that are formed at a time."""
 
+SHARE = 0.99
+"""The spaces of a dense ΔW are those of the directions that carry this share of ‖ΔW‖²: all of them are everything."""
+
 
 class Updates:
     """Several updates of one module, with the Gram matrices of all their factors.
 
-    Where the factors are larger than ΔW itself (Kronecker products of full parts), ΔW takes their place.
+    Where the factors are larger than ΔW itself (Kronecker products of full parts), or there are none
+    (whole differences), ΔW takes their place.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
-        self.factors = [layer.factors() for layer in layers]
+        self.factors = [factors_of(layer) for layer in layers]
         xp = self.xp = namespace(self.factors[0][0])
         self.ups = [xp.astype(up, xp.float64) for up, _ in self.factors]
         self.downs = [xp.astype(down, xp.float64) for _, down in self.factors]
@@ -58,8 +62,22 @@ class Updates:
     def spectrum(self, member: int) -> Spectrum:
         """The SVD of one of the updates."""
         if member not in self.spectra:
-            self.spectra[member] = self.layers[member].spectrum(lambda: self.grams(member, member))
+            layer = self.layers[member]
+            if layer.kind in FACTORED:
+                self.spectra[member] = layer.spectrum(lambda: self.grams(member, member))
+            else:
+                self.spectra[member] = linalg.dense_spectrum(self._whole(member))
         return self.spectra[member]
+
+    def space(self, member: int) -> Spectrum:
+        """The directions that an update acts along: of a dense one, those that carry `SHARE` of it."""
+        found = self.spectrum(member)
+        return found if self.layers[member].kind in FACTORED else linalg.leading(found, SHARE)
+
+    def _whole(self, member: int) -> Array:
+        """A dense ΔW, which is one of its trivial factors."""
+        up, down = self.ups[member], self.downs[member]
+        return down if up.shape[0] == up.shape[1] else up
 
     def sigma(self, members: tuple[int, ...]) -> Array:
         """Singular values of the sum of some of the updates."""
@@ -100,7 +118,7 @@ class Updates:
 
     def overlaps(self, i: int, j: int) -> tuple[float, float]:
         """Overlaps of the column and of the row spaces."""
-        first, second = self.spectrum(i), self.spectrum(j)
+        first, second = self.space(i), self.space(j)
         most = max(first.rank, second.rank) if min(first.rank, second.rank) else 0
         # A space of all dimensions has every other in it.
         outputs = 1.0 if most == self.height else linalg.overlap(self.grams(i, j)[0], first.left, second.left)
@@ -119,7 +137,7 @@ class Updates:
         weight = math.sqrt(squares[0] * squares[1])
         inner = self.inner(i, j)
         outputs, inputs = self.overlaps(i, j)
-        larger = max(self.spectrum(i).rank, self.spectrum(j).rank)
+        larger = max(self.space(i).rank, self.space(j).rank)
         above = _above_chance(inputs, larger, self.width) * _above_chance(outputs, larger, self.height)
         opposed, mass = signs[i, j]
         return Pair(
@@ -166,6 +184,11 @@ def _signs(first: Array, second: Array) -> tuple[float, float]:
     # The sign of one, not its value: the product of two small values may be 0.
     opposed = xp.where(first * xp.sign(second) < 0, sizes, xp.zeros_like(sizes))
     return float(xp.sum(opposed, dtype=xp.float64)), float(xp.sum(sizes, dtype=xp.float64))
+
+
+def factors_of(layer: Layer) -> tuple[Array, Array]:
+    """The factors of a layer; of one that has none, ΔW and the identity."""
+    return layer.factors() if layer.kind in FACTORED else linalg.trivial(matrix(layer.delta()))
 
 
 def chosen_rows(height: int, rows: int | None, seed: int, module: str) -> list[int] | None:

@@ -10,6 +10,7 @@ from ..analysis import Comparison, Row, compare
 from ..errors import OptionError
 from ..files import open
 from ..measures import Alone
+from ..updates import SHARE
 from .run import progress, table
 
 HEAD = ("cosine", "in", "out", "align", "conflict", "clash")
@@ -24,6 +25,7 @@ def show(
     most: int,
     as_json: bool,
     heatmap: Path | None,
+    base: Path | None,
     exclude: Sequence[str],
     architecture: str | None,
     pickle: bool,
@@ -38,7 +40,7 @@ def show(
         check_heatmap(heatmap)
     loras = [open(file, architecture=architecture, allow_pickle=pickle) for file in files]
     with progress("Comparing", quiet) as report:
-        found = compare(loras, rows=rows, seed=seed, exclude=exclude, progress=report)
+        found = compare(loras, rows=rows, seed=seed, exclude=exclude, base=base, progress=report)
     for lora in loras:
         lora.close()
     if heatmap:
@@ -57,7 +59,18 @@ def _report(found: Comparison, most: int | None) -> str:
     """Everything that is printed; ``most`` modules of each pair, or blocks for None."""
     names = [f"{letter} = {name}" for letter, name in zip(found.letters, found.names, strict=True)]
     tables = [_by_block(found, pair) if most is None else _by_module(found, pair, most) for pair in found.total.pairs]
-    return "\n".join([*names, *(f"\n{text}" for text in tables), "", _legend(found), *_left(found), "", advice(found)])
+    return "\n".join(
+        [
+            *names,
+            *(f"\n{text}" for text in tables),
+            "",
+            _legend(found),
+            *_dense(found),
+            *_left(found),
+            "",
+            advice(found),
+        ]
+    )
 
 
 def _by_block(found: Comparison, pair: tuple[int, int]) -> str:
@@ -103,7 +116,20 @@ def _legend(found: Comparison) -> str:
     )
 
 
+def _dense(found: Comparison) -> list[str]:
+    """How many layers of which kinds were compared as dense matrices."""
+    lines = []
+    for (i, kind), n in sorted(Counter((d.lora, d.kind) for d in found.dense).items()):
+        where = f"{kind} on {found.base}" if kind == "dora" else kind
+        lines.append(f"dense: {n} modules of {found.letters[i]} ({where}); their spaces hold {SHARE:.0%} of ‖ΔW‖²")
+    return lines
+
+
 def _left(found: Comparison) -> list[str]:
-    """How many layers of which kinds have no factors."""
+    """How many layers of which kinds have no ΔW to compare."""
     counts = Counter((n.lora, n.kind) for n in found.not_compared)
-    return [f"not compared: {n} modules of {found.letters[i]} ({kind})" for (i, kind), n in sorted(counts.items())]
+    ways = {"dora": "dora; --base compares them"}
+    return [
+        f"not compared: {n} modules of {found.letters[i]} ({ways.get(kind, kind)})"
+        for (i, kind), n in sorted(counts.items())
+    ]

@@ -74,17 +74,18 @@ class DoRA(Layer):
 
         The norm is that of the patched weight, over everything but the magnitude's own index,
         as in the paper, PEFT and LyCORIS.  (ComfyUI takes the base weight's norm where the
-        magnitude has one value an output row.)  It is summed in float64.
+        magnitude has one value an output row.)  All is in float64: W' and W nearly cancel.
         """
         xp = namespace(weight)
-        patched = weight + self.direction.delta_on(weight)
+        before = xp.astype(weight, xp.float64)
+        patched = before + self.direction.delta_on(weight)
         kept = 0 if self.axis == "out" else 1
         others = tuple(axis for axis in range(weight.ndim) if axis != kept)
-        squares = xp.sum(xp.astype(patched, xp.float64) ** 2, axis=others, keepdims=True)
+        squares = xp.sum(patched**2, axis=others, keepdims=True)
         if not bool((squares > 0).all()):
             raise LayerError("W + ΔW has a row or column of zeros, which has no direction to give a length to")
         magnitude = float32(self.magnitude).reshape(squares.shape)
-        return patched * xp.astype(magnitude / xp.sqrt(squares), patched.dtype) - weight
+        return xp.astype(patched * (magnitude / xp.sqrt(squares)) - before, weight.dtype)
 
     @property
     def by_rows(self) -> bool:

@@ -264,15 +264,19 @@ def test_the_core_holds_every_lora_without_loss(kind: str) -> None:
     np.testing.assert_allclose(right @ right.T, np.eye(right.shape[0]), atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("mixed", [False, True], ids=["same rank", "mixed"])
 @every_kind
-def test_what_drops_nothing_is_the_weighted_sum_in_the_core(kind: str) -> None:
-    given = [layer(kind, 2, seed=i) for i in range(3)]
-    weights = [0.7, -0.2, 0.4]
+def test_what_drops_nothing_is_the_weighted_sum_in_the_core(kind: str, mixed: bool, count: int) -> None:
+    given = layers(("magnitude_prune", {}), kind, count, mixed)
+    weights = [0.7, -0.2, 0.4, 1.1, -0.6][:count]
     wanted = sum(w * np.asarray(x.delta(), dtype=np.float64) for w, x in zip(weights, given, strict=True))
 
     for name in ("magnitude_prune", "dare", "breadcrumbs"):
         result = merged((name, {"space": "core"}), given, weights, **WHOLE)
         assert relative_error(result, wanted) < 1e-6
+    exact = merged(("linear", {}), given, weights)
+    assert relative_error(exact, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("name", [c[0] for c in CASES if c[1] == {"space": "core"}] + ["tsv", "iso_c", "knots"])

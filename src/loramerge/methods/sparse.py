@@ -35,6 +35,7 @@ def dare(
 ) -> Array:
     """DARE: drop entries at random, scale those that are left up by 1/density, and merge.
 
+    Σ wᵢ (mᵢ ∘ ΔWᵢ) / density, where every entry of the mask mᵢ is 1 with the chance ``density``.
     Its mean over all seeds is the weighted sum.  A low density adds noise that no small rank can
     hold: of a merge at density 0.2 a LoRA of the inputs' rank keeps a fifth to a half of the
     energy, and what it loses is that noise.
@@ -49,7 +50,11 @@ def dare(
 
 @elementwise("magnitude_prune", source="Yadav et al., 2023, section 3.1, https://arxiv.org/abs/2306.01708")
 def magnitude_prune(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
-    """The weighted sum of each ΔW's largest entries."""
+    """The weighted sum of each ΔW's largest entries.
+
+    Σ wᵢ (mᵢ ∘ ΔWᵢ), where the mask mᵢ is 1 in the share ``density`` of the entries with the largest
+    magnitude, and 0 elsewhere.
+    """
     return added((w * (d * largest(d, density)) for w, d in zip(weights, deltas, strict=True)), weights)
 
 
@@ -65,8 +70,9 @@ def della(
 ) -> Array:
     """DELLA: drop entries at random, small ones more often, scale each by 1/its chance, and merge.
 
-    In every row of ΔW the chance to stay grows with the rank of the magnitude, from ``density`` −
-    ``epsilon`` to ``density`` + ``epsilon``.
+    Σ wᵢ (mᵢ ∘ ΔWᵢ / pᵢ), where an entry of the mask mᵢ is 1 with the chance that pᵢ has there.  In every
+    row of ΔW it grows with the rank of the magnitude, from ``density`` − ``epsilon`` to ``density`` +
+    ``epsilon``.
 
     Raises:
         OptionError: A chance would not lie in (0, 1].
@@ -93,6 +99,7 @@ def breadcrumbs(
 ) -> Array:
     """Model Breadcrumbs: drop each ΔW's largest entries as outliers and its small ones as noise, and merge.
 
+    Σ wᵢ (mᵢ ∘ ΔWᵢ), where the mask mᵢ is 1 in the entries between two magnitudes:
     ``gamma`` is the share of the largest that is dropped, ``density`` the share that is kept; the
     defaults are the paper's.
     """

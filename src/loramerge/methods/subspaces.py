@@ -19,7 +19,8 @@ Share = Annotated[float, Range(0, 1, open_low=True)]
 def tsv(core: Core, weights: Weights) -> Array:
     """TSV-M: the singular vectors of all wᵢΔWᵢ, made orthogonal to each other, with their singular values.
 
-    The published code keeps min(out, in) / N vectors of each ΔW.  A LoRA has only r that are its
+    With wᵢΔWᵢ = Uᵢ Sᵢ Vᵢᵀ it is U⊥ S V⊥ᵀ, where U⊥ is the orthogonal matrix nearest to [U₁ … U_N], V⊥ that to
+    [V₁ … V_N], and S has all Sᵢ.  The published code keeps min(out, in) / N vectors of each ΔW.  A LoRA has only r that are its
     own; the others are arbitrary and take a third of the result or more out of the LoRAs' span.  Here
     exactly the r of each are kept.
     """
@@ -34,7 +35,7 @@ def tsv(core: Core, weights: Weights) -> Array:
 def iso_c(core: Core, weights: Weights) -> Array:
     """Iso-C: the weighted sum with all its singular values set to their mean.
 
-    The mean runs over the rank of the sum.  The published form takes it over min(out, in) values,
+    Σ wᵢΔWᵢ = U S Vᵀ becomes σ̄ U Vᵀ, σ̄ the mean of S over the rank of the sum.  The published form takes it over min(out, in) values,
     nearly all of which are zero for LoRAs, and spreads it over directions that no LoRA has.  A
     smaller rank takes the sum's leading directions before they are made equal.
     """
@@ -49,7 +50,7 @@ def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Array:
     The share ``common`` of the rank goes to the leading singular vectors of Σ wᵢΔWᵢ; the rest is
     divided equally between the LoRAs, rounded as in the published code, each of which adds the
     leading ones of what is left of it outside of the common left vectors.  All are made orthogonal
-    and get the mean of their singular values.  A smaller rank is divided in the same way.
+    and get the mean of their singular values: σ̄ U⊥ V⊥ᵀ, as in tsv and iso_c.  A smaller rank is divided in the same way.
     """
     xp = namespace(core.parts[0])
     u, s, vt = _svd(_sum(core, weights))
@@ -127,8 +128,8 @@ def _shares(weights: Weights) -> None:
 def subtract(core: Core, weights: Weights) -> Array:
     """The first LoRA without what the others share with it.
 
-    From w₁ΔW₁ its component P ΔW₁ Q is taken away, where P projects onto the column space and Q
-    onto the row space of another LoRA.  The weight of the other is the share of it that is removed:
+    From ΔW = w₁ΔW₁ its component wᵢ P ΔW Q is taken away, where P projects onto the column space and Q
+    onto the row space of another LoRA.  The weight wᵢ of the other is the share of it that is removed:
     1 for all.  A LoRA that shares only one of the two spaces removes nothing.  Modules and biases
     that the first LoRA lacks are no part of the result.
 

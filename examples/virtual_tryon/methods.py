@@ -1,0 +1,58 @@
+"""What merge methods draw: the picture of docs/explanation/methods.md.
+
+The miniature's two LoRAs, a person's and a jersey's, merged by every method at two pairs of weights and
+drawn with the same seeds; each LoRA alone is there too.  Every method has
+its own options' defaults and the rank of the sum.
+
+    python -m examples.virtual_tryon.methods docs/explanation/methods.png
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusers import DPMSolverMultistepScheduler
+
+import loramerge as lm
+from loramerge.adapters import generation
+from loramerge.adapters.generation import Use
+from loramerge.adapters.scoring import Shot
+from loramerge.adapters.sheets import save_sheet
+from loramerge.methods import METHODS
+
+from . import model
+
+WEIGHTS = Path(__file__).parent / "weights"
+PROMPT = "A portrait of a psq-person smiling at the camera, wearing a barca24_jersey."
+PAIRS = ((0.5, 0.5), (1.0, 1.0))
+SEEDS = 3
+
+
+def main(path: Path) -> None:
+    loras = [lm.load(WEIGHTS / "loras" / f"{name}.safetensors", architecture="sdxl") for name in ("person", "jersey")]
+    model.quiet()
+    pipe = model.load(WEIGHTS / "base")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    sampling = generation.Sampling(steps=20, guidance=2.0)
+    with tempfile.TemporaryDirectory() as folder:
+        shots: list[Shot] = []
+        for pair in PAIRS:
+            settings = dict(merged(loras, pair))
+            drawn = generation.generate(
+                pipe, settings, [PROMPT], SEEDS, Path(folder, str(pair[0])), sampling=sampling, batch=SEEDS
+            )
+            shots += [Shot(d.setting, f"weights {pair[0]:g} and {pair[1]:g}", d.seed, d.path) for d in drawn]
+        save_sheet(shots, path, side=96, seeds=SEEDS)
+
+
+def merged(loras: list[lm.LoRA], pair: tuple[float, float]) -> Iterator[tuple[str, list[Use]]]:
+    """Every row of the sheet: what each LoRA does alone, and the merges."""
+    for name, lora, weight in zip(("person alone", "jersey alone"), loras, pair, strict=True):
+        yield name, [Use(lora, weight)]
+    for name in METHODS:
+        yield name, [Use(lm.merge(loras, weights=pair, method=name), 1.0)]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

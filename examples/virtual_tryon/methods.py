@@ -1,14 +1,13 @@
 """What merge methods draw: the picture of docs/explanation/methods.md.
 
-The miniature's two LoRAs, a person's and a jersey's, merged by every method at two pairs of weights and
-drawn with the same seeds; each LoRA alone is there too.  Every method has
-its own options' defaults and the rank of the sum.
+The miniature's two LoRAs, a person's and a jersey's, each alone and merged by methods at two pairs of
+weights, drawn with the same seeds.  Every method has the defaults of its options, and the rank of the sum.
+Pictures that are in the folder already are not drawn again.
 
-    python -m examples.virtual_tryon.methods docs/explanation/methods.png
+    python -m examples.virtual_tryon.methods FOLDER docs/explanation/methods.png
 """
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,31 +18,28 @@ from loramerge.adapters import generation
 from loramerge.adapters.generation import Use
 from loramerge.adapters.scoring import Shot
 from loramerge.adapters.sheets import save_sheet
-from loramerge.methods import METHODS
 
 from . import model
 
 WEIGHTS = Path(__file__).parent / "weights"
+METHODS = ("linear", "ties", "knots", "np_lora", "tsv", "iso_cts", "slerp", "model_stock", "dare", "factor_average")
 PROMPT = "A portrait of a psq-person smiling at the camera, wearing a barca24_jersey."
 PAIRS = ((0.5, 0.5), (1.0, 1.0))
-SEEDS = 3
+SEEDS = 2
 
 
-def main(path: Path) -> None:
+def main(folder: Path, path: Path) -> None:
     loras = [lm.load(WEIGHTS / "loras" / f"{name}.safetensors", architecture="sdxl") for name in ("person", "jersey")]
     model.quiet()
     pipe = model.load(WEIGHTS / "base")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     sampling = generation.Sampling(steps=20, guidance=2.0)
-    with tempfile.TemporaryDirectory() as folder:
-        shots: list[Shot] = []
-        for pair in PAIRS:
-            settings = dict(merged(loras, pair))
-            drawn = generation.generate(
-                pipe, settings, [PROMPT], SEEDS, Path(folder, str(pair[0])), sampling=sampling, batch=SEEDS
-            )
-            shots += [Shot(d.setting, f"weights {pair[0]:g} and {pair[1]:g}", d.seed, d.path) for d in drawn]
-        save_sheet(shots, path, side=96, seeds=SEEDS)
+    shots: list[Shot] = []
+    for pair in PAIRS:
+        settings = dict(merged(loras, pair))
+        drawn = generation.generate(pipe, settings, [PROMPT], SEEDS, folder / f"{pair[0]:g}", sampling=sampling)
+        shots += [Shot(d.setting, f"weights {pair[0]:g} and {pair[1]:g}", d.seed, d.path) for d in drawn]
+    save_sheet(shots, path, side=96, seeds=SEEDS)
 
 
 def merged(loras: list[lm.LoRA], pair: tuple[float, float]) -> Iterator[tuple[str, list[Use]]]:
@@ -55,4 +51,4 @@ def merged(loras: list[lm.LoRA], pair: tuple[float, float]) -> Iterator[tuple[st
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -2,8 +2,9 @@
 
 Every module is cut to the least rank at which its own error, ‖ΔW − kept‖ / ‖ΔW‖, is at most a given
 one, as tools with a share of energy a layer do; then one budget for all modules has to meet the same
-total error.  The second table asks for 1 % and for half of the size, and measures what was written.
-The synthetic LoRAs are those of loras.py; name files of your own for real ones.
+total error.  The last column is for directions that could be kept in part, at the error of the first
+column: whether it is a matter of how few ranks there are.  The second table asks for 1 % and for half of
+the size, and measures what was written.  The synthetic LoRAs are those of loras.py; name files of your own for real ones.
 
     python benchmarks/budgets.py [FILE …]
 """
@@ -11,7 +12,8 @@ The synthetic LoRAs are those of loras.py; name files of your own for real ones.
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +29,8 @@ Ranks = Mapping[str, int]
 
 def main(files: list[str]) -> None:
     found = [*given(files), *synthetic()]
-    print("| LoRA | error of each module | error of all | its size / whole | one budget / its size |")
-    print("|---|---:|---:|---:|---:|")
+    print("| LoRA | error of each module | error of all | its size / whole | one budget / its size | in parts |")
+    print("|---|---:|---:|---:|---:|---:|")
     for lora in found:
         for row in shares(lora):
             print(f"| {lora.name} | {' | '.join(row)} |", flush=True)
@@ -42,7 +44,7 @@ def main(files: list[str]) -> None:
 
 def given(files: list[str]) -> Iterator[lm.LoRA]:
     for file in files:
-        yield lm.load(file)
+        yield replace(lm.load(file), dialect="kohya")
 
 
 def synthetic() -> Iterator[lm.LoRA]:
@@ -57,16 +59,17 @@ def shares(lora: lm.LoRA) -> Iterator[list[str]]:
     squares = spectra(lora)
     whole = {module: len(values) for module, values in squares.items()}
     for error in ERRORS:
+        parts = f"{in_parts(squares, costs(lora, squares), error):.3f}"
         each = by_module(squares, error)
         total = error_of(squares, each)
         if not total:
-            yield [f"{error:.2f}", "0", f"{size(lora, each) / size(lora, whole):.3f}", "1.000"]
+            yield [f"{error:.2f}", "0", f"{size(lora, each) / size(lora, whole):.3f}", "1.000", parts]
             continue
         ranks = lm.plan([lora], weights=[1], max_error=total).ranks
         assert ranks is not None
         one = size(lora, {module: min(rank, ranks[module]) for module, rank in whole.items()})
         own = size(lora, each)
-        yield [f"{error:.2f}", f"{total:.2g}", f"{own / size(lora, whole):.3f}", f"{one / own:.3f}"]
+        yield [f"{error:.2f}", f"{total:.2g}", f"{own / size(lora, whole):.3f}", f"{one / own:.3f}", parts]
 
 
 def spectra(lora: lm.LoRA) -> dict[str, np.ndarray]:
@@ -91,8 +94,30 @@ def error_of(squares: Mapping[str, np.ndarray], ranks: Ranks) -> float:
 
 def size(lora: lm.LoRA, ranks: Ranks) -> int:
     """How many numbers the factors take."""
-    shapes = {module: lora.layout(module).shape for module in ranks}
-    return sum(rank * (shapes[module][0] + math.prod(shapes[module][1:])) for module, rank in ranks.items())
+    return sum(rank * cost for rank, cost in zip(ranks.values(), costs(lora, ranks).values(), strict=True))
+
+
+def costs(lora: lm.LoRA, modules: Iterable[str]) -> dict[str, int]:
+    """Numbers that one direction of each module takes."""
+    shapes = {module: lora.layout(module).shape for module in modules}
+    return {module: shape[0] + math.prod(shape[1:]) for module, shape in shapes.items()}
+
+
+def in_parts(squares: Mapping[str, np.ndarray], costs: Mapping[str, int], error: float) -> float:
+    """Size of one budget over that of the same error in every module, if a direction could be kept in part."""
+    directions = [(values / costs[m], values, np.full(len(values), costs[m])) for m, values in squares.items()]
+    allowed = [error**2 * values.sum() for values in squares.values()]
+    each = sum(_left(*which, lost) for which, lost in zip(directions, allowed, strict=True))
+    value, energy, cost = map(np.concatenate, zip(*directions, strict=True))
+    return _left(value, energy, cost, sum(allowed)) / each
+
+
+def _left(value: np.ndarray, squares: np.ndarray, costs: np.ndarray, allowed: float) -> float:
+    """Numbers that stay when the least valuable directions go until so much energy is lost."""
+    order = np.argsort(value)
+    before = np.cumsum(squares[order]) - squares[order]
+    gone = np.clip((allowed - before) / squares[order], 0.0, 1.0)
+    return float(((1 - gone) * costs[order]).sum())
 
 
 def met(lora: lm.LoRA) -> list[str]:
@@ -104,14 +129,14 @@ def met(lora: lm.LoRA) -> list[str]:
     error = math.sqrt(sum(d.distance**2 for d in apart) / sum(d.norm**2 for d in apart))
     with tempfile.TemporaryDirectory() as folder:
         whole, kept, half = Path(folder, "whole"), Path(folder, "kept"), Path(folder, "half")
-        before = written(lora, whole)
+        before = written(lm.merge([lora], weights=[1]), whole)
         asked = before // 2
         sizes = written(small, kept) / before, written(lm.resize(lora, max_size=asked), half) / asked
     return [f"{full} of {len(lora)}", f"{error:.4%}", f"{sizes[0]:.3f}", f"{sizes[1]:.4f}"]
 
 
 def written(lora: lm.LoRA, path: Path) -> int:
-    return lm.save(lora, path.with_suffix(".safetensors"), dialect="kohya", dtype="float16").stat().st_size
+    return lm.save(lora, path.with_suffix(".safetensors")).stat().st_size
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from . import model
 WEIGHTS = Path(__file__).parent / "weights"
 METHODS = ("linear", "ties", "knots", "np_lora", "tsv", "iso_cts", "slerp", "model_stock", "dare", "factor_average")
 PROMPT = "A portrait of a psq-person smiling at the camera, wearing a barca24_jersey."
-PAIRS = ((0.5, 0.5), (1.0, 1.0))
+PAIRS = ((1.0, 1.0), (0.5, 0.5))
 SEEDS = 2
 
 

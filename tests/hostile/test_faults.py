@@ -83,6 +83,22 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
     assert not os.path.exists(name)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_whole_file_that_waits_for_its_name_is_not_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, replace = tmp_path / "x.safetensors", os.replace
+
+    def overtaken(source: str, place: Path) -> None:
+        scratch.clear(place.parent, place.name)
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    lm.save(small(), target)
+
+    assert lm.load(target)
+
+
 def test_a_peft_directory_between_old_and_new_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = lm.save(small(rank=2), tmp_path / "adapter", dialect="peft")
     replace, calls = os.replace, []

@@ -32,6 +32,19 @@ def file(target: Path) -> tuple[int, str]:
 
 
 @contextmanager
+def held(fd: int) -> Iterator[None]:
+    """Keep a file's lock past its closing: one that waits for its new name is not to be cleared away."""
+    if sys.platform == "win32":  # has no such locks, and renames no open file
+        yield
+        return
+    also = os.dup(fd)
+    try:
+        yield
+    finally:
+        os.close(also)
+
+
+@contextmanager
 def folder(parent: Path, name: str) -> Iterator[Path]:
     """A directory that goes with all that is left in it.
 

@@ -257,12 +257,13 @@ def _replacing(path: Path) -> Iterator[int]:
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     try:
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
+        with scratch.held(fd):
+            try:
+                yield fd
+            finally:
+                os.close(fd)
+            os.chmod(name, 0o666 & ~mask)
+            os.replace(name, path)
     except BaseException as error:
         with suppress(OSError):
             os.unlink(name)

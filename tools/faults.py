@@ -5,7 +5,8 @@
 For every command and every kind of fault: the output of an earlier run stands there, the command is run
 again on other inputs, and the fault is injected while it works.  Then the output is the earlier run's or
 the new one's, byte for byte; what is half written is cleared away (after a kill -9, which nothing can
-follow, by the next run); and running the command again gives the new run's bytes.
+follow, by the next run); and running the command again gives the new run's bytes.  A training and a study
+may leave the state that they go on from, until they are done.
 """
 
 import argparse
@@ -23,7 +24,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -31,7 +34,7 @@ import safetensors.numpy
 import loramerge as lm
 from loramerge.testing import random_lora
 
-LORAMERGE = [sys.executable, "-m", "loramerge"]
+ROOT = Path(__file__).parents[1]
 PR_CAPBSET_DROP, OVERRIDES = 24, (1, 2)
 """What lets root write where it may not, and how a process gives that up."""
 
@@ -45,33 +48,28 @@ weight = 0.5
 
 BASE_FILE = "base/unet/diffusion_pytorch_model.safetensors"
 
-
-@dataclass(frozen=True)
-class Command:
-    """A command that writes below ``out/``, and the input that may disappear from under it."""
-
-    words: tuple[str, ...]
-    resumes: bool = False
-    """Whether what an earlier run has finished is kept: the output is then a directory of several files."""
-    new: bool = False
-    """Whether it refuses to write over an earlier run's output."""
-
-
-COMMANDS = {
-    "merge": Command(("merge", "a.safetensors", "b.safetensors", "-o", "out/both.safetensors", "--rank", "8")),
-    "merge by processes": Command(("merge", "a.safetensors", "b.safetensors", "-o", "out/both.safetensors", "-j", "2")),
-    "convert": Command(("convert", "a.safetensors", "-o", "out/a.safetensors", "--to", "diffusers")),
-    "convert to PEFT": Command(("convert", "a.safetensors", "-o", "out/a", "--to", "peft")),
-    "resize": Command(("resize", "a.safetensors", "-o", "out/a.safetensors", "--max-error", "30%")),
-    "bake into a file": Command(("bake", "a.safetensors", "-b", BASE_FILE, "-o", "out/model.safetensors")),
-    "bake into a directory": Command(("bake", "a.safetensors", "-b", "base", "-o", "out/model"), new=True),
-    "sweep": Command(("sweep", "recipe.toml", "-s", "rank=2,4,6", "-o", "out/sweep"), resumes=True),
-}
-"""A command that learns joins here, with ``resumes``, once it can go on where it stopped."""
+STUDY = """
+base = { model = "./sdxl" }
+scorer = { model = "./dinov2" }
+data = { source = "folders", folder = "photos" }
+training = { rank = 2, steps = 2, resolution = 16 }
+drawing = { steps = 1, seeds = 2 }
+prompts = { study = ["A psq-person, wearing a barca24_jersey."] }
+concepts = [
+  { name = "profile", identifier = "psq-person" },
+  { name = "barca", identifier = "barca24_jersey" },
+]
+mixed = [{ name = "profile_mixed", own = "profile", other = "barca", borrowed = 3 }]
+settings = [
+  { name = "none" },
+  { name = "barca", loras = ["barca"] },
+  { name = "l2", loras = ["profile_mixed", "barca"], weights = "l2" },
+]
+"""
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """The inputs in a folder: the same seed, the same bytes."""
+    """LoRAs, a recipe and a base model in a folder: the same seed, the same bytes."""
 
     def chosen(module: str, shape: tuple[int, ...]) -> bool:
         return module.startswith("unet.down_blocks.1.attentions.0") and ".attn" in module
@@ -88,7 +86,64 @@ def prepare(folder: Path, seed: int) -> None:
         {key: weight.astype(np.float16) for key, weight in weights.items()},
         folder / BASE_FILE,
     )
-    (folder / "out").mkdir(exist_ok=True)
+
+
+def prepare_to_learn(folder: Path, seed: int) -> None:
+    """A tiny SDXL, a tiny DINOv2, and captioned pictures of two concepts."""
+    sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "adapters")]
+    import tiny
+
+    from adapters import toys
+    from loramerge.adapters.noise import silence
+
+    silence("diffusers", "transformers")
+    tiny.pipeline("sdxl").save_pretrained(folder / "sdxl")
+    toys.dinov2(folder / "dinov2")
+    for name, prompt in zip(("profile", "barca"), tiny.PROMPTS, strict=True):
+        tiny.images(folder / "photos" / name, prompt, count=4, seed=seed + len(name))
+    (folder / "study.toml").write_text(STUDY)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that writes below ``out/``, and the input that may disappear from under it."""
+
+    words: tuple[str, ...]
+    """From the module's name on."""
+    input: str = "a.safetensors"
+    prepare: Callable[[Path, int], None] = prepare
+    resumes: bool = False
+    """Whether what an earlier run has finished is kept: the output is then a directory of several files."""
+    new: bool = False
+    """Whether it refuses to write over an earlier run's output."""
+    state: tuple[str, ...] = ()
+    """Names of what it may leave to go on from, until it is done."""
+
+    def passing(self, path: str) -> bool:
+        """Whether a file below ``out/`` is none of the output's own."""
+        return ".part" in path or any(fnmatch(path, name) for name in self.state)
+
+
+def ours(*words: str, **options: Any) -> Command:
+    return Command(("loramerge", *words), **options)
+
+
+MODEL = "sdxl/unet/diffusion_pytorch_model.safetensors"
+TRAIN = ("train", "photos/profile", "-b", "sdxl", "-o", "out/person.safetensors", "--device", "cpu", "-q")
+STEPS = ("--rank", "2", "--steps", "60", "--every", "2")
+RUN = ("examples.virtual_tryon", "run", "--protocol", "study.toml", "--out", "out", "--device", "cpu")
+COMMANDS = {
+    "merge": ours("merge", "a.safetensors", "b.safetensors", "-o", "out/both.safetensors", "--rank", "8"),
+    "merge by processes": ours("merge", "a.safetensors", "b.safetensors", "-o", "out/both.safetensors", "-j", "2"),
+    "convert": ours("convert", "a.safetensors", "-o", "out/a.safetensors", "--to", "diffusers"),
+    "convert to PEFT": ours("convert", "a.safetensors", "-o", "out/a", "--to", "peft"),
+    "resize": ours("resize", "a.safetensors", "-o", "out/a.safetensors", "--max-error", "30%"),
+    "bake into a file": ours("bake", "a.safetensors", "-b", BASE_FILE, "-o", "out/model.safetensors"),
+    "bake into a directory": ours("bake", "a.safetensors", "-b", "base", "-o", "out/model", new=True),
+    "sweep": ours("sweep", "recipe.toml", "-s", "rank=2,4,6", "-o", "out/sweep", resumes=True),
+    "train": ours(*TRAIN, *STEPS, input=MODEL, prepare=prepare_to_learn, state=("*.state.safetensors",)),
+    "study": Command(RUN, input=MODEL, prepare=prepare_to_learn, resumes=True, state=("*.checkpoint",)),
+}
 
 
 def started(
@@ -102,13 +157,13 @@ def started(
                 ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
     return subprocess.Popen(
-        [*LORAMERGE, *words],
+        [sys.executable, "-m", *words],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=limited,
-        env={**os.environ, "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "HOME": str(folder), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"},
     )
 
 
@@ -132,8 +187,11 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def litter(folder: Path) -> list[str]:
-    return [name for name in os.listdir(folder) if name.endswith(".part")] + [
-        str(path.relative_to(folder)) for path in folder.glob("*/.*.part")
+    return [
+        os.path.join(place, name)
+        for place, folders, files in os.walk(folder)
+        for name in folders + files
+        if name.endswith(".part")
     ]
 
 
@@ -146,6 +204,8 @@ class Trial:
     before: dict[str, str]
     after: dict[str, str]
     seconds: float
+    largest: int
+    """Bytes of the largest file that it writes."""
     chance: random.Random
 
     @property
@@ -174,8 +234,7 @@ def signalled(number: signal.Signals) -> Callable[[Trial], str]:
 
 def full_disk(trial: Trial) -> str:
     """Files may not become longer than a part of what is needed."""
-    largest = max(path.stat().st_size for path in trial.folder.rglob("*") if path.is_file())
-    process = started(trial.command.words, trial.folder, largest=int(trial.chance.random() * largest))
+    process = started(trial.command.words, trial.folder, largest=int(trial.chance.random() * trial.largest))
     return process.communicate()[1]
 
 
@@ -193,7 +252,7 @@ def read_only(trial: Trial) -> str:
 
 def vanishing(how: Callable[[Path], object]) -> Callable[[Trial], str]:
     def inject(trial: Trial) -> str:
-        path = trial.folder / "a.safetensors"
+        path = trial.folder / trial.command.input
         process = started(trial.command.words, trial.folder)
         trial.wait(process)
         how(path)
@@ -218,10 +277,9 @@ def problems(trial: Trial, name: str, said: str) -> Iterator[str]:
     left = litter(trial.out)
     if left and name != "kill -9":
         yield f"litter: {left}"
-    found = {path: value for path, value in contents(trial.out).items() if ".part" not in path}
+    found = {path: value for path, value in contents(trial.out).items() if not trial.command.passing(path)}
     if trial.command.resumes:
-        wrong = [path for path, value in found.items() if path.endswith(".safetensors") and value not in
-                 (trial.before.get(path), trial.after.get(path))]  # fmt: skip
+        wrong = [path for path, value in found.items() if value not in (trial.before.get(path), trial.after.get(path))]
         if wrong:
             yield f"not whole: {wrong}"
     elif found not in (trial.before, trial.after):
@@ -234,7 +292,9 @@ def attempted(name: str, fault: str, folder: Path, states: Path, seconds: float,
     """One fault, the check, the run after it, and the check of that."""
     command = COMMANDS[name]
     fresh(folder, states)
-    trial = Trial(command, folder, contents(states / "before"), contents(states / "after"), seconds, chance)
+    largest = max(path.stat().st_size for path in (states / "after").rglob("*") if path.is_file())
+    before, after = (contents(states / which) for which in ("before", "after"))
+    trial = Trial(command, folder, before, after, seconds, largest, chance)
     said = FAULTS[fault](trial)
     found = list(problems(trial, fault, said))
     shutil.copytree(states / "inputs", folder, dirs_exist_ok=True)
@@ -260,7 +320,8 @@ def states_of(command: Command, place: Path) -> float:
     for name, seed in (("before", 10), ("after", 20)):
         work = place / "work"
         work.mkdir(parents=True)
-        prepare(work, seed)
+        command.prepare(work, seed)
+        (work / "out").mkdir()
         if name == "after":
             shutil.copytree(work, place / "inputs")
         seconds = run(command.words, work)

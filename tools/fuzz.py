@@ -24,13 +24,13 @@ if __name__ == "__main__" and sys.argv[1] != "seeds":
 
     with atheris.instrument_imports(include=["loramerge"]):
         import loramerge as lm
-        from loramerge import recipe
+        from loramerge import recipe, recipe_text
         from loramerge.dialects import DIALECTS, alphas
         from loramerge.lora import from_tensors
         from loramerge.storage import reader
 else:
     import loramerge as lm
-    from loramerge import recipe
+    from loramerge import recipe, recipe_text
     from loramerge.dialects import DIALECTS, alphas
     from loramerge.lora import from_tensors
     from loramerge.storage import reader
@@ -311,7 +311,7 @@ def _words() -> list[str]:
         *CODES.values(),
         '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}',
         "__metadata__",
-        *recipe.KEYS,
+        *recipe_text.KEYS,
     ]
 
 

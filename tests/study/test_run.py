@@ -12,6 +12,7 @@ from loramerge.errors import LoRAMergeError
 from study import stand_ins
 from virtual_tryon.study import command, drawing, loras, sets, stages
 from virtual_tryon.study.job import Job
+from virtual_tryon.study.ledger import Ledger
 from virtual_tryon.study.published import TABLE
 
 RESULTS = ("report.html", "report.md", "scores.csv", "pictures.csv")
@@ -93,6 +94,24 @@ def test_an_interrupted_run_goes_on_to_the_same_table(paper: Job, tmp_path: Path
     assert stand_ins.pixels(first.path) == stand_ins.pixels(paper.shots(paper.protocol.setting("weighted"))[0].path)
     for name in RESULTS:
         assert (job.out / name).read_bytes() == (paper.out / name).read_bytes()
+
+
+def test_a_lora_of_another_run_that_was_interrupted_is_trained_anew(
+    paper: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    job = again(paper, tmp_path)
+    faster = replace(job.protocol, training=replace(job.protocol.training, learning_rate=1e-2))
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "add", stop)
+        with pytest.raises(KeyboardInterrupt):
+            stages.run(stand_ins.job(faster, job.out), only=["train"])
+
+    assert len(work(job, only=["train"])) == 1
+    for name in paper.untrained:
+        assert job.lora_file(name).read_bytes() == paper.lora_file(name).read_bytes()
 
 
 def test_a_run_from_nothing_in_two_processes_gives_the_same_table(paper: Job, tmp_path: Path) -> None:

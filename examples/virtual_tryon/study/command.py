@@ -20,7 +20,7 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         job = job_of(options)
         stages.run(job, only=options.only, processes=options.processes, say=_say)
-    except (LoRAMergeError, ValueError) as error:
+    except (LoRAMergeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

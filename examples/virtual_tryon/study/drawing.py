@@ -1,13 +1,12 @@
 """The stage ``generate``: settings × prompts × seeds."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from loramerge.adapters.generation import Sampling, Use, generate
 
 from .bases import drawing_pipeline
-from .job import Job
+from .job import Job, cleared
 from .ledger import fingerprint
 from .loras import merged
 from .protocol import Setting
@@ -30,7 +29,7 @@ def draw(job: Job, setting: Setting) -> bool:
         _remove_parts([shot.path for shot in shots], batch)
     else:
         if job.ledger.has_any(known):  # ours, of another run
-            shutil.rmtree(folder, ignore_errors=True)
+            cleared(folder)
         job.ledger.add(known, found)
     if all(shot.path.exists() for shot in shots):
         return False

@@ -1,5 +1,6 @@
 """One run of a protocol: what is asked for, and where each result lies."""
 
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,3 +114,13 @@ def needed(path: Path, stage: str) -> Path:
     if not path.exists():
         raise FileError(f"{path} is missing. The stage {stage!r} makes it: run that first, or leave out --only.")
     return path
+
+
+def cleared(folder: Path) -> None:
+    """Remove a directory of ours, if it is there.
+
+    Raises:
+        OSError: It can't be removed.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)

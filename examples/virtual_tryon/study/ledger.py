@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +39,13 @@ class Ledger:
         """Note that a result is made."""
         made(self.folder)
         write_text(self._file(result), json.dumps({"result": result, "fingerprint": fingerprint}) + "\n")
+
+    @contextmanager
+    def making(self, result: str, fingerprint: str) -> Iterator[None]:
+        """While a result is made, it is known to be made from nothing: neither the old nor the new is sure to be there."""
+        self._file(result).unlink(missing_ok=True)
+        yield
+        self.add(result, fingerprint)
 
     def _file(self, result: str) -> Path:
         return self.folder / f"{result.replace('/', '.')}.json"

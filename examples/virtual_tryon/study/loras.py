@@ -41,8 +41,8 @@ def train(job: Job, name: str) -> bool:
     denoiser = bases.denoiser(protocol.base, job.device, checkpointing=given.pop("checkpointing"))
     settings = TrainSettings(**given)
     lora = train_lora(denoiser, folder, settings=settings, checkpoint=checkpoint, every=100, name=name)
-    lm.save(lora, target)
-    job.ledger.add(f"loras/{name}", found)
+    with job.ledger.making(f"loras/{name}", found):
+        lm.save(lora, target)
     _remove(checkpoint)
     return True
 
@@ -80,8 +80,8 @@ def merge(job: Job, setting: Setting) -> bool:
         return False
     made(target.parent)
     lora = _learned(job, setting, loras) if setting.learn else _computed(setting, loras)
-    lm.save(lora, target)
-    job.ledger.add(f"merges/{setting.name}", found)
+    with job.ledger.making(f"merges/{setting.name}", found):
+        lm.save(lora, target)
     return True
 
 

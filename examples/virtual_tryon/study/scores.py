@@ -92,8 +92,8 @@ def run(job: Job, subject: Subject) -> bool:
         return False
     made(target.parent)
     views = _views(job, concepts, shots, true)
-    write_text(target, json.dumps({view: [_plain(row) for row in rows] for view, rows in views.items()}) + "\n")
-    job.ledger.add(known, found)
+    with job.ledger.making(known, found):
+        write_text(target, json.dumps({view: [_plain(row) for row in rows] for view, rows in views.items()}) + "\n")
     return True
 
 

@@ -13,7 +13,7 @@ from loramerge.storage.digests import of_listing
 from .. import make_sets, world
 from ..world import CONCEPTS, SCENES, Example
 from . import bases
-from .job import Job
+from .job import Job, cleared
 from .ledger import fingerprint
 from .protocol import Mixed
 
@@ -38,14 +38,14 @@ def make(job: Job) -> bool:
     wanted = [job.set_folder(name) for name in _sets(job)]
     if job.ledger.has("data", found, wanted):
         return False
-    for folder in (job.out / "sets", job.out / "truth"):
-        shutil.rmtree(folder, ignore_errors=True)
-    if job.drawn:
-        _draw(job)
-    else:
-        _check(job)
-        _mix(job)
-    job.ledger.add("data", found)
+    with job.ledger.making("data", found):
+        for folder in (job.out / "sets", job.out / "truth"):
+            cleared(folder)
+        if job.drawn:
+            _draw(job)
+        else:
+            _check(job)
+            _mix(job)
     return True
 
 

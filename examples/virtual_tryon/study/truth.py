@@ -128,8 +128,8 @@ def run(job: Job, subject: Subject) -> bool:
         for shot, seen in zip(shots, told, strict=True)
         for (concept, attribute), value in wanted[shot.prompt].items()
     ]
-    write_text(target, json.dumps(rows) + "\n")
-    job.ledger.add(known, found)
+    with job.ledger.making(known, found):
+        write_text(target, json.dumps(rows) + "\n")
     return True
 
 

@@ -338,6 +338,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=4, help="faults of each kind for each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=list(COMMANDS), help="names of commands")
+    parser.add_argument("--kinds", nargs="*", default=list(FAULTS), help="names of faults")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     done: Counter[str] = Counter()
@@ -346,11 +347,12 @@ def main() -> None:
         os.chmod(place, 0o755)
         for name in options.only:
             seconds = states_of(COMMANDS[name], Path(place) / "states")
-            for fault in FAULTS:
+            for fault in options.kinds:
                 for _ in range(options.each):
                     found = attempted(name, fault, Path(place) / "work", Path(place) / "states", seconds, chance)
                     done[fault] += 1
                     wrong += [f"{name}, {fault}: {problem}" for problem in found]
+                    print(f"{name}, {fault}: {found or 'well'}", flush=True)
             print(f"{name}: {sum(done.values())} faults so far, {len(wrong)} problems", flush=True)
     print("\n".join(wrong))
     print(

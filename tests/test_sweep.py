@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import loramerge as lm
+from loramerge import sweeping
 from loramerge.errors import MergeError, OptionError
 from loramerge.recipe import Recipe
 from loramerge.sweeping import left_out, ordered, points
@@ -160,6 +161,24 @@ def test_a_sweep_that_stopped_goes_on(recipe: Path, tmp_path: Path) -> None:
         lm.sweep(recipe, {"rank": [1, 2, 3]}, tmp_path / "out", progress=stop)
 
     assert [row.reused for row in lm.sweep(recipe, {"rank": [1, 2, 3]}, tmp_path / "out")] == [True, True, False]
+
+
+def test_a_file_that_was_replaced_does_not_keep_the_old_ones_figures(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    lm.sweep(recipe, {"rank": [1]}, tmp_path / "out")
+    lm.save(small(seed=5), tmp_path / "person.safetensors", dialect="kohya")
+    with monkeypatch.context() as patched:
+        patched.setattr(sweeping, "measure", stop)
+        with pytest.raises(KeyboardInterrupt):
+            lm.sweep(recipe, {"rank": [1]}, tmp_path / "out")
+
+    (found,) = lm.sweep(recipe, {"rank": [1]}, tmp_path / "out")
+    (wanted,) = lm.sweep(recipe, {"rank": [1]}, tmp_path / "fresh")
+    assert found.figures == wanted.figures
 
 
 def test_a_scores_columns_join_the_table_and_are_not_asked_for_twice(recipe: Path, tmp_path: Path) -> None:

@@ -140,7 +140,9 @@ COMMANDS = {
     "resize": ours("resize", "a.safetensors", "-o", "out/a.safetensors", "--max-error", "30%"),
     "bake into a file": ours("bake", "a.safetensors", "-b", BASE_FILE, "-o", "out/model.safetensors"),
     "bake into a directory": ours("bake", "a.safetensors", "-b", "base", "-o", "out/model", new=True),
-    "sweep": ours("sweep", "recipe.toml", "-s", "rank=2,4,6", "-o", "out/sweep", resumes=True),
+    "sweep": ours(
+        *("sweep", "recipe.toml", "-s", "rank=2,4,6", "-o", "out/sweep"), resumes=True, state=("sweep/sweep.*",)
+    ),
     "train": ours(*TRAIN, *STEPS, input=MODEL, prepare=prepare_to_learn, state=("*.state.safetensors",)),
     "study": Command(RUN, input=MODEL, prepare=prepare_to_learn, resumes=True, state=("*.checkpoint",)),
 }
@@ -300,8 +302,10 @@ def attempted(name: str, fault: str, folder: Path, states: Path, seconds: float,
     shutil.copytree(states / "inputs", folder, dirs_exist_ok=True)
     if not (command.new and (folder / "out" / "model").exists()):
         run(command.words, folder)
-    if contents(trial.out) != trial.after or litter(trial.out):
-        found.append("the run after it gives other bytes, or leaves the litter")
+    last = contents(trial.out)
+    others = [path for path in {**last, **trial.after} if last.get(path) != trial.after.get(path)]
+    if others or litter(trial.out):
+        found.append(f"the run after it gives other bytes, or leaves the litter: {others or litter(trial.out)}")
     return found
 
 

@@ -212,6 +212,7 @@ def _merged(point: Point, planned: Plan, ledger: "_Ledger", workers: int) -> Row
     if figures is not None:
         return row
     kept = Kept()
+    ledger.forget(point.name)
     point.recipe.write(planned, target, workers=workers, record=kept.add)
     with open(target, architecture=planned.architecture) as merged:
         row = replace(
@@ -398,6 +399,11 @@ class _Ledger:
         entry |= {"failed": row.failed} if row.failed else {}
         self.entries[row.name] = {**entry, **({"score": self.score, "scores": scores} if scores is not None else {})}
         self._write(self.entries)
+
+    def forget(self, name: str) -> None:
+        """Drop the figures of a file that is about to be replaced: a run that ends in between has none for the new one."""
+        if self.entries.pop(name, None):
+            self._write(self.entries)
 
     def close(self, rows: Sequence[Row], settings: Sequence[str]) -> None:
         """The table of this sweep alone, in its order, and the same for spreadsheets."""

@@ -144,7 +144,7 @@ COMMANDS = {
         *("sweep", "recipe.toml", "-s", "rank=2,4,6", "-o", "out/sweep"), resumes=True, state=("sweep/sweep.*",)
     ),
     "train": ours(*TRAIN, *STEPS, input=MODEL, prepare=prepare_to_learn, state=("*.state.safetensors",)),
-    "study": Command(RUN, input=MODEL, prepare=prepare_to_learn, resumes=True, state=("*.checkpoint",)),
+    "study": Command(RUN, input=MODEL, prepare=prepare_to_learn, resumes=True, state=("*.checkpoint", "sets/*")),
 }
 
 
@@ -318,12 +318,16 @@ def fresh(folder: Path, states: Path) -> None:
         path.chmod(0o755)
 
 
-def states_of(command: Command, place: Path) -> float:
-    """The outputs of a run on other inputs and of one on the inputs; returns how long one takes."""
+def states_of(command: Command, place: Path, work: Path) -> float:
+    """The outputs of a run on other inputs and of one on the inputs; returns how long one takes.
+
+    They run where the trials will: a picture says which base model it was drawn with.
+    """
     shutil.rmtree(place, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    place.mkdir()
     for name, seed in (("before", 10), ("after", 20)):
-        work = place / "work"
-        work.mkdir(parents=True)
+        work.mkdir()
         command.prepare(work, seed)
         (work / "out").mkdir()
         if name == "after":
@@ -350,7 +354,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         for name in options.only:
-            seconds = states_of(COMMANDS[name], Path(place) / "states")
+            seconds = states_of(COMMANDS[name], Path(place) / "states", Path(place) / "work")
             for fault in options.kinds:
                 for _ in range(options.each):
                     found = attempted(name, fault, Path(place) / "work", Path(place) / "states", seconds, chance)

@@ -18,6 +18,9 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
 import loramerge as lm
 from loramerge.testing import random_lora
 
@@ -59,25 +62,37 @@ def say(what: str, size: float, code: str) -> None:
 
 
 def sixteen(folder: Path) -> None:
-    """16 LoRAs of rank 128 over two fifths of the attention of SDXL, in half precision, and their exact sum."""
+    """16 LoRAs of rank 128 over two fifths of the attention of SDXL, in half precision, and one file of them all."""
     paths = [folder / f"r128-{i}.safetensors" for i in range(COUNT)]
     for i, path in enumerate(paths):
         lm.save(random_lora("sdxl", rank=128, alpha=64.0, dtype="float16", seed=i, only=attention), path)
-    large = folder / "sum.safetensors"
-    for count, rank in ((2, 128), (COUNT, 128), (2, "sum"), (COUNT, "sum")):
+    large, target = folder / "large.safetensors", folder / "target.safetensors"
+    for count in (2, COUNT):
         some = [str(path) for path in paths[:count]]
         say(
-            f"{count} LoRAs of rank 128 to rank {rank}",
-            sum(Path(path).stat().st_size for path in some),
-            f"lm.save(lm.plan({some}, weights=[1/{count}]*{count}, rank={rank!r}).lora(), {str(large)!r})",
+            f"{count} LoRAs of rank 128 to rank 128",
+            sum(path.stat().st_size for path in paths[:count]),
+            f"lm.save(lm.plan({some}, weights=[1/{count}]*{count}, rank=128).lora(), {str(target)!r})",
         )
+    side_by_side(paths, large)
+    size = large.stat().st_size
+    say("inspecting one of rank 2048", size, f"lm.open({str(large)!r}).summary('rank')")
+    say("converting it to diffusers", size, f"lm.convert({str(large)!r}, {str(target)!r}, 'diffusers')")
+    large.unlink()
+    target.unlink()
+
+
+def side_by_side(paths: list[Path], large: Path) -> None:
+    """One LoRA with the factors of several, which are removed."""
+    files = [load_file(path) for path in paths]
     for path in paths:
         path.unlink()
-    size, whole = large.stat().st_size, str(folder / "converted.safetensors")
-    say("inspecting that exact sum of 16", size, f"lm.open({str(large)!r}).summary('rank')")
-    say("converting it to diffusers", size, f"lm.convert({str(large)!r}, {whole!r}, 'diffusers')")
-    large.unlink()
-    Path(whole).unlink()
+    joined = {
+        key: np.concatenate([file[key] for file in files], axis=int(".lora_up." in key))
+        for key in files[0]
+        if not key.endswith(".alpha")
+    }
+    save_file(joined, large)
 
 
 def merged(folder: Path, target: str, i: int) -> str:

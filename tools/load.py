@@ -3,7 +3,8 @@
     python tools/load.py --folder /tmp/load
 
 Prints the peak memory beside the size of the files, and whether merges that run at once, from threads and
-from processes, have the bytes of those that run one by one.  Takes 5 GB of disk, until it is done.
+from processes, have the bytes of those that run one by one.  Takes 5 GB of disk on the way;
+the small files stay.
 """
 
 import argparse

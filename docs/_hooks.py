@@ -11,7 +11,10 @@ from typing import Any
 
 MARK = re.compile(r"<!-- table: ([a-z-]+) -->")
 URL = re.compile(r"(https?://[^\s,;]+)")
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+PAGE = re.compile(r"docs/(\S+\.md)")
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MINIATURE = [ROOT / "examples/virtual_tryon/weights/loras" / f"{name}.safetensors" for name in ("person", "jersey")]
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -82,6 +85,30 @@ def methods() -> str:
     return table(["name", "what it does", "options"], rows)
 
 
+def method_gallery() -> str:
+    """What every merge method makes of the same two LoRAs: the person's and the jersey's of the miniature."""
+    import numpy as np
+
+    import loramerge as lm
+    from loramerge.methods import METHODS
+
+    loras = [lm.load(path, architecture="sdxl") for path in MINIATURE]
+
+    def values(lora: lm.LoRA) -> Any:
+        return np.concatenate([lora[module].delta().ravel() for module in loras[0]])
+
+    person, jersey = map(values, loras)
+    average = values(lm.merge(loras))
+    rows = []
+    for m in METHODS.values():
+        delta = values(lm.merge(loras, method=m.name))
+        kept = [delta @ one / (one @ one) for one in (person, jersey)]
+        lengths = [np.linalg.norm(x) / np.linalg.norm(average) for x in (delta, delta - average)]
+        figures = (f"{figure:.2f}" for figure in (*kept, *lengths))
+        rows.append([f"[`{m.name}`](#{m.name})", m.title, *figures])
+    return table(["method", "what it does", "of the first", "of the second", "length", "from the average"], rows)
+
+
 def method_sections() -> str:
     """A section for every merge method: its documentation, options and source."""
     from loramerge.methods import METHODS
@@ -94,14 +121,15 @@ def _method_section(name: str, index: Any) -> str:
     text, _, raised = (inspect.getdoc(method.function) or "").partition("\n\nRaises:\n")
     refused = [entry.strip().partition(": ") for entry in re.split(r"\n(?= {4}\S)", raised) if entry.strip()]
     others = [f"`{alias}`" for alias, meant in index.aliases.items() if meant == name]
-    facts = [
-        ["LoRAs", str(method.count or "any number")],
-        ["weight unless given", "1/N" if method.default_weight is None else f"{method.default_weight:g}"],
-        *([["also called", ", ".join(others)]] if others else []),
-        *([f"refused with `{error}`", " ".join(why.split())] for error, _, why in refused),
-        ["source", URL.sub(r"<\1>", method.source)],
-    ]
-    parts = [f"## {name}", text, table(["", ""], facts), _options(method)]
+    facts = {
+        "LoRAs": str(method.count or "any number"),
+        "weight unless given": "1/N" if method.default_weight is None else f"{method.default_weight:g}",
+        "also called": ", ".join(others),
+        **{f"refused with `{error}`": " ".join(why.split()) for error, _, why in refused},
+        "source": PAGE.sub(r"[\1](../\1)", URL.sub(r"<\1>", method.source)),
+    }
+    items = "\n".join(f"- {what}: {fact}" for what, fact in facts.items() if fact)
+    parts = [f"## {name}", text, items, _options(method)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -150,12 +178,14 @@ def commands() -> str:
 
 
 def benchmarks() -> str:
-    """The measured tables of every file, where they are."""
-    files = sorted(RESULTS.glob("*.md"))
-    if not files:
-        return "There is no table in `benchmarks/results/` yet."
-    lines = [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    return "\n".join(f"#{line}" if line.startswith("#") else line for line in lines)
+    """The measured tables of every file, where they are; a heading goes one level down."""
+    texts = [path.read_text(encoding="utf-8").strip() for path in sorted(RESULTS.glob("*.md"), key=_order)]
+    return re.sub(r"^#", "##", "\n\n".join(texts), flags=re.MULTILINE) or "Nothing has been measured yet."
+
+
+def _order(path: Path) -> tuple[bool, str]:
+    """What everybody uses comes first: learned merges last."""
+    return path.stem.startswith(("learned", "ziplora")), path.name
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -164,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dialect-aliases": aliases,
     "architectures": architectures,
     "methods": methods,
+    "method-gallery": method_gallery,
     "method-sections": method_sections,
     "block-vectors": blocks,
     "commands": commands,

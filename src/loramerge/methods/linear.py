@@ -13,7 +13,7 @@ from .base import equal_rank, method, sum_of_ranks, with_bias
 
 @method(
     "linear",
-    source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/lora-file.md",
+    source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/exact-merge.md",
     rank=sum_of_ranks,
     linear=True,
     dense=True,

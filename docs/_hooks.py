@@ -11,7 +11,7 @@ from typing import Any
 
 MARK = re.compile(r"<!-- table: ([a-z-]+) -->")
 URL = re.compile(r"(https?://[^\s,;]+)")
-PAGE = re.compile(r"docs/(\S+\.md)")
+PAGE = re.compile(r"docs/(\S+/([\w-]+)\.md)")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MINIATURE = [ROOT / "examples/virtual_tryon/weights/loras" / f"{name}.safetensors" for name in ("person", "jersey")]
@@ -86,6 +86,13 @@ def methods() -> str:
 
 
 def method_gallery() -> str:
+    """Every merge method, with the way to its section."""
+    from loramerge.methods import METHODS
+
+    return table(["method", "what it does"], [[f"[`{m.name}`](#{m.name})", m.title] for m in METHODS.values()])
+
+
+def method_figures() -> str:
     """What every merge method makes of the same two LoRAs: the person's and the jersey's of the miniature."""
     import numpy as np
 
@@ -105,8 +112,8 @@ def method_gallery() -> str:
         kept = [delta @ one / (one @ one) for one in (person, jersey)]
         lengths = [np.linalg.norm(x) / np.linalg.norm(average) for x in (delta, delta - average)]
         figures = (f"{figure:.2f}" for figure in (*kept, *lengths))
-        rows.append([f"[`{m.name}`](#{m.name})", m.title, *figures])
-    return table(["method", "what it does", "of the first", "of the second", "length", "from the average"], rows)
+        rows.append([f"[`{m.name}`](#{m.name})", *figures])
+    return table(["method", "of the first", "of the second", "length", "from the average"], rows)
 
 
 def method_sections() -> str:
@@ -126,7 +133,7 @@ def _method_section(name: str, index: Any) -> str:
         "weight unless given": "1/N" if method.default_weight is None else f"{method.default_weight:g}",
         "also called": ", ".join(others),
         **{f"refused with `{error}`": " ".join(why.split()) for error, _, why in refused},
-        "source": PAGE.sub(r"[\1](../\1)", URL.sub(r"<\1>", method.source)),
+        "source": PAGE.sub(r"[\2](../\1)", URL.sub(r"<\1>", method.source)),
     }
     items = "\n".join(f"- {what}: {fact}" for what, fact in facts.items() if fact)
     parts = [f"## {name}", text, items, _options(method)]
@@ -195,6 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "methods": methods,
     "method-gallery": method_gallery,
+    "method-figures": method_figures,
     "method-sections": method_sections,
     "block-vectors": blocks,
     "commands": commands,

@@ -10,8 +10,6 @@ something for a few words.  ``--pictures FOLDER`` keeps a picture of every page,
 import argparse
 import base64
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,6 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urldefrag
 
+from chromium import Tab
+
 WIDTHS = (1280, 390)
 WORDS = ("ziplora", "comfyui", "alpha", "hugging face", "block weights")
 FACTS = """({
@@ -29,7 +29,7 @@ FACTS = """({
     images: [...document.images].filter(i => !i.naturalWidth || !i.alt.trim()).map(i => i.src),
     wide: [document.body, ...document.querySelectorAll("article *")].filter(e =>
         Math.max(e.getBoundingClientRect().right, e === document.body ? document.documentElement.scrollWidth : 0)
-        > innerWidth + 1 && !e.closest("pre, .md-typeset__scrollwrap")).map(e => e.outerHTML.slice(0, 80)),
+        > document.documentElement.clientWidth + 1 && !e.closest("pre, .md-typeset__scrollwrap")).map(e => e.outerHTML.slice(0, 80)),
     height: document.documentElement.scrollHeight,
 })"""
 SEARCH = """(async () => {
@@ -44,60 +44,6 @@ SEARCH = """(async () => {
     }
     return [];
 })()"""
-
-
-class Tab:
-    """A tab of Chromium, spoken to over the debugging pipe."""
-
-    def __init__(self, profile: str) -> None:
-        (asked, asking), (answers, answering) = os.pipe(), os.pipe()
-        options = f"--headless --no-sandbox --disable-gpu --remote-debugging-pipe --user-data-dir={profile}"
-        line = f"exec chromium {options} 3<&{asked} 4>&{answering}"
-        self.chromium = subprocess.Popen(["sh", "-c", line], pass_fds=(asked, answering), stderr=subprocess.DEVNULL)
-        os.close(asked), os.close(answering)
-        self.asking, self.answers, self.rest = asking, answers, b""
-        self.count, self.events, self.session = 0, list[dict[str, Any]](), dict[str, str]()
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
-        self.call("Page.setLifecycleEventsEnabled", enabled=True)
-
-    def call(self, method: str, **params: Any) -> Any:
-        self.count += 1
-        os.write(self.asking, json.dumps({"id": self.count, "method": method, "params": params} | self.session).encode() + b"\0")
-        while (answer := self.receive()).get("id") != self.count:
-            self.events.append(answer)
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']}")
-        return answer["result"]
-
-    def receive(self) -> dict[str, Any]:
-        while b"\0" not in self.rest:
-            if not (part := os.read(self.answers, 1 << 16)):
-                raise RuntimeError("Chromium ended. Is it installed as 'chromium'?")
-            self.rest += part
-        message, _, self.rest = self.rest.partition(b"\0")
-        return json.loads(message)
-
-    def run(self, script: str) -> Any:
-        return self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)["result"]["value"]
-
-    def visit(self, url: str, width: int) -> None:
-        """Open a page, and wait until it asks for nothing more."""
-        self.resize(width, 844)
-        self.events.clear()
-        loader = self.call("Page.navigate", url=url)["loaderId"]
-        while not any((e["params"].get("name"), e["params"].get("loaderId")) == ("networkIdle", loader) for e in self.events):
-            self.events.append(self.receive())
-
-    def resize(self, width: int, height: int) -> None:
-        mobile = width < 600
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
-
-    def picture(self, path: Path, width: int, height: int) -> None:
-        self.resize(width, min(height, 16000))
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
 
 def complaints(events: list[dict[str, Any]], home: str) -> list[str]:
@@ -128,7 +74,9 @@ def inspect(tab: Tab, site: Path, home: str, pictures: Path | None) -> tuple[lis
             found += [f"wider than the screen: {what}" for what in facts["wide"][:3]]
             wrong += [f"{page or '/'} at {width}: {what}" for what in found]
             if pictures:
-                tab.picture(pictures / f"{page.strip('/').replace('/', '-') or 'index'}-{width}.png", width, facts["height"])
+                tab.resize(width, min(facts["height"], 16000))
+                shot = base64.b64decode(tab.call("Page.captureScreenshot")["data"])
+                (pictures / f"{page.strip('/').replace('/', '-') or 'index'}-{width}.png").write_bytes(shot)
     return wrong, pages
 
 
@@ -138,7 +86,7 @@ def broken_links(pages: dict[str, Any], site: Path, home: str) -> list[str]:
         for link in sorted({link for link in facts["links"] if link.startswith(home)}):
             target, anchor = urldefrag(link)
             there = target in pages or (site / target.removeprefix(home)).is_file()
-            if not there or (anchor and anchor not in pages[target]["ids"]):
+            if not there or (anchor and target in pages and anchor not in pages[target]["ids"]):
                 wrong.append(f"{page.removeprefix(home) or '/'} links to {link.removeprefix(home)}, which is not there")
     return wrong
 

@@ -346,6 +346,17 @@ def test_loras_of_different_models_are_refused() -> None:
         lm.compare([small(modules=MODULES["sdxl"][:1]), small("flux", modules=MODULES["flux"][:1])])
 
 
+def test_names_that_differ_say_nothing_where_the_family_is_unknown() -> None:
+    known = small(modules=MODULES["sdxl"][:1])
+    mine, other = made({"unet.mine": random_factors(1)}), made({"unet.other": random_factors(1)})
+    written = replace(other, dialect="peft")
+
+    for pair in ([known, mine], [mine, written]):
+        with pytest.raises(errors.MergeError, match="unknown architecture.*nothing to compare.*--architecture"):
+            lm.compare(pair)
+    assert lm.compare([mine, other]).total.pairs[0, 1].modules == 0
+
+
 @pytest.mark.parametrize("loras", [[], ["one.safetensors"], "two", small()])
 def test_one_lora_is_no_comparison(loras: object) -> None:
     with pytest.raises(errors.OptionError, match="two LoRAs or more"):

@@ -99,6 +99,14 @@ def test_layers_that_cant_be_compared_are_counted(files: tuple[Path, Path], tmp_
     )
 
 
+def test_a_strength_that_is_a_guess_is_told(files: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = lm.save(lm.load(files[1]), tmp_path / "adapter", dialect="peft")
+
+    told = run(files[0], next(folder.rglob("adapter_model.safetensors")).rename(tmp_path / "alone.safetensors")).stdout
+
+    assert "note: alone.safetensors: PEFT's adapter_config.json is missing, so the strength is a guess" in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -221,12 +221,20 @@ def _checked(loras: Sequence[LoRA], kinds: Sequence[str], base: Checkpoint | Non
                     f"{module} has the shape {shapes[0]} in {first.name} and {shapes[1]} in {second.name}: "
                     "they were made for different models."
                 )
-        families = first.architecture, second.architecture
-        if not shared and None not in families and families[0] != families[1]:
+        if not shared and _of_different_models(first, second):
+            names = [lora.architecture or "an unknown architecture" for lora in (first, second)]
             raise MergeError(
-                f"{first.name} is for {families[0]} and {second.name} for {families[1]}: there is nothing to compare."
+                f"{first.name} is for {names[0]} and {second.name} for {names[1]}: there is nothing to compare. If they "
+                "are for one model, say which: architecture= (--architecture)."
             )
     return next((lora.architecture for lora in loras if lora.architecture), None)
+
+
+def _of_different_models(first: LoRA, second: LoRA) -> bool:
+    """Whether names that differ say nothing: of two families, or of none known in two tools' spelling."""
+    if first.architecture is None and second.architecture is None:
+        return first.dialect != second.dialect
+    return first.architecture != second.architecture
 
 
 def _same_weight(a: Sequence[int], b: Sequence[int]) -> bool:

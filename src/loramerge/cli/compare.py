@@ -41,6 +41,7 @@ def show(
     loras = [open(file, architecture=architecture, allow_pickle=pickle) for file in files]
     with progress("Comparing", quiet) as report:
         found = compare(loras, rows=rows, seed=seed, exclude=exclude, base=base, progress=report)
+    notes = [f"note: {lora.name}: {note}" for lora in loras for note in lora.notes]
     for lora in loras:
         lora.close()
     if heatmap:
@@ -50,18 +51,19 @@ def show(
     if as_json:
         print(json.dumps(found.to_dict() | {"advice": advice(found)}, indent=2))
     elif not quiet:
-        print(_report(found, most if modules else None))
+        print(_report(found, notes, most if modules else None))
         if heatmap:
             print(f"\n→ {heatmap}")
 
 
-def _report(found: Comparison, most: int | None) -> str:
+def _report(found: Comparison, notes: Sequence[str], most: int | None) -> str:
     """Everything that is printed; ``most`` modules of each pair, or blocks for None."""
     names = [f"{letter} = {name}" for letter, name in zip(found.letters, found.names, strict=True)]
     tables = [_by_block(found, pair) if most is None else _by_module(found, pair, most) for pair in found.total.pairs]
     return "\n".join(
         [
             *names,
+            *notes,
             *(f"\n{text}" for text in tables),
             "",
             _legend(found),

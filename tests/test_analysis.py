@@ -352,7 +352,7 @@ def test_names_that_differ_say_nothing_where_the_family_is_unknown() -> None:
     written = replace(other, dialect="peft")
 
     for pair in ([known, mine], [mine, written]):
-        with pytest.raises(errors.MergeError, match="unknown architecture.*nothing to compare.*--architecture"):
+        with pytest.raises(errors.MergeError, match=r"unknown architecture.*nothing to compare.*--architecture"):
             lm.compare(pair)
     assert lm.compare([mine, other]).total.pairs[0, 1].modules == 0
 

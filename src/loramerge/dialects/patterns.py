@@ -59,8 +59,8 @@ class Patterns:
         Raises:
             FileError: The regular expressions would take too long.
         """
-        if path in self.exact:
-            return self.exact[path]
+        if path in self.exact or not self.exact:
+            return self.exact.get(path, default)
         last = len(self.exact)
         place, value = min((self.names[end] for end in _ends(path) if end in self.names), default=(last, default))
         for expression in self.expressions:

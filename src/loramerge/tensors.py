@@ -252,7 +252,25 @@ def cast(array: Array, dtype: str) -> Array:
         import torch
 
         return array.to(getattr(torch, NAMES[dtype]))
+    if dtype == "F16" and code(array) == "F32":
+        return _float_to_half(array)
     return array.astype(numpy_dtype(dtype))
+
+
+def _float_to_half(array: Array) -> Array:
+    """float32 to float16 by moving bits: rounded as by numpy's cast, which takes up to twice as long."""
+    import numpy as np
+
+    bits = array.view(np.int32)
+    power = (bits & 0x7F800000).clip(0x38800000, 0x7F800000)  # of two, that is in the value; of subnormals 2^-14
+    large = (power + 0x06C00000).view(np.float32)  # 1.5 * 2^13 times that: beside it float16's digits are left
+    wide = array + large
+    wide -= large
+    wide *= np.float32(2.0**-112)
+    half = wide.view(np.int32)
+    half >>= 13
+    half |= (bits >> 16) & -0x8000
+    return half.astype(np.int16).view(np.float16)
 
 
 def _check_range(array: Array, dtype: str) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 T = TypeVar("T")
 
 PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
-LONG_KEY = re.compile(rf"(?<![\w-]){PART}(?:[ \t]*+\.[ \t]*+{PART}){{100}}")
+LONG_KEY = rf"(?<![\w-]){PART}(?:[ \t]*+\.[ \t]*+{PART}){{100}}"
 """A key of so many parts that tomllib, whose time grows with their square, may be what it was written for."""
 
 
@@ -26,7 +25,9 @@ def parse(source: str) -> dict[str, Any]:
     Raises:
         ValueError: It is none, or has a key of more than 100 parts.
     """
-    if found := LONG_KEY.search(source):
+    import tomllib
+
+    if found := re.search(LONG_KEY, source):
         raise ValueError(f"the key {found[0][:40]}… has more than 100 parts")
     return tomllib.loads(source)
 

@@ -1,7 +1,10 @@
 """Metadata with one entry that takes a while to find out, though its length is known."""
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 
 class Awaited(Mapping[str, str]):
@@ -26,6 +29,8 @@ class Awaited(Mapping[str, str]):
     def begin(self) -> "Future[str]":
         """Start finding out, in a thread."""
         if self._found is None:
+            from concurrent.futures import ThreadPoolExecutor
+
             pool = ThreadPoolExecutor(1)
             self._found = pool.submit(self._find)
             pool.shutdown(wait=False)

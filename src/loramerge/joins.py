@@ -128,8 +128,8 @@ def apart(join: Join, whole: LowRank, layers: Sequence[Merged]) -> dict[str, Low
     up, down = matrix(whole.up), matrix(whole.down)
     found, start = {}, 0
     for module, rows, layer in zip(join.modules, join.rows, layers, strict=True):
-        part = low_rank(up[start : start + rows], down, layer.shape, down_id(join))
-        found[module] = replace(part, diff_b=layer.diff_b)
+        part = up[start : start + rows]
+        found[module] = low_rank(part, down, layer.shape, down_id(join), layer.diff_b)
         start += rows
     return found
 

@@ -384,7 +384,7 @@ def _inverse(sigma: Array) -> Array:
     """1/σ, and 0 for the singular values that are zero but for rounding."""
     xp = namespace(sigma)
     small = sigma <= 1e-7 * sigma[:1]
-    return xp.where(small, xp.zeros_like(sigma), 1.0 / xp.where(small, xp.ones_like(sigma), sigma))
+    return xp.where(small, 0.0, 1.0 / xp.where(small, 1.0, sigma))
 
 
 def cholesky(gram: Array) -> Array:

@@ -357,7 +357,7 @@ def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
     else:
         found = layer if layer.rank == step.rank else _filled(layer, step.rank)
         return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
-    fitted = replace(low_rank(cut.up, cut.down, layer.shape), diff_b=layer.diff_b)
+    fitted = low_rank(cut.up, cut.down, layer.shape, diff_b=layer.diff_b)
     fitted = fitted if fitted.rank == step.rank else _filled(fitted, step.rank)
     return Outcome(step.module, fitted, cut.energy, cut.lost)
 
@@ -380,4 +380,4 @@ def _filled(layer: LowRank, rank: int) -> LowRank:
     more = rank - layer.rank
     up = xp.concat([up, xp.zeros((up.shape[0], more), dtype=up.dtype, device=up.device)], axis=1)
     down = xp.concat([down, xp.zeros((more, down.shape[1]), dtype=down.dtype, device=down.device)], axis=0)
-    return replace(low_rank(up, down, layer.shape), diff_b=layer.diff_b)
+    return low_rank(up, down, layer.shape, diff_b=layer.diff_b)

@@ -313,7 +313,7 @@ def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
         factors: tuple[Array | Spec, Array | Spec] = Spec((rows, layer.rank), "F32"), Spec((layer.rank, columns), "F32")
     else:
         factors = layer.factors()
-    return replace(low_rank(*factors, layer.shape), diff_b=layer.diff_b)
+    return low_rank(*factors, layer.shape, diff_b=layer.diff_b)
 
 
 def _constant_alpha(layers: Iterable[Layer]) -> float | None:

@@ -103,14 +103,18 @@ def _tucker(mid: Array, down: Array) -> Array:
     return xp.permute_dims(by_place, (1, 2, 0)).reshape((rank, -1))
 
 
-def low_rank(up: Array, down: Array, shape: Shape, down_id: Hashable = None) -> LowRank:
+def low_rank(
+    up: Array, down: Array, shape: Shape, down_id: Hashable = None, diff_b: Array | Spec | None = None
+) -> LowRank:
     """A layer from matrices, shaped for a weight.
 
     Args:
         up: Shape ``(out, r)``.
         down: Shape ``(r, in·kh·kw)``.
         shape: Shape of the weight.
+        down_id: What tells ``down`` from others.
+        diff_b: Difference of the bias.
     """
     rank = up.shape[1]
-    tail = (1,) * (len(shape) - 2)
-    return LowRank(up=reshape(up, (shape[0], rank, *tail)), down=reshape(down, (rank, *shape[1:])), down_id=down_id)
+    up = reshape(up, (shape[0], rank, *(1,) * (len(shape) - 2)))
+    return LowRank(up=up, down=reshape(down, (rank, *shape[1:])), down_id=down_id, diff_b=diff_b)

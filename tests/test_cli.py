@@ -355,3 +355,18 @@ def test_a_comparison_leaves_modules_out(files: tuple[Path, Path]) -> None:
 
     assert {row["name"].partition(".")[0] for row in found["modules"]} == {"unet"}
     assert "No module matches the pattern nothing" in run("compare", *files, "--exclude", "nothing").stderr
+
+
+def test_of_an_unknown_family_few_rows_are_shown_and_the_way_out_is_named(tmp_path: Path) -> None:
+    keys = {
+        f"lora_unet_strange_{i}.lora_{side}.weight": np.ones((2, 2), np.float32)
+        for i in range(23)
+        for side in ("up", "down")
+    }
+    save_file(keys, tmp_path / "strange.safetensors")
+
+    text = run("inspect", tmp_path / "strange.safetensors").stdout
+
+    assert text.count("lora_unet_strange_") == 20
+    assert "… and 3 more" in text
+    assert "--architecture sdxl" in text

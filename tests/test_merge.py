@@ -13,7 +13,7 @@ from loramerge import linalg
 from loramerge.architectures import ARCHITECTURES
 from loramerge.layers import low_rank
 from loramerge.lora import LoRA
-from loramerge.testing import relative_error, weighted_sum
+from loramerge.testing import random_layer, relative_error, weighted_sum
 from small import MODULES, WRITTEN, small
 
 Case = tuple[list[LoRA], list[float]]
@@ -365,3 +365,30 @@ def test_a_merge_may_take_the_place_of_an_input(dialect: str, tmp_path: Path) ->
 
     assert relative_error(lm.load(paths[0])[TO_Q].delta(), wanted[TO_Q].delta()) <= 1e-6
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def narrow(dialect: str, modules: tuple[str, ...] = (TO_Q,)) -> LoRA:
+    """A LoRA of which only the names are SDXL's: its weights are narrower."""
+    shapes = {module: random_layer((32, 32), rank=2, seed=seed) for seed, module in enumerate(modules)}
+    return lm.load(LoRA(name="toy", architecture="sdxl", dialect=dialect, layouts=shapes).state_dict(dialect))
+
+
+def test_unknown_families_in_two_dialects_are_merged_once_the_family_is_named() -> None:
+    first, second = narrow("kohya"), narrow("diffusers-peft")
+
+    with pytest.raises(lm.errors.MergeError, match="share no name.*architecture="):
+        lm.plan([first, second])
+
+    named = [lm.load(lora.state_dict(), architecture="sdxl") for lora in (first, second)]
+    assert set(lm.merge(named)) == {TO_Q}
+
+
+def test_unknown_families_in_one_dialect_may_have_no_module_in_common() -> None:
+    other = TO_Q.replace("to_q", "to_k")
+
+    assert len(lm.plan([narrow("kohya"), narrow("kohya", (other,))]).steps) == 2
+
+
+def test_a_known_and_an_unknown_family_are_refused_with_the_way_out() -> None:
+    with pytest.raises(lm.errors.MergeError, match="different model families.*architecture="):
+        lm.plan([small(), narrow("kohya")])

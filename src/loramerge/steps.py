@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, NAME_FAMILY
 from .checkpoints import Checkpoint
 from .errors import LoRAMergeError, MergeError
 from .layers import FACTORED, Layer
@@ -130,9 +131,26 @@ def architecture_of(loras: Sequence[LoRA]) -> str | None:
     names = dict.fromkeys(lora.architecture for lora in loras)
     for name in names:
         if all(lora.architecture == name or (name and _fits(lora, name)) for lora in loras):
+            if name is None:
+                _check_naming(loras)
             return name
     listed = "; ".join(f"{lora.name} is for {lora.architecture or 'an unknown architecture'}" for lora in loras)
-    raise MergeError(f"LoRAs of different model families can't be merged: {listed}.")
+    ways = f" Way out: {NAME_FAMILY}." if None in names else ""
+    raise MergeError(f"LoRAs of different model families can't be merged: {listed}.{ways}")
+
+
+def _check_naming(loras: Sequence[LoRA]) -> None:
+    """Refuse LoRAs of which nobody can tell whether they update the same modules: each has names of its own.
+
+    Raises:
+        MergeError: Two of an unknown family are in different dialects and share no name.
+    """
+    for a, b in combinations(filter(None, loras), 2):
+        if a.dialect != b.dialect and a.layouts.keys().isdisjoint(b.layouts):
+            raise MergeError(
+                f"{a.name} ({a.dialect}) and {b.name} ({b.dialect}) are for an unknown architecture and share no name of "
+                f"a module, so what they have in common can't be told. Way out: {NAME_FAMILY}."
+            )
 
 
 def _fits(lora: LoRA, architecture: str) -> bool:

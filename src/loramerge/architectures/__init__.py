@@ -213,3 +213,6 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     },
 )
 """Commonest first: where several fit, the first is taken."""
+
+NAME_FAMILY = "name the model family (--architecture sdxl; in Python open(…, architecture='sdxl'))"
+"""The way out where a file leaves its family open."""

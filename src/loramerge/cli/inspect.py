@@ -14,6 +14,9 @@ from ..layers import Layer, alpha_of
 from ..lora import LoRA
 from .run import bar, print_json, table
 
+MOST = 20
+"""Rows of a family whose blocks are not known: every module may be one."""
+
 
 def show(
     source: str, *, norms: bool = False, as_json: bool = False, architecture: str | None = None, pickle: bool = False
@@ -113,6 +116,8 @@ def _by_block(lora: LoRA, norms: dict[str, float]) -> str:
         span = "" if not ranks else str(min(ranks)) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
         shown = [f"{sums[group]:.4g}", bar(sums[group], largest)] if norms else []
         rows.append([*group, str(len(modules)), span, *shown])
+    if lora.architecture is None and len(rows) > MOST:
+        return f"{table(head, rows[:MOST])}\n… and {len(rows) - MOST} more: every module with --json."
     return table(head, rows)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from ..architectures import ARCHITECTURES, Architecture
+from ..architectures import ARCHITECTURES, NAME_FAMILY, Architecture
 from ..architectures.names import Parts, whole
 from ..errors import LayerError, LoRAMergeError, NotALoRAError, OptionError
 from ..layers import UNKNOWN, Layer, build
@@ -276,7 +276,8 @@ class _Names:
     def resolve(self, a: Architecture | None) -> list[str]:
         """Give every record its modules; what is left is kept under its own name, or set aside."""
         if a is None:
-            return [f"no known architecture has these {len(self.records)} modules; they keep the names of the file"]
+            what = f"no known architecture has these {len(self.records)} modules; they keep the names of the file"
+            return [f"{what}. If you know it, {NAME_FAMILY}"]
         notes: list[str] = []
         found = self.fitting(a)
         reasons = Counter(fix[1] for stem in self.meant if (fix := repaired(stem)))

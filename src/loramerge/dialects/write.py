@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from .. import linalg
-from ..architectures import ARCHITECTURES, Architecture
+from ..architectures import ARCHITECTURES, NAME_FAMILY, Architecture
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
 from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
@@ -213,9 +213,11 @@ class _Writer:
         stem = None if known else self.dialect.free_stem(module)
         if stem is None:
             family = self.lora.architecture or "an unknown architecture"
+            ways = "another dialect, or leave the module out (exclude)"
+            if self.architecture is None:
+                ways = f"{NAME_FAMILY}, {ways}"
             raise DialectError(
-                f"{self.lora.name}: {self.dialect.name} has no name for the module {module} of {family}. "
-                "Ways out: another dialect, or leave the module out (exclude)."
+                f"{self.lora.name}: {self.dialect.name} has no name for the module {module} of {family}. Ways out: {ways}."
             )
         return stem, whole(module)
 

@@ -238,3 +238,20 @@ def test_a_method_that_makes_other_tensors_than_planned_writes_nothing(tmp_path:
     with pytest.raises(lm.errors.LayerError, match="planned"):
         lm.save(wrong, tmp_path / "a.safetensors", dialect="comfyui")
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("<!DOCTYPE html>\n<html><body>Log in</body></html>", "a web page"),
+        ("\n\n  <html>", "a web page"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer.*git lfs pull"),
+        ('{"error": "not found"}', "a JSON file"),
+        ("Entry not found", "a text file"),
+    ],
+)
+def test_what_was_saved_instead_of_the_file_is_named(text: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_text(text)
+
+    with pytest.raises(lm.errors.FileError, match=f"is no safetensors file but {what}"):
+        lm.open(tmp_path / "a.safetensors")

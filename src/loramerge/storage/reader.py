@@ -99,6 +99,8 @@ class SafetensorsFile(dict[str, Stored]):
             raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
         (length,) = struct.unpack("<Q", self._read(0, 8))
         if length > MAX_HEADER:
+            if what := _instead(self._read(0, min(size, 256))):
+                raise FileError(f"{self.path} is no safetensors file but {what}.")
             raise FileError(
                 f"{self.path} is no safetensors file, or a hostile one: its header claims {length} bytes, "
                 f"at most {MAX_HEADER} are allowed."
@@ -162,6 +164,20 @@ class SafetensorsFile(dict[str, Stored]):
         if begin == end and math.prod(max(1, n) for n in shape) * SIZES[dtype] >= MAX_BYTES:
             raise FileError(f"{self.path}: the tensor {key!r} has the shape {list(shape)}, which no array can have.")
         return shape, dtype, begin, end
+
+
+INSTEAD = (
+    (rb"\s*<", "a web page, such as one that asks to log in. Way out: download the file itself"),
+    (rb"version https://git-lfs", "a Git LFS pointer, which stands for the file. Way out: git lfs pull"),
+    (rb"\s*[\[{]", "a JSON file"),
+    (rb"[\t\n\r -~]{8,}\Z", "a text file"),
+)
+"""What stands at the beginning of files that are taken for safetensors files."""
+
+
+def _instead(start: bytes) -> str | None:
+    """What a file is whose first bytes are text."""
+    return next((what for beginning, what in INSTEAD if re.match(beginning, start)), None)
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:

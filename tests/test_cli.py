@@ -370,3 +370,13 @@ def test_of_an_unknown_family_few_rows_are_shown_and_the_way_out_is_named(tmp_pa
     assert text.count("lora_unet_strange_") == 20
     assert "… and 3 more" in text
     assert "--architecture sdxl" in text
+
+
+def test_a_conversion_is_not_written_over_what_it_reads(files: tuple[Path, Path], tmp_path: Path) -> None:
+    before = files[0].read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(files[0])
+
+    result = run("convert", files[0], "-o", tmp_path / "link.safetensors", "--to", "diffusers")
+
+    refused(result, "is the LoRA that is read", tmp_path)
+    assert files[0].read_bytes() == before

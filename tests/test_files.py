@@ -407,3 +407,25 @@ def test_systems_without_positioned_reading_and_writing_have_a_way(tmp_path: Pat
 
     assert read_there(fd, 5, 6) == b"world"
     os.close(fd)
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    path = lm.save(small(seed=1), tmp_path / "a.safetensors", dialect="kohya")
+    path.chmod(0o640)
+
+    lm.save(small(seed=2), path, dialect="kohya")
+
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(("dialect", "file"), [("kohya", ""), ("peft", "text_encoder/adapter_config.json")])
+def test_a_read_only_file_is_not_replaced(dialect: str, file: str, tmp_path: Path) -> None:
+    name = "a" if dialect == "peft" else "a.safetensors"
+    path = lm.save(small(seed=1), tmp_path / name, dialect=dialect)
+    (path / file if file else path).chmod(0o444)
+    before = lm.load(path).sha256
+
+    with pytest.raises(lm.errors.FileError, match="read-only"):
+        lm.save(small(seed=2), path, dialect=dialect)
+
+    assert lm.load(path).sha256 == before

@@ -334,19 +334,37 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
 
     Raises:
         OptionError: The dialect is unknown, or the path is not of its kind.
-        FileError: The directory is missing.
+        FileError: The directory is missing, or a file that would be replaced is read-only.
     """
     from pathlib import Path
 
+    from .storage.writer import replaced_mode
+
     target = Path(path).expanduser()
     if DIALECTS[dialect].name == "peft":
-        return target.with_suffix("") if target.suffix == ".safetensors" else target
+        folder = target.with_suffix("") if target.suffix == ".safetensors" else target
+        for component in ("", *COMPONENTS):
+            for name in (PEFT_FILE, PEFT_CONFIG):
+                replaced_mode(folder / component / name)
+        return folder
     if os.path.isdir(target) or target.suffix != ".safetensors":
         raise OptionError(f"Can't write {target}: wanted a path that ends in .safetensors.")
     if not os.path.isdir(target.parent):
         reason = "Not a directory" if os.path.exists(target.parent) else "No such file or directory"
         raise FileError(f"Can't write {target}: {reason}: {target.parent}.")
+    replaced_mode(target)
     return target
+
+
+def check_apart(source: str | os.PathLike[str], target: "Path") -> None:
+    """Refuse to write a LoRA in the place of the one that it is made of.
+
+    Raises:
+        OptionError: They are one file or directory.
+    """
+    path = os.path.expanduser(source)
+    if os.path.exists(path) and target.exists() and os.path.samefile(path, target):
+        raise OptionError(f"{target} is the LoRA that is read. Way out: another output.")
 
 
 def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None") -> "Path":

@@ -120,9 +120,9 @@ def convert(
 
     Example: loramerge convert person.safetensors -o person-diffusers.safetensors --to diffusers
     """
-    from ..files import check_target, open, save
+    from ..files import check_apart, check_target, open, save
 
-    check_target(output, to)
+    check_apart(file, check_target(output, to))
     with (
         open(file, architecture=architecture, allow_pickle=allow_pickle) as lora,
         progress("Converting", quiet) as report,

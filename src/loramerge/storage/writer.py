@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -250,6 +251,7 @@ def _by_threads(groups: Sequence[Group], work: Callable[[Group], None], workers:
 @contextmanager
 def _replacing(path: Path) -> Iterator[int]:
     """A new file in the same directory that takes the path's place when all has gone well."""
+    mode = replaced_mode(path)
     try:
         mask = os.umask(0)
         os.umask(mask)
@@ -262,7 +264,7 @@ def _replacing(path: Path) -> Iterator[int]:
                 yield fd
             finally:
                 os.close(fd)
-            os.chmod(name, 0o666 & ~mask)
+            os.chmod(name, 0o666 & ~mask if mode is None else mode)
             os.replace(name, path)
     except BaseException as error:
         with suppress(OSError):
@@ -270,6 +272,21 @@ def _replacing(path: Path) -> Iterator[int]:
         if isinstance(error, OSError):
             raise FileError(f"Can't write {path}: {error.strerror}.") from error
         raise
+
+
+def replaced_mode(path: Path) -> int | None:
+    """The permissions of the file that will be replaced; None where there is none.
+
+    Raises:
+        FileError: It is read-only.
+    """
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:
+        return None
+    if not (mode & 0o222 and os.access(path, os.W_OK)):  # root has access to what is read-only for all
+        raise FileError(f"Can't write {path}: it is there, and read-only. Ways out: another output, or chmod u+w.")
+    return mode & 0o777
 
 
 def write_text(path: Path, text: str) -> None:

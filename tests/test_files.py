@@ -249,6 +249,20 @@ def test_hub_names_are_parsed(text: str, reference: tuple[str, str | None, str |
     assert parse(text) == reference
 
 
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://huggingface.co/some/lora/blob/main/sub/x.safetensors", "some/lora/sub/x.safetensors,"),
+        ("https://huggingface.co/some/lora/resolve/v1/x.safetensors?download=true", "some/lora/x.safetensors@v1,"),
+        ("https://hf.co/some/lora", "some/lora,"),
+        ("https://civitai.com/models/1", "download the file first"),
+    ],
+)
+def test_a_url_is_told_what_to_write_instead(url: str, name: str) -> None:
+    with pytest.raises(lm.errors.FileError, match=f"URLs are not fetched.*Way out: {name}"):
+        lm.open(url)
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as downloading one file needs."""
 
@@ -320,6 +334,24 @@ def test_what_was_fetched_once_is_found_without_a_network(hub: dict[str, str]) -
     found = inspected("someone/lora", {**hub, "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"})
 
     assert set(json.loads(found.stdout)["modules"]) == set(MODULES["sdxl"])
+
+
+@pytest.mark.parametrize("name", ["someone/other", "someone/other/x.safetensors"])
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE is set"), ("HF_ENDPOINT", "http://nowhere.invalid", "no network")],
+)
+def test_without_a_network_one_line_says_so(
+    name: str, variable: str, value: str, why: str, hub: dict[str, str]
+) -> None:
+    direct = {key: text for key, text in hub.items() if not key.lower().endswith("_proxy")}
+
+    found = inspected(name, {**direct, variable: value})
+
+    assert found.returncode == 1
+    assert f"Can't get {name} from the Hub: " in found.stderr
+    assert why in found.stderr
+    assert found.stderr.count("\n") == 1
 
 
 def test_of_several_adapters_in_a_directory_one_must_be_named(tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
         return path, os.path.basename(path.rstrip(os.sep)) or os.path.basename(os.path.realpath(path))
     from . import hub
 
+    if text.startswith(("http://", "https://")):
+        raise FileError(f"URLs are not fetched: {text}. Way out: {hub.named_by(text)}.")
     reference = hub.parse(text)
     looks_local = not text.startswith("hf://") and (
         (path.endswith((".safetensors", *PICKLES)) and text.count("/") != 2) or os.path.isdir(text.partition("/")[0])

@@ -10,6 +10,13 @@ from .errors import FileError
 from .wording import first_line
 
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+URL = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:blob|resolve|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?",
+    re.ASCII,
+)
+"""A repository, or a file in it, as a browser shows it."""
+
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names that diffusers and PEFT give a LoRA, preferred where a repository has several files."""
 
@@ -32,6 +39,16 @@ def parse(text: str) -> Reference | None:
     if not match or (not text.startswith("hf://") and text.startswith((".", "/", "~"))):
         return None
     return Reference(match["repo"], match["file"], match["revision"])
+
+
+def named_by(url: str) -> str:
+    """What to write in the place of a URL, which is not fetched."""
+    match = URL.fullmatch(url)
+    if not match:
+        return "download the file first; of a repository on the Hub, org/repo/file.safetensors is fetched"
+    file = f"/{match['file']}" if match["file"] else ""
+    revision = "" if match["revision"] in (None, "main") else f"@{match['revision']}"
+    return f"{match['repo']}{file}{revision}, which is fetched from the Hub"
 
 
 def download(reference: Reference) -> Path:
@@ -71,7 +88,6 @@ def choose(files: list[str], where: str) -> str:
 
 def _listing(reference: Reference) -> list[str]:
     import huggingface_hub
-    import huggingface_hub.constants
 
     def cached() -> list[str]:
         folder = Path(
@@ -82,28 +98,51 @@ def _listing(reference: Reference) -> list[str]:
     def online() -> list[str]:
         return huggingface_hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
 
-    found: list[str] = _asked(reference, cached if huggingface_hub.constants.HF_HUB_OFFLINE else online)
+    why = _unreachable()
+    found: list[str] = _asked(reference, cached if why else online, why)
     return found
 
 
 def _fetch(reference: Reference, file: str) -> Path:
     import huggingface_hub
 
-    return Path(
-        _asked(
-            reference,
-            lambda: huggingface_hub.hf_hub_download(reference.repo, file, revision=reference.revision),
-            file,
+    why = _unreachable()
+
+    def fetch() -> str:
+        return huggingface_hub.hf_hub_download(
+            reference.repo, file, revision=reference.revision, local_files_only=bool(why)
         )
-    )
+
+    return Path(_asked(reference, fetch, why, file))
 
 
-def _asked(reference: Reference, ask: Callable[[], Any], file: str = "") -> Any:
+def _unreachable() -> str:
+    """Why the Hub can't be reached, where that shows without asking it; the client would try for half a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "offline (HF_HUB_OFFLINE is set)"
+    host = urlsplit(constants.ENDPOINT).hostname
+    if {"http", "https", "all"} & getproxies().keys():  # a proxy looks the name up
+        return ""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return f"there is no network, or no host {host}"
+    return ""
+
+
+def _asked(reference: Reference, ask: Callable[[], Any], unreachable: str, file: str = "") -> Any:
     what = f"{reference.repo}/{file}".rstrip("/") + (f" at {reference.revision}" if reference.revision else "")
     try:
         return ask()
     except Exception as error:  # the client raises its own, httpx's and the system's errors
+        reason = f"{unreachable}, and it is not in the cache" if unreachable else first_line(error).rstrip(".")
         raise FileError(
-            f"Can't get {what} from the Hub: {first_line(error).rstrip('.')}. Check the name, the network, and HF_TOKEN for a private one. "
+            f"Can't get {what} from the Hub: {reason}. Check the name, the network, and HF_TOKEN for a private one. "
             f"If a local file was meant: there is none called {reference.repo}."
         ) from error

@@ -85,13 +85,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files: tuple[Path, Path], 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-w", "1"], "Weights given: 1, LoRAs: 2"),
+        (["-w", "1"], "Weights given: 1, LoRAs: 2. One weight a LoRA: -w 0.7 -w 0.5."),
         (["-w", "one", "-w", "1"], "Can't read the weight 'one'"),
         (["--weights", "l3"], "Unknown weights 'l3'"),
         (["--rank", "some"], "The rank 'some'"),
         (["--rank", "0"], "The rank 0"),
         (["--method", "tise"], "Unknown merge method 'tise'"),
-        (["-O", "density=1"], "has no option 'density'"),
+        (["-O", "density=1"], "has no option 'density'. Methods that have it: ties, dare"),
+        (["--max-error", "10"], "--max-error is a share in [0, 1), got '10'. Did you mean 10%?"),
+        (["--max-size", "2"], "--max-size 2: can't be met"),
         (["--to", "koyha"], "Did you mean 'kohya'?"),
         (["--to", "xlabs"], "is read, not written"),
         (["--dtype", "int4"], "Unknown dtype 'int4'"),
@@ -145,7 +147,7 @@ def test_a_pickle_is_refused_until_it_is_asked_for(tmp_path: Path) -> None:
     torch.save(small().state_dict("kohya"), tmp_path / "lora.pt")
     out = tmp_path / "both.safetensors"
 
-    refused(run("convert", tmp_path / "lora.pt", "-o", out, "--to", "diffusers"), "is a pickle", tmp_path)
+    refused(run("convert", tmp_path / "lora.pt", "-o", out, "--to", "diffusers"), "loader (--allow-pickle)", tmp_path)
     assert run("convert", tmp_path / "lora.pt", "-o", out, "--to", "diffusers", "--allow-pickle").returncode == 0
 
 
@@ -380,3 +382,26 @@ def test_a_conversion_is_not_written_over_what_it_reads(files: tuple[Path, Path]
 
     refused(result, "is the LoRA that is read", tmp_path)
     assert files[0].read_bytes() == before
+
+
+def test_loras_without_a_module_in_common_are_told_apart_in_a_line(files: tuple[Path, Path], tmp_path: Path) -> None:
+    other = lm.save(small("sd15", MODULES["sd15"][:2]), tmp_path / "other.safetensors", dialect="kohya")
+
+    result = run("diff", files[0], other)
+
+    assert result.returncode == 1
+    assert result.stdout.count("\n") == 1
+    assert "for different models (sdxl, sd15): no module in common" in result.stdout
+
+
+def test_a_tools_own_name_is_written_as_the_dialect_it_means(files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run("convert", files[1], "-o", tmp_path / "a.safetensors", "--dialect", "AUTO1111")
+
+    assert "(kohya)" in result.stdout
+    assert lm.open(tmp_path / "a.safetensors").dialect == "kohya"
+
+
+def test_a_directory_in_the_place_of_a_file_is_said(files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run("convert", files[0], "-o", tmp_path / "a.safetensors", "--to", "PEFT")
+
+    assert "note: PEFT's layout is a directory: a, not a.safetensors" in result.stdout

@@ -448,3 +448,19 @@ def test_modules_stand_in_the_order_of_the_model() -> None:
 
     assert list(found) == list(lora)
     assert list(found) != sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [("ComfyUI", "comfyui"), ("A1111", "kohya"), ("kohya_ss", "kohya"), ("Diffusers_PEFT", "diffusers-peft")],
+)
+def test_a_dialect_is_found_whatever_the_case_and_the_hyphen(typed: str, name: str) -> None:
+    assert typed in DIALECTS
+    assert DIALECTS[typed].name == name
+
+
+def test_an_unknown_dialect_to_write_is_answered_with_those_that_are_written() -> None:
+    with pytest.raises(lm.errors.OptionError, match=r"kohya \(a1111, .*comfyui \(comfy\)") as raised:
+        small().state_dict("nonsense")
+
+    assert "xlabs" not in str(raised.value)

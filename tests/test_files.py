@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -461,3 +462,19 @@ def test_a_read_only_file_is_not_replaced(dialect: str, file: str, tmp_path: Pat
         lm.save(small(seed=2), path, dialect=dialect)
 
     assert lm.load(path).sha256 == before
+
+
+def test_of_files_and_adapters_in_a_directory_one_must_be_named(tmp_path: Path) -> None:
+    lm.save(small(), tmp_path / "adapter", dialect="peft")
+    lm.save(small(), tmp_path / "file.safetensors", dialect="kohya")
+
+    with pytest.raises(lm.errors.FileError, match=r"holds 2 adapters.*adapter.*file\.safetensors"):
+        lm.load(tmp_path)
+
+
+@pytest.mark.parametrize("typed", ["person", "persn.safetensors", "person.safetensor"])
+def test_a_file_like_the_missing_one_is_suggested(typed: str, tmp_path: Path) -> None:
+    path = lm.save(small(), tmp_path / "person.safetensors", dialect="kohya")
+
+    with pytest.raises(lm.errors.FileError, match=re.escape(f"Did you mean {path}?")):
+        lm.open(tmp_path / typed)

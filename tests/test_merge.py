@@ -376,7 +376,7 @@ def narrow(dialect: str, modules: tuple[str, ...] = (TO_Q,)) -> LoRA:
 def test_unknown_families_in_two_dialects_are_merged_once_the_family_is_named() -> None:
     first, second = narrow("kohya"), narrow("diffusers-peft")
 
-    with pytest.raises(lm.errors.MergeError, match="share no name.*architecture="):
+    with pytest.raises(lm.errors.MergeError, match=r"share no name.*architecture="):
         lm.plan([first, second])
 
     named = [lm.load(lora.state_dict(), architecture="sdxl") for lora in (first, second)]
@@ -390,5 +390,16 @@ def test_unknown_families_in_one_dialect_may_have_no_module_in_common() -> None:
 
 
 def test_a_known_and_an_unknown_family_are_refused_with_the_way_out() -> None:
-    with pytest.raises(lm.errors.MergeError, match="different model families.*architecture="):
+    with pytest.raises(lm.errors.MergeError, match=r"different model families.*architecture="):
         lm.plan([small(), narrow("kohya")])
+
+
+@pytest.mark.parametrize(("name", "place"), [("dialect", "save"), ("to", "save"), ("architecture", "open")])
+def test_an_argument_of_another_function_is_sent_there(name: str, place: str) -> None:
+    with pytest.raises(lm.errors.OptionError, match=rf"{name!r}: it goes to {place}\("):
+        lm.merge([small()], **{name: "sdxl"})
+
+
+def test_weights_that_are_too_few_are_explained_in_the_callers_words() -> None:
+    with pytest.raises(lm.errors.OptionError, match=r"weights=\[0\.7, 0\.5\]"):
+        lm.merge([small(), small(seed=1)], weights=[1.0])

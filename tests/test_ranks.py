@@ -187,3 +187,8 @@ def test_resizing_to_a_rank_is_the_best_fit_of_that_rank() -> None:
     for module in lora:
         optimum = np.linalg.norm(spectrum(lora, module)[5:])
         assert np.linalg.norm(found[module].delta() - lora[module].delta()) <= optimum * 1.0001
+
+
+def test_a_resize_asks_how_small() -> None:
+    with pytest.raises(lm.errors.OptionError, match="How small"):
+        lm.resize(decaying())

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import linalg
+from .architectures import NAME_FAMILY
 from .errors import NoFactorsError
 from .layers import DoRA, Layer, bias_of
 from .layers.base import dense_norm
@@ -34,6 +35,17 @@ def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
     """The difference of every module that either LoRA has, in order."""
     for module in dict.fromkeys((*first, *second)):
         yield Difference(module, *_compared(first.get(module), second.get(module)))
+
+
+def apart(first: LoRA, second: LoRA) -> str:
+    """Why two LoRAs have nothing to compare: no module of one name and size; empty where they have one."""
+    sizes = {(module, math.prod(layer.shape)) for module, layer in first.layouts.items()}
+    if any((module, math.prod(layer.shape)) in sizes for module, layer in second.layouts.items()):
+        return ""
+    if first.architecture is None or second.architecture is None:
+        return f"no module in common ({first.dialect}, {second.dialect}). If the family is known, {NAME_FAMILY}"
+    families = f"for different models ({first.architecture}, {second.architecture}): "
+    return f"{families if first.architecture != second.architecture else ''}no module in common"
 
 
 def _compared(first: Layer | None, second: Layer | None) -> tuple[float, float]:

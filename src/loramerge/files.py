@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from .architectures.names import COMPONENTS
-from .dialects import DIALECTS
+from .dialects import written_dialect
 from .errors import DialectError, FileError, OptionError
 from .lora import LoRA, from_tensors
 from .storage.reader import SafetensorsFile, read_text
@@ -153,29 +153,43 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
     )
     if reference is None or looks_local:
         number = text.lstrip("-").replace(".", "", 1).isdigit()
-        hint = " Weights are given one by one: -w 0.7 -w 0.5." if number else ""
+        hint = " Weights are given one by one: -w 0.7 -w 0.5." if number else _near(path)
         raise FileError(f"No such file or directory: {path}.{hint}")
     fetched = hub.download(reference)
     return os.fspath(fetched), hub.pinned(reference, fetched)
 
 
+def _near(path: str) -> str:
+    """A question for the file or directory beside the missing one whose name is most like its name."""
+    from difflib import get_close_matches
+
+    folder, name = os.path.split(path)
+    try:
+        names = [entry for entry in os.listdir(folder or ".") if not entry.startswith(".")]
+    except OSError:
+        return ""
+    near = [n for n in names if os.path.splitext(n)[0] == name] or get_close_matches(name, names, n=1)
+    return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
+
+
 def _open_folder(folder: "str | Path", options: dict[str, Any]) -> LoRA:
     from pathlib import Path
+
+    from .hub import WEIGHTS, choose
 
     path = Path(folder)
     folders = [path, *(path / component for component in COMPONENTS)]
     adapters = {folder: folder / PEFT_FILE for folder in folders if os.path.exists(folder / PEFT_FILE)}
     if not adapters:
         others = sorted(file.parent for file in path.glob(f"*/{PEFT_FILE}"))
-        if len(others) == 1:
-            return _open_folder(others[0], options)
-        if others:
-            raise FileError(f"{path} holds {len(others)} adapters; name one: {', '.join(map(str, others))}.")
         names = sorted(file.name for file in path.glob("*.safetensors"))
+        if len(others) == 1 and not names:
+            return _open_folder(others[0], options)
+        if others and not set(WEIGHTS) & set(names):
+            found = [*map(str, others), *(str(path / name) for name in names)]
+            raise FileError(f"{path} holds {len(found)} adapters; name one: {', '.join(found)}.")
         if not names:
             raise FileError(f"The directory {path} has no .safetensors file.")
-        from .hub import choose
-
         return open(path / choose(names, str(path)), **options)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -343,7 +357,7 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
     from .storage.writer import replaced_mode
 
     target = Path(path).expanduser()
-    if DIALECTS[dialect].name == "peft":
+    if written_dialect(dialect).name == "peft":
         folder = target.with_suffix("") if target.suffix == ".safetensors" else target
         for component in ("", *COMPONENTS):
             for name in (PEFT_FILE, PEFT_CONFIG):

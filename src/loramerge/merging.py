@@ -10,7 +10,7 @@ from .dialects import DIALECTS
 from .errors import MergeError, OptionError
 from .files import Source, load, open
 from .lora import LoRA, without
-from .methods import METHODS
+from .methods import METHODS, check_options
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
 from .steps import Step, architecture_of, common_extras, named, steps_of
@@ -57,7 +57,7 @@ def plan(
     if device is not None:
         _check_device(device)
     chosen = METHODS[method]
-    checked = chosen.check(options)
+    checked = check_options(chosen, options)
     if chosen.count not in (None, len(opened)):
         raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
     architecture = architecture_of(opened)
@@ -197,6 +197,8 @@ def resize(
         >>> resize(random_lora("sd15", rank=8), rank=3).summary("rank")
         'rank 3'
     """
+    if rank == "sum" and max_error is energy is max_size is None:
+        raise OptionError("How small? Give rank, max_error, energy or max_size.")
     return merge(
         [lora],
         weights=[1.0],

@@ -84,10 +84,10 @@ def budget(
     share = _share(kind, value)
     if kind == "max_error":
         if not 0 <= share < 1:
-            raise OptionError(f"max_error is a share in [0, 1), got {value!r}.")
+            raise OptionError(f"max_error is a share in [0, 1), got {value!r}.{_percent(value, share)}")
         return Budget("max_error", share)
     if not 0 < share <= 1:
-        raise OptionError(f"energy is a share in (0, 1], got {value!r}.")
+        raise OptionError(f"energy is a share in (0, 1], got {value!r}.{_percent(value, share)}")
     return Budget("energy", share)
 
 
@@ -107,6 +107,11 @@ def _share(kind: str, value: float | str) -> float:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise OptionError(f"{kind} is a share, such as 0.01 or 1%; got {value!r}.") from None
+
+
+def _percent(value: float | str, share: float) -> str:
+    """A question for the sign that a number from 1 to 100 may lack."""
+    return f" Did you mean {value}%?" if 1 <= share <= 100 and "%" not in str(value) else ""
 
 
 @dataclass(frozen=True)

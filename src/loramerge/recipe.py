@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, cast
 from . import toml
 from .architectures import ARCHITECTURES
 from .coefficients import Coefficients
-from .dialects import DIALECTS
+from .dialects import DIALECTS, written_dialect
 from .dialects.write import check_writable
 from .errors import FileError, LoRAMergeError, MergeError, OptionError
 from .files import check_target, open, save
 from .lora import LoRA
 from .merging import Plan, plan
-from .methods import METHODS
+from .methods import METHODS, check_options
 from .ranks import BUDGETS, Rank, budget, rule
 from .recipe_text import Input, Output, check_name, entries, from_metadata
 from .storage.reader import read_text
@@ -338,7 +338,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         OptionError: A name or a value is wrong.
     """
-    METHODS[recipe.method].check(recipe.options)
+    check_options(METHODS[recipe.method], recipe.options)
     rule(recipe.rank)
     budget(recipe.max_error, recipe.energy, recipe.max_size)
     if recipe.scope not in SCOPES:
@@ -348,7 +348,7 @@ def check(recipe: Recipe) -> None:
     if recipe.architecture is not None:
         ARCHITECTURES[recipe.architecture]
     if recipe.output.to is not None:
-        DIALECTS[recipe.output.to]
+        written_dialect(recipe.output.to)
     if recipe.output.dtype is not None:
         parse_dtype(recipe.output.dtype)
     if recipe.output.path is not None:

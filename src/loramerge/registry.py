@@ -36,15 +36,29 @@ class Registry(Mapping[str, T]):
             if value.name in self._values:
                 raise ValueError(f"{noun} {value.name!r} is listed twice.")
             self._values[value.name] = value
+        names = {name: name for name in self._values} | self.aliases
+        self._spelled = {_plain(spelled): name for spelled, name in names.items()}
 
     def __getitem__(self, name: str) -> T:
-        key = self.aliases.get(name, name)
+        return self.find(name, self._values)
+
+    def find(self, name: str, offered: Iterable[str]) -> T:
+        """The value of a name, whatever its case, with ``_`` for ``-`` or the other way round.
+
+        Args:
+            name: What was typed.
+            offered: What the error for an unknown name lists.
+
+        Raises:
+            OptionError: Nothing has that name.
+        """
+        key = self._spelled.get(_plain(name))
         if key not in self._values:
-            raise OptionError(self._unknown(name))
+            raise OptionError(self._unknown(name, offered))
         return self._values[key]
 
     def __contains__(self, name: object) -> bool:
-        return self.aliases.get(name, name) in self._values if isinstance(name, str) else False
+        return isinstance(name, str) and self._spelled.get(_plain(name)) in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -52,6 +66,10 @@ class Registry(Mapping[str, T]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def _unknown(self, name: str) -> str:
+    def _unknown(self, name: str, offered: Iterable[str]) -> str:
         hint = did_you_mean(name, [*self._values, *self.aliases])
-        return f"Unknown {self.noun} {name!r}.{hint} Available: {', '.join(self._values)}."
+        return f"Unknown {self.noun} {name!r}.{hint} Available: {', '.join(offered)}."
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")

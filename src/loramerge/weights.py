@@ -23,6 +23,8 @@ Scope: TypeAlias = Literal["module", "component", "whole"]
 SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
 
 
+ONE_EACH = "One weight a LoRA: weights=[0.7, 0.5]"
+
 PRESETS: Mapping[str, Mapping[str, float]] = {
     "blora:content": {"*": 0.0, "unet.up_blocks.0.attentions.0.*": 1.0},
     "blora:style": {"*": 0.0, "unet.up_blocks.0.attentions.1.*": 1.0},
@@ -89,7 +91,7 @@ def resolve(
             "(.safetensors), or one number a LoRA."
         )
     if len(weights) != len(loras):
-        raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. One weight a file: -w 0.7 -w 0.5.")
+        raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. {ONE_EACH}.")
     given = [_Given(lora, weight) for lora, weight in zip(loras, weights, strict=True)]
     return ModuleWeights(
         lambda module: [g.at(module) for g in given],
@@ -125,7 +127,7 @@ def parse(text: str) -> Weight:
         pattern, _, number = item.rpartition("=")
         pattern = pattern.strip() or "*"
         if pattern in table:
-            raise OptionError(f"The weight {text!r} gives {pattern!r} twice. One weight a file: -w 0.7 -w 0.5.")
+            raise OptionError(f"The weight {text!r} gives {pattern!r} twice. {ONE_EACH}.")
         table[pattern] = _number(number, text)
     return table["*"] if list(table) == ["*"] else table
 
@@ -136,8 +138,7 @@ def _number(text: str, whole: str) -> float:
     except ValueError:
         raise OptionError(
             f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…', 'lbw:NUMBER,NUMBER,…', "
-            f"{' or '.join(PRESETS)}. "
-            "One weight a file: -w 0.7 -w 0.5."
+            f"{' or '.join(PRESETS)}. {ONE_EACH}."
         ) from None
     if not math.isfinite(value):
         raise OptionError(f"The weight {whole!r} is not finite.")

@@ -1,5 +1,6 @@
 """The commands and their options."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +36,7 @@ from .options import (
     Workers,
     weights_of,
 )
-from .run import more, print_json, print_notes, progress, table
+from .run import as_directory, more, print_json, print_notes, progress, table
 from .score import score
 from .train import train
 from .zip import zip_loras
@@ -107,7 +108,9 @@ def inspect(
 def convert(
     file: File,
     output: Output,
-    to: Annotated[str, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")],
+    to: Annotated[
+        str, typer.Option("--to", "--dialect", "-t", help="Dialect of the output; see 'loramerge dialects'.")
+    ],
     exclude: Exclude = None,
     dtype: Dtype = None,
     architecture: Arch = None,
@@ -120,6 +123,7 @@ def convert(
 
     Example: loramerge convert person.safetensors -o person-diffusers.safetensors --to diffusers
     """
+    from ..dialects import written_dialect
     from ..files import check_apart, check_target, open, save
 
     check_apart(file, check_target(output, to))
@@ -140,8 +144,10 @@ def convert(
             lost=lost.append,
         )
         if not quiet:
-            print(f"{lora.name} ({lora.dialect}, {lora.architecture or 'unknown family'}) → {path} ({to})")
-            print_notes(lora.notes, lost)
+            print(
+                f"{lora.name} ({lora.dialect}, {lora.architecture or 'unknown family'}) → {path} ({written_dialect(to).name})"
+            )
+            print_notes((*lora.notes, *as_directory(output, path)), lost)
 
 
 @app.command()
@@ -333,16 +339,23 @@ def diff(
     second: Annotated[str, typer.Argument(help="Another, in any dialect.")],
     tolerance: Annotated[float, typer.Option(help="Relative difference of ΔW that counts as none.")] = 1e-6,
     most: Annotated[int, typer.Option("--most", min=0, help="Rows to print.")] = 20,
+    architecture: Arch = None,
+    allow_pickle: Pickle = False,
     quiet: Quiet = False,
 ) -> None:
     """Say whether two files are the same LoRA: the difference of ΔW, module by module. Exit code 1 if not.
 
     Example: loramerge diff person.safetensors person-diffusers.safetensors
     """
-    from ..comparison import differences
+    from ..comparison import apart, differences
     from ..files import open
 
-    with open(first) as a, open(second) as b, progress("Comparing", quiet) as report:
+    opened = partial(open, architecture=architecture, allow_pickle=allow_pickle)
+    with opened(first) as a, opened(second) as b, progress("Comparing", quiet) as report:
+        if reason := apart(a, b):
+            if not quiet:
+                print(f"Not the same LoRA: {reason}.")
+            raise typer.Exit(1)
         total = len({*a, *b})
         found = []
         for done, difference in enumerate(differences(a, b), start=1):

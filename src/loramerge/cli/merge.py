@@ -7,12 +7,12 @@ from typing import Any
 from ..errors import OptionError
 from ..files import check_target, saved_size
 from ..merging import Kept, Plan
-from ..methods import METHODS
+from ..methods import METHODS, check_options
 from ..recipe import Recipe
 from ..recipe_text import Input
 from ..weights import parse
 from .options import named, rank_of
-from .run import print_notes, progress, size, table, written
+from .run import as_directory, print_notes, progress, size, table, written
 
 
 def recipe_of(files: Sequence[str]) -> Recipe:
@@ -93,7 +93,7 @@ def _write(recipe: Recipe, planned: Plan, target: Path, workers: int, quiet: boo
     if not quiet:
         print(f"→ {written(path, planned.dialect)}")
         _print_kept(kept)
-        print_notes((), lost)
+        print_notes(as_directory(target, path), lost)
 
 
 def _print_kept(kept: Kept) -> None:
@@ -112,7 +112,7 @@ def _options(method: str, given: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in named("option", given):
         if name not in chosen.options:
-            chosen.check({name: value})
+            check_options(chosen, {name: value})
         options[name] = chosen.options[name].parse(value)
     return options
 

@@ -12,7 +12,9 @@ from ..errors import OptionError
 File = Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")]
 Files = Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The file to write; for peft a directory.")]
-To = Annotated[str | None, typer.Option("--to", "-t", help="Dialect of the output; see 'loramerge dialects'.")]
+To = Annotated[
+    str | None, typer.Option("--to", "--dialect", "-t", help="Dialect of the output; see 'loramerge dialects'.")
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")]

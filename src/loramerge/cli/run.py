@@ -1,6 +1,7 @@
 """What every command shares: errors as text, tables, progress."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ def guarded(command: Callable[[], object]) -> None:
         command()
         sys.stdout.flush()
     except LoRAMergeError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {as_typed(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted; nothing was written.", file=sys.stderr)
@@ -27,6 +28,23 @@ def guarded(command: Callable[[], object]) -> None:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+ARGUMENT = re.compile(r"\((exclude|allow_[a-z]+)\)|\b(?:(max_error|max_size)|(energy)(?= is a |=))\b(=?)")
+"""Where a message of the library calls something by the name that it has in Python."""
+
+
+def as_typed(message: str) -> str:
+    """A message with arguments called as they are typed: ``--max-error 0.1`` for ``max_error=0.1``."""
+
+    def typed(found: re.Match[str]) -> str:
+        inner, *outer, equals = found.groups()
+        name = "--" + (inner or outer[0] or outer[1]).replace("_", "-")
+        return f"({name})" if inner else name + " " * bool(equals)
+
+    if ".toml: " in message:  # a recipe's entries are called as in Python
+        return message
+    return ARGUMENT.sub(typed, message).replace("weights=[0.7, 0.5]", "-w 0.7 -w 0.5")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -85,6 +103,13 @@ def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
         print(f"  note: {note}")
     for line in lost:
         print(f"  left out: {line}")
+
+
+def as_directory(asked: "Path", written: "Path") -> list[str]:
+    """A note for a directory that was written where a file was asked for."""
+    if asked.suffix == written.suffix:
+        return []
+    return [f"PEFT's layout is a directory: {written.name}, not {asked.name}"]
 
 
 class Pace:

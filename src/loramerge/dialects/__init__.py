@@ -37,6 +37,7 @@ DIALECTS: Registry[Dialect] = Registry(
         "forge": "kohya",
         "sd-scripts": "kohya",
         "kohya-ss": "kohya",
+        "auto1111": "kohya",
         "webui": "kohya",
         "sgm": "kohya",
         "comfy": "comfyui",
@@ -48,4 +49,19 @@ DIALECTS: Registry[Dialect] = Registry(
     },
 )
 
-__all__ = ["DIALECTS", "Dialect"]
+
+def written_dialect(name: str) -> Dialect:
+    """A dialect to write in, by any of its names.
+
+    Raises:
+        OptionError: It is unknown; the error lists those that are written.
+    """
+    return DIALECTS.find(name, [_with_aliases(d.name) for d in DIALECTS.values() if d.writes])
+
+
+def _with_aliases(name: str) -> str:
+    others = ", ".join(alias for alias, meant in DIALECTS.aliases.items() if meant == name)
+    return f"{name} ({others})" if others else name
+
+
+__all__ = ["DIALECTS", "Dialect", "written_dialect"]

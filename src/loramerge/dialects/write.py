@@ -27,7 +27,7 @@ from ..tensors import (
     parse_dtype,
     reshape,
 )
-from . import DIALECTS, fuse
+from . import DIALECTS, fuse, written_dialect
 from .base import Dialect, table
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def spell(
     Raises:
         DialectError: The dialect is read-only, or can't hold a layer.
     """
-    target = DIALECTS[dialect or lora.dialect]
+    target = written_dialect(dialect or lora.dialect)
     wanted = parse_dtype(dtype) if dtype else lora.dtype
     if _can_be_verbatim(lora, target, alone):
         return Spelling(target, _verbatim(lora, wanted), verbatim=True, dtype=wanted)
@@ -144,7 +144,7 @@ def check_writable(name: str, own: str) -> None:
     Raises:
         DialectError: The dialect is only read.
     """
-    target = DIALECTS[name]
+    target = written_dialect(name)
     if not target.writes and not (target.name == own == "other"):
         writable = ", ".join(d.name for d in DIALECTS.values() if d.writes)
         raise DialectError(f"The dialect {target.name} is read, not written. Written are: {writable}.")

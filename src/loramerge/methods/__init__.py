@@ -1,5 +1,9 @@
 """Merge methods: the index."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import OptionError
 from ..registry import Registry
 from .base import Method, method
 from .combinations import karcher, model_stock, slerp
@@ -42,4 +46,32 @@ METHODS: Registry[Method] = Registry(
     },
 )
 
-__all__ = ["METHODS", "Method", "method"]
+ELSEWHERE = {
+    "dialect": "save(lora, path, dialect=…)",
+    "to": "save(lora, path, dialect=…)",
+    "dtype": "save(lora, path, dtype=…)",
+    "architecture": "open(path, architecture=…)",
+}
+"""Where arguments belong that are no option of any method."""
+
+
+def check_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of the method, as `Method.check` gives them.
+
+    Raises:
+        OptionError: An option is unknown, which may belong elsewhere, or its value is outside of its range.
+    """
+    for name in options:
+        if name in method.options:
+            continue
+        having = [m.name for m in METHODS.values() if name in m.options]
+        if having:
+            raise OptionError(
+                f"The method {method.name} has no option {name!r}. Methods that have it: {', '.join(having)}."
+            )
+        if name in ELSEWHERE:
+            raise OptionError(f"The method {method.name} has no option {name!r}: it goes to {ELSEWHERE[name]}.")
+    return method.check(options)
+
+
+__all__ = ["METHODS", "Method", "check_options", "method"]

@@ -55,7 +55,7 @@ def plan(
     if not any(opened):
         raise MergeError("Nothing to merge: give at least one LoRA with a module.")
     if device is not None:
-        _check_device(device)
+        check_device(device)
     chosen = METHODS[method]
     checked = check_options(chosen, options)
     if chosen.count not in (None, len(opened)):
@@ -218,14 +218,19 @@ def _listed(loras: object) -> "Sequence[LoRA | Source]":
     return loras
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that torch can't compute on.
+
+    Raises:
+        OptionError: It is unknown, or not there.
+    """
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise OptionError(
-            f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}. Way out: leave the device out, and the CPU computes."
+            f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}. Way out: leave the device out, or give cpu."
         ) from None
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import FileError, MissingExtraError, OptionError
+from ..merging import check_device
 from ..storage.digests import of_file
 from ..tensors import Array
 from ..wording import first_line
@@ -57,7 +58,7 @@ def dinov2(
 
     Raises:
         FileError: The model is not found, or can't be read.
-        OptionError: It is no DINOv2, or ``pool`` is neither.
+        OptionError: It is no DINOv2, ``pool`` is neither, or there is no such device.
         MissingExtraError: transformers is not installed.
     """
     if pool not in get_args(Pool):
@@ -65,6 +66,8 @@ def dinov2(
     transformers = _transformers()
     import torch
 
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(place)
     if quiet:
         silence("transformers")
     folder = _directory(str(model), revision)
@@ -73,7 +76,7 @@ def dinov2(
         raise OptionError(f"{model} is a {config.model_type}, wanted a DINOv2: {' or '.join(KINDS)}.")
     prepare = preprocessing or Preprocessing.read(folder / "preprocessor_config.json")
     network = _network(str(model), folder, transformers)
-    network = network.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    network = network.to(place).eval()
     registers = getattr(config, "num_register_tokens", 0)
     digest = _digest(folder)
 

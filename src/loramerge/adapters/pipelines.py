@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from ..errors import FileError, MissingExtraError, OptionError
+from ..errors import OptionError
+from ..merging import check_device
 from ..tensors import NAMES, parse_dtype
-from ..wording import did_you_mean, first_line
+from ..wording import did_you_mean
 from .noise import silence
+from .opening import need, opened
 
 
 def load(
@@ -16,6 +18,7 @@ def load(
     variant: str | None = None,
     scheduler: str | None = None,
     quiet: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A pipeline, ready to draw.
 
@@ -26,30 +29,24 @@ def load(
         variant: Of the files: ``"fp16"``.
         scheduler: Name of a class of diffusers, in place of the pipeline's own.
         quiet: Whether to silence diffusers and transformers in this process.
+        trust_remote_code: Whether to run code that the model brings.
 
     Raises:
         FileError: The model is not found, or can't be read.
-        OptionError: The scheduler or the dtype is unknown.
+        OptionError: The scheduler, the dtype or the device is unknown, or the model brings code that is not trusted.
         MissingExtraError: diffusers is not installed.
     """
-    try:
-        import diffusers
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(f"Drawing needs {error.name}: pip install 'loramerge[diffusers]'.") from None
+    need("Drawing", "diffusers", "peft", "transformers")
     import torch
 
     if quiet:
         silence("diffusers", "transformers")
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(place)
     number = getattr(torch, NAMES[parse_dtype(dtype or ("float16" if place.startswith("cuda") else "float32"))])
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(base, dtype=number, variant=variant)
-    except Exception as error:  # diffusers, transformers and the Hub's client raise their own and the system's errors
-        raise FileError(
-            f"Can't get the model {base}: {first_line(error).rstrip('.')}. Wanted a directory in diffusers' layout, or a name on the "
-            "Hugging Face Hub."
-        ) from error
+    if scheduler:
+        _scheduler(scheduler)
+    pipe = opened(base, dtype=number, variant=variant, trust_remote_code=trust_remote_code)
     if scheduler:
         use_scheduler(pipe, scheduler)
     pipe.set_progress_bar_config(disable=quiet)
@@ -62,6 +59,12 @@ def use_scheduler(pipe: Any, name: str) -> None:
     Raises:
         OptionError: diffusers has no scheduler of that name.
     """
+    # DDIM clips to [-1, 1] unless told: right for pixels, but latents are larger
+    config = {"clip_sample": False, **pipe.scheduler.config}
+    pipe.scheduler = _scheduler(name).from_config(config)
+
+
+def _scheduler(name: str) -> Any:
     import diffusers
 
     names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
@@ -70,6 +73,4 @@ def use_scheduler(pipe: Any, name: str) -> None:
             f"Unknown scheduler {name!r}.{did_you_mean(name, names)} Wanted a class of diffusers, such as "
             "EulerDiscreteScheduler."
         )
-    # DDIM clips to [-1, 1] unless told: right for pixels, but latents are larger
-    config = {"clip_sample": False, **pipe.scheduler.config}
-    pipe.scheduler = getattr(diffusers, name).from_config(config)
+    return getattr(diffusers, name)

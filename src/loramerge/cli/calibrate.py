@@ -9,7 +9,7 @@ import typer
 
 from ..errors import OptionError
 from . import learning as given
-from .options import Dtype, Files, Output, Quiet, To
+from .options import Dtype, Files, Output, Quiet, To, TrustRemoteCode
 from .run import progress, table
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def calibrate(
     autocast: given.Autocast = None,
     text_encoders: given.TextEncoders = False,
     variant: given.Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: given.Device = None,
     flip: given.Flip = True,
     sampling_steps: given.SamplingSteps = 12,
@@ -89,6 +90,7 @@ def calibrate(
         device=device,
         text_encoders=text_encoders,
         variant=variant,
+        trust_remote_code=trust_remote_code,
         sampling_steps=sampling_steps,
         trajectories=trajectories,
         guidance=guidance,

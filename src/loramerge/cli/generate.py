@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .options import Quiet
+from .options import Quiet, TrustRemoteCode
 from .run import progress, table
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def generate(
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; float16 on CUDA by default.")
     ] = None,
     variant: Annotated[str | None, typer.Option("--variant", help="Of the base's files: fp16.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     side: Annotated[int, typer.Option("--sheet-side", min=16, help="Pixels of a picture on the contact sheet.")] = 192,
     quiet: Quiet = False,
 ) -> None:
@@ -63,7 +64,15 @@ def generate(
     width, height = read_size(size)
     settings = read_settings(lora or [], none)
     sampling = generation.Sampling(steps=steps, guidance=guidance, height=height, width=width, negative_prompt=negative)
-    pipe = pipelines.load(base, device=device, dtype=dtype, variant=variant, scheduler=scheduler, quiet=True)
+    pipe = pipelines.load(
+        base,
+        device=device,
+        dtype=dtype,
+        variant=variant,
+        scheduler=scheduler,
+        quiet=True,
+        trust_remote_code=trust_remote_code,
+    )
     try:
         with progress("Drawing", quiet) as report:
             drawn = generation.generate(

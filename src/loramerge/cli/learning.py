@@ -61,6 +61,7 @@ class Given:
     guidance: float | None
     architecture: str | None
     quiet: bool
+    trust_remote_code: bool = False
     checkpointing: bool = False
     flip: bool = True
     snr_gamma: float | None = None
@@ -76,7 +77,10 @@ class Given:
             )
         for name, values in (("--prompt", self.prompts), ("--data", self.data)):
             if values and len(values) != len(self.files):
-                raise OptionError(f"{name} given: {len(values)}, LoRAs: {len(self.files)}. One a file, in their order.")
+                more = "; several prompts of one file stand with | between" if name == "--prompt" else ""
+                raise OptionError(
+                    f"{name} given: {len(values)}, LoRAs: {len(self.files)}. One a file, in their order{more}."
+                )
 
 
 def parsed(name: str, text: str, before: Any) -> Any:
@@ -115,6 +119,7 @@ def denoiser_of(given: Given, team: "Team", loras: "Sequence[LoRA]") -> "Denoise
         checkpointing=given.checkpointing,
         text_encoders=given.text_encoders,
         variant=given.variant,
+        trust_remote_code=given.trust_remote_code,
     )
     found.check(loras)
     return found

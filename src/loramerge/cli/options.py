@@ -35,6 +35,9 @@ MaxSize = Annotated[str | None, typer.Option("--max-size", help="Ranks by budget
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Threads = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads, each with a weight in memory.")]
 WeightRule = Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model brings; look at it first.")
+]
 Base = Annotated[Path | None, typer.Option("--base", help="The base model, for DoRA layers: a directory or file.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
 

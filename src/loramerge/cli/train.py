@@ -13,7 +13,7 @@ import typer
 
 from ..errors import OptionError
 from . import learning as given
-from .options import Output, Quiet, To, named
+from .options import Output, Quiet, To, TrustRemoteCode, named
 from .run import Pace, progress
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def train(
     autocast: given.Autocast = None,
     checkpointing: given.Checkpointing = False,
     variant: given.Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: given.Device = None,
     checkpoint: Annotated[
         Path | None,
@@ -129,6 +130,7 @@ def train(
         checkpointing=checkpointing,
         text_encoders=text_encoders,
         variant=variant,
+        trust_remote_code=trust_remote_code,
     )
     job = _Job(
         folder=folder,

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import OptionError
 from . import learning as given
-from .options import Dtype, Files, Output, Quiet, To, named
+from .options import Dtype, Files, Output, Quiet, To, TrustRemoteCode, named
 from .run import Pace
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def zip_loras(
     checkpointing: given.Checkpointing = False,
     text_encoders: given.TextEncoders = False,
     variant: given.Variant = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: given.Device = None,
     snr_gamma: given.SnrGamma = None,
     flip: given.Flip = True,
@@ -70,6 +71,7 @@ def zip_loras(
         device=device,
         text_encoders=text_encoders,
         variant=variant,
+        trust_remote_code=trust_remote_code,
         sampling_steps=sampling_steps,
         trajectories=trajectories,
         guidance=guidance,

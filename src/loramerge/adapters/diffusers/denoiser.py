@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import FileError, MergeError, MissingExtraError, OptionError
+from ...errors import MergeError, OptionError
 from ...learned.batches import Batch
 from ...lora import LoRA
-from ...wording import first_line
+from ...merging import check_device
+from ..opening import need, opened
 from .families import Conditions, Family, Size, family_of
 from .schedules import Schedule, schedule
 
@@ -246,6 +247,7 @@ def load(
     checkpointing: bool = False,
     text_encoders: bool = False,
     variant: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Denoiser:
     """A diffusion model to learn on.
 
@@ -258,16 +260,21 @@ def load(
         checkpointing: Compute activations twice instead of keeping them: less memory, a third more time.
         text_encoders: Have LoRAs act in the text encoders too, whose outputs are then computed in every pass.
         variant: Which files of the repository, such as ``"fp16"``.
+        trust_remote_code: Whether to run code that the model brings.
 
     Raises:
         FileError: The model is missing, or the Hub can't be reached.
         MissingExtraError: diffusers is not installed.
-        OptionError: An option is unknown, or the pipeline is of a kind that can't be learned on here.
+        OptionError: An option or the device is unknown, the pipeline is of a kind that can't be learned on here, or
+            the model brings code that is not trusted.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    need("Learning on a model", "diffusers", "transformers")
+    place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_device(place)
+    chosen = torch.device(place)
     wanted = _dtype(dtype) or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
     named = isinstance(source, str | os.PathLike)
-    pipe = _opened(source, wanted, variant) if named else source
+    pipe = opened(source, dtype=wanted, variant=variant, trust_remote_code=trust_remote_code) if named else source
     family = family_of(pipe)
     model = getattr(pipe, family.denoiser)
     kept = None if named or dtype else model.dtype
@@ -300,27 +307,3 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _name(pipe: Any) -> str:
     return str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
-
-
-def _opened(source: str | os.PathLike[str], dtype: torch.dtype, variant: str | None) -> Any:
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError as error:
-        raise MissingExtraError(
-            f"Learning on a model needs diffusers: pip install 'loramerge[diffusers]' ({error})."
-        ) from None
-    text = os.fspath(source)
-    path = Path(text).expanduser()
-    if path.is_file():
-        raise OptionError(
-            f"{text} is a single file; wanted a directory that diffusers saved, or a name on the Hub. Way out: "
-            "StableDiffusionXLPipeline.from_single_file(…).save_pretrained(DIRECTORY)."
-        )
-    if path.is_dir() and not (path / "model_index.json").exists():
-        raise FileError(f"{text} holds no model_index.json, so it is no model that diffusers saved.")
-    try:
-        return DiffusionPipeline.from_pretrained(str(path) if path.exists() else text, dtype=dtype, variant=variant)
-    except Exception as error:  # diffusers, the Hub's client and the readers of files raise their own
-        raise FileError(
-            f"Can't load the base model {text}: {first_line(error).rstrip('.')}. Check the name, the network, and HF_TOKEN for a gated one."
-        ) from error

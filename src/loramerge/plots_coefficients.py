@@ -21,6 +21,24 @@ def by_block(coefficients: Coefficients) -> dict[str, Array]:
     return {" ".join(names): np.concatenate(arrays, 1) for names, arrays in ordered}
 
 
+def check_plot(path: Path) -> None:
+    """Refuse, before anything is shown, a picture that can't be drawn.
+
+    Raises:
+        FileError: The folder doesn't exist.
+        MissingExtraError: matplotlib is not installed.
+        OptionError: The path's ending is another.
+    """
+    if path.suffix not in SUFFIXES:
+        raise OptionError(f"Can't draw to {path}: wanted a path that ends in {', '.join(SUFFIXES)}.")
+    if not path.parent.is_dir():
+        raise FileError(f"Can't write {path}: there is no directory {path.parent}.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("Drawing needs matplotlib: pip install 'loramerge[plots]'.") from None
+
+
 def draw(coefficients: Coefficients, path: Path) -> Path:
     """Write the picture.
 
@@ -35,12 +53,9 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
     """
     import numpy as np
 
-    if path.suffix not in SUFFIXES:
-        raise OptionError(f"Can't draw to {path}: wanted a path that ends in {', '.join(SUFFIXES)}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("Drawing needs matplotlib: pip install 'loramerge[plots]'.") from None
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     blocks = by_block(coefficients)
     low, high = span(blocks)
     edges = np.linspace(low, high, 61)
@@ -48,12 +63,12 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
     grid = figure.subplots(len(blocks), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, values) in zip(grid, blocks.items(), strict=True):
         for lora, mine in zip(coefficients.names, values, strict=True):
-            axes.hist(np.clip(mine, low, high), edges, histtype="stepfilled", alpha=0.5, label=lora)
+            axes.hist(mine, edges, histtype="stepfilled", alpha=0.5, label=lora)
         axes.set_yticks([])
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.spines[["top", "left", "right"]].set_visible(False)
     grid[0].legend(frameon=False, loc="upper left")
-    grid[-1].set_xlabel("coefficient of a column")
+    grid[-1].set_xlabel(f"coefficient of a column; {outside(blocks, low, high)}")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -62,9 +77,26 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
 
 
 def span(blocks: dict[str, Array]) -> tuple[float, float]:
-    """Where nearly all coefficients lie; 0 and 1 are in it."""
+    """Where most coefficients lie, by Tukey's fences; 0 and 1 are in it.
+
+    A few are far outside: where a column hardly acts, learning leaves its coefficient at anything.
+    """
     import numpy as np
 
-    whole = np.concatenate([values.ravel() for values in blocks.values()])
-    low, high = np.quantile(whole, [0.005, 0.995])
-    return min(0.0, float(low)), max(1.0, float(high))
+    lower, upper = np.quantile(_whole(blocks), [0.25, 0.75])
+    reach = 1.5 * (upper - lower)
+    return min(0.0, float(lower - reach)), max(1.0, float(upper + reach))
+
+
+def outside(blocks: dict[str, Array], low: float, high: float) -> str:
+    """How many coefficients a picture of this span leaves out, in words."""
+    whole = _whole(blocks)
+    count = int(((whole < low) | (whole > high)).sum())
+    extent = f", from {whole.min():.3g} to {whole.max():.3g}" if count else ""
+    return f"{count} of {whole.size} lie outside the picture{extent}"
+
+
+def _whole(blocks: dict[str, Array]) -> Array:
+    import numpy as np
+
+    return np.concatenate([values.ravel() for values in blocks.values()])

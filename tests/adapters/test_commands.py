@@ -1,16 +1,20 @@
 """``zip`` and ``calibrate`` as a user runs them, on a tiny model that diffusers saved."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import tiny
-from commands import done
+from commands import done, run
 
 import loramerge as lm
 from loramerge import LoRA
+from loramerge.cli.run import ends
 from loramerge.coefficients import Coefficients
 from loramerge.errors import LoRAMergeError
 from loramerge.testing import relative_error
@@ -129,6 +133,9 @@ def test_a_learned_merge_names_the_command_that_made_it(
         ((*PROMPTED, "-s", "init=zeros"), "init must be one of lsq, ones, mean, got 'zeros'"),
         ((*PROMPTED, "--preset", "best"), "Unknown preset 'best'"),
         ((*PROMPTED, "-w", "1"), "Weights given: 1, LoRAs: 2"),
+        (("-p", "a person"), r"several prompts of one file stand with \| between"),
+        ((*PROMPTED, "--snr-gamma", "0"), "above 0, got 0"),
+        (("--data", "nowhere", "--data", "nowhere"), "nowhere"),
         ((*PROMPTED, "--precision", "fp16"), "Way out: --precision bf16"),
     ],
 )
@@ -165,8 +172,8 @@ def test_coefficients_are_shown_by_block(tmp_path: Path) -> None:
 
     cells = [line.split() for line in output[2:6]]
     assert [row[0:2] for row in (cells[0], cells[2])] == [["unet", "IN04"], ["unet", "MID"]]
-    assert cells[3] == ["lora", "2", "8", "0.500", "0.500", "█", "█"]
-    assert cells[0][-3:-1] == ["0.500", "0.000"]
+    assert cells[3] == ["lora", "2", "8", "0.000", "0.500", "1.000", "█", "█"]
+    assert cells[0][-4:-1] == ["0.500", "0.500", "0.500"]
     assert "<!-- unet IN04 -->" in (tmp_path / "c.svg").read_text()
     with pytest.raises(LoRAMergeError, match=r"ends in \.png, \.svg, \.pdf"):
         done("coefficients", path, "--plot", tmp_path / "c.txt")
@@ -186,10 +193,121 @@ def test_running_out_of_memory_says_what_to_lower() -> None:
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     from loramerge.adapters.diffusers import load
 
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(LoRAMergeError, match=r"pip install 'loramerge\[diffusers\]'"):
         load(tmp_path)
+
+
+@pytest.fixture
+def own_code(base: Path, tmp_path: Path) -> Path:
+    """A model whose VAE is of a class that lies beside its weights, and that says so when it is run."""
+    folder = tmp_path / "own"
+    shutil.copytree(base, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "vae": ["own_vae", "OwnVAE"]}))
+    (folder / "vae" / "own_vae.py").write_text(
+        "from pathlib import Path\n\nfrom diffusers import AutoencoderKL\n\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n\n\nclass OwnVAE(AutoencoderKL):\n    pass\n"
+    )
+    return folder
+
+
+QUICK = ("--device", "cpu", "-s", "steps=0", "-s", "init=ones", "-s", "loss=mse", *PROMPTED)
+
+
+def test_code_of_the_models_own_runs_only_when_it_is_trusted(files: list[Path], own_code: Path, tmp_path: Path) -> None:
+    asked = ("zip", *files, "-b", own_code, "-o", tmp_path / "z.safetensors", *QUICK)
+    drawing = ("generate", "-b", own_code, "-o", tmp_path / "out", "-p", "a person", "-n", "1", "--steps", "1")
+
+    for command in (asked, (*drawing, "--device", "cpu")):
+        with pytest.raises(
+            LoRAMergeError, match=r"own \(vae/own_vae\.py\): look at it, then --trust-remote-code"
+        ) as told:
+            done(*command)
+        assert "HF_TOKEN" not in str(told.value)
+        assert not (tmp_path / "ran").exists()
+
+    done(*asked, "--trust-remote-code")
+    assert (tmp_path / "ran").exists()
+    assert (tmp_path / "z.safetensors").exists()
+
+
+def test_loading_leaves_out_what_is_beside_the_point_only(own_code: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from diffusers.utils import logging
+
+    from loramerge.adapters.diffusers import load
+    from loramerge.adapters.noise import hushed
+
+    load(str(own_code), device="cpu", trust_remote_code=True)
+    assert "Expected types for" not in capfd.readouterr().err
+
+    with hushed():
+        logging.get_logger("diffusers.pipelines").warning("Some weights were not initialized")
+    assert "Some weights were not initialized" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nowhere/model", "./nowhere"])
+def test_a_mistyped_base_is_told_in_one_line(
+    name: str, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(LoRAMergeError, match=f"there is no directory {name}") as told:
+        done("zip", *files, "-b", name, "-o", tmp_path / "z.safetensors", *QUICK)
+
+    assert "local_files_only" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("command", ["zip", "calibrate", "train", "generate", "score"])
+def test_a_device_that_is_not_there_is_told_before_the_model_is_read(
+    command: str, files: list[Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "no model"
+    photos = tiny.images(tmp_path / "photos", "a person")
+    given: dict[str, tuple[object, ...]] = {
+        "zip": (*files, "-b", model, "-o", tmp_path / "z.safetensors", *PROMPTED),
+        "calibrate": (*files, "-b", model, "-o", tmp_path / "z.safetensors", *PROMPTED),
+        "train": (photos, "-b", model, "-o", tmp_path / "z.safetensors"),
+        "generate": ("-b", model, "-o", tmp_path / "out", "-p", "a person"),
+        "score": (photos, "-r", photos, "-m", model),
+    }
+    with pytest.raises(LoRAMergeError, match="Can't compute on the device 'cuda:99'"):
+        done(command, *given[command], "--device", "cuda:99")
+
+
+def test_a_run_that_goes_on_says_from_where(files: list[Path], base: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    shared = ("zip", *files, "-b", base, "-o", tmp_path / "z.safetensors", "--checkpoint", state, *QUICK)
+
+    assert "Going on" not in done(*shared, "-s", "steps=2")
+    assert f"Going on from {state} at step 2." in done(*shared, "-s", "steps=4")
+
+
+@pytest.mark.parametrize(("count", "averaged"), [(1, 1), (4, 2), (20, 5), (400, 40)])
+def test_the_losses_shown_are_of_more_than_one_step_where_there_are_more(count: int, averaged: int) -> None:
+    assert ends(count) == averaged
+
+
+def test_coefficients_that_lie_far_away_are_counted_and_not_drawn(tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 100, dtype="f4")
+    values[:3] = [-20, 39, 20]
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    loras = [tiny.lora("sdxl", 1), tiny.lora("sdxl", 2)]
+    columns = {name: np.stack([values, np.linspace(0, 1, 100, dtype="f4")])}
+    output = done("coefficients", Coefficients.of(columns, loras, [1, 1]).save(tmp_path / "c.safetensors"))
+
+    assert "3 of 200 lie outside the picture, from -20 to 39." in output
+    cells = [line.split() for line in output.splitlines()[2:4]]
+    for row, mine in zip((cells[0][5:8], cells[1][3:6]), columns[name], strict=True):
+        assert row == [f"{value:.3f}" for value in np.quantile(mine, [0.25, 0.5, 0.75])]
+
+
+def test_a_missing_matplotlib_is_told_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    result = run("coefficients", tmp_path / "c.safetensors", "--plot", tmp_path / "c.svg")
+    assert "pip install 'loramerge[plots]'" in str(result.exception)
+    assert not result.output

@@ -107,7 +107,7 @@ def generate(
         DeviceMemoryError: The memory does not suffice: what to lower.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    _check(settings, prompts, numbers, batch)
+    check(settings, prompts, numbers, batch)
     common = _common(pipe, sampling or Sampling(), base)
     places = [
         _Place(name, prompt, seed, Path(output).expanduser() / name / f"{slug(prompt)}-{seed}.png", recipe)
@@ -157,7 +157,15 @@ class _Place:
         return found == self.recipe
 
 
-def _check(settings: Mapping[str, Sequence[Use]], prompts: Sequence[str], seeds: Sequence[int], batch: int) -> None:
+def check(
+    settings: Mapping[str, Sequence[Use]], prompts: Sequence[str], seeds: int | Sequence[int], batch: int = 1
+) -> None:
+    """Refuse what `generate` can't draw, without the pipeline.
+
+    Raises:
+        OptionError: Nothing to draw, something twice, or a name that is no folder's.
+    """
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
     if isinstance(prompts, str) or not (settings and prompts and seeds) or batch < 1:
         raise OptionError(
             f"Nothing to draw: {len(settings)} settings, prompts {prompts!r}, {len(seeds)} seeds, {batch} at a time."

@@ -26,9 +26,13 @@ def coefficients(
 
     Example: loramerge coefficients c.safetensors --plot c.svg --lora person.safetensors --lora jersey.safetensors
     """
-    from ..coefficients import Coefficients
-    from ..plots_coefficients import by_block, draw, span
+    import numpy as np
 
+    from ..coefficients import Coefficients
+    from ..plots_coefficients import by_block, check_plot, draw, outside, span
+
+    if plot:
+        check_plot(plot)
     found = Coefficients.read(file)
     blocks = by_block(found)
     low, high = span(blocks)
@@ -37,15 +41,15 @@ def coefficients(
             name if i == 0 else "",
             lora,
             str(mine.size),
-            f"{mine.mean():.3f}",
-            f"{mine.std():.3f}",
+            *(f"{value:.3f}" for value in np.quantile(mine, [0.25, 0.5, 0.75])),
             spread(mine, low, high),
         ]
         for name, values in blocks.items()
         for i, (lora, mine) in enumerate(zip(found.names, values, strict=True))
     ]
-    print(table(["block", "file", "columns", "mean", "± std", f"from {low:.2f} to {high:.2f}"], rows))
-    print("1 keeps a column of the LoRA as it is, 0 leaves it out.")
+    print(table(["block", "file", "columns", "25 %", "median", "75 %", f"from {low:.2f} to {high:.2f}"], rows))
+    print("1 keeps a column of the LoRA as it is, 0 leaves it out; one that hardly acts may have any.")
+    print(f"Of the coefficients {outside(blocks, low, high)}.")
     if lora:
         print(f"\n{_overlaps(found, lora)}")
     if plot:
@@ -70,9 +74,9 @@ def _overlaps(found: "Coefficients", files: list[str]) -> str:
 
 
 def spread(values: "Array", low: float, high: float) -> str:
-    """A histogram as a line of bars; what lies outside counts at the ends."""
+    """A histogram as a line of bars; what lies outside is left out."""
     import numpy as np
 
-    counts, _ = np.histogram(np.clip(values, low, high), BINS, (low, high))
-    heights = np.ceil(counts / counts.max() * (len(BARS) - 1)).astype(int)
+    counts, _ = np.histogram(values, BINS, (low, high))
+    heights = np.ceil(counts / max(1, counts.max()) * (len(BARS) - 1)).astype(int)
     return "".join(BARS[h] for h in heights)

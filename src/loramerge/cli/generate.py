@@ -64,6 +64,7 @@ def generate(
     width, height = read_size(size)
     settings = read_settings(lora or [], none)
     sampling = generation.Sampling(steps=steps, guidance=guidance, height=height, width=width, negative_prompt=negative)
+    generation.check(settings, prompt, numbers)
     pipe = pipelines.load(
         base,
         device=device,

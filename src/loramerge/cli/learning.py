@@ -69,6 +69,9 @@ class Given:
 
     def check(self) -> None:
         """Refuse what can't work before anything large is read."""
+        from ..adapters.images import pictures
+        from ..adapters.opening import need
+
         if len(self.files) < 2:
             raise OptionError("Two LoRAs or more are merged; got one.")
         if not self.prompts and not self.data:
@@ -81,6 +84,13 @@ class Given:
                 raise OptionError(
                     f"{name} given: {len(values)}, LoRAs: {len(self.files)}. One a file, in their order{more}."
                 )
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise OptionError(f"--snr-gamma is a number above 0, got {self.snr_gamma:g}.")
+        if self.resolution is not None and self.resolution < 1:
+            raise OptionError(f"--resolution is a number of pixels from 1, got {self.resolution}.")
+        need("Learning on a model", "diffusers", "transformers", "accelerate")
+        for i, folder in enumerate(self.data):
+            pictures(folder, self.prompts[i] if self.prompts else None)
 
 
 def parsed(name: str, text: str, before: Any) -> Any:
@@ -172,13 +182,13 @@ def identity(denoiser: "Denoiser", data: Mapping[str, Any], processes: int) -> d
 
 
 def loss_table(losses: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Means of the first losses and of the last, a tenth of the steps each; by name where there are several."""
-    count = len(losses[0][1])
-    if not count:
+    """Means of the first losses and of the last; by name where there are several."""
+    steps = len(losses[0][1])
+    if not steps:
         return "No step was left to do."
-    tenth = max(1, count // 10)
-    head = ["file", f"loss, first {tenth}", f"last {tenth}"]
-    rows = [[name, *(f"{sum(end) / tenth:.4g}" for end in (mine[:tenth], mine[-tenth:]))] for name, mine in losses]
+    count = max(1, steps // 10, min(5, steps // 2))  # one step alone is mostly noise
+    head = ["file", f"loss, first {count}", f"last {count}"]
+    rows = [[name, *(f"{sum(end) / count:.4g}" for end in (mine[:count], mine[-count:]))] for name, mine in losses]
     return table(head, rows) if len(losses) > 1 else table(head[1:], [rows[0][1:]])
 
 

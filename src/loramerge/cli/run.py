@@ -113,13 +113,20 @@ def as_directory(asked: "Path", written: "Path") -> list[str]:
 
 
 class Pace:
-    """Where learning is: one line that changes on a terminal, every tenth step or so elsewhere."""
+    """Where learning is: one line that changes on a terminal, every tenth step or so elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+        state: Where the run goes on from, if it does not begin.
+    """
+
+    def __init__(self, state: "Path | None" = None) -> None:
+        self.state = state
         self.first: tuple[int, float] | None = None
 
     def show(self, step: int, total: int, text: str) -> None:
         """Show a step, from 1."""
+        if self.first is None and step > 1 and self.state:
+            print(f"Going on from {self.state} at step {step - 1}.", file=sys.stderr)
         now = time.monotonic()
         number, began = self.first = self.first or (step, now)
         pace = f"  {(now - began) / (step - number):.2g} s a step" if step > number else ""

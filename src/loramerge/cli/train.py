@@ -96,6 +96,9 @@ def train(
     Example: loramerge train photos/ -b stabilityai/stable-diffusion-xl-base-1.0 -o person.safetensors
     --resolution 512 --trigger psq-person --gradient-checkpointing
     """
+    from ..adapters.opening import need
+
+    need("Training", "diffusers", "transformers", "peft", "accelerate")
     from ..adapters.diffusers import load, team
     from ..adapters.images import pictures
     from ..dialects.write import check_writable
@@ -214,7 +217,9 @@ class _Job:
         from ..adapters.diffusers import train_lora
 
         self._hint(denoiser, settings.resolution)
-        progressing = _Progressing(None if self.quiet else Pace(), self.drawing if together.writes else None)
+        progressing = _Progressing(
+            None if self.quiet else Pace(self.checkpoint), self.drawing if together.writes else None
+        )
         try:
             with _asked(progressing, alone=together.size == 1), progress("Encoding images", self.quiet) as report:
                 lora = train_lora(

@@ -130,7 +130,7 @@ def _run(
             weights=shares,
             checkpoint=together.own(checkpoint) if checkpoint else None,
             every=every,
-            on_step=None if quiet else Losses(names),
+            on_step=None if quiet else Losses(names, checkpoint),
             reduce=together.reduce,
             shard=together.shard,
             identity=given.identity(denoiser, draw.description, together.size),
@@ -153,9 +153,9 @@ def _write_coefficients(learned: "Learned", path: Path | None, quiet: bool) -> N
 class Losses:
     """The losses of every step."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], state: Path | None) -> None:
         self.names = names
-        self.pace = Pace()
+        self.pace = Pace(state)
 
     def __call__(self, step: "Step") -> None:
         """Show a step."""

@@ -273,6 +273,7 @@ def load(
     check_device(place)
     chosen = torch.device(place)
     wanted = _dtype(dtype) or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+    narrow = _dtype(autocast)
     named = isinstance(source, str | os.PathLike)
     pipe = opened(source, dtype=wanted, variant=variant, trust_remote_code=trust_remote_code) if named else source
     family = family_of(pipe)
@@ -286,7 +287,7 @@ def load(
         family,
         chosen,
         kept or wanted,
-        _dtype(autocast),
+        narrow,
         text_encoders,
         os.fspath(source) if named else _name(pipe),
     )

@@ -68,7 +68,7 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.spines[["top", "left", "right"]].set_visible(False)
     grid[0].legend(frameon=False, loc="upper left")
-    grid[-1].set_xlabel(f"coefficient of a column; {outside(blocks, low, high)}")
+    grid[-1].set_xlabel(f"coefficient of a column\n{outside(blocks, low, high)}")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
@@ -93,7 +93,7 @@ def outside(blocks: dict[str, Array], low: float, high: float) -> str:
     whole = _whole(blocks)
     count = int(((whole < low) | (whole > high)).sum())
     extent = f", from {whole.min():.3g} to {whole.max():.3g}" if count else ""
-    return f"{count} of {whole.size} lie outside the picture{extent}"
+    return f"{count} of {whole.size} coefficients lie outside the picture{extent}"
 
 
 def _whole(blocks: dict[str, Array]) -> Array:

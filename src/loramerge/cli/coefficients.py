@@ -49,7 +49,7 @@ def coefficients(
     ]
     print(table(["block", "file", "columns", "25 %", "median", "75 %", f"from {low:.2f} to {high:.2f}"], rows))
     print("1 keeps a column of the LoRA as it is, 0 leaves it out; one that hardly acts may have any.")
-    print(f"Of the coefficients {outside(blocks, low, high)}.")
+    print(f"{outside(blocks, low, high)}.")
     if lora:
         print(f"\n{_overlaps(found, lora)}")
     if plot:

@@ -41,7 +41,8 @@ def test_a_methods_section_is_its_docstring_with_its_source_and_options(name: st
     text = (inspect.getdoc(method.function) or "").partition("\n\nRaises:")[0]
 
     assert text in found
-    assert all(part.strip(" ;,") in found for part in re.split(r"https?://\S+", method.source))
+    assert all(part.strip(" ;,") in found for part in re.split(r"https?://\S+|docs/\S+", method.source))
+    assert all(f"(../{page})" in found for page in re.findall(r"docs/(\S+)", method.source))
     assert all(url.rstrip(";,") in found for url in re.findall(r"https?://\S+", method.source))
     for option in method.options.values():
         assert f"| `{option.name}` | " in found

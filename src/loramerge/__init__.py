@@ -42,15 +42,17 @@ if TYPE_CHECKING:
     from .sweeping import sweep
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'loramerge' has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # a checker that saw it would take any name for one of ours
 
-    module = import_module(f".{_HOMES[name]}", __name__)
-    value = module if name == _HOMES[name] else getattr(module, name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'loramerge' has no attribute {name!r}")
+        from importlib import import_module
+
+        module = import_module(f".{_HOMES[name]}", __name__)
+        value = module if name == _HOMES[name] else getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -83,8 +83,16 @@ def _open_path(path: str, options: dict[str, Any], allow_pickle: bool) -> LoRA:
     return from_tensors(file, file.metadata, name, **options)
 
 
-def load(source: Source, **options: Any) -> LoRA:
-    """Read a LoRA into memory; the options are those of `open`.
+def load(
+    source: Source,
+    *,
+    architecture: str | None = None,
+    dialect: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
+) -> LoRA:
+    """Read a LoRA into memory; the arguments are those of `open`.
 
     Raises:
         FileError: The file is missing, broken or hostile.
@@ -94,7 +102,14 @@ def load(source: Source, **options: Any) -> LoRA:
     """
     if isinstance(source, Mapping):
         source = {key: _copied(value) for key, value in source.items()}
-    with open(source, **options) as lora:
+    with open(
+        source,
+        architecture=architecture,
+        dialect=dialect,
+        config=config,
+        metadata=metadata,
+        allow_pickle=allow_pickle,
+    ) as lora:
         if isinstance(source, Mapping) or lora.origin is None:
             return lora.in_memory()
         held = {key: Held(t.read()) if isinstance(t, Stored) else t for key, t in lora.origin.tensors.items()}
@@ -104,7 +119,7 @@ def load(source: Source, **options: Any) -> LoRA:
             lora.name,
             config=lora.origin.config,
             architecture=lora.architecture,
-            dialect=options.get("dialect"),
+            dialect=dialect,
         )
         assert loaded.origin
         origin = replace(loaded.origin, source=lora.origin.source, forced=lora.origin.forced)

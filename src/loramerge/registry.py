@@ -29,8 +29,8 @@ class Registry(Mapping[str, T]):
     """
 
     def __init__(self, noun: str, values: Iterable[T], aliases: Mapping[str, str] | None = None) -> None:
-        self.noun = noun
-        self.aliases = dict(aliases or {})
+        self.noun: str = noun
+        self.aliases: dict[str, str] = dict(aliases or {})
         self._values: dict[str, T] = {}
         for value in values:
             if value.name in self._values:

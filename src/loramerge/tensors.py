@@ -55,6 +55,9 @@ class Spec:
 
     __slots__ = ("dtype", "shape")
 
+    shape: Shape
+    dtype: str
+
     def __init__(self, shape: Shape, dtype: str) -> None:
         self.shape = shape
         self.dtype = dtype
@@ -67,6 +70,10 @@ class Stored(Spec):
     """A tensor that lies in a file until it is read."""
 
     __slots__ = ("begin", "end", "source")
+
+    source: Callable[[int, int], bytes]
+    begin: int
+    end: int
 
     def __init__(self, shape: Shape, dtype: str, begin: int, end: int, source: Callable[[int, int], bytes]) -> None:
         self.shape = shape
@@ -90,6 +97,8 @@ class Held(Spec):
     """A tensor that is in memory, numpy's or torch's."""
 
     __slots__ = ("array",)
+
+    array: Array
 
     def __init__(self, array: Array) -> None:
         super().__init__(tuple(array.shape), code(array))

@@ -45,15 +45,6 @@ ADAPTERS = {
 
 
 @dataclass(frozen=True)
-class Result:
-    """How the tests of a group ended."""
-
-    passed: int
-    failed: int
-    skipped: int
-
-
-@dataclass(frozen=True)
 class Environment:
     """A virtual environment."""
 
@@ -71,19 +62,20 @@ class Environment:
         found = dict(line.split("==") for line in lines if "==" in line)
         return {name: found[name] for name in LIBRARIES if name in found}
 
-    def test(self, paths: Sequence[str]) -> Result:
+    def test(self, paths: Sequence[str]) -> tuple[int, int, int]:
+        """How many tests passed, failed and were skipped."""
         report = self.folder / "report.xml"
-        report.unlink(missing_ok=True)
         command = [self.python, "-m", "pytest", "-p", "no:cacheprovider", f"--junit-xml={report}", *paths]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         (self.folder / f"{Path(paths[0]).stem}.log").write_text(done.stdout, encoding="utf-8")
-        if not report.exists():
-            return Result(0, 1, 0)
+        if done.returncode > 1:
+            print("\n".join(done.stdout.splitlines()[-3:]), flush=True)
+            return 0, 1, 0
         suite = ElementTree.parse(report).getroot()[0].attrib
         failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
         for line in re.findall(r"^(?:FAILED|ERROR) .*$", done.stdout, re.MULTILINE):
             print(f"  {line}", flush=True)
-        return Result(int(suite["tests"]) - failed - skipped, failed, skipped)
+        return int(suite["tests"]) - failed - skipped, failed, skipped
 
 
 def run(*command: str) -> str:
@@ -93,16 +85,18 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def results(environment: Environment, wheel: str, versions: str) -> Iterator[tuple[str, Result]]:
+def results(environment: Environment, wheel: str, versions: str) -> Iterator[tuple[str, tuple[int, int, int]]]:
     """The groups of tests and how they ended; the extras are installed when the core was tested."""
     environment.install("-r", "pyproject.toml", *VERSIONS[versions])
     environment.install("--no-deps", wheel)
-    environment.install("pytest", "hypothesis", "pillow", *(VERSIONS["tested"] if versions == "tested" else ()))
-    print("  core:", shown(environment.versions()), flush=True)
+    environment.install(
+        "pytest", "hypothesis", "pillow", "scipy", *(VERSIONS[versions] if versions == "tested" else ())
+    )
+    print("  core:", environment.versions(), flush=True)
     for group, paths in CORE.items():
         yield group, environment.test(paths)
     environment.install("-r", "pyproject.toml", *EXTRAS, *VERSIONS[versions])
-    print("  with extras:", shown(environment.versions()), flush=True)
+    print("  with extras:", environment.versions(), flush=True)
     for group, paths in ADAPTERS.items():
         yield group, environment.test(paths)
 
@@ -114,15 +108,11 @@ def culprit(environment: Environment, paths: Sequence[str]) -> str:
     for name, version in environment.versions().items():
         if version != tested[name]:
             environment.install(f"{name}=={tested[name]}")
-            fine = environment.test(paths).failed == 0
+            _, failed, _ = environment.test(paths)
             environment.install(f"{name}=={version}")
-            if fine:
+            if not failed:
                 return f"{name} {version} breaks it, {tested[name]} does not"
     return "no single library's newest version: it fails with each one put back too"
-
-
-def shown(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def main() -> None:
@@ -142,11 +132,11 @@ def main() -> None:
             environment = Environment(folder / row)
             run("uv", "venv", "--quiet", "--clear", "--python", python, str(environment.folder))
             print(f"Python {python}, {versions} versions", flush=True)
-            for group, result in results(environment, wheel, versions):
-                line = f"  {group:12} {result.passed:5} passed {result.failed:3} failed {result.skipped:3} skipped"
+            for group, (passed, failed, skipped) in results(environment, wheel, versions):
+                line = f"  {group:12} {passed:5} passed {failed:3} failed {skipped:3} skipped"
                 print(line, flush=True)
                 table.append(f"{row:20} {line}")
-                if result.failed:
+                if failed:
                     why = culprit(environment, {**CORE, **ADAPTERS}[group]) if versions == "newest" else ""
                     broken.append(f"Python {python}, {versions}: {group} breaks. {why}")
             if not asked.folder:

@@ -65,7 +65,7 @@ class Environment:
     def test(self, paths: Sequence[str]) -> tuple[int, int, int]:
         """How many tests passed, failed and were skipped."""
         report = self.folder / "report.xml"
-        command = [self.python, "-m", "pytest", "-p", "no:cacheprovider", f"--junit-xml={report}", *paths]
+        command = [str(self.python), "-m", "pytest", "-p", "no:cacheprovider", f"--junit-xml={report}", *paths]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         (self.folder / f"{Path(paths[0]).stem}.log").write_text(done.stdout, encoding="utf-8")
         if done.returncode > 1:

@@ -192,7 +192,7 @@ def benchmarks() -> str:
 
 def _order(path: Path) -> tuple[bool, str]:
     """What everybody uses comes first: learned merges last."""
-    return path.stem.startswith(("learned", "ziplora")), path.name
+    return path.stem.startswith(("learned", "miniature", "ziplora")), path.name
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -155,6 +155,13 @@ def test_a_half_drawn_batch_is_drawn_as_a_whole(paper: Job, tmp_path: Path) -> N
     assert not drawing.draw(job, none)
 
 
+def test_pictures_depend_on_the_precision_and_the_device_that_draw_them(paper: Job) -> None:
+    half = replace(paper.protocol, base=replace(paper.protocol.base, dtype="bfloat16"))
+    jobs = [paper, replace(paper, device="cuda"), stand_ins.job(half, paper.out)]
+
+    assert len({drawing.depends_on(job, None, 4) for job in jobs}) == 3
+
+
 def test_batches_leave_no_prompt_a_smaller_one() -> None:
     assert [drawing.batch_size(seeds, 4) for seeds in (1, 2, 4, 5, 6, 8)] == [1, 2, 4, 1, 3, 4]
 
@@ -204,6 +211,7 @@ def test_true_pictures_are_drawn_twice_from_different_seeds(mini: Job) -> None:
         (["--base", "./nowhere"], "No miniature base in"),
         (["--preset", "maxi"], "Unknown preset 'maxi'"),
         (["--seeds", "0"], "wanted one or more"),
+        (["--data", "photos"], "--data photos: the pictures of 'mini' are drawn"),
         (["--device", "cuda", "--processes", "2"], "one, or several on a CPU"),
     ],
 )

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from loramerge import LoRA
 from loramerge.adapters.generation import Sampling, Use, generate
 
 from .bases import drawing_pipeline
 from .job import Job, cleared
-from .ledger import fingerprint
-from .loras import merged
+from .ledger import fingerprint, versions
+from .loras import LIBRARIES, merged
 from .protocol import Setting
 
 
@@ -21,9 +22,7 @@ def draw(job: Job, setting: Setting) -> bool:
     drawing, shots = job.protocol.drawing, job.shots(setting)
     lora = merged(job, setting)
     batch = batch_size(len(job.seeds(setting)), drawing.batch)
-    found = fingerprint(
-        drawing.steps, drawing.guidance, drawing.scheduler, batch, lora and lora.sha256, job.base_digest
-    )
+    found = depends_on(job, lora, batch)
     folder, known = job.pictures / setting.name, f"pictures/{setting.name}"
     if job.ledger.has(known, found):
         _remove_parts([shot.path for shot in shots], batch)
@@ -45,6 +44,22 @@ def draw(job: Job, setting: Setting) -> bool:
         base=job.protocol.base.model.rsplit("/", 1)[-1] if job.protocol.base.miniature else None,
     )
     return True
+
+
+def depends_on(job: Job, lora: LoRA | None, batch: int) -> str:
+    """The fingerprint of all that a setting's pictures depend on beside prompts and seeds, which their names have."""
+    drawing = job.protocol.drawing
+    return fingerprint(
+        drawing.steps,
+        drawing.guidance,
+        drawing.scheduler,
+        batch,
+        lora and lora.sha256,
+        job.base_digest,
+        job.protocol.base.dtype,
+        job.device,
+        versions(*LIBRARIES),
+    )
 
 
 def _remove_parts(paths: Sequence[Path], batch: int) -> None:

@@ -2,14 +2,12 @@
 
 import shutil
 from dataclasses import asdict
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import loramerge as lm
 from loramerge import LoRA
 from loramerge.adapters.images import digest, pictures
-from loramerge.errors import OptionError
 from loramerge.storage.folders import made
 
 from . import bases
@@ -118,8 +116,4 @@ def _learned(job: Job, setting: Setting, loras: list[LoRA]) -> LoRA:
     kind: Any = "gram" if options.get("granularity") in ("column", "full") else "core"
     given = {key: options.pop(key) for key in ("batches", "batch_size") if key in options}
     moments = calibrate(denoiser.predict, denoiser.models, loras, draw, kind=kind, seed=training.seed, **given)
-    try:
-        signature(lsq).bind(loras, moments, **options)
-    except TypeError as error:
-        raise OptionError(f"The setting {setting.name}: {error}.") from None
     return lsq(loras, moments, **options)[0]

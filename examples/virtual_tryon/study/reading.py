@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_args
 from loramerge import toml
 from loramerge.adapters.pixels import Box
 from loramerge.errors import FileError, OptionError
+from loramerge.learned.settings import settings
 from loramerge.methods import METHODS
 from loramerge.storage.reader import read_text
 from loramerge.toml import Table
@@ -90,7 +91,7 @@ def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
     prompts = Table(top.get("prompts", dict, default={}), f"{where}: prompts", top.data.get("prompts", {}))
     if STUDY not in prompts.data:
         raise OptionError(f"{where}: prompts: there is no list called {STUDY!r}.")
-    settings = each("settings", _setting)
+    compared = each("settings", _setting)
     return Protocol(
         name=name,
         title=top.get("title", str, default=name),
@@ -102,7 +103,7 @@ def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
         concepts=each("concepts", lambda entry, place: _concept(entry, place, folder)),
         mixed=each("mixed", lambda entry, place: _filled(Mixed, entry, place)),
         prompts={key: prompts.texts(key) for key in prompts.data},
-        settings=(*settings, *_sensitivity(top.data.get("sensitivity"), f"{where}: sensitivity")),
+        settings=(*compared, *_sensitivity(top.data.get("sensitivity"), f"{where}: sensitivity")),
         notes=top.texts("notes"),
     )
 
@@ -166,6 +167,8 @@ def _text(table: Table, key: str) -> str:
     return str(table.get(key, str))
 
 
+LSQ = ("granularity", "ridge", "prior", "solver", "batches", "batch_size")
+"""Options of a least-squares merge: those of `lsq`, and of its calibration."""
 SETTING = ("name", "label", "family", "loras", "method", "weights", "options", "learn", "prompts", "seeds")
 
 
@@ -179,6 +182,8 @@ def _setting(data: Any, where: str) -> Setting:
     try:
         if learn is None:
             METHODS[method].check(options)
+        else:
+            _check_learned(table, learn, options)
     except OptionError as error:
         raise OptionError(f"{where}: {error}") from None
     return Setting(
@@ -193,6 +198,18 @@ def _setting(data: Any, where: str) -> Setting:
         prompts=table.get("prompts", str, default=STUDY),
         seeds=table.get("seeds", int),
     )
+
+
+def _check_learned(table: Table, learn: Learned, options: dict[str, Any]) -> None:
+    """Refuse what a learned merge does not take, before hours of training."""
+    idle = [key for key in ("method", "weights") if key in table.data]
+    if idle:
+        raise OptionError(f"{idle[0]} has no effect on a merge that is learned.")
+    if learn == "ziplora":
+        settings(**options)
+    unknown = [key for key in options if learn == "lsq" and key not in LSQ]
+    if unknown:
+        raise OptionError(f"Unknown option {unknown[0]!r}. Available: {', '.join(LSQ)}.")
 
 
 def _weights(table: Table) -> tuple[float, ...] | str | None:

@@ -58,7 +58,7 @@ def _fingerprint(job: Job) -> str:
             protocol.data, _sets(job), protocol.mixed, protocol.prompts, code, bases.resolution(protocol.base)
         )
     own = {name: digest(pictures(job.set_folder(name))) for name in _plain(job)}
-    return fingerprint(own, protocol.mixed)
+    return fingerprint(own, protocol.mixed, {name: protocol.concept(name).identifier for name in own})
 
 
 def _sets(job: Job) -> list[str]:

@@ -73,6 +73,13 @@ def test_the_miniature_is_scored_against_the_truth(mini: Job) -> None:
     assert "True pictures: all concepts" in page
 
 
+def test_tables_promise_no_interval_over_too_few_seeds(mini: Job) -> None:
+    text = (mini.out / "report.md").read_text()
+
+    assert "where there are 5 or more]. Seeds: 1 of a setting, 2 of true pictures." in text
+    assert "interval over 1 seeds" not in text
+
+
 def test_a_second_run_finds_all_done_and_reports_the_same(paper: Job, mini: Job, tmp_path: Path) -> None:
     for job in (paper, mini):
         before = [(job.out / name).read_bytes() for name in RESULTS]

@@ -92,7 +92,9 @@ def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
         protocol = replace(protocol, scorer=replace(protocol.scorer, model=located(options.scorer, Path.cwd())))
     if options.data:
         if protocol.data.source != "folders":
-            raise OptionError(f"--data {options.data}: the pictures of {protocol.name!r} are drawn, not read from folders.")
+            raise OptionError(
+                f"--data {options.data}: the pictures of {protocol.name!r} are drawn, not read from folders."
+            )
         protocol = replace(protocol, data=replace(protocol.data, folder=str(options.data)))
     return protocol
 

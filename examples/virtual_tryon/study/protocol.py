@@ -52,6 +52,9 @@ class Data:
     """Of ``drawn``: true pictures of a prompt."""
     seed: int = 42
 
+    def __post_init__(self) -> None:
+        _at_least_one("data", count=self.count, truths=self.truths)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -78,6 +81,9 @@ class Drawing:
     scheduler: str | None = None
     seeds: int = 8
     batch: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least_one("drawing", steps=self.steps, seeds=self.seeds, batch=self.batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +227,12 @@ def grid(loras: tuple[str, ...], values: Iterable[float], *, prompts: str, seeds
 def located(model: str, folder: Path) -> str:
     """A model's directory from the protocol's own on, where it is one; a Hub's name stays what it is."""
     return str((folder / model).resolve()) if model.startswith(".") else model
+
+
+def _at_least_one(what: str, **numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise OptionError(f"{what}: {name}: got {number}, wanted a number from 1.")
 
 
 def _no_doubles(what: str, names: Iterable[str]) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from loramerge.adapters.bootstrap import FEWEST
+
 from .content import Table
 from .orderings import Comparison, Decision
 from .published import published
@@ -27,7 +29,7 @@ def scores(group: Group, names: Sequence[str], view: str, *, beside: bool) -> Ta
         cells = [_strong(f"{found.mean(name, r):.3f}", name == top[r]) for r in references]
         rows.append((group.label(name), *cells, *(_published(name, r) for r in theirs)))
     head = ("Setting", *references, *(f"published: {r}" for r in theirs))
-    return Table(head, tuple(rows), f"Mean cosine [95 % interval over {_seeds(group)} seeds].")
+    return Table(head, tuple(rows), _note(group, names))
 
 
 def _published(setting: str, reference: str) -> str:
@@ -39,8 +41,12 @@ def _strong(text: str, yes: bool) -> str:
     return f"**{text}**" if yes else text
 
 
-def _seeds(group: Group) -> int:
-    return group.job.protocol.drawing.seeds
+def _note(group: Group, names: Sequence[str]) -> str:
+    """What the numbers are, and over how many seeds."""
+    protocol = group.job.protocol
+    true = f", {protocol.data.truths} of true pictures" if any(name.startswith(":") for name in names) else ""
+    told = f"Seeds: {protocol.drawing.seeds} of a setting{true}."
+    return f"Mean cosine [95 % interval over seeds, where there are {FEWEST} or more]. {told}"
 
 
 def columns(group: Group, view: str) -> Table:

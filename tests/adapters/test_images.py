@@ -30,6 +30,32 @@ def test_one_caption_serves_pictures_without_their_own(folder: Path) -> None:
     assert [p.caption for p in pictures(folder, "a jersey")] == ["a person", "a jersey"]
 
 
+def test_the_mark_that_windows_begins_a_text_with_is_no_part_of_a_caption(folder: Path) -> None:
+    (folder / "a.txt").write_text("a person", encoding="utf-8-sig")
+    listed = json.dumps({"file_name": "b.jpg", "text": "a jersey"})
+    (folder / "metadata.jsonl").write_text(listed, encoding="utf-8-sig")
+    assert [p.caption for p in pictures(folder)] == ["a person", "a jersey"]
+
+
+def test_a_caption_of_nothing_is_none(folder: Path) -> None:
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.jpg", "text": None}))
+    with pytest.raises(FileError, match="2 of 2 images have no caption"):
+        pictures(folder)
+
+
+def test_a_caption_that_is_not_utf_8_is_named(folder: Path) -> None:
+    (folder / "a.txt").write_bytes("un caf\xe9".encode("latin-1"))
+    with pytest.raises(FileError, match=r"a\.txt: it is not UTF-8"):
+        pictures(folder, "a jersey")
+
+
+@pytest.mark.parametrize(("name", "why"), [("c.png", "not there"), ("notes.md", "a file that does not end in .png")])
+def test_a_list_that_names_another_file_is_refused(folder: Path, name: str, why: str) -> None:
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a jersey"}))
+    with pytest.raises(FileError, match=f"metadata.jsonl names {name!r}, which is {why}"):
+        pictures(folder, "a jersey")
+
+
 def test_the_middle_square_is_cut_out(tmp_path: Path) -> None:
     values = np.zeros((6, 10, 3), np.uint8)
     values[:, 2:8] = 255

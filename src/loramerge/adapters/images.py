@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
+from ..storage.reader import read_text
 from ..tensors import Array
-from .pixels import bytes_of, images_in, opened, read
+from .pixels import SUFFIXES, bytes_of, images_in, opened, read
 
 LANCZOS = 1
 """Pillow's number of the filter."""
@@ -56,6 +57,7 @@ def pictures(folder: str | os.PathLike[str], caption: str | None = None) -> list
     place = Path(folder).expanduser()
     files = images_in(place)
     said = _metadata(place)
+    _check_listed(place, files, said)
     found = [Picture(file, _caption(file, said) or caption or "") for file in files]
     bare = [picture.path.name for picture in found if not picture.caption]
     if bare:
@@ -66,18 +68,29 @@ def pictures(folder: str | os.PathLike[str], caption: str | None = None) -> list
     return found
 
 
+def _check_listed(folder: Path, files: Sequence[Path], said: dict[str, str]) -> None:
+    """Refuse a list that names what is no picture of the folder: it would be left out in silence."""
+    there = {file.name for file in files}
+    lost = [name for name in said if name not in there]
+    if lost:
+        why = f"a file that does not end in {', '.join(SUFFIXES)}" if (folder / lost[0]).is_file() else "not there"
+        raise FileError(
+            f"{folder / METADATA} names {lost[0]!r}, which is {why}. Wanted names of the folder's own images."
+        )
+
+
 def _metadata(folder: Path) -> dict[str, str]:
     """Captions by file name."""
     path = folder / METADATA
     if not path.exists():
         return {}
     said = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            said[str(entry["file_name"])] = next(str(entry[c]).strip() for c in COLUMNS if c in entry)
+            said[str(entry["file_name"])] = next(str(entry[c] or "").strip() for c in COLUMNS if c in entry)
         except (ValueError, TypeError, KeyError, StopIteration):
             raise FileError(
                 f'{path}, line {number}: wanted {{"file_name": "1.png", "text": "a caption"}}, got {line[:80]}'
@@ -88,8 +101,13 @@ def _metadata(folder: Path) -> dict[str, str]:
 def _caption(file: Path, said: dict[str, str]) -> str:
     beside = file.with_suffix(".txt")
     if file.name not in said and beside.exists():
-        return beside.read_text(encoding="utf-8").strip()
+        return _text(beside).strip()
     return said.get(file.name, "")
+
+
+def _text(path: Path) -> str:
+    """A text file; Windows' editors begin it with a mark that is no part of a caption."""
+    return read_text(path).removeprefix("\ufeff")
 
 
 def cropped(path: Path, resolution: int) -> Cropped:

@@ -38,7 +38,7 @@ def generate(
         str | None, typer.Option("--scheduler", help="A class of diffusers, such as DPMSolverMultistepScheduler.")
     ] = None,
     batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Pictures drawn together; they are the same for any.")
+        int, typer.Option("--batch", min=1, help="Pictures drawn together; how many changes no more than rounding.")
     ] = 4,
     device: Annotated[str | None, typer.Option("--device", help="CUDA where there is one, by default.")] = None,
     dtype: Annotated[

@@ -147,8 +147,10 @@ class Denoiser:
         dtype = vae.dtype
         with torch.no_grad(), self._at_work(vae):
             nn.Module.to(vae, torch.float32)  # SDXL's overflows in float16, and this is done once
-            found = vae.encode(pixels.to(self.device)).latent_dist.mode().cpu()
-            nn.Module.to(vae, dtype)
+            try:
+                found = vae.encode(pixels.to(self.device)).latent_dist.mode().cpu()
+            finally:
+                nn.Module.to(vae, dtype)
         mean, std = (_statistic(vae.config, name) for name in ("latents_mean", "latents_std"))
         if mean is not None and std is not None:
             latents = (found - mean) * vae.config.scaling_factor / std

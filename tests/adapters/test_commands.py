@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pytest
 import tiny
 from commands import done, run
 from diffusers import DiffusionPipeline
+from typer import Exit
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.cli.learning import loss_table
+from loramerge.cli import learning
+from loramerge.cli.learning import interruptible, loss_table
 from loramerge.coefficients import Coefficients
 from loramerge.errors import LoRAMergeError
-from loramerge.testing import relative_error
+from loramerge.testing import random_lora, relative_error
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "virtual_tryon" / "weights" / "base"
 PROMPTED = ("-p", tiny.PROMPTS[0], "-p", tiny.PROMPTS[1], "--sampling-steps", "2", "--trajectories", "1")
@@ -152,8 +155,6 @@ def test_mistakes_are_told_before_the_model_is_read(
 
 
 def test_prompts_without_the_trigger_are_only_hinted_at(files: list[Path], base: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     said = replace(lm.load(files[0]), metadata={"modelspec.trigger_phrase": "psq-person"})
     shared = (lm.save(said, tmp_path / "said.safetensors"), files[1], "-b", base, "-o", tmp_path / "z.safetensors")
     quick = ("--device", "cpu", "-s", "steps=0", "-s", "init=ones", "-s", "loss=mse", *PROMPTED[4:])
@@ -161,6 +162,28 @@ def test_prompts_without_the_trigger_are_only_hinted_at(files: list[Path], base:
 
     assert hint in done("zip", *shared, *quick, "-p", "a person", "-p", "a jersey")
     assert hint not in done("zip", *shared, *quick, *PROMPTED[:4])
+
+
+def test_one_who_interrupts_learning_is_told_of_the_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / "state.safetensors"
+    state.touch()
+
+    with pytest.raises(Exit) as stopped, interruptible(state):
+        raise KeyboardInterrupt
+
+    assert stopped.value.exit_code == 130
+    assert f"The state is in {state}; the same command goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("phrase", ["psq-person", "someone, psq-person", "psq-person,"])
+def test_a_trigger_is_found_among_several(phrase: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = random_lora("sd15", rank=1, only=lambda module, shape: module.endswith("mid_block.attentions.0.proj_in"))
+    lora = replace(small, metadata={"modelspec.trigger_phrase": phrase})
+
+    learning._hint([lora], [["psq-person on a beach"]])
+    assert not capsys.readouterr().err
+    learning._hint([lora], [["a person on a beach"]])
+    assert f"its trigger is {phrase!r}" in capsys.readouterr().err
 
 
 def test_coefficients_are_shown_by_block(tmp_path: Path) -> None:

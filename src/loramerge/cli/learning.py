@@ -1,7 +1,8 @@
 """What ``zip``, ``calibrate`` and ``train`` share: options, the base model, the examples, where the result goes."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -172,13 +173,30 @@ def _hint(loras: "Sequence[LoRA]", prompts: Sequence[Sequence[str]]) -> None:
     """Say so where no prompt has the words that a LoRA's own metadata name."""
     for lora, mine in zip(loras, prompts, strict=False):
         phrase = lora.metadata.get("modelspec.trigger_phrase", "")
-        if phrase and not any(word in prompt for prompt in mine for word in phrase.split(",")):
+        words = [word.strip() for word in phrase.split(",") if word.strip()]
+        if words and not any(word in prompt for prompt in mine for word in words):
             print(f"Hint: {lora.name} says that its trigger is {phrase!r}; no prompt of it has that.", file=sys.stderr)
 
 
 def identity(denoiser: "Denoiser", data: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """What a merge is learned on, for its metadata, and for checkpoints to agree in."""
     return {**denoiser.identity, "data": dict(data), "processes": processes}
+
+
+def kept_in(state: Path | None) -> str:
+    """What one who interrupts a run is told of its state."""
+    there = state is not None and state.exists()
+    return f" The state is in {state}; the same command goes on from there." if there else ""
+
+
+@contextmanager
+def interruptible(state: Path | None) -> Iterator[None]:
+    """Leave the program with a word on how to go on where the user interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nInterrupted.{kept_in(state)}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 def loss_table(losses: Sequence[tuple[str, Sequence[float]]]) -> str:

@@ -252,9 +252,8 @@ class _Job:
 
     def _leave(self, losses: Sequence[float], writes: bool) -> None:
         if writes:
-            there = self.checkpoint.exists()
-            kept = f"The state is in {self.checkpoint}; the same command goes on from there." if there else ""
-            print(f"\nInterrupted after {len(losses)} steps of this run. {kept}".rstrip(), file=sys.stderr)
+            kept = given.kept_in(self.checkpoint)
+            print(f"\nInterrupted after {len(losses)} steps of this run.{kept}", file=sys.stderr)
         raise typer.Exit(130)
 
 

@@ -118,23 +118,25 @@ def _run(
     asked = replace(asked, quiet=quiet)
     denoiser = given.denoiser_of(asked, together, planned.loras)
     names = [lora.name for lora in planned.loras]
+    state = together.own(checkpoint) if checkpoint else None
     with within_memory(asked.resolution or denoiser.resolution, chosen.batch_size, len(planned.loras)):
         draw = given.examples_of(asked, denoiser, planned.loras)
         denoiser.release()
-        learned = ziplora(
-            denoiser.predict,
-            denoiser.models,
-            planned.loras,
-            draw,
-            chosen,
-            weights=shares,
-            checkpoint=together.own(checkpoint) if checkpoint else None,
-            every=every,
-            on_step=None if quiet else Losses(names, checkpoint),
-            reduce=together.reduce,
-            shard=together.shard,
-            identity=given.identity(denoiser, draw.description, together.size),
-        )
+        with given.interruptible(state if together.writes else None):
+            learned = ziplora(
+                denoiser.predict,
+                denoiser.models,
+                planned.loras,
+                draw,
+                chosen,
+                weights=shares,
+                checkpoint=state,
+                every=every,
+                on_step=None if quiet else Losses(names, checkpoint),
+                reduce=together.reduce,
+                shard=together.shard,
+                identity=given.identity(denoiser, draw.description, together.size),
+            )
     if together.writes:
         if not quiet:
             fits = [[step.fits[i] for step in learned.history] for i in range(len(names))]

@@ -24,7 +24,7 @@ from loramerge.adapters.pixels import Box, Preprocessing, read
 from loramerge.adapters.recipes import save_png
 from loramerge.adapters.scoring import Reference, Scores, score, shots_of
 from loramerge.cli.app import app
-from loramerge.errors import FileError, LoRAMergeError, MissingExtraError, NumberError, OptionError
+from loramerge.errors import DeviceMemoryError, FileError, LoRAMergeError, MissingExtraError, NumberError, OptionError
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 
@@ -518,3 +518,12 @@ def test_wrong_usage_says_what_is_wrong(
     assert result.exit_code == 1
     assert isinstance(result.exception, LoRAMergeError)
     assert message in str(result.exception)
+
+
+def test_an_encoder_that_runs_out_of_memory_says_what_to_lower(tmp_path: Path) -> None:
+    def hungry(images: Sequence[Image.Image]) -> np.ndarray:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    toys.picture(0).save(tmp_path / "a.png")
+    with pytest.raises(DeviceMemoryError, match=r"Out of memory with 1 pictures at a time.*--batch"):
+        embed(Encoder(hungry, "hungry"), [tmp_path / "a.png"])

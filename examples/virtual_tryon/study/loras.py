@@ -96,24 +96,31 @@ def _data(job: Job, setting: Setting) -> Any:
 
 def _learned(job: Job, setting: Setting, loras: list[LoRA]) -> LoRA:
     """A merge that is learned on the base, from the pictures that the LoRAs were trained on."""
-    from loramerge.adapters.diffusers import from_images
-    from loramerge.learned.calibration import calibrate
-    from loramerge.learned.lsq import lsq
-    from loramerge.learned.ziplora import settings, ziplora
+    from loramerge.adapters.diffusers import from_images, within_memory
 
     training = job.protocol.training
     denoiser = bases.denoiser(job.protocol.base, job.device, checkpointing=training.checkpointing)
     denoiser.check(loras)
     folders = [job.set_folder(name) for name in setting.loras]
-    draw = from_images(denoiser, folders, resolution=training.resolution, flip=training.flip)
-    denoiser.release()
-    if setting.learn == "ziplora":
-        learned = ziplora(
-            denoiser.predict, denoiser.models, loras, draw, settings(**{"seed": training.seed, **setting.options})
-        )
-        return learned.lora
-    options = dict(setting.options)
+    examples = int(setting.options.get("batch_size", 1))
+    with within_memory(training.resolution or denoiser.resolution, examples, len(loras)):
+        draw = from_images(denoiser, folders, resolution=training.resolution, flip=training.flip)
+        denoiser.release()
+        learn = _by_gradient if setting.learn == "ziplora" else _in_closed_form
+        return learn(denoiser, loras, draw, {"seed": training.seed, **setting.options})
+
+
+def _by_gradient(denoiser: Any, loras: list[LoRA], draw: Any, options: dict[str, Any]) -> LoRA:
+    from loramerge.learned.ziplora import settings, ziplora
+
+    return ziplora(denoiser.predict, denoiser.models, loras, draw, settings(**options)).lora
+
+
+def _in_closed_form(denoiser: Any, loras: list[LoRA], draw: Any, options: dict[str, Any]) -> LoRA:
+    from loramerge.learned.calibration import calibrate
+    from loramerge.learned.lsq import lsq
+
     kind: Any = "gram" if options.get("granularity") in ("column", "full") else "core"
-    given = {key: options.pop(key) for key in ("batches", "batch_size") if key in options}
-    moments = calibrate(denoiser.predict, denoiser.models, loras, draw, kind=kind, seed=training.seed, **given)
+    given = {key: options.pop(key) for key in ("batches", "batch_size", "seed") if key in options}
+    moments = calibrate(denoiser.predict, denoiser.models, loras, draw, kind=kind, **given)
     return lsq(loras, moments, **options)[0]

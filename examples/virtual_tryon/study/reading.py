@@ -167,7 +167,7 @@ def _text(table: Table, key: str) -> str:
     return str(table.get(key, str))
 
 
-LSQ = ("granularity", "ridge", "prior", "solver", "batches", "batch_size")
+LSQ = ("granularity", "ridge", "prior", "solver", "batches", "batch_size", "seed")
 """Options of a least-squares merge: those of `lsq`, and of its calibration."""
 SETTING = ("name", "label", "family", "loras", "method", "weights", "options", "learn", "prompts", "seeds")
 

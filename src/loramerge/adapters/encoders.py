@@ -11,6 +11,7 @@ from ..errors import NumberError, OptionError
 from ..storage.folders import made
 from ..storage.writer import Progress, write_bytes
 from ..tensors import Array, is_torch
+from .memory import memory_for
 from .pixels import Box, bytes_of, downscaled, read
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Embed: TypeAlias = Callable[[Sequence["Image"]], Array]
 """Pictures in RGB to one vector each: an array ``(n, d)``, numpy's or torch's."""
+WAYS_OUT = "Ways out: fewer at a time (--batch), or the CPU (--device cpu)."
+"""Of too little memory."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def embed(
         FileError: A picture can't be read.
         OptionError: The encoder gives something else than one vector a picture.
         NumberError: A vector holds NaN or infinity.
+        DeviceMemoryError: The memory does not suffice: what to lower.
     """
     import numpy as np
 
@@ -83,7 +87,10 @@ def embed(
 def _embedded(encoder: Encoder, files: Sequence[Path], box: Box) -> Iterator[tuple[Sequence[Path], Array]]:
     for start in range(0, len(files), encoder.batch):
         part = files[start : start + encoder.batch]
-        yield part, _checked(encoder.embed([box.of(read(file)) for file in part]), part, encoder.name)
+        images = [box.of(read(file)) for file in part]
+        with memory_for(f"{len(part)} pictures at a time", WAYS_OUT):
+            vectors = encoder.embed(images)
+        yield part, _checked(vectors, part, encoder.name)
 
 
 def _checked(vectors: Array, files: Sequence[Path], name: str) -> Array:

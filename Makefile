@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Which PyTorch: without a GPU the CPU build spares gigabytes, TORCH='torch --index-url https://download.pytorch.org/whl/cpu'.
+TORCH ?= torch
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
@@ -9,7 +11,7 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch
+	$(INSTALL) $(TORCH)
 	$(INSTALL) --editable .
 	@touch $@
 

@@ -24,7 +24,7 @@ use: it knows {words} tokens and one world.
 pipe = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32, trust_remote_code=True)
 ```
 
-`trust_remote_code` is for `vae/patch_vae.py`, forty lines that project patches on principal components;
+`trust_remote_code` is for `vae/patch_vae.py`, a short file that projects patches on principal components;
 `examples/virtual_tryon/model.py: load` does without it. Sample with `DPMSolverMultistepScheduler`, 20 steps, guidance 2.
 
 ## Data

@@ -1,4 +1,4 @@
-"""A miniature of Stable Diffusion XL: the same classes, names and conditioning, 370 times smaller.
+"""A miniature of Stable Diffusion XL: the same classes, names and conditioning, some 400 times smaller.
 
     tokenizers      400 tokens, learned from the world's captions
     text encoders   2 layers × 64 and 3 layers × 80 wide; the UNet sees both side by side (144) and the second's projection

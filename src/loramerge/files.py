@@ -142,11 +142,6 @@ def _copied(value: Any) -> Any:
     return copy() if copy else value
 
 
-def locate(source: str | os.PathLike[str]) -> str:
-    """The file or directory that a path or a Hub name means; from the Hub it is fetched."""
-    return _found(source)[0]
-
-
 def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
     """The file or directory, and its name for others: without the directories above it, or the Hub's."""
     text = os.fspath(source)

@@ -113,6 +113,11 @@ def test_calibrate_keeps_moments_for_another_granularity(files: list[Path], base
     assert recipes[0]["learned_on"] == recipes[1]["learned_on"]
     assert recipes[0]["learned_on"]["calibration"] == {"batches": 2, "batch_size": 1, "seed": 0}
     assert not same(lm.load(first), lm.load(second))
+    done("calibrate", *shared, "-b", base, *PROMPTED, "-g", "column", "-o", second, "--batches", "2")
+    with pytest.raises(LoRAMergeError, match=r"were taken with other calibration and trajectories\. Ways out"):
+        done("calibrate", *shared, "-b", base, *PROMPTED[:-1], "3", "-o", second)
+    with pytest.raises(LoRAMergeError, match=r"were taken with other base\. Ways out"):
+        done("calibrate", *shared, "-b", tmp_path, *PROMPTED, "-o", second, "--batches", "2")
     with pytest.raises(LoRAMergeError, match="stand in another order"):
         done("calibrate", *reversed(files), "--moments", kept, "-o", first)
 

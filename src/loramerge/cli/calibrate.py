@@ -3,7 +3,7 @@
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,8 @@ from .options import Dtype, Files, Output, Quiet, To, TrustRemoteCode
 from .run import progress, table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ..learned.lsq import Report
     from ..learned.moments import Kind, Moments
     from ..merging import Plan
@@ -101,7 +103,9 @@ def calibrate(
     )
     planned = given.plan_of(files, architecture, output, to)
     if moments and moments.exists():
-        taken: Moments | None = Moments.load(moments)
+        kept = Moments.load(moments)
+        _check_same(kept.identity, asked, batches, batch_size, moments)
+        taken: Moments | None = kept
     else:
         kind: Kind = "gram" if granularity in ("column", "full") else "core"
         taken = _taken(asked, planned, kind, batches, batch_size, moments)
@@ -111,6 +115,27 @@ def calibrate(
     if not quiet:
         print(_table(report, planned.architecture))
     given.write(merged, output, to, dtype, quiet)
+
+
+def _check_same(said: "Mapping[str, Any]", asked: given.Given, batches: int, batch_size: int, path: Path) -> None:
+    """Refuse moments that were taken of something else, where --base asks for a calibration again.
+
+    Raises:
+        OptionError: The base model, the examples or their number are others.
+    """
+    from ..adapters.diffusers.denoiser import called
+
+    if not asked.base or "base" not in said:
+        return
+    calibration = {"batches": batches, "batch_size": batch_size, "seed": asked.seed}
+    wanted = {"base": called(asked.base), "text_encoders": asked.text_encoders, "calibration": calibration}
+    found = {**said, **said["data"]}
+    others = [name for name, value in (wanted | asked.described()).items() if found.get(name) != value]
+    if others:
+        raise OptionError(
+            f"The moments in {path} were taken with other {' and '.join(others)}. Ways out: another file for --moments, "
+            "or no --base, which takes them as they are."
+        )
 
 
 def _taken(

@@ -68,6 +68,30 @@ class Given:
     snr_gamma: float | None = None
     seed: int = 0
 
+    @property
+    def texts(self) -> list[list[str]]:
+        """The prompts of each file."""
+        return [[text.strip() for text in prompt.split("|")] for prompt in self.prompts]
+
+    @property
+    def captions(self) -> list[str | None]:
+        """For the images of each file that have none."""
+        return [texts[0] for texts in self.texts] or [None] * len(self.data)
+
+    def described(self) -> dict[str, Any]:
+        """What is known of the examples without the model, as their own description has it."""
+        from ..adapters.images import digest, pictures
+
+        chosen = {"resolution": self.resolution, "guidance": None if self.data else self.guidance}
+        known = {name: value for name, value in chosen.items() if value is not None}
+        if self.data:
+            found = [pictures(folder, caption) for folder, caption in zip(self.data, self.captions, strict=False)]
+            images = [{"count": len(mine), "sha256": digest(mine)} for mine in found]
+            return known | {"images": images, "flip": self.flip}
+        if self.prompts:
+            known |= {"prompts": self.texts, "steps": self.sampling_steps, "trajectories": self.trajectories}
+        return known
+
     def check(self) -> None:
         """Refuse what can't work before anything large is read."""
         from ..adapters.images import pictures
@@ -90,8 +114,8 @@ class Given:
         if self.resolution is not None and self.resolution < 1:
             raise OptionError(f"--resolution is a number of pixels from 1, got {self.resolution}.")
         need("Learning on a model", "diffusers", "transformers", "accelerate")
-        for i, folder in enumerate(self.data):
-            pictures(folder, self.prompts[i] if self.prompts else None)
+        for folder, caption in zip(self.data, self.captions, strict=False):
+            pictures(folder, caption)
 
 
 def parsed(name: str, text: str, before: Any) -> Any:
@@ -140,15 +164,14 @@ def examples_of(given: Given, denoiser: "Denoiser", loras: "Sequence[LoRA]") -> 
     """Examples of every LoRA, from its pictures or of its own making."""
     from ..adapters.diffusers import from_images, from_prompts
 
-    prompts = [[text.strip() for text in prompt.split("|")] for prompt in given.prompts]
     if not given.quiet:
-        _hint(loras, prompts)
+        _hint(loras, given.texts)
     if given.data:
         with progress("Encoding images", given.quiet) as report:
             return from_images(
                 denoiser,
                 given.data,
-                prompts=[prompt[0] for prompt in prompts],
+                prompts=given.captions,
                 resolution=given.resolution,
                 flip=given.flip,
                 snr_gamma=given.snr_gamma,
@@ -158,7 +181,7 @@ def examples_of(given: Given, denoiser: "Denoiser", loras: "Sequence[LoRA]") -> 
         return from_prompts(
             denoiser,
             loras,
-            prompts,
+            given.texts,
             steps=given.sampling_steps,
             trajectories=given.trajectories,
             guidance=given.guidance,

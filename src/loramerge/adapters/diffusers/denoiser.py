@@ -170,9 +170,8 @@ class Denoiser:
     @property
     def identity(self) -> dict[str, Any]:
         """What model it is and how it computes, for metadata, without the directories of this machine."""
-        local = Path(self.source).expanduser()
         return {
-            "base": (local.name or local.resolve().name) if local.exists() else self.source,
+            "base": called(self.source),
             "pipeline": type(self.pipe).__name__,
             "precision": _called(self.dtype),
             "autocast": _called(self.autocast),
@@ -216,6 +215,12 @@ class Denoiser:
                     f"{lora.name} is a LoRA of {lora.architecture}, and the base model {self.source} is a "
                     f"{type(self.pipe).__name__}: wanted {' or '.join(self.family.architectures)}."
                 )
+
+
+def called(source: str) -> str:
+    """What metadata call a base model: its name on the Hub, or its directory's without those above it."""
+    local = Path(source).expanduser()
+    return (local.name or local.resolve().name) if local.exists() else source
 
 
 class _Nested(nn.Module):

@@ -15,6 +15,7 @@ import pytest
 import tiny
 from commands import done, run
 from diffusers import DiffusionPipeline
+from safetensors.numpy import load_file, save_file
 from typer import Exit
 
 import loramerge as lm
@@ -99,6 +100,19 @@ def test_zip_goes_on_from_its_checkpoint_to_the_same_bits(files: list[Path], bas
     assert not same(half, whole)
     with pytest.raises(LoRAMergeError, match=r"of another run, with other data\."):
         learned("other.safetensors", 5, *state, "--guidance", "2")
+
+
+def test_a_state_of_another_base_of_the_same_name_is_refused(files: list[Path], base: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(base, tmp_path / "elsewhere" / base.name)
+    (weights,) = (other / "unet").glob("*.safetensors")
+    save_file({name: 2 * values for name, values in load_file(weights).items()}, weights)
+    data = [("--data", tiny.images(tmp_path / str(i), None, seed=i)) for i in range(2)]
+    quick = ("-s", "steps=0", "-s", "init=ones", "-s", "loss=mse", "--checkpoint", tmp_path / "state.safetensors")
+    given = (*data[0], *data[1], *PROMPTED[:4], *quick)
+    zipped(files, base, tmp_path / "z.safetensors", *given)
+
+    with pytest.raises(LoRAMergeError, match=r"of another run, with other fingerprint\."):
+        zipped(files, other, tmp_path / "z.safetensors", *given)
 
 
 def test_calibrate_keeps_moments_for_another_granularity(files: list[Path], base: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class Given:
         from ..adapters.images import digest, pictures
 
         chosen = {"resolution": self.resolution, "guidance": None if self.data else self.guidance}
-        known = {name: value for name, value in chosen.items() if value is not None}
+        known: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
         if self.data:
             found = [pictures(folder, caption) for folder, caption in zip(self.data, self.captions, strict=False)]
             images = [{"count": len(mine), "sha256": digest(mine)} for mine in found]
@@ -203,7 +203,10 @@ def _hint(loras: "Sequence[LoRA]", prompts: Sequence[Sequence[str]]) -> None:
 
 def identity(denoiser: "Denoiser", data: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """What a merge is learned on, for its metadata, and for checkpoints to agree in."""
-    return {**denoiser.identity, "data": dict(data), "processes": processes}
+    from ..adapters.loading import fingerprint
+
+    weights = fingerprint(denoiser.pipe)  # two bases may have one name
+    return {**denoiser.identity, "fingerprint": weights, "data": dict(data), "processes": processes}
 
 
 def kept_in(state: Path | None) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from loramerge.adapters.bootstrap import Interval
 from loramerge.adapters.scoring import Row, Scores, Shot
-from virtual_tryon.study.orderings import CLAIMS, Claim, Comparison, decide, decisions, verdict
+from virtual_tryon.study.orderings import CLAIMS, Claim, Comparison, Decision, decide, decisions, verdict
 from virtual_tryon.study.published import SETS, TABLE
 
 
@@ -50,6 +50,15 @@ def test_a_turned_order_does_not_hold_and_disagrees() -> None:
     assert (highest.verdict, highest.published, highest.agrees) == ("does not hold", "holds", False)
     assert highest.weakest[0].lower == "barca"
     assert highest.weakest[1].mean == pytest.approx(0.4036 - 0.6823)
+
+
+def test_the_difference_that_is_shown_is_the_one_that_decides() -> None:
+    claim = Claim("a is highest", tuple(Comparison("a", other, ("profile",)) for other in "bcd"))
+    sure, wide = Interval(0.02, 0.01, 0.03, 8, 16), Interval(0.03, -0.01, 0.07, 8, 16)
+    below, unsure = Interval(-0.01, -0.015, -0.005, 8, 16), Interval(-0.02, -0.05, 0.01, 8, 16)
+
+    for differences, shown in (((sure, wide, sure), wide), ((below, unsure, sure), below)):
+        assert Decision(claim, verdict(differences), differences, None).weakest[1] == shown
 
 
 def test_differences_within_the_noise_are_not_decided() -> None:

@@ -71,7 +71,13 @@ class Decision:
     def weakest(self) -> tuple[Comparison, Interval]:
         """The comparison that speaks least for the claim."""
         pairs = zip(self.claim.comparisons, self.differences, strict=True)
-        return min(pairs, key=lambda pair: pair[1].mean)
+        return min(pairs, key=lambda pair: _support(pair[1]))
+
+
+def _support(difference: Interval) -> tuple[bool, float]:
+    """How much a difference speaks for a claim: least where its interval lies below zero, then by the interval's lower end."""
+    against = difference.high is not None and difference.high < 0
+    return not against, difference.mean if difference.low is None else difference.low
 
 
 def _means(scores: Scores, setting: str, references: Sequence[str]) -> Mapping[tuple[str, int | None], float]:

@@ -74,7 +74,7 @@ def orderings(group: Group, found: Sequence[Decision]) -> Table:
                 {True: "yes", False: "**no**", None: "open"}[decision.agrees],
             )
         )
-    head = ("The order", "Here", "Difference (the smallest, of several)", "In the study's table", "The same?")
+    head = ("The order", "Here", "Difference (of several, the one that decides)", "In the study's table", "The same?")
     note = (
         "Holds: the 95 % interval of every difference, paired by prompt and seed, lies above zero. Does not hold: one lies "
         "below. Otherwise it is not decided within the interval. The study's table has no intervals: its differences count "

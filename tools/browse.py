@@ -1,10 +1,11 @@
-"""Every page of the documentation, opened in Chromium as a reader would: on a desk and on a phone.
+"""Every page of the documentation, or of a study's report, opened in Chromium as a reader would: on a desk and on a phone.
 
     mkdocs build --strict && python tools/browse.py site
+    python tools/browse.py build/study/mini
 
 A page fails if it logs an error, asks another host for anything, shows an image that is not there or has no words
-in its place, is wider than the screen, or links to a page or a heading that does not exist.  The search must find
-something for a few words.  ``--pictures FOLDER`` keeps a picture of every page, to be looked at.
+in its place, is wider than the screen, or links to a page or a heading that does not exist.  The search, where there
+is one, must find something for a few words.  ``--pictures FOLDER`` keeps a picture of every page, to be looked at.
 """
 
 import argparse
@@ -53,7 +54,8 @@ def complaints(events: list[dict[str, Any]], home: str) -> list[str]:
             case "Runtime.exceptionThrown", what:
                 found.append(f"exception: {what['exceptionDetails']['text']}")
             case "Log.entryAdded", {"entry": {"level": "error", "text": text} as entry}:
-                found.append(f"error: {text} {entry.get('url', '')}")
+                if entry.get("url") != f"{home}favicon.ico":  # which a browser asks for unasked
+                    found.append(f"error: {text} {entry.get('url', '')}")
             case "Runtime.consoleAPICalled", {"type": "error" | "warning", "args": said}:
                 found.append(f"console: {[part.get('value') for part in said]}")
             case "Network.requestWillBeSent", {"request": {"url": url}} if not url.startswith((home, "data:", "blob:")):
@@ -93,7 +95,7 @@ def broken_links(pages: dict[str, Any], site: Path, home: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("site", type=Path, help="what mkdocs built")
+    parser.add_argument("site", type=Path, help="a folder of pages")
     parser.add_argument("--pictures", type=Path)
     given = parser.parse_args()
     if given.pictures:
@@ -107,7 +109,7 @@ def main() -> None:
         tab = Tab(profile)
         wrong, pages = inspect(tab, given.site, home, given.pictures)
         wrong += broken_links(pages, given.site, home)
-        for word in WORDS:
+        for word in WORDS if (given.site / "search").is_dir() else ():
             tab.visit(home, WIDTHS[0])
             found = tab.run(SEARCH % json.dumps(word))
             print(f"search for {word}: {', '.join(found[:4]) or 'nothing'}")

@@ -303,11 +303,15 @@ def test_both_factors_carry_the_root_of_the_singular_values(shape: tuple[int, in
     np.testing.assert_allclose(cut.down @ cut.down.T, np.diag(sigma), atol=1e-4)
 
 
-def test_the_zero_matrix_has_zero_factors_and_a_product_its_rank() -> None:
+@pytest.mark.parametrize("shape", [(8, 5), (200, 300)], ids=["whole", "by random projection"])
+def test_the_zero_matrix_has_zero_factors(shape: tuple[int, int]) -> None:
+    cut = linalg.truncate_dense(np.zeros(shape, np.float32), 2)
+
+    assert (cut.energy, float(abs(cut.up @ cut.down).max())) == (0, 0)
+
+
+def test_a_product_has_its_rank() -> None:
     rng = np.random.default_rng(0)
     product = (rng.standard_normal((80, 6)) @ rng.standard_normal((6, 50))).astype(np.float32)
 
-    cut = linalg.truncate_dense(np.zeros((8, 5), np.float32), 2)
-
-    assert (cut.energy, float(abs(cut.up @ cut.down).max())) == (0, 0)
     assert linalg.numerical_rank(product) == linalg.numerical_rank(product.T) == 6

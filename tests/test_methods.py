@@ -227,6 +227,14 @@ def test_a_zero_lora_gives_no_nan(case: Case) -> None:
 
 
 @every_method
+def test_a_module_that_no_lora_has_trained_stays_zero(case: Case) -> None:
+    trained = random_layer((200, 160), rank=2, seed=0)
+    untrained = replace(trained, up=np.zeros_like(trained.up))
+
+    assert not merged(case, [untrained, untrained], rank=2).any()
+
+
+@every_method
 def test_equal_loras_give_no_nan_and_keep_their_direction(case: Case) -> None:
     given = layer("linear", 3, seed=0)
 

@@ -392,7 +392,8 @@ def cholesky(gram: Array) -> Array:
     # The jitter keeps a rank-deficient Gram matrix (two equal LoRAs, a zero row) positive.
     xp = namespace(gram)
     size = gram.shape[0]
-    trace = max(float(xp.linalg.trace(gram)), 1e-300)
+    # The inverse must fit in float32 even when all is zero: an untrained module, a weight of 0.
+    trace = max(float(xp.linalg.trace(gram)), 1e-60)
     return xp.linalg.cholesky(gram + 1e-13 * trace * xp.eye(size, dtype=gram.dtype, device=gram.device))
 
 

@@ -273,6 +273,17 @@ def test_extras_are_kept_and_conflicts_refused() -> None:
         lm.merge([with_extra(1, 1.0), with_extra(2, 2.0)])
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_a_merge_of_float8_files_is_saved_with_more_digits(dtype: str, tmp_path: Path) -> None:
+    loras = [lm.load(small(rank=4, alpha=1.0, seed=i).state_dict("kohya", dtype=dtype)) for i in (1, 2)]
+
+    lm.save(lm.merge(loras, weights=[0.7, 0.6]), tmp_path / "both.safetensors")
+
+    saved = lm.load(tmp_path / "both.safetensors")
+    for module in saved:
+        assert relative_error(saved[module].delta(), weighted_sum(loras, [0.7, 0.6], module)) <= 1e-3
+
+
 def test_overflow_of_the_dtype_is_refused_by_module() -> None:
     lora = lm.merge([small(modules=(TO_Q,))], weights=[1e7])
 

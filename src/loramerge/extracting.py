@@ -23,7 +23,7 @@ from .lora import LoRA
 from .metadata import RECIPE
 from .ranks import whole_number
 from .storage.writer import Progress
-from .tensors import FLOATS, Array, Spec, cast, check_finite, float32, parse_dtype, widest
+from .tensors import FLOATS, Array, Spec, cast, check_finite, computed, float32, parse_dtype
 
 Rank = int | Literal["full"]
 
@@ -183,7 +183,7 @@ def plan_extraction(
         tuned=first,
         base=second,
         ranks=found,
-        dtype=parse_dtype(dtype) if dtype else widest([code for code in codes if code in FLOATS]),
+        dtype=parse_dtype(dtype) if dtype else computed([code for code in codes if code in FLOATS]),
         rank=rank,
         not_held=tuple(lost),
         notes=_notes(first, second, found),

@@ -14,7 +14,7 @@ from .methods import METHODS, check_options
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
 from .steps import Step, architecture_of, common_extras, named, steps_of
-from .tensors import widest
+from .tensors import computed
 from .weights import Scope, Weights, resolve
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def plan(
         steps=steps,
         name=" + ".join(lora.name for lora in opened),
         dialect=first if DIALECTS[first].writes or opened[0].architecture is None else "kohya",
-        dtype=widest([layer.dtype for lora in opened for layer in lora.layouts.values()]),
+        dtype=computed([layer.dtype for lora in opened for layer in lora.layouts.values()]),
         device=device,
         extras=common_extras(opened),
         base=model,

@@ -158,6 +158,15 @@ def widest(codes: Sequence[str]) -> str:
     return _widest(frozenset(codes))
 
 
+def computed(codes: Sequence[str]) -> str:
+    """The dtype for what is computed from values of the given ones: theirs, from 16 bits on.
+
+    Sums and factors of float8 values are no float8 values: they would be wrong by some percent.
+    """
+    found = widest(codes)
+    return "F16" if found.startswith("F8") else found
+
+
 @cache
 def _widest(codes: frozenset[str]) -> str:
     floats = {c if c in FLOATS else "F32" for c in codes}
@@ -283,7 +292,8 @@ def _float_to_half(array: Array) -> Array:
 
 
 def _check_range(array: Array, dtype: str) -> None:
-    largest = max(float(array.max()), -float(array.min()))
+    known = float32(array) if code(array).startswith("F8") else array  # torch has no largest of float8
+    largest = max(float(known.max()), -float(known.min()))
     if 0 < largest < SMALLEST[dtype]:
         raise NumberError(f"every value is 0 in {NAMES[dtype]}, the largest is {largest:.4g}; save as float32")
     if not largest <= LARGEST[dtype]:  # which NaN is not, either

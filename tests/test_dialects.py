@@ -16,6 +16,7 @@ from loramerge.dialects import DIALECTS
 from loramerge.dialects.base import table
 from loramerge.dialects.repairs import repaired
 from loramerge.dialects.suffixes import STYLES, parse
+from loramerge.errors import FileError
 from loramerge.lora import LoRA
 from loramerge.testing import random_lora, relative_error
 from small import MODULES, WRITTEN, small
@@ -124,6 +125,18 @@ def test_a_transformers_5_text_encoder_is_read() -> None:
 
     assert set(found) == set(lora)
     assert "text_model" in found.notes[0]
+
+
+def test_peft_around_the_models_own_code_is_read() -> None:
+    q = "transformer.transformer_blocks.0.attn.to_q"
+    lora = small("flux", modules=(q, "transformer.x_embedder"), rank=2, alpha=2)
+    native = {key.replace("diffusion_model.", "base_model.model."): t for key, t in lora.state_dict("comfyui").items()}
+    keys = {key: key.replace("lora_down", "lora_A").replace("lora_up", "lora_B") for key in native}
+
+    found = lm.load({keys[key]: tensor for key, tensor in native.items() if not key.endswith(".alpha")})
+
+    assert (found.dialect, found.architecture) == ("peft", "flux")
+    assert relative_error(found[q].delta(), lora[q].delta()) == 0
 
 
 def test_siblings_that_old_diffusers_never_applied_are_left_aside() -> None:
@@ -428,6 +441,14 @@ def test_scales_are_found_in_their_order_of_precedence(case: str) -> None:
     found = from_tensors({k: Held(np.asarray(t)) for k, t in keys.items()}, metadata, "case")
 
     assert found.layout(module).scale == scale
+
+
+def test_the_configuration_of_another_algorithm_is_refused() -> None:
+    stem = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    factors = {f"{stem}.lokr_w1": np.ones((8, 8), np.float32), f"{stem}.lokr_w2": np.ones((40, 40), np.float32)}
+
+    with pytest.raises(FileError, match="not the configuration of a LoRA"):
+        lm.load(factors, config={"peft_type": "LOKR", "r": 4, "alpha": 8})
 
 
 def test_a_file_that_its_trainer_scaled_by_mistake_is_reported() -> None:

@@ -56,7 +56,7 @@ def open(
     """
     options: dict[str, Any] = {"architecture": architecture, "dialect": dialect}
     if config is not None:
-        options["config"] = {"": config}
+        options["config"] = {"": _of_a_lora(dict(config), "The config")}
     if isinstance(source, Mapping):
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
@@ -227,8 +227,12 @@ def _config(path: "str | Path") -> dict[str, Any]:
         raise FileError(f"{error} It holds the adapter's scale.") from error
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not JSON: {error}.") from None
+    return _of_a_lora(config, str(path))
+
+
+def _of_a_lora(config: Any, name: str) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise FileError(f"{path} is not the configuration of a LoRA: {str(config)[:80]}.")
+        raise FileError(f"{name} is not the configuration of a LoRA: {str(config)[:80]}.")
     return config
 
 

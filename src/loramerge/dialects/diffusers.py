@@ -82,6 +82,11 @@ def peft_folder_names(a: Architecture) -> Mapping[str, Parts]:
     return {f"{a.denoiser}/base_model.model.{path}": parts for path, parts in a.denoiser_paths.items()}
 
 
+def peft_native_names(a: Architecture) -> Mapping[str, Parts]:
+    """PEFT around the model's own code: fal's trainer of FLUX.1 Kontext."""
+    return {f"base_model.model.{path}": parts for path, parts in a.native_paths.items()}
+
+
 def peft_text_names(a: Architecture) -> Mapping[str, Parts]:
     """A text encoder's own directory, loaded by itself."""
     return _peft_text_names(a, "base_model.model.", ())
@@ -152,7 +157,7 @@ PEFT = Dialect(
     title="PEFT: adapter_model.safetensors and adapter_config.json",
     source="https://github.com/huggingface/peft, utils/save_and_load.py",
     names=peft_names,
-    also_names=(peft_old_text_names, peft_folder_names, peft_text_names),
+    also_names=(peft_old_text_names, peft_folder_names, peft_native_names, peft_text_names),
     style="peft",
     also_reads=frozenset({"peft-short", "peft-named"}),
     begins=("base_model.model.", "unet/", "transformer/", "text_encoder"),

@@ -97,6 +97,26 @@ def test_known_mistakes_are_repaired(broken: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("right", "wrapped"),
+    [
+        ("unet.", "module.unet."),
+        ("unet.", "_orig_mod.unet."),
+        ("unet.", "module.unet._orig_mod."),
+        ("unet.", "unet._orig_mod."),
+        ("unet.", "base_model.model.unet."),
+    ],
+)
+def test_names_of_wrappers_are_seen_through(right: str, wrapped: str) -> None:
+    lora = small(modules=MODULES["sdxl"])
+    keys = lora.state_dict("diffusers-peft")
+    found = lm.load({key.replace(right, wrapped, 1) if key.startswith(right) else key: t for key, t in keys.items()})
+
+    assert found.architecture == "sdxl"
+    assert set(found) == set(lora)
+    assert all(relative_error(found[m].delta(), lora[m].delta()) == 0 for m in lora)
+
+
+@pytest.mark.parametrize(
     ("style", "prefix"),
     [
         ("diffusers-old", "lora_unet_"),
@@ -137,6 +157,17 @@ def test_peft_around_the_models_own_code_is_read() -> None:
 
     assert (found.dialect, found.architecture) == ("peft", "flux")
     assert relative_error(found[q].delta(), lora[q].delta()) == 0
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "model.diffusion_model."])
+def test_flux_names_of_its_own_behind_another_prefix_are_read(prefix: str) -> None:
+    lora = lm.load(small("flux", (*QKV, "transformer.x_embedder"), rank=2, alpha=1.0).state_dict("comfyui"))
+
+    found = lm.load({key.replace("diffusion_model.", prefix): t for key, t in lora.state_dict().items()})
+
+    assert found.architecture == "flux"
+    assert set(found) == set(lora)
+    assert all(relative_error(found[m].delta(), lora[m].delta()) == 0 for m in lora)
 
 
 def test_siblings_that_old_diffusers_never_applied_are_left_aside() -> None:

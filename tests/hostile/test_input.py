@@ -222,6 +222,7 @@ def test_threads_of_a_failed_save_do_not_write_into_the_next_file(
         ('{"unet.lora_alpha": "x", "unet.r": 4}', "is 'x', wanted a finite number"),
         ('{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}', r"\("),
         ("nonsense", "is not JSON"),
+        ('{"unet.peft_type": "LOHA", "unet.alpha": 8, "unet.r": 4}', "of PEFT's LOHA"),
     ],
 )
 def test_a_hostile_configuration_is_refused(text: str, told: str) -> None:

@@ -63,6 +63,12 @@ def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -
             if not dot or component not in COMPONENTS:
                 component, option = "", key
             found[component] = {**found.get(component, {}), option: value}
+    for config in found.values():
+        if str(config.get("peft_type") or "LORA").upper() != "LORA":
+            raise FileError(
+                f"lora_adapter_metadata in the file's header is of PEFT's {config['peft_type']}, whose scales are others "
+                "than a LoRA's. Way out: save it as a LoRA by the tool that made it"
+            )
     return {
         component: {**config, "alpha_pattern": Patterns(config.get("alpha_pattern") or {})}
         for component, config in found.items()

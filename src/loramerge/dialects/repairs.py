@@ -5,12 +5,21 @@ import re
 REPAIRS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(pattern), meant, why)
     for pattern, meant, why in (
+        (r"(?:module\.|_orig_mod\.)+", "", "a wrapper's 'module.' or '_orig_mod.' in front"),
         (r"unet\.unet\.", "unet.", "'unet.' twice (diffusers 0.2x, ZipLoRA)"),
         (r"pipe\.(?=unet\.|transformer\.)", "", "'pipe.' in front"),
         (
             r"(unet|transformer|text_encoder(?:_\d)?)\.base_model\.model\.",
             r"\1.",
             "PEFT's wrapper inside (SimpleTuner)",
+        ),
+        (r"base_model\.model\.(unet|transformer|text_encoder(?:_\d)?)\.", r"\1.", "PEFT's wrapper in front"),
+        (r"((?:unet|transformer|text_encoder(?:_\d)?)\.)_orig_mod\.", r"\1", "torch.compile's wrapper inside"),
+        (r"model\.diffusion_model\.", "diffusion_model.", "a checkpoint's 'model.' in front"),
+        (
+            r"transformer\.(?=(?:double|single)_blocks\.\d+\.)",
+            "diffusion_model.",
+            "FLUX's own names behind diffusers' prefix",
         ),
         (r"lora_unet_unet_", "lora_unet_", "'unet' twice"),
         (r"lora_unet__", "lora_unet_", "two underscores"),

@@ -51,4 +51,6 @@ def merged(loras: list[lm.LoRA], pair: tuple[float, float]) -> Iterator[tuple[st
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -65,17 +65,14 @@ def _summary(job: Job, decided: Sequence[Decision]) -> Section:
         return section("What it is", shown, [f"- {note}" for note in job.protocol.notes])
     against = [decision for decision in decided if decision.agrees is False]
     open_ = [decision for decision in decided if decision.verdict == "not decided"]
+    same = sum(decision.agrees is True for decision in decided)
     told = [
-        f"{shown} Of {len(decided)} orders read from the study's table, **{_count(decided, 'holds')} hold** here, "
-        f"**{_count(decided, 'does not hold')} do not**, and {len(open_)} are not decided by these intervals.",
+        f"{shown} Of {len(decided)} orders that were looked for, **{same} come out as in the study's table**, "
+        f"{len(against)} otherwise, and {len(open_)} are not decided by these intervals.",
         *([f"**Here it disagrees with the study's table:** {_list(against)}"] if against else []),
         *([f"Not decided: {_list(open_)}"] if open_ else []),
     ]
     return section("What it comes to", told, [f"- {note}" for note in job.protocol.notes])
-
-
-def _count(decided: Iterable[Decision], verdict: str) -> int:
-    return sum(decision.verdict == verdict for decision in decided)
 
 
 def _list(decided: Sequence[Decision]) -> str:

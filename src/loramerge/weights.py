@@ -88,7 +88,7 @@ def resolve(
     if isinstance(weights, str):
         raise OptionError(
             f"Unknown weights {weights!r}. Available: uniform, l2, a file of learned coefficients "
-            "(.safetensors), or one number a LoRA."
+            f"(.safetensors). {ONE_EACH}."
         )
     if len(weights) != len(loras):
         raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. {ONE_EACH}.")

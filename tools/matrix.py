@@ -96,6 +96,7 @@ def results(environment: Environment, wheel: str, versions: str) -> Iterator[tup
     for group, paths in CORE.items():
         yield group, environment.test(paths)
     environment.install("-r", "pyproject.toml", *EXTRAS, *VERSIONS[versions])
+    environment.install("lycoris-lora")  # what the tests hold base models against
     print("  with extras:", environment.versions(), flush=True)
     for group, paths in ADAPTERS.items():
         yield group, environment.test(paths)

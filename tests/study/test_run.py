@@ -39,7 +39,8 @@ def work(job: Job, **options: object) -> list[str]:
     """What a run reports of pieces that it had to do, the report aside."""
     said: list[str] = []
     stages.run(job, say=said.append, **options)
-    return [line for line in said if "there already" not in line and not line.startswith("report")]
+    quiet = ("there already", "   0/")  # what was done before, and that a stage begins
+    return [line for line in said if not any(part in line for part in quiet) and not line.startswith("report")]
 
 
 def again(job: Job, tmp_path: Path) -> Job:

@@ -18,8 +18,8 @@ def check(base: Base) -> None:
     """
     if base.miniature and not (Path(base.model) / "model_index.json").is_file():
         raise FileError(
-            f"No miniature base in {base.model}: wanted a folder with model_index.json. Ways out: --base FOLDER, or train "
-            "one: python -m examples.virtual_tryon.train_base."
+            f"No miniature base in {base.model}: wanted a folder with model_index.json. In a protocol a path that begins "
+            "with a dot counts from the protocol's own folder. Ways out: another path there, or --base FOLDER."
         )
 
 

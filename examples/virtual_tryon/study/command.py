@@ -41,9 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="train, merge, generate, score, report; what is done is not done again")
     add = run.add_argument
     known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.toml")))
-    add("--preset", default="mini", help=f"{known} (default: %(default)s)")
-    add("--protocol", type=Path, metavar="TOML", help="a protocol of one's own, in place of a preset")
-    add("--out", type=Path, help="(default: build/study/PRESET)")
+    one = run.add_mutually_exclusive_group().add_argument
+    one("--preset", default="mini", help=f"{known} (default: %(default)s)")
+    one("--protocol", type=Path, metavar="TOML", help="a protocol of one's own, in place of a preset")
+    add("--out", type=Path, help="(default: build/study/ and the name of the preset, or of the protocol's file)")
     add("--only", action="append", default=[], choices=stages.NAMES, help="this stage; may be given again")
     add("--seeds", type=int, help="pictures of each prompt and setting (default: the protocol's)")
     add(

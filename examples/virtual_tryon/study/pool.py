@@ -1,5 +1,6 @@
 """Pieces of work one after the other, or in several processes: one thread each, so that results are the same."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ def workers(processes: int) -> Iterator[Each]:
 
     try:
         yield shared
+    except KeyboardInterrupt:
+        print("\nInterrupted: what is under way is brought to an end first.", file=sys.stderr, flush=True)
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,5 +1,6 @@
 """A study's protocol: what is trained, merged, drawn and scored, as plain data."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -158,6 +159,12 @@ class Protocol:
         _no_doubles("setting", (setting.name.lower() for setting in self.settings))
         sets = [*(concept.name for concept in self.concepts), *(mixed.name for mixed in self.mixed)]
         _no_doubles("set", sets)
+        for name in (*sets, *(setting.name for setting in self.settings)):
+            if not re.fullmatch(PLAIN, name):
+                raise OptionError(
+                    f"The name {name!r}: files and folders are called by it. Wanted letters, digits and - _ . + alone, "
+                    "with a letter or digit in front."
+                )
         known = set(sets)
         for mixed in self.mixed:
             for name in (mixed.own, mixed.other):
@@ -222,6 +229,10 @@ def grid(loras: tuple[str, ...], values: Iterable[float], *, prompts: str, seeds
         )
         for weights in product(values, repeat=len(loras))
     ]
+
+
+PLAIN = r"\w[\w.+-]*"
+"""Names of sets and settings."""
 
 
 def located(model: str, folder: Path) -> str:

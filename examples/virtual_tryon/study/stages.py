@@ -63,6 +63,8 @@ class _Log:
         self.stage, self.total, self.say = stage, total, say
         self.done = self.reused = 0
         self.begun = time.monotonic()
+        if total > 1:
+            say(f"{stage:9}   0/{total}")
 
     def __call__(self, piece: Any, worked: bool) -> None:
         self.done += 1

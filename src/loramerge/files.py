@@ -11,9 +11,9 @@ from .architectures.names import COMPONENTS
 from .dialects import written_dialect
 from .errors import DialectError, FileError, OptionError
 from .lora import LoRA, from_tensors
+from .storage.pickles import PICKLES, pickled
 from .storage.reader import SafetensorsFile, read_text
 from .tensors import Array, Held, Stored, Tensor, is_known
-from .wording import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .dialects.write import Group, Spelling
     from .storage.writer import Progress
 
-PICKLES = (".pt", ".bin", ".ckpt", ".pth")
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 Source = str | os.PathLike[str] | Mapping[str, Array]
@@ -76,7 +75,7 @@ def _open_path(path: str, options: dict[str, Any], allow_pickle: bool) -> LoRA:
         return _open_folder(path, options)
     name = os.path.basename(path)
     if name.endswith(PICKLES):
-        return from_tensors(_unpickle(path, allow_pickle), {}, name, **options)
+        return from_tensors(pickled(path, allow_pickle), {}, name, **options)
     file = SafetensorsFile(path)
     if "config" not in options and any("base_model.model." in key for key in file):
         options["config"] = _config_beside(path)
@@ -234,66 +233,6 @@ def _of_a_lora(config: Any, name: str) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         raise FileError(f"{name} is not the configuration of a LoRA: {str(config)[:80]}.")
     return config
-
-
-def _unpickle(path: str, allow: bool) -> dict[str, Tensor]:
-    if not allow:
-        raise FileError(
-            f"{os.path.basename(path)} is a pickle, which can run code when it is opened. Way out: have its tensors read, and "
-            "nothing else, with torch's weights_only loader (allow_pickle)."
-        )
-    import torch
-
-    _check_zip(path)
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a wide range: pickle, zip, runtime and value errors
-        raise FileError(f"Can't read {path} as tensors only: {first_line(error)}") from error
-    for _ in range(3):  # not for ever: a pickled dictionary can hold itself
-        found = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
-    if not isinstance(found, dict):
-        raise FileError(f"{path} holds a {type(found).__name__}, wanted a dictionary of tensors.")
-    tensors = {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
-    for key, value in tensors.items():
-        _check_plain(path, key, value)
-    return {key: Held(_as_numpy(value)) for key, value in tensors.items()}
-
-
-def _check_zip(path: str) -> None:
-    """Refuse a zip whose records are packed: torch stores them as they are, so what unpacks is a bomb."""
-    import zipfile
-
-    try:
-        with zipfile.ZipFile(path) as file:
-            packed = [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]
-    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
-        return  # no zip, as pickles were before torch 1.6, or one that torch refuses
-    if packed:
-        raise FileError(f"Can't read {path} as tensors only: its record {packed[0]!r} is compressed; torch's are not.")
-
-
-def _check_plain(path: str, key: str, tensor: Any) -> None:
-    """Refuse what is no plain array in memory: sparse, quantised, or one number that is said to be a million."""
-    import torch
-
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and is_known(tensor)
-    if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise FileError(
-            f"{path}: the tensor {key!r} (dtype {tensor.dtype}, shape {tuple(tensor.shape)}) is not stored number by "
-            "number, wanted plain tensors of floats."
-        )
-
-
-def _as_numpy(tensor: Any) -> Array:
-    import torch
-
-    from .tensors import code, numpy_dtype
-
-    tensor = tensor.detach().resolve_neg()
-    if code(tensor) in ("BF16", "F8_E4M3", "F8_E5M2"):
-        bits = tensor.contiguous().view(torch.uint8 if tensor.element_size() == 1 else torch.int16).numpy()
-        return bits.view(numpy_dtype(code(tensor)))
-    return tensor.numpy()
 
 
 def save(

@@ -386,6 +386,17 @@ def test_a_peft_directory_is_written_whole_or_not_at_all(tmp_path: Path) -> None
     assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
 
 
+def test_whole_weights_that_peft_trained_beside_a_lora_are_kept_and_said() -> None:
+    keys = small(modules=MODULES["sdxl"][:1]).state_dict("peft")
+    whole = {"base_model.model.conv_out.weight": np.ones((4, 320, 3, 3), dtype=np.float32)}
+    config = {"r": 4, "lora_alpha": 4, "modules_to_save": ["conv_out"]}
+
+    lora = lm.open({**keys, **whole}, config=config)
+
+    assert list(lora.extras) == list(whole)
+    assert "the whole weights of conv_out are no part of the LoRA" in lora.notes[-1]
+
+
 def test_a_peft_file_without_a_configuration_says_what_is_assumed() -> None:
     lora = lm.load(small("flux", MODULES["flux"][:1]).state_dict("peft"))
 

@@ -290,6 +290,12 @@ def from_tensors(
             "PEFT's adapter_config.json is missing, so the strength is a guess (alpha = rank, scale 1): "
             "put the one of the same download beside the file, or name the folder of both"
         )
+    saved = [each["modules_to_save"] for each in scales.values() if isinstance(each.get("modules_to_save"), list)]
+    if whole := dict.fromkeys(str(part) for parts in saved for part in parts):
+        notes.append(
+            f"trained with PEFT's modules_to_save: the whole weights of {', '.join(whole)} are no part of the LoRA, "
+            "are kept as they are, and are in no merge or sum"
+        )
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
     layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}

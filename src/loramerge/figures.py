@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .analysis import Comparison, Row
-from .errors import FileError, MissingExtraError, OptionError
+from .drawable import check_drawable
+from .errors import FileError, OptionError
 from .measures import Pair
 
 if TYPE_CHECKING:
@@ -41,12 +42,7 @@ def check_heatmap(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise OptionError(f"Can't draw {path}: a heat map is a {' or '.join(FORMATS)} file.")
-    if not path.parent.is_dir():
-        raise FileError(f"Can't write {path}: there is no directory {path.parent}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("A heat map needs matplotlib: pip install 'loramerge[plots]'.") from None
+    check_drawable(path, "A heat map")
 
 
 def save_heatmap(comparison: Comparison, path: str | Path) -> Path:

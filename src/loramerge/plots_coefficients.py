@@ -4,7 +4,8 @@ from pathlib import Path
 
 from .blocks import block, position
 from .coefficients import Coefficients
-from .errors import FileError, MissingExtraError, OptionError
+from .drawable import check_drawable
+from .errors import FileError, OptionError
 from .tensors import Array
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -31,12 +32,7 @@ def check_plot(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise OptionError(f"Can't draw to {path}: wanted a path that ends in {', '.join(SUFFIXES)}.")
-    if not path.parent.is_dir():
-        raise FileError(f"Can't write {path}: there is no directory {path.parent}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("Drawing needs matplotlib: pip install 'loramerge[plots]'.") from None
+    check_drawable(path, "Drawing")
 
 
 def draw(coefficients: Coefficients, path: Path) -> Path:

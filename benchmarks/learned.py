@@ -14,9 +14,9 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ GOALS = {
     "ZipLoRA, default": 0.30,
     "ZipLoRA, down": 0.15,
 }
+Rows: TypeAlias = dict[str, list[dict[str, float]]]
+"""The figures of every seed, by merge."""
 ROUNDS = 3
 """Held-out passes, each with its own noise."""
 
@@ -157,36 +159,48 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows: Rows = {}
     for seed in range(1, given.seeds + 1):
         world = World(seed, given.base_steps, given.lora_steps)
         print(f"seed {seed}: trained in {time.process_time():.0f} CPU s", flush=True)
-        for name, make in {"base": lambda: None, **world.methods()}.items():
-            began = time.process_time()
-            merged = make()
-            took = time.process_time() - began
-            rows.setdefault(name, []).append({**world.measure(merged), "CPU s": took})
-            print(f"  {name:42s}" + "  ".join(f"{k} {v:.3f}" for k, v in rows[name][-1].items()), flush=True)
-    text = table(rows)
-    print(text)
-    if given.markdown:
-        given.markdown.write_text(text)
+        measure(rows, {"base": lambda: None, **world.methods()}, world.measure)
+    publish(table(rows, ["fit", "subject", "style", "joint", "known", "CPU s"], "goal", _met), given.markdown)
 
 
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Means over the seeds with half the width of the 95 % interval."""
-    columns = ["fit", "subject", "style", "joint", "known", "CPU s"]
-    lines = ["| merge | " + " | ".join(columns) + " | goal |", "|---|" + "---:|" * (len(columns) + 1)]
+def measure(
+    rows: Rows, methods: Mapping[str, Callable[[], Any]], figures: Callable[[Any], dict[str, float]], label: str = " "
+) -> None:
+    """Make each merge of a seed, and add its figures and its CPU time to its row."""
+    for name, make in methods.items():
+        began = time.process_time()
+        merged = make()
+        took = time.process_time() - began
+        rows.setdefault(name, []).append({**figures(merged), "CPU s": took})
+        said = "  ".join(f"{k} {v:.3f}" for k, v in rows[name][-1].items())
+        print(f"{label} {name:42s}{said}", flush=True)
+
+
+def table(rows: Rows, columns: Sequence[str], last: str, goal: Callable[[str, list[dict[str, float]]], str]) -> str:
+    """Means over the seeds with half the width of the 95 % interval; in the last column what of the goals is told."""
+    lines = ["| merge | " + " | ".join(columns) + f" | {last} |", "|---|" + "---:|" * (len(columns) + 1)]
     for name, found in rows.items():
         cells = [interval([f[c] for f in found]) for c in columns]
-        goal = GOALS.get(name)
-        met = (
-            ""
-            if goal is None
-            else f"≤ {goal}: {'met' if statistics.mean(f['fit'] for f in found) <= goal else 'missed'}"
-        )
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {met} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {goal(name, found)} |")
     return "\n".join(lines) + "\n"
+
+
+def publish(text: str, path: Path | None) -> None:
+    """Print a table, and write it where it is asked for."""
+    print(text)
+    if path:
+        path.write_text(text)
+
+
+def _met(name: str, found: list[dict[str, float]]) -> str:
+    goal = GOALS.get(name)
+    if goal is None:
+        return ""
+    return f"≤ {goal}: {'met' if statistics.mean(f['fit'] for f in found) <= goal else 'missed'}"
 
 
 def interval(values: Sequence[float]) -> str:

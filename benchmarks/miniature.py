@@ -10,7 +10,6 @@ fit     mean over the LoRAs of ‖ε_merge − ε_LoRA‖² / ‖ε_base − ε_
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from examples.virtual_tryon import make_sets, model
 from examples.virtual_tryon.world import CONCEPTS, concept_set
 
 import loramerge as lm
-from learned import GOALS, interval
+from learned import GOALS, Rows, measure, publish, table
 from loramerge.adapters.diffusers import Images, TrainSettings, from_images, load, train_lora
 from loramerge.learned.attach import attach
 from loramerge.learned.calibration import calibrate
@@ -110,30 +109,18 @@ def main() -> None:
     given = parser.parse_args()
     model.quiet()
     torch.set_num_threads(1)
-    rows: dict[str, list[dict[str, float]]] = {}
+    rows: Rows = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, given.seeds + 1):
             world = Miniature(seed, given.steps, Path(folder))
-            for name, make in world.methods().items():
-                began = time.process_time()
-                merged = make()
-                took = time.process_time() - began
-                rows.setdefault(name, []).append({**world.measure(merged), "CPU s": took})
-                print(f"{seed}  {name:40s}" + "  ".join(f"{k} {v:.3f}" for k, v in rows[name][-1].items()), flush=True)
-    text = table(rows)
-    print(text)
-    if given.markdown:
-        given.markdown.write_text(text)
-
-
-def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Means over the seeds with half the width of the 95 % interval, and the toy world's goals."""
-    columns = ["fit", "person", "jersey", "CPU s"]
-    lines = ["| merge | " + " | ".join(columns) + " | toy's goal |", "|---|" + "---:|" * (len(columns) + 1)]
-    for name, found in rows.items():
-        cells = [interval([f[c] for f in found]) for c in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} | {f'≤ {GOALS[name]}' if name in GOALS else ''} |")
-    return "\n".join(lines) + "\n"
+            measure(rows, world.methods(), world.measure, f"{seed}")
+    text = table(
+        rows,
+        ["fit", "person", "jersey", "CPU s"],
+        "toy's goal",
+        lambda name, _: f"≤ {GOALS[name]}" if name in GOALS else "",
+    )
+    publish(text, given.markdown)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from report import markdown, text
 TITLE = "Merging SDXL LoRAs: time, memory, accuracy"
 LEGEND = """Ratios are medians over rounds of the ratio within a round, in which the programs ran in turn, each \
 with one BLAS thread. *wall* and *CPU* are of the whole process, interpreter and imports included; *run* is \
-the work without them, as the program itself measures it. Files are in the page cache. LoRAs are synthetic: \
+the work without them, as the program itself measures it; its CPU seconds leave out those of workers. Two workers \
+are what the command line takes on two cores unless told. Files are in the page cache. LoRAs are synthetic: \
 real module shapes, float16, decaying spectra."""
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     planned.outcome(chosen[0])  # lazy imports, and a GPU's start
     began, began_cpu, passes = time.perf_counter(), time.process_time(), 0
     while not passes or time.process_time() - began_cpu < ENOUGH:
-        kept, passes = Kept(), passes + 1
+        kept, passes = Kept(chosen), passes + 1
         for module in chosen:
             kept.add(planned.outcome(module))
     count = passes * len(chosen)

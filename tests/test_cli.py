@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import loramerge as lm
+from loramerge.cli.options import workers_or_cores
 from loramerge.cli.run import bar, size, table
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
@@ -287,6 +288,14 @@ def test_a_device_that_is_not_there_is_refused(files: tuple[Path, Path], tmp_pat
 
 def test_weights_given_together_are_explained(files: tuple[Path, Path], tmp_path: Path) -> None:
     refused(run("merge", *files, "-o", tmp_path / "both.safetensors", "-w", "1", "0.5"), "one by one", tmp_path)
+
+
+def test_a_merge_takes_the_cores_that_it_may_use_but_not_all_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5}, raising=False)
+    few = workers_or_cores(None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+
+    assert (few, workers_or_cores(None), workers_or_cores(7)) == (2, 4, 7)
 
 
 def test_what_was_kept_is_told_for_any_number_of_workers(files: tuple[Path, Path], tmp_path: Path) -> None:

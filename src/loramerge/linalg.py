@@ -179,7 +179,7 @@ def eigenpairs(gram: Array, relative: float | None = None, absolute: float = 0.0
     values, vectors = xp.linalg.eigh(gram)
     values, vectors = xp.flip(values, axis=0), xp.flip(vectors, axis=1)
     if relative is None:
-        return values.clip(0.0), vectors
+        return values * (values > 0), vectors
     least = max(relative * float(values[0]), absolute) if values.shape[0] else 0.0
     kept = int(xp.sum(xp.astype(values > least, xp.int64)))
     return values[:kept], vectors[:, :kept]

@@ -13,7 +13,7 @@ from .dialects import alphas
 from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
 from .errors import LoRAMergeError, OptionError
-from .layers import Layer, alpha_of, build
+from .layers import Layer, LowRank, alpha_of, build
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
 from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
@@ -354,8 +354,11 @@ class _Reader:
         layer, weight = record.layer, self.weight(record)
         value = self.configured(record) if record.alpha is None else record.alpha
         self._alphas[record.stem] = value
-        if layer is not None and layer.shape == weight and value == getattr(layer, "alpha", None):
-            return layer
+        if layer is not None and layer.shape == weight:
+            if value == getattr(layer, "alpha", None):
+                return layer
+            if isinstance(layer, LowRank):
+                return layer.at(value)
         return self._build(record, lambda tensor: tensor, value)
 
     def _whole(self, stem: str) -> Layer:

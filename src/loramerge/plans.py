@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,6 @@ from .tensors import Spec, Tensor, namespace, nbytes
 from .weights import ModuleWeights, Scope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .storage.writer import Progress
 
 
@@ -48,34 +47,57 @@ class Outcome:
     @property
     def error(self) -> float:
         """‖ΔW − kept‖ / ‖ΔW‖."""
-        return math.sqrt(self.lost / self.energy) if self.energy else 0.0
+        return relative_error(self.energy, self.lost)
 
 
-@dataclass
 class Kept:
-    """What a merge kept, counted while it runs: ``plan.lora(kept.add)``."""
+    """What a merge kept, counted while it runs: ``plan.lora(kept)``.
 
-    energy: float = 0.0
-    lost: float = 0.0
-    errors: dict[str, float] = field(default_factory=dict)
-    """The relative error of every module that was cut."""
+    It counts in memory that forked workers share.
+
+    Args:
+        modules: Those of the plan, ``plan.steps``.
+    """
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._places = {module: 2 * i for i, module in enumerate(modules)}
+        self._numbers = memoryview(mmap.mmap(-1, 16 * max(1, len(self._places)))).cast("d")
 
     def add(self, outcome: Outcome) -> None:
         """Count a module."""
-        self.energy += outcome.energy or 0.0
-        self.lost += outcome.lost
-        if outcome.lost:
-            self.errors[outcome.module] = outcome.error
+        place = self._places[outcome.module]
+        self._numbers[place], self._numbers[place + 1] = outcome.energy or 0.0, outcome.lost
+
+    @property
+    def energy(self) -> float:
+        """‖ΔW‖² of what the method made, over all modules."""
+        return math.fsum(self._numbers[::2])
+
+    @property
+    def lost(self) -> float:
+        """The part of it that was cut off."""
+        return math.fsum(self._numbers[1::2])
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The relative error of every module that was cut."""
+        pairs = {module: (self._numbers[i], self._numbers[i + 1]) for module, i in self._places.items()}
+        return {module: relative_error(energy, lost) for module, (energy, lost) in pairs.items() if lost}
 
     @property
     def error(self) -> float:
         """‖ΔW − kept‖ / ‖ΔW‖ over all modules."""
-        return math.sqrt(self.lost / self.energy) if self.energy else 0.0
+        return relative_error(self.energy, self.lost)
 
     @property
     def share(self) -> float:
         """The share of ‖ΔW‖² that was kept."""
         return 1.0 - self.error**2
+
+
+def relative_error(energy: float | None, lost: float) -> float:
+    """‖ΔW − kept‖ / ‖ΔW‖, from ‖ΔW‖² and the part of it that was cut off."""
+    return math.sqrt(lost / energy) if energy else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -197,17 +219,17 @@ class Plan:
         join = self.joins.get(module)
         return join.cut if join is not None and join.as_one else self.steps[module].cut
 
-    def lora(self, record: "Callable[[Outcome], None] | None" = None) -> LoRA:
+    def lora(self, kept: Kept | None = None) -> LoRA:
         """The result, whose layers are merged when they are asked for: saving it streams.
 
         Args:
-            record: Called with every module's outcome; see `Kept`.
+            kept: Counts what bringing the modules to their ranks took away.
         """
 
         def compute(module: str) -> LowRank:
             outcome = self.outcome(module)
-            if record:
-                record(outcome)
+            if kept:
+                kept.add(outcome)
             return outcome.layer
 
         return LoRA(
@@ -216,7 +238,6 @@ class Plan:
             dialect=self.dialect,
             layouts={module: self._layout(step) for module, step in self.steps.items()},
             compute=compute,
-            here=record is not None,
             metadata=self._metadata(),
             extras=self.extras,
             dtype=self.dtype,

@@ -33,7 +33,7 @@ from .dialects.write import check_writable
 from .errors import FileError, LoRAMergeError, MergeError, OptionError
 from .files import check_target, open, save
 from .lora import LoRA
-from .merging import Plan, plan
+from .merging import Kept, Plan, plan
 from .methods import METHODS, check_options
 from .ranks import BUDGETS, Rank, budget, rule
 from .recipe_text import Input, Output, check_name, entries, from_metadata
@@ -44,7 +44,6 @@ from .weights import SCOPES, Scope, Weight, Weights
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .merging import Outcome
     from .storage.writer import Progress
 
 MAX_RECIPE = 1_000_000
@@ -268,12 +267,12 @@ class Recipe:
         *,
         workers: int = 1,
         progress: "Progress | None" = None,
-        record: "Callable[[Outcome], None] | None" = None,
+        kept: Kept | None = None,
         lost: "Callable[[str], object] | None" = None,
     ) -> Path:
         """Write the recipe's own plan; the arguments are those of `loramerge.save` and `Plan.lora`."""
         return save(
-            planned.lora(record),
+            planned.lora(kept),
             target,
             dialect=self.output.to,
             dtype=self.output.dtype,

@@ -211,9 +211,9 @@ def _merged(point: Point, planned: Plan, ledger: "_Ledger", workers: int) -> Row
     row = Row(point.name, target, point.settings, figures or {}, figures is not None)
     if figures is not None:
         return row
-    kept = Kept()
+    kept = Kept(planned.steps)
     ledger.forget(point.name)
-    point.recipe.write(planned, target, workers=workers, record=kept.add)
+    point.recipe.write(planned, target, workers=workers, kept=kept)
     with open(target, architecture=planned.architecture) as merged:
         row = replace(
             row, figures={"size": _size(target), **_ranks(merged), "error": kept.error, **measure(merged, planned)}

@@ -280,7 +280,7 @@ def _float_to_half(array: Array) -> Array:
     import numpy as np
 
     bits = array.view(np.int32)
-    power = (bits & 0x7F800000).clip(0x38800000, 0x7F800000)  # of two, that is in the value; of subnormals 2^-14
+    power = np.maximum(bits & 0x7F800000, 0x38800000)  # of two, that is in the value; of subnormals 2^-14
     large = (power + 0x06C00000).view(np.float32)  # 1.5 * 2^13 times that: beside it float16's digits are left
     wide = array + large
     wide -= large

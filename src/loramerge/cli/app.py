@@ -35,6 +35,7 @@ from .options import (
     WeightRule,
     Workers,
     weights_of,
+    workers_or_cores,
 )
 from .run import as_directory, more, print_json, print_notes, progress, table
 from .score import score
@@ -116,7 +117,7 @@ def convert(
     architecture: Arch = None,
     allow_lossy: Lossy = False,
     allow_pickle: Pickle = False,
-    workers: Workers = 1,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Write a LoRA under another tool's names; what it does to the model stays the same.
@@ -139,7 +140,7 @@ def convert(
             dialect=to,
             dtype=dtype,
             allow_lossy=allow_lossy,
-            workers=workers,
+            workers=workers_or_cores(workers),
             progress=report,
             lost=lost.append,
         )
@@ -191,7 +192,7 @@ def merge(
     advice: Annotated[
         bool, typer.Option("--advice", help="Compare the LoRAs too, and say what to make of it.")
     ] = False,
-    workers: Workers = 1,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Merge LoRAs into one: the exact weighted sum, or its best fit at a smaller rank; or as a recipe says.
@@ -226,7 +227,7 @@ def merge(
         advice=advice,
         allow_changed=allow_changed,
         allow_pickle=allow_pickle,
-        workers=workers,
+        workers=workers_or_cores(workers),
         quiet=quiet,
     )
 
@@ -254,7 +255,7 @@ def resize(
     allow_lossy: Lossy = False,
     allow_pickle: Pickle = False,
     dry_run: DryRun = False,
-    workers: Workers = 1,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Make a LoRA smaller: the best fit at a rank, or ranks that spend one budget over all modules.
@@ -302,7 +303,7 @@ def sweep(
     allow_changed: Changed = False,
     allow_pickle: Pickle = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the names of the merges, make none.")] = False,
-    workers: Workers = 1,
+    workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Merge a recipe with every combination of settings, and compare what comes out.
@@ -322,7 +323,7 @@ def sweep(
         dry_run=dry_run,
         allow_changed=allow_changed,
         allow_pickle=allow_pickle,
-        workers=workers,
+        workers=workers_or_cores(workers),
         quiet=quiet,
     )
 

@@ -80,14 +80,14 @@ def merge_by(
 
 def _write(recipe: Recipe, planned: Plan, target: Path, workers: int, quiet: bool) -> None:
     lost: list[str] = []
-    kept = Kept()
+    kept = Kept(planned.steps)
     with progress("Merging", quiet) as report:
         path = recipe.write(
             planned,
             target,
             workers=workers,
             progress=report,
-            record=kept.add if planned.cuts else None,
+            kept=kept if planned.cuts else None,
             lost=lost.append,
         )
     if not quiet:

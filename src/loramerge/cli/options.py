@@ -1,5 +1,6 @@
 """Options that several commands have, and how what is typed for them is read."""
 
+import os
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -19,7 +20,10 @@ Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")]
 Workers = Annotated[
-    int, typer.Option("--workers", "-j", min=1, help="Processes, at most; the bytes are the same for any number.")
+    int | None,
+    typer.Option(
+        "--workers", "-j", min=1, help="Processes, at most; one a core by default, 4 at most. The bytes stay the same."
+    ),
 ]
 Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
@@ -40,6 +44,18 @@ TrustRemoteCode = Annotated[
 ]
 Base = Annotated[Path | None, typer.Option("--base", help="The base model, for DoRA layers: a directory or file.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
+
+
+MOST_WORKERS = 4
+"""Unless told: more share the reading and writing of one file, and each may hold a ΔW."""
+
+
+def workers_or_cores(given: int | None) -> int:
+    """The number of workers that was given, or that of the cores that this process may use."""
+    if given is not None:
+        return given
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST_WORKERS)
 
 
 class Scope(StrEnum):

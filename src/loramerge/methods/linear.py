@@ -6,7 +6,6 @@ from typing import Any
 
 from ..errors import MergeError
 from ..layers import Full, Layer, LowRank, low_rank
-from ..layers.base import matrix
 from ..tensors import Array, flatten, float32, namespace
 from .base import equal_rank, method, sum_of_ranks, with_bias
 
@@ -26,13 +25,15 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
     """
     if any(isinstance(layer, Full) for layer in layers):
         return with_bias(_dense_sum(layers, weights), layers, weights)
-    factors = [_weighted(*as_stored(layer), weight) for layer, weight in zip(layers, weights, strict=True)]
-    xp = namespace(factors[0][0])
-    up = xp.concat([up for up, _ in factors], axis=1)
-    downs = [down for _, down in factors]
-    if len({down.dtype for down in downs}) > 1:
-        downs = [float32(down) for down in downs]
-    down = xp.concat(downs, axis=0) if len(downs) > 1 else downs[0]
+    weighted = [_weighted(layer, weight) for layer, weight in zip(layers, weights, strict=True)]
+    ups, downs, scales = zip(*weighted, strict=True)
+    up, down = float32(_side_by_side(ups, 1)), _side_by_side(downs, 0)
+    if len(set(scales)) > 1:
+        xp = namespace(up)
+        columns = [scale for scale, each in zip(scales, ups, strict=True) for _ in range(each.shape[1])]
+        up = up * xp.asarray(columns, dtype=up.dtype, device=up.device)
+    elif scales[0] != 1:
+        up = up * scales[0]
     return with_bias(low_rank(up, down, layers[0].shape, shared_down(layers)), layers, weights)
 
 
@@ -70,20 +71,29 @@ def _dense_sum(layers: Sequence[Layer], weights: Sequence[Any]) -> Full:
     return Full(diff=total)
 
 
-def _weighted(up: Array, down: Array, weight: Any) -> tuple[Array, Array]:
-    """Factors of w ΔW for a number w, of ΔW diag(w) for one number a column."""
+def _weighted(layer: Layer, weight: Any) -> tuple[Array, Array, float]:
+    """``up``, ``down`` and s with w ΔW = s · up @ down for a number w; with one number a column, ΔW diag(w)."""
+    up, down, scale = as_stored(layer)
     if isinstance(weight, float | int):
-        return (up if weight == 1 else up * weight), down
+        return up, down, scale * weight
     xp = namespace(down)
-    return up, float32(down) * xp.asarray(weight, dtype=xp.float32, device=down.device)
+    return up, float32(down) * xp.asarray(weight, dtype=xp.float32, device=down.device), scale
 
 
-def as_stored(layer: Layer) -> tuple[Array, Array]:
-    """Factors with ``up`` in float32 and ``down``, which a weighted sum does not change, as it is stored."""
+def _side_by_side(factors: Sequence[Array], axis: int) -> Array:
+    """Factors of several LoRAs as one, in their dtype, or in float32 where dtypes differ."""
+    if len(factors) == 1:
+        return factors[0]
+    if len({factor.dtype for factor in factors}) > 1:
+        factors = [float32(factor) for factor in factors]
+    return namespace(factors[0]).concat(factors, axis=axis)
+
+
+def as_stored(layer: Layer) -> tuple[Array, Array, float]:
+    """Factors as they are stored, and the scale beside them."""
     if not isinstance(layer, LowRank) or layer.mid is not None:
-        return layer.factors()
-    up = matrix(layer.up)
-    return (up if layer.scale == 1.0 else up * layer.scale), flatten(layer.down)
+        return *layer.factors(), 1.0
+    return flatten(layer.up), flatten(layer.down), layer.scale
 
 
 def unscaled(layer: Layer) -> tuple[Array, Array, float]:

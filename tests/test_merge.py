@@ -284,6 +284,14 @@ def test_a_merge_of_float8_files_is_saved_with_more_digits(dtype: str, tmp_path:
         assert relative_error(saved[module].delta(), weighted_sum(loras, [0.7, 0.6], module)) <= 1e-3
 
 
+def test_a_merge_of_merges_is_saved_as_the_files_were(tmp_path: Path) -> None:
+    half = [lm.load(small(seed=i).state_dict("kohya", dtype="float16")) for i in (1, 2, 3)]
+
+    lm.save(lm.merge([lm.merge(half[:2]), half[2]]), tmp_path / "all.safetensors")
+
+    assert {layer.dtype for layer in lm.load(tmp_path / "all.safetensors").values()} == {"F16"}
+
+
 def test_overflow_of_the_dtype_is_refused_by_module() -> None:
     lora = lm.merge([small(modules=(TO_Q,))], weights=[1e7])
 

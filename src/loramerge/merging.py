@@ -84,7 +84,7 @@ def plan(
         steps=steps,
         name=" + ".join(lora.name for lora in opened),
         dialect=first if DIALECTS[first].writes or opened[0].architecture is None else "kohya",
-        dtype=computed([layer.dtype for lora in opened for layer in lora.layouts.values()]),
+        dtype=computed([code for lora in opened for code in _dtypes(lora)]),
         device=device,
         extras=common_extras(opened),
         base=model,
@@ -210,6 +210,11 @@ def resize(
         base=base,
         device=device,
     )
+
+
+def _dtypes(lora: LoRA) -> list[str]:
+    """The dtype that a LoRA would be saved in, or those of its layers: a merge's are float32 until then."""
+    return [lora.dtype] if lora.dtype else [layer.dtype for layer in lora.layouts.values()]
 
 
 def _listed(loras: object) -> "Sequence[LoRA | Source]":

@@ -1,6 +1,6 @@
 """Methods that drop entries of the ΔWs before they add them up, or let them vote."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Literal
 
 from ..errors import OptionError
@@ -26,7 +26,7 @@ def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
     with equal weights that add up to one it is the paper's formula at λ = 1.  Where all LoRAs
     agree it is the weighted sum; an entry that one alone has kept is Σ|w| times its value there.
     """
-    return agreeing((w * (d * largest(d, density)) for w, d in zip(weights, deltas, strict=True)), weights)
+    return agreeing(_weighted(deltas, weights, lambda _, d: d * largest(d, density)), weights)
 
 
 @elementwise("dare", source="Yu et al., 2023, section 3, https://arxiv.org/abs/2311.03099")
@@ -40,12 +40,9 @@ def dare(
     hold: of a merge at density 0.2 a LoRA of the inputs' rank keeps a fifth to a half of the
     energy, and what it loses is that noise.
     """
-
-    def dropped() -> Iterable[Array]:
-        for i, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
-            yield (weight / density) * (delta * (chance(delta, seed, i) < density))
-
-    return CONSENSUS[consensus](dropped(), weights)
+    scaled = [weight / density for weight in weights]
+    left = _weighted(deltas, scaled, lambda i, d: d * (chance(d, seed, i) < density))
+    return CONSENSUS[consensus](left, weights)
 
 
 @elementwise("magnitude_prune", source="Yadav et al., 2023, section 3.1, https://arxiv.org/abs/2306.01708")
@@ -55,7 +52,7 @@ def magnitude_prune(deltas: Deltas, weights: Weights, *, density: Density = 0.2)
     Σ wᵢ (mᵢ ∘ ΔWᵢ), where the mask mᵢ is 1 in the share ``density`` of the entries with the largest
     magnitude, and 0 elsewhere.
     """
-    return added((w * (d * largest(d, density)) for w, d in zip(weights, deltas, strict=True)), weights)
+    return added(_weighted(deltas, weights, lambda _, d: d * largest(d, density)), weights)
 
 
 @elementwise("della", source="Deep et al., 2024, section 3, https://arxiv.org/abs/2406.11617")
@@ -80,12 +77,15 @@ def della(
     if not 0 < density - epsilon <= density + epsilon <= 1:
         raise OptionError(f"density ± epsilon must lie in (0, 1], got {density:g} ± {epsilon:g}.")
 
-    def dropped() -> Iterable[Array]:
-        for i, (weight, delta) in enumerate(zip(weights, deltas, strict=True)):
-            kept = density - epsilon + 2 * epsilon * ranks_in_rows(delta)
-            yield weight * (delta * (chance(delta, seed, i) < kept) / kept)
+    def thinned(i: int, delta: Array) -> Array:
+        kept = ranks_in_rows(delta)
+        kept *= 2 * epsilon
+        kept += density - epsilon
+        left = delta * (chance(delta, seed, i) < kept)
+        left /= kept
+        return left
 
-    return CONSENSUS[consensus](dropped(), weights)
+    return CONSENSUS[consensus](_weighted(deltas, weights, thinned), weights)
 
 
 @elementwise("breadcrumbs", source="Davari and Belilovsky, 2023, section 3, https://arxiv.org/abs/2312.06795")
@@ -103,7 +103,7 @@ def breadcrumbs(
     ``gamma`` is the share of the largest that is dropped, ``density`` the share that is kept; the
     defaults are the paper's.
     """
-    kept = (w * (d * between(d, density, gamma)) for w, d in zip(weights, deltas, strict=True))
+    kept = _weighted(deltas, weights, lambda _, d: d * between(d, density, gamma))
     return CONSENSUS[consensus](kept, weights)
 
 
@@ -137,6 +137,12 @@ def _differing(deltas: Deltas, weights: Weights, density: float) -> Array:
     mean = added((w * d for w, d in zip(weights, deltas, strict=True)), weights) / len(deltas)
     variance = added(((w * d - mean) ** 2 for w, d in zip(weights, deltas, strict=True)), weights)
     return largest(variance, density)
+
+
+def _weighted(deltas: Deltas, weights: Weights, thin: Callable[[int, Array], Array]) -> Iterator[Array]:
+    """The wᵢτᵢ, where τᵢ is what ``thin`` leaves of ΔWᵢ; no ΔW is held when its τ is given."""
+    for i, weight in enumerate(weights):
+        yield weight * thin(i, deltas[i])
 
 
 def added(weighted: Iterable[Array], _: Weights) -> Array:

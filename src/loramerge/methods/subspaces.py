@@ -102,11 +102,11 @@ def np_lora(core: Core, weights: Weights, *, mu: Annotated[float, Range(0)] = 0.
     the order is the order of priority, and the first (in the paper the style) stays as it is.
     μ = 0 is the weighted sum; μ = inf leaves nothing of the others in those rows.
     """
-    xp = namespace(core.parts[0])
     damping = mu / (1 + mu) if mu < math.inf else 1.0
-    merged = weights[0] * core.parts[0]
+    merged, rows = weights[0] * core.parts[0], core.spectra[0][2]
     for i in range(1, len(weights)):
-        rows = _span(xp.concat([vt for _, _, vt in core.spectra[:i]], axis=0))
+        if i > 1:
+            rows = _more(rows, core.spectra[i - 1][2])
         part = core.parts[i]
         merged = merged + weights[i] * (part - damping * (part @ rows.T) @ rows)
     return merged
@@ -168,6 +168,12 @@ def _polar(matrix: Array) -> Array:
     return u @ vt
 
 
-def _span(rows: Array) -> Array:
-    """Orthonormal rows that span the given ones."""
-    return linalg.eigenpairs(rows.T @ rows, FAINT**2)[1].T
+def _more(rows: Array, others: Array) -> Array:
+    """Orthonormal rows, and more of them that span what orthonormal others add."""
+    xp = namespace(rows)
+    rest = others
+    for _ in range(2):  # what the first leaves for rounding the second takes away
+        rest = rest - (rest @ rows.T) @ rows
+    squares, vectors = linalg.eigenpairs(rest @ rest.T, FAINT**2, FAINT**2)
+    added = (vectors.T @ rest) / squares[:, None] ** 0.5
+    return xp.concat([rows, added - (added @ rows.T) @ rows], axis=0)

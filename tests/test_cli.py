@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -296,6 +297,17 @@ def test_a_merge_takes_the_cores_that_it_may_use_but_not_all_of_many(monkeypatch
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
 
     assert (few, workers_or_cores(None), workers_or_cores(7)) == (2, 4, 7)
+    assert [workers_or_cores(None, widest=4 * rows * 3072) for rows in (3072, 21504)] == [4, 1]
+    assert workers_or_cores(7, widest=4 * 21504 * 3072) == 7
+
+
+def test_the_largest_delta_that_is_formed_is_known() -> None:
+    loras = [small(seed=1), small(seed=2)]
+    shapes = [loras[0].layout(module).shape for module in loras[0]]
+
+    formed = [lm.plan(loras, method=method, rank=2).widest for method in ("linear", "ties")]
+
+    assert formed == [0, 4 * max(map(math.prod, shapes))]
 
 
 def test_what_was_kept_is_told_for_any_number_of_workers(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -330,6 +330,14 @@ class Plan:
         return f"Plan({inputs}; {self.method.name}, rank {self.rank}, {len(self.steps)} modules of {self.architecture})"
 
     @property
+    def widest(self) -> int:
+        """Bytes of the largest ΔW that is formed, as float32; 0 where all is done on factors."""
+        dense = [
+            math.prod(s.shape) for s in self.steps.values() if s.full_rank == min(s.shape[0], math.prod(s.shape[1:]))
+        ]
+        return 4 * max(dense, default=0)
+
+    @property
     def size(self) -> int:
         """Bytes of the result's tensors in the dtype that saving uses."""
         joined = {join.modules: join.step for join in self.joins.values()}

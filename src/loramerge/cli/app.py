@@ -29,6 +29,7 @@ from .options import (
     MaxSize,
     Output,
     Pickle,
+    Processes,
     Quiet,
     Scope,
     To,
@@ -227,7 +228,7 @@ def merge(
         advice=advice,
         allow_changed=allow_changed,
         allow_pickle=allow_pickle,
-        workers=workers_or_cores(workers),
+        workers=workers,
         quiet=quiet,
     )
 
@@ -303,7 +304,7 @@ def sweep(
     allow_changed: Changed = False,
     allow_pickle: Pickle = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the names of the merges, make none.")] = False,
-    workers: Workers = None,
+    workers: Processes = 1,
     quiet: Quiet = False,
 ) -> None:
     """Merge a recipe with every combination of settings, and compare what comes out.
@@ -323,7 +324,7 @@ def sweep(
         dry_run=dry_run,
         allow_changed=allow_changed,
         allow_pickle=allow_pickle,
-        workers=workers_or_cores(workers),
+        workers=workers,
         quiet=quiet,
     )
 

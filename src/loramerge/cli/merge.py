@@ -11,7 +11,7 @@ from ..methods import METHODS, check_options
 from ..recipe import Recipe
 from ..recipe_text import Input
 from ..weights import parse
-from .options import named, rank_of
+from .options import named, rank_of, workers_or_cores
 from .run import as_directory, print_notes, progress, size, table, written
 
 
@@ -57,7 +57,7 @@ def merge_by(
     advice: bool = False,
     allow_changed: bool = False,
     allow_pickle: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     quiet: bool = False,
 ) -> None:
     """Run a recipe, and say what it does."""
@@ -75,7 +75,7 @@ def merge_by(
         with progress("Comparing", quiet) as report:
             print(planned.advice(report))
     if target is not None and not dry_run:
-        _write(recipe, planned, target, workers, quiet)
+        _write(recipe, planned, target, workers_or_cores(workers, planned.widest), quiet)
 
 
 def _write(recipe: Recipe, planned: Plan, target: Path, workers: int, quiet: bool) -> None:

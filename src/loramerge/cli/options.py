@@ -19,11 +19,10 @@ To = Annotated[
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")]
+PROCESSES = "Processes, at most; the bytes are the same for any number."
+Processes = Annotated[int, typer.Option("--workers", "-j", min=1, help=PROCESSES)]
 Workers = Annotated[
-    int | None,
-    typer.Option(
-        "--workers", "-j", min=1, help="Processes, at most; one a core by default, 4 at most. The bytes stay the same."
-    ),
+    int | None, typer.Option("--workers", "-j", min=1, help=PROCESSES, show_default="one a core, up to 4")
 ]
 Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
@@ -47,15 +46,27 @@ Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to
 
 
 MOST_WORKERS = 4
-"""Unless told: more share the reading and writing of one file, and each may hold a ΔW."""
+"""Unless told: more would wait for the reading and writing of one file."""
+
+ROOM = 4 << 30
+"""Bytes that workers together may hold of matrices of a ΔW's size, unless told."""
+
+MATRICES = 10
+"""How many of those a method on entries holds, about: benchmarks/results/methods-cpu.md."""
 
 
-def workers_or_cores(given: int | None) -> int:
-    """The number of workers that was given, or that of the cores that this process may use."""
+def workers_or_cores(given: int | None, widest: int = 0) -> int:
+    """The number of workers that was given, or that of the cores that this process may use.
+
+    Args:
+        given: What was typed.
+        widest: Bytes of the largest ΔW that is formed; 0 for none.
+    """
     if given is not None:
         return given
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MOST_WORKERS)
+    room = ROOM // (MATRICES * widest) if widest else MOST_WORKERS
+    return max(1, min(usable, MOST_WORKERS, room))
 
 
 class Scope(StrEnum):

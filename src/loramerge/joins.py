@@ -21,7 +21,7 @@ from .methods.base import Merged
 from .methods.linear import shared_down
 from .ranks import Rank, rule
 from .steps import Step
-from .tensors import Shape
+from .tensors import Shape, largest_rank
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def joins_of(
 
 def _join(parts: Parts, steps: Sequence[Step], loras: Sequence[LoRA], exact: bool, rank: Rank) -> Join:
     shared = exact and len({shared_down([loras[i].layout(s.module) for i in s.inputs]) or s.module for s in steps}) == 1
-    written = [min(step.rank if rank == "sum" else step.full_rank, _limit(step.shape)) for step in steps]
+    written = [min(step.rank if rank == "sum" else step.full_rank, largest_rank(step.shape)) for step in steps]
     whole = max(written) if shared else sum(written)
     rows, columns = tuple(step.shape[0] for step in steps), math.prod(steps[0].shape[1:])
     inputs = dict.fromkeys(i for step in steps for i in step.inputs)
@@ -98,10 +98,6 @@ def _join(parts: Parts, steps: Sequence[Step], loras: Sequence[LoRA], exact: boo
         return Join(parts, rows, columns, whole, whole)
     wanted = rule(rank)([_input_rank(loras[i], steps, i) for i in inputs])
     return Join(parts, rows, columns, whole, max(1, min(wanted, whole, sum(rows), columns)))
-
-
-def _limit(shape: Shape) -> int:
-    return min(shape[0], math.prod(shape[1:]))
 
 
 def _input_rank(lora: LoRA, steps: Sequence[Step], i: int) -> int:

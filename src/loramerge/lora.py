@@ -358,7 +358,7 @@ class _Reader:
             if value == getattr(layer, "alpha", None):
                 return layer
             if isinstance(layer, LowRank):
-                return layer.at(value)
+                return replace(layer, alpha=value)
         return self._build(record, lambda tensor: tensor, value)
 
     def _whole(self, stem: str) -> Layer:

@@ -26,7 +26,7 @@ from .ranks import Budget, Rank, Spectrum, choose
 from .selection import Streams, module_seed
 from .steps import Step, named
 from .storage.awaited import Awaited
-from .tensors import Spec, Tensor, namespace, nbytes
+from .tensors import Spec, Tensor, largest_rank, namespace, nbytes
 from .weights import ModuleWeights, Scope
 
 if TYPE_CHECKING:
@@ -332,10 +332,8 @@ class Plan:
     @property
     def widest(self) -> int:
         """Bytes of the largest ΔW that is formed, as float32; 0 where all is done on factors."""
-        dense = [
-            math.prod(s.shape) for s in self.steps.values() if s.full_rank == min(s.shape[0], math.prod(s.shape[1:]))
-        ]
-        return 4 * max(dense, default=0)
+        dense = [step.shape for step in self.steps.values() if step.full_rank == largest_rank(step.shape)]
+        return max((nbytes(shape, "F32") for shape in dense), default=0)
 
     @property
     def size(self) -> int:

@@ -1,6 +1,5 @@
 """What a merge will do in each module, and whether the LoRAs can be merged at all: from headers."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from .layers.full import LEAVE_OUT
 from .lora import LoRA
 from .methods import Method
 from .ranks import Rank, rule
-from .tensors import Shape, Tensor
+from .tensors import Shape, Tensor, largest_rank
 
 if TYPE_CHECKING:
     pass
@@ -38,7 +37,7 @@ class Step:
     @property
     def cut(self) -> bool:
         """Whether the result is cut to a smaller rank than it has."""
-        return self.rank < min(self.full_rank, self.shape[0], math.prod(self.shape[1:]))
+        return self.rank < min(self.full_rank, largest_rank(self.shape))
 
 
 @contextmanager
@@ -76,7 +75,7 @@ def steps_of(
         layouts = [_mergeable(loras[i], module, takes_dense, isinstance(rank, str), base) for i in inputs]
         shape = _common_shape([loras[i] for i in inputs], module)
         ranks = tuple(layout.rank or 0 for layout in layouts)
-        limit = min(shape[0], math.prod(shape[1:]))
+        limit = largest_rank(shape)
         with named(module):
             dense = any(layout.kind not in FACTORED for layout in layouts)
             full = limit if dense else method.rank(layouts, **options)

@@ -334,6 +334,18 @@ def flatten(tensor: Array) -> Array:
     return tensor.reshape((tensor.shape[0], -1)) if tensor.ndim != 2 else tensor
 
 
+def concat(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """Arrays side by side in their dtype, or in float32 where dtypes differ."""
+    if len({array.dtype for array in arrays}) > 1:
+        arrays = [float32(array) for array in arrays]
+    return namespace(arrays[0]).concat(arrays, axis=axis)
+
+
+def largest_rank(shape: Shape) -> int:
+    """The rank that a weight of the shape can have, its kernel flattened: the smaller side."""
+    return min(shape[0], math.prod(shape[1:]))
+
+
 def reshape(tensor: Array | Spec, shape: Shape) -> Array | Spec:
     """A tensor, or a Spec, in another shape."""
     return Spec(shape, tensor.dtype) if isinstance(tensor, Spec) else tensor.reshape(shape)

@@ -87,7 +87,7 @@ def _write(recipe: Recipe, planned: Plan, target: Path, workers: int, quiet: boo
             target,
             workers=workers,
             progress=report,
-            kept=kept if planned.cuts else None,
+            kept=kept,
             lost=lost.append,
         )
     if not quiet:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ..architectures.names import Parts
 from ..errors import LayerError
 from ..layers import DoRA, Full, Layer, LowRank, Rows
-from ..tensors import Array, Ranges, Spec, code, float32, namespace, reshape
+from ..tensors import Array, Ranges, Spec, code, concat, float32, namespace, reshape
 
 
 class Block(Spec):
@@ -158,9 +158,7 @@ def _concat(tensors: list[Array | Spec]) -> Array | Spec:
     if isinstance(first, Spec):
         dtype = first.dtype if len({code(t) for t in tensors}) == 1 else "F32"
         return Spec((sum(t.shape[0] for t in tensors), *first.shape[1:]), dtype)
-    if len({code(t) for t in tensors}) > 1:
-        tensors = [float32(t) for t in tensors]
-    return namespace(tensors[0]).concat(tensors)
+    return concat(tensors)
 
 
 def _block_diagonal(layers: list[LowRank | None], rows: list[int]) -> Array | Spec:

@@ -83,10 +83,6 @@ class LowRank(Layer):
         }
         return replace(self, **cut, down_id=down_id)
 
-    def at(self, alpha: float | None) -> "LowRank":
-        """The same tensors at another alpha."""
-        return LowRank(**{**vars(self), "alpha": alpha})
-
     def plain(self) -> "LowRank":
         """The same ΔW without a Tucker core."""
         if self.mid is None:

@@ -7,14 +7,13 @@
 | `elementwise` | the ΔWs, or the parts of a core | their merged entries | dense, then cut to a rank; or as for `on_core` |
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from ..layers import Full, Layer, LowRank
 from ..selection import Streams
-from ..tensors import Array
+from ..tensors import Array, largest_rank
 from .base import Merged, Method, sum_of_ranks, with_bias
 from .linear import linear
 from .options import Option, options_of
@@ -140,8 +139,7 @@ def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], M
 def _rank(layers: Sequence[Layer], *, space: str = "delta", **_: Any) -> int:
     if space == "core":
         return sum_of_ranks(layers)
-    out, *rest = layers[0].shape
-    return min(out, math.prod(rest))
+    return largest_rank(layers[0].shape)
 
 
 __all__ = ["SPACE", "alive", "alive_streams", "combination", "elementwise", "on_core"]

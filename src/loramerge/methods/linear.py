@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import MergeError
 from ..layers import Full, Layer, LowRank, low_rank
-from ..tensors import Array, flatten, float32, namespace
+from ..tensors import Array, concat, flatten, float32, namespace
 from .base import equal_rank, method, sum_of_ranks, with_bias
 
 
@@ -27,7 +27,8 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
         return with_bias(_dense_sum(layers, weights), layers, weights)
     weighted = [_weighted(layer, weight) for layer, weight in zip(layers, weights, strict=True)]
     ups, downs, scales = zip(*weighted, strict=True)
-    up, down = float32(_side_by_side(ups, 1)), _side_by_side(downs, 0)
+    up = float32(concat(ups, axis=1))
+    down = concat(downs) if len(downs) > 1 else downs[0]
     if len(set(scales)) > 1:
         xp = namespace(up)
         columns = [scale for scale, each in zip(scales, ups, strict=True) for _ in range(each.shape[1])]
@@ -54,10 +55,10 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
     up: Array = 0.0
     down: Array = 0.0
     for layer, weight in zip(layers, weights, strict=True):
-        layer_up, layer_down, scale = unscaled(layer)
+        layer_up, layer_down, scale = as_stored(layer)  # PEFT takes the root of the scale on both
         root = math.sqrt(abs(weight * scale))
-        up = up + root * layer_up
-        down = down + math.copysign(root, weight * scale) * layer_down
+        up = up + root * float32(layer_up)
+        down = down + math.copysign(root, weight * scale) * float32(layer_down)
     return with_bias(low_rank(up, down, layers[0].shape), layers, weights)
 
 
@@ -80,27 +81,12 @@ def _weighted(layer: Layer, weight: Any) -> tuple[Array, Array, float]:
     return up, float32(down) * xp.asarray(weight, dtype=xp.float32, device=down.device), scale
 
 
-def _side_by_side(factors: Sequence[Array], axis: int) -> Array:
-    """Factors of several LoRAs as one, in their dtype, or in float32 where dtypes differ."""
-    if len(factors) == 1:
-        return factors[0]
-    if len({factor.dtype for factor in factors}) > 1:
-        factors = [float32(factor) for factor in factors]
-    return namespace(factors[0]).concat(factors, axis=axis)
-
-
 def as_stored(layer: Layer) -> tuple[Array, Array, float]:
-    """Factors as they are stored, and the scale beside them."""
-    if not isinstance(layer, LowRank) or layer.mid is not None:
+    """Factors as they are stored, where there are some, and the scale beside them."""
+    if not isinstance(layer, LowRank):
         return *layer.factors(), 1.0
-    return flatten(layer.up), flatten(layer.down), layer.scale
-
-
-def unscaled(layer: Layer) -> tuple[Array, Array, float]:
-    """Factors as stored, and the scale beside them: PEFT takes the root of it on both."""
-    up, down = layer.factors()
-    scale = layer.scale if isinstance(layer, LowRank) else 1.0
-    return (up / scale if scale else up), down, scale
+    plain = layer.plain()
+    return flatten(plain.up), flatten(plain.down), plain.scale
 
 
 def shared_down(layers: Sequence[Layer]) -> object:

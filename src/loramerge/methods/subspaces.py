@@ -175,5 +175,4 @@ def _more(rows: Array, others: Array) -> Array:
     for _ in range(2):  # what the first leaves for rounding the second takes away
         rest = rest - (rest @ rows.T) @ rows
     squares, vectors = linalg.eigenpairs(rest @ rest.T, FAINT**2, FAINT**2)
-    added = (vectors.T @ rest) / squares[:, None] ** 0.5
-    return xp.concat([rows, added - (added @ rows.T) @ rows], axis=0)
+    return xp.concat([rows, (vectors.T @ rest) / squares[:, None] ** 0.5], axis=0)

@@ -155,7 +155,8 @@ def _against(study: Group, names: Sequence[str], reference: str, figure: str) ->
         return bars(labels, [Series(title, tuple(v for _, v in values), COLOURS[0])], title=title, colours=COLOURS)
 
     ours = [(name, study.whole.mean(name, reference)) for name in names]
-    told = f"Scores against the {reference} set, 95 % intervals."
+    whiskers = ", 95 % intervals" if any(value.low is not None for _, value in ours) else ""
+    told = f"Scores against the {reference} set{whiskers}."
     parts: list[Part] = [
         Figure(chart(ours, f"Scores against {reference}"), f"{figure}, here. {told}" if figure else told)
     ]

@@ -4,18 +4,22 @@ Every model is built from its published configuration on PyTorch's meta device, 
 weights are needed and the names are those of the library, not ours.  Run it when a
 family is added or a library renames a module:
 
-    python tools/dump_architectures.py
+    python tools/dump_architectures.py [model …]
 
-It writes ``src/loramerge/architectures/models/<model>.json``: {module: weight shape}.
+It writes ``src/loramerge/architectures/models/<model>.json``: {module: weight shape}, and ``heads.json``, what
+the names of each family begin with.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
+
+from loramerge.architectures import ARCHITECTURES
 
 OUT = Path(__file__).parents[1] / "src/loramerge/architectures/models"
 
@@ -46,6 +50,18 @@ XL = dict(
     addition_embed_type="text_time",
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
+)
+
+WAN = dict(ffn_dim=8960, num_attention_heads=12, num_layers=30)
+COSMOS = dict(
+    num_attention_heads=16,
+    attention_head_dim=128,
+    num_layers=28,
+    text_embed_dim=1024,
+    adaln_lora_dim=256,
+    in_channels=16,
+    out_channels=16,
+    extra_pos_embed_type=None,
 )
 
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
@@ -92,6 +108,70 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     ),
     "transformer-flux": lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True),
     "transformer-qwen-image": lambda: diffusers.QwenImageTransformer2DModel(),
+    "unet-kolors": lambda: unet(
+        **(XL | dict(projection_class_embeddings_input_dim=5632)),
+        transformer_layers_per_block=(1, 2, 10),
+        encoder_hid_dim=4096,
+        encoder_hid_dim_type="text_proj",
+    ),
+    "transformer-chroma": lambda: diffusers.ChromaTransformer2DModel(),
+    "transformer-longcat-image": lambda: diffusers.LongCatImageTransformer2DModel(),
+    "transformer-ovis-image": lambda: diffusers.OvisImageTransformer2DModel(),
+    "transformer-flux2-dev": lambda: diffusers.Flux2Transformer2DModel(),
+    "transformer-flux2-klein-4b": lambda: diffusers.Flux2Transformer2DModel(
+        num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680
+    ),
+    "transformer-flux2-klein-9b": lambda: diffusers.Flux2Transformer2DModel(
+        num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
+    ),
+    "transformer-z-image": lambda: diffusers.ZImageTransformer2DModel(),
+    "transformer-lumina2": lambda: diffusers.Lumina2Transformer2DModel(),
+    "transformer-krea2": lambda: diffusers.Krea2Transformer2DModel(),
+    "transformer-cosmos-predict2-2b": lambda: diffusers.CosmosTransformer3DModel(**COSMOS),
+    "transformer-wan-1.3b": lambda: diffusers.WanTransformer3DModel(**WAN),
+    "transformer-wan-5b": lambda: diffusers.WanTransformer3DModel(
+        in_channels=48, out_channels=48, ffn_dim=14336, num_attention_heads=24, num_layers=30
+    ),
+    # Image to video of 2.1 has all modules of the other models of this size.
+    "transformer-wan-14b": lambda: diffusers.WanTransformer3DModel(image_dim=1280, added_kv_proj_dim=5120),
+    "transformer-hunyuanvideo": lambda: diffusers.HunyuanVideoFramepackTransformer3DModel(),
+    "transformer-hunyuanvideo15": lambda: diffusers.HunyuanVideo15Transformer3DModel(),
+    "transformer-hunyuanimage": lambda: diffusers.HunyuanImageTransformer2DModel(),
+    "transformer-ltxv-2b": lambda: diffusers.LTXVideoTransformer3DModel(),
+    "transformer-ltxv-13b": lambda: diffusers.LTXVideoTransformer3DModel(
+        num_attention_heads=32, attention_head_dim=128, num_layers=48, cross_attention_dim=4096
+    ),
+    "transformer-ltx2": lambda: diffusers.LTX2VideoTransformer3DModel(),
+    "transformer-hidream": lambda: diffusers.HiDreamImageTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=16,
+        num_single_layers=32,
+        attention_head_dim=128,
+        num_attention_heads=20,
+        caption_channels=[4096, 4096],
+        text_emb_dim=2048,
+        num_routed_experts=4,
+        num_activated_experts=2,
+        axes_dims_rope=(64, 32, 32),
+        max_resolution=(128, 128),
+        patch_size=2,
+        llama_layers=[*range(32), *[31] * 16],
+    ),
+    "transformer-ernie-image": lambda: diffusers.ErnieImageTransformer2DModel(
+        hidden_size=4096, num_attention_heads=32, num_layers=36, ffn_hidden_size=12288
+    ),
+    "transformer-kandinsky5-lite": lambda: diffusers.Kandinsky5Transformer3DModel(
+        model_dim=1792, ff_dim=7168, time_dim=512, num_text_blocks=2, num_visual_blocks=32
+    ),
+    "transformer-sana-1.6b": lambda: diffusers.SanaTransformer2DModel(),
+    "transformer-cogvideox-2b": lambda: diffusers.CogVideoXTransformer3DModel(),
+    "transformer-cogvideox-5b": lambda: diffusers.CogVideoXTransformer3DModel(num_attention_heads=48, num_layers=42),
+    "transformer-auraflow": lambda: diffusers.AuraFlowTransformer2DModel(),
+    "transformer-mochi": lambda: diffusers.MochiTransformer3DModel(),
+    "transformer-pixart-sigma": lambda: diffusers.PixArtTransformer2DModel(),
+    "transformer-ideogram4": lambda: diffusers.Ideogram4Transformer2DModel(),
+    "transformer-minimax-h3": lambda: diffusers.MiniMaxH3Transformer3DModel(),
     "clip-l": lambda: clip(768, 12),
     "clip-l-projection": lambda: clip(768, 12, projection=True),
     "clip-h": lambda: clip(1024, 23),
@@ -105,12 +185,15 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
-    """Modules that have a weight, in the order in which the model registers them."""
-    return {
-        name: list(module.weight.shape)
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), torch.nn.Parameter)
-    }
+    """Modules that have a weight, and parameters of their own, in the order in which the model registers them."""
+    found: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(prefix=name, recurse=False):
+            if own.endswith("weight"):
+                found[name] = list(parameter.shape)
+            elif not own.endswith("bias"):
+                found[own] = list(parameter.shape)
+    return found
 
 
 def text_model_names(names: dict[str, list[int]]) -> dict[str, list[int]]:
@@ -124,6 +207,8 @@ def text_model_names(names: dict[str, list[int]]) -> dict[str, list[int]]:
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     for name, build in MODELS.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         with torch.device("meta"):
             names = shapes(build())
         if name.startswith("clip-"):
@@ -131,6 +216,9 @@ def main() -> None:
         lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(s, separators=(',', ':'))}" for n, s in names.items())
         (OUT / f"{name}.json").write_text(f"{{\n{lines}\n}}\n")
         print(f"{name}: {len(names)} modules")
+    heads = {a.name: a.first_names() for a in ARCHITECTURES.values()}
+    lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(h, separators=(',', ':'))}" for n, h in heads.items())
+    (OUT.parent / "heads.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ FAMILY = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl", "ssd-1b": "sdxl", "segmind
 def block(module: str, architecture: str | None = None) -> str:
     """The block that a module belongs to: ``IN04``, ``MID``, ``OUT11``, ``D18``, ``S37``, ``BASE``, ``CLIP`` …
 
+    In a model without names of that kind a block is called by its place: ``blocks.7``, ``double_blocks.12``.
     ``-`` for a module outside of every block, such as the time embedding.
     """
     component, _, path = module.partition(".")
@@ -51,7 +52,9 @@ def block(module: str, architecture: str | None = None) -> str:
         return _unet_block(path)
     if match := re.match(r"(single_)?transformer_blocks\.(\d+)\.", path):
         return f"{'S' if match[1] else 'D'}{int(match[2]):02d}"
-    if component == "transformer":
+    if match := re.match(r"([a-z][a-z_.]*?[a-z])[._](\d+)(?=[._])", path):
+        return f"{match[1]}.{match[2]}"
+    if component == "transformer" and architecture is not None:
         return "OUT" if path.startswith(("proj_out", "norm_out")) else "IN"
     return "-"
 
@@ -71,7 +74,8 @@ def position(component: str, block: str) -> tuple[bool, str, int, str]:
     """A sorting key: the denoiser before the text encoders, and its blocks in the order in which data passes them."""
     order = ("-", "IN", "D", "S", "MID", "OUT")
     name = block.rstrip("0123456789")
-    return component.startswith("text"), component, order.index(name) if name in order else 0, block
+    place = order.index(name) if name in order else order.index("MID") if "." in block else 0
+    return component.startswith("text"), component, place, f"{name}{int(block[len(name) :] or 0):04d}"
 
 
 def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, float]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import linalg
-from .architectures import NAME_FAMILY
+from .architectures import name_family
 from .errors import NoFactorsError
 from .layers import DoRA, Layer, bias_of
 from .layers.base import dense_norm
@@ -43,7 +43,7 @@ def apart(first: LoRA, second: LoRA) -> str:
     if any((module, math.prod(layer.shape)) in sizes for module, layer in second.layouts.items()):
         return ""
     if first.architecture is None or second.architecture is None:
-        return f"no module in common ({first.dialect}, {second.dialect}). If they are of one family, {NAME_FAMILY}"
+        return f"no module in common ({first.dialect}, {second.dialect}). If they are of one family, {name_family()}"
     families = f"for different models ({first.architecture}, {second.architecture}): "
     return f"{families if first.architecture != second.architecture else ''}no module in common"
 

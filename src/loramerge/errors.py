@@ -20,6 +20,10 @@ class LayerError(LoRAMergeError):
     """The tensors of one module don't form an update of its weight."""
 
 
+class FamilyError(LoRAMergeError):
+    """What a file says of its model family contradicts its layers, or doesn't tell which of several it is."""
+
+
 class NoFactorsError(LoRAMergeError):
     """A layer has no exact low-rank form, so it can't be merged as one."""
 

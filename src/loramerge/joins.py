@@ -77,7 +77,7 @@ def joins_of(
         exact: Whether the method keeps a ``down`` that modules share.
         rank: The rule that gives the rank; of an input it sees the rank of the joined weight.
     """
-    if architecture is None or not DIALECTS[dialect].writes:
+    if architecture is None:
         return {}
     found: dict[str, Join] = {}
     for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():

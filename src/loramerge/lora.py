@@ -60,6 +60,8 @@ class LoRA(Mapping[str, Layer]):
     """Name of the model family; None when it is unknown."""
     dialect: str
     """Name of the dialect that the file is in, or would be saved in."""
+    alike: tuple[str, ...] = ()
+    """Other families whose layers have the same names and shapes; only what the file says could tell them apart."""
     layouts: Mapping[str, Layer]
     """Every module's layer, of which the tensors may be stand-ins with shapes only."""
     compute: Callable[[str], Layer] | None = None
@@ -94,7 +96,7 @@ class LoRA(Mapping[str, Layer]):
 
     def __repr__(self) -> str:
         return (
-            f"LoRA({self.name!r}, {self.architecture or 'unknown architecture'}, {self.dialect}, "
+            f"LoRA({self.name!r}, {' or '.join(self.families) or 'unknown architecture'}, {self.dialect}, "
             f"{len(self)} modules, {self.summary('rank')})"
         )
 
@@ -108,6 +110,11 @@ class LoRA(Mapping[str, Layer]):
         """Let go of the file, if one is open."""
         if self.origin and isinstance(self.origin.tensors, SafetensorsFile):
             self.origin.tensors.close()
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Every model family that the LoRA may be for, the likeliest first; none where it is unknown."""
+        return (self.architecture, *self.alike) if self.architecture else ()
 
     def layout(self, module: str) -> Layer:
         """The module's layer without its values: kind, shape, rank, alpha."""
@@ -147,6 +154,18 @@ class LoRA(Mapping[str, Layer]):
         return (
             self if len(layouts) == len(self) else replace(self, layouts=layouts, origin=None, compute=self.__getitem__)
         )
+
+    def renamed(self, names: Mapping[str, str]) -> "LoRA":
+        """The LoRA with other names for some of its modules.
+
+        Args:
+            names: New names by old.
+        """
+        if all(new == old for old, new in names.items()):
+            return self
+        olds = {names.get(module, module): module for module in self}
+        layouts = {new: self.layouts[old] for new, old in olds.items()}
+        return replace(self, layouts=layouts, origin=None, compute=lambda module: self[olds[module]])
 
     def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
         if not modules:
@@ -304,6 +323,7 @@ def from_tensors(
         name=name,
         architecture=reading.architecture.name if reading.architecture else None,
         dialect=reading.dialect.name,
+        alike=reading.alike,
         layouts=layouts,
         compute=reader.layer,
         metadata=dict(metadata),

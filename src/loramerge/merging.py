@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .architectures import ARCHITECTURES
 from .checkpoints import Checkpoint, open_checkpoint
 from .dialects import DIALECTS
 from .errors import MergeError, OptionError
@@ -13,7 +14,7 @@ from .lora import LoRA, without
 from .methods import METHODS, check_options
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
-from .steps import Step, architecture_of, common_extras, named, steps_of
+from .steps import Step, common_extras, named, of_one_family, steps_of
 from .tensors import computed
 from .weights import Scope, Weights, resolve
 
@@ -60,12 +61,11 @@ def plan(
     checked = check_options(chosen, options)
     if chosen.count not in (None, len(opened)):
         raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
-    architecture = architecture_of(opened)
+    opened, architecture = of_one_family(opened)
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
     steps = steps_of(opened, chosen, checked, rank, model)
     if not steps:
         raise MergeError(f"Nothing to merge: {method} changes the first LoRA, and {opened[0].name} has no module.")
-    first = opened[0].dialect
     resolved = resolve(opened, weights, scope, chosen.default_weight)
     if resolved.columns and chosen.name != "linear":
         raise OptionError(f"Learned coefficients are weights of the method linear; {method} takes numbers.")
@@ -83,7 +83,7 @@ def plan(
         rank=rank if isinstance(rank, str) else operator.index(rank),
         steps=steps,
         name=" + ".join(lora.name for lora in opened),
-        dialect=first if DIALECTS[first].writes or opened[0].architecture is None else "kohya",
+        dialect=_dialect_for([lora.dialect for lora in opened], architecture),
         dtype=computed([code for lora in opened for code in _dtypes(lora)]),
         device=device,
         extras=common_extras(opened),
@@ -210,6 +210,16 @@ def resize(
         base=base,
         device=device,
     )
+
+
+def _dialect_for(given: Sequence[str], architecture: str | None) -> str:
+    """The dialect of a merge: the first LoRA's, or one that is written where that is read only and others differ."""
+    first = given[0]
+    if DIALECTS[first].writes or (DIALECTS[first].can_write(first) and len(set(given)) == 1):
+        return first
+    if architecture is None:
+        return next((name for name in given if DIALECTS[name].writes), first)
+    return "kohya" if ARCHITECTURES[architecture].native else "diffusers-peft"
 
 
 def _dtypes(lora: LoRA) -> list[str]:

@@ -24,7 +24,7 @@ from .methods.linear import shared_down
 from .provenance import UNKNOWN, record
 from .ranks import Budget, Rank, Spectrum, choose
 from .selection import Streams, module_seed
-from .steps import Step, named
+from .steps import Step, alike, named
 from .storage.awaited import Awaited
 from .tensors import Spec, Tensor, largest_rank, namespace, nbytes
 from .weights import ModuleWeights, Scope
@@ -235,6 +235,7 @@ class Plan:
         return LoRA(
             name=self.name,
             architecture=self.architecture,
+            alike=alike(self.loras, self.architecture),
             dialect=self.dialect,
             layouts={module: self._layout(step) for module, step in self.steps.items()},
             compute=compute,

@@ -1,12 +1,14 @@
 """What a merge will do in each module, and whether the LoRAs can be merged at all: from headers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .architectures import ARCHITECTURES, NAME_FAMILY
+from .architectures import ARCHITECTURES, name_family
+from .architectures.hints import named as families_named
 from .checkpoints import Checkpoint
 from .errors import LoRAMergeError, MergeError
 from .layers import FACTORED, Layer
@@ -15,9 +17,6 @@ from .lora import LoRA
 from .methods import Method
 from .ranks import Rank, rule
 from .tensors import Shape, Tensor, largest_rank
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -125,36 +124,144 @@ def _common_shape(loras: Sequence[LoRA], module: str) -> Shape:
     return first
 
 
-def architecture_of(loras: Sequence[LoRA]) -> str | None:
-    """The family that all LoRAs fit; a file with few modules may fit several."""
-    names = dict.fromkeys(lora.architecture for lora in loras)
-    for name in names:
-        if all(lora.architecture == name or (name and _fits(lora, name)) for lora in loras):
-            if name is None:
-                _check_naming(loras)
-            return name
-    listed = "; ".join(f"{lora.name} is for {lora.architecture or 'an unknown architecture'}" for lora in loras)
-    ways = f" Way out: {NAME_FAMILY}." if None in names else ""
-    raise MergeError(f"LoRAs of different model families can't be merged: {listed}.{ways}")
-
-
-def _check_naming(loras: Sequence[LoRA]) -> None:
-    """Refuse LoRAs of which nobody can tell whether they update the same modules: each has names of its own.
+def of_one_family(loras: Sequence[LoRA]) -> tuple[list[LoRA], str | None]:
+    """The LoRAs as those of one model family, which each may be for, and its name; None where it isn't known.
 
     Raises:
-        MergeError: Two of an unknown family are in different dialects and share no name.
+        MergeError: There is no such family, or nobody can tell whether they update the same modules.
     """
-    for a, b in combinations(filter(None, loras), 2):
-        if a.dialect != b.dialect and a.layouts.keys().isdisjoint(b.layouts):
+    chosen = next(iter(_common(loras)), None)
+    known = [lora for lora in loras if lora.families]
+    if (known and chosen is None) or (chosen and len(known) < len(loras) and not _all_fit(loras, chosen)):
+        raise MergeError(_different(loras))
+    if chosen:
+        loras = [lora if lora.architecture == chosen else replace(lora, architecture=chosen) for lora in loras]
+    return named_alike(loras, chosen), chosen
+
+
+def alike(loras: Sequence[LoRA], chosen: str | None) -> tuple[str, ...]:
+    """The other families that all LoRAs may be for."""
+    return tuple(name for name in _common(loras) if name != chosen)
+
+
+def _common(loras: Sequence[LoRA]) -> list[str]:
+    """The families that every LoRA of a known one may be for, those first that the surest LoRA names."""
+    known = sorted((lora.families for lora in loras if lora.families), key=len)
+    return [name for name in known[0] if all(name in families for families in known)] if known else []
+
+
+def _all_fit(loras: Sequence[LoRA], architecture: str) -> bool:
+    shapes = ARCHITECTURES[architecture].shapes
+    unknown = [lora for lora in loras if not lora.families]
+    return all(shapes.get(module) == lora.layout(module).shape for lora in unknown for module in lora)
+
+
+def _different(loras: Sequence[LoRA]) -> str:
+    listed = "; ".join(
+        f"{lora.name} is for {' or '.join(lora.families) or 'a family that loramerge does not know'}" for lora in loras
+    )
+    unknown = not all(lora.families for lora in loras)
+    ways = f" If they are for one model, {name_family()}." if unknown else ""
+    return f"LoRAs of different model families can't be merged: {listed}.{ways}"
+
+
+def named_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]:
+    """The LoRAs with one name for each module that their family doesn't list, whichever tool named it.
+
+    Tools write a path with its dots or with underscores in their place: where one LoRA has the dots, they
+    are taken from it.
+
+    Raises:
+        MergeError: Nobody can tell whether they update the same modules: they share none, or have names of
+            different code.
+    """
+    shapes = ARCHITECTURES[architecture].shapes if architecture else {}
+    free = [[module for module in lora if module not in shapes] for lora in loras]
+    if sum(map(bool, free)) < 2:
+        return list(loras)
+    spelled = _spellings(module for modules in free for module in modules)
+    renamed = [lora.renamed({m: spelled[_flat(m)] for m in modules}) for lora, modules in zip(loras, free, strict=True)]
+    having = [lora for lora, modules in zip(renamed, free, strict=True) if modules]
+    if architecture is None:
+        _check_shared(having)
+    for a, b in combinations(having, 2):
+        _check_naming(a, b)
+    return renamed
+
+
+def _flat(module: str) -> str:
+    return module.replace(".", "_")
+
+
+def _spellings(modules: Iterable[str]) -> dict[str, str]:
+    """The name of each module by its flattened name: with its dots, where somebody has them."""
+    found: dict[str, str] = {}
+    for module in modules:
+        known = found.get(_flat(module), module)
+        if known != module and has_path(known) and has_path(module):
+            raise MergeError(f"{known} and {module} may be one module or two: they differ in nothing but dots.")
+        found[_flat(module)] = max(known, module, key=lambda name: name.count("."))
+    return found
+
+
+def has_path(module: str) -> bool:
+    """Whether a module's path has dots of its own."""
+    return "." in module.partition(".")[2]
+
+
+def _check_shared(loras: Sequence[LoRA]) -> None:
+    """Refuse LoRAs of an unknown family of which some share no module with the others.
+
+    Raises:
+        MergeError: Some do, and their metadata doesn't name one model for all.
+    """
+    for lora in loras:
+        others = [other for other in loras if other is not lora]
+        if not any(module in other for other in others for module in lora) and not _say_the_same(loras):
+            first = others[0]
             raise MergeError(
-                f"{a.name} ({a.dialect}) and {b.name} ({b.dialect}) are for an unknown architecture and share no name of "
-                f"a module, so what they have in common can't be told. Way out: {NAME_FAMILY}."
+                f"{lora.name} ({lora.dialect}) shares no module with {first.name} ({first.dialect}), and their model "
+                f"family isn't known: whether they are for one model can't be told. {lora.name} has {next(iter(lora))}, "
+                f"{first.name} has {next(iter(first))}. Ways out: files of one tool, or {name_family()}."
             )
 
 
-def _fits(lora: LoRA, architecture: str) -> bool:
-    shapes = ARCHITECTURES[architecture].shapes
-    return all(shapes.get(module) == lora.layout(module).shape for module in lora)
+def _say_the_same(loras: Sequence[LoRA]) -> bool:
+    said = {families_named(lora.metadata)[1:] for lora in loras}
+    return len(said) == 1 and any(map(any, said))
+
+
+def _check_naming(a: LoRA, b: LoRA) -> None:
+    """Refuse two LoRAs that call one weight by two names: in a place that both have, each has parts of its own only.
+
+    Raises:
+        MergeError: They do, such as ``attention.qkv`` beside ``attention.to_q``.
+    """
+    first, second = _children(a), _children(b)
+    for place in first.keys() & second.keys():
+        mine, theirs = first[place], second[place]
+        if mine.isdisjoint(theirs) or _fused(mine) != _fused(theirs):
+            raise MergeError(
+                f"In {place} {a.name} has {', '.join(sorted(mine))} and {b.name} has {', '.join(sorted(theirs))}: whether "
+                "these are the same weights under two tools' names can't be told, as their model family isn't known. "
+                f"Ways out: convert one file with the tool that made it, or {name_family()}."
+            )
+
+
+def _children(lora: LoRA) -> dict[str, frozenset[str]]:
+    """What each place of a model has: the last names by what stands before them."""
+    found: dict[str, set[str]] = {}
+    for module in lora:
+        place, _, name = module.rpartition(".")
+        if "." in place:
+            found.setdefault(place, set()).add(name)
+        elif match := re.fullmatch(r"(.*\d_.*)_(to_[qkv]|[qkv]|qkv|[qkv]_proj)", name):
+            found.setdefault(f"{place}.{match[1]}", set()).add(match[2])
+    return {place: frozenset(names) for place, names in found.items()}
+
+
+def _fused(names: frozenset[str]) -> bool:
+    return any("qkv" in name for name in names)
 
 
 def common_extras(loras: Sequence[LoRA]) -> dict[str, Tensor]:

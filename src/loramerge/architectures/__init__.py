@@ -6,14 +6,15 @@ The names inside loramerge are diffusers'; ``native`` says how the model's own c
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import Any
 
 from ..registry import Registry
 from ..tensors import Shape
-from . import flux, sd3, sgm
-from .names import Parts, whole
+from . import auraflow, cosmos, flux, flux2, hunyuan, krea, ltx, lumina, mochi, pixart, sd3, sgm, wan
+from .names import Naming, Parts, same, whole
 
 
 @cache
@@ -22,6 +23,14 @@ def model(name: str) -> Mapping[str, Shape]:
     with open(os.path.join(os.path.dirname(__file__), "models", f"{name}.json"), "rb") as file:
         data = json.loads(file.read())
     return {module: tuple(shape) for module, shape in data.items()}
+
+
+@cache
+def first_names() -> Mapping[str, tuple[list[str], list[str]]]:
+    """What diffusers' and other paths of each family's denoiser begin with."""
+    with open(os.path.join(os.path.dirname(__file__), "heads.json"), "rb") as file:
+        found: Mapping[str, tuple[list[str], list[str]]] = json.loads(file.read())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,18 +52,22 @@ class Architecture:
 
     name: str
     title: str
-    denoiser: str
+    denoiser: str = "transformer"
     """``"unet"`` or ``"transformer"``."""
     model: str
-    text_encoders: tuple[TextEncoder, ...]
-    native: Callable[[Mapping[str, Shape]], Mapping[str, Parts]]
-    """The denoiser's own names, each with the modules that it holds."""
+    text_encoders: tuple[TextEncoder, ...] = ()
+    native: Naming | None = same
+    """The denoiser's own names, each with the modules that it holds; None where they are not listed yet."""
+    also_native: tuple[Naming, ...] = ()
+    """Other names of the denoiser that files have: read, never written."""
+    also: tuple[str, ...] = ()
+    """Beginnings of native paths that the model has beside the listed ones."""
     kohya_uses_diffusers_names: bool = False
     """sd-scripts trains SD 1 and 2 on diffusers' UNet, and later families on their own code."""
     within: str | None = None
     """The larger family of which this is a distilled part: the same names, fewer of them."""
     hints: tuple[str, ...] = field(default=())
-    """Beginnings of ``modelspec.architecture`` or ``ss_base_model_version`` that mean this family."""
+    """Words of ``modelspec.architecture`` or ``ss_base_model_version`` that mean this family, see `hints.named`."""
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
@@ -72,14 +85,31 @@ class Architecture:
     @cached_property
     def native_paths(self) -> Mapping[str, Parts]:
         """The native path of each weight of the denoiser."""
-        return self.native(model(self.model))
+        return self.native(model(self.model)) if self.native else {}
+
+    @cached_property
+    def other_paths(self) -> Mapping[str, Parts]:
+        """The paths that other code has for the denoiser's weights, `native_paths` apart: read, never written."""
+        found = {path: parts for naming in self.also_native for path, parts in naming(model(self.model)).items()}
+        return {
+            path: parts for path, parts in {**self.denoiser_paths, **found}.items() if path not in self.native_paths
+        }
+
+    def first_names(self) -> list[list[str]]:
+        """The first parts of the denoiser's paths, diffusers' and others: what ``heads.json`` keeps."""
+        others = {**self.native_paths, **self.other_paths}
+        return [
+            list(dict.fromkeys(path.partition(".")[0] for path in paths)) for paths in (self.denoiser_paths, others)
+        ]
+
+    @property
+    def heads(self) -> list[str]:
+        """What the denoiser's paths begin with, without building any."""
+        own, others = first_names()[self.name]
+        return [*own, *others]
 
     def text_paths(self, encoder: TextEncoder) -> Mapping[str, Parts]:
         return {path: whole(f"{encoder.component}.{path}") for path in model(encoder.model)}
-
-
-def _same(modules: Mapping[str, Shape]) -> Mapping[str, Parts]:
-    return {path: whole(f"transformer.{path}") for path in modules}
 
 
 CLIP_L = TextEncoder(component="text_encoder", model="clip-l", kohya="1", comfyui="clip_l")
@@ -89,6 +119,69 @@ SD3_TEXT = (
     CLIP_G,
     TextEncoder(component="text_encoder_3", model="t5-xxl", kohya="3", comfyui="t5xxl"),
 )
+
+SD3_HINTS = ("sd3", "sd3m", "stable-diffusion-3", "stable-diffusion-v3")
+
+
+def _sd3(version: str, size: str) -> tuple[str, ...]:
+    """What tools call one size of Stable Diffusion 3."""
+    names = [f"{start}{version}" for start in ("sd", "stable-diffusion-", "stable-diffusion-v")]
+    return tuple(f"{name}-{end}" for name in names for end in (size, size[0]))
+
+
+def _dit(name: str, title: str, *hints: str, **options: Any) -> Architecture:
+    """A family of which LoRAs train the transformer alone."""
+    return Architecture(**{"name": name, "title": title, "model": f"transformer-{name}", "hints": hints} | options)
+
+
+_FLUX2 = ("flux2", "flux-2", "flux-2-klein", "flux2-klein")
+_HUNYUAN = {"native": hunyuan.comfyui, "also_native": (hunyuan.tencent,)}
+
+OTHERS = (
+    _dit("z-image", "Z-Image", "z-image", "zimage", also_native=(lumina.z_image,)),
+    _dit("krea2", "Krea 2", "krea-2", "krea2", native=krea.native),
+    _dit(
+        "anima", "Anima", "anima", model="transformer-cosmos-predict2-2b", native=cosmos.native, also=("llm_adapter.",)
+    ),
+    _dit("wan-14b", "Wan 2.1 and 2.2, 14B", "wan", "skyreels", native=wan.native),
+    _dit("wan-1.3b", "Wan 2.1, 1.3B", "wan", "skyreels", native=wan.native),
+    _dit("wan-5b", "Wan 2.2, 5B", "wan", native=wan.native),
+    _dit("flux2-dev", "FLUX.2 dev", *_FLUX2[:2], "flux2-dev", "flux-2-dev", native=flux2.native),
+    _dit("flux2-klein-4b", "FLUX.2 klein 4B", *_FLUX2, "flux-2-klein-4b", "flux2-klein-4b", native=flux2.native),
+    _dit("flux2-klein-9b", "FLUX.2 klein 9B", *_FLUX2, "flux-2-klein-9b", "flux2-klein-9b", native=flux2.native),
+    _dit("hunyuanvideo", "HunyuanVideo", "hunyuan-video", "hunyuanvideo", "framepack", **_HUNYUAN),
+    _dit(
+        "hunyuanvideo15",
+        "HunyuanVideo 1.5",
+        *("hunyuan-video-1-5", "hunyuanvideo-1-5", "hunyuanvideo15"),
+        native=hunyuan.comfyui,
+        also_native=(hunyuan.split,),
+    ),
+    _dit("chroma", "Chroma", "chroma", native=flux.chroma),
+    _dit("ltx2", "LTX-2", "ltx2", "ltx-2", "ltxv2", native=ltx.native),
+    _dit("ltxv-2b", "LTX-Video 2B", "ltxv", "ltx-video", native=ltx.native),
+    _dit("ltxv-13b", "LTX-Video 13B", "ltxv", "ltx-video", native=ltx.native),
+    _dit("hidream", "HiDream-I1", "hidream"),
+    _dit("lumina2", "Lumina 2", "lumina-2", "lumina2", "lumina-image-2", native=lumina.lumina2),
+    _dit("hunyuanimage", "HunyuanImage 2.1", "hunyuan-image", "hunyuanimage", **_HUNYUAN),
+    _dit("auraflow", "AuraFlow, Pony V7", "auraflow", "aura-flow", "pony-v7", "pony7", native=auraflow.native),
+    _dit("ernie-image", "ERNIE-Image", "ernie"),
+    _dit("cogvideox-2b", "CogVideoX 2B", "cogvideox", "cogvideo"),
+    _dit("cogvideox-5b", "CogVideoX 5B", "cogvideox", "cogvideo"),
+    _dit("kandinsky5-lite", "Kandinsky 5 Lite", "kandinsky5", "kandinsky-5"),
+    _dit("sana-1.6b", "Sana 1.6B", "sana"),
+    _dit("cosmos-predict2-2b", "Cosmos-Predict2 2B", "cosmos-predict2", "cosmos", native=cosmos.native),
+    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=pixart.native),
+    _dit("mochi", "Mochi 1", "mochi", also_native=(mochi.native,)),
+    Architecture(
+        name="kolors", title="Kolors", denoiser="unet", model="unet-kolors", native=sgm.native, hints=("kolors",)
+    ),
+    _dit("longcat-image", "LongCat-Image", "longcat", native=None),
+    _dit("ovis-image", "Ovis-Image", "ovis", native=None),
+    _dit("ideogram4", "Ideogram 4", "ideogram", native=None),
+    _dit("minimax-h3", "MiniMax H3", "minimax", native=None),
+)
+"""Families whose LoRAs train the denoiser alone."""
 
 ARCHITECTURES: Registry[Architecture] = Registry(
     "architecture",
@@ -100,7 +193,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             model="unet-sdxl",
             text_encoders=(CLIP_L, CLIP_G),
             native=sgm.native,
-            hints=("stable-diffusion-xl-v1-base", "sdxl_base"),
+            hints=("sdxl", "sd-xl", "stable-diffusion-xl", "pony", "illustrious", "noobai"),
         ),
         Architecture(
             name="sd15",
@@ -110,7 +203,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             text_encoders=(TextEncoder(component="text_encoder", model="clip-l", kohya="", comfyui="clip_l"),),
             native=sgm.native,
             kohya_uses_diffusers_names=True,
-            hints=("stable-diffusion-v1", "sd_v1", "sd_1"),
+            hints=("stable-diffusion-v1", "stable-diffusion-1", "sd-v1", "sd-1", "sd1"),
         ),
         Architecture(
             name="flux",
@@ -122,7 +215,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
                 TextEncoder(component="text_encoder_2", model="t5-xxl", kohya="3", comfyui="t5xxl"),
             ),
             native=flux.native,
-            hints=("flux",),
+            hints=("flux", "flux-1", "flux1"),
         ),
         Architecture(
             name="sd3-medium",
@@ -131,7 +224,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             model="transformer-sd3-medium",
             text_encoders=SD3_TEXT,
             native=sd3.native,
-            hints=("stable-diffusion-3-medium", "stable-diffusion-v3-m"),
+            hints=(*SD3_HINTS, *_sd3("3", "medium")),
         ),
         Architecture(
             name="sd3.5-medium",
@@ -140,7 +233,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             model="transformer-sd35-medium",
             text_encoders=SD3_TEXT,
             native=sd3.native,
-            hints=("stable-diffusion-3.5-medium", "stable-diffusion-v3.5-m"),
+            hints=(*SD3_HINTS, *_sd3("3-5", "medium")),
         ),
         Architecture(
             name="sd3.5-large",
@@ -149,7 +242,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             model="transformer-sd35-large",
             text_encoders=SD3_TEXT,
             native=sd3.native,
-            hints=("stable-diffusion-3.5-large", "stable-diffusion-v3.5-l"),
+            hints=(*SD3_HINTS, *_sd3("3-5", "large")),
         ),
         Architecture(
             name="sd21",
@@ -159,7 +252,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             text_encoders=(TextEncoder(component="text_encoder", model="clip-h", kohya="", comfyui="clip_h"),),
             native=sgm.native,
             kohya_uses_diffusers_names=True,
-            hints=("stable-diffusion-v2", "sd_v2", "sd_2"),
+            hints=("stable-diffusion-v2", "stable-diffusion-2", "sd-v2", "sd-2", "sd2"),
         ),
         Architecture(
             name="sdxl-refiner",
@@ -168,7 +261,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             model="unet-sdxl-refiner",
             text_encoders=(TextEncoder(component="text_encoder_2", model="clip-g", kohya="", comfyui="clip_g"),),
             native=sgm.native,
-            hints=("stable-diffusion-xl-v1-refiner", "sdxl_refiner"),
+            hints=("stable-diffusion-xl-v1-refiner", "stable-diffusion-xl-refiner", "sdxl-refiner"),
         ),
         Architecture(
             name="ssd-1b",
@@ -178,6 +271,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             text_encoders=(CLIP_L, CLIP_G),
             native=sgm.native,
             within="sdxl",
+            hints=("sdxl", "stable-diffusion-xl"),
         ),
         Architecture(
             name="segmind-vega",
@@ -187,16 +281,16 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             text_encoders=(CLIP_L, CLIP_G),
             native=sgm.native,
             within="sdxl",
+            hints=("sdxl", "stable-diffusion-xl"),
         ),
         Architecture(
             name="qwen-image",
             title="Qwen-Image",
             denoiser="transformer",
             model="transformer-qwen-image",
-            text_encoders=(),
-            native=_same,
-            hints=("qwen-image", "qwen_image"),
+            hints=("qwen-image",),
         ),
+        *OTHERS,
     ],
     aliases={
         "sd1": "sd15",
@@ -210,9 +304,21 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "flux-dev": "flux",
         "vega": "segmind-vega",
         "qwen": "qwen-image",
+        "wan": "wan-14b",
+        "flux2": "flux2-dev",
+        "flux.2": "flux2-dev",
+        "klein": "flux2-klein-4b",
+        "zimage": "z-image",
+        "hunyuan-video": "hunyuanvideo",
+        "ltx-2": "ltx2",
     },
 )
 """Commonest first: where several fit, the first is taken."""
 
-NAME_FAMILY = "name the model family (--architecture sdxl; in Python open(…, architecture='sdxl'))"
-"""The way out where a file leaves its family open."""
+
+def name_family() -> str:
+    """The way out where a file leaves its family open."""
+    return (
+        "name the model family if it is one that loramerge knows (--architecture NAME; in Python "
+        f"open(…, architecture=NAME)): {', '.join(ARCHITECTURES)}"
+    )

@@ -53,6 +53,21 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+GUIDANCE = "distilled_guidance_layer.layers.{i}."
+
+CHROMA: tuple[Rule, ...] = (
+    *RULES,
+    (GUIDANCE + "in_layer", GUIDANCE + "linear_1"),
+    (GUIDANCE + "out_layer", GUIDANCE + "linear_2"),
+)
+"""Chroma is FLUX.1 with one network in the place of its modulations: https://github.com/lodestone-rock/flow"""
+
+
 def native(modules: Mapping[str, Shape]) -> dict[str, Parts]:
     """Black Forest Labs' name of each weight of the transformer."""
     return apply(RULES, modules, "transformer")
+
+
+def chroma(modules: Mapping[str, Shape]) -> dict[str, Parts]:
+    """Chroma's name of each weight of the transformer."""
+    return apply(CHROMA, modules, "transformer")

@@ -1,6 +1,6 @@
 """How one weight of a model's own code corresponds to modules of diffusers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
 
 from ..tensors import Ranges, Shape
@@ -24,6 +24,10 @@ SWAP = "swap"
 
 Rule: TypeAlias = tuple[str, ...]
 """A native name, then the diffusers names that it holds, ``{i}`` standing for a block's number."""
+
+
+Naming: TypeAlias = Callable[[Mapping[str, Shape]], Mapping[str, Parts]]
+"""Native names of a model's weights, from its modules, each with the modules that it holds."""
 
 
 def whole(module: str) -> Parts:
@@ -56,6 +60,16 @@ def apply(rules: Iterable[Rule], modules: Mapping[str, Shape], component: str) -
         if f"{component}.{path}" not in named:
             names[path] = whole(f"{component}.{path}")
     return names
+
+
+def by(*rules: Rule) -> "Naming":
+    """The naming of a transformer that follows rules."""
+    return lambda modules: apply(rules, modules, "transformer")
+
+
+def same(modules: Mapping[str, Shape]) -> Mapping[str, Parts]:
+    """The naming of a transformer whose own code has diffusers' names."""
+    return {path: whole(f"transformer.{path}") for path in modules}
 
 
 def _expand(rules: Iterable[Rule], modules: Mapping[str, Shape]) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -17,6 +17,7 @@ OUTSIDE = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "encoder_hid_proj": "encoder_hid_proj",
 }
 RESNET = {
     "norm1": "in_layers.0",

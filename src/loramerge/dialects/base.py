@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..architectures import Architecture
 from ..architectures.names import Parts
+from .free import Free
 from .suffixes import SPELLINGS, STYLES
 
 Names = Callable[[Architecture], Mapping[str, Parts]]
@@ -63,10 +64,10 @@ class Dialect:
     """Names that tell the dialect from its kin, where `names` are shared."""
     numbered: bool = False
     """Stems are numbers: a numbering is right only when every layer fits."""
-    free: Callable[[str], str | None] | None = None
-    """The stem of a module that no architecture has; without it, a module that begins like a stem is its own."""
-    free_module: Callable[[str], str] = str
-    """The module of a stem that no architecture has."""
+    rewrites: bool = False
+    """Whether a LoRA that was read in it can be written back after a change; where it is written, that goes without."""
+    free: Free | None = None
+    """How it spells modules that no table lists; without it, such a module is called what its stem is."""
 
     @cached_property
     def styles(self) -> frozenset[str]:
@@ -76,11 +77,24 @@ class Dialect:
     def tables(self) -> tuple[Names, ...]:
         return (self.names, *self.also_names)
 
-    def free_stem(self, module: str) -> str | None:
-        """The stem of a module of an unknown architecture, or None if the dialect can't say it."""
-        if self.free is not None:
-            return self.free(module)
-        return module if module.startswith(self.begins) else None
+    def free_module(self, stem: str) -> str:
+        """The module of a stem that no table lists."""
+        return self.free.module(stem) if self.free else stem
+
+    def free_stem(self, module: str, own: "Dialect") -> str | None:
+        """The stem of a module that no table lists, or None if the dialect can't say it.
+
+        Args:
+            module: The module.
+            own: The dialect that its name is from.
+        """
+        if self.free is None or own.free is None:
+            return module if self is own or (own.free is None and module.startswith(self.begins)) else None
+        return self.free.stem(module) if self is own or self.free.paths == own.free.paths else None
+
+    def can_write(self, own: str) -> bool:
+        """Whether a LoRA that is in a dialect can be written in this one."""
+        return self.writes or (self.rewrites and self.name == own)
 
     def suffix(self, role: str, module: str) -> str:
         """The suffix of a tensor of a module."""

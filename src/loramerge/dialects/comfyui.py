@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from ..architectures import Architecture
+from ..architectures import Architecture, first_names
 from ..architectures.names import Parts
 from .base import LYCORIS_KINDS, PEFT_KINDS, Dialect
+from .free import Free
 
 
 def comfyui_names(a: Architecture) -> Mapping[str, Parts]:
@@ -15,14 +16,21 @@ def comfyui_names(a: Architecture) -> Mapping[str, Parts]:
     return names
 
 
+def comfyui_other_names(a: Architecture) -> Mapping[str, Parts]:
+    """The denoiser's weights under the names of other code, which trainers put behind the same prefix."""
+    return {f"diffusion_model.{path}": parts for path, parts in a.other_paths.items()}
+
+
 COMFYUI = Dialect(
     name="comfyui",
     title="ComfyUI, ai-toolkit's transformers, diffusion-pipe",
     source="https://github.com/comfyanonymous/ComfyUI, comfy/lora.py, model_lora_keys_unet",
     names=comfyui_names,
+    also_names=(comfyui_other_names,),
     style="kohya",
     also_reads=frozenset({"peft", "peft-short", "peft-named"}),
     begins=("diffusion_model.", "text_encoders."),
+    free=Free(prefix="diffusion_model.", paths="native"),
     writes=True,
     alpha="keep",
     holds=LYCORIS_KINDS,
@@ -51,6 +59,8 @@ OMI = Dialect(
     style="kohya",
     begins=("unet.", "transformer.", "clip_", "t5."),
     alpha="keep",
+    rewrites=True,
+    free=Free(prefix="{}.", paths="other"),
     holds=LYCORIS_KINDS,
 )
 
@@ -59,26 +69,20 @@ def native_bare_names(a: Architecture) -> Mapping[str, Parts]:
     return a.native_paths
 
 
+def other_bare_names(a: Architecture) -> Mapping[str, Parts]:
+    return a.other_paths
+
+
 NATIVE = Dialect(
     name="native",
-    title="the model's own paths with nothing in front: Black Forest Labs' control LoRAs",
+    title="the model's own paths with nothing in front: Black Forest Labs' control LoRAs, DiffSynth",
     source="https://huggingface.co/black-forest-labs/FLUX.1-Depth-dev-lora",
     names=native_bare_names,
+    also_names=(other_bare_names,),
     style="peft",
-    also_reads=frozenset({"kohya"}),
-    begins=(
-        "double_blocks.",
-        "single_blocks.",
-        "joint_blocks.",
-        "input_blocks.",
-        "middle_block.",
-        "output_blocks.",
-        "img_in",
-        "txt_in",
-        "final_layer.",
-        "vector_in.",
-        "guidance_in.",
-        "time_in.",
-    ),
+    also_reads=frozenset({"kohya", "peft-short", "peft-named"}),
+    begins=tuple(dict.fromkeys(head for _, native in first_names().values() for head in native)),
+    rewrites=True,
+    free=Free(prefix="", paths="native"),
     holds=PEFT_KINDS,
 )

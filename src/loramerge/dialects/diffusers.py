@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ..architectures import Architecture
+from ..architectures import Architecture, first_names
 from ..architectures.names import Parts
 from .base import PEFT_KINDS, Dialect
+from .free import DENOISERS, UNETS, Free, has_dots
 
 ATTENTION = r"(.*\.attn\d*)\.to_(q|k|v|out)(?:\.0)?"
 TEXT_ATTENTION = r"(.*\.self_attn)\.(q|k|v|out)_proj"
@@ -23,6 +25,13 @@ def module_names(a: Architecture) -> Mapping[str, Parts]:
 def bare_names(a: Architecture) -> Mapping[str, Parts]:
     """The denoiser's paths without a component in front."""
     return a.denoiser_paths
+
+
+def native_names(a: Architecture) -> Mapping[str, Parts]:
+    """The model's own paths behind diffusers' component: diffusion-pipe's HunyuanVideo."""
+    if a.denoiser == "unet":
+        return {}
+    return {f"transformer.{path}": parts for path, parts in {**a.native_paths, **a.other_paths}.items()}
 
 
 def old_names(a: Architecture) -> Mapping[str, Parts]:
@@ -92,26 +101,24 @@ def peft_text_names(a: Architecture) -> Mapping[str, Parts]:
     return _peft_text_names(a, "base_model.model.", ())
 
 
-def _free_peft_module(stem: str) -> str:
-    folder, _, path = stem.rpartition("base_model.model.")
-    unet = path.startswith(("down_blocks.", "mid_block.", "up_blocks."))
-    text = path.startswith(("text_model.", "encoder."))
-    guess = "unet" if unet else "text_encoder" if text else "transformer"
-    return f"{folder.rstrip('/') or guess}.{path}"
+@dataclass(frozen=True, kw_only=True)
+class FreePeft(Free):
+    """PEFT's stems: the denoiser's in the directory itself, a text encoder's behind the name of a folder."""
+
+    def module(self, stem: str) -> str:
+        folder, _, path = stem.rpartition("base_model.model.")
+        text = path.startswith(("text_model.", "encoder."))
+        guess = "text_encoder" if text else "unet" if UNETS.match(path) else "transformer"
+        return f"{folder.rstrip('/') or guess}.{path}"
+
+    def stem(self, module: str) -> str | None:
+        component, _, path = module.partition(".")
+        if not re.match(COMPONENTS, module) or not has_dots(path):
+            return None
+        return f"{self.prefix}{path}" if component in DENOISERS else f"{component}/{self.prefix}{path}"
 
 
-def _free(module: str) -> str | None:
-    return module if re.match(COMPONENTS, module) else None
-
-
-def _free_peft(module: str) -> str | None:
-    component, _, path = module.partition(".")
-    if not _free(module):
-        return None
-    return (
-        f"base_model.model.{path}" if component in ("unet", "transformer") else f"{component}/base_model.model.{path}"
-    )
-
+DIFFUSERS_FREE = Free(prefix="{}.", paths="diffusers")
 
 DIFFUSERS = Dialect(
     name="diffusers",
@@ -124,7 +131,7 @@ DIFFUSERS = Dialect(
     even_rank=("text_projection",),
     begins=("unet.", "transformer.", "text_encoder"),
     writes=True,
-    free=_free,
+    free=DIFFUSERS_FREE,
 )
 
 DIFFUSERS_PEFT = Dialect(
@@ -132,14 +139,14 @@ DIFFUSERS_PEFT = Dialect(
     title="diffusers' training scripts for transformers, save_lora_weights",
     source="https://github.com/huggingface/diffusers, loaders/lora_base.py, pack_weights and _save_lora_adapter_metadata",
     names=module_names,
-    also_names=(bare_names,),
+    also_names=(bare_names, native_names),
     style="peft",
     also_reads=frozenset({"peft-short", "peft-named", "diffusers-text"}),
     begins=("unet.", "transformer.", "text_encoder"),
     writes=True,
     holds=PEFT_KINDS,
     dora_axis="out",
-    free=_free,
+    free=DIFFUSERS_FREE,
 )
 
 DIFFUSERS_OLD = Dialect(
@@ -149,6 +156,7 @@ DIFFUSERS_OLD = Dialect(
     names=old_names,
     also_names=(old_bare_names, oldest_text_names),
     style="diffusers-old",
+    rewrites=True,
     begins=("unet.", "down_blocks.", "mid_block.", "up_blocks.", "text_encoder"),
 )
 
@@ -164,8 +172,7 @@ PEFT = Dialect(
     writes=True,
     holds=PEFT_KINDS,
     dora_axis="out",
-    free=_free_peft,
-    free_module=_free_peft_module,
+    free=FreePeft(prefix="base_model.model.", paths="diffusers"),
 )
 
 BARE = Dialect(
@@ -175,23 +182,9 @@ BARE = Dialect(
     names=bare_names,
     style="kohya",
     also_reads=frozenset({"peft", "peft-short", "peft-named", "diffusers"}),
-    begins=(
-        "down_blocks.",
-        "mid_block.",
-        "up_blocks.",
-        "conv_",
-        "time_",
-        "add_embedding.",
-        "transformer_blocks.",
-        "single_transformer_blocks.",
-        "x_embedder",
-        "context_embedder",
-        "pos_embed.",
-        "proj_out",
-        "norm_out.",
-        "txt_in",
-        "img_in",
-    ),
+    begins=tuple(dict.fromkeys(head for own, _ in first_names().values() for head in own)),
+    rewrites=True,
+    free=Free(prefix="", paths="other"),
 )
 
 ZIPLORA = Dialect(

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from ..architectures import Architecture, TextEncoder
 from ..architectures.names import Parts
 from .base import LYCORIS_KINDS, Dialect, flat, table
+from .free import Free
 
 
 def text_names(a: Architecture) -> dict[str, Parts]:
@@ -21,6 +22,13 @@ def native_names(a: Architecture) -> dict[str, Parts]:
 
 def diffusers_names(a: Architecture) -> dict[str, Parts]:
     return {f"lora_unet_{flat(path)}": parts for path, parts in a.denoiser_paths.items()}
+
+
+def other_names(a: Architecture) -> Mapping[str, Parts]:
+    """A transformer's weights under the names of other code: flux-sliders has diffusers', musubi-tuner Tencent's."""
+    if a.denoiser == "unet":
+        return {}
+    return {f"lora_unet_{flat(path)}": parts for path, parts in a.other_paths.items()}
 
 
 def own_names(a: Architecture) -> Mapping[str, Parts]:
@@ -59,7 +67,8 @@ KOHYA = Dialect(
     source="https://github.com/kohya-ss/sd-scripts, networks/lora.py; lora_flux.py; lora_sd3.py",
     names=kohya_names,
     recognised_by=own_names,
-    also_names=(native_names, other_text_names),
+    free=Free(prefix="lora_unet_", flat=True, paths="native", text="lora_te{}_"),
+    also_names=(native_names, other_names, other_text_names),
     style="kohya",
     begins=("lora_unet_", "lora_te"),
     writes=True,
@@ -116,6 +125,8 @@ ONETRAINER = Dialect(
     style="kohya",
     begins=("lora_transformer_", "lora_te"),
     alpha="keep",
+    rewrites=True,
+    free=Free(prefix="lora_transformer_", flat=True, paths="diffusers", text="lora_te{}_"),
     holds=LYCORIS_KINDS,
 )
 
@@ -134,5 +145,7 @@ LYCORIS = Dialect(
     style="kohya",
     begins=("lycoris_",),
     alpha="keep",
+    rewrites=True,
+    free=Free(prefix="lycoris_", flat=True, paths="diffusers"),
     holds=LYCORIS_KINDS,
 )

@@ -12,5 +12,6 @@ OTHER = Dialect(
     also_reads=frozenset(STYLES) | {"peft-named"},
     begins=("",),
     alpha="keep",
+    rewrites=True,
     holds=LYCORIS_KINDS,
 )

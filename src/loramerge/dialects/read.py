@@ -3,18 +3,19 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from ..architectures import ARCHITECTURES, NAME_FAMILY, Architecture
+from ..architectures import ARCHITECTURES, Architecture
+from ..architectures.hints import Named, named
 from ..architectures.names import Parts, whole
-from ..errors import LayerError, LoRAMergeError, NotALoRAError, OptionError
+from ..errors import FamilyError, LayerError, LoRAMergeError, NotALoRAError, OptionError
 from ..layers import UNKNOWN, Layer, build
 from ..tensors import Shape, Tensor
 from . import DIALECTS
 from .alphas import stored
-from .base import Dialect, table
+from .base import Dialect, flat, table
 from .repairs import repaired
 from .suffixes import parse
 
@@ -23,6 +24,25 @@ SPLIT_QKV = r'"split_qkv":\s*"?[Tt]rue'
 
 UNUSED = r".*\.self_attn\.(q|k|v|out)_proj\.to_(?!\1$)(q|k|v|out)"
 """Layers that diffusers 0.16 and 0.17 saved and never applied."""
+
+
+TEXT = re.compile(
+    r"(?:module\.|_orig_mod\.|pipe\.)*(?:lora_te\d?_|text_encoders?[._/\d]|base_model\.model\.(?:text_model|encoder)\.|"
+    r"clip_\w\.|t5\.|lycoris_text_model_|text_model\.|te\d?:)"
+)
+"""Beginnings of text encoders' stems, in any dialect."""
+
+INPUTS = (
+    *("conv_in", "x_embedder", "x_embedder.proj", "img_in", "proj_in", "pos_embed.proj"),
+    *("patch_embedding", "patch_embed.proj", "all_x_embedder.2-1"),
+)
+"""What takes the latents in: a model that takes more of them (FLUX control, inpainting, image to video) widens it."""
+
+INSIDE = re.compile(r"attn|attention|\.ff|mlp|ffn|feed_forward")
+"""Modules both of whose sides are widths of the model's own."""
+
+MANY = 8
+"""Modules that a file must have before all of a family's being there tells it from a larger one."""
 
 
 @dataclass(eq=False)
@@ -51,6 +71,8 @@ class Reading:
     extras: tuple[str, ...]
     """Keys that are no part of a layer: embeddings and strays."""
     notes: tuple[str, ...]
+    alike: tuple[str, ...] = ()
+    """Other families that have these names and shapes."""
 
 
 def read(
@@ -64,13 +86,15 @@ def read(
 
     Args:
         tensors: The file's tensors by key.
-        metadata: The file's own metadata; it decides between equal fits, and names the family where no shape fits.
+        metadata: The file's own metadata; it decides between families that are alike, and names the one of a
+            model of its own widths.
         architecture: The family, if the caller knows it.
         dialect: The dialect, if the caller knows it.
 
     Raises:
         NotALoRAError: No layer is among the keys.
         LayerError: A layer is incomplete or its shapes disagree.
+        FamilyError: The metadata names another family than the layers do.
     """
     records, extras = _records(tensors)
     unused = [stem for stem in records if ".self_attn." in stem and re.fullmatch(UNUSED, stem)]
@@ -81,12 +105,13 @@ def read(
     for record in records.values():
         record.layer = _layer(record, tensors)
     names = _Names(records, extras)
-    hinted = _hinted(metadata)
-    found = ARCHITECTURES[architecture] if architecture else names.architecture(hinted) or names.stated(hinted)
-    known = names.known(found) if architecture and found else len(records)
-    if 2 * known <= len(records):
-        raise OptionError(f"This is no LoRA of {architecture}: of {len(records)} layers {known} have a name in it.")
-    notes = names.resolve(found)
+    said = named(metadata)
+    fits = [names.told(ARCHITECTURES[architecture])] if architecture else names.families(said)
+    found = fits[0] if fits else names.stated(said)
+    chosen = DIALECTS[dialect] if dialect else names.dialect(found)
+    notes = names.resolve(found, chosen)
+    if found is None:
+        notes.append(names.unknown(said))
     if unused:
         notes.append(
             f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them"
@@ -96,17 +121,8 @@ def read(
         notes.append(
             "trained with split_qkv: readers scale its fused layers by a third or a quarter, and so does loramerge"
         )
-    chosen = DIALECTS[dialect] if dialect else names.dialect(found)
-    for record in names.records.values():
-        if not record.parts:
-            record.parts = whole(chosen.free_module(record.stem))
-    return Reading(found, chosen, names.records, tuple(names.extras), tuple(notes))
-
-
-def _hinted(metadata: Mapping[str, str]) -> list[Architecture]:
-    """The families that a file's metadata names."""
-    hint = " ".join(metadata.get(key, "") for key in ("modelspec.architecture", "ss_base_model_version")).lower()
-    return [a for a in ARCHITECTURES.values() if any(word in hint for word in a.hints)]
+    alike = tuple(a.name for a in fits[1:])
+    return Reading(found, chosen, names.records, tuple(names.extras), tuple(notes), alike)
 
 
 def _records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[str]]:
@@ -189,37 +205,117 @@ class _Names:
         self.meant: dict[str, str] = {}
         self._fitting: dict[str, dict[str, Parts]] = {}
         self.extras = extras
+        self.text = {stem for stem in records if is_text(stem)}
         heads = {stem[:48] for stem in records}
         meant = {fix[0] for head in heads if (fix := repaired(head))}
         self.candidates = [
             d for d in DIALECTS.values() if any(h.startswith(d.begins) for h in heads | meant) and d.name != "other"
         ]
 
-    def architecture(self, hinted: Sequence[Architecture]) -> Architecture | None:
-        """The family in which most layers have a name and the right shape; among equal ones, one that is hinted at."""
-        best: tuple[tuple[int, int], Architecture | None] = ((len(self.records) // 2, len(self.records)), None)
-        for a in (*hinted, *(a for a in ARCHITECTURES.values() if a not in hinted and a.within is None)):
-            fits = len(self.fitting(a)), self.own(a)
-            if fits > best[0]:
-                best = (fits, a)
-            if min(fits) == len(self.records):
-                break
-        found = best[1]
-        return self.distilled(found) if found else None
+    def families(self, said: Named) -> list[Architecture]:
+        """The families in which every layer has a name and the right shape: the likeliest, and those that are alike.
 
-    def stated(self, hinted: Sequence[Architecture]) -> Architecture | None:
-        """The family that the file says it is for, if that has all its names: a model of its own widths."""
-        return next((a for a in hinted if self.known(a) == len(self.records)), None)
+        Raises:
+            FamilyError: The metadata names another family.
+        """
+        fits = [a for a in ARCHITECTURES.values() if self.plausible(a) and not self.strangers(a)]
+        hinted = [a for a in fits if a.name in said.families]
+        if fits and not hinted and (said.families or said.unknown):
+            raise FamilyError(self.contradiction(fits, said))
+        fits = self.most_own(hinted or fits)
+        whole_ones = [a for a in fits if self.covers(a)]
+        return whole_ones or fits
 
-    def distilled(self, a: Architecture) -> Architecture:
-        """A distilled family's LoRA fits the larger family too: it is told by covering the small one whole."""
-        if self.coverage(a) == 1.0:
-            return a
-        small = [b for b in ARCHITECTURES.values() if b.within == a.name]
-        for b in small:
-            if len(self.fitting(b)) == len(self.records) and self.coverage(b) == 1.0:
-                return b
+    def told(self, a: Architecture) -> Architecture:
+        """The family that the caller names, if it can be.
+
+        Raises:
+            OptionError: Most layers have no name in it, or have shapes that it doesn't have.
+        """
+        count, known = len(self.records), self.known(a)
+        if 2 * known <= count:
+            raise OptionError(f"This isn't a LoRA of {a.name}: of {count} layers {known} have a name in it.")
+        fits = len(self.fitting(a)) + sum(self.beside(a, stem) for stem in self.records if stem not in self.fitting(a))
+        if 2 * fits <= count and not self.proportional(a):
+            stem = next(stem for stem in self.records if stem not in self.fitting(a) and self.lookup(a, stem))
+            wanted = self.wanted(self.lookup(a, stem) or (), a)
+            raise OptionError(
+                f"This isn't a LoRA of {a.name}: of {count} layers {fits} have the shape of its weight; {stem} is for one "
+                f"of {self.shapes[stem]}, and {a.name} has {wanted} there."
+            )
         return a
+
+    def plausible(self, a: Architecture) -> bool:
+        """Whether some layers have names that could be the family's: a quick test before any table is built."""
+        if any(d.numbered for d in self.candidates) or len(self.text) == len(self.records):
+            return True
+        sample = sorted(self.records.keys() - self.text)
+        some = [f"_{flat(stem)}_" for stem in (sample[0], sample[len(sample) // 2], sample[-1])]
+        return all(any(f"_{head}_" in stem for head in (*a.heads, *map(flat, a.also))) for stem in some)
+
+    def strangers(self, a: Architecture) -> list[str]:
+        """The layers that a family doesn't have, and that speak against it."""
+        found = self.fitting(a)
+        left = [stem for stem in self.records if stem not in found and not self.beside(a, stem)]
+        return left if found else list(self.records)
+
+    def beside(self, a: Architecture, stem: str) -> bool:
+        """Whether a layer may be there though the family doesn't list it.
+
+        It is that of a widened input (FLUX control has 128 channels), of a text encoder that the family
+        doesn't list, or of a part that the model has beside its denoiser.
+        """
+        parts = self.lookup(a, stem)
+        if parts is None:
+            return (stem in self.text and len(self.text) < len(self.records)) or any(
+                flat(part) in flat(stem) for part in a.also
+            )
+        return _is_widened(self.shapes[stem], parts, a)
+
+    def most_own(self, families: list[Architecture]) -> list[Architecture]:
+        """Those in which most text encoders have the very names that a dialect would write."""
+        if len(families) < 2 or not self.text:
+            return families
+        own = {a.name: self.own(a) for a in families}
+        return [a for a in families if own[a.name] == max(own.values())]
+
+    def covers(self, a: Architecture) -> bool:
+        """Whether the file has every module of the family that is named like one of its own, and many of them.
+
+        Some blocks of a large model can be all of a small one's; a file of few layers tells nothing.
+        """
+        return len({part.module for parts in self.fitting(a).values() for part in parts}) >= MANY and (
+            self.coverage(a) == 1.0
+        )
+
+    def stated(self, said: Named) -> Architecture | None:
+        """The family that the file says it is for, if it has all its names: a model of its own widths."""
+        hinted = [ARCHITECTURES[name] for name in said.families]
+        return next((a for a in hinted if self.known(a) == len(self.records) and self.proportional(a)), None)
+
+    def proportional(self, a: Architecture) -> bool:
+        """Whether the layers have the proportions of the family's: square where it has squares, and so on."""
+        pairs = [
+            (shape, self.wanted(parts, a))
+            for stem, shape in self.shapes.items()
+            if len(shape) > 1 and (parts := self.lookup(a, stem)) and INSIDE.search(parts[0].module)
+        ]
+        even = [(found, wanted) for found, wanted in pairs if max(wanted[:2]) % min(wanted[:2]) == 0]
+        return bool(even) and all(found[0] * wanted[1] == found[1] * wanted[0] for found, wanted in even)
+
+    def wanted(self, parts: Parts, a: Architecture) -> Shape:
+        """The shape of a weight of the family's."""
+        shapes = [a.shapes[part.module] for part in parts]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def contradiction(self, fits: list[Architecture], said: Named) -> str:
+        titles = ", ".join(ARCHITECTURES[name].title for name in said.families) or said.unknown
+        found = " or ".join(f"{a.title} ({a.name})" for a in fits[:3])
+        return (
+            f"The metadata says {titles} ({said.said}), and the names and shapes of all {len(self.records)} layers are "
+            f"those of {found}. Way out: say which is right, --architecture {fits[0].name} "
+            f"(in Python architecture={fits[0].name!r})."
+        )
 
     def coverage(self, a: Architecture) -> float:
         """Of the family's modules that are named like this file's, the share that the file has."""
@@ -256,53 +352,73 @@ class _Names:
 
     def known(self, a: Architecture) -> int:
         """How many stems have a name in a family, whatever their shape."""
-        return sum(self.lookup(a, (repaired(stem) or (stem,))[0]) is not None for stem in self.records)
+        return sum(self.lookup(a, stem) is not None for stem in self.records)
 
     def own(self, a: Architecture) -> int:
-        """How many stems have the very name that a dialect would write for the family."""
-        left = set(self.fitting(a))
+        """How many text encoders' stems have the very name that a dialect would write for the family."""
+        left = self.text & self.fitting(a).keys()
+        count = len(left)
         for dialect in self.candidates:
-            if left:
-                left.difference_update(table(dialect.recognised_by or dialect.names, a))
-        return len(self.fitting(a)) - len(left)
+            left -= table(dialect.recognised_by or dialect.names, a).keys()
+        return count - len(left)
 
     def lookup(self, a: Architecture, stem: str) -> Parts | None:
-        for dialect in self.candidates:
-            for names in dialect.tables:
-                if parts := table(names, a).get(stem):
-                    return parts
+        """The modules that a stem, or the one that was meant by it, has in a family, whatever its shape."""
+        for name in (stem, *(fix[:1] if (fix := repaired(stem)) else ())):
+            for dialect in self.candidates:
+                for names in dialect.tables:
+                    if parts := table(names, a).get(name):
+                        return parts
         return None
 
-    def resolve(self, a: Architecture | None) -> list[str]:
-        """Give every record its modules; what is left is kept under its own name, or set aside."""
-        if a is None:
-            what = f"no known architecture has these {len(self.records)} modules; they keep the names of the file"
-            return [f"{what}. If you know it, {NAME_FAMILY}"]
+    def resolve(self, a: Architecture | None, chosen: Dialect) -> list[str]:
+        """Give every record its modules; what has none in the family is kept under its own name."""
         notes: list[str] = []
-        found = self.fitting(a)
-        reasons = Counter(fix[1] for stem in self.meant if (fix := repaired(stem)))
-        notes += [f"repaired {count} names: {why}" for why, count in reasons.items()]
         taken: dict[str, str] = {}
         unknown = []
-        for stem in list(self.records):
-            parts = found.get(stem) or self.misfit(a, stem)
+        found = self.fitting(a) if a else {}
+        for stem, record in self.records.items():
+            parts = (found.get(stem) or self.misfit(a, stem)) if a else None
             if parts is None:
                 unknown.append(stem)
-            for part in parts or ():
+                fix = repaired(stem)
+                self.meant |= {stem: fix[0]} if fix else {}
+                parts = whole(chosen.free_module(self.meant.get(stem, stem)))
+            for part in parts:
                 if part.module in taken:
                     raise LayerError(f"{taken[part.module]} and {stem} both update the module {part.module}")
                 taken[part.module] = stem
-            self.records[stem].parts = parts or ()
-        if unknown:
-            notes.append(f"{len(unknown)} modules that {a.name} does not have, kept under their names: {unknown[0]} …")
+            record.parts = parts
+        reasons = Counter(fix[1] for stem in self.meant if (fix := repaired(stem)))
+        notes += [f"repaired {count} names: {why}" for why, count in reasons.items()]
+        if a and unknown:
+            notes.append(f"{len(unknown)} modules that {a.name} doesn't list, kept under their names: {unknown[0]} …")
         return notes
 
+    def unknown(self, said: Named) -> str:
+        """What to say of a file of no known family."""
+        titles = [ARCHITECTURES[name].title for name in said.families] or [said.unknown] * bool(said.unknown)
+        stated = f"; its metadata says {', '.join(titles)} ({said.said})" if titles else ""
+        near = max(self._fitting.values(), key=len, default={})
+        closest = ""
+        if 2 * len(near) > len(self.records):
+            name = next(name for name, fits in self._fitting.items() if fits is near)
+            strange = next(stem for stem in self.records if stem not in near)
+            closest = (
+                f". Nearest is {ARCHITECTURES[name].title}, which has {len(near)} of them, and not {strange} "
+                f"{self.shapes.get(strange, ())}"
+            )
+        return (
+            f"of no model family that loramerge knows{stated}: its {len(self.records)} modules keep the names of the "
+            f"file, and merge with those of files of the same tool{closest}"
+        )
+
     def misfit(self, a: Architecture, stem: str) -> Parts | None:
-        """A known name with another shape (FLUX control widens img_in): the module, unless it is fused."""
+        """A known name with another shape: the module, of which a widened input or a model of its own widths is."""
         if any(d.numbered for d in self.candidates):
             return None
         parts = self.lookup(a, stem)
-        return parts if parts and len(parts) == 1 and parts[0].rows is None else None
+        return parts and _scaled(parts, self.shapes[stem], a)
 
     def dialect(self, a: Architecture | None) -> Dialect:
         """The dialect that has most of the names in the right style."""
@@ -318,7 +434,7 @@ class _Names:
     def score(self, dialect: Dialect, a: Architecture | None) -> int:
         styled = [s for s, r in self.records.items() if not r.style or r.style in dialect.styles]
         if a is None:
-            return sum(stem.startswith(dialect.begins) for stem in styled)
+            return sum(self.meant.get(stem, stem).startswith(dialect.begins) for stem in styled)
         own = table(dialect.recognised_by or dialect.names, a)
         points = 2 * sum(stem in own for stem in styled)
         if points < 2 * len(styled):
@@ -337,6 +453,31 @@ def _leaves(architecture: str) -> Counter[str]:
 def _leaf(module: str) -> str:
     """A module's last names without its block: ``attn1.to_q``."""
     return ".".join(module.split(".")[-3:]) if module[-1].isdigit() else ".".join(module.split(".")[-2:])
+
+
+def is_text(stem: str) -> bool:
+    """Whether a stem is that of a text encoder in any dialect."""
+    return TEXT.match(stem) is not None
+
+
+def _is_widened(shape: Shape, parts: Parts, a: Architecture) -> bool:
+    """Whether a layer is for a model's input, made for more channels than the family's."""
+    module = parts[0].module
+    if len(parts) > 1 or module.partition(".")[2] not in INPUTS:
+        return False
+    wanted = a.shapes[module]
+    return len(shape) > 1 and shape[0] == wanted[0] and math.prod(shape[1:]) > math.prod(wanted[1:])
+
+
+def _scaled(parts: Parts, shape: Shape, a: Architecture) -> Parts | None:
+    """The modules of a weight of a model with widths of its own, their rows in the proportions of the family's."""
+    if all(part.rows is None for part in parts) or not shape:
+        return parts
+    rows = sum(a.shapes[part.module][0] for part in parts)
+    if any(n * shape[0] % rows for part in parts for pair in part.rows or () for n in pair):
+        return None
+    ranges = [tuple((i * shape[0] // rows, j * shape[0] // rows) for i, j in part.rows or ()) for part in parts]
+    return tuple(part._replace(rows=found or None) for part, found in zip(parts, ranges, strict=True))
 
 
 def _fits(shape: Shape, parts: Parts, a: Architecture) -> bool:

@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from .. import linalg
-from ..architectures import ARCHITECTURES, NAME_FAMILY, Architecture
+from ..architectures import ARCHITECTURES, Architecture, name_family
 from ..architectures.names import Part, Parts, whole
-from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
+from ..errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError
 from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
 from ..layers.base import matrix
 from ..tensors import (
@@ -139,13 +139,13 @@ def _verbatim(lora: "LoRA", dtype: str | None) -> list[Group]:
 
 
 def check_writable(name: str, own: str) -> None:
-    """Refuse a dialect that is only read; unknown names can be kept, though.
+    """Refuse a dialect that is only read; what was read in it may go back to it, though.
 
     Raises:
         DialectError: The dialect is only read.
     """
     target = written_dialect(name)
-    if not target.writes and not (target.name == own == "other"):
+    if not target.can_write(own):
         writable = ", ".join(d.name for d in DIALECTS.values() if d.writes)
         raise DialectError(f"The dialect {target.name} is read, not written. Written are: {writable}.")
 
@@ -158,6 +158,15 @@ def _cast_spec(spec: Spec, dtype: str | None) -> Spec:
     """A tensor's shape in the dtype asked for; numbers such as alpha and integers keep theirs."""
     keeps = dtype is None or spec.dtype not in FLOATS or not spec.shape
     return Spec(tuple(spec.shape), spec.dtype if keeps or dtype is None else dtype)
+
+
+Homes: TypeAlias = Mapping[str, tuple[str, Parts]]
+"""Of each module the stem in which a dialect writes it, and the modules in that."""
+
+
+def _homes(dialect: Dialect, a: Architecture | None) -> Homes:
+    named = table(dialect.names, a) if a else {}
+    return {part.module: (stem, parts) for stem, parts in named.items() for part in parts}
 
 
 class _Writer:
@@ -204,27 +213,55 @@ class _Writer:
 
     def stems(self) -> dict[str, Parts]:
         """The stems to write, each with the modules in it."""
-        named = table(self.dialect.names, self.architecture) if self.architecture else {}
-        homes = {part.module: (stem, parts) for stem, parts in named.items() for part in parts}
+        homes = _homes(self.dialect, self.architecture)
+        for other in self.lora.alike:
+            self.check_alike(homes, _homes(self.dialect, ARCHITECTURES[other]), other)
         return dict(homes.get(module) or self.free(module) for module in self.lora)
+
+    def check_alike(self, homes: Homes, others: Homes, other: str) -> None:
+        """Refuse to choose between families that are written under different names.
+
+        Raises:
+            FamilyError: They are.
+        """
+        for module in self.lora:
+            if module in homes and module in others and homes[module] != others[module]:
+                families = " or ".join(f"{ARCHITECTURES[name].title} ({name})" for name in self.lora.families)
+                raise FamilyError(
+                    f"{self.lora.name} may be for {families}: its layers have the names and shapes of each, and "
+                    f"{self.dialect.name} calls {module} {homes[module][0]} in the first and {others[module][0]} in "
+                    f"{other}. Way out: say which it is, --architecture {self.lora.architecture} or {other} "
+                    "(in Python architecture=…)."
+                )
 
     def free(self, module: str) -> tuple[str, Parts]:
         known = self.architecture is not None and module in self.architecture.shapes
-        stem = None if known else self.dialect.free_stem(module)
+        stem = None if known else self.dialect.free_stem(module, DIALECTS[self.lora.dialect])
         if stem is None:
-            family = self.lora.architecture or "an unknown architecture"
-            ways = "another dialect, or leave the module out (exclude)"
-            if self.architecture is None:
-                ways = f"{NAME_FAMILY}, {ways}"
-            raise DialectError(
-                f"{self.lora.name}: {self.dialect.name} has no name for the module {module} of {family}. Ways out: {ways}."
-            )
+            raise DialectError(f"{self.lora.name}: {self.nameless(module)}")
         return stem, whole(module)
+
+    def nameless(self, module: str) -> str:
+        """Why a module has no name in the dialect, and what can be done."""
+        name, own = self.dialect.name, self.lora.dialect
+        keep = f"keep the file's own dialect, {own}" if DIALECTS[own].can_write(own) else "another dialect"
+        if self.architecture is None:
+            return (
+                f"its model family isn't known, so {name} has no name for the module {module}. "
+                f"Ways out: {keep}, or {name_family()}."
+            )
+        if self.architecture.native is None:
+            keep = "diffusers-peft, whose names the family has"
+        what = "the module" if module in self.architecture.shapes else "a module that the family doesn't list,"
+        return (
+            f"{name} has no name for {what} {module} of {self.architecture.name}. "
+            f"Ways out: {keep}, or leave the module out (exclude)."
+        )
 
     def layer(self, parts: Parts, get: Callable[[str], Layer]) -> Layer:
         """The modules of a stem as one layer that the dialect's readers get right."""
         held = {part.module: self.held(part, get(part.module)) for part in parts if part.module in self.lora}
-        fused = fuse.fused(parts, held, self.rows_of, lambda layer: _as_lora(layer, self.dialect))
+        fused = fuse.fused(parts, held, self.rows_in(held), lambda layer: _as_lora(layer, self.dialect))
         return self.scaled(self.evened(parts[0].module, self.checked(parts[0].module, fused)))
 
     def evened(self, module: str, layer: Layer) -> Layer:
@@ -235,9 +272,23 @@ class _Writer:
         ranks = [lay.rank for m, lay in self.lora.layouts.items() if m.startswith(f"{component}.") and m != module]
         return fuse.padded(layer, Counter(ranks).most_common(1)[0][0] or 0) if ranks else layer
 
-    def rows_of(self, module: str) -> int:
-        assert self.architecture
-        return self.architecture.shapes[module][0]
+    def rows_in(self, held: Mapping[str, Layer]) -> Callable[[str], int]:
+        """The rows of each module of a weight: the layer's own, and of one that is missing in the others' proportion.
+
+        In a model of its own widths they are not those of the family.
+        """
+        shapes = self.architecture.shapes if self.architecture else {}
+
+        def rows_of(module: str) -> int:
+            if module in held:
+                return held[module].shape[0]
+            other, layer = next(iter(held.items()))
+            rows, rest = divmod(shapes[module][0] * layer.shape[0], shapes[other][0])
+            if rest:
+                raise LayerError(f"{module} is one weight with {other} here, and how many rows it has isn't known")
+            return rows
+
+        return rows_of
 
     def held(self, part: Part, layer: Layer) -> Layer:
         """A layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""

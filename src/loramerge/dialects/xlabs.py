@@ -9,6 +9,8 @@ from .base import Dialect
 
 def xlabs_names(a: Architecture) -> Mapping[str, Parts]:
     names: dict[str, Parts] = {}
+    if a.name != "flux":  # its trainer knows no other
+        return names
     for path, parts in a.native_paths.items():
         block, _, rest = path.rpartition("_attn.")
         if path.startswith("double_blocks.") and rest in ("qkv", "proj"):
@@ -29,5 +31,6 @@ XLABS = Dialect(
     source="https://github.com/XLabs-AI/x-flux, src/flux/util.py",
     names=xlabs_names,
     style="bare",
+    rewrites=True,
     begins=("double_blocks.", "single_blocks.", "diffusion_model.double_blocks.", "diffusion_model.single_blocks."),
 )

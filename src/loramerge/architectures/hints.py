@@ -1,0 +1,91 @@
+"""Which model family a file's metadata names."""
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
+
+from . import ARCHITECTURES
+
+KEYS = ("loramerge.architecture", "modelspec.architecture", "ss_base_model_version")
+"""Entries of a header that name the family."""
+
+ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+    "Stable Cascade": ("stable-cascade", "cascade", "wuerstchen"),
+    "OmniGen": ("omnigen",),
+    "HiDream-O1": ("hidream-o1",),
+    "FLUX.3": ("flux3", "flux-3"),
+    "Qwen-Image 2": ("qwen-image-2",),
+    "Kandinsky": ("kandinsky",),
+    "CogView": ("cogview",),
+    "HunyuanDiT": ("hunyuan-dit", "hunyuandit", "hydit"),
+    "Stable Video Diffusion": ("svd", "stable-video-diffusion"),
+    "AnimateDiff": ("animatediff", "animate-diff"),
+    "Lumina-Next": ("lumina-next", "lumina-t2x", "lumina"),
+    "DeepFloyd IF": ("deepfloyd",),
+    "Bria": ("bria", "fibo"),
+    "GLM-Image": ("glm-image",),
+    "JoyImage": ("joyimage", "joy-image"),
+    "Allegro": ("allegro",),
+    "Helios": ("helios",),
+    "ACE-Step": ("ace-step", "acestep"),
+    "Stable Audio": ("stable-audio",),
+    "NewBie": ("newbie",),
+    "Step": ("step1x", "step-video"),
+    "SkyReels": ("skyreels-a",),
+    "Hunyuan": ("hunyuan",),
+}
+"""Families that loramerge doesn't know, by the words that name them."""
+
+
+class Named(NamedTuple):
+    """What a header says of the family."""
+
+    said: str
+    """The entry, as ``key: value``; empty where none names a family."""
+    families: tuple[str, ...]
+    """The known families that it names."""
+    unknown: str
+    """The family that it names and loramerge doesn't know; empty where there is none."""
+
+
+def named(metadata: Mapping[str, str]) -> Named:
+    """The families that a file's metadata names.
+
+    The longest word counts: ``flux-2-klein-9b`` is none of FLUX.1, though ``flux`` is in it.
+    """
+    entries = [(key, metadata[key]) for key in KEYS if metadata.get(key)]
+    found: dict[str, None] = {}
+    unknown, said = "", ""
+    for key, value in entries:
+        for name in _names(re.sub(r"[\s_./:]+", "-", value.lower())):
+            said = said or f"{key}: {value}"
+            if name in ARCHITECTURES:
+                found[name] = None
+            else:
+                unknown = unknown or name
+    return Named(said, tuple(found), unknown)
+
+
+def _names(text: str) -> list[str]:
+    """The families that a text in lower case, its words joined by hyphens, names: by its longest words."""
+    matches = [(m.start(), m.end(), names) for word, names in _words().items() for m in word.finditer(text)]
+    longest = [
+        (start, end, names)
+        for start, end, names in matches
+        if not any(s <= start and end <= e and (s, e) != (start, end) for s, e, _ in matches)
+    ]
+    return list(dict.fromkeys(name for *_, names in sorted(longest) for name in names))
+
+
+@cache
+def _words() -> dict[re.Pattern[str], list[str]]:
+    """Each word that names families, as a pattern that doesn't begin or end inside of another word."""
+    words: dict[str, list[str]] = {}
+    for a in ARCHITECTURES.values():
+        for word in dict.fromkeys((a.name.replace(".", "-"), *a.hints)):
+            words.setdefault(word, []).append(a.name)
+    for title, others in ELSEWHERE.items():
+        for word in others:
+            words.setdefault(word, []).append(title)
+    return {re.compile(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z])"): names for word, names in words.items()}

@@ -1,0 +1,89 @@
+"""Names of the Hunyuan models (HunyuanVideo, 1.5, HunyuanImage 2.1) in ComfyUI's code, in Tencent's, and split.
+
+Sources: https://github.com/Tencent-Hunyuan/HunyuanVideo, hyvideo/modules/models.py; ComfyUI,
+comfy/ldm/hunyuan_video/model.py; https://github.com/kohya-ss/musubi-tuner, hunyuan_video_1_5.
+"""
+
+from .names import SWAP, Rule, by
+
+DOUBLE = "transformer_blocks.{i}."
+SINGLE = "single_transformer_blocks.{i}."
+EMBED = "time_text_embed."
+TEXT = "context_embedder."
+REFINER = TEXT + "token_refiner.refiner_blocks.{i}."
+NATIVE_REFINER = "txt_in.individual_token_refiner.blocks.{i}."
+STREAMS = (
+    ("img", "ff", "norm1", ("to_q", "to_k", "to_v"), "to_out.0"),
+    ("txt", "ff_context", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out"),
+)
+"""A stream's native name, and diffusers' names of its feed-forward, modulation, q, k, v and output."""
+
+OUTSIDE: tuple[Rule, ...] = (
+    ("img_in.proj", "x_embedder.proj"),
+    ("time_in.mlp.0", EMBED + "timestep_embedder.linear_1"),
+    ("time_in.mlp.2", EMBED + "timestep_embedder.linear_2"),
+    ("guidance_in.mlp.0", EMBED + "guidance_embedder.linear_1"),
+    ("guidance_in.mlp.2", EMBED + "guidance_embedder.linear_2"),
+    ("vector_in.in_layer", EMBED + "text_embedder.linear_1"),
+    ("vector_in.out_layer", EMBED + "text_embedder.linear_2"),
+    ("txt_in.input_embedder", TEXT + "proj_in"),
+    ("txt_in.t_embedder.mlp.0", TEXT + "time_text_embed.timestep_embedder.linear_1"),
+    ("txt_in.t_embedder.mlp.2", TEXT + "time_text_embed.timestep_embedder.linear_2"),
+    ("txt_in.c_embedder.linear_1", TEXT + "time_text_embed.text_embedder.linear_1"),
+    ("txt_in.c_embedder.linear_2", TEXT + "time_text_embed.text_embedder.linear_2"),
+    (NATIVE_REFINER + "adaLN_modulation.1", REFINER + "norm_out.linear"),
+    ("final_layer.linear", "proj_out"),
+    ("final_layer.adaLN_modulation.1", "norm_out.linear", SWAP),
+)
+
+
+def rules(attention: str, mlp: tuple[str, str], modulation: str) -> tuple[Rule, ...]:
+    """The rules of the blocks, whose names differ from code to code.
+
+    Args:
+        attention: What joins a stream's name and its attention: ``_attn.`` or ``_attn_``.
+        mlp: The two layers of a feed-forward.
+        modulation: The layer of a modulation.
+    """
+    found: list[Rule] = []
+    for stream, forward, norm, qkv, out in STREAMS:
+        block = f"double_blocks.{{i}}.{stream}"
+        found += [
+            (f"{block}{attention}qkv", *(f"{DOUBLE}attn.{name}" for name in qkv)),
+            (f"{block}{attention}proj", f"{DOUBLE}attn.{out}"),
+            (f"{block}_mlp.{mlp[0]}", f"{DOUBLE}{forward}.net.0.proj"),
+            (f"{block}_mlp.{mlp[1]}", f"{DOUBLE}{forward}.net.2"),
+            (f"{block}_mod.{modulation}", f"{DOUBLE}{norm}.linear"),
+        ]
+    refiner = NATIVE_REFINER + attention.replace("_attn", "self_attn")
+    return (
+        *OUTSIDE,
+        *found,
+        (f"single_blocks.{{i}}.modulation.{modulation}", SINGLE + "norm.linear"),
+        (
+            "single_blocks.{i}.linear1",
+            SINGLE + "attn.to_q",
+            SINGLE + "attn.to_k",
+            SINGLE + "attn.to_v",
+            SINGLE + "proj_mlp",
+        ),
+        ("single_blocks.{i}.linear2", SINGLE + "proj_out"),
+        (f"{refiner}qkv", REFINER + "attn.to_q", REFINER + "attn.to_k", REFINER + "attn.to_v"),
+        (f"{refiner}proj", REFINER + "attn.to_out.0"),
+        (f"{NATIVE_REFINER}mlp.{mlp[0]}", REFINER + "ff.net.0.proj"),
+        (f"{NATIVE_REFINER}mlp.{mlp[1]}", REFINER + "ff.net.2"),
+    )
+
+
+def _split() -> tuple[Rule, ...]:
+    """q, k and v apart, as musubi-tuner trains 1.5."""
+    found = [(f"{NATIVE_REFINER}self_attn_{letter}", f"{REFINER}attn.to_{letter}") for letter in "qkv"]
+    for stream, _, _, qkv, _ in STREAMS:
+        block = f"double_blocks.{{i}}.{stream}_attn_"
+        found += [(block + letter, f"{DOUBLE}attn.{name}") for letter, name in zip("qkv", qkv, strict=True)]
+    return tuple(found)
+
+
+comfyui = by(*rules("_attn.", ("0", "2"), "lin"))
+tencent = by(*rules("_attn_", ("fc1", "fc2"), "linear"))
+split = by(*rules("_attn_", ("fc1", "fc2"), "linear"), *_split())

@@ -32,6 +32,12 @@ TEXT = re.compile(
 )
 """Beginnings of text encoders' stems, in any dialect."""
 
+BEFORE = re.compile(
+    r"(?:module\.|_orig_mod\.|pipe\.|lora_unet_+(?:unet_)?|lora_transformer_|lycoris_|oft_unet_|diffusion_model\.|model\.|"
+    r"base_model\.model\.|unet[./]|transformer[./]|Hunyuan_video_I2V_lora_)*"
+)
+"""What stands before the denoiser's paths."""
+
 INPUTS = (
     *("conv_in", "x_embedder", "x_embedder.proj", "img_in", "proj_in", "pos_embed.proj"),
     *("patch_embedding", "patch_embed.proj", "all_x_embedder.2-1"),
@@ -218,7 +224,8 @@ class _Names:
         Raises:
             FamilyError: The metadata names another family.
         """
-        fits = [a for a in ARCHITECTURES.values() if self.plausible(a) and not self.strangers(a)]
+        some = [a for a in ARCHITECTURES.values() if self.plausible(a)]
+        fits = [a for a in some or ARCHITECTURES.values() if self.has_all(a)]
         hinted = [a for a in fits if a.name in said.families]
         if fits and not hinted and (said.families or said.unknown):
             raise FamilyError(self.contradiction(fits, said))
@@ -250,14 +257,14 @@ class _Names:
         if any(d.numbered for d in self.candidates) or len(self.text) == len(self.records):
             return True
         sample = sorted(self.records.keys() - self.text)
-        some = [f"_{flat(stem)}_" for stem in (sample[0], sample[len(sample) // 2], sample[-1])]
-        return all(any(f"_{head}_" in stem for head in (*a.heads, *map(flat, a.also))) for stem in some)
+        paths = [flat(BEFORE.sub("", sample[i], count=1)) + "_" for i in (0, len(sample) // 2, -1)]
+        heads = tuple(f"{head}_" for head in (*a.heads, *map(flat, a.also)))
+        return all(path.startswith(heads) for path in paths)
 
-    def strangers(self, a: Architecture) -> list[str]:
-        """The layers that a family doesn't have, and that speak against it."""
+    def has_all(self, a: Architecture) -> bool:
+        """Whether every layer is one of a family's, or may be there beside them."""
         found = self.fitting(a)
-        left = [stem for stem in self.records if stem not in found and not self.beside(a, stem)]
-        return left if found else list(self.records)
+        return bool(found) and all(stem in found or self.beside(a, stem) for stem in self.records)
 
     def beside(self, a: Architecture, stem: str) -> bool:
         """Whether a layer may be there though the family doesn't list it.

@@ -1,6 +1,7 @@
 """Known mistakes in names, each with what was meant."""
 
 import re
+from functools import lru_cache
 
 REPAIRS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
     (re.compile(pattern), meant, why)
@@ -41,6 +42,7 @@ REPAIRS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 )
 
 
+@lru_cache(maxsize=1 << 14)
 def repaired(stem: str) -> tuple[str, str] | None:
     """The stem that was meant, and what was wrong; None when no known mistake is in it."""
     reasons = []

@@ -10,7 +10,7 @@ from .dialects import DIALECTS
 from .errors import MergeError, OptionError
 from .files import Source, load, open
 from .lora import LoRA, without
-from .methods import METHODS, check_options
+from .methods import Method, check_options, find
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
 from .steps import Step, architecture_of, common_extras, named, steps_of
@@ -25,7 +25,7 @@ def plan(
     loras: Sequence[LoRA | Source],
     *,
     weights: Weights = None,
-    method: str = "linear",
+    method: Method | str = "linear",
     rank: Rank = "sum",
     scope: Scope = "module",
     exclude: Sequence[str] = (),
@@ -56,19 +56,19 @@ def plan(
         raise MergeError("Nothing to merge: give at least one LoRA with a module.")
     if device is not None:
         check_device(device)
-    chosen = METHODS[method]
+    chosen = find(method)
     checked = check_options(chosen, options)
     if chosen.count not in (None, len(opened)):
-        raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
+        raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
     architecture = architecture_of(opened)
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
     steps = steps_of(opened, chosen, checked, rank, model)
     if not steps:
-        raise MergeError(f"Nothing to merge: {method} changes the first LoRA, and {opened[0].name} has no module.")
+        raise MergeError(f"Nothing to merge: {chosen.name} changes the first LoRA, and {opened[0].name} has no module.")
     first = opened[0].dialect
     resolved = resolve(opened, weights, scope, chosen.default_weight)
     if resolved.columns and chosen.name != "linear":
-        raise OptionError(f"Learned coefficients are weights of the method linear; {method} takes numbers.")
+        raise OptionError(f"Learned coefficients are weights of the method linear; {chosen.name} takes numbers.")
     for module in () if resolved.from_values else steps:
         found = resolved.of(module)  # a block vector may lack a module's block
         if chosen.allows:
@@ -100,7 +100,7 @@ def merge(
     loras: Sequence[LoRA | Source],
     *,
     weights: Weights = None,
-    method: str = "linear",
+    method: Method | str = "linear",
     rank: Rank = "sum",
     scope: Scope = "module",
     exclude: Sequence[str] = (),
@@ -118,7 +118,8 @@ def merge(
         weights: One weight a LoRA: a number (negative too), a table of patterns such as
             ``{"*": 0.8, "text_encoder": 0}``, or ``"lbw:1,0,…"``.  ``"uniform"`` (the default)
             is 1/N each, ``"l2"`` each LoRA's share of the norms.
-        method: Name of a merge method.
+        method: Name of a merge method; ``"package.module:name"`` of one that isn't loramerge's own, or the `Method`
+            itself.
         rank: ``"sum"`` is exact, ``"max"`` the largest of the inputs' ranks, a number that
             rank; a smaller one than the sum gives the nearest in Frobenius norm.
         scope: What ``"l2"`` takes the norms over: ``"module"``, ``"component"``, ``"whole"``.

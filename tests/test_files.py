@@ -3,6 +3,7 @@
 import copy
 import gc
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,11 +16,13 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import safetensors.torch
+import torch
 
 import loramerge as lm
 from listings import config, filled, listing
@@ -134,6 +137,56 @@ def test_a_loaded_lora_needs_its_file_no_more(tmp_path: Path) -> None:
     path.unlink()
 
     assert lora[MODULES["sdxl"][0]].delta().any()
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, io.BytesIO])
+@pytest.mark.parametrize("read", [lm.load, lm.open])
+def test_a_file_in_memory_is_read_as_on_the_disk(read: Any, kind: Any, tmp_path: Path) -> None:
+    path = lm.save(small(alpha=2.0), tmp_path / "a.safetensors", dialect="kohya")
+    on_disk, data = lm.load(path), bytearray(path.read_bytes())
+
+    lora = read(kind(data))
+    data[-1000:] = bytes(1000)
+
+    assert lora.sha256 == on_disk.sha256
+    assert lora.metadata == on_disk.metadata
+    assert all(np.array_equal(lora[m].delta(), on_disk[m].delta()) for m in on_disk)
+    assert lm.merge([lora, path])
+
+
+def test_an_open_file_is_read_from_where_it_is(tmp_path: Path) -> None:
+    path = lm.save(small(), tmp_path / "a.safetensors", dialect="kohya")
+
+    with path.open("rb") as file:
+        assert set(lm.load(file)) == set(MODULES["sdxl"])
+    with pytest.raises(lm.errors.FileError, match="closed"):
+        lm.load(file)
+
+
+@pytest.mark.parametrize("source", [None, 3, 0.5, ["a.safetensors"], {1}, object(), np.ones(3), io.StringIO("a")])
+def test_what_is_no_lora_at_all_is_told_what_is_taken(source: Any) -> None:
+    with pytest.raises(
+        lm.errors.OptionError, match=r"of the type .* Wanted a path, a name on the Hub, a state dict, or"
+    ):
+        lm.load(source)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_in_memory_is_refused_with_a_way_out_that_works(zipped: bool) -> None:
+    lora, file = small(), io.BytesIO()
+    torch.save(lora.state_dict(), file, _use_new_zipfile_serialization=zipped)
+    file.seek(0)
+
+    with pytest.raises(lm.errors.FileError, match=r"a pickle.*Way out: torch.load\(…, weights_only=True\)"):
+        lm.load(file)
+    file.seek(0)
+    assert set(lm.load(torch.load(file, weights_only=True))) == set(lora)
+
+
+@pytest.mark.parametrize("together", [lm.merge, lm.plan, lm.compare])
+def test_bytes_are_one_lora_and_no_list(together: Any) -> None:
+    with pytest.raises(lm.errors.OptionError, match="Give a list of"):
+        together(b"abc")
 
 
 def test_kohyas_hashes_are_right(tmp_path: Path) -> None:

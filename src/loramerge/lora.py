@@ -21,6 +21,8 @@ from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
 if TYPE_CHECKING:
     import torch
 
+    from .storage.writer import Progress
+
 
 @dataclass(frozen=True, eq=False)
 class Origin:
@@ -174,11 +176,19 @@ class LoRA(Mapping[str, Layer]):
         held = {f"{m}.{role}": Held(array) for m, layer in layers.items() for role, array in layer.tensors().items()}
         return sha256({**held, **self.extras}, _alphas(layers))
 
-    def in_memory(self) -> "LoRA":
-        """The same LoRA with every layer computed and every tensor read."""
+    def in_memory(self, progress: "Progress | None" = None) -> "LoRA":
+        """The same LoRA with every layer computed and every tensor read.
+
+        Args:
+            progress: Called with the number of modules done and of all.
+        """
         if isinstance(self.metadata, Awaited):
             self.metadata.begin()
-        layouts = dict(self.items())
+        layouts: dict[str, Layer] = {}
+        for done, (module, layer) in enumerate(self.items(), start=1):
+            layouts[module] = layer
+            if progress:
+                progress(done, len(self))
         same = self.as_read
         return replace(
             self,

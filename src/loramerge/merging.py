@@ -109,6 +109,7 @@ def merge(
     energy: float | str | None = None,
     max_size: int | str | None = None,
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
+    progress: "Progress | None" = None,
     **options: Any,
 ) -> LoRA:
     """Merge LoRAs of one model family into one, whatever tool made each.
@@ -132,6 +133,8 @@ def merge(
         base: The base model, a checkpoint or its path.  With it DoRA layers merge too: their ΔW is
             dense and cut to the rank.  Whole differences of a weight need no base, but a number
             as the rank.
+        progress: Called with the number of modules done and of all; with a budget twice, while it is
+            spent and while the merge is made.
         **options: The method's own.
 
     Returns:
@@ -161,9 +164,10 @@ def merge(
         energy=energy,
         max_size=max_size,
         base=base,
+        progress=progress,
         **options,
     )
-    return planned.lora().in_memory()
+    return planned.lora().in_memory(progress)
 
 
 def resize(
@@ -176,6 +180,7 @@ def resize(
     exclude: Sequence[str] = (),
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
     device: str | None = None,
+    progress: "Progress | None" = None,
 ) -> LoRA:
     """The best fit to one LoRA at smaller ranks: a merge of one.
 
@@ -188,6 +193,7 @@ def resize(
         exclude: As for `merge`: these modules are not in the result.
         base: As for `merge`.
         device: As for `merge`.
+        progress: As for `merge`.
 
     Raises:
         MergeError: A layer has no low-rank form.
@@ -210,6 +216,7 @@ def resize(
         exclude=exclude,
         base=base,
         device=device,
+        progress=progress,
     )
 
 
@@ -219,7 +226,8 @@ def _dtypes(lora: LoRA) -> list[str]:
 
 
 def _listed(loras: object) -> "Sequence[LoRA | Source]":
-    if isinstance(loras, str | os.PathLike | LoRA) or not isinstance(loras, Sequence):
+    lone = isinstance(loras, str | os.PathLike | LoRA | bytes | bytearray | memoryview)
+    if lone or not isinstance(loras, Sequence):
         raise OptionError(f"Give a list of LoRAs, such as [a, b]; got a {type(loras).__name__}.")
     return loras
 

@@ -320,6 +320,8 @@ def test_a_url_is_told_what_to_write_instead(url: str, name: str) -> None:
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as downloading one file needs."""
 
+    files = ("readme.md", "x.safetensors")
+
     def __init__(self, *args: object, content: bytes, **options: object) -> None:
         self.content = content
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -328,18 +330,28 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        if self.path.startswith("/api/models/someone/lora/tree/"):
-            files = [
-                {"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in ("readme.md", "x.safetensors")
-            ]
+        if self.path.startswith("/secret/"):
+            self._refuse(403, "GatedRepo")
+        elif "v9" in self.path:
+            self._refuse(404, "RevisionNotFound")
+        elif self.path.startswith("/api/models/someone/lora/tree/"):
+            files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.files]
             self._answer(json.dumps(files).encode(), "application/json")
-        elif self.path.startswith("/someone/lora/resolve/") and "missing" not in self.path:
-            self._answer(self.content, "application/octet-stream")
+        elif self.path.startswith("/api/models/someone/lora/refs"):
+            kinds = {"branches": ["main"], "tags": ["v1", "v2"]}
+            refs = {k: [{"name": n, "ref": n, "targetCommit": "0" * 40} for n in names] for k, names in kinds.items()}
+            self._answer(json.dumps({"converts": [], **refs}).encode(), "application/json")
+        elif self.path.startswith("/someone/lora/resolve/"):
+            missing = self.path.rpartition("/")[2] not in self.files
+            self._refuse(404, "EntryNotFound") if missing else self._answer(self.content, "application/octet-stream")
         else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self._refuse(404, "RepoNotFound")
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _answer(self, body: bytes, kind: str) -> None:
         self.send_response(200)
@@ -375,11 +387,39 @@ def test_a_repository_on_the_hub_is_opened(name: str, hub: dict[str, str]) -> No
     assert set(json.loads(inspected(name, hub).stdout)["modules"]) == set(MODULES["sdxl"])
 
 
-def test_a_repository_that_is_missing_is_named(hub: dict[str, str]) -> None:
-    found = inspected("nobody/lora/missing.safetensors", hub)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "nobody/lora",
+            "there is no repository nobody/lora, or it is private. Ways out: check the name; for a private",
+        ),
+        ("nobody/lora/x.safetensors", "If a local file was meant: there is none called nobody/lora."),
+        ("someone/lora@v9", "the repository has no revision 'v9'. It has main, v1, v2."),
+        ("someone/lora/x.safetensors@v9", "the repository has no revision 'v9'."),
+        (
+            "someone/lora/X1.safetensors",
+            "no file 'X1.safetensors'. Did you mean 'x.safetensors'? It has x.safetensors.",
+        ),
+        ("secret/lora/x.safetensors", "the repository is gated. Way out: accept its terms at http://127.0.0.1:"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_named_with_what_it_has(name: str, said: str, hub: dict[str, str]) -> None:
+    found = inspected(name, hub)
 
     assert found.returncode == 1
-    assert "Can't get nobody/lora/missing.safetensors from the Hub" in found.stderr
+    assert f"Can't get {name.replace('@', ' at ')} from the Hub: " in found.stderr
+    assert said in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_hub_that_does_not_answer_is_named(hub: dict[str, str], tmp_path: Path) -> None:
+    nobody = {**hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+
+    found = inspected("someone/lora/x.safetensors", nobody)
+
+    assert found.returncode == 1
+    assert "http://127.0.0.1:9 can't be reached, and it is not in the cache" in found.stderr
 
 
 def test_what_was_fetched_once_is_found_without_a_network(hub: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .blocks import matches
+from .blocks import matches, offered
 from .dialects import alphas
 from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
@@ -136,7 +136,7 @@ class LoRA(Mapping[str, Layer]):
         """All but the modules that match one of the patterns."""
         kept = self.others(*patterns)
         if patterns and len(kept) == len(self):
-            raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_some(self)}")
+            raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_offered(self)}")
         return self._keep(kept, patterns)
 
     def others(self, *patterns: str) -> list[str]:
@@ -152,7 +152,7 @@ class LoRA(Mapping[str, Layer]):
 
     def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
         if not modules:
-            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_some(self)}")
+            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_offered(self)}")
         return self.part(modules)
 
     @property
@@ -225,12 +225,12 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
     """
     kept = [lora.part(lora.others(*patterns)) for lora in loras]
     if patterns and sum(map(len, kept)) == sum(map(len, loras)):
-        raise OptionError(f"No module matches the pattern {' or '.join(patterns)}, such as {next(iter(loras[0]))}.")
+        raise OptionError(f"No module matches the pattern {' or '.join(patterns)}. {_offered(*loras)}")
     return kept
 
 
-def _some(lora: LoRA) -> str:
-    return f"Its modules are such as {next(iter(lora))}."
+def _offered(*loras: LoRA) -> str:
+    return offered((module for lora in loras for module in lora), loras[0].architecture)
 
 
 def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:

@@ -96,7 +96,7 @@ def run_console(text: str) -> None:
 def sessions(text: str) -> list[tuple[str, list[str]]]:
     """The commands of a block, each with the lines of output below it."""
     found: list[tuple[str, list[str]]] = []
-    for line in text.splitlines():
+    for line in text.replace("\\\n", "").splitlines():
         if line.startswith("$ "):
             found.append((line[2:], []))
         elif found:

@@ -13,11 +13,11 @@ import pytest
 
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
-from loramerge.layers import Layer, LowRank
+from loramerge.layers import Layer, LowRank, low_rank
 from loramerge.methods import METHODS, Method, combination, find, method, on_core
 from loramerge.methods.base import sum_of_ranks
 from loramerge.methods.options import TAKEN
-from loramerge.testing import relative_error, weighted_sum
+from loramerge.testing import check_method, relative_error, weighted_sum
 from small import MODULES, small
 
 CODE = """
@@ -306,3 +306,21 @@ def test_an_option_that_could_never_be_given_is_refused_when_the_method_is_made(
         @on_core("strange", source="a test")
         def formula(core: object, weights: object, *, rank: int = 3) -> None:
             """Something."""
+
+
+@pytest.mark.parametrize(
+    ("change", "law"),
+    [
+        (lambda up: up * 0, "the result is not zero"),
+        (lambda up: up + 1, "LoRAs of zeros give zeros"),
+        (lambda up: up / np.float32(abs(up).max() or 1), "LoRAs twice as strong give twice the result"),
+        (lambda up: up * (1 if isinstance(up, np.ndarray) else 2), "torch computes what numpy computes"),
+    ],
+)
+def test_a_law_that_a_method_breaks_is_named(change: Any, law: str) -> None:
+    def first(layers: Sequence[Layer]) -> LowRank:
+        up, down = layers[0].factors()
+        return low_rank(change(up), down * 0 + 1 if law.startswith("LoRAs of") else down, layers[0].shape)
+
+    with pytest.raises(AssertionError, match=f"made, layers of the shape .*: it doesn't hold that {law}"):
+        check_method(made(first))

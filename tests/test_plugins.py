@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,18 @@ def test_a_method_is_taken_by_every_name_that_it_has(how: str, installed: Path, 
     assert lm.Recipe.of(merged).method == "good_code:powered"
     again = lm.Recipe.of(merged).plan([lm.open(file) for file in files]).lora().in_memory()
     assert all(np.array_equal(again[m].delta(), merged[m].delta()) for m in merged)
+
+
+def test_the_package_of_the_guide_publishes_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "how-to" / "add-a-method.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r'^```\w+ title="([\w.]+)"\n(.*?)^```$', guide, re.MULTILINE | re.DOTALL))
+    published = tomllib.loads(files["pyproject.toml"])["project"]["entry-points"]["loramerge.methods"]
+    package(tmp_path, "mymethods", published)
+    (tmp_path / "mymethods.py").write_text(files["mymethods.py"], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mymethods", raising=False)
+
+    assert find("equal_norms").reference == "mymethods:equal_norms"
 
 
 def test_names_are_found_without_importing_a_package(installed: Path) -> None:

@@ -19,6 +19,8 @@ from loramerge.layers import Layer, LowRank, low_rank
 from loramerge.methods import METHODS, Method, combination, find, method, on_core
 from loramerge.methods.base import sum_of_ranks
 from loramerge.methods.options import TAKEN
+from loramerge.recipe_text import Input
+from loramerge.references import from_here
 from loramerge.testing import check_method, relative_error, weighted_sum
 from small import MODULES, small
 
@@ -228,6 +230,25 @@ def test_a_sweep_takes_it_and_makes_a_merge_again_when_its_code_has_changed(file
         assert f"3 merges{there}, sweep.csv" in done.stdout
 
     assert_powered(lm.load(tmp_path / "out" / "mine-powered_power=2.0.safetensors"), 2.0, files)
+
+
+def test_a_method_whose_code_can_not_be_compared_is_swept_anew(files: list[Path], tmp_path: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "nowhere"}
+    exec(CODE.format(name="powered", extra=""), namespace)
+    recipe = lm.Recipe(loras=tuple(Input(path=str(file)) for file in files))
+
+    for methods in (["linear"], [namespace["powered"]]):
+        rows = [lm.sweep(recipe, {"method": methods}, tmp_path / "out")[0] for _ in range(2)]
+        assert [row.reused for row in rows] == [False, methods == ["linear"]]
+
+
+def test_modules_beside_where_one_stands_are_found_for_one_import_only() -> None:
+    before = list(sys.path)
+
+    with from_here():
+        assert sys.path == ["", *before]
+
+    assert sys.path == before
 
 
 def bare() -> Method:

@@ -1,14 +1,17 @@
-"""Tables that the library itself knows: they are written when the site is built.
+"""What is added to the pages when the site is built.
 
-A page says ``<!-- table: NAME -->`` where one belongs.
+Tables that the library itself knows: a page says ``<!-- table: NAME -->`` where one belongs.  And what the copy
+button of a session takes: the commands alone.
 """
 
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
+BLOCK = re.compile(r'<div class="highlight"><pre>(.*?)</pre></div>', re.DOTALL)
 MARK = re.compile(r"<!-- table: ([a-z-]+) -->")
 URL = re.compile(r"(https?://[^\s,;]+)")
 PAGE = re.compile(r"docs/(\S+/([\w-]+)\.md)")
@@ -20,6 +23,27 @@ MINIATURE = [ROOT / "examples/virtual_tryon/weights/loras" / f"{name}.safetensor
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill in the tables of a page."""
     return MARK.sub(lambda match: TABLES[match[1]](), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Have the copy button of a session take what is typed, without prompts and what is printed."""
+    return BLOCK.sub(_with_commands, html)
+
+
+def _with_commands(block: re.Match[str]) -> str:
+    typed = escape("\n".join(commands_of(unescape(re.sub(r"<[^>]+>", "", block[1])))))
+    return block[0].replace("<div", f'<div data-copy="{typed}"', 1) if typed else block[0]
+
+
+def commands_of(session: str) -> list[str]:
+    """The lines after a prompt, and those that go on from one that ends in a backslash."""
+    found: list[str] = []
+    goes_on = False
+    for line in session.splitlines():
+        if goes_on or line.startswith("$ "):
+            found.append(line.removeprefix("$ "))
+        goes_on = (goes_on or line.startswith("$ ")) and line.endswith("\\")
+    return found
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -15,11 +16,13 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import safetensors.torch
+import torch
 
 import loramerge as lm
 from listings import config, filled, listing
@@ -134,6 +137,56 @@ def test_a_loaded_lora_needs_its_file_no_more(tmp_path: Path) -> None:
     path.unlink()
 
     assert lora[MODULES["sdxl"][0]].delta().any()
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, io.BytesIO])
+@pytest.mark.parametrize("read", [lm.load, lm.open])
+def test_a_file_in_memory_is_read_as_on_the_disk(read: Any, kind: Any, tmp_path: Path) -> None:
+    path = lm.save(small(alpha=2.0), tmp_path / "a.safetensors", dialect="kohya")
+    on_disk, data = lm.load(path), bytearray(path.read_bytes())
+
+    lora = read(kind(data))
+    data[-1000:] = bytes(1000)
+
+    assert lora.sha256 == on_disk.sha256
+    assert lora.metadata == on_disk.metadata
+    assert all(np.array_equal(lora[m].delta(), on_disk[m].delta()) for m in on_disk)
+    assert lm.merge([lora, path])
+
+
+def test_an_open_file_is_read_from_where_it_is(tmp_path: Path) -> None:
+    path = lm.save(small(), tmp_path / "a.safetensors", dialect="kohya")
+
+    with path.open("rb") as file:
+        assert set(lm.load(file)) == set(MODULES["sdxl"])
+    with pytest.raises(lm.errors.FileError, match="closed"):
+        lm.load(file)
+
+
+@pytest.mark.parametrize("source", [None, 3, 0.5, ["a.safetensors"], {1}, object(), np.ones(3), io.StringIO("a")])
+def test_what_is_no_lora_at_all_is_told_what_is_taken(source: Any) -> None:
+    with pytest.raises(
+        lm.errors.OptionError, match=r"of the type .* Wanted a path, a name on the Hub, a state dict, or"
+    ):
+        lm.load(source)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_in_memory_is_refused_with_a_way_out_that_works(zipped: bool) -> None:
+    lora, file = small(), io.BytesIO()
+    torch.save(lora.state_dict(), file, _use_new_zipfile_serialization=zipped)
+    file.seek(0)
+
+    with pytest.raises(lm.errors.FileError, match=r"a pickle.*Way out: torch.load\(…, weights_only=True\)"):
+        lm.load(file)
+    file.seek(0)
+    assert set(lm.load(torch.load(file, weights_only=True))) == set(lora)
+
+
+@pytest.mark.parametrize("together", [lm.merge, lm.plan, lm.compare])
+def test_bytes_are_one_lora_and_no_list(together: Any) -> None:
+    with pytest.raises(lm.errors.OptionError, match="Give a list of"):
+        together(b"abc")
 
 
 def test_kohyas_hashes_are_right(tmp_path: Path) -> None:
@@ -267,6 +320,8 @@ def test_a_url_is_told_what_to_write_instead(url: str, name: str) -> None:
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as downloading one file needs."""
 
+    files = ("readme.md", "x.safetensors")
+
     def __init__(self, *args: object, content: bytes, **options: object) -> None:
         self.content = content
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -275,18 +330,28 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        if self.path.startswith("/api/models/someone/lora/tree/"):
-            files = [
-                {"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in ("readme.md", "x.safetensors")
-            ]
+        if self.path.startswith("/secret/"):
+            self._refuse(403, "GatedRepo")
+        elif "v9" in self.path:
+            self._refuse(404, "RevisionNotFound")
+        elif self.path.startswith("/api/models/someone/lora/tree/"):
+            files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.files]
             self._answer(json.dumps(files).encode(), "application/json")
-        elif self.path.startswith("/someone/lora/resolve/") and "missing" not in self.path:
-            self._answer(self.content, "application/octet-stream")
+        elif self.path.startswith("/api/models/someone/lora/refs"):
+            kinds = {"branches": ["main"], "tags": ["v1", "v2"]}
+            refs = {k: [{"name": n, "ref": n, "targetCommit": "0" * 40} for n in names] for k, names in kinds.items()}
+            self._answer(json.dumps({"converts": [], **refs}).encode(), "application/json")
+        elif self.path.startswith("/someone/lora/resolve/"):
+            missing = self.path.rpartition("/")[2] not in self.files
+            self._refuse(404, "EntryNotFound") if missing else self._answer(self.content, "application/octet-stream")
         else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self._refuse(404, "RepoNotFound")
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _answer(self, body: bytes, kind: str) -> None:
         self.send_response(200)
@@ -322,11 +387,39 @@ def test_a_repository_on_the_hub_is_opened(name: str, hub: dict[str, str]) -> No
     assert set(json.loads(inspected(name, hub).stdout)["modules"]) == set(MODULES["sdxl"])
 
 
-def test_a_repository_that_is_missing_is_named(hub: dict[str, str]) -> None:
-    found = inspected("nobody/lora/missing.safetensors", hub)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "nobody/lora",
+            "there is no repository nobody/lora, or it is private. Ways out: check the name; for a private",
+        ),
+        ("nobody/lora/x.safetensors", "If a local file was meant: there is none called nobody/lora."),
+        ("someone/lora@v9", "the repository has no revision 'v9'. It has main, v1, v2."),
+        ("someone/lora/x.safetensors@v9", "the repository has no revision 'v9'."),
+        (
+            "someone/lora/X1.safetensors",
+            "no file 'X1.safetensors'. Did you mean 'x.safetensors'? It has x.safetensors.",
+        ),
+        ("secret/lora/x.safetensors", "the repository is gated. Way out: accept its terms at http://127.0.0.1:"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_named_with_what_it_has(name: str, said: str, hub: dict[str, str]) -> None:
+    found = inspected(name, hub)
 
     assert found.returncode == 1
-    assert "Can't get nobody/lora/missing.safetensors from the Hub" in found.stderr
+    assert f"Can't get {name.replace('@', ' at ')} from the Hub: " in found.stderr
+    assert said in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_a_hub_that_does_not_answer_is_named(hub: dict[str, str], tmp_path: Path) -> None:
+    nobody = {**hub, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+
+    found = inspected("someone/lora/x.safetensors", nobody)
+
+    assert found.returncode == 1
+    assert "http://127.0.0.1:9 can't be reached, and it is not in the cache" in found.stderr
 
 
 def test_what_was_fetched_once_is_found_without_a_network(hub: dict[str, str]) -> None:

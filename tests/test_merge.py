@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -422,3 +423,21 @@ def test_an_argument_of_another_function_is_sent_there(name: str, place: str) ->
 def test_weights_that_are_too_few_are_explained_in_the_callers_words() -> None:
     with pytest.raises(lm.errors.OptionError, match=r"weights=\[0\.7, 0\.5\]"):
         lm.merge([small(), small(seed=1)], weights=[1.0])
+
+
+@pytest.mark.parametrize(("options", "times"), [({}, 1), ({"max_error": 0.1}, 2)])
+def test_progress_is_told_of_every_module(options: dict[str, Any], times: int) -> None:
+    seen: list[tuple[int, int]] = []
+    lora = small()
+
+    lm.merge([lora, small(seed=2)], progress=lambda *at: seen.append(at), **options)
+    lm.resize(lora, rank=1, progress=lambda *at: seen.append(at))
+
+    assert seen == [(i, len(lora)) for i in range(1, len(lora) + 1)] * (times + 1)
+
+
+def test_every_error_has_one_root_at_the_top() -> None:
+    kinds = [kind for kind in vars(lm.errors).values() if isinstance(kind, type)]
+
+    assert "LoRAMergeError" in dir(lm)
+    assert all(issubclass(kind, lm.LoRAMergeError) for kind in kinds)

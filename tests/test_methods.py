@@ -17,7 +17,7 @@ from loramerge.methods.engines import elementwise
 from loramerge.methods.options import options_of
 from loramerge.methods.spaces import core
 from loramerge.selection import ranks_in_rows
-from loramerge.testing import random_layer, random_lora, relative_error
+from loramerge.testing import check_method, random_layer, random_lora, relative_error
 
 KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
     "linear": ("lora", (26, 18)),
@@ -208,13 +208,8 @@ def test_half_precision_inputs_merge_close_to_single_precision(case: Case) -> No
 
 
 @every_method
-def test_torch_computes_what_numpy_computes(case: Case) -> None:
-    import torch
-
-    given = layers(case, "linear", 3 if METHODS[case[0]].count is None else 2, mixed=False)
-    tensors = [x.map(torch.from_numpy) for x in given]
-
-    assert relative_error(merged(case, tensors, rank=1000), merged(case, given, rank=1000)) < 1e-4
+def test_what_authors_can_check_holds(case: Case) -> None:
+    check_method(case[0], **case[1])
 
 
 @every_method
@@ -223,7 +218,6 @@ def test_a_zero_lora_gives_no_nan(case: Case) -> None:
     nothing = first.map(np.zeros_like)
 
     assert np.isfinite(merged(case, [first, nothing])).all()
-    assert not merged(case, [nothing, nothing]).any()
 
 
 @every_method

@@ -21,7 +21,7 @@ PAGES = [
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
     *sorted((ROOT / "docs" / "explanation").glob("*.md")),
 ]
-FENCE = re.compile(r"^```(python|console|toml title=\"[\w.-]+\")\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(python|console|\w+ title=\"[\w.-]+\")\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PLACES = (
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn",
     "unet.mid_block.attentions.0.transformer_blocks.0.attn",
@@ -72,12 +72,13 @@ def test_blocks_run_and_print_what_they_show(
     for sample in samples.iterdir():
         (tmp_path / sample.name).symlink_to(sample)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}
 
     for language, text in FENCE.findall(page.read_text(encoding="utf-8")):
         if language == "python":
             exec(compile(text, str(page), "exec"), namespace)
-        elif language.startswith("toml"):
+        elif "title=" in language:
             (tmp_path / language.split('"')[1]).write_text(text, encoding="utf-8")
         else:
             run_console(text)
@@ -96,7 +97,7 @@ def run_console(text: str) -> None:
 def sessions(text: str) -> list[tuple[str, list[str]]]:
     """The commands of a block, each with the lines of output below it."""
     found: list[tuple[str, list[str]]] = []
-    for line in text.splitlines():
+    for line in text.replace("\\\n", "").splitlines():
         if line.startswith("$ "):
             found.append((line[2:], []))
         elif found:

@@ -256,7 +256,7 @@ def test_the_command_line_sweeps(recipe: Path, tmp_path: Path) -> None:
         (["--set", "method"], "wanted NAME=VALUE"),
         (["--set", "rank=1", "--set", "rank=2"], "each name once"),
         (["--set", "rank=1", "--score", "nowhere:f"], "Can't import the score"),
-        (["--set", "rank=1", "--score", "math:nothing"], "is no function"),
+        (["--set", "rank=1", "--score", "math:nothing"], "has no 'nothing'"),
         (["--set", "rank=one"], "The rank 'one'"),
         (["--set", "rank=1", "-o", "recipe.toml"], "Can't make the directory recipe.toml: File exists"),
         (["--set", "method=slerp", "--set", "weights=1/-1"], "slerp_weights=1.0+-1.0: "),

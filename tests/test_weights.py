@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from itertools import product
 
 import numpy as np
@@ -176,3 +177,27 @@ def test_blora_takes_what_is_drawn_from_one_block_and_how_from_the_next() -> Non
     assert relative_error(merged[content].delta(), loras[0][content].delta()) < 1e-6
     assert relative_error(merged[style].delta(), loras[1][style].delta()) < 1e-6
     assert not merged[TO_Q].delta().any()
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "flux"])
+def test_a_pattern_that_matches_nothing_is_told_those_that_do(architecture: str) -> None:
+    lora = small(architecture)
+    refusals = (
+        lambda: lm.plan([lora], weights=[{"*": 0, "up": 0.6}]),
+        lambda: lm.plan([lora], exclude=["output_blocks*"]),
+        lambda: lora.exclude("up"),
+        lambda: lora.select("up"),
+    )
+    for refused in refusals:
+        with pytest.raises(lm.LoRAMergeError, match="Patterns that do: blocks ") as caught:
+            refused()
+        named = re.findall(r"[\w.]+\*|\b[A-Z]+\d*\b", str(caught.value).partition("blocks ")[2])
+        assert len(named) > 2
+        assert all(any(matches(p, m, architecture) for m in lora) for p in named)
+
+
+def test_blocks_that_follow_each_other_are_told_as_a_run() -> None:
+    modules = [f"transformer.transformer_blocks.{i}.attn.to_q" for i in (0, 1, 2, 3, 5)]
+
+    assert "blocks D00 to D03, D05; sections transformer.transformer_blocks.*" in blocks.offered(modules, "flux")
+    assert blocks.offered(["x.y"]) == "Its modules are such as x.y."

@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "Comparison": "analysis",
     "LoRA": "lora",
+    "LoRAMergeError": "errors",
     "Plan": "merging",
     "compare": "analysis",
     "bake": "baking",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from . import errors
     from .analysis import Comparison, compare
     from .baking import bake
+    from .errors import LoRAMergeError
     from .extracting import extract
     from .files import convert, load, open, save
     from .lora import LoRA
@@ -62,6 +64,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "Comparison",
     "LoRA",
+    "LoRAMergeError",
     "Plan",
     "Recipe",
     "__version__",

@@ -166,7 +166,11 @@ def compare(
         >>> round(abs(compare([person, jersey]).total.pairs[0, 1].cosine), 1)
         0.0
     """
-    if isinstance(loras, str | LoRA) or not isinstance(loras, Sequence) or len(loras) < 2:
+    if (
+        isinstance(loras, str | LoRA | bytes | bytearray | memoryview)
+        or not isinstance(loras, Sequence)
+        or len(loras) < 2
+    ):
         raise OptionError("Give a list of two LoRAs or more, such as [a, b].")
     if rows is not None and rows < 1:
         raise OptionError(f"The sign conflict needs at least one row of each module, got {rows}.")

@@ -116,7 +116,7 @@ def bake(
 
 
 def _is_list(loras: object) -> bool:
-    return isinstance(loras, Sequence) and not isinstance(loras, str)
+    return isinstance(loras, Sequence) and not isinstance(loras, str | bytes | bytearray | memoryview)
 
 
 def _strays(loras: Sequence[LoRA], allow_lossy: bool) -> list[str]:

@@ -4,7 +4,7 @@ Source: https://github.com/hako-mikan/sd-webui-lora-block-weight
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from .architectures import ARCHITECTURES, sgm
@@ -112,3 +112,28 @@ def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
             raise OptionError(f"{pattern!r} is not a regular expression: {error}.") from None
     component = module.partition(".")[0]
     return pattern == component or fnmatchcase(module, pattern) or fnmatchcase(block(module, architecture), pattern)
+
+
+def offered(modules: Iterable[str], architecture: str | None = None) -> str:
+    """The patterns that match some of the modules, in a sentence: blocks, and globs of the first two parts of the names."""
+    names = list(modules)
+    found = dict.fromkeys(block(module, architecture) for module in names)
+    known = sorted((name for name in found if name != "-"), key=lambda name: position("", name))
+    globs = dict.fromkeys(".".join([*module.split(".")[:2], "*"]) for module in names if module.count(".") > 1)
+    kinds = {"blocks": _runs(known), "sections": list(globs)[:SECTIONS]}
+    listed = [f"{kind} {', '.join(values)}" for kind, values in kinds.items() if values]
+    return f"Patterns that do: {'; '.join(listed)}." if listed else f"Its modules are such as {names[0]}."
+
+
+def _runs(names: Sequence[str]) -> list[str]:
+    """Sorted names, where more than three follow each other as ``D00 to D18``."""
+    groups: list[list[str]] = []
+    for name in names:
+        last = groups[-1][-1] if groups else ""
+        follows = name[-2:].isdigit() and last[:-2] == name[:-2] and int(last[-2:]) + 1 == int(name[-2:])
+        groups[-1].append(name) if follows else groups.append([name])
+    return [part for run in groups for part in (run if len(run) < 4 else [f"{run[0]} to {run[-1]}"])]
+
+
+SECTIONS = 8
+"""Globs that a message lists: a family that nobody knows may have one for each module."""

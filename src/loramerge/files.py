@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from .architectures.names import COMPONENTS
 from .dialects import written_dialect
@@ -14,6 +14,7 @@ from .lora import LoRA, from_tensors
 from .storage.pickles import PICKLES, pickled
 from .storage.reader import SafetensorsFile, read_text
 from .tensors import Array, Held, Stored, Tensor, is_known
+from .wording import first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +24,16 @@ if TYPE_CHECKING:
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-Source = str | os.PathLike[str] | Mapping[str, Array]
+
+class Readable(Protocol):
+    """A binary file object: what ``open(path, "rb")``, `io.BytesIO` and the uploads of web frameworks are."""
+
+    def read(self) -> bytes:
+        """All that is left of it."""
+        ...
+
+
+Source = str | os.PathLike[str] | Mapping[str, Array] | bytes | bytearray | memoryview | Readable
 
 
 def open(
@@ -40,7 +50,8 @@ def open(
     Args:
         source: A file, a directory with one adapter (PEFT's or diffusers'), ``org/repo``,
             ``org/repo/file.safetensors`` or ``hf://org/repo@revision`` on the Hugging Face
-            Hub, or a state dict of numpy arrays or torch tensors.
+            Hub; a state dict of numpy arrays or torch tensors; or a ``.safetensors`` file in memory,
+            its bytes or a binary file object, which is read whole.
         architecture: The model family, where the file leaves it open.
         dialect: The dialect, where the file leaves it open.
         config: PEFT's configuration, where it is not beside the file: it has the scale.
@@ -52,6 +63,7 @@ def open(
         FileError: The file is missing, broken or hostile.
         NotALoRAError: It holds no LoRA.
         LayerError: A layer is incomplete or its shapes disagree.
+        OptionError: The source is something else than these.
     """
     options: dict[str, Any] = {"architecture": architecture, "dialect": dialect}
     if config is not None:
@@ -59,8 +71,31 @@ def open(
     if isinstance(source, Mapping):
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
+    if not isinstance(source, str | os.PathLike):
+        stored = SafetensorsFile(IN_MEMORY, _bytes_of(source))
+        return from_tensors(stored, stored.metadata, IN_MEMORY, **options)
     path, name = _found(source)
     return _from(name, _open_path(path, options, allow_pickle), architecture=architecture, dialect=dialect)
+
+
+IN_MEMORY = "file in memory"
+"""What messages call a file whose bytes were given."""
+
+
+def _bytes_of(source: object) -> bytes:
+    """The file in memory that bytes or a file object are; what may change is copied."""
+    try:
+        data = source.read() if hasattr(source, "read") else source
+    except (OSError, ValueError) as error:
+        raise FileError(f"Can't read the file object {source!r}: {first_line(error)}.") from error
+    if isinstance(data, bytes | bytearray | memoryview):
+        return bytes(data)
+    what = f"an object of the type {type(source).__name__}"
+    given = "" if data is source else f", whose read() gives the type {type(data).__name__}"
+    raise OptionError(
+        f"Can't read a LoRA from {what}{given}. Wanted a path, a name on the Hub, a state dict, or a .safetensors file in "
+        "memory: its bytes, or a file object that is open as binary."
+    )
 
 
 def _from(name: str, lora: LoRA, **forced: str | None) -> LoRA:

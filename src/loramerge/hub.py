@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import FileError
-from .wording import first_line
+from .wording import did_you_mean, first_line
 
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 URL = re.compile(
@@ -16,6 +16,9 @@ URL = re.compile(
     re.ASCII,
 )
 """A repository, or a file in it, as a browser shows it."""
+
+MOST = 6
+"""Names that a message lists."""
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names that diffusers and PEFT give a LoRA, preferred where a repository has several files."""
@@ -55,7 +58,7 @@ def download(reference: Reference) -> Path:
     """The file or, for a PEFT adapter, the directory on this disk; from the Hub's cache where it is there.
 
     Raises:
-        FileError: The repository or the file is missing, private, or can't be reached.
+        FileError: The repository, the revision or the file is missing, private or gated, or can't be reached.
     """
     file = reference.file or choose(_listing(reference), reference.repo)
     path = _fetch(reference, file)
@@ -82,7 +85,7 @@ def choose(files: list[str], where: str) -> str:
         return weights[0]
     if not weights:
         raise FileError(f"{where} has no .safetensors file.")
-    some = ", ".join(weights[:6]) + (", …" if len(weights) > 6 else "")
+    some = ", ".join(weights[:MOST]) + (", …" if len(weights) > MOST else "")
     raise FileError(f"{where} has {len(weights)} .safetensors files; name one: {some}.")
 
 
@@ -141,8 +144,62 @@ def _asked(reference: Reference, ask: Callable[[], Any], unreachable: str, file:
     try:
         return ask()
     except Exception as error:  # the client raises its own, httpx's and the system's errors
-        reason = f"{unreachable}, and it is not in the cache" if unreachable else first_line(error).rstrip(".")
-        raise FileError(
-            f"Can't get {what} from the Hub: {reason}. Check the name, the network, and HF_TOKEN for a private one. "
-            f"If a local file was meant: there is none called {reference.repo}."
-        ) from error
+        reason = f"{unreachable}, {_uncached(reference)}" if unreachable else _why(error, reference, file)
+        raise FileError(f"Can't get {what} from the Hub: {reason}") from error
+
+
+def _uncached(reference: Reference) -> str:
+    return f"and it is not in the cache. {_local(reference)}"
+
+
+def _local(reference: Reference) -> str:
+    return f"If a local file was meant: there is none called {reference.repo}."
+
+
+def _why(error: Exception, reference: Reference, file: str) -> str:
+    """What is the matter, and the way out."""
+    from huggingface_hub import constants, errors
+
+    repo, log_in = reference.repo, "log in ('hf auth login') or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return f"the repository is gated. Way out: accept its terms at {constants.ENDPOINT}/{repo}, and {log_in}."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no repository {repo}, or it is private. Ways out: check the name; for a private one, {log_in}. "
+            f"{_local(reference)}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no revision {reference.revision!r}.{_named(reference.revision or '', _revisions(repo))}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{constants.ENDPOINT} can't be reached, {_uncached(reference)}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"the repository has no file {file!r}.{_named(file, _files(reference))}"
+    return f"{first_line(error).rstrip('.')}. Ways out: check the name and the network; for a private repository, {log_in}."
+
+
+def _named(name: str, there: list[str]) -> str:
+    """What there is in the place of what is missing."""
+    if not there:
+        return ""
+    return f"{did_you_mean(name, there)} It has {', '.join(there[:MOST])}{', …' if len(there) > MOST else ''}."
+
+
+def _revisions(repo: str) -> list[str]:
+    import huggingface_hub
+
+    try:
+        refs = huggingface_hub.HfApi().list_repo_refs(repo)
+    except Exception:  # what is to be said is known already, these only help
+        return []
+    return [ref.name for ref in (*refs.branches, *refs.tags)]
+
+
+def _files(reference: Reference) -> list[str]:
+    """The repository's ``.safetensors`` files, or where it has none all of them."""
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
+    except Exception:  # as in `_revisions`
+        return []
+    return [name for name in names if name.endswith(".safetensors")] or names

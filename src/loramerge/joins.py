@@ -17,8 +17,7 @@ from .dialects.base import table
 from .layers import Full, Layer, LowRank, low_rank
 from .layers.base import matrix
 from .lora import LoRA
-from .methods.base import Merged
-from .methods.linear import shared_down
+from .methods.base import Merged, shared_down
 from .ranks import Rank, rule
 from .steps import Step
 from .tensors import Shape, largest_rank

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .blocks import matches
+from .blocks import matches, offered
 from .dialects import alphas
 from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
@@ -20,6 +20,8 @@ from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
 
 if TYPE_CHECKING:
     import torch
+
+    from .storage.writer import Progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +143,7 @@ class LoRA(Mapping[str, Layer]):
         """All but the modules that match one of the patterns."""
         kept = self.others(*patterns)
         if patterns and len(kept) == len(self):
-            raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_some(self)}")
+            raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_offered(self)}")
         return self._keep(kept, patterns)
 
     def others(self, *patterns: str) -> list[str]:
@@ -169,7 +171,7 @@ class LoRA(Mapping[str, Layer]):
 
     def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
         if not modules:
-            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_some(self)}")
+            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_offered(self)}")
         return self.part(modules)
 
     @property
@@ -193,11 +195,19 @@ class LoRA(Mapping[str, Layer]):
         held = {f"{m}.{role}": Held(array) for m, layer in layers.items() for role, array in layer.tensors().items()}
         return sha256({**held, **self.extras}, _alphas(layers))
 
-    def in_memory(self) -> "LoRA":
-        """The same LoRA with every layer computed and every tensor read."""
+    def in_memory(self, progress: "Progress | None" = None) -> "LoRA":
+        """The same LoRA with every layer computed and every tensor read.
+
+        Args:
+            progress: Called with the number of modules done and of all.
+        """
         if isinstance(self.metadata, Awaited):
             self.metadata.begin()
-        layouts = dict(self.items())
+        layouts: dict[str, Layer] = {}
+        for done, (module, layer) in enumerate(self.items(), start=1):
+            layouts[module] = layer
+            if progress:
+                progress(done, len(self))
         same = self.as_read
         return replace(
             self,
@@ -234,12 +244,12 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
     """
     kept = [lora.part(lora.others(*patterns)) for lora in loras]
     if patterns and sum(map(len, kept)) == sum(map(len, loras)):
-        raise OptionError(f"No module matches the pattern {' or '.join(patterns)}, such as {next(iter(loras[0]))}.")
+        raise OptionError(f"No module matches the pattern {' or '.join(patterns)}. {_offered(*loras)}")
     return kept
 
 
-def _some(lora: LoRA) -> str:
-    return f"Its modules are such as {next(iter(lora))}."
+def _offered(*loras: LoRA) -> str:
+    return offered((module for lora in loras for module in lora), loras[0].architecture)
 
 
 def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from .dialects import DIALECTS
 from .errors import MergeError, OptionError
 from .files import Source, load, open
 from .lora import LoRA, without
-from .methods import METHODS, check_options
+from .methods import Method, check_options, find
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
 from .steps import Step, common_extras, named, of_one_family, steps_of
@@ -26,7 +26,7 @@ def plan(
     loras: Sequence[LoRA | Source],
     *,
     weights: Weights = None,
-    method: str = "linear",
+    method: Method | str = "linear",
     rank: Rank = "sum",
     scope: Scope = "module",
     exclude: Sequence[str] = (),
@@ -57,18 +57,18 @@ def plan(
         raise MergeError("Nothing to merge: give at least one LoRA with a module.")
     if device is not None:
         check_device(device)
-    chosen = METHODS[method]
+    chosen = find(method)
     checked = check_options(chosen, options)
     if chosen.count not in (None, len(opened)):
-        raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
+        raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
     opened, architecture = of_one_family(opened)
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
     steps = steps_of(opened, chosen, checked, rank, model)
     if not steps:
-        raise MergeError(f"Nothing to merge: {method} changes the first LoRA, and {opened[0].name} has no module.")
+        raise MergeError(f"Nothing to merge: {chosen.name} changes the first LoRA, and {opened[0].name} has no module.")
     resolved = resolve(opened, weights, scope, chosen.default_weight)
     if resolved.columns and chosen.name != "linear":
-        raise OptionError(f"Learned coefficients are weights of the method linear; {method} takes numbers.")
+        raise OptionError(f"Learned coefficients are weights of the method linear; {chosen.name} takes numbers.")
     for module in () if resolved.from_values else steps:
         found = resolved.of(module)  # a block vector may lack a module's block
         if chosen.allows:
@@ -100,7 +100,7 @@ def merge(
     loras: Sequence[LoRA | Source],
     *,
     weights: Weights = None,
-    method: str = "linear",
+    method: Method | str = "linear",
     rank: Rank = "sum",
     scope: Scope = "module",
     exclude: Sequence[str] = (),
@@ -109,6 +109,7 @@ def merge(
     energy: float | str | None = None,
     max_size: int | str | None = None,
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
+    progress: "Progress | None" = None,
     **options: Any,
 ) -> LoRA:
     """Merge LoRAs of one model family into one, whatever tool made each.
@@ -118,7 +119,8 @@ def merge(
         weights: One weight a LoRA: a number (negative too), a table of patterns such as
             ``{"*": 0.8, "text_encoder": 0}``, or ``"lbw:1,0,…"``.  ``"uniform"`` (the default)
             is 1/N each, ``"l2"`` each LoRA's share of the norms.
-        method: Name of a merge method.
+        method: Name of a merge method; ``"package.module:name"`` of one that isn't loramerge's own, or the `Method`
+            itself.
         rank: ``"sum"`` is exact, ``"max"`` the largest of the inputs' ranks, a number that
             rank; a smaller one than the sum gives the nearest in Frobenius norm.
         scope: What ``"l2"`` takes the norms over: ``"module"``, ``"component"``, ``"whole"``.
@@ -131,6 +133,8 @@ def merge(
         base: The base model, a checkpoint or its path.  With it DoRA layers merge too: their ΔW is
             dense and cut to the rank.  Whole differences of a weight need no base, but a number
             as the rank.
+        progress: Called with the number of modules done and of all; with a budget twice, while it is
+            spent and while the merge is made.
         **options: The method's own.
 
     Returns:
@@ -160,9 +164,10 @@ def merge(
         energy=energy,
         max_size=max_size,
         base=base,
+        progress=progress,
         **options,
     )
-    return planned.lora().in_memory()
+    return planned.lora().in_memory(progress)
 
 
 def resize(
@@ -175,6 +180,7 @@ def resize(
     exclude: Sequence[str] = (),
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
     device: str | None = None,
+    progress: "Progress | None" = None,
 ) -> LoRA:
     """The best fit to one LoRA at smaller ranks: a merge of one.
 
@@ -187,6 +193,7 @@ def resize(
         exclude: As for `merge`: these modules are not in the result.
         base: As for `merge`.
         device: As for `merge`.
+        progress: As for `merge`.
 
     Raises:
         MergeError: A layer has no low-rank form.
@@ -209,6 +216,7 @@ def resize(
         exclude=exclude,
         base=base,
         device=device,
+        progress=progress,
     )
 
 
@@ -228,7 +236,8 @@ def _dtypes(lora: LoRA) -> list[str]:
 
 
 def _listed(loras: object) -> "Sequence[LoRA | Source]":
-    if isinstance(loras, str | os.PathLike | LoRA) or not isinstance(loras, Sequence):
+    lone = isinstance(loras, str | os.PathLike | LoRA | bytes | bytearray | memoryview)
+    if lone or not isinstance(loras, Sequence):
         raise OptionError(f"Give a list of LoRAs, such as [a, b]; got a {type(loras).__name__}.")
     return loras
 

@@ -19,8 +19,7 @@ from .layers.base import matrix
 from .lora import LoRA, in_one_library
 from .metadata import RECIPE, STALE
 from .methods import Method
-from .methods.base import Merged
-from .methods.linear import shared_down
+from .methods.base import Merged, applied, shared_down
 from .provenance import UNKNOWN, record
 from .ranks import Budget, Rank, Spectrum, choose
 from .selection import Streams, module_seed
@@ -196,7 +195,7 @@ class Plan:
             options["seed"] = Streams(module_seed(options["seed"], step.module), step.inputs)
         if self.method.ranked:
             options["most"] = step.rank
-        return self.method.merge(layers, [weights[i] for i in step.inputs], **options)
+        return applied(self.method, layers, [weights[i] for i in step.inputs], options, step.full_rank)
 
     def inputs(self, module: str) -> list[Layer]:
         """The module's layers as they are merged: a DoRA with the base's weight in it."""

@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .methods import METHODS
+from .references import code_of
 from .tensors import NAMES
 
 if TYPE_CHECKING:
+    from .methods import Method
     from .plans import Plan
 
 UNKNOWN = "0" * 64
@@ -26,7 +29,7 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
     from . import __version__
 
     weights = plan.weights.given
-    found: dict[str, Any] = {"loramerge": __version__, "method": plan.method.name, "options": dict(plan.options)}
+    found: dict[str, Any] = {"loramerge": __version__, **_method(plan.method), "options": dict(plan.options)}
     found |= {"weights": weights} if isinstance(weights, str) else {}
     found |= {"scope": plan.scope} if weights == "l2" else {}
     found |= {"rank": plan.rank}
@@ -43,6 +46,13 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
         for entry, weight in zip(found["inputs"], weights, strict=True):
             entry["weight"] = dict(weight) if isinstance(weight, Mapping) else weight
     return found | {"output": {"dialect": plan.dialect, "dtype": NAMES[plan.dtype]}}
+
+
+def _method(method: "Method") -> dict[str, Any]:
+    """How a method is found again; of one that isn't loramerge's own also the SHA-256 of its code, where it has a file."""
+    if method.name in METHODS:
+        return {"method": method.name}
+    return {"method": method.reference or method.name, "method_sha256": code_of(method.function)}
 
 
 def _input(lora: Any, sha256: str) -> dict[str, Any]:

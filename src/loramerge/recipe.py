@@ -34,7 +34,8 @@ from .errors import FileError, LoRAMergeError, MergeError, OptionError
 from .files import check_target, open, save
 from .lora import LoRA
 from .merging import Kept, Plan, plan
-from .methods import METHODS, check_options
+from .methods import METHODS, Method, check_options, find
+from .methods import check_name as check_method
 from .ranks import BUDGETS, Rank, budget, rule
 from .recipe_text import Input, Output, check_name, entries, from_metadata
 from .storage.reader import read_text
@@ -62,7 +63,8 @@ class Recipe:
     weights: Weights = None
     """One a LoRA, ``"l2"``, ``"uniform"``, a file of learned coefficients, or None for the method's own."""
     scope: Scope = "module"
-    method: str = "linear"
+    method: Method | str = "linear"
+    """A name, ``package.module:name``, or the method itself."""
     options: Mapping[str, Any] = field(default_factory=dict)
     rank: Rank = "sum"
     max_error: float | str | None = None
@@ -113,6 +115,7 @@ class Recipe:
         """The text that `read` reads as the same recipe."""
         own = ("method", "rank", *BUDGETS, "architecture", "device", "base", "base_sha256")
         head = {name: getattr(self, name) for name in own} | {"exclude": list(self.exclude) or None}
+        head["method"] = self.method if isinstance(self.method, str) else _name(self.method)
         each: Sequence[Weight | None] = [None] * len(self.loras)
         if isinstance(self.weights, str):
             head |= {"weights": self.weights, "scope": self.scope if self.weights == "l2" else None}
@@ -145,7 +148,7 @@ class Recipe:
             changes = {"scope": "module"} | changes
         changed = replace(self, **changes, output=replace(self.output, **output))
         if changed.method != self.method:
-            known = METHODS[changed.method].options
+            known = find(changed.method).options
             options = {name: value for name, value in options.items() if name in known or name not in self.options}
         changed = replace(changed, options=options)
         return changed if changed == self else replace(changed, ranks=changes.get("ranks"))
@@ -337,7 +340,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         OptionError: A name or a value is wrong.
     """
-    check_options(METHODS[recipe.method], recipe.options)
+    _check_method(recipe.method, recipe.options)
     rule(recipe.rank)
     budget(recipe.max_error, recipe.energy, recipe.max_size)
     if recipe.scope not in SCOPES:
@@ -352,6 +355,27 @@ def check(recipe: Recipe) -> None:
         parse_dtype(recipe.output.dtype)
     if recipe.output.path is not None:
         _check_inside(recipe.output.path, recipe.folder)
+
+
+def _check_method(method: Method | str, options: Mapping[str, Any]) -> None:
+    """A recipe may come from anyone: reading it imports nothing, so the options of others' methods wait for the plan."""
+    if isinstance(method, Method) or method in METHODS:
+        check_options(find(method), options)
+    else:
+        check_method(method)
+
+
+def _name(method: Method) -> str:
+    """What a recipe calls a method."""
+    found = find(method)
+    if found.name in METHODS:
+        return found.name
+    if found.reference is None:
+        raise OptionError(
+            f"The method {found.name!r} has no place in a recipe: no module that can be imported holds it under a name. "
+            "Way out: put it into a file of its own, and import it from there."
+        )
+    return found.reference
 
 
 def _check_inside(path: str, folder: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from . import hub
 from .errors import MergeError, OptionError
+from .methods import METHODS
 from .provenance import LEARNED
 from .ranks import BUDGETS
 from .toml import Table
@@ -184,6 +185,12 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
             f"{name} has no recipe that 'loramerge merge' can run again: it was learned on a model, by 'loramerge {learned}' "
             f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
             "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
+        )
+    if ":" not in found["method"] and found["method"] not in METHODS:
+        raise MergeError(
+            f"{name} has no recipe that can be run again: its method {found['method']!r} is not one of loramerge's, and no "
+            "module that can be imported held it under a name. Way out: put it into a file of its own, and merge with "
+            "method='module:name', or --method module:name."
         )
     missing = [entry["name"] for entry in found["inputs"] if not entry.get("source")]
     if missing:

@@ -37,28 +37,29 @@ class Registry(Mapping[str, T]):
                 raise ValueError(f"{noun} {value.name!r} is listed twice.")
             self._values[value.name] = value
         names = {name: name for name in self._values} | self.aliases
-        self._spelled = {_plain(spelled): name for spelled, name in names.items()}
+        self._spelled = {plain(spelled): name for spelled, name in names.items()}
 
     def __getitem__(self, name: str) -> T:
         return self.find(name, self._values)
 
-    def find(self, name: str, offered: Iterable[str]) -> T:
+    def find(self, name: str, offered: Iterable[str], also: Iterable[str] = ()) -> T:
         """The value of a name, whatever its case, with ``_`` for ``-`` or the other way round.
 
         Args:
             name: What was typed.
             offered: What the error for an unknown name lists.
+            also: Names of what is not in the table, which the error lists too.
 
         Raises:
             OptionError: Nothing has that name.
         """
-        key = self._spelled.get(_plain(name))
+        key = self._spelled.get(plain(name))
         if key not in self._values:
-            raise OptionError(self._unknown(name, offered))
+            raise OptionError(self._unknown(name, offered, list(also)))
         return self._values[key]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._spelled.get(_plain(name)) in self._values
+        return isinstance(name, str) and self._spelled.get(plain(name)) in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -66,10 +67,11 @@ class Registry(Mapping[str, T]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def _unknown(self, name: str, offered: Iterable[str]) -> str:
-        hint = did_you_mean(name, [*self._values, *self.aliases])
-        return f"Unknown {self.noun} {name!r}.{hint} Available: {', '.join(offered)}."
+    def _unknown(self, name: str, offered: Iterable[str], also: Iterable[str]) -> str:
+        hint = did_you_mean(name, [*self._values, *self.aliases, *also])
+        return f"Unknown {self.noun} {name!r}.{hint} Available: {', '.join([*offered, *also])}."
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name as it is compared: in lower case, with ``-`` for ``_``."""
     return name.lower().replace("_", "-")

@@ -18,9 +18,10 @@ from .layers.base import dense_norm, matrix
 from .lora import LoRA, in_one_library
 from .merging import Kept, Plan
 from .metadata import RECIPE
-from .methods import METHODS
+from .methods import Method, check_options, find
 from .ranks import BUDGETS
 from .recipe import Recipe, check
+from .references import code_of
 from .storage.folders import made
 from .tensors import Array, namespace
 from .wording import did_you_mean
@@ -134,27 +135,30 @@ def points(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> list[Point]:
     found: list[Point] = []
     for values in product(*grid.values()):
         asked = dict(zip(grid, values, strict=True))
-        known = METHODS[asked.get("method", recipe.method)].options
+        method = find(asked.get("method", recipe.method))
+        known = method.options
         settings = {name: value for name, value in asked.items() if name in SETTINGS or name in known}
         options = {name: settings[name] for name in settings if name not in SETTINGS}
         changes = {name: settings[name] for name in settings if name in SETTINGS}
         changed = recipe.override(**changes, options=options)
         check(changed)
+        check_options(method, changed.options)
         if all(changed != point.recipe for point in found):
+            settings = {name: _plain(value) for name, value in settings.items()}
             found.append(Point(_unique(_readable(settings), [p.name for p in found]), settings, changed))
     return found
 
 
 def left_out(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> dict[str, list[str]]:
     """The options that some methods of a grid don't have, with those methods; they are left out there."""
-    methods = list(grid.get("method", [recipe.method]))
+    methods = list(map(find, grid.get("method", [recipe.method])))
     options = [name for name in dict.fromkeys((*grid, *recipe.options)) if name not in SETTINGS]
-    lacking = {name: [m for m in methods if name not in METHODS[m].options] for name in options}
+    lacking = {name: [m.name for m in methods if name not in m.options] for name in options}
     return {name: without for name, without in lacking.items() if without}
 
 
 def _check(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
-    methods = [METHODS[name] for name in grid.get("method", [recipe.method])]
+    methods = list(map(find, grid.get("method", [recipe.method])))
     options = list(dict.fromkeys(name for method in methods for name in method.options))
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
@@ -165,6 +169,11 @@ def _check(recipe: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
                 f"Unknown setting {name!r}.{hint} Available: {', '.join(SETTINGS)}; options of the methods: "
                 f"{', '.join(options) or 'none'}."
             )
+
+
+def _plain(value: Any) -> Any:
+    """A setting as tables and names of files show it."""
+    return value.reference or value.name if isinstance(value, Method) else value
 
 
 def _readable(settings: Mapping[str, Any]) -> str:
@@ -207,7 +216,7 @@ def _tried(
 def _merged(point: Point, planned: Plan, ledger: "_Ledger", workers: int) -> Row:
     """The merge that is there already, or a new one, and its figures."""
     target = check_target(ledger.folder / _file(point), planned.dialect)
-    figures = ledger.figures(point.name) if _recipe_in(target) == _comparable(planned.recipe) else None
+    figures = ledger.figures(point.name) if _is_made(target, planned.recipe) else None
     row = Row(point.name, target, point.settings, figures or {}, figures is not None)
     if figures is not None:
         return row
@@ -338,15 +347,15 @@ def _scored(found: Any, figures: Mapping[str, Any]) -> dict[str, float]:
 
 def _name(score: Score | None) -> str | None:
     """What a score is known by: its name and the text of its file; None where it has none."""
-    import hashlib
-    import inspect
-
     name = getattr(score, "__qualname__", "<")
-    try:
-        text = Path(inspect.getsourcefile(score) or "").read_bytes()  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return None
-    return None if "<" in name else f"{score.__module__}:{name} {hashlib.sha256(text).hexdigest()}"
+    code = code_of(score) if score else None
+    return f"{score.__module__}:{name} {code}" if code and "<" not in name else None
+
+
+def _is_made(path: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether a file is what a recipe would make; of a method whose code can't be compared nobody knows."""
+    known = recipe.get("method_sha256", "") is not None
+    return known and _recipe_in(path) == _comparable(recipe)
 
 
 def _recipe_in(path: Path) -> Any:

@@ -4,7 +4,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .architectures import ARCHITECTURES
 from .layers import DoRA, Full, Layer, LoHa, LoKr, LowRank, Norm
@@ -13,6 +13,8 @@ from .tensors import Array, Shape, cast, parse_dtype
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from .methods import Method
 
     Random = np.random.Generator
 
@@ -113,6 +115,52 @@ def relative_error(found: Array, wanted: Array) -> float:
     wanted = np.asarray(wanted, dtype=np.float64)
     difference = np.asarray(found, dtype=np.float64).reshape(wanted.shape) - wanted
     return float(np.linalg.norm(difference) / max(float(np.linalg.norm(wanted)), 1e-300))
+
+
+def check_method(method: "Method | str", **options: Any) -> None:
+    """Check a merge method by laws that hold for all of loramerge's own, on random layers.
+
+    The result has the rank and the shape that were announced and no NaN, is in proportion to the LoRAs, nothing where they
+    are nothing, and the same with numpy and torch.  What the method is for is for another test: compare it with its
+    formula, on dense matrices in float64.
+
+    Args:
+        method: What `loramerge.merge` takes.
+        **options: The method's own.
+
+    Raises:
+        AssertionError: A law doesn't hold: which, for layers of which shape.
+        LoRAMergeError: As from `loramerge.merge`.
+    """
+    from .methods import find
+
+    found = find(method)
+    for shape in ((26, 18), (14, 6, 3, 3)):
+        for law, holds in _laws(found, shape, options).items():
+            assert holds, f"{found.name}, layers of the shape {shape}: it doesn't hold that {law}."
+
+
+def _laws(method: "Method", shape: Shape, options: Mapping[str, Any]) -> dict[str, bool]:
+    import numpy as np
+    import torch
+
+    from .merging import merge
+
+    layers = [random_layer(shape, rank=3, alpha=3.0, seed=seed) for seed in range(method.count or 3)]
+
+    def merged(change: Callable[[Array], Array]) -> Array:
+        changed = [{"unet.m": layer.map(change)} for layer in layers]
+        loras = [LoRA(name="one", architecture=None, dialect="kohya", layouts=each) for each in changed]
+        return np.asarray(merge(loras, method=method, rank=1000, **options)["unet.m"].delta(), dtype=np.float64)
+
+    plain = merged(lambda factor: factor)
+    doubled = merged(lambda factor: factor * np.float32(math.sqrt(2)))
+    return {
+        "the result is not zero": bool(plain.any()),
+        "LoRAs of zeros give zeros": not merged(np.zeros_like).any(),
+        "LoRAs twice as strong give twice the result": relative_error(doubled, 2.0 * plain) < 1e-4,
+        "torch computes what numpy computes": relative_error(merged(torch.from_numpy), plain) < 1e-4,
+    }
 
 
 def _normal(rng: "Random", shape: Shape, dtype: str) -> Array:

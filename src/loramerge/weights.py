@@ -185,7 +185,7 @@ class _Given:
         for pattern in weights:
             if pattern != "*" and not any(blocks.matches(pattern, module, architecture) for module in self.lora):
                 raise OptionError(
-                    f"The pattern {pattern!r} matches no module of {self.lora.name}, such as {next(iter(self.lora))}."
+                    f"The pattern {pattern!r} matches no module of {self.lora.name}. {blocks.offered(self.lora, architecture)}"
                 )
 
         def at(module: str) -> float:

@@ -8,6 +8,7 @@ import pytest
 
 import loramerge as lm
 from hostile.attacks import ATTACKS, MARK, Attack
+from loramerge.files import IN_MEMORY
 from loramerge.recipe import Recipe
 from small import small
 
@@ -38,6 +39,24 @@ def test_an_attack_is_refused_with_its_reason_or_read_right(
             opened(attack, path)
         assert str(caught.value)
     assert not Path(MARK).exists()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_file_in_memory_is_taken_as_on_the_disk(name: str, tmp_path: Path) -> None:
+    path = ATTACKS[name].make(tmp_path)
+    if not path.is_file() or path.suffix != ".safetensors":
+        pytest.skip("isn't a file of tensors alone")
+
+    said = [outcome(source) for source in (path, path.read_bytes())]
+
+    assert said[0].replace(str(path), "…").replace(path.name, "…") == said[1].replace(IN_MEMORY, "…")
+
+
+def outcome(source: Path | bytes) -> str:
+    try:
+        return str(sorted(lm.load(source)))
+    except lm.errors.LoRAMergeError as error:
+        return str(error)
 
 
 @pytest.mark.parametrize("percent", range(100))

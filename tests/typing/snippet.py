@@ -7,7 +7,7 @@ from typing import assert_type
 import loramerge as lm
 from loramerge.analysis import Row
 from loramerge.layers import DoRA, Layer, LowRank
-from loramerge.methods import METHODS, Method
+from loramerge.methods import METHODS, Method, find
 
 
 def merged(person: Path, jersey: str) -> lm.LoRA:
@@ -16,6 +16,9 @@ def merged(person: Path, jersey: str) -> lm.LoRA:
         assert_type(second, lm.LoRA)
         both = lm.merge([first, second], weights=[0.7, {"unet.*": 0.5}], rank=8)
     ties = lm.merge([first, jersey], method="ties", weights="l2", rank="max", density=0.3)
+    lm.load(person.read_bytes())
+    with person.open("rb") as file:
+        assert_type(lm.load(file), lm.LoRA)
     assert_type(lm.resize(ties, max_size="150MB"), lm.LoRA)
     assert_type(lm.save(both, "both.safetensors", dialect="kohya"), Path)
     assert_type(lm.convert(jersey, Path("jersey.safetensors"), "diffusers"), Path)
@@ -54,6 +57,7 @@ def compared(person: lm.LoRA, jersey: Path) -> float | None:
 
 def methods() -> list[str]:
     assert_type(METHODS["ties"], Method)
+    lm.plan(["person.safetensors"], method=find("package.module:name"))
     return [method.name for method in METHODS.values()]
 
 
@@ -62,6 +66,8 @@ def recipes(path: Path) -> None:
         recipe = lm.Recipe.read(path)
     except lm.errors.FileError:
         return
+    except lm.LoRAMergeError as error:
+        raise SystemExit(str(error)) from error
     assert_type(recipe.plan(), lm.Plan)
     assert_type(lm.sweep(recipe, {"rank": [4, 8]}, "out")[0].failed, str | None)
 
@@ -69,6 +75,7 @@ def recipes(path: Path) -> None:
 def mistakes(lora: lm.LoRA) -> None:
     lm.marge([lora])  # type: ignore[attr-defined]
     lm.load("person.safetensors", allow_pickles=True)  # type: ignore[call-arg]
+    lm.load(None)  # type: ignore[arg-type]
     lm.merge(lora)  # type: ignore[arg-type]
     lm.merge([lora], scope="modules")  # type: ignore[arg-type]
     lm.save(lora)  # type: ignore[call-arg]

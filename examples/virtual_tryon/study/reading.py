@@ -9,7 +9,7 @@ from loramerge import toml
 from loramerge.adapters.pixels import Box
 from loramerge.errors import FileError, OptionError
 from loramerge.learned.settings import settings
-from loramerge.methods import METHODS
+from loramerge.methods import find
 from loramerge.storage.reader import read_text
 from loramerge.toml import Table
 
@@ -181,7 +181,7 @@ def _setting(data: Any, where: str) -> Setting:
     method, options = table.get("method", str, default="linear"), table.get("options", dict, default={})
     try:
         if learn is None:
-            METHODS[method].check(options)
+            find(method).check(options)
         else:
             _check_learned(table, learn, options)
     except OptionError as error:

@@ -171,7 +171,8 @@ def merge(
         Scope | None, typer.Option("--scope", help="What l2 takes the norms over; default module.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="See 'loramerge methods'; default linear.")
+        str | None,
+        typer.Option("--method", "-m", help="See 'loramerge methods', or package.module:name; default linear."),
     ] = None,
     rank: Annotated[
         str | None, typer.Option("--rank", "-r", help="sum (exact, the default), max, or a number.")
@@ -433,25 +434,13 @@ def dialects(json: Annotated[bool, typer.Option("--json", help="For programs.")]
 
 @app.command()
 def methods(json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """List the merge methods and their options.
+    """List the merge methods and their options: loramerge's own, and those that installed packages publish.
 
     Example: loramerge methods
     """
-    from ..methods import METHODS
+    from .methods import show
 
-    if json:
-        print_json(
-            [
-                {"name": m.name, "title": m.title, "source": m.source, "options": list(m.options)}
-                for m in METHODS.values()
-            ]
-        )
-        return
-    rows = []
-    for method in METHODS.values():
-        rows.append([method.name, method.title])
-        rows += [["", f"-O {option.name}={option.default}  {option.wanted}"] for option in method.options.values()]
-    print(table(["method", "what it does, and its options"], rows))
+    show(json)
 
 
 app.command()(doctor)

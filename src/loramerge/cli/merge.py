@@ -7,11 +7,11 @@ from typing import Any
 from ..errors import OptionError
 from ..files import check_target, saved_size
 from ..merging import Kept, Plan
-from ..methods import METHODS, check_options
+from ..methods import Method, check_options, find
 from ..recipe import Recipe
 from ..recipe_text import Input
 from ..weights import parse
-from .options import named, rank_of, workers_or_cores
+from .options import method_of, named, rank_of, workers_or_cores
 from .run import as_directory, print_notes, progress, size, table, written
 
 
@@ -39,13 +39,15 @@ def overridden(recipe: Recipe, flags: Mapping[str, Any], quiet: bool = False) ->
         changes["rank"] = rank_of(changes["rank"])
     if "exclude" in changes:
         changes["exclude"] = tuple(changes["exclude"])
+    if "method" in changes:
+        changes["method"] = method_of(changes["method"])
     method = changes.get("method", recipe.method)
     if "option" in changes:
         changes["options"] = _options(method, changes.pop("option"))
     changed = recipe.override(**changes)
     for name in recipe.options:
         if name not in changed.options and not quiet:
-            print(f"note: the recipe's option {name} is left out: {method} doesn't have it")
+            print(f"note: the recipe's option {name} is left out: {find(method).name} doesn't have it")
     return changed
 
 
@@ -106,9 +108,9 @@ def _print_kept(kept: Kept) -> None:
     )
 
 
-def _options(method: str, given: list[str]) -> dict[str, Any]:
+def _options(method: Method | str, given: list[str]) -> dict[str, Any]:
     """A method's options from NAME=VALUE, in the types of its parameters."""
-    chosen = METHODS[method]
+    chosen = find(method)
     options: dict[str, Any] = {}
     for name, value in named("option", given):
         if name not in chosen.options:

@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import OptionError
+
+if TYPE_CHECKING:
+    from ..methods import Method
 
 File = Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")]
 Files = Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")]
@@ -99,6 +102,17 @@ def weights_of(each: list[str] | None, rule: str | None) -> list[str] | str | No
     if each and rule:
         raise OptionError("Give either --weight once a file, or --weights, not both.")
     return each or rule
+
+
+def method_of(text: str) -> "Method | str":
+    """The method that was typed: ``package.module:name`` may be in a module beside where one stands."""
+    from ..methods import find
+    from ..references import from_here
+
+    if ":" not in text:
+        return text
+    with from_here():
+        return find(text)
 
 
 def rank_of(text: str) -> int | str:

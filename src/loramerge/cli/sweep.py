@@ -1,6 +1,5 @@
 """``loramerge sweep``: a grid as it is typed, and the table of its merges."""
 
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any
 import typer
 
 from ..errors import OptionError
-from ..methods import METHODS
+from ..methods import Method, find
 from ..recipe import Recipe
+from ..references import from_here, referenced
 from ..sweeping import SETTINGS, Row, Score, left_out, ordered, points, sweep
 from ..weights import parse
-from .options import rank_of
+from .options import method_of, rank_of
 from .run import progress, size, table
 
 
@@ -77,18 +77,19 @@ def read_grid(recipe: Recipe, given: Sequence[str]) -> dict[str, list[Any]]:
         if not equals or not name or name in texts:
             raise OptionError(f"Can't read the setting {item!r}: wanted NAME=VALUE,VALUE,…, each name once.")
         texts[name] = [text.strip() for text in values.split(",")]
-    methods = texts.get("method", [recipe.method])
-    return {name: [_value(name, text, methods) for text in values] for name, values in texts.items()}
+    methods = [method_of(text) for text in texts["method"]] if "method" in texts else [recipe.method]
+    found = {name: [_value(name, text, methods) for text in values] for name, values in texts.items()}
+    return found | ({"method": methods} if "method" in texts else {})
 
 
-def _value(name: str, text: str, methods: Sequence[str]) -> Any:
+def _value(name: str, text: str, methods: Sequence[Method | str]) -> Any:
     if name == "rank":
         return rank_of(text)
     if name == "weights":
         return text if text in ("l2", "uniform") else tuple(parse(weight) for weight in text.split("/"))
     if name in SETTINGS:
         return text
-    options = [METHODS[method].options[name] for method in methods if name in METHODS[method].options]
+    options = [method.options[name] for method in map(find, methods) if name in method.options]
     return options[0].parse(text) if options else text
 
 
@@ -98,17 +99,12 @@ def load_score(text: str) -> Score:
     Raises:
         OptionError: There is none.
     """
-    module, _, name = text.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        found: Any = importlib.import_module(module) if module and name else None
-    except ImportError as error:
-        raise OptionError(f"Can't import the score {text!r}: {error}.") from None
-    for part in name.split("."):
-        found = getattr(found, part, None)
+    with from_here():
+        found = referenced(text, "score")
     if not callable(found):
-        raise OptionError(f"The score {text!r} is no function: wanted package.module:function.")
+        raise OptionError(
+            f"The score {text!r} is a {type(found).__name__}, wanted a function: package.module:function."
+        )
     return found  # type: ignore[no-any-return]
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from ..errors import MergeError, OptionError
+from ..errors import LoRAMergeError, MergeError, OptionError
 from ..layers import Full, Layer, LowRank
-from ..tensors import Array, float32
-from ..wording import did_you_mean
+from ..tensors import Array, check_finite, float32
+from ..wording import did_you_mean, first_line
 from .options import Option, options_of
 
 Merged = LowRank | Full
@@ -47,11 +47,13 @@ class Method:
     """Whether it is told the rank of the result, ``most=``, because a cut afterwards would be arbitrary."""
     of_first: bool = False
     """Whether the result is the first LoRA, changed: modules and biases that it lacks are no part of it."""
+    reference: str | None = None
+    """``package.module:name`` of a method that isn't in the index; None where no module holds it under a name."""
 
     @property
     def title(self) -> str:
         """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").splitlines()[0]
+        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
 
     def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options of the method: those given, and the defaults.
@@ -90,6 +92,58 @@ def method(
         return Method(name, merge, merge, source, rank, options_of(merge), default_weight, linear=linear, dense=dense)
 
     return named
+
+
+def applied(
+    method: Method, layers: Sequence[Layer], weights: Sequence[Any], options: Mapping[str, Any], rank: int
+) -> Merged:
+    """What a method makes of one module.
+
+    Args:
+        method: Anyone's.
+        layers: The module's, of one shape.
+        weights: One a layer.
+        options: All of the method's.
+        rank: That of the result, as the method announced it.
+
+    Raises:
+        MergeError: The method fails, or gives something else than it announced.
+    """
+    try:
+        merged = method.merge(layers, weights, **options)
+    except (LoRAMergeError, MemoryError):
+        raise
+    except Exception as error:
+        raise MergeError(f"the method {method.name} raised {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(merged, LowRank | Full):
+        raise MergeError(f"the method {method.name} gave a {type(merged).__name__}, wanted a LowRank or Full layer")
+    if tuple(merged.shape) != tuple(layers[0].shape):
+        raise MergeError(
+            f"the method {method.name} gave a layer of the shape {tuple(merged.shape)}, wanted {tuple(layers[0].shape)}"
+        )
+    if isinstance(merged, LowRank):
+        _check_factors(method, merged, layers, rank)
+    for tensor in merged.tensors().values():
+        check_finite(tensor)
+    return merged
+
+
+def _check_factors(method: Method, merged: LowRank, layers: Sequence[Layer], rank: int) -> None:
+    """Refuse what the plan, and so the file's header, didn't reckon with."""
+    if merged.rank > rank:
+        raise MergeError(f"the method {method.name} gave the rank {merged.rank}, and its rank= announced {rank}")
+    shared = shared_down(layers) if method.linear else None
+    if shared is not None and merged.down_id != shared:
+        raise MergeError(
+            f"the method {method.name} is said to be linear, and doesn't keep the down that modules share: "
+            "wanted low_rank(…, shared_down(layers)), or linear=False"
+        )
+
+
+def shared_down(layers: Sequence[Layer]) -> object:
+    """Identity of the concatenated ``down``, where each layer knows its own."""
+    ids = tuple(layer.down_id if isinstance(layer, LowRank) else None for layer in layers)
+    return ids if None not in ids else None
 
 
 def sum_of_ranks(layers: Sequence[Layer], **_: Any) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import MergeError
 from ..layers import Full, Layer, LowRank, low_rank
 from ..tensors import Array, concat, flatten, float32, namespace
-from .base import equal_rank, method, sum_of_ranks, with_bias
+from .base import equal_rank, method, shared_down, sum_of_ranks, with_bias
 
 
 @method(
@@ -87,9 +87,3 @@ def as_stored(layer: Layer) -> tuple[Array, Array, float]:
         return *layer.factors(), 1.0
     plain = layer.plain()
     return flatten(plain.up), flatten(plain.down), plain.scale
-
-
-def shared_down(layers: Sequence[Layer]) -> object:
-    """Identity of the concatenated ``down``, where each layer knows its own."""
-    ids = tuple(layer.down_id if isinstance(layer, LowRank) else None for layer in layers)
-    return ids if None not in ids else None

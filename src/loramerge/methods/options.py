@@ -82,14 +82,24 @@ def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
     """The options of a function, by name.
 
     Raises:
-        TypeError: A parameter's annotation can't be typed on a command line, or it has no default.
+        TypeError: A parameter's annotation can't be typed on a command line, it has no default, or its name is taken.
     """
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: _option(p, function.__name__) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {p.name: _option(p, function) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _option(parameter: inspect.Parameter, where: str) -> Option:
-    annotation, found = parameter.annotation, None
+TAKEN = (
+    *("loras", "weights", "method", "rank", "scope", "exclude", "device", "base", "progress"),
+    *("max_error", "energy", "max_size", "to", "dtype", "workers", "most"),
+)
+"""Arguments of merging and settings of a sweep: an option of that name could never be given."""
+
+
+def _option(parameter: inspect.Parameter, function: Callable[..., Any]) -> Option:
+    where = function.__name__
+    if parameter.name in TAKEN:
+        raise TypeError(f"Option {parameter.name!r} of {where}: merging has an argument of that name. Wanted another.")
+    annotation, found = _evaluated(parameter.annotation, function), None
     if get_origin(annotation) is Annotated:
         annotation, found = get_args(annotation)
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
@@ -100,3 +110,8 @@ def _option(parameter: inspect.Parameter, where: str) -> Option:
             f"texts or an Annotated number with a Range; got {annotation!r}."
         )
     return Option(parameter.name, kind, parameter.default, choices, found)
+
+
+def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
+    """An annotation that ``from __future__ import annotations`` left as text."""
+    return eval(annotation, getattr(function, "__globals__", {})) if isinstance(annotation, str) else annotation

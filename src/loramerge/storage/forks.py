@@ -55,6 +55,10 @@ def each(items: Sequence[T], work: Callable[[T], None], workers: int) -> Generat
     """
     work(items[0])  # before the fork, so that what it imports and caches is everyone's
     items = items[1:]
+    if not safe():  # the first item imported torch, or something else with threads
+        yield
+        yield from map(work, items)
+        return
     portions = _portions(len(items))
     children: dict[int, int] = {}
     try:

@@ -39,15 +39,20 @@ NUMBER, AHEAD = 8, 4096
 class SafetensorsFile(dict[str, Stored]):
     """The tensors of an open file by key, in the file's order, and its metadata.
 
+    Args:
+        path: The file; where its bytes are given, what messages call them.
+        data: The file's bytes, where it lies in memory.
+
     Raises:
         FileError: The file can't be opened, or its header is broken or hostile.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], data: bytes | None = None) -> None:
         super().__init__()
         self.path = path
+        self._data = data
         self._ahead = 0, b""
-        self._fd = open_regular(path)
+        self._fd = -1 if data is not None else open_regular(path)
         try:
             self.metadata, tensors, self._start, self._size = self._header()
         except FileError:
@@ -58,10 +63,11 @@ class SafetensorsFile(dict[str, Stored]):
     def __deepcopy__(self, memo: object) -> "SafetensorsFile":
         return self  # the file is read only, and its descriptor must be closed once
 
-    def __reduce__(self) -> tuple[type["SafetensorsFile"], tuple[str | os.PathLike[str]]]:
-        return SafetensorsFile, (self.path,)
+    def __reduce__(self) -> tuple[type["SafetensorsFile"], tuple[str | os.PathLike[str], bytes | None]]:
+        return SafetensorsFile, (self.path, self._data)
 
     def close(self) -> None:
+        self._data = None
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -80,6 +86,8 @@ class SafetensorsFile(dict[str, Stored]):
         return block[begin - first : end - first]
 
     def _read(self, offset: int, size: int) -> bytes:
+        if self._data is not None:
+            return self._data[offset : offset + size]
         if self._fd < 0:
             raise FileError(f"{self.path} is closed.")
         try:
@@ -94,7 +102,7 @@ class SafetensorsFile(dict[str, Stored]):
         return data
 
     def _header(self) -> tuple[dict[str, str], dict[str, Stored], int, int]:
-        size = os.fstat(self._fd).st_size
+        size = os.fstat(self._fd).st_size if self._data is None else len(self._data)
         if size < 8:
             raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
         (length,) = struct.unpack("<Q", self._read(0, 8))
@@ -167,6 +175,11 @@ class SafetensorsFile(dict[str, Stored]):
 
 
 INSTEAD = (
+    (
+        rb"PK\x03\x04|\x80[\x02-\x05]",
+        "a zip file or a pickle, such as torch.save writes. Way out: torch.load(…, weights_only=True) gives a state dict, "
+        "which loramerge.load takes",
+    ),
     (rb"\s*<", "a web page, such as one that asks to log in. Way out: download the file itself"),
     (rb"version https://git-lfs", "a Git LFS pointer, which stands for the file. Way out: git lfs pull"),
     (rb"\s*[\[{]", "a JSON file"),

@@ -518,7 +518,8 @@ def test_faint_factors_keep_their_digits_in_float16(std: float, tmp_path: Path) 
                 f"{module}.lora_A.weight": (0.03 * rng.standard_normal((64, 640))).astype(np.float16),
                 f"{module}.lora_B.weight": (std * rng.standard_normal((640, 64))).astype(np.float16),
                 f"{module}.alpha": np.array(1, np.float16),
-            }
+            },
+            architecture="sdxl",
         )
         for _ in range(2)
     ]

@@ -36,9 +36,7 @@ CASES: dict[str, Case] = {
 
 
 def in_dialect(lora: LoRA, dialect: str) -> LoRA:
-    found = lm.load(lora.state_dict(dialect))
-    assert found.architecture == lora.architecture
-    return found
+    return lm.load(lora.state_dict(dialect), architecture=lora.architecture)
 
 
 @pytest.mark.parametrize(("first", "second"), list(product(WRITTEN, WRITTEN)))
@@ -238,11 +236,10 @@ def test_a_text_encoder_merges_into_every_family_that_has_it() -> None:
 
 
 def test_shapes_that_differ_are_refused_by_module() -> None:
-    lora = small(modules=(TO_Q,), seed=1)
-    other = {key: tensor[:, :320] if "down" in key else tensor for key, tensor in lora.state_dict("diffusers").items()}
+    other = LoRA(name="narrow", architecture="sdxl", dialect="kohya", layouts={TO_Q: random_layer((640, 320), rank=2)})
 
     with pytest.raises(lm.errors.MergeError, match=r"attn1\.to_q has the shape"):
-        lm.merge([lora, lm.load(other, architecture="sdxl")])
+        lm.merge([small(modules=(TO_Q,), seed=1), other])
 
 
 @pytest.mark.parametrize("rank", [0, -1, "all", 2.5, True])
@@ -351,7 +348,7 @@ def test_arguments_of_the_wrong_kind_are_explained(arguments: dict[str, object],
 
 
 def test_a_family_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(lm.errors.OptionError, match="no LoRA of flux"):
+    with pytest.raises(lm.errors.OptionError, match="isn't a LoRA of flux"):
         lm.load(small().state_dict("kohya"), architecture="flux")
 
 
@@ -396,17 +393,21 @@ def narrow(dialect: str, modules: tuple[str, ...] = (TO_Q,)) -> LoRA:
 def test_unknown_families_in_two_dialects_are_merged_once_the_family_is_named() -> None:
     first, second = narrow("kohya"), narrow("diffusers-peft")
 
-    with pytest.raises(lm.errors.MergeError, match=r"share no name.*architecture="):
+    with pytest.raises(lm.errors.MergeError, match=r"shares no module.*architecture="):
         lm.plan([first, second])
 
     named = [lm.load(lora.state_dict(), architecture="sdxl") for lora in (first, second)]
     assert set(lm.merge(named)) == {TO_Q}
 
 
-def test_unknown_families_in_one_dialect_may_have_no_module_in_common() -> None:
-    other = TO_Q.replace("to_q", "to_k")
+def test_unknown_families_that_share_no_module_merge_only_where_their_metadata_agrees() -> None:
+    first, second = narrow("kohya"), narrow("kohya", (TO_Q.replace("to_q", "to_k"),))
+    said = {"modelspec.architecture": "a-new-omnigen/lora"}
 
-    assert len(lm.plan([narrow("kohya"), narrow("kohya", (other,))]).steps) == 2
+    with pytest.raises(lm.errors.MergeError, match=r"shares no module.*architecture="):
+        lm.plan([first, second])
+
+    assert len(lm.plan([replace(lora, metadata=said) for lora in (first, second)]).steps) == 2
 
 
 def test_a_known_and_an_unknown_family_are_refused_with_the_way_out() -> None:

@@ -231,37 +231,36 @@ def _say_the_same(loras: Sequence[LoRA]) -> bool:
     return len(said) == 1 and any(map(any, said))
 
 
+QUERIES = (r"qkv", r"to_[qkv]", r"[qkv]", r"[qkv]_proj", r"w[qkv]", r"to_(query|key|value)", r"[qkv]_linear|kv_linear")
+"""What tools call the query, key and value of an attention: together, or each by a name of its own."""
+
+
 def _check_naming(a: LoRA, b: LoRA) -> None:
-    """Refuse two LoRAs that call one weight by two names: in a place that both have, each has parts of its own only.
+    """Refuse two LoRAs that call the parts of one attention by the names of different tools.
 
     Raises:
         MergeError: They do, such as ``attention.qkv`` beside ``attention.to_q``.
     """
-    first, second = _children(a), _children(b)
+    first, second = _queries(a), _queries(b)
     for place in first.keys() & second.keys():
         mine, theirs = first[place], second[place]
-        if mine.isdisjoint(theirs) or _fused(mine) != _fused(theirs):
+        if mine[0] != theirs[0]:
             raise MergeError(
-                f"In {place} {a.name} has {', '.join(sorted(mine))} and {b.name} has {', '.join(sorted(theirs))}: whether "
-                "these are the same weights under two tools' names can't be told, as their model family isn't known. "
-                f"Ways out: convert one file with the tool that made it, or {name_family()}."
+                f"{place} has {mine[1]} in {a.name} and {theirs[1]} in {b.name}: two tools' names of the same weights, "
+                "and how they correspond isn't known, as their model family isn't. Ways out: convert one file with the "
+                f"tool that made it, or {name_family()}."
             )
 
 
-def _children(lora: LoRA) -> dict[str, frozenset[str]]:
-    """What each place of a model has: the last names by what stands before them."""
-    found: dict[str, set[str]] = {}
+def _queries(lora: LoRA) -> dict[str, tuple[int, str]]:
+    """The naming of each attention, as its place in `QUERIES`, and one of its names."""
+    found: dict[str, tuple[int, str]] = {}
     for module in lora:
-        place, _, name = module.rpartition(".")
-        if "." in place:
-            found.setdefault(place, set()).add(name)
-        elif match := re.fullmatch(r"(.*\d_.*)_(to_[qkv]|[qkv]|qkv|[qkv]_proj)", name):
-            found.setdefault(f"{place}.{match[1]}", set()).add(match[2])
-    return {place: frozenset(names) for place, names in found.items()}
-
-
-def _fused(names: frozenset[str]) -> bool:
-    return any("qkv" in name for name in names)
+        for i, pattern in enumerate(QUERIES):
+            if match := re.fullmatch(rf"(.*?\d.*?)[._]({pattern})", module):
+                found.setdefault(match[1], (i, match[2]))
+                break
+    return found
 
 
 def common_extras(loras: Sequence[LoRA]) -> dict[str, Tensor]:

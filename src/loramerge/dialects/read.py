@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -280,10 +280,14 @@ class _Names:
         return _is_widened(self.shapes[stem], parts, a)
 
     def most_own(self, families: list[Architecture]) -> list[Architecture]:
-        """Those in which most text encoders have the very names that a dialect would write."""
-        if len(families) < 2 or not self.text:
+        """Those of which most layers have the very names that a dialect would write.
+
+        Of a transformer's layers that tells nothing: some tools put diffusers' names behind kohya's prefix.
+        """
+        stems = set(self.records) if all(a.denoiser == "unet" for a in families) else self.text
+        if len(families) < 2 or not stems:
             return families
-        own = {a.name: self.own(a) for a in families}
+        own = {a.name: self.own(a, stems) for a in families}
         return [a for a in families if own[a.name] == max(own.values())]
 
     def covers(self, a: Architecture) -> bool:
@@ -361,9 +365,9 @@ class _Names:
         """How many stems have a name in a family, whatever their shape."""
         return sum(self.lookup(a, stem) is not None for stem in self.records)
 
-    def own(self, a: Architecture) -> int:
-        """How many text encoders' stems have the very name that a dialect would write for the family."""
-        left = self.text & self.fitting(a).keys()
+    def own(self, a: Architecture, stems: Set[str]) -> int:
+        """How many of some stems have the very name that a dialect would write for the family."""
+        left = set(stems & self.fitting(a).keys())
         count = len(left)
         for dialect in self.candidates:
             left -= table(dialect.recognised_by or dialect.names, a).keys()

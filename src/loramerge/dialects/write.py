@@ -214,7 +214,8 @@ class _Writer:
     def stems(self) -> dict[str, Parts]:
         """The stems to write, each with the modules in it."""
         homes = _homes(self.dialect, self.architecture)
-        for other in self.lora.alike:
+        # In its own dialect a file's names stay those that it has.
+        for other in self.lora.alike if self.dialect.name != self.lora.dialect else ():
             self.check_alike(homes, _homes(self.dialect, ARCHITECTURES[other]), other)
         return dict(homes.get(module) or self.free(module) for module in self.lora)
 

@@ -426,6 +426,7 @@ def test_generate_and_score_on_the_command_line(base: Path, files: tuple[Path, P
         "-p",
         toys.PROMPTS[1],
     ]
+    settings += ["--lora", f"average={jersey}:0.2"]
     common = [
         "generate",
         "--base",
@@ -445,12 +446,13 @@ def test_generate_and_score_on_the_command_line(base: Path, files: tuple[Path, P
     second = RUNNER.invoke(app, list(map(str, [*common, "--batch", "3"])))
     model = toys.dinov2(tmp_path / "model")
     references = ["-r", f"person={tmp_path / 'out' / 'person'}", "--against", "none", "--no-cache"]
+    (tmp_path / "out" / "person" / "IMG_1.HEIC").touch()
     scored = RUNNER.invoke(app, list(map(str, ["score", tmp_path / "out", "--model", model, *references])))
 
     assert first.exit_code == 0, first.output
-    assert "30 pictures, sheet.png" in first.output
+    assert "40 pictures, sheet.png" in first.output
     assert (tmp_path / "out" / "sheet.png").exists()
-    assert {p.parent.name for p in tmp_path.glob("out/*/*.png")} == {"none", "person", "both"}
+    assert {p.parent.name for p in tmp_path.glob("out/*/*.png")} == {"none", "person", "both", "average"}
     recipe = recipe_in(next(tmp_path.glob("out/both/*.png")))
     assert [(entry["name"], entry["weight"]) for entry in recipe["loras"]] == [
         ("person.safetensors", 0.7),
@@ -460,6 +462,10 @@ def test_generate_and_score_on_the_command_line(base: Path, files: tuple[Path, P
     assert rows["both"] == ["0", "10"]
     assert scored.exit_code == 0, scored.output
     assert "95 % intervals over 5 seeds" in scored.output
+    first_of_line = [line.split()[0] for line in scored.output.splitlines() if line.split()]
+    drawn = ["none", "person", "both", "average"]
+    assert [name for name in first_of_line if name in drawn][:4] == drawn
+    assert f"Note: {tmp_path / 'out' / 'person'}: left out are IMG_1.HEIC" in scored.stderr.replace("\n", " ")
 
 
 def test_a_family_that_a_file_leaves_open_can_be_said(base: Path, tmp_path: Path) -> None:

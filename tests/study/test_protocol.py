@@ -38,6 +38,17 @@ def test_the_presets_hold_the_studys_protocol(name: str) -> None:
     }
 
 
+def test_the_tutorial_counts_the_pictures_of_the_paper_preset() -> None:
+    found = reading.read(reading.preset("paper"))
+    page = (EXAMPLE.parents[1] / "docs" / "tutorial" / "study.md").read_text()
+
+    for family, more in (("study", ""), ("methods", " more"), ("weights", " more")):
+        settings = found.of([family])
+        seeds, prompts = settings[0].seeds or found.drawing.seeds, len(found.prompts["study"])
+        count = len(settings) * prompts * seeds
+        assert f"| {len(settings)} × {prompts} × {seeds} | {count}{more} |" in page
+
+
 def test_the_paper_preset_trains_as_the_study_did() -> None:
     training = reading.read(reading.preset("paper")).training
 

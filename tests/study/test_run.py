@@ -281,6 +281,18 @@ def test_a_stage_says_which_earlier_one_is_missing(paper: Job, tmp_path: Path) -
         stages.run(job, only=["report"])
 
 
+def test_what_is_no_picture_in_a_folder_of_photographs_is_said(paper: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "photos" / "profile"
+    stand_ins.photos(folder, "a psq-person", 0)
+    (folder / "IMG_1.heic").touch()
+    data = replace(paper.protocol.data, folder=str(tmp_path / "photos"))
+
+    said = sets.left_out(stand_ins.job(replace(paper.protocol, data=data), tmp_path / "out"))
+
+    assert len(said) == 1
+    assert "left out are IMG_1.heic" in said[0]
+
+
 def test_a_caption_without_its_identifier_is_refused(paper: Job, tmp_path: Path) -> None:
     stand_ins.photos(tmp_path / "photos" / "profile", "a psq-person", 0)
     stand_ins.photos(tmp_path / "photos" / "barca", "a football shirt", 4)

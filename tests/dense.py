@@ -1,13 +1,14 @@
 """The least-squares merge as dense linear algebra in float64: the truth that the factored one is held against."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loramerge.learned.lsq import Granularity, Prior, Problem, solve
+from loramerge.learned.lsq import Granularity, Prior, Problem, positive, solve
 
 FAMILIES: tuple[Granularity, ...] = ("layer", "rank", "core", "column", "full")
 OUT, IN, RANKS, TOKENS = 7, 6, (2, 3), 40
@@ -46,6 +47,21 @@ class World:
             torch.stack([down @ c @ down.T for c in moments]),
             torch.stack(moments).sum(0),
             torch.cat([d @ c for d, c in zip(self.downs, moments, strict=True)], 0),
+        )
+
+    @property
+    def rounded(self) -> Problem:
+        """The problem with every moment computed in float32."""
+        exact = self.problem
+        inputs, down = [x.float() for x in self.inputs], exact.down.float()
+        inner = [x @ down.T for x in inputs]
+        cross = [a[:, s].T @ x for a, s, x in zip(inner, exact.slices, inputs, strict=True)]
+        return replace(
+            exact,
+            core=positive(torch.stack([a.T @ a for a in inner]).double(), exact.down),
+            gram=torch.stack([x.T @ x for x in inputs]).sum(0).double(),
+            cross=torch.cat(cross).double(),
+            noise=torch.finfo(torch.float32).eps,
         )
 
     def loss(self, merged: Tensor) -> Tensor:

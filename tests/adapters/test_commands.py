@@ -21,9 +21,11 @@ from typer import Exit
 import loramerge as lm
 from loramerge import LoRA
 from loramerge.cli import learning
+from loramerge.cli.calibrate import fit_table
 from loramerge.cli.learning import interruptible, loss_table
 from loramerge.coefficients import Coefficients
 from loramerge.errors import LoRAMergeError
+from loramerge.learned.lsq import Report
 from loramerge.testing import random_lora, relative_error
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "virtual_tryon" / "weights" / "base"
@@ -113,6 +115,10 @@ def test_a_state_of_another_base_of_the_same_name_is_refused(files: list[Path], 
 
     with pytest.raises(LoRAMergeError, match=r"of another run, with other fingerprint\."):
         zipped(files, other, tmp_path / "z.safetensors", *given)
+
+
+def test_loras_that_change_nothing_have_no_table() -> None:
+    assert "change nothing in the modules that were looked at" in fit_table(Report(), None)
 
 
 def test_calibrate_keeps_moments_for_another_granularity(files: list[Path], base: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler
 from peft.tuners.lora import LoraLayer
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import loramerge as lm
@@ -30,6 +31,7 @@ from loramerge.cli.app import app
 from loramerge.cli.generate import read_seeds, read_settings, read_size
 from loramerge.errors import (
     DeviceMemoryError,
+    DialectError,
     FileError,
     LoRAMergeError,
     MergeError,
@@ -37,6 +39,8 @@ from loramerge.errors import (
     NumberError,
     OptionError,
 )
+from loramerge.layers import LowRank
+from loramerge.lora import LoRA
 from loramerge.testing import random_layer, relative_error
 from oracles.pipelines import components, named
 
@@ -296,6 +300,50 @@ def test_a_lora_of_other_shapes_is_refused(tmp_path: Path) -> None:
         draw(toys.pipeline("sd15"), tmp_path, {"a": [Use(wrong)]})
 
 
+def first_of(lora: LoRA, layer: Any) -> LoRA:
+    """A LoRA with another first layer."""
+    return replace(lora, layouts={**lora.layouts, next(iter(lora)): layer})
+
+
+def with_nan(lora: LoRA) -> LoRA:
+    module = next(iter(lora))
+    up, down = (np.array(factor) for factor in lora[module].factors())
+    up[0, 0] = np.nan
+    return first_of(lora, LowRank(up=up, down=down.reshape(len(down), *lora.layout(module).shape[1:])))
+
+
+LORA = toys.lora("sdxl", 1)
+BAD = {
+    "of another family": (toys.lora("sd15", 1), MergeError, "modules that the model doesn't have"),
+    "of other shapes": (first_of(LORA, random_layer((8, 99), rank=2)), MergeError, "99"),
+    "with NaN": (with_nan(LORA), NumberError, "to_q: a value is NaN or infinite"),
+    "that diffusers can't hold": (
+        first_of(LORA, random_layer(LORA.layout(next(iter(LORA))).shape, kind="dora", rank=2)),
+        DialectError,
+        "lora 1: diffusers can't hold a dora layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_the_last_setting_is_looked_at_before_the_first_picture(what: str, tmp_path: Path) -> None:
+    wrong, error, told = BAD[what]
+    good = [Use(toys.lora("sdxl", 2))]
+
+    with pytest.raises(error, match=told):
+        draw(toys.pipeline("sdxl"), tmp_path, {"none": [], "a": good, "b": [*good, Use(wrong, 0.5)]}, seeds=1)
+
+    assert not list(tmp_path.rglob("*.png"))
+    assert not any(toys.pipeline("sdxl").get_list_adapters().values())
+
+
+def test_a_weight_that_is_no_number_is_refused_before_the_first_picture(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="setting 'b': lora 1 has the weight nan"):
+        draw(toys.pipeline("sdxl"), tmp_path, {"a": [], "b": [Use(LORA, float("nan"))]}, seeds=1)
+
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_loras_in_the_pipeline_already_are_refused(tmp_path: Path) -> None:
     pipe = toys.pipeline("sdxl")
     pipe.load_lora_weights(toys.lora("sdxl", 1).state_dict("diffusers"))
@@ -378,6 +426,7 @@ def test_generate_and_score_on_the_command_line(base: Path, files: tuple[Path, P
         "-p",
         toys.PROMPTS[1],
     ]
+    settings += ["--lora", f"average={jersey}:0.2"]
     common = [
         "generate",
         "--base",
@@ -397,12 +446,13 @@ def test_generate_and_score_on_the_command_line(base: Path, files: tuple[Path, P
     second = RUNNER.invoke(app, list(map(str, [*common, "--batch", "3"])))
     model = toys.dinov2(tmp_path / "model")
     references = ["-r", f"person={tmp_path / 'out' / 'person'}", "--against", "none", "--no-cache"]
+    (tmp_path / "out" / "person" / "IMG_1.HEIC").touch()
     scored = RUNNER.invoke(app, list(map(str, ["score", tmp_path / "out", "--model", model, *references])))
 
     assert first.exit_code == 0, first.output
-    assert "30 pictures, sheet.png" in first.output
+    assert "40 pictures, sheet.png" in first.output
     assert (tmp_path / "out" / "sheet.png").exists()
-    assert {p.parent.name for p in tmp_path.glob("out/*/*.png")} == {"none", "person", "both"}
+    assert {p.parent.name for p in tmp_path.glob("out/*/*.png")} == {"none", "person", "both", "average"}
     recipe = recipe_in(next(tmp_path.glob("out/both/*.png")))
     assert [(entry["name"], entry["weight"]) for entry in recipe["loras"]] == [
         ("person.safetensors", 0.7),
@@ -412,6 +462,24 @@ def test_generate_and_score_on_the_command_line(base: Path, files: tuple[Path, P
     assert rows["both"] == ["0", "10"]
     assert scored.exit_code == 0, scored.output
     assert "95 % intervals over 5 seeds" in scored.output
+    first_of_line = [line.split()[0] for line in scored.output.splitlines() if line.split()]
+    drawn = ["none", "person", "both", "average"]
+    assert [name for name in first_of_line if name in drawn][:4] == drawn
+    assert f"Note: {tmp_path / 'out' / 'person'}: left out are IMG_1.HEIC" in scored.stderr.replace("\n", " ")
+
+
+def test_a_family_that_a_file_leaves_open_can_be_said(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.safetensors"
+    save_file(load_file(lm.save(LORA, tmp_path / "whole.safetensors", dialect="kohya")), file)
+    given = ["generate", "--base", base, "-l", file, "-p", "a", "-n", "1", "--steps", "1", "--device", "cpu"]
+
+    left = RUNNER.invoke(app, list(map(str, [*given, "-o", tmp_path / "left"])))
+    said = RUNNER.invoke(app, list(map(str, [*given, "-o", tmp_path / "said", "--architecture", "sdxl"])))
+
+    assert "say its family, by which its modules are named: --architecture" in str(left.exception)
+    assert not list(tmp_path.glob("left/*/*.png"))
+    assert said.exit_code == 0, said.output
+    assert len(list(tmp_path.glob("said/*/*.png"))) == 2
 
 
 def test_a_scheduler_can_be_chosen(base: Path) -> None:

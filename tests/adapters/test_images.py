@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from loramerge.adapters.images import cropped, digest, pictures
+from loramerge.adapters.pixels import left_out
 from loramerge.errors import FileError
 
 
@@ -17,6 +18,22 @@ def folder(tmp_path: Path) -> Path:
         Image.new("RGB", (8, 12), "red").save(tmp_path / name)
     (tmp_path / "notes.md").write_text("no picture")
     return tmp_path
+
+
+def test_what_is_no_picture_is_told(folder: Path) -> None:
+    (folder / "a.txt").write_text("a person")
+    assert f"{folder}: left out are notes.md; only files" in left_out(folder)
+    for name in ("IMG_1.HEIC", "IMG_2.HEIC", "IMG_3.tif"):
+        (folder / name).touch()
+    (folder / "more").mkdir()
+    assert "left out are IMG_1.HEIC, IMG_2.HEIC, IMG_3.tif and 2 more" in left_out(folder)
+
+
+def test_a_folder_of_pictures_and_captions_leaves_nothing_out(folder: Path) -> None:
+    for name in (".DS_Store", "a.txt", "metadata.jsonl"):
+        (folder / name).touch()
+    (folder / "notes.md").unlink()
+    assert left_out(folder) == ""
 
 
 def test_captions_lie_beside_the_pictures_or_in_a_list(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from loramerge.coefficients import Coefficients
-from loramerge.errors import LoRAMergeError, MergeError, NoFactorsError, OptionError
+from loramerge.errors import LoRAMergeError, MergeError, NoFactorsError, NumberError, OptionError
 from loramerge.learned.attach import attach
 from loramerge.learned.calibration import calibrate
 from loramerge.learned.ziplora import Learned, settings, ziplora
@@ -202,3 +202,8 @@ def test_the_models_parameters_learn_again_after_an_error() -> None:
         ziplora(lambda given: 1 / 0, {"unet": MODEL}, LORAS, draw, CHOSEN)
 
     assert all(parameter.requires_grad for parameter in MODEL.parameters())
+
+
+def test_a_model_that_answers_nan_is_told_by_the_lora_that_acted() -> None:
+    with pytest.raises(NumberError, match=r"with and without toy-1 differ by nan\. Way out: float32"):
+        ziplora(lambda batch: predict(MODEL)(batch) * torch.nan, {"unet": MODEL}, LORAS, draw, CHOSEN)

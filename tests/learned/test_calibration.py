@@ -1,5 +1,6 @@
 """Moments from a running model, and the LoRAs that the closed form makes of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import loramerge as lm
 from dense import FAMILIES, World, close
 from loramerge.errors import FileError, MergeError, NumberError, OptionError
+from loramerge.layers import Layer, low_rank
 from loramerge.learned.attach import attach
 from loramerge.learned.calibration import calibrate
 from loramerge.learned.lsq import Granularity, Prior, lsq
@@ -279,8 +281,6 @@ def test_modules_of_other_components_are_summed() -> None:
 
 
 def lora_with(lora: LoRA, module: str, layer: object) -> LoRA:
-    from dataclasses import replace
-
     return replace(lora, layouts={**lora.layouts, module: layer})
 
 
@@ -364,6 +364,65 @@ def test_wrong_options_are_refused(options: dict[str, object], message: str) -> 
 
     with pytest.raises(OptionError, match=message):
         lsq(loras, calibrated(model, loras), **options)
+
+
+def nearly_dead(lora: LoRA, scale: float) -> LoRA:
+    """A LoRA whose first row of every ``down`` is that much smaller."""
+
+    def layer(module: str) -> Layer:
+        up, down = (np.array(factor) for factor in lora[module].factors())
+        down[0] *= scale
+        return low_rank(up, down, lora[module].shape)
+
+    return replace(lora, layouts={module: layer(module) for module in lora})
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_nearly_dead_row_leaves_the_fit_between_none_and_the_sums(
+    granularity: Granularity, scale: float, seed: int
+) -> None:
+    model, (first, second) = two()
+    loras = [first, nearly_dead(second, scale)]
+    moments = calibrated(model, loras, seed=seed)
+
+    for ridge in (None, 0.0, 1e-5):
+        merged, report = lsq(loras, moments, granularity=granularity, ridge=ridge)
+        assert all(fit >= 0 for fit in report.fits.values())
+        if granularity != "global":
+            assert all(report.fits[m] <= report.sums[m] + 1e-6 for m in report.fits)
+        assert all(np.isfinite(merged[m].delta()).all() for m in merged)
+
+
+def test_moments_of_the_factors_have_no_eigenvalue_below_zero() -> None:
+    model, loras = two()
+
+    for module in calibrated(model, loras, "core").modules.values():
+        values = torch.linalg.eigvalsh(module.core)
+        assert bool((values[:, 0] >= -1e-14 * values[:, -1]).all())
+
+
+@pytest.mark.parametrize("granularity", ["column", "full"])
+def test_a_fit_that_can_not_be_is_refused_by_the_modules_name(granularity: Granularity) -> None:
+    model, loras = two()
+    moments = calibrated(model, loras)
+    gram = moments.gram("unet.to_q")
+    assert gram is not None
+    gram *= 0.5
+
+    with pytest.raises(MergeError, match=r"^unet\.to_q: its error came out as -.* Ways out: a larger ridge"):
+        lsq(loras, moments, granularity=granularity)
+
+
+@pytest.mark.parametrize("part", ["core", "gram", "cross"])
+def test_moments_that_are_not_finite_are_refused(part: str) -> None:
+    model, loras = two()
+    moments = calibrated(model, loras)
+    getattr(moments.modules["unet.to_q"], part)[..., 0] = torch.inf
+
+    with pytest.raises(NumberError, match=r"^unet\.to_q: its inputs were NaN or infinite"):
+        lsq(loras, moments)
 
 
 def test_small_moments_are_not_enough_for_columns() -> None:

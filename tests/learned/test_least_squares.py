@@ -8,12 +8,14 @@ from dense import FAMILIES, IN, OUT, RANKS, TOKENS, World, close, merged
 from loramerge.errors import MergeError
 from loramerge.learned.lsq import (
     LEAST,
+    RIDGE,
     Granularity,
     Prior,
     column_solution,
     column_system,
     core_solution,
     layer_system,
+    positive,
     rank_system,
     solve,
 )
@@ -152,12 +154,14 @@ def test_equal_adapters_give_that_adapter(family: Granularity, prior: Prior, rid
 def test_the_metric_of_core_is_inverted_where_it_has_directions(apart: float, seed: int) -> None:
     world = World(seed, ranks=(2, 2))
     world.downs[1] = world.downs[0] + apart * world.downs[1]
+    world.downs = [down / down.norm(dim=1, keepdim=True) for down in world.downs]
     p = world.problem
     total, metric = p.core.sum(0), p.down @ p.down.T
     own = torch.cat([p.core[i][s] for i, s in enumerate(p.slices)])
     inverse = torch.linalg.pinv(p.down, rtol=1e-6)
     energy = float(((inverse.T @ inverse) * total).sum()) / 4
-    pull = 0.1 * energy * metric + LEAST * total.diagonal().mean() * torch.eye(4, dtype=metric.dtype)
+    pull = 0.1 * energy * metric
+    pull = pull + LEAST * (total + pull).diagonal().mean() * torch.eye(4, dtype=metric.dtype)
     wanted = torch.linalg.solve(total + pull, (own + pull).T).T
 
     assert close(p.up @ core_solution(p, 0.1, "sum") @ p.down, p.up @ wanted @ p.down, 1e-6)
@@ -256,6 +260,59 @@ def test_inner_products_come_from_factors(family: Granularity) -> None:
     basis = torch.stack(world.basis(family)).flatten(1)
 
     assert close(h, 2 * basis @ basis.T, 1e-12)
+
+
+def weak(seed: int, what: str, scale: float) -> World:
+    """Adapters with a row that is nearly zero or nearly a sum of other rows, on inputs far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).float().double()
+
+    faint = torch.logspace(0, -4, 24, dtype=torch.float64)
+    mean = 10 * normal(24)
+    world = World(seed, (4, 5), [normal(60, 24) @ (normal(24, 24) * faint) + normal(24) + mean for _ in range(2)], 12)
+    world.downs = [normal(4, 24), normal(5, 24)]
+    if what == "zero":
+        world.downs[0][0] *= scale
+    else:
+        world.downs[0][0] = world.downs[1][0] + world.downs[1][1] + scale * normal(24)
+    return world
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("what", ["zero", "dependent"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_in_float32_make_no_merge_worse_than_the_sum(
+    family: Granularity, what: str, scale: float, seed: int
+) -> None:
+    world = weak(seed, what, scale)
+    p = world.rounded
+    plain = sum(world.deltas)
+    found = {ridge: p.up @ solve(p, family, ridge, "sum") for ridge in (0.0, 1e-6, 1e-4, RIDGE[family])}
+
+    assert all(float(world.loss(m)) <= float(world.loss(plain)) for m in found.values())
+    if family in ("core", "full"):
+        assert float((found[RIDGE[family]] - plain).norm()) <= 10 * float(plain.norm())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e-9])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_that_is_small_where_its_column_is_large_is_a_row_like_others(family: Granularity, scale: float) -> None:
+    world, turned = weak(0, "zero", 1.0), weak(0, "zero", 1.0)
+    turned.downs[0][0] *= scale
+    turned.ups[0][:, 0] /= scale
+    p, q = world.rounded, turned.rounded
+
+    assert close(q.up @ solve(q, family, 0.01, "sum"), p.up @ solve(p, family, 0.01, "sum"), 1e-3)
+
+
+def test_moments_that_rounding_does_not_explain_are_refused() -> None:
+    p = World().problem
+
+    with pytest.raises(MergeError, match=r"none below zero\. Way out: calibrate again"):
+        positive(p.core - 0.1 * p.core.diagonal(dim1=1, dim2=2).amax() * torch.eye(5, dtype=p.core.dtype), p.down)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -356,7 +356,8 @@ def test_crossings_are_inner_products_of_columns() -> None:
     wanted = torch.stack([(a * b).sum(0) for a, b in combinations(world.deltas, 2)])
 
     assert close(found, wanted, 1e-12)
-    assert float(penalty("columns", torch.ones(3, 6, dtype=torch.float64), found)) == pytest.approx(3.0)
+    for size in (1.0, 1e-12, 1e-20):
+        assert float(penalty("columns", torch.ones(3, 6, dtype=torch.float64), size * found)) == pytest.approx(3.0)
 
 
 def test_a_lora_without_the_module_has_no_part_in_its_penalty() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from loramerge.errors import LoRAMergeError
-from virtual_tryon.study import reading
+from virtual_tryon.study import command, reading
 from virtual_tryon.study.protocol import Protocol
 from virtual_tryon.study.published import SETS, TABLE, published
 from virtual_tryon.world import SCENES, prompt
@@ -36,6 +36,17 @@ def test_the_presets_hold_the_studys_protocol(name: str) -> None:
         "profile_mixed": ("profile", "barca", 3),
         "barca_mixed": ("barca", "profile", 3),
     }
+
+
+def test_the_tutorial_counts_the_pictures_of_the_paper_preset() -> None:
+    found = reading.read(reading.preset("paper"))
+    page = (EXAMPLE.parents[1] / "docs" / "tutorial" / "study.md").read_text()
+
+    for family, more in (("study", ""), ("methods", " more"), ("weights", " more")):
+        settings = found.of([family])
+        seeds, prompts = settings[0].seeds or found.drawing.seeds, len(found.prompts["study"])
+        count = len(settings) * prompts * seeds
+        assert f"| {len(settings)} × {prompts} × {seeds} | {count}{more} |" in page
 
 
 def test_the_paper_preset_trains_as_the_study_did() -> None:
@@ -95,6 +106,61 @@ def test_the_study_has_no_number_for_other_settings_and_sets() -> None:
 def test_a_wrong_entry_is_refused_with_its_place(change: Callable[[dict[str, Any]], Any], message: str) -> None:
     with pytest.raises(LoRAMergeError, match=re.escape(message).replace(r"\.\*", ".*")):
         changed(change)
+
+
+def test_a_lora_of_ones_own_is_a_setting_by_its_file_or_its_name_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").touch()
+    data = tomllib.loads(reading.preset("mini").read_text())
+    data["concepts"][0]["lora"] = "someone/a-person"
+    data["settings"] = [
+        {"name": "a", "lora": "./mine.safetensors"},
+        {"name": "b", "lora": "mine.safetensors"},
+        {"name": "c", "loras": ["profile", "someone/a-lora", "hf://someone/b@main"], "weights": [1, 1, 1]},
+        {"name": "d", "loras": ["profile", "barca"], "method": "package.module:name", "options": {"own": 1}},
+    ]
+    found = reading.protocol(data, "mine", tmp_path, "mine.toml")
+
+    file = str((tmp_path / "mine.safetensors").resolve())
+    assert [s.loras for s in found.settings[:3]] == [
+        (file,),
+        (file,),
+        ("profile", "someone/a-lora", "hf://someone/b@main"),
+    ]
+    assert found.concepts[0].lora == "someone/a-person"
+    assert (found.settings[3].method, found.settings[3].options) == ("package.module:name", {"own": 1})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"loras": ["mine"]},
+            "no set is called 'mine'. Sets: .* A LoRA of your own is named by its file, such as './mine",
+        ),
+        ({"lora": "./a.safetensors", "loras": ["profile"]}, "lora and loras: wanted one of them"),
+        (
+            {"loras": ["profile", "./a.safetensors"], "learn": "lsq"},
+            "Way out: lora = … in [[concepts]], and the concept's",
+        ),
+        ({"lora": "./a.safetensors", "weights": [1, 1]}, "2 weights for 1 LoRAs"),
+    ],
+)
+def test_a_wrong_lora_of_ones_own_is_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoRAMergeError, match=re.escape(message).replace(r"\.\*", ".*")):
+        changed(lambda d: d["settings"].append({"name": "mine", **setting}))
+
+
+def test_a_missing_lora_of_ones_own_is_told_before_anything_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = reading.preset("demo").read_text().replace("../weights", str(EXAMPLE / "weights"))
+    (tmp_path / "mine.toml").write_text(text + '[[settings]]\nname = "mine"\nlora = "./mine.safetensors"\n')
+
+    assert command.main(["run", "--protocol", str(tmp_path / "mine.toml"), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "The protocol's LoRA of a setting: No such file" in told
+    assert "mine.safetensors" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_preset_and_a_broken_file_are_refused(tmp_path: Path) -> None:

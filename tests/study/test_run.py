@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionXLPipeline
 
+import loramerge as lm
+from loramerge.adapters.recipes import recipe_in
 from loramerge.errors import LoRAMergeError
+from loramerge.testing import random_lora, relative_error
 from study import stand_ins
-from virtual_tryon.study import command, drawing, loras, sets, stages
+from virtual_tryon.study import caveats, command, drawing, loras, reading, sets, stages
 from virtual_tryon.study.job import Job
 from virtual_tryon.study.ledger import Ledger
+from virtual_tryon.study.protocol import Setting
 from virtual_tryon.study.published import TABLE
 
 RESULTS = ("report.html", "report.md", "scores.csv", "pictures.csv")
@@ -64,6 +68,93 @@ def test_only_the_studys_own_settings_are_shown_beside_what_it_published(paper: 
     assert all(f"Figure {figure}" in theirs for figure in range(6, 12))
     assert "Figure " not in ours
     assert "as published" not in ours
+
+
+def told(job: Job) -> str:
+    return "\n".join([*caveats.caveats(job, repeats=True), caveats.sizes(job)])
+
+
+def test_caveats_are_those_of_the_run(mini: Job) -> None:
+    study = Job(protocol=reading.read(reading.preset("paper")), out=mini.out, families=("study",))
+    theirs, ours = told(study), told(mini)
+
+    assert "another encoder" in ours
+    assert "drawn pictures" in ours
+    assert "miniature" in ours
+    assert "another" not in theirs
+    assert "learning rate" not in theirs
+    assert "8 pictures of each prompt and setting, where the study drew 1." in theirs
+    assert "Encoder and base are the study's" in theirs
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "wanted"),
+    [
+        ("drawing", {"seeds": 5}, "5 pictures of each prompt and setting"),
+        ("scorer", {"model": "facebook/dinov2-large"}, "in the space of facebook/dinov2-large, not of DINOv2 base"),
+        ("scorer", {"model": "/models/dinov2-large"}, "because of another encoder; the order can"),
+        ("base", {"model": "someone/anime-xl"}, "The base is someone/anime-xl; the study's was SDXL 1.0"),
+        ("training", {"steps": 800}, "Trained otherwise than in the study: steps 800 (the study: 400)."),
+    ],
+)
+def test_a_changed_protocol_changes_the_caveats(
+    part: str, change: dict[str, object], wanted: str, tmp_path: Path
+) -> None:
+    protocol = reading.read(reading.preset("paper"))
+    job = Job(protocol=protocol, out=tmp_path, families=("study",))
+    changed = replace(job, protocol=replace(protocol, **{part: replace(getattr(protocol, part), **change)}))
+
+    assert wanted not in told(job)
+    assert wanted in told(changed)
+
+
+def test_loras_of_ones_own_are_rows_beside_trained_ones_and_are_not_trained(paper: Job, tmp_path: Path) -> None:
+    trained = [lm.load(paper.lora_file(name), architecture="sdxl") for name in ("profile", "barca")]
+    mine = lm.save(lm.merge(trained, weights=[0.3, 0.4]), tmp_path / "mine.safetensors")
+    person = lm.save(trained[0], tmp_path / "person.safetensors", dialect="diffusers-peft")
+    rows = (
+        replace(paper.protocol.setting("none"), name="none"),
+        Setting(name="mine", label="Mine", loras=(str(mine),)),
+        Setting(name="half", label="Half", loras=(str(mine),), weights=(0.5,)),
+        Setting(name="with", label="With", loras=(str(mine), "barca"), weights=(0.5, 0.5)),
+        Setting(name="person", label="The person's", loras=("profile",)),
+    )
+    concepts = tuple(replace(c, lora=str(person)) if c.name == "profile" else c for c in paper.protocol.concepts)
+    job = stand_ins.job(replace(paper.protocol, settings=rows, concepts=concepts, mixed=()), tmp_path / "out")
+
+    stages.run(job)
+
+    assert job.untrained == ("barca",)
+    assert [file.name for file in (job.out / "loras").glob("*.safetensors")] == ["barca.safetensors"]
+    half = lm.load(job.merge_file(rows[2]), architecture="sdxl")
+    own = lm.load(mine, architecture="sdxl")
+    assert all(relative_error(half[m].delta(), 0.5 * own[m].delta()) <= 1e-6 for m in own)
+    assert "mine.safetensors, barca, profile (person.safetensors)" in (job.out / "report.md").read_text()
+    assert recipe_in(job.shots(rows[1])[0].path)["loras"][0]["sha256"] == own.sha256
+
+
+def test_a_lora_of_ones_own_for_another_model_is_told_before_the_first_picture(paper: Job, tmp_path: Path) -> None:
+    wrong = lm.save(random_lora("sd15", rank=1), tmp_path / "wrong.safetensors")
+    rows = (paper.protocol.setting("none"), Setting(name="mine", label="Mine", loras=(str(wrong),)))
+    job = stand_ins.job(replace(paper.protocol, settings=rows), tmp_path / "out")
+
+    with pytest.raises(LoRAMergeError, match=r"wrong\.safetensors"):
+        stages.run(job, only=["generate"])
+    assert not list(job.out.rglob("*.png"))
+
+
+def test_a_method_of_ones_own_goes_to_merge_as_it_is(
+    paper: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(lm, "merge", lambda loras, **options: seen.append(options) or loras[0])
+    row = Setting(
+        name="own", label="Own", loras=("profile", "barca"), method="my.methods:equal_norms", options={"sharpness": 2}
+    )
+
+    loras.merge(again(paper, tmp_path), row)
+
+    assert seen == [{"weights": None, "method": "my.methods:equal_norms", "sharpness": 2}]
 
 
 def test_the_miniature_is_scored_against_the_truth(mini: Job) -> None:
@@ -190,6 +281,18 @@ def test_a_stage_says_which_earlier_one_is_missing(paper: Job, tmp_path: Path) -
         stages.run(job, only=["report"])
 
 
+def test_what_is_no_picture_in_a_folder_of_photographs_is_said(paper: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "photos" / "profile"
+    stand_ins.photos(folder, "a psq-person", 0)
+    (folder / "IMG_1.heic").touch()
+    data = replace(paper.protocol.data, folder=str(tmp_path / "photos"))
+
+    said = sets.left_out(stand_ins.job(replace(paper.protocol, data=data), tmp_path / "out"))
+
+    assert len(said) == 1
+    assert "left out are IMG_1.heic" in said[0]
+
+
 def test_a_caption_without_its_identifier_is_refused(paper: Job, tmp_path: Path) -> None:
     stand_ins.photos(tmp_path / "photos" / "profile", "a psq-person", 0)
     stand_ins.photos(tmp_path / "photos" / "barca", "a football shirt", 4)
@@ -220,6 +323,7 @@ def test_true_pictures_are_drawn_twice_from_different_seeds(mini: Job) -> None:
         (["--preset", "maxi"], "Unknown preset 'maxi'"),
         (["--seeds", "0"], "wanted one or more"),
         (["--data", "photos"], "--data photos: the pictures of 'mini' are drawn"),
+        (["--variant", "fp16"], "the miniature has no other files"),
         (["--device", "cuda", "--processes", "2"], "one, or several on a CPU"),
     ],
 )

@@ -37,7 +37,7 @@ def denoiser(base: Base, device: str, *, checkpointing: bool = False) -> Any:
 
     silence("diffusers", "transformers")
     source = pipeline(base, device) if base.miniature else base.model
-    return load(source, device=device, checkpointing=checkpointing)
+    return load(source, device=device, checkpointing=checkpointing, variant=base.variant)
 
 
 def pipeline(base: Base, device: str) -> Any:
@@ -49,7 +49,7 @@ def pipeline(base: Base, device: str) -> Any:
     if not base.miniature:
         from loramerge.adapters.pipelines import load
 
-        return load(base.model, device=device, dtype=base.dtype, quiet=True)
+        return load(base.model, device=device, dtype=base.dtype, variant=base.variant, quiet=True)
     from .. import model
 
     check(base)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loramerge.errors import LoRAMergeError, OptionError
 
-from . import bases, scores, stages
+from . import bases, loras, scores, stages
 from .job import Job
 from .protocol import FAMILIES, STUDY, Protocol, located
 from .reading import PRESETS, preset, read
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=1, help="that train and draw, one thread each (default: %(default)s)")
     add("--device", help="cpu or cuda (default: cpu for the miniature, else cuda where there is one)")
     add("--base", help="another base than the protocol's: a directory, or a name on the Hub")
+    add("--variant", help="which of the base's files, such as fp16, which are half as large")
     add("--scorer", help="another encoder")
     add("--data", type=Path, metavar="DIRECTORY", help="of the concepts' folders of captioned pictures")
     return parser
@@ -67,7 +68,7 @@ def job_of(options: argparse.Namespace) -> Job:
 
     Raises:
         OptionError: An option can't be.
-        FileError: The protocol, the base or the scorer is missing.
+        FileError: The protocol, the base, the scorer or a LoRA of one's own is missing.
     """
     protocol = changed(read(options.protocol or preset(options.preset)), options)
     extended = options.extended
@@ -78,7 +79,10 @@ def job_of(options: argparse.Namespace) -> Job:
     bases.check(protocol.base)
     scores.check(protocol.scorer)
     out = options.out or Path("build/study") / protocol.name
-    return Job(protocol=protocol, out=out.expanduser(), families=families, device=device)
+    job = Job(protocol=protocol, out=out.expanduser(), families=families, device=device)
+    for lora in loras.given(job):
+        lora.close()
+    return job
 
 
 def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
@@ -89,6 +93,10 @@ def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
         protocol = replace(protocol, drawing=replace(protocol.drawing, seeds=options.seeds))
     if options.base:
         protocol = replace(protocol, base=replace(protocol.base, model=located(options.base, Path.cwd())))
+    if options.variant:
+        if protocol.base.miniature:
+            raise OptionError(f"--variant {options.variant}: the miniature has no other files. Way out: without it.")
+        protocol = replace(protocol, base=replace(protocol.base, variant=options.variant))
     if options.scorer:
         protocol = replace(protocol, scorer=replace(protocol.scorer, model=located(options.scorer, Path.cwd())))
     if options.data:

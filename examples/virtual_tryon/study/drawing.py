@@ -5,11 +5,12 @@ from pathlib import Path
 
 from loramerge import LoRA
 from loramerge.adapters.generation import Sampling, Use, generate
+from loramerge.adapters.loading import check_fits
 
 from .bases import drawing_pipeline
 from .job import Job, cleared
 from .ledger import fingerprint, versions
-from .loras import LIBRARIES, merged
+from .loras import LIBRARIES, given, merged
 from .protocol import Setting
 
 
@@ -33,8 +34,10 @@ def draw(job: Job, setting: Setting) -> bool:
     if all(shot.path.exists() for shot in shots):
         return False
     prompts = list(job.protocol.prompts[setting.prompts])
+    pipe = drawing_pipeline(job.protocol.base, job.device, drawing.scheduler)
+    check_fits(pipe, given(job))
     generate(
-        drawing_pipeline(job.protocol.base, job.device, drawing.scheduler),
+        pipe,
         {setting.name: [Use(lora)] if lora else []},
         prompts,
         job.seeds(setting),

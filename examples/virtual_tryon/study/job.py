@@ -10,7 +10,7 @@ from loramerge.adapters.scoring import Shot
 from loramerge.errors import FileError
 
 from .ledger import Ledger, model_digest
-from .protocol import Protocol, Setting
+from .protocol import Protocol, Setting, is_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,12 @@ class Job:
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Names of the sets that a LoRA is trained on in this run, in the order of the settings."""
+        """Names of the sets that this run's LoRAs are of, in the order of the settings."""
+        return tuple(name for name in self.loras if not is_source(name))
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """What the settings merge: names of sets, and LoRAs that are there already."""
         return tuple(dict.fromkeys(name for setting in self.settings for name in setting.loras))
 
     @property
@@ -67,13 +72,17 @@ class Job:
     @property
     def untrained(self) -> tuple[str, ...]:
         """Those of the sets whose LoRA the protocol does not bring along."""
-        given = {concept.name for concept in self.protocol.concepts if concept.lora}
-        return tuple(name for name in self.sets if name not in given)
+        return tuple(name for name in self.sets if not self.given(name))
+
+    def given(self, name: str) -> str | None:
+        """Where one of the settings' LoRAs lies that the protocol brings along: a file, or a name on the Hub."""
+        if is_source(name):
+            return name
+        return next((concept.lora for concept in self.protocol.concepts if concept.name == name), None)
 
     def lora_file(self, name: str) -> Path:
-        """The LoRA of a set: trained here, or the protocol's."""
-        given = next((c.lora for c in self.protocol.concepts if c.name == name and c.lora), None)
-        return Path(given) if given else self.out / "loras" / f"{name}.safetensors"
+        """The LoRA that is trained on a set."""
+        return self.out / "loras" / f"{name}.safetensors"
 
     def merge_file(self, setting: Setting) -> Path:
         return self.out / "merges" / f"{setting.name}.safetensors"
@@ -93,7 +102,8 @@ class Job:
 
     @cached_property
     def base_digest(self) -> str:
-        return model_digest(self.protocol.base.model)
+        base = self.protocol.base
+        return model_digest(base.model) + (f" {base.variant}" if base.variant else "")
 
     @cached_property
     def scorer_digest(self) -> str:

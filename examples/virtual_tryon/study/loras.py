@@ -1,13 +1,18 @@
 """The stages ``train`` and ``merge``: one LoRA a set, and one a setting."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import loramerge as lm
 from loramerge import LoRA
 from loramerge.adapters.images import digest, pictures
+from loramerge.errors import LoRAMergeError
+from loramerge.storage.digests import of_file
 from loramerge.storage.folders import made
 
 from . import bases
@@ -52,8 +57,28 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load(job: Job, name: str) -> LoRA:
-    """The LoRA of a set."""
-    return lm.load(needed(job.lora_file(name), "train"), architecture=job.protocol.base.architecture)
+    """The LoRA of a set, or one that the protocol brings along."""
+    return lm.load(job.given(name) or needed(job.lora_file(name), "train"), architecture=job.protocol.base.architecture)
+
+
+def given(job: Job) -> Iterator[LoRA]:
+    """The LoRAs that the protocol brings along, opened one after the other.
+
+    Raises:
+        LoRAMergeError: One is missing, or no LoRA.
+    """
+    for name in job.loras:
+        source = job.given(name)
+        if source:
+            yield _opened(name, source, job.protocol.base.architecture)
+
+
+def _opened(name: str, source: str, architecture: str) -> LoRA:
+    try:
+        return lm.open(source, architecture=architecture)
+    except LoRAMergeError as error:
+        whose = "of a setting" if name == source else f"of {name}"
+        raise type(error)(f"The protocol's LoRA {whose}: {error}") from None
 
 
 def merged(job: Job, setting: Setting) -> LoRA | None:
@@ -72,7 +97,11 @@ def merge(job: Job, setting: Setting) -> bool:
     loras, target = [load(job, name) for name in setting.loras], job.merge_file(setting)
     how = (setting.method, setting.weights, setting.options, setting.learn)
     found = fingerprint(
-        how, [lora.sha256 for lora in loras], versions(), _data(job, setting) if setting.learn else None
+        how,
+        _code(setting.method),
+        [lora.sha256 for lora in loras],
+        versions(),
+        _data(job, setting) if setting.learn else None,
     )
     if job.ledger.has(f"merges/{setting.name}", found, [target]):
         return False
@@ -81,6 +110,17 @@ def merge(job: Job, setting: Setting) -> bool:
     with job.ledger.making(f"merges/{setting.name}", found):
         lm.save(lora, target)
     return True
+
+
+def _code(method: str) -> str | None:
+    """The hash of the file that a method which is not loramerge's own is in."""
+    module, colon, _ = method.partition(":")
+    if not colon:
+        return None
+    with suppress(ImportError, ValueError):  # the merge says so
+        spec = find_spec(module)
+        return of_file(Path(spec.origin)) if spec and spec.origin else None
+    return None
 
 
 def _computed(setting: Setting, loras: list[LoRA]) -> LoRA:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from loramerge.adapters.pixels import Box
 from loramerge.errors import OptionError
+from loramerge.storage.pickles import PICKLES
 
 Learned = Literal["ziplora", "lsq"]
 STUDY = "study"
@@ -27,6 +28,8 @@ class Base:
     """Whether `examples.virtual_tryon.model` loads it."""
     architecture: str = "sdxl"
     """The LoRAs' family: tiny models can't be told by their shapes."""
+    variant: str | None = None
+    """Which of the model's files, such as ``fp16``, which are half as large."""
     dtype: str | None = None
     """For drawing: float16 on CUDA and float32 elsewhere by default.  Training is in bfloat16 on CUDA."""
 
@@ -99,7 +102,7 @@ class Concept:
     own_crop: Box | None = None
     """Where the set's own pictures show it; as ``crop`` by default."""
     lora: str | None = None
-    """A LoRA of it that is there already, in any dialect: none is trained."""
+    """A LoRA of it that is there already, in any dialect, a file or on the Hub: none is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +122,10 @@ class Setting:
     name: str
     label: str
     loras: tuple[str, ...] = ()
-    """Names of the sets that they are trained on."""
+    """Names of the sets that they are trained on, or LoRAs that are there already: see `is_source`."""
     family: str = STUDY
     method: str = "linear"
+    """As `loramerge.merge` takes it: a name, or ``package.module:name``."""
     weights: tuple[float, ...] | str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     learn: Learned | None = None
@@ -179,11 +183,20 @@ class Protocol:
                 )
 
     def _check(self, setting: Setting, sets: set[str]) -> None:
-        unknown = [name for name in setting.loras if name not in sets]
+        own = [name for name in setting.loras if is_source(name)]
+        unknown = [name for name in setting.loras if name not in sets and name not in own]
         count = len(setting.weights) if isinstance(setting.weights, tuple) else len(setting.loras)
         wrong = ""
         if unknown:
-            wrong = f"no set is called {unknown[0]!r}. Sets: {', '.join(sorted(sets))}"
+            wrong = (
+                f"no set is called {unknown[0]!r}. Sets: {', '.join(sorted(sets))}. A LoRA of your own is named by its file, "
+                "such as './mine.safetensors', or by its repository on the Hub, org/repo"
+            )
+        elif own and setting.learn:
+            wrong = (
+                f"a learned merge needs the pictures that each LoRA is for, and {own[0]} comes without. "
+                "Way out: lora = … in [[concepts]], and the concept's name here"
+            )
         elif setting.prompts not in self.prompts:
             wrong = f"no prompts are called {setting.prompts!r}. There are: {', '.join(self.prompts)}"
         elif count != len(setting.loras):
@@ -231,6 +244,11 @@ def grid(loras: tuple[str, ...], values: Iterable[float], *, prompts: str, seeds
     ]
 
 
+def is_source(name: str) -> bool:
+    """Whether a setting's LoRA is one that is there already, by its file or its name on the Hub, and no set's."""
+    return "/" in name or "\\" in name or name.endswith((".safetensors", *PICKLES))
+
+
 PLAIN = r"\w[\w.+-]*"
 """Names of sets and settings."""
 
@@ -238,6 +256,12 @@ PLAIN = r"\w[\w.+-]*"
 def located(model: str, folder: Path) -> str:
     """A model's directory from the protocol's own on, where it is one; a Hub's name stays what it is."""
     return str((folder / model).resolve()) if model.startswith(".") else model
+
+
+def located_lora(source: str, folder: Path) -> str:
+    """A LoRA's file from the protocol's folder on, where it is one; a name on the Hub stays what it is."""
+    path = folder / Path(source).expanduser()
+    return str(path.resolve()) if source[:1] in ("", ".", "~") or path.exists() else source
 
 
 def _at_least_one(what: str, **numbers: int) -> None:

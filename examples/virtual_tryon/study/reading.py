@@ -26,7 +26,9 @@ from .protocol import (
     Setting,
     Training,
     grid,
+    is_source,
     located,
+    located_lora,
 )
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -91,7 +93,7 @@ def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
     prompts = Table(top.get("prompts", dict, default={}), f"{where}: prompts", top.data.get("prompts", {}))
     if STUDY not in prompts.data:
         raise OptionError(f"{where}: prompts: there is no list called {STUDY!r}.")
-    compared = each("settings", _setting)
+    compared = each("settings", lambda entry, place: _setting(entry, place, folder))
     return Protocol(
         name=name,
         title=top.get("title", str, default=name),
@@ -103,7 +105,7 @@ def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
         concepts=each("concepts", lambda entry, place: _concept(entry, place, folder)),
         mixed=each("mixed", lambda entry, place: _filled(Mixed, entry, place)),
         prompts={key: prompts.texts(key) for key in prompts.data},
-        settings=(*compared, *_sensitivity(top.data.get("sensitivity"), f"{where}: sensitivity")),
+        settings=(*compared, *_sensitivity(top.data.get("sensitivity"), f"{where}: sensitivity", folder)),
         notes=top.texts("notes"),
     )
 
@@ -147,7 +149,7 @@ def _concept(data: Any, where: str, folder: Path) -> Concept:
     boxes = {key: _box(table, key) for key in ("crop", "own_crop")}
     name, identifier = (_text(table, key) for key in ("name", "identifier"))
     lora = table.get("lora", str)
-    return Concept(name=name, identifier=identifier, lora=located(lora, folder) if lora else None, **boxes)
+    return Concept(name=name, identifier=identifier, lora=located_lora(lora, folder) if lora else None, **boxes)
 
 
 def _box(table: Table, key: str) -> Box | None:
@@ -169,10 +171,10 @@ def _text(table: Table, key: str) -> str:
 
 LSQ = ("granularity", "ridge", "prior", "solver", "batches", "batch_size", "seed")
 """Options of a least-squares merge: those of `lsq`, and of its calibration."""
-SETTING = ("name", "label", "family", "loras", "method", "weights", "options", "learn", "prompts", "seeds")
+SETTING = ("name", "label", "family", "lora", "loras", "method", "weights", "options", "learn", "prompts", "seeds")
 
 
-def _setting(data: Any, where: str) -> Setting:
+def _setting(data: Any, where: str, folder: Path) -> Setting:
     table = Table(data, where, SETTING)
     name = _text(table, "name")
     learn = table.get("learn", str)
@@ -189,7 +191,7 @@ def _setting(data: Any, where: str) -> Setting:
     return Setting(
         name=name,
         label=table.get("label", str, default=name),
-        loras=table.texts("loras"),
+        loras=_loras(table, folder),
         family=table.get("family", str, default=STUDY),
         method=method,
         weights=_weights(table),
@@ -198,6 +200,14 @@ def _setting(data: Any, where: str) -> Setting:
         prompts=table.get("prompts", str, default=STUDY),
         seeds=table.get("seeds", int),
     )
+
+
+def _loras(table: Table, folder: Path) -> tuple[str, ...]:
+    """Names of sets as they are, and LoRAs of one's own by where they lie: ``loras``, or one of them as ``lora``."""
+    if {"lora", "loras"} <= table.data.keys():
+        raise OptionError(f"{table.where}: lora and loras: wanted one of them.")
+    given = (_text(table, "lora"),) if "lora" in table.data else table.texts("loras")
+    return tuple(located_lora(name, folder) if is_source(name) else name for name in given)
 
 
 def _check_learned(table: Table, learn: Learned, options: dict[str, Any]) -> None:
@@ -223,14 +233,14 @@ def _weights(table: Table) -> tuple[float, ...] | str | None:
     return found  # type: ignore[no-any-return]
 
 
-def _sensitivity(data: Any, where: str) -> list[Setting]:
+def _sensitivity(data: Any, where: str, folder: Path) -> list[Setting]:
     if data is None:
         return []
     table = Table(data, where, ("loras", "values", "prompts", "seeds"))
     values = table.get("values", list, wanted="a list of numbers", default=[])
     if not values or not all(type(value) in (int, float) for value in values):
         raise OptionError(f"{where}: values: got {values}, wanted a list of numbers.")
-    prompts, seeds, loras = table.get("prompts", str, default=STUDY), table.get("seeds", int), table.texts("loras")
+    prompts, seeds, loras = table.get("prompts", str, default=STUDY), table.get("seeds", int), _loras(table, folder)
     if len(loras) != 2:
         raise OptionError(f"{where}: loras: got {len(loras)}, wanted two: the rows and the columns of a grid.")
     return grid(loras, [float(value) for value in values], prompts=prompts, seeds=seeds)

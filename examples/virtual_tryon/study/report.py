@@ -9,7 +9,7 @@ from loramerge.adapters.bootstrap import Interval
 from loramerge.adapters.pixels import images_in
 from loramerge.storage.writer import write_text
 
-from . import page, scores, tables
+from . import caveats, page, scores, tables
 from .content import Figure, Part, Report, Section, Sheet, Table, section
 from .figures import COLOURS, Series, bars, heat
 from .job import Job
@@ -61,8 +61,9 @@ def _summary(job: Job, decided: Sequence[Decision]) -> Section:
     drawing = job.protocol.drawing
     count = len(job.protocol.of([STUDY]))
     shown = f"{count} settings × {len(job.protocol.prompts[STUDY])} prompts × {drawing.seeds} seeds."
+    notes = [f"- {note}" for note in (*caveats.caveats(job, repeats=bool(decided)), *job.protocol.notes)]
     if not decided:
-        return section("What it is", shown, [f"- {note}" for note in job.protocol.notes])
+        return section("What it is", shown, notes)
     against = [decision for decision in decided if decision.agrees is False]
     open_ = [decision for decision in decided if decision.verdict == "not decided"]
     same = sum(decision.agrees is True for decision in decided)
@@ -72,7 +73,7 @@ def _summary(job: Job, decided: Sequence[Decision]) -> Section:
         *([f"**Here it disagrees with the study's table:** {_list(against)}"] if against else []),
         *([f"Not decided: {_list(open_)}"] if open_ else []),
     ]
-    return section("What it comes to", told, [f"- {note}" for note in job.protocol.notes])
+    return section("What it comes to", told, notes)
 
 
 def _list(decided: Sequence[Decision]) -> str:
@@ -93,10 +94,7 @@ def _repeats(study: Group) -> bool:
 
 def _scores(study: Group) -> Section:
     names = [*_names(study.family(STUDY)), *study.true]
-    told = (
-        "Scores of whole pictures. The sizes can't be compared with the published ones, which are of another encoder and "
-        "other pictures; the order can."
-    )
+    told = f"Scores of whole pictures. {caveats.sizes(study.job)}"
     beside = _repeats(study)
     true = (
         "The rows of true pictures were drawn, not generated: what a perfect merge would score. Does each column speak of its "
@@ -281,27 +279,33 @@ def _protocol(job: Job) -> Section:
     guidance = "the pipeline's own" if drawing.guidance is None else f"{drawing.guidance:g}"
     side = "the base's own size" if training.resolution is None else f"{training.resolution} pixels"
     rows = (
-        ("Base", _name(protocol.base.model)),
-        ("Encoder", _name(protocol.scorer.model)),
+        ("Base", caveats.named(protocol.base.model)),
+        ("Encoder", caveats.named(protocol.scorer.model)),
         (
             "Training",
             f"rank {training.rank}, {training.steps} steps, batch {training.batch_size}, learning rate "
             f"{training.learning_rate:g}, {side}, {'flips' if training.flip else 'no flips'}, seed {training.seed}",
         ),
-        ("LoRAs", ", ".join(job.sets)),
+        ("LoRAs", ", ".join(_origin(job, name) for name in job.loras)),
         ("Drawing", f"{drawing.scheduler or 'the base’s scheduler'}, {drawing.steps} steps, guidance {guidance}"),
         *((f"Prompt {i}", prompt) for i, prompt in enumerate(protocol.prompts[STUDY], 1)),
     )
     return section("The protocol", Table(("", ""), rows), *_sets(job))
 
 
-def _name(model: str) -> str:
-    return model.rsplit("/", 1)[-1] if model.startswith("/") else model
+def _origin(job: Job, name: str) -> str:
+    """A LoRA's name, and the file that it was brought along in."""
+    given = job.given(name)
+    if given is None:
+        return name
+    return caveats.named(given) if given == name else f"{name} ({caveats.named(given)})"
 
 
 def _sets(job: Job) -> list[Part]:
     """The first pictures of each set."""
-    rows = [(name, tuple(images_in(job.set_folder(name))[:6])) for name in job.sets]
+    shown = [concept.name for group in job.groups for concept in job.protocol.shown(group)]
+    names = dict.fromkeys([*job.sets, *shown])
+    rows = [(name, tuple(images_in(job.set_folder(name))[:6])) for name in names]
     count = min(len(files) for _, files in rows)
     cut = tuple((name, files[:count]) for name, files in rows)
     return [Sheet(("",) * count, cut, "The first pictures of each set.")]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from loramerge.adapters import pixels
 from loramerge.adapters.images import METADATA, digest, pictures
 from loramerge.errors import OptionError
 from loramerge.storage.digests import of_listing
@@ -137,6 +138,12 @@ def scene_of(prompt: str, names: Sequence[str]) -> str:
 
 
 # ---- the user's folders
+
+
+def left_out(job: Job) -> list[str]:
+    """What the user's folders hold that is no picture, a line per folder."""
+    folders = [] if job.drawn else [job.set_folder(name) for name in _plain(job)]
+    return [line for folder in folders if folder.is_dir() and (line := pixels.left_out(folder))]
 
 
 def _check(job: Job) -> None:

@@ -48,6 +48,8 @@ NAMES = tuple(stage.name for stage in STAGES)
 
 def run(job: Job, *, only: Sequence[str] = (), processes: int = 1, say: Say = lambda _: None) -> None:
     """Run the stages, or only some of them."""
+    for line in sets.left_out(job):
+        say(line)
     with one_thread(), workers(processes) as shared:
         for stage in STAGES:
             if not only or stage.name in only:

@@ -13,9 +13,10 @@ generate(pipe, settings, ["a psq-person wearing a barca24_jersey"], 8, "out", sa
 import hashlib
 import inspect
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..lora import LoRA
 from ..storage.folders import made
 from ..storage.writer import Progress
 from ..tensors import Array
-from .loading import applied, fingerprint
+from .loading import applied, check_loads, fingerprint
 from .memory import memory_for
 from .recipes import recipe_in, save_png
 
@@ -85,6 +86,8 @@ def generate(
 ) -> list[Drawn]:
     """Draw every prompt with every seed in every setting, into ``output/SETTING/PROMPT-SEED.png``.
 
+    Every LoRA is loaded once before the first picture, so that a bad one fails at once.
+
     Args:
         pipe: A text-to-image pipeline of diffusers that loads LoRAs, where it is to compute.
         settings: LoRAs by name of the setting; an empty list is the base alone.
@@ -102,8 +105,9 @@ def generate(
     Raises:
         OptionError: Nothing to draw, a name that is no folder's, or LoRAs loaded already.
         FileError: A picture of that name was made by someone else, or can't be written.
-        MergeError: A LoRA changes modules that the model doesn't have.
-        NumberError: The model gave NaN, or its safety checker took a picture away.
+        MergeError: A LoRA changes modules that the model doesn't have, or diffusers can't load it whole.
+        DialectError: diffusers' file format can't hold a layer.
+        NumberError: A weight or a value of a LoRA is NaN or infinite, the model gave NaN, or its safety checker took a picture away.
         DeviceMemoryError: The memory does not suffice: what to lower.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -117,6 +121,8 @@ def generate(
         for recipe in [_recipe(common, uses, prompt, seed)]
     ]
     missing = {place for place in places if not place.there()}
+    waiting = {place.setting for place in missing}
+    check_loads(pipe, _distinct(uses for name, uses in settings.items() if name in waiting))
     done = len(places) - len(missing)
     for name, uses in settings.items():
         todo = [place for place in places if place.setting == name and place in missing]
@@ -125,6 +131,11 @@ def generate(
             if progress:
                 progress(done, len(places))
     return [Drawn(p.setting, p.prompt, p.seed, p.path, p not in missing) for p in places]
+
+
+def _distinct(settings: Iterable[Sequence[Use]]) -> list[LoRA]:
+    """Every LoRA once, in order."""
+    return list({use.lora.sha256: use.lora for uses in settings for use in uses}.values())
 
 
 def slug(prompt: str) -> str:
@@ -163,7 +174,7 @@ def check(
     """Refuse what `generate` can't draw, without the pipeline.
 
     Raises:
-        OptionError: Nothing to draw, something twice, or a name that is no folder's.
+        OptionError: Nothing to draw, something twice, a weight that is no number, or a name that is no folder's.
     """
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     if isinstance(prompts, str) or not (settings and prompts and seeds) or batch < 1:
@@ -175,7 +186,12 @@ def check(
             raise OptionError(f"A {what} is given twice: {given}.")
     if min(seeds) < 0:
         raise OptionError(f"Seeds are 0 or more, got {min(seeds)}.")
-    for name in settings:
+    for name, uses in settings.items():
+        for use in uses:
+            if not math.isfinite(use.weight):
+                raise OptionError(
+                    f"The setting {name!r}: {use.lora.name} has the weight {use.weight}; wanted a number."
+                )
         if not name or name[0] in ".-" or set(name) & set('/\\:*?"<>|'):
             raise OptionError(f"The setting {name!r} is no name for a folder.")
     if len({name.lower() for name in settings}) < len(settings):

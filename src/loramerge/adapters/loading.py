@@ -1,7 +1,7 @@
 """LoRAs in a pipeline of diffusers for a while: each module's W + Σ wᵢ ΔWᵢ, or an error."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,14 +22,13 @@ def applied(pipe: Any, loras: Sequence[tuple[LoRA, float]]) -> Iterator[None]:
         OptionError: There are LoRAs in the pipeline already.
         MergeError: A LoRA has modules or shapes that the model doesn't have, or diffusers left some out.
         DialectError: diffusers' file format can't hold a layer.
+        NumberError: A value of a LoRA is NaN or infinite.
     """
     if any(pipe.get_list_adapters().values()):
         raise OptionError(
             f"The pipeline has LoRAs already: {pipe.get_list_adapters()}. Call unload_lora_weights() first."
         )
-    weights = modules(pipe)
-    for lora, _ in loras:
-        _check(lora, weights)
+    check_fits(pipe, [lora for lora, _ in loras])
     names = [f"loramerge_{i}" for i in range(len(loras))]
     try:
         for name, (lora, _) in zip(names, loras, strict=True):
@@ -39,6 +38,31 @@ def applied(pipe: Any, loras: Sequence[tuple[LoRA, float]]) -> Iterator[None]:
         yield
     finally:
         pipe.unload_lora_weights()
+
+
+def check_fits(pipe: Any, loras: Iterable[LoRA]) -> None:
+    """Refuse LoRAs whose modules or shapes the pipeline doesn't have.
+
+    Raises:
+        MergeError: One was made for another model.
+    """
+    weights = modules(pipe)
+    for lora in loras:
+        _check(lora, weights)
+
+
+def check_loads(pipe: Any, loras: Sequence[LoRA]) -> None:
+    """Refuse LoRAs that the pipeline can't have whole; each is loaded for a moment.
+
+    Raises:
+        MergeError: A LoRA was made for another model, or diffusers left a part of it out.
+        DialectError: diffusers' file format can't hold a layer.
+        NumberError: A value is NaN or infinite.
+    """
+    check_fits(pipe, loras)
+    for lora in loras:
+        with applied(pipe, [(lora, 1.0)]):
+            pass
 
 
 def modules(pipe: Any) -> dict[str, tuple[int, ...]]:
@@ -89,7 +113,7 @@ def _check(lora: LoRA, weights: Mapping[str, tuple[int, ...]]) -> None:
     if lacking:
         raise MergeError(
             f"{lora.name} ({lora.architecture or 'unknown family'}) changes {len(lacking)} of {len(lora)} modules that the "
-            f"model doesn't have, such as {lacking[0]}. Is it for another base model?"
+            f"model doesn't have, such as {lacking[0]}. Is it for another base model?{_unnamed(lora)}"
         )
     for module in lora:
         if lora.layout(module).shape != weights[module]:
@@ -97,6 +121,12 @@ def _check(lora: LoRA, weights: Mapping[str, tuple[int, ...]]) -> None:
                 f"{lora.name}: {module} has shape {lora.layout(module).shape}, and {weights[module]} in the model. "
                 "Is it for another base model?"
             )
+
+
+def _unnamed(lora: LoRA) -> str:
+    if lora.architecture:
+        return ""
+    return " If it is for this one, say its family, by which its modules are named: --architecture, or architecture=."
 
 
 def _load(pipe: Any, lora: LoRA, adapter: str) -> None:

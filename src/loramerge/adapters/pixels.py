@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CAPTIONS = (".txt", ".jsonl")
+"""Endings of files that lie beside pictures and say what they show."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,21 @@ def images_in(folder: Path) -> list[Path]:
     if not found:
         raise FileError(f"{folder} holds no image; wanted files that end in {', '.join(SUFFIXES)}.")
     return found
+
+
+def left_out(folder: Path) -> str:
+    """What a folder of pictures holds beside pictures and captions, as a sentence; empty where there is nothing."""
+    others = sorted(
+        f"{file.name}/" if file.is_dir() else file.name
+        for file in folder.iterdir()
+        if file.suffix.lower() not in (*SUFFIXES, *CAPTIONS) and file.name[0] != "."
+    )
+    if not others:
+        return ""
+    return (
+        f"{folder}: left out are {', '.join(others[:3])}{f' and {len(others) - 3} more' if len(others) > 3 else ''}; "
+        f"only files that end in {', '.join(SUFFIXES)} are pictures here."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +15,34 @@ if TYPE_CHECKING:
 
 KEY = "loramerge"
 """The chunk's keyword."""
+ORDER = "loramerge.settings"
+"""The keyword of a contact sheet's chunk: its settings, as they were drawn."""
 
 
-def save_png(image: "Image", path: Path, recipe: Mapping[str, Any] | None = None) -> None:
-    """Write a picture, with its recipe if it has one: whole, or not at all."""
+def save_png(
+    image: "Image", path: Path, recipe: Mapping[str, Any] | None = None, *, settings: Sequence[str] = ()
+) -> None:
+    """Write a picture, with its recipe or a sheet's settings if it has any: whole, or not at all."""
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     if recipe is not None:
         chunks.add_itxt(KEY, json.dumps(recipe, ensure_ascii=False))
+    if settings:
+        chunks.add_itxt(ORDER, json.dumps(list(settings), ensure_ascii=False))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=chunks)
     write_bytes(path, data.getvalue())
+
+
+def order_in(sheet: Path) -> list[str]:
+    """The settings of a contact sheet as they were drawn; none where it isn't one of ours."""
+    try:
+        with opened(sheet) as image:
+            found = json.loads(image.info.get(ORDER, "[]"))
+    except (FileError, ValueError, RecursionError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
 
 def recipe_in(path: Path) -> dict[str, Any] | None:

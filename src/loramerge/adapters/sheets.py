@@ -52,7 +52,7 @@ def sheet(shots: Sequence[Shot], *, side: int = 192, seeds: int = 1) -> "Image":
 
 def save_sheet(shots: Sequence[Shot], path: Path, *, side: int = 192, seeds: int = 1) -> Path:
     """Write a contact sheet as a PNG; the arguments are those of `sheet`."""
-    save_png(sheet(shots, side=side, seeds=seeds), path)
+    save_png(sheet(shots, side=side, seeds=seeds), path, settings=list(dict.fromkeys(s.setting for s in shots)))
     return path
 
 

@@ -113,7 +113,7 @@ def calibrate(
         return
     merged, report = lsq(planned.loras, taken, granularity=granularity.value, ridge=ridge, prior=prior.value)
     if not quiet:
-        print(_table(report, planned.architecture))
+        print(fit_table(report, planned.architecture))
     given.write(merged, output, to, dtype, quiet)
 
 
@@ -176,10 +176,12 @@ def _taken(
     return found
 
 
-def _table(report: "Report", architecture: str | None) -> str:
+def fit_table(report: "Report", architecture: str | None) -> str:
     """J / J of the base model by block: of the merge, of the sum, of the average."""
     from ..blocks import block
 
+    if not report.fits:
+        return "The LoRAs change nothing in the modules that were looked at: the result is their sum."
     kinds = (report.fits, report.sums, report.means)
     blocks: dict[str, list[str]] = {}
     for module in report.fits:

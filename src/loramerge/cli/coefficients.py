@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .options import Arch
 from .run import table
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def coefficients(
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="One a LoRA, in order: how much they overlap before and after.")
     ] = None,
+    architecture: Arch = None,
 ) -> None:
     """Show learned coefficients: for every block and LoRA how they spread.
 
@@ -51,18 +53,18 @@ def coefficients(
     print("1 keeps a column of the LoRA as it is, 0 leaves it out; one that hardly acts may have any.")
     print(f"{outside(blocks, low, high)}.")
     if lora:
-        print(f"\n{_overlaps(found, lora)}")
+        print(f"\n{_overlaps(found, lora, architecture)}")
     if plot:
         print(f"→ {draw(found, plot)}")
 
 
-def _overlaps(found: "Coefficients", files: list[str]) -> str:
+def _overlaps(found: "Coefficients", files: list[str], architecture: str | None) -> str:
     """A table of the LoRAs' overlap by block, before and after."""
     from ..blocks import block, position
     from ..files import open
     from ..interference import overlaps
 
-    loras = [open(file) for file in files]
+    loras = [open(file, architecture=architecture) for file in files]
 
     def group(module: str) -> str:
         return f"{module.partition('.')[0]} {block(module, loras[0].architecture)}"

@@ -46,6 +46,9 @@ def generate(
     ] = None,
     variant: Annotated[str | None, typer.Option("--variant", help="Of the base's files: fp16.")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    architecture: Annotated[
+        str | None, typer.Option("--architecture", help="The LoRAs' family, where a file leaves it open.")
+    ] = None,
     side: Annotated[int, typer.Option("--sheet-side", min=16, help="Pixels of a picture on the contact sheet.")] = 192,
     quiet: Quiet = False,
 ) -> None:
@@ -62,7 +65,7 @@ def generate(
 
     numbers = read_seeds(seeds)
     width, height = read_size(size)
-    settings = read_settings(lora or [], none)
+    settings = read_settings(lora or [], none, architecture)
     sampling = generation.Sampling(steps=steps, guidance=guidance, height=height, width=width, negative_prompt=negative)
     generation.check(settings, prompt, numbers)
     pipe = pipelines.load(
@@ -89,7 +92,7 @@ def generate(
         print(f"→ {output}: {len(drawn)} pictures, sheet.png")
 
 
-def read_settings(given: list[str], none: bool) -> dict[str, list["Use"]]:
+def read_settings(given: list[str], none: bool, architecture: str | None = None) -> dict[str, list["Use"]]:
     """Settings as they are typed, by name.
 
     Raises:
@@ -97,7 +100,7 @@ def read_settings(given: list[str], none: bool) -> dict[str, list["Use"]]:
     """
     found: dict[str, list[Use]] = {"none": []} if none else {}
     for text in given:
-        name, uses = _setting(text)
+        name, uses = _setting(text, architecture)
         if name in found:
             raise OptionError(f"Two settings are called {name!r}. Name them: --lora NAME={text}.")
         found[name] = uses
@@ -106,16 +109,16 @@ def read_settings(given: list[str], none: bool) -> dict[str, list["Use"]]:
     return found
 
 
-def _setting(text: str) -> tuple[str, list["Use"]]:
+def _setting(text: str, architecture: str | None) -> tuple[str, list["Use"]]:
     named, equals, rest = text.partition("=")
     if not equals or Path(text).exists():
         named, rest = "", text
-    uses = [_use(part) for part in ([rest] if Path(rest).exists() else rest.split("+"))]
+    uses = [_use(part, architecture) for part in ([rest] if Path(rest).exists() else rest.split("+"))]
     stems = [Path(use.lora.name).stem + ("" if use.weight == 1 else f"@{use.weight:g}") for use in uses]
     return named or "+".join(stems), uses
 
 
-def _use(text: str) -> "Use":
+def _use(text: str, architecture: str | None) -> "Use":
     from ..adapters.generation import Use
     from ..files import open
 
@@ -124,7 +127,7 @@ def _use(text: str) -> "Use":
         number = float(weight) if colon else 1.0
     except ValueError:  # the colon of hf://
         file, colon, number = "", "", 1.0
-    return Use(open(file if colon else text), number)
+    return Use(open(file if colon else text, architecture=architecture), number)
 
 
 def read_seeds(text: str) -> int | list[int]:

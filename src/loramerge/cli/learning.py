@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from .run import progress, table, written
+from .run import note_left_out, progress, table, written
 
 if TYPE_CHECKING:
     from ..adapters.diffusers import Denoiser, Images, Team, Trajectories
@@ -116,6 +116,8 @@ class Given:
         need("Learning on a model", "diffusers", "transformers", "accelerate")
         for folder, caption in zip(self.data, self.captions, strict=False):
             pictures(folder, caption)
+        if not self.quiet:
+            note_left_out(folder.expanduser() for folder in self.data)
 
 
 def parsed(name: str, text: str, before: Any) -> Any:

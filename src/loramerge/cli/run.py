@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,16 @@ def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
         print(f"  note: {note}")
     for line in lost:
         print(f"  left out: {line}")
+
+
+def note_left_out(folders: "Iterable[Path]") -> None:
+    """Say what of folders of pictures is none."""
+    from ..adapters.pixels import left_out
+
+    for folder in folders:
+        told = left_out(folder) if folder.is_dir() else ""
+        if told:
+            print(f"Note: {told}", file=sys.stderr)
 
 
 def as_directory(asked: "Path", written: "Path") -> list[str]:

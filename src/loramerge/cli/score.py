@@ -8,7 +8,7 @@ import typer
 
 from ..errors import FileError, OptionError
 from .options import Quiet
-from .run import progress, table
+from .run import note_left_out, progress, table
 
 if TYPE_CHECKING:
     from ..adapters.bootstrap import Interval
@@ -84,6 +84,9 @@ def score(
     sets = read_references(reference, crop or [], own_crop or [])
     if against is not None and against not in settings:
         raise OptionError(f"No setting {against!r}. There are: {', '.join(settings)}.")
+    if not quiet:
+        note_left_out(settings.values())
+        note_left_out(Path(folder.files).expanduser() for folder in sets)  # type: ignore[arg-type]
     shots = scoring.shots_of(settings)
     found = []
     for each in _encoders(model, encoder, pool.value, pixels, batch, device):
@@ -99,7 +102,7 @@ def score(
 
 
 def settings_in(folders: list[Path]) -> dict[str, Path]:
-    """Folders by name of the setting: a folder that has folders stands for them.
+    """Folders by name of the setting: a folder that has folders stands for them, as `generate` drew them.
 
     Raises:
         FileError: One is missing.
@@ -110,12 +113,20 @@ def settings_in(folders: list[Path]) -> dict[str, Path]:
         folder = folder.expanduser()
         if not folder.is_dir():
             raise FileError(f"No such directory of images: {folder}.")
-        inside = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] != ".")
+        inside = _as_drawn([f for f in folder.iterdir() if f.is_dir() and f.name[0] != "."], folder)
         for setting in inside or [folder.resolve()]:
             if setting.name in found:
                 raise OptionError(f"Two settings are called {setting.name!r}: {found[setting.name]} and {setting}.")
             found[setting.name] = setting
     return found
+
+
+def _as_drawn(inside: list[Path], folder: Path) -> list[Path]:
+    """The order of the contact sheet, with ``none`` in front; by name those that it lacks."""
+    from ..adapters.recipes import order_in
+
+    known = {name: i for i, name in enumerate(order_in(folder / "sheet.png"))}
+    return sorted(inside, key=lambda f: (f.name != "none", known.get(f.name, len(known)), f.name))
 
 
 def read_references(given: list[str], crops: list[str], own_crops: list[str]) -> list["Reference"]:

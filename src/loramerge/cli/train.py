@@ -14,7 +14,7 @@ import typer
 from ..errors import OptionError
 from . import learning as given
 from .options import Output, Quiet, To, TrustRemoteCode, named
-from .run import Pace, progress
+from .run import Pace, note_left_out, progress
 
 if TYPE_CHECKING:
     from ..adapters.diffusers import Denoiser, Team, TrainSettings, TrainStep
@@ -124,6 +124,8 @@ def train(
     pictures(folder, prompt)
     if prior is not None:
         pictures(prior, prior_prompt)
+    if not quiet:
+        note_left_out(Path(each).expanduser() for each in (folder, prior) if each is not None)
     together = team(cpu=device == "cpu")
     denoiser = load(
         base,

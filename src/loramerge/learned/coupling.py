@@ -34,7 +34,8 @@ def penalty(kind: Penalty, m: Tensor, cross: Tensor | None = None) -> Tensor:
         return sum((F.cosine_similarity(m[i], m[j], dim=0).abs() for i, j in pairs), m.new_zeros(()))
     assert cross is not None
     terms = [
-        (m[i] * m[j] * c).abs().sum() / c.abs().sum().clamp_min(1e-12) for c, (i, j) in zip(cross, pairs, strict=True)
+        (m[i] * m[j] * c).abs().sum() / c.abs().sum().clamp_min(torch.finfo(c.dtype).tiny)
+        for c, (i, j) in zip(cross, pairs, strict=True)
     ]
     return sum(terms, m.new_zeros(()))
 

@@ -24,10 +24,11 @@ derived in docs/explanation/ziplora.md.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -58,6 +59,15 @@ FAINT = 1e-12
 TINY = 1e-30
 """Below any moment: keeps the equations of a module with zero inputs or zero factors solvable."""
 
+ROUNDED = 1e-13
+"""Share of a moment's trace by which float64 may make an eigenvalue negative."""
+
+WRONG = 1e-2
+"""Share of a moment's largest eigenvalue by which no rounding makes another negative."""
+
+SLACK = 1e-3
+"""Share of the base model's J by which a J from float32 moments may be off."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -75,6 +85,13 @@ class Problem:
     """Σ Cᵢ, ``(n, n)``; only with all weights one."""
     cross: Tensor | None
     """Aᵢ Cᵢ, ``(R, n)``, each row with its own LoRA's moments."""
+    noise: float = 0.0
+    """Rounding of Σ Cᵢ, as a share of its trace."""
+
+    @property
+    def least_ridge(self) -> float:
+        """The ridge below which rounding would decide, relative to the mean of Σ Cᵢ's diagonal."""
+        return self.noise * self.down.shape[1]
 
     @property
     def gram_up(self) -> Tensor:
@@ -152,8 +169,8 @@ def lsq(
         without moments are summed.
 
     Raises:
-        MergeError: The moments are of other LoRAs, or of a kind that does not suffice, or conjugate
-            gradients don't converge.
+        MergeError: The moments are of other LoRAs, of a kind that does not suffice, or no moments of any
+            inputs; conjugate gradients don't converge; or rounding outweighs what the inputs showed.
         NumberError: The model's values were NaN or infinite.
         OptionError: An option is unknown or out of range.
     """
@@ -169,21 +186,20 @@ def lsq(
 
     common = _global(map(posed, moments.modules), chosen, prior) if granularity == "global" else None
     learned: dict[str, tuple[Tensor, Tensor]] = {}
-    report = Report()
+    costs: dict[str, Costs] = {}
     for module in moments.modules:
         p = posed(module)
-        try:
-            solved = (
-                p.down * _spread(p, common)[:, None]
-                if common is not None
-                else solve(p, granularity, chosen, prior, solver)
-            )
-        except MergeError as error:
-            raise MergeError(f"{module}: {error}.") from None
+        with naming(module):
+            solved, cost = _answer(p, granularity, chosen, prior, solver, common)
+            costs[module] = costs_of(p, cost)
+            if common is None:
+                check_sound(solved, costs[module], prior)
         learned[module] = p.up, solved
-        _fit(report, module, p, solved)
+    if common is not None:
+        with naming("all modules together"):
+            check_sound(common, Costs(*map(sum, zip(*costs.values(), strict=True))), prior)
     options = {"granularity": granularity, "ridge": chosen, "prior": prior, "weights": shares}
-    return assemble(planned, learned, "lsq", options, moments.identity), report
+    return assemble(planned, learned, "lsq", options, moments.identity), _report(costs)
 
 
 def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Sequence[float] | None = None) -> Problem:
@@ -202,41 +218,95 @@ def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Seque
     pairs = {i: factors(lora, module) for i, lora in enumerate(loras) if module in lora}
     ends = list(accumulate(pairs[i][0].shape[1] if i in pairs else 0 for i in range(len(loras))))
     found, gram, batches = moments.modules[module], moments.gram(module), moments.batches(module)
-    # Where the model is, if it has float64 there.
-    device = "cpu" if found.core.device.type == "mps" else found.core.device
-    core = found.core.to(device).double() / batches
+    device, core = found.core.device, found.core.double() / batches
     if core.shape != (len(loras), ends[-1], ends[-1]):
         raise MergeError(
             f"{module}: the moments have the shape {tuple(core.shape)}, wanted {(len(loras), ends[-1], ends[-1])}."
         )
-    if not core.isfinite().all():
+    if not all(part.isfinite().all() for part in (core, gram, found.cross) if part is not None):
         raise NumberError(
             f"{module}: its inputs were NaN or infinite during calibration. Way out: float32 or bfloat16."
         )
     shares = core.new_tensor(list(weights or [1.0] * len(loras)))
     alike = bool((shares == 1.0).all())  # the sums over all LoRAs can't be weighted afterwards
+    down = torch.cat([down for _, down in pairs.values()], 0).to(device).double()
+    with naming(module):
+        core = positive(core, down)
     return Problem(
         torch.cat([up for up, _ in pairs.values()], 1).to(device).double(),
-        torch.cat([down for _, down in pairs.values()], 0).to(device).double(),
+        down,
         tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False)),
         core * shares[:, None, None],
         gram.to(device).double() / batches if gram is not None and alike else None,
         found.cross.to(device).double() / batches if found.cross is not None and alike else None,
+        torch.finfo(gram.dtype).eps if gram is not None else 0.0,
     )
+
+
+def positive(core: Tensor, down: Tensor) -> Tensor:
+    """Moments A Cᵢ Aᵀ, ``(N, R, R)``, without what rounding made of directions that no input shows.
+
+    A direction in which the rows of A cancel nearly has moments that float32 can't tell from zero, or
+    from below zero: what is no larger than the lowest eigenvalue's size is rounding.
+
+    Args:
+        core: The moments.
+        down: A, ``(R, n)``.
+
+    Raises:
+        MergeError: An eigenvalue is further below zero than rounding explains.
+    """
+    sizes = _sizes(down)
+    scale = torch.outer(sizes, sizes)
+    return torch.stack([_positive(moment / scale) for moment in core]) * scale
+
+
+def _positive(moment: Tensor) -> Tensor:
+    moment = (moment + moment.T) / 2
+    if not torch.linalg.cholesky_ex(moment + ROUNDED * moment.trace() * _eye(moment)).info:
+        return moment
+    values, vectors = torch.linalg.eigh(moment)
+    if values[0] < -WRONG * values[-1]:
+        raise MergeError(
+            "its moments have the eigenvalue "
+            f"{values[0]:.3g} beside {values[-1]:.3g}, and the moments of inputs have none below zero. "
+            "Way out: calibrate again"
+        )
+    return (vectors * values.where(values > -values[0], 0.0)) @ vectors.T
 
 
 def solve(p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver = "auto") -> Tensor:
     """V, ``(R, n)``, with ``up @ V`` the best of a family."""
-    if granularity == "layer":
-        return p.down * _spread(p, _solved(*layer_system(p), ridge, _prior(p, prior)))[:, None]
-    if granularity == "rank":
-        return p.down * _solved(*rank_system(p), ridge, _prior(p, prior))[:, None]
-    if granularity == "core":
-        return core_solution(p, ridge, prior) @ p.down
     if granularity == "column":
-        m = column_solution(p, ridge, _prior(p, prior), solver)
-        return torch.cat([p.down[s] * m[i] for i, s in enumerate(p.slices)], 0)
-    return full_solution(p, ridge, prior)
+        return columns(p, column_solution(p, ridge, _prior(p, prior), solver))
+    if granularity == "full":
+        return full_solution(p, ridge, prior)
+    return _mixing(p, granularity, ridge, prior) @ p.down
+
+
+def columns(p: Problem, m: Tensor) -> Tensor:
+    """V, ``(R, n)``, of coefficients ``(N, n)``: one factor per LoRA and column."""
+    return torch.cat([p.down[s] * m[i] for i, s in enumerate(p.slices)], 0)
+
+
+def _mixing(p: Problem, granularity: Granularity, ridge: float, prior: Prior) -> Tensor:
+    """K, ``(R, R)``, of the families with V = K A."""
+    if granularity == "core":
+        return core_solution(p, ridge, prior)
+    if granularity == "rank":
+        return torch.diag(_solved(*rank_system(p), ridge, _prior(p, prior)))
+    return torch.diag(_spread(p, _solved(*layer_system(p), ridge, _prior(p, prior))))
+
+
+def _answer(
+    p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver, common: Tensor | None
+) -> tuple[Tensor, float]:
+    """V and its J, from the moments that know it best."""
+    if granularity in ("column", "full"):
+        solved = solve(p, granularity, ridge, prior, solver)
+        return solved, p.loss(solved)
+    k = _mixing(p, granularity, ridge, prior) if common is None else torch.diag(_spread(p, common))
+    return k @ p.down, p.core_loss(k)
 
 
 def layer_system(p: Problem) -> tuple[Tensor, Tensor]:
@@ -259,21 +329,23 @@ def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
 
     λ is the ridge times tr(G⁻¹ Σ Sᵢ) / R, so that the result depends on the ΔWᵢ, not on their factors.
     """
-    total = p.core.sum(0)
-    own = sum((p.own(i)[:, None] * moment for i, moment in enumerate(p.core)), torch.zeros_like(total))
-    metric = _gram(p.down)
+    sizes = _sizes(p.down)  # rows of very different sizes would lose the small ones
+    core = p.core / torch.outer(sizes, sizes)
+    total = core.sum(0)
+    own = sum((p.own(i)[:, None] * moment for i, moment in enumerate(core)), torch.zeros_like(total))
+    metric = _gram(p.down / sizes[:, None])
     energy = (_pseudo_inverse(metric) * total).sum() / len(metric)
     # Equal LoRAs leave directions that neither moments nor metric see; what K does there is of no effect.
-    least = LEAST * total.diagonal().mean().clamp_min(TINY)
-    pull = ridge * energy * metric + least * _eye(metric)
-    return _divide(own + _prior(p, prior) * pull, total + pull)
+    pull = ridge * energy * metric
+    pull = pull + LEAST * (total + pull).diagonal().mean().clamp_min(TINY) * _eye(metric)
+    return sizes[:, None] * _divide(own + _prior(p, prior) * pull, total + pull) / sizes
 
 
 def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     """V = (Aᵢ (Cᵢ + λᵢ)) (C + λ)⁻¹, row by row with its own LoRA's moments."""
     if p.gram is None or p.cross is None:
         raise MergeError("the granularity full needs moments of the kind 'gram'")
-    pull = (ridge + LEAST) * p.gram.diagonal().mean().clamp_min(TINY)
+    pull = (ridge + p.least_ridge + LEAST) * p.gram.diagonal().mean().clamp_min(TINY)
     return _divide(p.cross + _prior(p, prior) * pull * p.down, p.gram + pull * _eye(p.gram))
 
 
@@ -297,6 +369,7 @@ def column_target(p: Problem) -> Tensor:
 def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "auto") -> Tensor:
     """The coefficients m, ``(N, n)``: ZipLoRA in closed form."""
     n, count = p.down.shape[1], len(p.slices)
+    ridge += p.least_ridge
     if solver == "auto":
         solver = "direct" if n * count <= 1500 else "pcg"
     if solver == "pcg":
@@ -340,7 +413,7 @@ def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: 
 def _solved(h: Tensor, b: Tensor, ridge: float, prior: float) -> Tensor:
     """(H + ρ) x = b + ρ · prior, with ρ = ridge · diag(H)."""
     pull = _pull(h.diagonal(), ridge)
-    return torch.linalg.solve(h + torch.diag(pull), b + pull * prior)
+    return _divide((b + pull * prior)[None], h + torch.diag(pull))[0]
 
 
 def _pull(diagonal: Tensor, ridge: float) -> Tensor:
@@ -350,8 +423,16 @@ def _pull(diagonal: Tensor, ridge: float) -> Tensor:
 
 def _divide(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right⁻¹`` for a symmetric positive ``right``."""
-    found: Tensor = torch.linalg.solve(right, left.T).T
-    return found
+    lower, failed = torch.linalg.cholesky_ex(right)
+    if failed:
+        raise MergeError("rounding outweighs what the inputs showed. Way out: a larger ridge")
+    return torch.cholesky_solve(left.T, lower).T
+
+
+def _sizes(rows: Tensor) -> Tensor:
+    """The lengths of rows, 1 for rows of zeros."""
+    found = torch.linalg.vector_norm(rows, dim=1)
+    return found.where(found > 0, 1.0)
 
 
 def _gram(rows: Tensor) -> Tensor:
@@ -394,17 +475,54 @@ def _global(problems: Iterable[Problem], ridge: float, prior: Prior) -> Tensor:
     return _solved(h, b, ridge, 1.0 if prior == "sum" else 1.0 / len(b))
 
 
-def _fit(report: Report, module: str, p: Problem, solved: Tensor) -> None:
+class Costs(NamedTuple):
+    """J of one module, or of all."""
+
+    found: float
+    base: float
+    """Of the base model."""
+    sum: float
+    mean: float
+
+
+def costs_of(p: Problem, found: float) -> Costs:
+    """J of what was found for a module, beside those of what needs no learning."""
     eye = _eye(p.gram_up)
-    base = p.core_loss(torch.zeros_like(eye))
-    if not base:
-        return
-    report.sums[module] = p.core_loss(eye) / base
-    report.means[module] = p.core_loss(eye / len(p.slices)) / base
-    if p.gram is not None:
-        report.fits[module] = p.loss(solved) / base
-    else:
-        report.fits[module] = p.core_loss(solved @ torch.linalg.pinv(p.down)) / base
+    return Costs(found, *(p.core_loss(k) for k in (torch.zeros_like(eye), eye, eye / len(p.slices))))
+
+
+def check_sound(solved: Tensor, costs: Costs, prior: Prior) -> None:
+    """Refuse what can't be a solution: any is at least as good as the prior, and J is a sum of squares.
+
+    Raises:
+        MergeError: J is below zero or above the prior's, or a value is NaN or infinite.
+    """
+    slack = SLACK * costs.base
+    most = costs.sum if prior == "sum" else costs.mean
+    if not (solved.isfinite().all() and -slack <= costs.found <= most + slack):
+        raise MergeError(
+            f"its error came out as {costs.found:.3g} where the {prior} of the LoRAs has {most:.3g}: rounding outweighs "
+            "what the inputs showed. Ways out: a larger ridge, more batches, or the granularity core"
+        )
+
+
+def _report(costs: Mapping[str, Costs]) -> Report:
+    """The fits of all modules in which the LoRAs change anything."""
+    kept = {module: found for module, found in costs.items() if found.base > 0}
+    return Report(
+        {module: max(found.found, 0.0) / found.base for module, found in kept.items()},
+        {module: found.sum / found.base for module, found in kept.items()},
+        {module: found.mean / found.base for module, found in kept.items()},
+    )
+
+
+@contextmanager
+def naming(module: str) -> Iterator[None]:
+    """Have errors say of which module they are."""
+    try:
+        yield
+    except MergeError as error:
+        raise MergeError(f"{module}: {error}.") from None
 
 
 def _check(granularity: str, ridge: float | None, prior: str, solver: str) -> None:

@@ -90,7 +90,9 @@ class Moments:
             inner = site.inner(wide, site.down.float())
             inner = inner.movedim(1, -1) if site.convolution is not None else inner
             inner = inner.reshape(-1, inner.shape[-1])
-            found.core[lora] += (inner.T @ inner).to(found.core) / len(inner)
+            # In float32 the sums would have eigenvalues below zero, which decide where inputs show little.
+            exact = inner.to(found.core.device).double()
+            found.core[lora] += exact.T @ exact / len(exact)
             found.updates[lora] += 1
             if found.cross is None:
                 return
@@ -106,11 +108,11 @@ class Moments:
     def _begin(self, site: Site, x: Tensor) -> Module:
         """A module's sums before the first batch."""
         (rank, n), count, device = site.down.shape, len(self.names), site.down.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs lack
-        core = torch.zeros(count, rank, rank, dtype=dtype, device=device)
+        lacking = device.type == "mps"  # Apple's GPUs have no float64
+        core = torch.zeros(count, rank, rank, dtype=torch.float64, device="cpu" if lacking else device)
         if self.kind == "core":
             return Module(core, None, None, [0] * count)
-        cross = torch.zeros(rank, n, dtype=dtype, device=device)
+        cross = torch.zeros(rank, n, dtype=torch.float32 if lacking else torch.float64, device=device)
         linear = site.convolution is None
         leader = next((name for name, same in self._inputs.items() if linear and same.is_(x)), None)
         return Module(core, None if leader else torch.zeros(n, n, device=device), cross, [0] * count, leader)

@@ -25,7 +25,7 @@ from .batches import Batch, join, seen, weighed
 from .calibration import Draw, Predict, calibrate, seeded
 from .coupling import crossings, penalty
 from .factors import fingerprints
-from .lsq import RIDGE, column_solution, problem
+from .lsq import RIDGE, check_sound, column_solution, columns, costs_of, naming, problem
 from .result import assemble, plan_sum
 from .settings import PRESETS, Settings, settings
 from .state import mean_if_apart, resumed, save_state
@@ -255,7 +255,10 @@ class _Run:
         found = {}
         for module in self.sites:
             p = problem(self.loras, module, moments)
-            found[module] = column_solution(p, RIDGE["column"], 1.0).float().cpu()
+            with naming(module):
+                m = column_solution(p, RIDGE["column"], 1.0)
+                check_sound(m, costs_of(p, p.loss(columns(p, m))), "sum")
+            found[module] = m.float().cpu()
         return found
 
     def _effects(self) -> list[float]:
@@ -271,6 +274,11 @@ class _Run:
                 totals[i] += float((changed - part).square().mean())
                 sizes[i] += float(part.square().mean())
         for lora, total, size in zip(self.loras, totals, sizes, strict=True):
+            if not math.isfinite(total):
+                raise NumberError(
+                    f"ZipLoRA: the model's answers with and without {lora.name} differ by {total}. "
+                    "Way out: float32 or bfloat16."
+                )
             if total <= 1e-12 * size:
                 raise MergeError(
                     f"The LoRA {lora.name} changes nothing on its own data: there is nothing to preserve of it. "

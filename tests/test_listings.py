@@ -42,9 +42,22 @@ TARGETS = {"flux": "comfyui", "qwen-image": "diffusers-peft"}
 WRITTEN = [name for name, (_, dialect, _) in FOUND.items() if DIALECTS[dialect].writes]
 
 
-def read(name: str) -> LoRA:
+ALIKE = {
+    "flux_bfl_diffusion_model_peft": ("chroma",),
+    "flux_diffusers": ("longcat-image",),
+    "qwen_diffusers_updown": ("qwen-image", "flux2-klein-4b", "hunyuanvideo", "chroma", "longcat-image", "ovis-image"),
+    "sdxl_kohya_c3lier_unet": ("kolors",),
+    "sdxl_lycoris_dora_out": ("kolors",),
+    "sdxl_lycoris_locon_tucker": ("kolors",),
+    "sdxl_srikanth_diffusers_old_truncated": ("kolors",),
+}
+"""Other families that the layers may be for, where the file doesn't tell."""
+
+
+def read(name: str, architecture: str | None = None) -> LoRA:
     tensors = {key: Held(array) for key, array in filled(name).items()}
-    return from_tensors(tensors, listing(name).get("metadata") or {}, name, config=config(name))
+    metadata = listing(name).get("metadata") or {}
+    return from_tensors(tensors, metadata, name, config=config(name), architecture=architecture)
 
 
 def sample(lora: LoRA) -> list[str]:
@@ -68,6 +81,7 @@ def test_a_listing_is_recognised_whole(name: str) -> None:
     lora = read(name)
 
     assert (lora.architecture, lora.dialect, len(lora)) == FOUND[name]
+    assert lora.alike == ALIKE.get(name, ())
     assert not lora.extras
     assert not lora.notes
 
@@ -113,14 +127,16 @@ def test_our_own_names_are_the_trainers_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_listing_keeps_its_update_in_every_dialect_that_can_hold_it(name: str) -> None:
-    lora = read(name)
+    lora = read(name, FOUND[name][0])
     modules = sample(lora)
     part = replace(lora.select(*modules), name=name)
     target = TARGETS.get(lora.architecture or "", "kohya")
     if name == "flux_control_bfl":
         part = part.select("*to_*")
 
-    again = from_tensors({k: Held(t) for k, t in part.state_dict(target).items()}, {}, name)
+    again = from_tensors(
+        {k: Held(t) for k, t in part.state_dict(target).items()}, {}, name, architecture=lora.architecture
+    )
 
     for module in part:
         before = delta(part, module)

@@ -1,5 +1,6 @@
 """Methods that draw random numbers: the same for a seed wherever and however they run, and right on average."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,8 @@ def test_a_weight_of_zero_leaves_the_numbers_of_the_others_as_they_are(case: str
 
 @pytest.mark.parametrize("case", ["dare", "dare-ties", "della", "knots"])
 def test_a_lora_that_lacks_a_module_counts_in_the_numbering(case: str) -> None:
-    loras = of_values("unet.one", 1.0, 1.0)
-    other = of_values("unet.two", 1.0)[0]
+    loras = [replace(lora, architecture="sdxl") for lora in of_values("unet.one", 1.0, 1.0)]
+    other = replace(of_values("unet.two", 1.0)[0], architecture="sdxl")
 
     def merged(given: list[LoRA], weights: list[float]) -> np.ndarray:
         plan = lm.plan(given, weights=weights, method=case.partition("-")[0], seed=4, rank=16, **OPTIONS[case])

@@ -6,7 +6,7 @@ The names inside loramerge are diffusers'; ``native`` says how the model's own c
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
@@ -314,6 +314,11 @@ ARCHITECTURES: Registry[Architecture] = Registry(
     },
 )
 """Commonest first: where several fit, the first is taken."""
+
+
+def titles(names: Iterable[str], between: str = " or ") -> str:
+    """Families as people read them: ``FLUX.1 (flux) or Chroma (chroma)``."""
+    return between.join(f"{ARCHITECTURES[name].title} ({name})" for name in names)
 
 
 def name_family() -> str:

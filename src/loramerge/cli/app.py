@@ -147,7 +147,7 @@ def convert(
         )
         if not quiet:
             print(
-                f"{lora.name} ({lora.dialect}, {lora.architecture or 'unknown family'}) → {path} ({written_dialect(to).name})"
+                f"{lora.name} ({lora.dialect}, {' or '.join(lora.families) or 'unknown family'}) → {path} ({written_dialect(to).name})"
             )
             print_notes((*lora.notes, *as_directory(output, path)), lost)
 

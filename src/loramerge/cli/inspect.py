@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import blocks, toml
-from ..architectures import ARCHITECTURES
+from ..architectures import titles
 from ..dialects import DIALECTS
 from ..files import open
 from ..layers import Layer, alpha_of
@@ -47,6 +47,7 @@ def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
     return {
         "name": lora.name,
         "architecture": lora.architecture,
+        "alike": list(lora.alike),
         "dialect": lora.dialect,
         "trigger_words": trigger_words(lora),
         "base_model": _base_model(lora),
@@ -68,11 +69,11 @@ def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
 
 
 def _summary(lora: LoRA) -> str:
-    family = ARCHITECTURES[lora.architecture].title if lora.architecture else "unknown"
+    family = ("one of " if lora.alike else "") + titles(lora.families, ", ")
     layers = lora.layouts.values()
     facts = {
         "file": lora.name,
-        "architecture": f"{family} ({lora.architecture})" if lora.architecture else family,
+        "architecture": family or "unknown",
         "dialect": f"{lora.dialect} ({DIALECTS[lora.dialect].title})",
         "modules": f"{len(lora)}: " + _counts(layer.kind for layer in layers),
         "ranks": _counts(layer.rank for layer in layers if layer.rank is not None),

@@ -134,7 +134,7 @@ def _plan_table(planned: Plan, allow_lossy: bool) -> str:
     return "\n".join(
         [
             table(["file", "dialect", "modules", "rank", "weight"], rows),
-            f"{planned.method.name}: {len(steps)} modules of {planned.architecture or 'an unknown family'} "
+            f"{planned.method.name}: {len(steps)} modules of {' or '.join(planned.lora().families) or 'an unknown family'} "
             f"({shared} in all files), rank {low if low == high else f'{low} to {high}'}, "
             f"{f'{cut} modules cut to a smaller rank' if cut else exact}, {size(saved_size(planned.lora(), allow_lossy=allow_lossy))} in {planned.dtype}",
             *notes,

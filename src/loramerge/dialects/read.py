@@ -321,10 +321,9 @@ class _Names:
 
     def contradiction(self, fits: list[Architecture], said: Named) -> str:
         titles = ", ".join(ARCHITECTURES[name].title for name in said.families) or said.unknown
-        found = " or ".join(f"{a.title} ({a.name})" for a in fits[:3])
         return (
             f"The metadata says {titles} ({said.said}), and the names and shapes of all {len(self.records)} layers are "
-            f"those of {found}. Way out: say which is right, --architecture {fits[0].name} "
+            f"those of {titles(a.name for a in fits[:3])}. Way out: say which is right, --architecture {fits[0].name} "
             f"(in Python architecture={fits[0].name!r})."
         )
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from .. import linalg
-from ..architectures import ARCHITECTURES, Architecture, name_family
+from ..architectures import ARCHITECTURES, Architecture, name_family, titles
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError
 from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
@@ -227,9 +227,8 @@ class _Writer:
         """
         for module in self.lora:
             if module in homes and module in others and homes[module] != others[module]:
-                families = " or ".join(f"{ARCHITECTURES[name].title} ({name})" for name in self.lora.families)
                 raise FamilyError(
-                    f"{self.lora.name} may be for {families}: its layers have the names and shapes of each, and "
+                    f"{self.lora.name} may be for {titles(self.lora.families)}: its layers have the names and shapes of each, and "
                     f"{self.dialect.name} calls {module} {homes[module][0]} in the first and {others[module][0]} in "
                     f"{other}. Way out: say which it is, --architecture {self.lora.architecture} or {other} "
                     "(in Python architecture=…)."

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loramerge as lm
-from loramerge.architectures import ARCHITECTURES
+from loramerge.architectures import ARCHITECTURES, first_names
 from loramerge.dialects import DIALECTS
 from loramerge.dialects.base import table
 from loramerge.dialects.repairs import repaired
@@ -36,8 +36,19 @@ def test_every_module_has_at_most_one_place_among_the_names(dialect: str, family
 @pytest.mark.parametrize(("dialect", "family"), list(product([d for d in WRITTEN if d != "kohya-diffusers"], FAMILIES)))
 def test_a_written_dialect_names_every_module(dialect: str, family: str) -> None:
     names = table(DIALECTS[dialect].names, ARCHITECTURES[family])
+    unlisted = ARCHITECTURES[family].native is None and dialect in ("kohya", "comfyui")
 
-    assert {part.module for parts in names.values() for part in parts} == set(ARCHITECTURES[family].shapes)
+    named = {part.module for parts in names.values() for part in parts}
+    assert named == (set() if unlisted else set(ARCHITECTURES[family].shapes))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_begin_as_their_dialect_says(family: str) -> None:
+    a = ARCHITECTURES[family]
+
+    assert [list(heads) for heads in first_names()[family]] == a.first_names()
+    for name in ("kohya", "comfyui", "native", "bare", "diffusers", "peft", "onetrainer", "lycoris", "omi"):
+        assert all(stem.startswith(DIALECTS[name].begins) for stem in table(DIALECTS[name].names, a))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -184,7 +195,7 @@ def test_siblings_that_old_diffusers_never_applied_are_left_aside() -> None:
 
 
 def test_unknown_modules_of_a_known_family_are_kept_and_refused_elsewhere() -> None:
-    keys = random_lora("sdxl", rank=1).state_dict("kohya")
+    keys = random_lora("sdxl", rank=1, only=lambda module, shape: "attn1.to_q" in module).state_dict("kohya")
     keys["lora_unet_motion_0.lora_down.weight"], keys["lora_unet_motion_0.lora_up.weight"] = (
         np.ones((2, 8), dtype=np.float32),
         np.ones((8, 2), dtype=np.float32),
@@ -192,9 +203,9 @@ def test_unknown_modules_of_a_known_family_are_kept_and_refused_elsewhere() -> N
 
     found = lm.load(keys)
 
-    assert "lora_unet_motion_0" in found
+    assert (found.architecture, "transformer.motion_0" in found) == ("sdxl", True)
     assert list(found.state_dict()) == list(keys)
-    with pytest.raises(lm.errors.DialectError, match="lora_unet_motion_0"):
+    with pytest.raises(lm.errors.DialectError, match=r"motion_0 of sdxl.*keep the file's own dialect, kohya"):
         found.state_dict("diffusers")
 
 
@@ -221,7 +232,7 @@ def test_an_unknown_family_in_flattened_names_is_kept_as_it_is() -> None:
     found = lm.load(keys)
 
     assert list(lm.merge([found, found]).state_dict()) == [*keys, "lora_unet_mystery_0.alpha"]
-    with pytest.raises(lm.errors.DialectError, match=r"unknown architecture.*--architecture sdxl.*architecture='sdxl'"):
+    with pytest.raises(lm.errors.DialectError, match=r"family isn't known.*own dialect, kohya.*--architecture"):
         found.state_dict("comfyui")
 
 
@@ -290,8 +301,8 @@ def test_an_update_survives_every_pair_of_dialects_bit_for_bit(
 ) -> None:
     lora = small(family, rank=rank, alpha=alpha, dtype=dtype, seed=seed)
 
-    there = lm.load(lora.state_dict(pair[0]))
-    back = lm.load(there.state_dict(pair[1]))
+    there = lm.load(lora.state_dict(pair[0]), architecture=family)
+    back = lm.load(there.state_dict(pair[1]), architecture=family)
 
     for module in lora:
         assert _bits(back, module) == _bits(lora, module)
@@ -318,8 +329,8 @@ def test_any_alpha_and_kind_survives_every_pair_of_dialects(
 ) -> None:
     lora = small(kind=kind, rank=rank, alpha=alpha, dtype=dtype, seed=seed)
 
-    there = lm.load(lora.state_dict(pair[0]))
-    back = lm.load(there.state_dict(pair[1]))
+    there = lm.load(lora.state_dict(pair[0]), architecture="sdxl")
+    back = lm.load(there.state_dict(pair[1]), architecture="sdxl")
 
     for module in lora:
         assert relative_error(back[module].delta(), lora[module].delta()) <= 5e-7
@@ -400,7 +411,7 @@ def test_fused_projections_stay_as_small_as_they_were() -> None:
     lora = lm.load(small("flux", QKV, rank=2).state_dict("kohya"))
     shared = lm.load({**lora.state_dict(), **_shared_qkv()})
 
-    again = lm.load(lm.load(shared.state_dict("diffusers-peft")).state_dict("comfyui"))
+    again = lm.load(lm.load(shared.state_dict("diffusers-peft"), architecture="flux").state_dict("comfyui"))
 
     assert {again.layout(m).rank for m in QKV} == {4}
     for module in QKV:

@@ -215,8 +215,8 @@ def _check_shared(loras: Sequence[LoRA]) -> None:
     Raises:
         MergeError: Some do, and their metadata doesn't name one model for all.
     """
-    for lora in loras:
-        others = [other for other in loras if other is not lora]
+    for i, lora in enumerate(loras):
+        others = [*loras[:i], *loras[i + 1 :]]
         if not any(module in other for other in others for module in lora) and not _say_the_same(loras):
             first = others[0]
             raise MergeError(

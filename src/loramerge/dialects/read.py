@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache
 
-from ..architectures import ARCHITECTURES, Architecture
+from ..architectures import ARCHITECTURES, Architecture, titles
 from ..architectures.hints import Named, named
 from ..architectures.names import Parts, whole
 from ..errors import FamilyError, LayerError, LoRAMergeError, NotALoRAError, OptionError
@@ -46,6 +46,9 @@ INPUTS = (
 
 INSIDE = re.compile(r"attn|attention|\.ff|mlp|ffn|feed_forward")
 """Modules both of whose sides are widths of the model's own."""
+
+FEW = 20
+"""Of so many layers one may be of a part that no model of the family has: some trainers add one."""
 
 MANY = 8
 """Modules that a file must have before all of a family's being there tells it from a larger one."""
@@ -226,6 +229,7 @@ class _Names:
         """
         some = [a for a in ARCHITECTURES.values() if self.plausible(a)]
         fits = [a for a in some or ARCHITECTURES.values() if self.has_all(a)]
+        fits = fits or [a for a in some if self.has_all(a, beside=len(self.records) // FEW)]
         hinted = [a for a in fits if a.name in said.families]
         if fits and not hinted and (said.families or said.unknown):
             raise FamilyError(self.contradiction(fits, said))
@@ -257,14 +261,23 @@ class _Names:
         if any(d.numbered for d in self.candidates) or len(self.text) == len(self.records):
             return True
         sample = sorted(self.records.keys() - self.text)
-        paths = [flat(BEFORE.sub("", sample[i], count=1)) + "_" for i in (0, len(sample) // 2, -1)]
-        heads = tuple(f"{head}_" for head in (*a.heads, *map(flat, a.also)))
-        return all(path.startswith(heads) for path in paths)
+        return sum(_path(sample[i]).startswith(_heads(a)) for i in (0, len(sample) // 2, -1)) > 1
 
-    def has_all(self, a: Architecture) -> bool:
-        """Whether every layer is one of a family's, or may be there beside them."""
+    def has_all(self, a: Architecture, beside: int = 0) -> bool:
+        """Whether every layer is one of a family's, or may be there beside them.
+
+        Args:
+            a: The family.
+            beside: How many layers may be of parts that a model of the family doesn't have.
+        """
         found = self.fitting(a)
-        return bool(found) and all(stem in found or self.beside(a, stem) for stem in self.records)
+        for stem in self.records:
+            if stem in found or self.beside(a, stem):
+                continue
+            if beside == 0 or self.lookup(a, stem) or _path(stem).startswith(_heads(a)):
+                return False
+            beside -= 1
+        return bool(found)
 
     def beside(self, a: Architecture, stem: str) -> bool:
         """Whether a layer may be there though the family doesn't list it.
@@ -320,9 +333,9 @@ class _Names:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def contradiction(self, fits: list[Architecture], said: Named) -> str:
-        titles = ", ".join(ARCHITECTURES[name].title for name in said.families) or said.unknown
+        told = ", ".join(ARCHITECTURES[name].title for name in said.families) or said.unknown
         return (
-            f"The metadata says {titles} ({said.said}), and the names and shapes of all {len(self.records)} layers are "
+            f"The metadata says {told} ({said.said}), and the names and shapes of all {len(self.records)} layers are "
             f"those of {titles(a.name for a in fits[:3])}. Way out: say which is right, --architecture {fits[0].name} "
             f"(in Python architecture={fits[0].name!r})."
         )
@@ -452,6 +465,16 @@ class _Names:
             for stem in (stem for stem in styled if stem not in own):
                 points += any(name in other for other in others for name in (stem, self.meant.get(stem)))
         return points
+
+
+def _path(stem: str) -> str:
+    """What follows the prefix of a denoiser's stem, with underscores in the place of dots, and one at the end."""
+    return flat(BEFORE.sub("", stem, count=1)) + "_"
+
+
+@cache
+def _heads(a: Architecture) -> tuple[str, ...]:
+    return tuple(f"{head}_" for head in (*a.heads, *map(flat, a.also)))
 
 
 @cache

@@ -277,10 +277,14 @@ def truncate(up: Array, down: Array, rank: int) -> Cut:
 
 def squares(up: Array, down: Array) -> "np.ndarray":
     """Squared singular values of ``up @ down``, falling, float64; those that are zero are left out."""
+    return as_numpy(spectrum(*grams(up, down)).sigma) ** 2
+
+
+def as_numpy(array: Array) -> "np.ndarray":
+    """An array as numpy's."""
     import numpy as np
 
-    sigma = spectrum(*grams(up, down)).sigma
-    return np.asarray(sigma.cpu() if is_torch(sigma) else sigma) ** 2
+    return np.asarray(array.cpu() if is_torch(array) else array)
 
 
 def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:

@@ -132,10 +132,12 @@ class LoRA(Mapping[str, Layer]):
 
     def exclude(self, *patterns: str) -> "LoRA":
         """All but the modules that match one of the patterns."""
-        kept = self.others(*patterns)
-        if patterns and len(kept) == len(self):
+        kept = _part_without(self, patterns)
+        if patterns and _size(kept) == _size(self):
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_some(self)}")
-        return self._keep(kept, patterns)
+        if not kept:
+            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_some(self)}")
+        return kept
 
     def others(self, *patterns: str) -> list[str]:
         """The modules that match none of the patterns."""
@@ -213,10 +215,20 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
     Raises:
         OptionError: There are patterns, and no module of any LoRA matches.
     """
-    kept = [lora.part(lora.others(*patterns)) for lora in loras]
-    if patterns and sum(map(len, kept)) == sum(map(len, loras)):
+    kept = [_part_without(lora, patterns) for lora in loras]
+    if patterns and all(_size(a) == _size(b) for a, b in zip(kept, loras, strict=True)):
         raise OptionError(f"No module matches the pattern {' or '.join(patterns)}, such as {next(iter(loras[0]))}.")
     return kept
+
+
+def _part_without(lora: LoRA, patterns: Sequence[str]) -> LoRA:
+    extras = {key: t for key, t in lora.extras.items() if not any(matches(p, key) for p in patterns)}
+    part = lora.part(lora.others(*patterns))
+    return part if len(extras) == len(lora.extras) else replace(part, extras=extras, origin=None)
+
+
+def _size(lora: LoRA) -> tuple[int, int]:
+    return len(lora), len(lora.extras)
 
 
 def _some(lora: LoRA) -> str:

@@ -10,7 +10,7 @@ from .dialects import DIALECTS
 from .errors import MergeError, OptionError
 from .files import Source, load, open
 from .lora import LoRA, without
-from .methods import METHODS, check_options
+from .methods import METHODS, Method, check_options
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
 from .steps import Step, architecture_of, common_extras, named, steps_of
@@ -62,15 +62,17 @@ def plan(
         raise OptionError(f"The method {method} merges {chosen.count} LoRAs, got {len(opened)}.")
     architecture = architecture_of(opened)
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
-    steps = steps_of(opened, chosen, checked, rank, model)
-    if not steps:
-        raise MergeError(f"Nothing to merge: {method} changes the first LoRA, and {opened[0].name} has no module.")
-    first = opened[0].dialect
+    limit = budget(max_error, energy, max_size)
     resolved = resolve(opened, weights, scope, chosen.default_weight)
+    weigh = None if resolved.from_values else resolved.of  # a block vector may lack a module's block
+    steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
+    if not steps:
+        raise MergeError(_nothing(chosen, opened))
+    first = opened[0].dialect
     if resolved.columns and chosen.name != "linear":
         raise OptionError(f"Learned coefficients are weights of the method linear; {method} takes numbers.")
     for module in () if resolved.from_values else steps:
-        found = resolved.of(module)  # a block vector may lack a module's block
+        found = resolved.of(module)
         if chosen.allows:
             with named(module):
                 chosen.allows([found[i] for i in steps[module].inputs])
@@ -86,13 +88,12 @@ def plan(
         dialect=first if DIALECTS[first].writes or opened[0].architecture is None else "kohya",
         dtype=computed([code for lora in opened for code in _dtypes(lora)]),
         device=device,
-        extras=common_extras(opened),
+        extras=common_extras(opened, weigh),
         base=model,
         given=tuple(given),
         exclude=left_out,
         scope=scope,
     )
-    limit = budget(max_error, energy, max_size)
     return planned.within(limit, progress) if limit else planned
 
 
@@ -210,6 +211,14 @@ def resize(
         base=base,
         device=device,
     )
+
+
+def _nothing(method: Method, loras: Sequence[LoRA]) -> str:
+    """Why a merge has no module."""
+    if method.of_first and not loras[0]:
+        return f"Nothing to merge: {method.name} changes the first LoRA, and {loras[0].name} has no module."
+    first = f" of the first LoRA, which {method.name} changes," if method.of_first else ""
+    return f"Nothing to merge: the weight{first} is 0 in every module. Way out: another weight."
 
 
 def _dtypes(lora: LoRA) -> list[str]:

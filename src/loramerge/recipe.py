@@ -306,8 +306,9 @@ class Recipe:
 
     def _checked_ranks(self, planned: Plan) -> Mapping[str, int]:
         ranks = cast(Mapping[str, int], self.ranks)
-        for module in dict.fromkeys((*planned.steps, *ranks)):
-            if module not in planned.steps or module not in ranks:
+        ranked = [module for module, step in planned.steps.items() if not step.rankless]
+        for module in dict.fromkeys((*ranked, *ranks)):
+            if module not in ranked or module not in ranks:
                 what = "has a rank but is not merged" if module in ranks else "has no rank"
                 raise OptionError(f"ranks: {module} {what}. Way out: remove the table, and the budget is spent anew.")
             most = planned.rank_of(module)

@@ -29,6 +29,7 @@ from ..tensors import (
 )
 from . import DIALECTS, fuse, written_dialect
 from .base import Dialect, table
+from .suffixes import spelled
 
 if TYPE_CHECKING:
     from ..lora import LoRA
@@ -280,7 +281,8 @@ class _Writer:
 
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         module = parts[0].module
-        tensors = {stem + self.dialect.suffix(role, module): t for role, t in _roles(layer, self.dialect).items()}
+        roles = _roles(layer, self.dialect).items()
+        tensors = {spelled(stem, self.dialect.suffix(role, module)): t for role, t in roles}
         alpha = alpha_of(layer)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")

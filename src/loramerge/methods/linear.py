@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import MergeError
-from ..layers import Full, Layer, LowRank, low_rank
+from ..layers import Full, Layer, LowRank, Rows, low_rank
 from ..tensors import Array, concat, flatten, float32, namespace
 from .base import equal_rank, method, sum_of_ranks, with_bias
 
@@ -91,5 +91,11 @@ def as_stored(layer: Layer) -> tuple[Array, Array, float]:
 
 def shared_down(layers: Sequence[Layer]) -> object:
     """Identity of the concatenated ``down``, where each layer knows its own."""
-    ids = tuple(layer.down_id if isinstance(layer, LowRank) else None for layer in layers)
+    ids = tuple(map(_down_id, layers))
     return ids if None not in ids else None
+
+
+def _down_id(layer: Layer) -> object:
+    if isinstance(layer, Rows):
+        return None if layer.source is None else ("whole", layer.source)
+    return layer.down_id if isinstance(layer, LowRank) else None

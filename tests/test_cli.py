@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge.cli.options import workers_or_cores
-from loramerge.cli.run import bar, size, table
+from loramerge.cli.run import bar, table
 from loramerge.testing import relative_error, weighted_sum
+from loramerge.wording import size
 from small import MODULES, small
 
 
@@ -80,7 +81,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files: tuple[Path, Path], 
     result = run("merge", *files, "--dry-run", "--weights", "l2", "--rank", "max")
 
     assert result.returncode == 0
-    assert "4 modules of sdxl (4 in all files), rank 6" in result.stdout
+    assert "4 modules of sdxl (4 of them in every file), rank 6" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jersey.safetensors", "person.safetensors"]
 
 
@@ -418,7 +419,7 @@ def test_loras_without_a_module_in_common_are_told_apart_in_a_line(files: tuple[
 def test_a_tools_own_name_is_written_as_the_dialect_it_means(files: tuple[Path, Path], tmp_path: Path) -> None:
     result = run("convert", files[1], "-o", tmp_path / "a.safetensors", "--dialect", "AUTO1111")
 
-    assert "(kohya)" in result.stdout
+    assert "(kohya, " in result.stdout
     assert lm.open(tmp_path / "a.safetensors").dialect == "kohya"
 
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tensors import Array, is_torch, namespace
+from .tensors import FAINT, Array, is_torch, namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -348,10 +348,6 @@ def _energy(delta: Array) -> float:
 def _measured(up: Array, down: Array, energy: float) -> Cut:
     # The kept part is a projection of the whole, so that the two energies differ by what is lost.
     return Cut(up, down, energy, max(energy - norm(up, down) ** 2, 0.0))
-
-
-FAINT = 2.0**-13
-"""A column whose root mean square is below it loses digits in float16: many values are subnormal there."""
 
 
 def faint(up: Array) -> bool:

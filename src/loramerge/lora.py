@@ -16,7 +16,7 @@ from .errors import LoRAMergeError, OptionError
 from .layers import Layer, LowRank, alpha_of, build
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
-from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
+from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch, nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +71,8 @@ class LoRA(Mapping[str, Layer]):
     """What was repaired or is unusual."""
     dtype: str | None = None
     """Dtype that saving uses unless told: None keeps every tensor's own."""
+    made_of: int | None = None
+    """Bytes of the tensors that it was made of; None where its size was chosen, or is nobody's concern."""
     here: bool = False
     """Whether layers must be computed in this process, because someone is told of it."""
     origin: Origin | None = field(default=None, repr=False)
@@ -321,6 +323,7 @@ def from_tensors(
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},
         notes=tuple(notes),
+        made_of=sum(nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()),
         origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
     )
 

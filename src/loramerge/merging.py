@@ -14,7 +14,7 @@ from .methods import METHODS, Method, check_options
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
 from .steps import Step, architecture_of, common_extras, named, steps_of
-from .tensors import computed
+from .tensors import FLOATS, code, computed, fits_half
 from .weights import Scope, Weights, resolve
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def plan(
     max_size: int | str | None = None,
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
     progress: "Progress | None" = None,
+    allow_growth: bool = False,
     **options: Any,
 ) -> Plan:
     """Plan a merge; the arguments are those of `merge`.
@@ -86,13 +87,14 @@ def plan(
         steps=steps,
         name=" + ".join(lora.name for lora in opened),
         dialect=first if DIALECTS[first].writes or opened[0].architecture is None else "kohya",
-        dtype=computed([code for lora in opened for code in _dtypes(lora)]),
+        dtype=_dtype([opened[i] for i in sorted({i for step in steps.values() for i in step.inputs})]),
         device=device,
         extras=common_extras(opened, weigh),
         base=model,
         given=tuple(given),
         exclude=left_out,
         scope=scope,
+        allow_growth=allow_growth,
     )
     return planned.within(limit, progress) if limit else planned
 
@@ -110,6 +112,7 @@ def merge(
     energy: float | str | None = None,
     max_size: int | str | None = None,
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
+    allow_growth: bool = False,
     **options: Any,
 ) -> LoRA:
     """Merge LoRAs of one model family into one, whatever tool made each.
@@ -132,6 +135,8 @@ def merge(
         base: The base model, a checkpoint or its path.  With it DoRA layers merge too: their ΔW is
             dense and cut to the rank.  Whole differences of a weight need no base, but a number
             as the rank.
+        allow_growth: Whether the result may take more than ten times the room of the inputs, as exact sums of
+            LoKrs and LoHas can.
         **options: The method's own.
 
     Returns:
@@ -161,8 +166,10 @@ def merge(
         energy=energy,
         max_size=max_size,
         base=base,
+        allow_growth=allow_growth,
         **options,
     )
+    planned.check_growth()
     return planned.lora().in_memory()
 
 
@@ -221,9 +228,33 @@ def _nothing(method: Method, loras: Sequence[LoRA]) -> str:
     return f"Nothing to merge: the weight{first} is 0 in every module. Way out: another weight."
 
 
+def _dtype(loras: Sequence[LoRA]) -> str:
+    """The dtype that holds what is computed of LoRAs: theirs; of float16 and bfloat16 the one that holds all values."""
+    codes = {code for lora in loras for code in _dtypes(lora)}
+    if not codes & {"F16", "BF16"} or codes & {"F32", "F64"}:
+        return computed(list(codes))
+    return "F16" if "BF16" not in codes or ("F16" in codes and all(map(_fits_half, loras))) else "BF16"
+
+
 def _dtypes(lora: LoRA) -> list[str]:
-    """The dtype that a LoRA would be saved in, or those of its layers: a merge's are float32 until then."""
-    return [lora.dtype] if lora.dtype else [layer.dtype for layer in lora.layouts.values()]
+    """The dtype that a LoRA would be saved in, or those of its tensors: a merge's are float32 until then."""
+    if lora.dtype:
+        return [lora.dtype]
+    return [
+        found if (found := code(t)) in FLOATS else "F32"
+        for layer in lora.layouts.values()
+        for t in layer.tensors().values()
+    ]
+
+
+def _fits_half(lora: LoRA) -> bool:
+    """Whether float16 holds a LoRA's bfloat16 values with all their digits; what is faint in ``up`` can be raised."""
+    roles = {m: [r for r, t in layout.tensors().items() if code(t) == "BF16"] for m, layout in lora.layouts.items()}
+    for module in filter(roles.__getitem__, lora):
+        tensors = lora[module].tensors()
+        if not all(fits_half(tensors[role], role != "up") for role in roles[module]):
+            return False
+    return True
 
 
 def _listed(loras: object) -> "Sequence[LoRA | Source]":

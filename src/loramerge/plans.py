@@ -13,7 +13,7 @@ from .checkpoints import Checkpoint
 from .dense import on_base
 from .dialects import DIALECTS
 from .errors import OptionError
-from .files import saved_size
+from .files import check_growth, saved_size
 from .joins import Join, apart, down_id, joins_of, lost_by, one, side_by_side
 from .layers import Full, Layer, LowRank, bias_of, low_rank
 from .layers.base import matrix
@@ -28,7 +28,7 @@ from .ranks import Budget, Rank, Spectrum, choose
 from .selection import Streams, module_seed
 from .steps import Step, named
 from .storage.awaited import Awaited
-from .tensors import Spec, Tensor, largest_rank, namespace, nbytes
+from .tensors import Spec, Tensor, code, largest_rank, namespace, nbytes
 from .weights import ModuleWeights, Scope
 
 if TYPE_CHECKING:
@@ -126,6 +126,8 @@ class Plan:
     """The LoRAs as they were given, with the modules that ``exclude`` leaves out."""
     exclude: tuple[str, ...] = ()
     scope: Scope = "module"
+    allow_growth: bool = False
+    """Whether the result may take many times the room of what it is made of."""
     ranks: Mapping[str, int] | None = None
     """Every module's rank as it was chosen; for modules that are cut as one that of the whole."""
 
@@ -281,7 +283,22 @@ class Plan:
             metadata=self._metadata(),
             extras=self.extras,
             dtype=self.dtype,
+            made_of=self.made_of,
         )
+
+    @property
+    def made_of(self) -> int | None:
+        """Bytes of the inputs' tensors; None where the size of the result was chosen: by a rank, a budget, or in words."""
+        chosen = not isinstance(self.rank, str) or self.ranks is not None or self.allow_growth
+        return None if chosen else sum(_bytes(lora) for lora in self.loras)
+
+    def check_growth(self) -> None:
+        """Refuse a merge that takes many times the room of what it is made of, unless its size was chosen.
+
+        Raises:
+            OptionError: It does.
+        """
+        check_growth(self.lora(), self.size, self.dialect)
 
     def _layout(self, step: Step) -> Layer:
         layouts = [self.loras[i].layout(step.module) for i in step.inputs]
@@ -435,6 +452,13 @@ def _as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> 
         if metadata:
             entry["metadata"] = metadata
     return json.dumps(recipe, ensure_ascii=False)
+
+
+def _bytes(lora: LoRA) -> int:
+    """Bytes of a LoRA's tensors as they were read, or as they are."""
+    if lora.made_of is not None:
+        return lora.made_of
+    return sum(nbytes(tuple(t.shape), code(t)) for layer in lora.layouts.values() for t in layer.tensors().values())
 
 
 def _handed_on(layer: Layer, weight: float) -> Layer:

@@ -131,13 +131,13 @@ class Recipe:
         return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
     def override(self, **changes: Any) -> "Recipe":
-        """The recipe with other entries; ``options`` are added, ``to``, ``dtype`` and ``allow_lossy`` are the output's.
+        """The recipe with other entries; ``options`` are added, ``to``, ``dtype``, ``allow_lossy`` and ``allow_growth`` are the output's.
 
         A budget takes the place of another, and weights other than ``"l2"`` that of its scope.
         Options that another method doesn't have are left out with it, and ranks that a budget
         gave, with anything that may change them.
         """
-        output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy") if k in changes}
+        output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy", "allow_growth") if k in changes}
         options = {**self.options, **changes.pop("options", {})}
         if any(name in changes for name in BUDGETS):
             changes = dict.fromkeys(BUDGETS) | changes
@@ -199,6 +199,7 @@ class Recipe:
             exclude=self.exclude,
             device=self.device,
             base=None if self.base is None else os.path.join(self.folder, os.path.expanduser(self.base)),
+            allow_growth=self.output.allow_growth,
             **self.options,
         )
         if not allow_changed:

@@ -256,7 +256,9 @@ class _Writer:
         if isinstance(layer, DoRA) and self.dialect.dora_axis == "out" and layer.axis == "in":
             raise LayerError(f"{module}: {self.dialect.name} keeps DoRA norms of rows, this layer has norms of columns")
         if layer.delta_bias() is not None and self.dialect.holds == frozenset({"lora"}):
-            raise LayerError(f"{module}: {self.dialect.name} can't hold the bias of this layer")
+            raise LayerError(
+                f"{module}: {self.dialect.name} can't hold the bias of this layer. Ways out: a dialect that holds it, such as kohya, comfyui or diffusers-peft, or leave the module out (exclude)"
+            )
         if isinstance(direction_of(layer), Rows):
             raise LayerError(f"{module}: a {layer.kind} layer on a part of a fused weight can't be written alone")
         if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
@@ -311,7 +313,7 @@ def _shape_only(tensor: Array | Spec) -> Spec:
 def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
     """The LoRA with the same ΔW, where there is one."""
     if layer.rank is None or layer.kind == "dora":
-        raise LayerError(f"{dialect.name} can't hold a {layer.kind} layer: {layer.no_factors}")
+        raise LayerError(f"{dialect.name} can't hold this layer: {layer.no_factors}")
     if any(isinstance(t, Spec) for t in layer.tensors().values()):
         rows, columns = layer.shape[0], math.prod(layer.shape[1:])
         factors: tuple[Array | Spec, Array | Spec] = Spec((rows, layer.rank), "F32"), Spec((layer.rank, columns), "F32")

@@ -191,6 +191,8 @@ class Plan:
         whole = _fitted(self._joined(join, layers), join.step, join.cut or self.cuts)
         assert isinstance(whole.layer, LowRank)
         parts = apart(join, whole.layer, layers)
+        if whole.energy is None:
+            return {m: Outcome(m, part, None, 0.0) for m, part in parts.items()}
         shares = lost_by(whole.lost, layers, list(parts.values()))
         return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
 

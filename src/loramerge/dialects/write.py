@@ -245,7 +245,7 @@ class _Writer:
         if isinstance(layer, DoRA) and "dora" in self.dialect.holds:
             return replace(layer, direction=self.held(part, layer.direction))
         if (part.rows is None and isinstance(layer, Rows)) or layer.kind not in self.dialect.holds:
-            layer = _as_lora(layer, self.dialect)
+            layer = _as_lora(layer, self.dialect, part.module)
         if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
             layer = layer.plain()
         if part.rows is None and isinstance(layer, LowRank):
@@ -310,10 +310,10 @@ def _shape_only(tensor: Array | Spec) -> Spec:
     return Spec(tuple(tensor.shape), code(tensor))
 
 
-def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
+def _as_lora(layer: Layer, dialect: Dialect, module: str = "a part of a fused weight") -> Layer:
     """The LoRA with the same ΔW, where there is one."""
     if layer.rank is None or layer.kind == "dora":
-        raise LayerError(f"{dialect.name} can't hold this layer: {layer.no_factors}")
+        raise LayerError(f"{module}: {dialect.name} can't hold this layer: {layer.no_factors}")
     if any(isinstance(t, Spec) for t in layer.tensors().values()):
         rows, columns = layer.shape[0], math.prod(layer.shape[1:])
         factors: tuple[Array | Spec, Array | Spec] = Spec((rows, layer.rank), "F32"), Spec((layer.rank, columns), "F32")

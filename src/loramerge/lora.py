@@ -12,7 +12,7 @@ from .blocks import matches
 from .dialects import alphas
 from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
-from .errors import LoRAMergeError, OptionError
+from .errors import LoRAMergeError, NumberError, OptionError, StoredNumberError
 from .layers import Layer, LowRank, alpha_of, build
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
@@ -387,6 +387,10 @@ class _Reader:
     def _named(self, record: Record, make: Callable[[Record], Layer]) -> Layer:
         try:
             return make(record)
+        except NumberError as error:
+            module = record.parts[0].module
+            way = f"Way out: leave the module out (exclude), such as --exclude '{module}'"
+            raise StoredNumberError(f"{self.name}: {record.stem}: {error}. {way}.") from None
         except LoRAMergeError as error:
             raise type(error)(f"{self.name}: {record.stem}: {error}") from None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .architectures import ARCHITECTURES, NAME_FAMILY
 from .checkpoints import Checkpoint
-from .errors import LoRAMergeError, MergeError
+from .errors import LoRAMergeError, MergeError, StoredNumberError
 from .layers import FACTORED, Layer
 from .layers.full import LEAVE_OUT
 from .lora import LoRA
@@ -61,6 +61,8 @@ def named(module: str) -> Iterator[None]:
     """Have errors say in which module they arose."""
     try:
         yield
+    except StoredNumberError:
+        raise
     except LoRAMergeError as error:
         raise type(error)(f"{module}: {error}") from None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import linalg
 from ..architectures import ARCHITECTURES, NAME_FAMILY, Architecture
 from ..architectures.names import Part, Parts, whole
-from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
+from ..errors import DialectError, LayerError, LoRAMergeError, NumberError, StoredNumberError
 from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
 from ..layers.base import matrix
 from ..tensors import (
@@ -51,6 +51,8 @@ class Group:
             if shapes != {key: tuple(spec.shape) for key, spec in self.specs.items()}:
                 raise LayerError(f"{self.name}: made {shapes}, planned {dict(self.specs)}; nothing is written")
             return {key: _finite(array, self.specs[key].dtype) for key, array in made.items()}
+        except StoredNumberError:
+            raise
         except NumberError as error:
             raise NumberError(f"{self.name}: {error}") from None
 

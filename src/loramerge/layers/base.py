@@ -44,6 +44,11 @@ class Layer:
         return None
 
     @property
+    def dim(self) -> int | None:
+        """What trainers call the rank: LoHas and LoKrs have a larger one as a LoRA; None where there is none."""
+        return self.rank
+
+    @property
     def dtype(self) -> str:
         """The widest dtype among the tensors, as a safetensors code."""
         return widest([code(t) for t in self.tensors().values()])
@@ -157,6 +162,10 @@ class Rows(Layer):
     @property
     def rank(self) -> int | None:
         return self.whole.rank
+
+    @property
+    def dim(self) -> int | None:
+        return self.whole.dim
 
     @property
     def dtype(self) -> str:

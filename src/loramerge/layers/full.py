@@ -226,7 +226,7 @@ class Carried(Layer):
 
     @property
     def no_factors(self) -> str:
-        return f"it is stored as {self.algorithm}, which loramerge keeps but can't merge. Way out: {LEAVE_OUT}"
+        return f"it is stored as {self.algorithm}, which loramerge keeps but can't compute with. Way out: {LEAVE_OUT}"
 
     def tensors(self) -> dict[str, Array | Spec]:
         return dict(self.held)

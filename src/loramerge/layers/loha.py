@@ -58,6 +58,10 @@ class LoHa(Layer):
         return self._half(1).rank * self._half(2).rank
 
     @property
+    def dim(self) -> int:
+        return self._half(1).rank
+
+    @property
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self._half(1).rank
 

@@ -97,16 +97,16 @@ class LoKr(Layer):
         return int(rank1 * rank2)
 
     @property
-    def _factored_rank(self) -> int | None:
-        """What readers divide alpha by; None where both parts are full."""
+    def dim(self) -> int | None:
+        """Rank of the factored part, by which readers divide alpha; None where both parts are full."""
         factored = self.lokr_w2_b if self.lokr_w2_b is not None else self.lokr_w1_b
         return None if factored is None else int(factored.shape[0])
 
     @property
     def scale(self) -> float:
-        if self.alpha is None or self._factored_rank is None:
+        if self.alpha is None or self.dim is None:
             return 1.0
-        return self.alpha / self._factored_rank
+        return self.alpha / self.dim
 
     def factors(self) -> tuple[Array, Array]:
         (up1, down1), (up2, down2) = self._parts
@@ -115,9 +115,9 @@ class LoKr(Layer):
     def times(self, weight: float) -> "LoKr":
         if weight == 1:
             return self
-        factored = self if self._factored_rank else self._with_identity()
-        assert factored._factored_rank
-        alpha = factored.scale * factored._factored_rank * weight
+        factored = self if self.dim else self._with_identity()
+        assert factored.dim
+        alpha = factored.scale * factored.dim * weight
         return replace(factored, alpha=alpha, diff_b=scaled(self.diff_b, weight))
 
     def _with_identity(self) -> "LoKr":

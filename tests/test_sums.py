@@ -13,6 +13,7 @@ from loramerge.comparison import differences
 from loramerge.errors import DialectError, FileError, MergeError, OptionError
 from loramerge.layers import LoHa, LoKr, low_rank
 from loramerge.lora import LoRA
+from loramerge.sweeping import measure
 from loramerge.testing import random_layer, random_lora, relative_error, weighted_sum
 from small import MODULES, small
 
@@ -252,6 +253,17 @@ def test_two_files_of_the_same_biases_and_norms_are_the_same(tmp_path: Path) -> 
 
     assert max(found.values()) == pytest.approx(0.001, rel=1e-2)
     assert min(found.values()) == pytest.approx(0.001, rel=1e-2)
+
+
+def test_a_style_and_a_distillation_are_compared_and_swept() -> None:
+    loras = [lm.load(style()), lm.load(distillation())]
+    plan = lm.plan(loras, weights=[0.5, 0.25])
+
+    found = lm.compare(loras)
+    figures = measure(plan.lora(), plan)
+
+    assert {row.name for row in found.rows} >= {f"{WAN}{name}" for name in LINEAR[:2]}
+    assert figures["interference"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_lora_of_weight_zero_adds_neither_rank_nor_zeros(tmp_path: Path) -> None:

@@ -460,7 +460,9 @@ def test_what_is_not_quite_exact_is_said(tmp_path: Path) -> None:
     cut = run("merge", *files, "-o", tmp_path / "cut.safetensors", "--max-size", "60kB", "--dtype", "float32")
 
     assert "exact but for the rounding to BF16 (up to about 0.2 %)" in result.stdout
-    assert "more than 30 % of ‖ΔW‖ is lost. --dtype float16" in cut.stdout
+    assert "--dtype float16 has room for twice the rank" in cut.stdout
+    assert "more than 30 % of ‖ΔW‖ is lost; a larger --max-size" in cut.stdout
+    assert "F32 has more bits than every input" in cut.stdout
     both, parents = lm.load(tmp_path / "both.safetensors"), [lm.load(file) for file in files]
     assert max(relative_error(both[m].delta(), weighted_sum(parents, [0.5, 0.5], m)) for m in both) < 2e-3
 

@@ -10,6 +10,7 @@ from ..merging import Kept, Plan
 from ..methods import METHODS, check_options
 from ..recipe import Recipe
 from ..recipe_text import Input
+from ..tensors import SIZES, code
 from ..weights import parse
 from ..wording import size
 from .options import named, rank_of, workers_or_cores
@@ -126,6 +127,7 @@ def _plan_table(planned: Plan, length: int) -> str:
             f"{planned.method.name}: {len(steps)} modules of {planned.architecture or 'an unknown family'} "
             f"({shared} of them in every file), {_ranks(planned)}"
             f"{f'{cut} modules cut to a smaller rank' if cut else _exactness(planned)}, {size(length)} in {planned.dtype}",
+            *_wider(planned),
             *notes,
         ]
     )
@@ -169,13 +171,23 @@ def _print_kept(kept: Kept, planned: Plan) -> None:
         f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
         f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
     )
-    if kept.error > LARGE:
-        print(f"  note: more than 30 % of ‖ΔW‖ is lost. {_more_room(planned)} keeps more")
+    for note in _keeps_more(kept, planned):
+        print(f"  note: {note}")
 
 
-def _more_room(planned: Plan) -> str:
-    """What would keep more of a merge that lost much."""
+def _keeps_more(kept: Kept, planned: Plan) -> list[str]:
+    """What would keep more of a merge that was cut."""
     sized = planned.budget is not None and planned.budget.kind == "max_size"
-    larger = "A larger --max-size" if sized else "A larger --rank or budget"
-    wide = sized and planned.dtype in ("F32", "F64")
-    return f"--dtype float16, with room for twice the rank, or {larger[0].lower()}{larger[1:]}" if wide else larger
+    larger = "--max-size" if sized else "--rank or budget"
+    wide = ["--dtype float16 has room for twice the rank in this size"] * (sized and SIZES[planned.dtype] > 2)
+    return [*wide, *[f"more than 30 % of ‖ΔW‖ is lost; a larger {larger} keeps more"] * (kept.error > LARGE)]
+
+
+def _wider(planned: Plan) -> list[str]:
+    """A note where the result has more bits than every input."""
+    tensors = [t for lora in planned.loras for layout in lora.layouts.values() for t in layout.tensors().values()]
+    widest = max(SIZES[code(tensor)] for tensor in tensors)
+    if SIZES[planned.dtype] <= widest:
+        return []
+    why = "sums of float8 values need its digits" if widest == 1 else "--dtype float16 would take half of the room"
+    return [f"  note: {planned.dtype} has more bits than every input: {why}"]

@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge.cli.options import workers_or_cores
-from loramerge.cli.run import bar, size, table
+from loramerge.cli.run import bar, table
 from loramerge.testing import relative_error, weighted_sum
+from loramerge.wording import size
 from small import MODULES, small
 
 
@@ -80,7 +81,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files: tuple[Path, Path], 
     result = run("merge", *files, "--dry-run", "--weights", "l2", "--rank", "max")
 
     assert result.returncode == 0
-    assert "4 modules of sdxl (4 in all files), rank 6" in result.stdout
+    assert "4 modules of sdxl (4 of them in every file), rank 6" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jersey.safetensors", "person.safetensors"]
 
 
@@ -421,7 +422,7 @@ def test_a_tools_own_name_is_written_as_the_dialect_it_means(files: tuple[Path, 
         "convert", files[1], "-o", tmp_path / "a.safetensors", "--dialect", "AUTO1111", "--architecture", "sdxl"
     )
 
-    assert "(kohya)" in result.stdout
+    assert "(kohya, " in result.stdout
     assert lm.open(tmp_path / "a.safetensors").dialect == "kohya"
 
 
@@ -429,3 +430,69 @@ def test_a_directory_in_the_place_of_a_file_is_said(files: tuple[Path, Path], tm
     result = run("convert", files[0], "-o", tmp_path / "a.safetensors", "--to", "PEFT")
 
     assert "note: PEFT's layout is a directory: a, not a.safetensors" in result.stdout
+
+
+def test_a_conversion_tells_its_size_before_it_writes(files: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "both.safetensors"
+
+    result = run("convert", files[0], "-o", out, "--to", "comfyui")
+
+    assert f"(comfyui, {size(out.stat().st_size)})" in result.stdout
+
+
+def test_a_large_file_is_refused_until_its_size_is_chosen(tmp_path: Path) -> None:
+    blocks = range(6)
+    modules = tuple(f"unet.mid_block.attentions.0.transformer_blocks.{i}.attn1.to_q" for i in blocks)
+    lora = lm.save(small(modules=modules, kind="lokr-full"), tmp_path / "lokr.safetensors", dialect="kohya")
+    out = tmp_path / "both.safetensors"
+
+    refused(run("convert", lora, "-o", out, "--to", "diffusers"), "(--allow-growth)", tmp_path)
+    for arguments in ((), ("--dry-run",)):
+        refused(run("merge", lora, lora, "-o", out, *arguments), "(--max-size 200MB)", tmp_path)
+    assert run("merge", lora, lora, "-o", out, "--allow-growth", "--dry-run").returncode == 0
+    assert run("merge", lora, "-o", out, "-w", "0.5").returncode == 0
+    assert out.stat().st_size < 2 * lora.stat().st_size
+
+
+def test_what_is_not_quite_exact_is_said(tmp_path: Path) -> None:
+    files = [
+        lm.save(small(rank=8, seed=i), tmp_path / f"{i}.safetensors", dialect="kohya", dtype="bfloat16") for i in (1, 2)
+    ]
+
+    result = run("merge", *files, "-o", tmp_path / "both.safetensors")
+    cut = run("merge", *files, "-o", tmp_path / "cut.safetensors", "--max-size", "60kB", "--dtype", "float32")
+
+    assert "exact but for the rounding to BF16 (up to about 0.2 %)" in result.stdout
+    assert "--dtype float16 has room for twice the rank" in cut.stdout
+    assert "more than 30 % of ‖ΔW‖ is lost; a larger --max-size" in cut.stdout
+    assert "F32 has more bits than every input" in cut.stdout
+    both, parents = lm.load(tmp_path / "both.safetensors"), [lm.load(file) for file in files]
+    assert max(relative_error(both[m].delta(), weighted_sum(parents, [0.5, 0.5], m)) for m in both) < 2e-3
+
+
+def test_a_nan_is_named_once_and_its_module_can_be_left_out(files: tuple[Path, Path], tmp_path: Path) -> None:
+    tensors = {key: tensor.numpy() for key, tensor in lm.load(files[0]).state_dict("kohya").items()}
+    key = next(key for key in tensors if key.endswith("to_q.lora_up.weight"))
+    tensors[key][0, 0] = np.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    out = tmp_path / "both.safetensors"
+
+    result = run("merge", tmp_path / "nan.safetensors", files[1], "-o", out)
+
+    assert result.stderr.count(key.removesuffix(".lora_up.weight")) == 1
+    pattern = result.stderr.split("--exclude '")[1].split("'")[0]
+    assert run("merge", tmp_path / "nan.safetensors", files[1], "-o", out, "--exclude", pattern).returncode == 0
+
+
+def test_a_checkpoint_in_the_place_of_a_lora_is_sent_to_bake(files: tuple[Path, Path], tmp_path: Path) -> None:
+    save_file({"model.diffusion_model.out.2.weight": np.ones((4, 4), np.float32)}, tmp_path / "base.safetensors")
+
+    result = run("merge", files[0], tmp_path / "base.safetensors", "-o", tmp_path / "both.safetensors")
+
+    refused(result, "loramerge bake LORA --base MODEL -o NEW", tmp_path)
+
+
+def test_a_loha_is_shown_with_its_dim(tmp_path: Path) -> None:
+    file = lm.save(small(kind="loha", rank=4), tmp_path / "loha.safetensors", dialect="kohya")
+
+    assert "dim 4, as a LoRA 16" in run("inspect", file).stdout

@@ -315,3 +315,15 @@ def test_a_product_has_its_rank() -> None:
     product = (rng.standard_normal((80, 6)) @ rng.standard_normal((6, 50))).astype(np.float32)
 
     assert linalg.numerical_rank(product) == linalg.numerical_rank(product.T) == 6
+
+
+def test_what_differs_by_rounding_alone_is_told_and_left_out(tmp_path: Path) -> None:
+    arrays = models.base("sd15")
+    module = "unet.up_blocks.3.attentions.0.transformer_blocks.0.attn2.to_k"
+    changed = arrays | {f"{module}.weight": arrays[f"{module}.weight"] + np.float32(0.1)}
+    half = {key: array.astype(np.float16) for key, array in changed.items()}
+
+    planned = plan_extraction(models.folder(tmp_path / "a", half), models.folder(tmp_path / "b", arrays))
+
+    assert set(planned.ranks) == {module}
+    assert "differ by rounding alone" in planned.notes[0]

@@ -91,7 +91,7 @@ def test_a_streamed_merge_is_the_merge_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "wanted"), [(("float16",) * 2, "F16"), (("float16", "float32"), "F32"), (("float16", "bfloat16"), "F32")]
+    ("dtypes", "wanted"), [(("float16",) * 2, "F16"), (("float16", "float32"), "F32"), (("float16", "bfloat16"), "F16")]
 )
 def test_a_merge_is_saved_in_the_widest_of_its_inputs_dtypes(
     dtypes: tuple[str, str], wanted: str, tmp_path: Path

@@ -219,7 +219,10 @@ def _checked(loras: Sequence[LoRA], kinds: Sequence[str], base: Checkpoint | Non
     for first, second in combinations(loras, 2):
         shared = [module for module in first if module in second]
         for module in shared:
-            shapes = first.layout(module).shape, second.layout(module).shape
+            layouts = first.layout(module), second.layout(module)
+            shapes = layouts[0].shape, layouts[1].shape
+            if "bias" in (layouts[0].kind, layouts[1].kind):
+                shapes = shapes[0][:1], shapes[1][:1]
             if not _same_weight(*shapes):
                 raise MergeError(
                     f"{module} has the shape {shapes[0]} in {first.name} and {shapes[1]} in {second.name}: "

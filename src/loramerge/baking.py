@@ -24,7 +24,7 @@ from .storage.writer import Progress
 from .tensors import Array, Shape, float32, is_torch, parse_dtype, put_rows, take_rows
 from .weights import ModuleWeights, Scope, Weights, resolve
 
-BAKED = ("lora", "loha", "lokr", "dora", "full", "bias", "norm", "set")
+BAKED = ("lora", "loha", "lokr", "dora", "full", "bias", "norm", "table", "set")
 """Kinds of layers whose ΔW can be computed, given the weight."""
 
 

@@ -74,6 +74,9 @@ def _bias(layer: Layer) -> Array | None:
 
 
 def _compared_updates(first: Layer, second: Layer) -> tuple[float, float]:
+    if "bias" in (first.kind, second.kind):
+        sizes = [0.0 if layer.kind == "bias" else _norm(layer) for layer in (first, second)]
+        return sizes[0], sum(sizes)
     if first.shape != second.shape and math.prod(first.shape) != math.prod(second.shape):
         return _norm(first), math.inf
     if isinstance(first, DoRA) and isinstance(second, DoRA):

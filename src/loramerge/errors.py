@@ -32,6 +32,10 @@ class NumberError(LoRAMergeError):
     """NaN or infinity was read, or a value doesn't fit the dtype asked for."""
 
 
+class StoredNumberError(NumberError):
+    """NaN or infinity in a file; the message names the file and the module already."""
+
+
 class DialectError(LoRAMergeError):
     """A dialect can't hold what the LoRA has."""
 

@@ -8,7 +8,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -167,17 +167,21 @@ def plan_extraction(
     given = _checked_ranks(ranks or {}, modules)
     found: dict[str, int] = {}
     lost: list[NotHeld] = []
+    rounded: list[str] = []
     tensors = list(_tensors(first, second, modules))
     for done, tensor in enumerate(tensors, start=1):
         delta = tensor.difference()
-        if delta.any() and tensor.fits_a_lora:
+        if delta.any() and tensor.rounded_only:
+            rounded.append(tensor.name)
+        elif delta.any() and tensor.fits_a_lora:
             found[tensor.name] = _rank_of(given.get(tensor.name, rank), delta)
         elif delta.any():
             lost.append(tensor.not_held(delta))
         if progress:
             progress(done, len(tensors))
     if not found:
-        raise MergeError(f"{first.name} and {second.name} differ in no weight that a LoRA can hold.")
+        only = ", but for the rounding to another dtype" if rounded else ""
+        raise MergeError(f"{first.name} and {second.name} differ in no weight that a LoRA can hold{only}.")
     codes = [first[module].dtype for module in found]
     return Extraction(
         tuned=first,
@@ -186,7 +190,7 @@ def plan_extraction(
         dtype=parse_dtype(dtype) if dtype else computed([code for code in codes if code in FLOATS]),
         rank=rank,
         not_held=tuple(lost),
-        notes=_notes(first, second, found),
+        notes=_notes(first, second, found, rounded),
     )
 
 
@@ -253,6 +257,16 @@ class _Tensor:
         tuned, base = self._read(self.tuned, self.here), self._read(self.base, self.there)
         return float32(tuned - base.reshape(tuned.shape)).reshape(self.there.shape)
 
+    @property
+    def rounded_only(self) -> bool:
+        """Whether one model's values are the other's, rounded to its dtype."""
+        if self.here.dtype == self.there.dtype:
+            return False
+        tuned, base = (float32(self._read(*side)) for side in ((self.tuned, self.here), (self.base, self.there)))
+        return _rounds_to(base.reshape(tuned.shape), tuned, self.here.dtype) or _rounds_to(
+            tuned, base.reshape(tuned.shape), self.there.dtype
+        )
+
     def _read(self, model: Checkpoint, place: Place) -> Array:
         values = model.read(place)
         try:
@@ -264,6 +278,13 @@ class _Tensor:
     def not_held(self, delta: Array) -> NotHeld:
         norm, size = dense_norm(delta), dense_norm(self.base.read(self.there))
         return NotHeld(self.name, norm, norm / size if size else math.inf)
+
+
+def _rounds_to(wide: Array, narrow: Array, dtype: str) -> bool:
+    try:
+        return bool((float32(cast(wide, dtype)) == narrow).all())
+    except NumberError:
+        return False
 
 
 def _tensors(tuned: Checkpoint, base: Checkpoint, modules: list[str]) -> Iterator[_Tensor]:
@@ -318,8 +339,12 @@ def _rank_of(rank: Rank, delta: Array) -> int:
     return linalg.numerical_rank(flat) if rank == "full" else min(operator.index(rank), *flat.shape)
 
 
-def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int]) -> tuple[str, ...]:
+def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int], rounded: Sequence[str]) -> tuple[str, ...]:
     notes = []
+    if rounded:
+        notes.append(
+            f"{len(rounded)} weights differ by rounding alone, such as {rounded[0]}: nothing is extracted of them"
+        )
     if any(tuned[module].dtype != base[module].dtype for module in modules):
         notes.append("the models are stored in different dtypes: what rounding changed is part of the difference")
     alone = (_components(tuned) | _components(base)) - (_components(tuned) & _components(base))

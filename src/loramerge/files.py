@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from .architectures.names import COMPONENTS
 from .dialects import written_dialect
 from .errors import DialectError, FileError, OptionError
+from .layers import direction_of
 from .lora import LoRA, from_tensors
 from .storage.pickles import PICKLES, pickled
 from .storage.reader import SafetensorsFile, read_text
-from .tensors import Array, Held, Stored, Tensor, is_known
-from .wording import first_line
+from .tensors import Array, Held, Stored, Tensor, is_known, nbytes
+from .wording import first_line, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -280,6 +281,7 @@ def save(
     workers: int = 1,
     progress: "Progress | None" = None,
     lost: Callable[[str], object] | None = None,
+    allow_growth: bool = False,
 ) -> "Path":
     """Write a LoRA, whole or not at all.
 
@@ -297,6 +299,7 @@ def save(
             otherwise they are threads, which pay for large ranks only.
         progress: Called with the number of modules done and of all.
         lost: Called with a line for each thing that ``allow_lossy`` left out.
+        allow_growth: Whether the file may take more than ten times the room of what it is made of.
 
     Returns:
         The path that was written.
@@ -304,13 +307,16 @@ def save(
     Raises:
         DialectError: The dialect can't hold a layer; nothing is written.
         NumberError: A value is NaN, infinite, or too large for the dtype.
-        FileError: The path can't be written.
+        OptionError: The file would grow beyond measure.
+        FileError: The path can't be written, or the disk has no room.
     """
     from .dialects.write import spell
     from .metadata import for_writing
 
     target = check_target(path, dialect or lora.dialect)
     spelling = spell(lora, dialect, dtype, allow_lossy=allow_lossy)
+    if not allow_growth:
+        check_growth(lora, tensors_size(spelling), spelling.dialect.name)
     if lost:
         for line in spelling.left_out:
             lost(line)
@@ -331,6 +337,45 @@ def saved_size(lora: LoRA, dialect: str | None = None, dtype: str | None = None,
 
     spelling = spell(lora, dialect, dtype, allow_lossy=allow_lossy)
     return file_size(spelling.groups, *for_writing(lora, spelling))
+
+
+GROWTH, SMALL = 10, 20_000_000
+"""A file that is larger than what it is made of by this factor is refused, unless it is as small as an ordinary LoRA."""
+
+
+def check_growth(lora: LoRA, length: int, dialect: str) -> None:
+    """Refuse a file that takes many times the room of what it is made of: LoHas and LoKrs are LoRAs of large ranks.
+
+    Args:
+        lora: What would be written.
+        length: Bytes of the file.
+        dialect: Name of its dialect.
+
+    Raises:
+        OptionError: The file would grow beyond measure.
+    """
+    if lora.made_of is None or length <= max(SMALL, GROWTH * lora.made_of):
+        return
+    unheld = _unheld(lora, dialect)
+    raise OptionError(
+        f"{lora.name} would take {size(length)}, {length / lora.made_of:.0f} times the {size(lora.made_of)} that it is made "
+        f"of: {unheld or 'an exact sum of LoHas or LoKrs is a LoRA of their large rank'}. Ways out: a smaller rank, the best "
+        "fit (merge or resize with --rank 32, or rank=32), a size (max_size=200MB), "
+        f"{'a dialect that holds them (kohya, kohya-diffusers, comfyui), ' if unheld else ''}or take the size as it is "
+        "(allow_growth)."
+    )
+
+
+def tensors_size(spelling: "Spelling") -> int:
+    """Bytes of the tensors as they are written."""
+    return sum(nbytes(tuple(t.shape), t.dtype) for group in spelling.groups for t in group.specs.values())
+
+
+def _unheld(lora: LoRA, dialect: str) -> str:
+    """What a dialect can't hold of a LoRA but as one of a large rank; empty where it is nothing."""
+    kinds = {direction_of(layout).kind for layout in lora.layouts.values()} - written_dialect(dialect).holds
+    names = [title for kind, title in (("lokr", "LoKr"), ("loha", "LoHa")) if kind in kinds]
+    return f"{dialect} can't hold {' and '.join(names)} layers but as a LoRA of their large rank" if names else ""
 
 
 def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
@@ -459,6 +504,7 @@ def convert(
     allow_pickle: bool = False,
     workers: int = 1,
     progress: "Progress | None" = None,
+    allow_growth: bool = False,
 ) -> "Path":
     """Write a LoRA in another dialect; ΔW stays what it is.
 
@@ -472,12 +518,14 @@ def convert(
         allow_pickle: Whether to read pickles, tensors only.
         workers: Processes or threads, as in `save`.
         progress: Called with the number of modules done and of all.
+        allow_growth: As in `save`.
 
     Returns:
         The path that was written.
 
     Raises:
         DialectError: The dialect can't hold a layer; nothing is written.
+        OptionError: The file would grow beyond measure.
         FileError: The source can't be read or the path can't be written.
         NotALoRAError: The source is no LoRA.
     """
@@ -490,4 +538,5 @@ def convert(
             allow_lossy=allow_lossy,
             workers=workers,
             progress=progress,
+            allow_growth=allow_growth,
         )

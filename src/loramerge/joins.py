@@ -18,6 +18,7 @@ from .layers import Full, Layer, LowRank, low_rank
 from .layers.base import matrix
 from .lora import LoRA
 from .methods.base import Merged, shared_down
+from .methods.linear import linear
 from .ranks import Rank, rule
 from .steps import Step
 from .tensors import Shape, largest_rank
@@ -32,10 +33,14 @@ class Join:
     rows: tuple[int, ...]
     """Each module's rows."""
     columns: int
-    whole_rank: int
-    """Rank of the weight as it is written when the modules are not cut as one."""
+    apart_rank: int
+    """Rank of the weight as it is written when each module is merged by itself."""
+    full_rank: int
+    """The least rank that it can be written in without loss: parts that share a ``down`` in an input share it still."""
     rank: int
     """Rank of the result."""
+    exact: bool = False
+    """Whether the inputs' own joined weights, side by side, are the result before it is cut."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -49,18 +54,18 @@ class Join:
 
     @property
     def as_one(self) -> bool:
-        """Whether the modules are brought to the rank as one matrix."""
-        return self.rank < self.whole_rank
+        """Whether the modules are merged as one matrix."""
+        return self.rank < self.apart_rank
 
     @property
     def cut(self) -> bool:
         """Whether that takes something away."""
-        return self.rank < min(self.whole_rank, *self.shape)
+        return self.rank < min(self.full_rank, *self.shape)
 
     @property
     def step(self) -> Step:
         """The merge of all modules as that of one."""
-        return Step(", ".join(self.modules), self.shape, (), (), self.whole_rank, self.rank)
+        return Step(", ".join(self.modules), self.shape, (), (), self.full_rank, self.rank)
 
 
 def joins_of(
@@ -80,7 +85,7 @@ def joins_of(
         return {}
     found: dict[str, Join] = {}
     for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():
-        present = tuple(part for part in parts if part.module in steps)
+        present = tuple(part for part in parts if part.module in steps and not steps[part.module].rankless)
         if len(present) > 1:
             join = _join(present, [steps[part.module] for part in present], loras, exact, rank)
             found |= dict.fromkeys(join.modules, join)
@@ -88,23 +93,54 @@ def joins_of(
 
 
 def _join(parts: Parts, steps: Sequence[Step], loras: Sequence[LoRA], exact: bool, rank: Rank) -> Join:
-    shared = exact and len({shared_down([loras[i].layout(s.module) for i in s.inputs]) or s.module for s in steps}) == 1
-    written = [min(step.rank if rank == "sum" else step.full_rank, largest_rank(step.shape)) for step in steps]
-    whole = max(written) if shared else sum(written)
     rows, columns = tuple(step.shape[0] for step in steps), math.prod(steps[0].shape[1:])
+    written = [min(step.rank if rank == "sum" else step.full_rank, largest_rank(step.shape)) for step in steps]
+    shared = exact and len({_downs(step, loras) or step.module for step in steps}) == 1
+    apart = max(written) if shared else sum(written)
     inputs = dict.fromkeys(i for step in steps for i in step.inputs)
+    ranks = [_input_rank(loras[i], steps, i) for i in inputs]
+    plain = exact and not any(step.dense for step in steps)
+    full = min(apart, sum(ranks)) if plain else apart
+    if all(step.kept and loras[step.inputs[0]].layout(step.module).kind != "lora" for step in steps):
+        return Join(parts, rows, columns, full, full, full)  # written as the one LoHa or LoKr that it was
     if rank == "sum" and not any(step.cut for step in steps):
-        return Join(parts, rows, columns, whole, whole)
-    wanted = rule(rank)([_input_rank(loras[i], steps, i) for i in inputs])
-    return Join(parts, rows, columns, whole, max(1, min(wanted, whole, sum(rows), columns)))
+        wanted = full
+    else:
+        wanted = rule(rank)(ranks)
+    return Join(parts, rows, columns, apart, full, max(1, min(wanted, full, sum(rows), columns)), plain)
+
+
+def _downs(step: Step, loras: Sequence[LoRA]) -> object:
+    """What tells the ``down`` of a module's sum from others."""
+    return shared_down([loras[i].layout(step.module) for i in step.inputs])
 
 
 def _input_rank(lora: LoRA, steps: Sequence[Step], i: int) -> int:
     """The rank that an input has, or would have, in the joined weight."""
     layouts = [lora.layout(step.module) for step in steps if i in step.inputs]
-    ranks = [layout.rank or 0 for layout in layouts]
-    shared = len({shared_down([layout]) or n for n, layout in enumerate(layouts)}) == 1
-    return max(ranks) if shared else sum(ranks)
+    ranks: dict[object, int] = {}
+    for n, layout in enumerate(layouts):
+        name = shared_down([layout]) or n
+        ranks[name] = max(ranks.get(name, 0), layout.rank or 0)
+    return sum(ranks.values())
+
+
+def side_by_side(join: Join, inputs: Sequence[Mapping[str, LowRank]]) -> LowRank:
+    """The weighted sum of the inputs' joined weights, each with the ``down`` that its parts share.
+
+    Args:
+        join: The modules.
+        inputs: Every input's layers by module, times their weights.
+    """
+    wholes = [_whole(join, {module: replace(layer, diff_b=None) for module, layer in each.items()}) for each in inputs]
+    found = linear.merge(wholes, [1.0] * len(wholes))
+    assert isinstance(found, LowRank)
+    return found
+
+
+def _whole(join: Join, layers: Mapping[str, Layer]) -> Layer:
+    rows = dict(zip(join.modules, join.rows, strict=True))
+    return fuse.fused(join.parts, layers, rows.__getitem__, lambda layer: layer)
 
 
 def one(join: Join, layers: Sequence[Merged]) -> Merged:
@@ -112,13 +148,12 @@ def one(join: Join, layers: Sequence[Merged]) -> Merged:
     bare: list[Layer] = [replace(layer, diff_b=None) for layer in layers]
     if any(isinstance(layer, Full) for layer in bare):
         bare = [Full(diff=matrix(layer.delta())) for layer in bare]
-    rows = dict(zip(join.modules, join.rows, strict=True))
-    whole = fuse.fused(join.parts, dict(zip(join.modules, bare, strict=True)), rows.__getitem__, lambda layer: layer)
+    whole = _whole(join, dict(zip(join.modules, bare, strict=True)))
     assert isinstance(whole, LowRank | Full)
     return whole
 
 
-def apart(join: Join, whole: LowRank, layers: Sequence[Merged]) -> dict[str, LowRank]:
+def apart(join: Join, whole: LowRank, layers: Sequence[Layer]) -> dict[str, LowRank]:
     """The modules' own parts of the whole, with the biases of their layers."""
     up, down = matrix(whole.up), matrix(whole.down)
     found, start = {}, 0
@@ -134,7 +169,7 @@ def down_id(join: Join) -> tuple[str, ...]:
     return ("cut as one", *join.modules)
 
 
-def lost_by(lost: float, layers: Sequence[Merged], kept: Sequence[LowRank]) -> list[tuple[float, float]]:
+def lost_by(lost: float, layers: Sequence[Layer], kept: Sequence[LowRank]) -> list[tuple[float, float]]:
     """Each module's ‖ΔW‖² and its share of what was cut off of the whole.
 
     The kept part is a projection of the whole on rows of the weight's inputs, so in each module the

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tensors import Array, is_torch, namespace
+from .tensors import FAINT, Array, is_torch, namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -277,10 +277,14 @@ def truncate(up: Array, down: Array, rank: int) -> Cut:
 
 def squares(up: Array, down: Array) -> "np.ndarray":
     """Squared singular values of ``up @ down``, falling, float64; those that are zero are left out."""
+    return as_numpy(spectrum(*grams(up, down)).sigma) ** 2
+
+
+def as_numpy(array: Array) -> "np.ndarray":
+    """An array as numpy's."""
     import numpy as np
 
-    sigma = spectrum(*grams(up, down)).sigma
-    return np.asarray(sigma.cpu() if is_torch(sigma) else sigma) ** 2
+    return np.asarray(array.cpu() if is_torch(array) else array)
 
 
 def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:
@@ -320,34 +324,26 @@ def truncate_dense(delta: Array, rank: int, oversampling: int | None = None, ite
         Halko, Martinsson and Tropp, 2011, algorithm 4.4, https://arxiv.org/abs/0909.4061
     """
     oversampling = max(16, rank // 2) if oversampling is None else oversampling
-    energy = _energy(delta)
     side = min(delta.shape)
     if 3 * (rank + oversampling) >= side:
         xp = namespace(delta)
         eye = xp.eye(side, dtype=delta.dtype, device=delta.device)
         wide = delta.shape[0] <= delta.shape[1]
         found = _project(eye, delta, rank) if wide else _project(eye, delta.T, rank)
-        return _measured(*(found if wide else (found[1].T, found[0].T)), energy)
-    basis = delta @ _gaussian(delta, rank + oversampling)
-    for _ in range(iterations):
-        basis = delta @ (delta.T @ _orthonormal(basis))
-    basis = _orthonormal(basis)
-    return _measured(*_project(basis, basis.T @ delta, rank), energy)
+        up, down = (found[0], found[1]) if wide else (found[1].T, found[0].T)
+    else:
+        basis = delta @ _gaussian(delta, rank + oversampling)
+        for _ in range(iterations):
+            basis = delta @ (delta.T @ _orthonormal(basis))
+        basis = _orthonormal(basis)
+        up, down = _project(basis, basis.T @ delta, rank)[:2]
+    return Cut(up, down, _energy(delta), _energy(delta - up @ down))
 
 
 def _energy(delta: Array) -> float:
     """‖ΔW‖², in row sums of float32 that are added up in float64."""
     xp = namespace(delta)
     return float(xp.sum(xp.astype(xp.sum(delta * delta, axis=1), xp.float64)))
-
-
-def _measured(up: Array, down: Array, energy: float) -> Cut:
-    # The kept part is a projection of the whole, so that the two energies differ by what is lost.
-    return Cut(up, down, energy, max(energy - norm(up, down) ** 2, 0.0))
-
-
-FAINT = 2.0**-13
-"""A column whose root mean square is below it loses digits in float16: many values are subnormal there."""
 
 
 def faint(up: Array) -> bool:
@@ -404,16 +400,21 @@ def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 
         basis = _orthonormal(basis)
         basis = up @ (down @ (down.T @ (up.T @ basis)))
     basis = _orthonormal(basis)
-    return _measured(*_project(basis, (basis.T @ up) @ down, rank), norm(up, down) ** 2)
+    inside = basis.T @ up
+    found_up, found_down, tail = _project(basis, inside @ down, rank)
+    # What the basis misses and what is cut off in it are orthogonal; a difference of energies would be rounding.
+    missed = norm(up - basis @ inside, down) ** 2
+    return Cut(found_up, found_down, norm(up, down) ** 2, missed + tail)
 
 
-def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array]:
-    """Best factors of a rank for ``basis @ core``, the basis being orthonormal, from core's smaller side."""
+def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array, float]:
+    """Best factors of a rank for ``basis @ core``, the basis being orthonormal, and the energy that they leave out."""
     xp = namespace(core)
     squares, vectors = eigenpairs(gram(core))
+    tail = float(squares[rank:].sum())
     vectors, root = xp.astype(vectors[:, :rank], core.dtype), squares[:rank] ** 0.25
-    inverse = _inverse(root)
-    return (basis @ vectors) * xp.astype(root, core.dtype), xp.astype(inverse, core.dtype)[:, None] * (vectors.T @ core)
+    inverse = xp.astype(_inverse(root), core.dtype)
+    return (basis @ vectors) * xp.astype(root, core.dtype), inverse[:, None] * (vectors.T @ core), tail
 
 
 def _gaussian(like: Array, columns: int) -> Array:

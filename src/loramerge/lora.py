@@ -12,11 +12,11 @@ from .blocks import matches, offered
 from .dialects import alphas
 from .dialects.alphas import Config
 from .dialects.read import Reading, Record, read
-from .errors import LoRAMergeError, OptionError
+from .errors import LoRAMergeError, NumberError, OptionError, StoredNumberError
 from .layers import Layer, LowRank, alpha_of, build
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
-from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
+from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch, nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,8 @@ class LoRA(Mapping[str, Layer]):
     """What was repaired or is unusual."""
     dtype: str | None = None
     """Dtype that saving uses unless told: None keeps every tensor's own."""
+    made_of: int | None = None
+    """Bytes of the tensors that it was made of; None where its size was chosen, or is nobody's concern."""
     here: bool = False
     """Whether layers must be computed in this process, because someone is told of it."""
     origin: Origin | None = field(default=None, repr=False)
@@ -141,10 +143,12 @@ class LoRA(Mapping[str, Layer]):
 
     def exclude(self, *patterns: str) -> "LoRA":
         """All but the modules that match one of the patterns."""
-        kept = self.others(*patterns)
-        if patterns and len(kept) == len(self):
+        kept = _part_without(self, patterns)
+        if patterns and _size(kept) == _size(self):
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_offered(self)}")
-        return self._keep(kept, patterns)
+        if not kept:
+            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_offered(self)}")
+        return kept
 
     def others(self, *patterns: str) -> list[str]:
         """The modules that match none of the patterns."""
@@ -242,10 +246,20 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
     Raises:
         OptionError: There are patterns, and no module of any LoRA matches.
     """
-    kept = [lora.part(lora.others(*patterns)) for lora in loras]
-    if patterns and sum(map(len, kept)) == sum(map(len, loras)):
+    kept = [_part_without(lora, patterns) for lora in loras]
+    if patterns and all(_size(a) == _size(b) for a, b in zip(kept, loras, strict=True)):
         raise OptionError(f"No module matches the pattern {' or '.join(patterns)}. {_offered(*loras)}")
     return kept
+
+
+def _part_without(lora: LoRA, patterns: Sequence[str]) -> LoRA:
+    extras = {key: t for key, t in lora.extras.items() if not any(matches(p, key) for p in patterns)}
+    part = lora.part(lora.others(*patterns))
+    return part if len(extras) == len(lora.extras) else replace(part, extras=extras, origin=None)
+
+
+def _size(lora: LoRA) -> tuple[int, int]:
+    return len(lora), len(lora.extras)
 
 
 def _offered(*loras: LoRA) -> str:
@@ -339,6 +353,7 @@ def from_tensors(
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},
         notes=tuple(notes),
+        made_of=sum(nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()),
         origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
     )
 
@@ -402,6 +417,10 @@ class _Reader:
     def _named(self, record: Record, make: Callable[[Record], Layer]) -> Layer:
         try:
             return make(record)
+        except NumberError as error:
+            module = record.parts[0].module
+            way = f"Way out: leave the module out (exclude), such as --exclude '{module}'"
+            raise StoredNumberError(f"{self.name}: {record.stem}: {error}. {way}.") from None
         except LoRAMergeError as error:
             raise type(error)(f"{self.name}: {record.stem}: {error}") from None
 

@@ -15,7 +15,7 @@ from .methods import Method, check_options, find
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
 from .steps import Step, common_extras, named, of_one_family, steps_of
-from .tensors import computed
+from .tensors import FLOATS, code, computed, fits_half
 from .weights import Scope, Weights, resolve
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def plan(
     max_size: int | str | None = None,
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
     progress: "Progress | None" = None,
+    allow_growth: bool = False,
     **options: Any,
 ) -> Plan:
     """Plan a merge; the arguments are those of `merge`.
@@ -63,14 +64,16 @@ def plan(
         raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
     opened, architecture = of_one_family(opened)
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
-    steps = steps_of(opened, chosen, checked, rank, model)
-    if not steps:
-        raise MergeError(f"Nothing to merge: {chosen.name} changes the first LoRA, and {opened[0].name} has no module.")
+    limit = budget(max_error, energy, max_size)
     resolved = resolve(opened, weights, scope, chosen.default_weight)
+    weigh = None if resolved.from_values else resolved.of  # a block vector may lack a module's block
+    steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
+    if not steps:
+        raise MergeError(_nothing(chosen, opened))
     if resolved.columns and chosen.name != "linear":
         raise OptionError(f"Learned coefficients are weights of the method linear; {chosen.name} takes numbers.")
     for module in () if resolved.from_values else steps:
-        found = resolved.of(module)  # a block vector may lack a module's block
+        found = resolved.of(module)
         if chosen.allows:
             with named(module):
                 chosen.allows([found[i] for i in steps[module].inputs])
@@ -84,15 +87,15 @@ def plan(
         steps=steps,
         name=" + ".join(lora.name for lora in opened),
         dialect=_dialect_for([lora.dialect for lora in opened], architecture),
-        dtype=computed([code for lora in opened for code in _dtypes(lora)]),
+        dtype=_dtype([opened[i] for i in sorted({i for step in steps.values() for i in step.inputs})]),
         device=device,
-        extras=common_extras(opened),
+        extras=common_extras(opened, weigh),
         base=model,
         given=tuple(given),
         exclude=left_out,
         scope=scope,
+        allow_growth=allow_growth,
     )
-    limit = budget(max_error, energy, max_size)
     return planned.within(limit, progress) if limit else planned
 
 
@@ -110,6 +113,7 @@ def merge(
     max_size: int | str | None = None,
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
     progress: "Progress | None" = None,
+    allow_growth: bool = False,
     **options: Any,
 ) -> LoRA:
     """Merge LoRAs of one model family into one, whatever tool made each.
@@ -135,6 +139,8 @@ def merge(
             as the rank.
         progress: Called with the number of modules done and of all; with a budget twice, while it is
             spent and while the merge is made.
+        allow_growth: Whether the result may take more than ten times the room of the inputs, as exact sums of
+            LoKrs and LoHas can.
         **options: The method's own.
 
     Returns:
@@ -165,8 +171,10 @@ def merge(
         max_size=max_size,
         base=base,
         progress=progress,
+        allow_growth=allow_growth,
         **options,
     )
+    planned.check_growth()
     return planned.lora().in_memory(progress)
 
 
@@ -230,9 +238,41 @@ def _dialect_for(given: Sequence[str], architecture: str | None) -> str:
     return "kohya" if ARCHITECTURES[architecture].native else "diffusers-peft"
 
 
+def _nothing(method: Method, loras: Sequence[LoRA]) -> str:
+    """Why a merge has no module."""
+    if method.of_first and not loras[0]:
+        return f"Nothing to merge: {method.name} changes the first LoRA, and {loras[0].name} has no module."
+    first = f" of the first LoRA, which {method.name} changes," if method.of_first else ""
+    return f"Nothing to merge: the weight{first} is 0 in every module. Way out: another weight."
+
+
+def _dtype(loras: Sequence[LoRA]) -> str:
+    """The dtype that holds what is computed of LoRAs: theirs; of float16 and bfloat16 the one that holds all values."""
+    codes = {code for lora in loras for code in _dtypes(lora)}
+    if not codes & {"F16", "BF16"} or codes & {"F32", "F64"}:
+        return computed(list(codes))
+    return "F16" if "BF16" not in codes or ("F16" in codes and all(map(_fits_half, loras))) else "BF16"
+
+
 def _dtypes(lora: LoRA) -> list[str]:
-    """The dtype that a LoRA would be saved in, or those of its layers: a merge's are float32 until then."""
-    return [lora.dtype] if lora.dtype else [layer.dtype for layer in lora.layouts.values()]
+    """The dtype that a LoRA would be saved in, or those of its tensors: a merge's are float32 until then."""
+    if lora.dtype:
+        return [lora.dtype]
+    return [
+        found if (found := code(t)) in FLOATS else "F32"
+        for layer in lora.layouts.values()
+        for t in layer.tensors().values()
+    ]
+
+
+def _fits_half(lora: LoRA) -> bool:
+    """Whether float16 holds a LoRA's bfloat16 values with all their digits; what is faint in ``up`` can be raised."""
+    roles = {m: [r for r, t in layout.tensors().items() if code(t) == "BF16"] for m, layout in lora.layouts.items()}
+    for module in filter(roles.__getitem__, lora):
+        tensors = lora[module].tensors()
+        if not all(fits_half(tensors[role], role != "up") for role in roles[module]):
+            return False
+    return True
 
 
 def _listed(loras: object) -> "Sequence[LoRA | Source]":

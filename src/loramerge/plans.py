@@ -11,21 +11,24 @@ from typing import TYPE_CHECKING, Any
 from . import linalg
 from .checkpoints import Checkpoint
 from .dense import on_base
+from .dialects import DIALECTS
 from .errors import OptionError
-from .files import saved_size
-from .joins import Join, apart, down_id, joins_of, lost_by, one
-from .layers import Full, Layer, LowRank, low_rank
+from .files import check_growth, saved_size
+from .joins import Join, apart, down_id, joins_of, lost_by, one, side_by_side
+from .layers import Full, Layer, LowRank, bias_of, low_rank
 from .layers.base import matrix
 from .lora import LoRA, in_one_library
 from .metadata import RECIPE, STALE
 from .methods import Method
 from .methods.base import Merged, applied, shared_down
+from .methods.linear import linear
+from .methods.vectors import plus_biases, vectors
 from .provenance import UNKNOWN, record
 from .ranks import Budget, Rank, Spectrum, choose
 from .selection import Streams, module_seed
 from .steps import Step, alike, named
 from .storage.awaited import Awaited
-from .tensors import Spec, Tensor, largest_rank, namespace, nbytes
+from .tensors import Spec, Tensor, code, largest_rank, namespace, nbytes
 from .weights import ModuleWeights, Scope
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ class Outcome:
     """One module's merged layer, and what bringing it to its rank took away."""
 
     module: str
-    layer: LowRank
+    layer: Layer
     energy: float | None
     """‖ΔW‖² of the method's own result; None in a merge that cuts nothing."""
     lost: float
@@ -123,16 +126,18 @@ class Plan:
     """The LoRAs as they were given, with the modules that ``exclude`` leaves out."""
     exclude: tuple[str, ...] = ()
     scope: Scope = "module"
+    allow_growth: bool = False
+    """Whether the result may take many times the room of what it is made of."""
     ranks: Mapping[str, int] | None = None
     """Every module's rank as it was chosen; for modules that are cut as one that of the whole."""
 
-    def run(self) -> "Iterator[tuple[str, LowRank]]":
+    def run(self) -> "Iterator[tuple[str, Layer]]":
         """Merge module by module: the caller's loop is the progress bar."""
         for module in self.steps:
             yield module, self.merge(module)
 
-    def merge(self, module: str) -> LowRank:
-        """One module's merged layer, float32, scale folded in."""
+    def merge(self, module: str) -> Layer:
+        """One module's merged layer."""
         return self.outcome(module).layer
 
     def outcome(self, module: str) -> Outcome:
@@ -142,7 +147,17 @@ class Plan:
             return self._cut_as_one(join)[module]
         step = self.steps[module]
         with named(module):
-            return _fitted(self._uncut(step), step, self.cuts)
+            made = self._uncut(step)
+            if step.kept or step.rankless or self._stays_dense(step):
+                return Outcome(module, made, made.norm() ** 2 if self.cuts and not step.rankless else None, 0.0)
+            return _fitted(_merged(made), step, self.cuts)
+
+    def _stays_dense(self, step: Step) -> bool:
+        """Whether a dense result is written as it is: factors of its rank would take no less room."""
+        rows, columns = step.shape[0], math.prod(step.shape[1:])
+        small = step.rank * (rows + columns) < rows * columns
+        held = "full" in DIALECTS[self.dialect].holds or (isinstance(self.rank, str) and self.ranks is None)
+        return step.dense and held and not small
 
     @cached_property
     def joins(self) -> Mapping[str, Join]:
@@ -173,10 +188,27 @@ class Plan:
 
     def _outcomes(self, join: Join) -> dict[str, Outcome]:
         layers = self._uncut_parts(join)
-        whole = _fitted(one(join, layers), join.step, True)
+        whole = _fitted(self._joined(join, layers), join.step, join.cut or self.cuts)
+        assert isinstance(whole.layer, LowRank)
         parts = apart(join, whole.layer, layers)
+        if whole.energy is None:
+            return {m: Outcome(m, part, None, 0.0) for m, part in parts.items()}
         shares = lost_by(whole.lost, layers, list(parts.values()))
         return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
+
+    def _joined(self, join: Join, layers: Sequence[Merged]) -> Merged:
+        """All modules of a join as one, before it is cut."""
+        if not join.exact:
+            return one(join, layers)
+        found: dict[int, dict[str, LowRank]] = {}
+        for module in join.modules:
+            weights = self.weights.of(module)
+            for i, layer in zip(self.steps[module].inputs, self.inputs(module), strict=True):
+                if layer.kind != "bias":
+                    part = linear.merge([layer], [weights[i]])
+                    assert isinstance(part, LowRank)
+                    found.setdefault(i, {})[module] = part
+        return side_by_side(join, list(found.values()))
 
     def _uncut_parts(self, join: Join) -> list[Merged]:
         found = []
@@ -184,18 +216,31 @@ class Plan:
             with named(module):
                 # A method that makes the most of its rank gets a share of it, so that the parts fit into the whole.
                 share = max(1, join.rank // len(join.modules))
-                found.append(self._uncut(replace(self.steps[module], rank=share)))
+                found.append(_merged(self._uncut(replace(self.steps[module], rank=share, alone=False))))
         return found
 
-    def _uncut(self, step: Step) -> Merged:
-        layers = self.inputs(step.module)
+    def _uncut(self, step: Step) -> Layer:
         weights = self.weights.of(step.module)
+        pairs = [(layer, weights[i], i) for layer, i in zip(self.inputs(step.module), step.inputs, strict=True)]
+        if step.kept:
+            return _handed_on(*pairs[0][:2])
+        counted = pairs[:1] if self.method.of_first else pairs
+        if step.rankless:
+            return vectors([layer for layer, _, _ in counted], [weight for _, weight, _ in counted])
+        layers, shares, inputs = zip(*[pair for pair in pairs if pair[0].kind != "bias"], strict=True)
+        biases = [pair for pair in counted if pair[0].kind == "bias"]
+        merged = self._by_method(step, layers, shares, inputs)
+        return plus_biases(merged, [layer for layer, _, _ in biases], [weight for _, weight, _ in biases])
+
+    def _by_method(
+        self, step: Step, layers: Sequence[Layer], weights: Sequence[Any], inputs: tuple[int, ...]
+    ) -> Merged:
         options = dict(self.options)
         if "seed" in options:
-            options["seed"] = Streams(module_seed(options["seed"], step.module), step.inputs)
+            options["seed"] = Streams(module_seed(options["seed"], step.module), inputs)
         if self.method.ranked:
             options["most"] = step.rank
-        return applied(self.method, layers, [weights[i] for i in step.inputs], options, step.full_rank)
+        return applied(self.method, layers, list(weights), options, step.full_rank)
 
     def inputs(self, module: str) -> list[Layer]:
         """The module's layers as they are merged: a DoRA with the base's weight in it."""
@@ -225,7 +270,7 @@ class Plan:
             kept: Counts what bringing the modules to their ranks took away.
         """
 
-        def compute(module: str) -> LowRank:
+        def compute(module: str) -> Layer:
             outcome = self.outcome(module)
             if kept:
                 kept.add(outcome)
@@ -241,21 +286,45 @@ class Plan:
             metadata=self._metadata(),
             extras=self.extras,
             dtype=self.dtype,
+            made_of=self.made_of,
         )
 
-    def _layout(self, step: Step) -> LowRank:
+    @property
+    def made_of(self) -> int | None:
+        """Bytes of the inputs' tensors; None where the size of the result was chosen: by a rank, a budget, or in words."""
+        chosen = not isinstance(self.rank, str) or self.ranks is not None or self.allow_growth
+        return None if chosen else sum(_bytes(lora) for lora in self.loras)
+
+    def check_growth(self) -> None:
+        """Refuse a merge that takes many times the room of what it is made of, unless its size was chosen.
+
+        Raises:
+            OptionError: It does.
+        """
+        check_growth(self.lora(), self.size, self.dialect)
+
+    def _layout(self, step: Step) -> Layer:
         layouts = [self.loras[i].layout(step.module) for i in step.inputs]
+        counted = layouts[:1] if self.method.of_first else layouts
+        biased = any(bias_of(layout) is not None for layout in counted)
+        bias = Spec(step.shape[:1], "F32") if biased else None
+        join = self.joins.get(step.module)
+        if join is None or not join.as_one:
+            if step.kept:
+                return _handed_on(layouts[0], self.weights.of(step.module)[step.inputs[0]])
+            if step.rankless:
+                return vectors(counted, [1.0] * len(counted))
+            if self._stays_dense(step):
+                return Full(diff=Spec(step.shape, "F32"), diff_b=bias)
+        layouts = [layout for layout in layouts if layout.kind != "bias"]
         whole = step.rank >= step.full_rank
         shared = shared_down(layouts) if self.method.linear and whole and not self.weights.columns else None
-        rank, join = step.rank, self.joins.get(step.module)
+        rank = step.rank
         if join is not None and join.as_one:
             rank, shared = join.rank, down_id(join)
         up = Spec((step.shape[0], rank), "F32")
         down = Spec((rank, math.prod(step.shape[1:])), "F32")
-        layer = low_rank(up, down, step.shape, shared)
-        counted = layouts[:1] if self.method.of_first else layouts
-        biased = any(layout.delta_bias() is not None for layout in counted)
-        return replace(layer, diff_b=Spec(step.shape[:1], "F32")) if biased else layer
+        return low_rank(up, down, step.shape, shared, bias)
 
     def advice(self, progress: "Progress | None" = None) -> str:
         """What a comparison of the LoRAs says about merging them, in one sentence.
@@ -274,11 +343,13 @@ class Plan:
         Raises:
             OptionError: The budget can't be met.
         """
+        if all(step.rankless for step in self.steps.values()):
+            raise OptionError(f"{budget}: no module has a rank that could be made smaller. Way out: no budget.")
         if budget.kind == "max_size":
             self._check_least(budget)
         spectra: dict[str, Spectrum] = {}
-        for done, module in enumerate(self.steps, start=1):
-            if self._first(module) == module:
+        for done, (module, step) in enumerate(self.steps.items(), start=1):
+            if self._first(module) == module and not step.rankless:
                 spectra[module] = self._spectrum(module)
             if progress:
                 progress(done, len(self.steps))
@@ -289,10 +360,10 @@ class Plan:
         for _ in range(8):
             found = self.at(choose(spectra, budget, int(room // nbytes((1,), self.dtype))), budget)
             spare = budget.value - saved_size(found.lora())
-            if best and spare >= 0 and found.size == best.size:
+            if best and spare >= 0 and found.ranked_size == best.ranked_size:
                 break
             best = found if spare >= 0 else best
-            room = found.size + spare
+            room = found.ranked_size + spare
         if best is None:
             raise OptionError(f"{budget}: can't be met in the dialect {self.dialect}. Way out: a larger size.")
         return best
@@ -306,7 +377,7 @@ class Plan:
         """What each rank of a module would bring, or of all that are one weight with it."""
         join = self.joins.get(module)
         if join is not None:
-            return _spectrum(one(join, self._uncut_parts(join)), join.step)
+            return _spectrum(self._joined(join, self._uncut_parts(join)), join.step)
         with named(module):
             return _spectrum(self._uncut(self.steps[module]), self.steps[module])
 
@@ -321,8 +392,9 @@ class Plan:
 
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
         """The same plan at ranks that were chosen before, out of a budget."""
-        given = {module: ranks[self._first(module)] for module in self.steps}
-        steps = {m: step if m in self.joins else replace(step, rank=given[m]) for m, step in self.steps.items()}
+        given = {module: ranks[self._first(module)] for module, step in self.steps.items() if not step.rankless}
+        cut = {m: replace(self.steps[m], rank=rank) for m, rank in given.items() if m not in self.joins}
+        steps = {m: cut.get(m, step) for m, step in self.steps.items()}
         return replace(self, steps=steps, budget=budget, ranks=given)
 
     def __repr__(self) -> str:
@@ -332,15 +404,25 @@ class Plan:
     @property
     def widest(self) -> int:
         """Bytes of the largest ΔW that is formed, as float32; 0 where all is done on factors."""
-        dense = [step.shape for step in self.steps.values() if step.full_rank == largest_rank(step.shape)]
+        formed = [s for s in self.steps.values() if not s.rankless and not s.kept]
+        dense = [step.shape for step in formed if step.full_rank == largest_rank(step.shape)]
         return max((nbytes(shape, "F32") for shape in dense), default=0)
 
     @property
     def size(self) -> int:
         """Bytes of the result's tensors in the dtype that saving uses."""
+        alone = [step for module, step in self.steps.items() if module not in self.joins]
+        whole = [s for s in alone if s.kept or s.rankless or self._stays_dense(s)]
+        left = sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in whole if not s.rankless)
+        kept = [self._layout(step).tensors().values() for step in whole]
+        return self.ranked_size - left + sum(nbytes(t.shape, self.dtype) for tensors in kept for t in tensors)
+
+    @property
+    def ranked_size(self) -> int:
+        """Bytes of factors of all the ranks."""
         joined = {join.modules: join.step for join in self.joins.values()}
         steps = [*(step for module, step in self.steps.items() if module not in self.joins), *joined.values()]
-        return sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in steps)
+        return sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in steps if not s.rankless)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -375,6 +457,24 @@ def _as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> 
     return json.dumps(recipe, ensure_ascii=False)
 
 
+def _bytes(lora: LoRA) -> int:
+    """Bytes of a LoRA's tensors as they were read, or as they are."""
+    if lora.made_of is not None:
+        return lora.made_of
+    return sum(nbytes(tuple(t.shape), code(t)) for layer in lora.layouts.values() for t in layer.tensors().values())
+
+
+def _handed_on(layer: Layer, weight: float) -> Layer:
+    found = layer.times(weight)
+    assert found is not None
+    return found
+
+
+def _merged(layer: Layer) -> Merged:
+    assert isinstance(layer, LowRank | Full)
+    return layer
+
+
 def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
     """A merged layer at exactly the rank that was announced: cut, or filled up with zeros."""
     if isinstance(layer, Full):
@@ -386,12 +486,17 @@ def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
         return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
     fitted = low_rank(cut.up, cut.down, layer.shape, diff_b=layer.diff_b)
     fitted = fitted if fitted.rank == step.rank else _filled(fitted, step.rank)
-    return Outcome(step.module, fitted, cut.energy, cut.lost)
+    # At the full rank of the matrix nothing is cut off, and what would be measured is rounding.
+    lost = cut.lost if step.rank < largest_rank(step.shape) else 0.0
+    return Outcome(step.module, fitted, cut.energy if measured else None, lost)
 
 
-def _spectrum(layer: Merged, step: Step) -> Spectrum:
+def _spectrum(layer: Layer, step: Step) -> Spectrum:
     """What each rank up to the step's own would bring."""
-    if isinstance(layer, Full):
+    if not isinstance(layer, LowRank | Full):
+        squares = linalg.as_numpy(layer.spectrum(lambda: linalg.grams(*layer.factors())).sigma) ** 2
+        energy = float(squares.sum())
+    elif isinstance(layer, Full):
         cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
         squares, energy = linalg.squares(cut.up, cut.down), cut.energy
     else:

@@ -36,7 +36,7 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
     if plan.budget:
         value = plan.budget.value
         found["budget"] = {plan.budget.kind: int(value) if plan.budget.kind == "max_size" else value}
-        found["ranks"] = {module: plan.rank_of(module) for module in plan.steps}
+        found["ranks"] = {m: plan.rank_of(m) for m, step in plan.steps.items() if not step.rankless}
     found |= {"exclude": list(plan.exclude)} if plan.exclude else {}
     found |= {"device": plan.device} if plan.device else {}
     found |= {"base": plan.base.name} if plan.base else {}

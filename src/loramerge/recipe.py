@@ -134,13 +134,13 @@ class Recipe:
         return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
     def override(self, **changes: Any) -> "Recipe":
-        """The recipe with other entries; ``options`` are added, ``to``, ``dtype`` and ``allow_lossy`` are the output's.
+        """The recipe with other entries; ``options`` are added, ``to``, ``dtype``, ``allow_lossy`` and ``allow_growth`` are the output's.
 
         A budget takes the place of another, and weights other than ``"l2"`` that of its scope.
         Options that another method doesn't have are left out with it, and ranks that a budget
         gave, with anything that may change them.
         """
-        output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy") if k in changes}
+        output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy", "allow_growth") if k in changes}
         options = {**self.options, **changes.pop("options", {})}
         if any(name in changes for name in BUDGETS):
             changes = dict.fromkeys(BUDGETS) | changes
@@ -202,6 +202,7 @@ class Recipe:
             exclude=self.exclude,
             device=self.device,
             base=None if self.base is None else os.path.join(self.folder, os.path.expanduser(self.base)),
+            allow_growth=self.output.allow_growth,
             **self.options,
         )
         if not allow_changed:
@@ -309,8 +310,9 @@ class Recipe:
 
     def _checked_ranks(self, planned: Plan) -> Mapping[str, int]:
         ranks = cast(Mapping[str, int], self.ranks)
-        for module in dict.fromkeys((*planned.steps, *ranks)):
-            if module not in planned.steps or module not in ranks:
+        ranked = [module for module, step in planned.steps.items() if not step.rankless]
+        for module in dict.fromkeys((*ranked, *ranks)):
+            if module not in ranked or module not in ranks:
                 what = "has a rank but is not merged" if module in ranks else "has no rank"
                 raise OptionError(f"ranks: {module} {what}. Way out: remove the table, and the budget is spent anew.")
             most = planned.rank_of(module)

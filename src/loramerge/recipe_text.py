@@ -81,6 +81,8 @@ class Output:
     """Of the tensors; the widest of the inputs' by default."""
     allow_lossy: bool = False
     """Whether to leave out what the dialect can't hold."""
+    allow_growth: bool = False
+    """Whether the file may take more than ten times the room of the inputs."""
 
 
 def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -161,6 +163,7 @@ def _output(data: Any, where: str) -> Output:
         to=table.get("to", str),
         dtype=table.get("dtype", str),
         allow_lossy=table.get("allow_lossy", bool, default=False),
+        allow_growth=table.get("allow_growth", bool, default=False),
     )
 
 

@@ -255,13 +255,16 @@ def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
     inner, own = [0.0] * len(planned.loras), [0.0] * len(planned.loras)
     apart, whole = 0.0, 0.0
     for module, step in planned.steps.items():
-        given = planned.inputs(module)
+        if step.rankless:
+            continue
+        inputs = [i for i in step.inputs if planned.loras[i].layout(module).kind != "bias"]
+        given = [layer for layer in planned.inputs(module) if layer.kind != "bias"]
         weights = planned.weights.of(module)
         layers = in_one_library([*given, merged[module]] if module in merged else given)
         parents = _products(layers[: len(given)])
-        total = _weighted(parents, [weights[i] for i in step.inputs])
+        total = _weighted(parents, [weights[i] for i in inputs])
         result = _products(layers[len(given) :], like=parents)
-        for i, parent in zip(step.inputs, parents, strict=True):
+        for i, parent in zip(inputs, parents, strict=True):
             inner[i] += _inner(result[0], parent) if result else 0.0
             own[i] += _inner(parent, parent)
         apart += _distance(result[0], total) ** 2 if result else _inner(total, total)

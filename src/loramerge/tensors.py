@@ -297,11 +297,29 @@ def _check_range(array: Array, dtype: str) -> None:
     if 0 < largest < SMALLEST[dtype]:
         raise NumberError(f"every value is 0 in {NAMES[dtype]}, the largest is {largest:.4g}; save as float32")
     if not largest <= LARGEST[dtype]:  # which NaN is not, either
-        raise NumberError(f"{largest:.4g} is too large for {NAMES[dtype]}; save as float32")
+        others = "float32 or bfloat16" if dtype == "F16" else "float32"
+        raise NumberError(f"{largest:.4g} is too large for {NAMES[dtype]}; save as {others}")
 
 
 LARGEST = {"F32": 3.4028235e38, "F16": 65519.0, "BF16": 3.3961e38, "F8_E4M3": 464.0, "F8_E5M2": 61439.0}
 """The largest magnitude that still rounds to a finite number."""
+
+FAINT = 2.0**-13
+"""Values whose root mean square is below it lose digits in float16: many are subnormal there."""
+
+
+def fits_half(array: Array, faint: bool = True) -> bool:
+    """Whether float16 holds values with all the digits that matter.
+
+    Args:
+        array: The values.
+        faint: Whether to refuse those that are too small, too.
+    """
+    wide = float32(array)
+    largest = float(abs(wide).max()) if math.prod(array.shape) else 0.0
+    small = faint and 0 < float((wide * wide).mean()) < FAINT**2
+    return largest <= LARGEST["F16"] and not small
+
 
 SMALLEST = {"F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134, "F8_E4M3": 2.0**-10, "F8_E5M2": 2.0**-17}
 """Magnitudes below it are rounded to zero."""

@@ -179,7 +179,7 @@ def test_a_directory_that_is_missing_or_a_file_is_an_error(whole: Path) -> None:
 
 
 def test_a_refused_conversion_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(lm.errors.DialectError, match="can't hold a full layer"):
+    with pytest.raises(lm.errors.DialectError, match="can't hold this layer"):
         lm.save(small(kind="full"), tmp_path / "x.safetensors", dialect="diffusers")
 
     assert leftovers(tmp_path) == []

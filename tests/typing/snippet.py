@@ -41,7 +41,7 @@ def layers(lora: lm.LoRA) -> Mapping[str, Layer]:
     return lora
 
 
-def planned(loras: list[str]) -> Iterator[tuple[str, LowRank]]:
+def planned(loras: list[str]) -> Iterator[tuple[str, Layer]]:
     plan = lm.plan(loras, scope="component", max_error="1%")
     assert_type(plan.size, int)
     assert_type(plan.lora(), lm.LoRA)

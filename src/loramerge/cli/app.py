@@ -8,6 +8,7 @@ import typer
 
 from .. import __version__
 from ..errors import OptionError
+from ..wording import size
 from .bake import bake
 from .calibrate import calibrate
 from .coefficients import coefficients
@@ -24,6 +25,7 @@ from .options import (
     Energy,
     Exclude,
     File,
+    Growth,
     Lossy,
     MaxError,
     MaxSize,
@@ -117,6 +119,7 @@ def convert(
     dtype: Dtype = None,
     architecture: Arch = None,
     allow_lossy: Lossy = False,
+    allow_growth: Growth = False,
     allow_pickle: Pickle = False,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -126,14 +129,19 @@ def convert(
     Example: loramerge convert person.safetensors -o person-diffusers.safetensors --to diffusers
     """
     from ..dialects import written_dialect
-    from ..files import check_apart, check_target, open, save
+    from ..files import check_apart, check_target, open, save, saved_size
 
-    check_apart(file, check_target(output, to))
+    target = check_target(output, to)
+    check_apart(file, target)
     with (
         open(file, architecture=architecture, allow_pickle=allow_pickle) as lora,
         progress("Converting", quiet) as report,
     ):
         kept = lora.exclude(*exclude) if exclude else lora
+        if not quiet:
+            length = size(saved_size(kept, to, dtype, allow_lossy=allow_lossy))
+            family = lora.architecture or "unknown family"
+            print(f"{lora.name} ({lora.dialect}, {family}) → {target} ({written_dialect(to).name}, {length})")
         lost: list[str] = []
         path = save(
             kept,
@@ -141,14 +149,12 @@ def convert(
             dialect=to,
             dtype=dtype,
             allow_lossy=allow_lossy,
+            allow_growth=allow_growth,
             workers=workers_or_cores(workers),
             progress=report,
             lost=lost.append,
         )
         if not quiet:
-            print(
-                f"{lora.name} ({lora.dialect}, {' or '.join(lora.families) or 'unknown family'}) → {path} ({written_dialect(to).name})"
-            )
             print_notes((*lora.notes, *as_directory(output, path)), lost)
 
 
@@ -188,6 +194,7 @@ def merge(
     device: Device = None,
     architecture: Arch = None,
     allow_lossy: Lossy = False,
+    allow_growth: Growth = False,
     allow_pickle: Pickle = False,
     allow_changed: Changed = False,
     dry_run: DryRun = False,
@@ -221,6 +228,7 @@ def merge(
         "base": None if base is None else str(base),
         "architecture": architecture,
         "allow_lossy": allow_lossy,
+        "allow_growth": allow_growth,
     }
     merge_by(
         overridden(recipe_of(files), {name: value for name, value in flags.items() if value}, quiet),
@@ -255,6 +263,7 @@ def resize(
     device: Device = None,
     architecture: Arch = None,
     allow_lossy: Lossy = False,
+    allow_growth: Growth = False,
     allow_pickle: Pickle = False,
     dry_run: DryRun = False,
     workers: Workers = None,
@@ -281,6 +290,7 @@ def resize(
         device=device,
         architecture=architecture,
         allow_lossy=allow_lossy,
+        allow_growth=allow_growth,
         allow_pickle=allow_pickle,
         dry_run=dry_run,
         workers=workers,

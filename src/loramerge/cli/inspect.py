@@ -58,6 +58,7 @@ def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
                 "kind": layer.kind,
                 "shape": list(layer.shape),
                 "rank": layer.rank,
+                "dim": layer.dim,
                 "alpha": _alpha(layer),
                 "dtype": layer.dtype,
                 **({"norm": norms[module]} if module in norms else {}),
@@ -76,7 +77,7 @@ def _summary(lora: LoRA) -> str:
         "architecture": family or "unknown",
         "dialect": f"{lora.dialect} ({DIALECTS[lora.dialect].title})",
         "modules": f"{len(lora)}: " + _counts(layer.kind for layer in layers),
-        "ranks": _counts(layer.rank for layer in layers if layer.rank is not None),
+        "ranks": _counts(_rank(layer) for layer in layers if layer.rank is not None),
         "alphas": _counts(_alpha(layer) for layer in layers) or "none: scale 1",
         "dtypes": _counts(layer.dtype for layer in layers),
         "base model": _base_model(lora),
@@ -96,6 +97,13 @@ def _counts(values: Iterable[Any]) -> str:
         return shown[0]
     texts = [f"{text} ({n})" for text, (_, n) in zip(shown, commonest, strict=True)]
     return ", ".join(texts) + (f" and {len(counts) - 6} more" if len(counts) > 6 else "")
+
+
+def _rank(layer: Layer) -> int | str | None:
+    """The rank; of LoHas and LoKrs, what trainers call so and what it is as a LoRA."""
+    if layer.rank == layer.dim:
+        return layer.rank
+    return f"{'full factors' if layer.dim is None else f'dim {layer.dim}'}, as a LoRA {layer.rank}"
 
 
 def _alpha(layer: Layer) -> float | None:

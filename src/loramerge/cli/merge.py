@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..files import check_target, saved_size
+from ..files import check_growth, check_target, saved_size
 from ..merging import Kept, Plan
 from ..methods import Method, check_options, find
 from ..recipe import Recipe
 from ..recipe_text import Input
+from ..tensors import SIZES, code
 from ..weights import parse
+from ..wording import size
 from .options import method_of, named, rank_of, workers_or_cores
-from .run import as_directory, print_notes, progress, size, table, written
+from .run import as_directory, print_notes, progress, table, written
 
 
 def recipe_of(files: Sequence[str]) -> Recipe:
@@ -71,8 +73,11 @@ def merge_by(
         check_target(target, recipe.output.to or loras[0].dialect)
     with progress("Measuring", quiet) as report:
         planned = recipe.plan(loras, allow_changed=allow_changed, progress=report)
+    made = planned.lora()
+    length = saved_size(made, allow_lossy=recipe.output.allow_lossy)
     if not quiet:
-        print(_plan_table(planned, recipe.output.allow_lossy))
+        print(_plan_table(planned, length))
+    check_growth(made, length, made.dialect)
     if advice:
         with progress("Comparing", quiet) as report:
             print(planned.advice(report))
@@ -94,18 +99,8 @@ def _write(recipe: Recipe, planned: Plan, target: Path, workers: int, quiet: boo
         )
     if not quiet:
         print(f"→ {written(path, planned.dialect)}")
-        _print_kept(kept)
+        _print_kept(kept, planned)
         print_notes(as_directory(target, path), lost)
-
-
-def _print_kept(kept: Kept) -> None:
-    if not kept.errors:
-        return
-    worst = max(kept.errors, key=kept.errors.__getitem__)
-    print(
-        f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
-        f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
-    )
 
 
 def _options(method: Method | str, given: list[str]) -> dict[str, Any]:
@@ -119,24 +114,82 @@ def _options(method: Method | str, given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _plan_table(planned: Plan, allow_lossy: bool) -> str:
+def _plan_table(planned: Plan, length: int) -> str:
     rows = [
         [lora.name, lora.dialect, str(len(lora)), lora.summary("rank").removeprefix("rank "), label]
         for lora, label in zip(planned.loras, planned.weights.label, strict=True)
     ]
     steps = planned.steps.values()
-    shared = sum(len(step.inputs) == sum(map(bool, planned.loras)) for step in steps)
-    ranks = list(map(planned.rank_of, planned.steps))
-    low, high = min(ranks), max(ranks)
+    shared = sum(all(module in lora for lora in planned.loras if lora) for module in planned.steps)
     cut = sum(map(planned.is_cut, planned.steps))
-    exact = "exact" if planned.method.linear else "nothing is cut"
     notes = [f"  note: {lora.name}: {note}" for lora in planned.loras for note in lora.notes]
     return "\n".join(
         [
             table(["file", "dialect", "modules", "rank", "weight"], rows),
             f"{planned.method.name}: {len(steps)} modules of {' or '.join(planned.lora().families) or 'an unknown family'} "
-            f"({shared} in all files), rank {low if low == high else f'{low} to {high}'}, "
-            f"{f'{cut} modules cut to a smaller rank' if cut else exact}, {size(saved_size(planned.lora(), allow_lossy=allow_lossy))} in {planned.dtype}",
+            f"({shared} of them in every file), {_ranks(planned)}"
+            f"{f'{cut} modules cut to a smaller rank' if cut else _exactness(planned)}, {size(length)} in {planned.dtype}",
+            *_wider(planned),
             *notes,
         ]
     )
+
+
+def _ranks(planned: Plan) -> str:
+    """The ranks of the result; and how many modules have none."""
+    ranks = [planned.rank_of(module) for module, step in planned.steps.items() if not step.rankless]
+    without = len(planned.steps) - len(ranks)
+    told = f", {without} without a rank" if without and ranks else ""
+    return f"rank {span(ranks)}{told}, " if ranks else ""
+
+
+def span(numbers: Sequence[int]) -> str:
+    """The smallest and the largest of some numbers."""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+ROUNDING = {"BF16": "0.2 %", "F16": "0.02 %"}
+"""What rounding takes of ‖ΔW‖ at most, about: both factors, each value by up to 2⁻⁹ or 2⁻¹² of it."""
+
+
+def _exactness(planned: Plan) -> str:
+    """Whether what is written is the method's own result."""
+    exact = "exact" if planned.method.linear else "nothing is cut"
+    if planned.dtype not in ROUNDING:
+        return exact
+    return f"{exact} but for the rounding to {planned.dtype} (up to about {ROUNDING[planned.dtype]})"
+
+
+LARGE = 0.3
+"""A relative error from which a merge is another one."""
+
+
+def _print_kept(kept: Kept, planned: Plan) -> None:
+    if not kept.errors:
+        return
+    worst = max(kept.errors, key=kept.errors.__getitem__)
+    print(
+        f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
+        f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
+    )
+    for note in _keeps_more(kept, planned):
+        print(f"  note: {note}")
+
+
+def _keeps_more(kept: Kept, planned: Plan) -> list[str]:
+    """What would keep more of a merge that was cut."""
+    sized = planned.budget is not None and planned.budget.kind == "max_size"
+    larger = "--max-size" if sized else "--rank or budget"
+    wide = ["--dtype float16 has room for twice the rank in this size"] * (sized and SIZES[planned.dtype] > 2)
+    return [*wide, *[f"more than 30 % of ‖ΔW‖ is lost; a larger {larger} keeps more"] * (kept.error > LARGE)]
+
+
+def _wider(planned: Plan) -> list[str]:
+    """A note where the result has more bits than every input."""
+    tensors = [t for lora in planned.loras for layout in lora.layouts.values() for t in layout.tensors().values()]
+    widest = max(SIZES[code(tensor)] for tensor in tensors)
+    if SIZES[planned.dtype] <= widest:
+        return []
+    why = "sums of float8 values need its digits" if widest == 1 else "--dtype float16 would take half of the room"
+    return [f"  note: {planned.dtype} has more bits than every input: {why}"]

@@ -30,6 +30,9 @@ Workers = Annotated[
 Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
+Growth = Annotated[
+    bool, typer.Option("--allow-growth", help="Write more than ten times what went in: exact LoKrs and LoHas.")
+]
 Changed = Annotated[
     bool, typer.Option("--allow-changed", help="Take files other than those that the recipe was made with.")
 ]

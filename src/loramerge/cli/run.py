@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LoRAMergeError
+from ..wording import size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,15 +68,6 @@ def bar(value: float, largest: float, width: int = 30) -> str:
     """A bar whose length is a value's share of the largest, in eighths of a character."""
     eighths = round(8 * width * value / largest) if largest > 0 else 0
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def size(count: float) -> str:
-    """Bytes as people read them."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def written(path: "Path", dialect: str) -> str:

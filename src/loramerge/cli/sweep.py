@@ -13,8 +13,9 @@ from ..recipe import Recipe
 from ..references import from_here, referenced
 from ..sweeping import SETTINGS, Row, Score, left_out, ordered, points, sweep
 from ..weights import parse
+from ..wording import size
 from .options import method_of, rank_of
-from .run import progress, size, table
+from .run import progress, table
 
 
 def sweep_by(

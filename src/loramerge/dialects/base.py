@@ -30,7 +30,7 @@ def table(names: Names, a: Architecture) -> Mapping[str, Parts]:
 
 LOW_RANK = frozenset({"lora"})
 PEFT_KINDS = frozenset({"lora", "dora"})
-LYCORIS_KINDS = frozenset({"lora", "loha", "lokr", "dora", "full", "norm", "bias", "set"})
+LYCORIS_KINDS = frozenset({"lora", "loha", "lokr", "dora", "full", "norm", "bias", "table", "set"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,11 +1,11 @@
 """Several modules as one weight of the model's own code: fused projections and moved rows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ..architectures.names import Parts
 from ..errors import LayerError
-from ..layers import DoRA, Full, Layer, LowRank, Rows
+from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows
 from ..tensors import Array, Ranges, Spec, code, concat, float32, namespace, reshape
 
 
@@ -45,22 +45,45 @@ def fused(
     found = [layer for layer in given if layer is not None]
     if whole := _same_whole(parts, found):
         return whole
-    if all(layer.rank is not None and not isinstance(layer, DoRA) for layer in found):
-        return _fused_low_rank(
-            parts, [None if layer is None else _low_rank(layer, as_lora) for layer in given], rows_of
-        )
-    if len(found) == len(parts) and all(isinstance(layer, Full) and layer.diff_b is None for layer in found):
-        return Full(diff=_concat([layer.diff for layer in found]))  # type: ignore[attr-defined]
+    rows = [rows_of(part.module) for part in parts]
+    if all(layer.kind == "bias" for layer in found):
+        return BiasOnly(diff_b=_fused_bias(given, rows))
+    if any(layer.kind == "full" for layer in found) and all(layer.kind in DENSE for layer in found):
+        return _fused_full(given, rows)
+    if all(layer.kind in SUMMED for layer in found):
+        return _fused_low_rank([None if layer is None else _low_rank(layer, as_lora) for layer in given], rows)
     if len(found) == len(parts) and all(isinstance(layer, DoRA) and layer.axis == "out" for layer in found):
         return _fused_dora(parts, found, rows_of, as_lora)
     kinds = ", ".join(sorted({layer.kind for layer in found}))
     raise LayerError(
-        f"{', '.join(part.module for part in parts)} are one weight here, and layers of kind {kinds} on parts "
-        "of it can't be joined. Way out: a dialect with diffusers' names"
+        f"{', '.join(part.module for part in parts)} are one weight here, and parts of it that are stored as {kinds} "
+        "can't be joined. Ways out: a dialect with diffusers' names, or leave the modules out (exclude)"
     )
 
 
-def _low_rank(layer: Layer, as_lora: Callable[[Layer], Layer]) -> LowRank:
+SUMMED = ("lora", "loha", "lokr", "bias")
+DENSE = (*SUMMED, "full")
+
+
+def _fused_full(layers: list[Layer | None], rows: list[int]) -> Full:
+    """Whole differences one below the other; what has factors becomes one too."""
+    columns = next(layer.shape[1:] for layer in layers if layer is not None and layer.kind != "bias")
+    like = next(layer.diff for layer in layers if isinstance(layer, Full))
+    deltas = [_delta(layer, (n, *columns), like) for layer, n in zip(layers, rows, strict=True)]
+    return Full(diff=_concat(deltas), diff_b=_fused_bias(layers, rows))
+
+
+def _delta(layer: Layer | None, shape: tuple[int, ...], like: Array | Spec) -> Array | Spec:
+    if layer is None or layer.kind == "bias":
+        return _zeros(shape, like)
+    if isinstance(layer, Full):
+        return layer.diff
+    return Spec(shape, "F32") if isinstance(like, Spec) else layer.delta()
+
+
+def _low_rank(layer: Layer, as_lora: Callable[[Layer], Layer]) -> Layer:
+    if layer.kind == "bias":
+        return layer
     lora = layer if isinstance(layer, LowRank) else as_lora(layer)
     assert isinstance(lora, LowRank)
     return lora.plain()
@@ -86,10 +109,10 @@ def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:
     return cuts[0].whole if same else None
 
 
-def _fused_low_rank(parts: Parts, layers: list[LowRank | None], rows_of: Callable[[str], int]) -> LowRank:
+def _fused_low_rank(given: list[Layer | None], rows: list[int]) -> LowRank:
+    bias = _fused_bias(given, rows)
+    layers = [layer if isinstance(layer, LowRank) else None for layer in given]
     found = [layer for layer in layers if layer is not None]
-    rows = [rows_of(part.module) for part in parts]
-    bias = _fused_bias(layers, rows)
     shared = _share_down(found)
     if len({layer.scale for layer in found}) > 1:
         layers = [layer and _unscaled(layer) for layer in layers]
@@ -115,7 +138,7 @@ def _fused_low_rank(parts: Parts, layers: list[LowRank | None], rows_of: Callabl
     return LowRank(up=up, down=down, alpha=alpha, down_id=ids, diff_b=bias)
 
 
-def _fused_bias(layers: list[LowRank | None], rows: list[int]) -> Array | Spec | None:
+def _fused_bias(layers: Sequence[Layer | None], rows: list[int]) -> Array | Spec | None:
     """The differences of the bias, one below the other; zero where a part has none."""
     given = [None if layer is None else layer.delta_bias() for layer in layers]
     like = next((bias for bias in given if bias is not None), None)

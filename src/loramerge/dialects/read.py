@@ -190,8 +190,12 @@ def _not_a_lora(keys: list[str]) -> str:
         return "The file holds no tensors, so it is not a LoRA."
     return (
         f"No LoRA layer among the file's {len(keys)} keys ({shown}); it looks like {what}. Wanted keys such as "
-        "'….lora_down.weight', '….lora_A.weight' or '….hada_w1_a'."
+        f"'….lora_down.weight', '….lora_A.weight' or '….hada_w1_a'.{BAKE if what in MODELS else ''}"
     )
+
+
+MODELS = ("a whole checkpoint", "a model's weights")
+BAKE = " To add a LoRA to a model: loramerge bake LORA --base MODEL -o NEW."
 
 
 OTHER_FILES = (

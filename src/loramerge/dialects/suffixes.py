@@ -51,6 +51,7 @@ SHARED: dict[str, str] = {
     ".lokr_t2": "lokr_t2",
     ".diff": "diff",
     ".diff_b": "diff_b",
+    ".diff_m": "diff_m",
     ".set_weight": "set_weight",
     ".w_norm": "w_norm",
     ".b_norm": "b_norm",
@@ -98,11 +99,27 @@ def parse(key: str) -> Key | None:
         return Key(key[: -len(suffix)], *_EXACT[suffix])
     for start in _starts(key):
         if found := _EXACT.get(key[start:]):
-            return Key(key[:start], *found)
+            return Key(_owner(key[:start], found[0]), *found)
     if named := re.fullmatch(_NAMED, key):
         stem, which, _, end = named.groups()
         return Key(stem, _NAMED_ROLES.get((which, end), "row_magnitude"), "peft-named")
     return None
+
+
+MODULATION = re.compile(r"[._]modulation$")
+"""Ends the name of the parameter that ``diff_m`` changes; the key names the block that has it."""
+
+
+def _owner(stem: str, role: str) -> str:
+    """The stem of what a tensor changes."""
+    return f"{stem}{'.' if '.' in stem else '_'}modulation" if role == "diff_m" else stem
+
+
+def spelled(stem: str, suffix: str) -> str:
+    """The key of a stem's tensor: what `parse` takes apart."""
+    if suffix != ".diff_m":
+        return stem + suffix
+    return MODULATION.sub(suffix, stem) if MODULATION.search(stem) else f"{stem}.diff"
 
 
 def _starts(key: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from .. import linalg
 from ..architectures import ARCHITECTURES, Architecture, name_family, titles
 from ..architectures.names import Part, Parts, whole
-from ..errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError
+from ..errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError, StoredNumberError
 from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
 from ..layers.base import matrix
 from ..tensors import (
@@ -29,6 +29,7 @@ from ..tensors import (
 )
 from . import DIALECTS, fuse, written_dialect
 from .base import Dialect, table
+from .suffixes import spelled
 
 if TYPE_CHECKING:
     from ..lora import LoRA
@@ -50,6 +51,8 @@ class Group:
             if shapes != {key: tuple(spec.shape) for key, spec in self.specs.items()}:
                 raise LayerError(f"{self.name}: made {shapes}, planned {dict(self.specs)}; nothing is written")
             return {key: _finite(array, self.specs[key].dtype) for key, array in made.items()}
+        except StoredNumberError:
+            raise
         except NumberError as error:
             raise NumberError(f"{self.name}: {error}") from None
 
@@ -295,7 +298,7 @@ class _Writer:
         if isinstance(layer, DoRA) and "dora" in self.dialect.holds:
             return replace(layer, direction=self.held(part, layer.direction))
         if (part.rows is None and isinstance(layer, Rows)) or layer.kind not in self.dialect.holds:
-            layer = _as_lora(layer, self.dialect)
+            layer = _as_lora(layer, self.dialect, part.module)
         if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
             layer = layer.plain()
         if part.rows is None and isinstance(layer, LowRank):
@@ -306,7 +309,9 @@ class _Writer:
         if isinstance(layer, DoRA) and self.dialect.dora_axis == "out" and layer.axis == "in":
             raise LayerError(f"{module}: {self.dialect.name} keeps DoRA norms of rows, this layer has norms of columns")
         if layer.delta_bias() is not None and self.dialect.holds == frozenset({"lora"}):
-            raise LayerError(f"{module}: {self.dialect.name} can't hold the bias of this layer")
+            raise LayerError(
+                f"{module}: {self.dialect.name} can't hold the bias of this layer. Ways out: a dialect that holds it, such as kohya, comfyui or diffusers-peft, or leave the module out (exclude)"
+            )
         if isinstance(direction_of(layer), Rows):
             raise LayerError(f"{module}: a {layer.kind} layer on a part of a fused weight can't be written alone")
         if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
@@ -331,7 +336,8 @@ class _Writer:
 
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         module = parts[0].module
-        tensors = {stem + self.dialect.suffix(role, module): t for role, t in _roles(layer, self.dialect).items()}
+        roles = _roles(layer, self.dialect).items()
+        tensors = {spelled(stem, self.dialect.suffix(role, module)): t for role, t in roles}
         alpha = alpha_of(layer)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")
@@ -357,10 +363,10 @@ def _shape_only(tensor: Array | Spec) -> Spec:
     return Spec(tuple(tensor.shape), code(tensor))
 
 
-def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
+def _as_lora(layer: Layer, dialect: Dialect, module: str = "a part of a fused weight") -> Layer:
     """The LoRA with the same ΔW, where there is one."""
     if layer.rank is None or layer.kind == "dora":
-        raise LayerError(f"{dialect.name} can't hold a {layer.kind} layer: {layer.no_factors}")
+        raise LayerError(f"{module}: {dialect.name} can't hold this layer: {layer.no_factors}")
     if any(isinstance(t, Spec) for t in layer.tensors().values()):
         rows, columns = layer.shape[0], math.prod(layer.shape[1:])
         factors: tuple[Array | Spec, Array | Spec] = Spec((rows, layer.rank), "F32"), Spec((layer.rank, columns), "F32")

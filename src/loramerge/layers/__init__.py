@@ -9,13 +9,13 @@ from ..errors import LayerError
 from ..tensors import FLOATS, NAMES, Array, Shape, Spec, code, reshape
 from .base import Layer, Rows
 from .dora import DoRA
-from .full import BiasOnly, Carried, Full, Norm, Replaced
+from .full import BiasOnly, Carried, Full, Norm, Replaced, Table
 from .loha import LoHa
 from .lokr import LoKr
 from .lowrank import LowRank, low_rank
 from .parts import alpha_of, bias_of, direction_of
 
-KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Replaced, LoKr)
+KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Table, Replaced, LoKr)
 """Kinds that are recognised by the roles of their tensors, the first that fits."""
 
 FACTORED = ("lora", "loha", "lokr")
@@ -147,6 +147,7 @@ __all__ = [
     "Norm",
     "Replaced",
     "Rows",
+    "Table",
     "alpha_of",
     "bias_of",
     "build",

@@ -1,9 +1,8 @@
 """What every layer can be asked, whatever its parametrisation of ΔW."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from .. import linalg
@@ -45,6 +44,11 @@ class Layer:
         return None
 
     @property
+    def dim(self) -> int | None:
+        """What trainers call the rank: LoHas and LoKrs have a larger one as a LoRA; None where there is none."""
+        return self.rank
+
+    @property
     def dtype(self) -> str:
         """The widest dtype among the tensors, as a safetensors code."""
         return widest([code(t) for t in self.tensors().values()])
@@ -56,7 +60,7 @@ class Layer:
 
     def map(self, function: Callable[[Any], Any]) -> Self:
         """The same layer with a function applied to every tensor."""
-        return dataclasses.replace(self, **{role: function(t) for role, t in self.tensors().items()})
+        return replace(self, **{role: function(t) for role, t in self.tensors().items()})
 
     def factors(self) -> tuple[Array, Array]:
         """The update as a product, with every scale folded in.
@@ -93,6 +97,15 @@ class Layer:
             NoFactorsError: ΔW can't be computed.
         """
         return self.delta()
+
+    @property
+    def rankless(self) -> bool:
+        """Whether there is no rank to speak of: a bias, a norm, a table.  It is summed entry by entry, and never cut."""
+        return False
+
+    def times(self, weight: float) -> "Layer | None":
+        """The layer with its update times a number, its tensors as they are; None where its form can't say that."""
+        return self if weight == 1 else None
 
     @property
     def by_rows(self) -> bool:
@@ -151,6 +164,10 @@ class Rows(Layer):
         return self.whole.rank
 
     @property
+    def dim(self) -> int | None:
+        return self.whole.dim
+
+    @property
     def dtype(self) -> str:
         return self.whole.dtype
 
@@ -159,7 +176,7 @@ class Rows(Layer):
 
     def map(self, function: Callable[[Any], Any]) -> "Rows":
         bias = None if self.diff_b is None else function(self.diff_b)
-        return dataclasses.replace(self, whole=self.whole.map(function), diff_b=bias)
+        return replace(self, whole=self.whole.map(function), diff_b=bias)
 
     def factors(self) -> tuple[Array, Array]:
         up, down = self.whole.factors()
@@ -182,8 +199,25 @@ class Rows(Layer):
     def by_rows(self) -> bool:
         return self.whole.by_rows
 
+    @property
+    def rankless(self) -> bool:
+        return self.whole.rankless
+
+    def times(self, weight: float) -> "Rows | None":
+        whole = self.whole.times(weight)
+        if whole is None or weight == 1:
+            return None if whole is None else self
+        return replace(self, whole=whole, source=(self.source, weight), diff_b=scaled(self.diff_b, weight))
+
     def norm(self) -> float:
         return dense_norm(self.delta()) if self.rank is None else super().norm()
+
+
+def scaled(tensor: Array | Spec | None, weight: float) -> Array | Spec | None:
+    """A tensor times a number, in float32; None stays None."""
+    if tensor is None or isinstance(tensor, Spec):
+        return tensor and Spec(tensor.shape, "F32")
+    return float32(tensor) * weight
 
 
 def dense_norm(array: Array) -> float:

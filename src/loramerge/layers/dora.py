@@ -51,6 +51,10 @@ class DoRA(Layer):
         return self.direction.rank
 
     @property
+    def dim(self) -> int | None:
+        return self.direction.dim
+
+    @property
     def no_factors(self) -> str:
         return (
             "it is a DoRA layer, whose ΔW depends on the base weight. Ways out: bake it into the base model, "

@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 from ..errors import LayerError, NoFactorsError
 from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, take_rows
-from .base import Layer, dense_norm
+from .base import Layer, dense_norm, scaled
 
 LEAVE_OUT = "leave the module out (exclude)"
+HOLDERS = "a dialect that holds it (kohya, kohya-diffusers, comfyui)"
 
 
 def check_sizes(role: str, tensor: Array | Spec | None) -> None:
@@ -34,11 +35,18 @@ class Full(Layer):
         return tuple(self.diff.shape)
 
     @property
+    def rankless(self) -> bool:
+        return len(self.shape) < 2 or self.shape[0] == 1
+
+    @property
     def no_factors(self) -> str:
+        cut = "" if self.rankless else "a number as the rank, such as --rank 32, "
         return (
-            "it holds a whole difference of the weight, which is no LoRA. Ways out: "
-            f"{LEAVE_OUT}, or extract a LoRA from it first"
+            f"it holds a whole difference of the weight, which isn't a LoRA. Ways out: {cut}{HOLDERS}, or {LEAVE_OUT}"
         )
+
+    def times(self, weight: float) -> "Full":
+        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
 
     def delta(self) -> Array:
         return float32(self.diff)
@@ -66,8 +74,18 @@ class BiasOnly(Layer):
         return tuple(self.diff_b.shape)
 
     @property
+    def rankless(self) -> bool:
+        return True
+
+    @property
     def no_factors(self) -> str:
-        return f"it changes a bias only, which a LoRA can't hold. Way out: {LEAVE_OUT}"
+        return f"it changes a bias only, which a LoRA can't hold. Ways out: {HOLDERS}, or {LEAVE_OUT}"
+
+    def times(self, weight: float) -> "BiasOnly":
+        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
+
+    def rows(self, ranges: Ranges, source: object) -> "BiasOnly":
+        return BiasOnly(diff_b=take_rows(self.diff_b, ranges))
 
     def delta(self) -> Array:
         raise NoFactorsError(self.no_factors)
@@ -92,17 +110,63 @@ class Norm(Layer):
 
     def __post_init__(self) -> None:
         check_sizes("w_norm", self.w_norm)
+        if self.b_norm is not None and self.diff_b is not None:
+            raise LayerError("b_norm and diff_b both give the difference of the bias")
 
     @property
     def shape(self) -> Shape:
         return tuple(self.w_norm.shape)
 
     @property
+    def rankless(self) -> bool:
+        return True
+
+    @property
     def no_factors(self) -> str:
-        return f"it changes a normalisation, which a LoRA can't hold. Way out: {LEAVE_OUT}"
+        return f"it changes a normalisation, which a LoRA can't hold. Ways out: {HOLDERS}, or {LEAVE_OUT}"
+
+    def times(self, weight: float) -> "Norm":
+        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
 
     def delta(self) -> Array:
         return float32(self.w_norm)
+
+    def norm(self) -> float:
+        return dense_norm(self.delta())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Table(Layer):
+    """The difference of a table of modulation, which is neither a weight nor a bias; LightX2V's ``diff_m``.
+
+    Source: https://github.com/ModelTC/LightX2V, tools/extract/lora_extractor.py
+    """
+
+    kind: ClassVar[str] = "table"
+    required: ClassVar[tuple[str, ...]] = ("diff_m",)
+
+    diff_m: Array | Spec
+
+    def __post_init__(self) -> None:
+        check_sizes("diff_m", self.diff_m)
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.diff_m.shape)
+
+    @property
+    def rankless(self) -> bool:
+        return True
+
+    @property
+    def no_factors(self) -> str:
+        return f"it changes a table of modulation, which a LoRA can't hold. Ways out: {HOLDERS}, or {LEAVE_OUT}"
+
+    def times(self, weight: float) -> "Table":
+        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
+
+    def delta(self) -> Array:
+        return float32(self.diff_m)
 
     def norm(self) -> float:
         return dense_norm(self.delta())
@@ -126,7 +190,10 @@ class Replaced(Layer):
 
     @property
     def no_factors(self) -> str:
-        return f"it replaces the weight instead of changing it. Way out: {LEAVE_OUT}"
+        return (
+            "it replaces the weight instead of changing it, so it has no sum with others and no other strength than 1. "
+            f"Ways out: the weight 1 where no other LoRA changes the module, or {LEAVE_OUT}"
+        )
 
     def delta(self) -> Array:
         raise NoFactorsError(self.no_factors)
@@ -159,7 +226,7 @@ class Carried(Layer):
 
     @property
     def no_factors(self) -> str:
-        return f"it is stored as {self.algorithm}, which loramerge keeps but can't merge. Way out: {LEAVE_OUT}"
+        return f"it is stored as {self.algorithm}, which loramerge keeps but can't compute with. Way out: {LEAVE_OUT}"
 
     def tensors(self) -> dict[str, Array | Spec]:
         return dict(self.held)

@@ -6,12 +6,12 @@ likewise for the rows of ``down`` (the face-splitting product).
 Source: Hyeon-Woo et al., 2021, https://arxiv.org/abs/2108.06098; LyCORIS, modules/loha.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import LayerError
 from ..tensors import Array, Shape, Spec
-from .base import Layer, matrix
+from .base import Layer, matrix, scaled
 from .lowrank import _tucker
 
 
@@ -58,8 +58,17 @@ class LoHa(Layer):
         return self._half(1).rank * self._half(2).rank
 
     @property
+    def dim(self) -> int:
+        return self._half(1).rank
+
+    @property
     def scale(self) -> float:
         return 1.0 if self.alpha is None else self.alpha / self._half(1).rank
+
+    def times(self, weight: float) -> "LoHa":
+        if weight == 1:
+            return self
+        return replace(self, alpha=self.scale * self._half(1).rank * weight, diff_b=scaled(self.diff_b, weight))
 
     def factors(self) -> tuple[Array, Array]:
         (up1, down1), (up2, down2) = self._half(1).factors(), self._half(2).factors()

@@ -8,14 +8,14 @@ Source: Yeh et al., 2023, https://arxiv.org/abs/2309.14859, section 3; LyCORIS, 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .. import linalg
 from ..errors import LayerError
 from ..linalg import Spectrum, kron
 from ..tensors import Array, Shape, Spec
-from .base import Layer, identity, matrix
+from .base import Layer, identity, matrix, scaled
 from .lowrank import _tucker
 
 
@@ -97,15 +97,36 @@ class LoKr(Layer):
         return int(rank1 * rank2)
 
     @property
-    def scale(self) -> float:
+    def dim(self) -> int | None:
+        """Rank of the factored part, by which readers divide alpha; None where both parts are full."""
         factored = self.lokr_w2_b if self.lokr_w2_b is not None else self.lokr_w1_b
-        if self.alpha is None or factored is None:
+        return None if factored is None else int(factored.shape[0])
+
+    @property
+    def scale(self) -> float:
+        if self.alpha is None or self.dim is None:
             return 1.0
-        return self.alpha / int(factored.shape[0])
+        return self.alpha / self.dim
 
     def factors(self) -> tuple[Array, Array]:
         (up1, down1), (up2, down2) = self._parts
         return kron(up1, up2) * self.scale, kron(down1, down2)
+
+    def times(self, weight: float) -> "LoKr":
+        if weight == 1:
+            return self
+        factored = self if self.dim else self._with_identity()
+        assert factored.dim
+        alpha = factored.scale * factored.dim * weight
+        return replace(factored, alpha=alpha, diff_b=scaled(self.diff_b, weight))
+
+    def _with_identity(self) -> "LoKr":
+        """The same product with w1 as a product with an identity: readers look at alpha only where a part is factored."""
+        w1: Array | Spec = self.lokr_w1
+        rows, columns = w1.shape
+        eye = _identity(min(rows, columns), w1)
+        a, b = (eye, w1) if rows <= columns else (w1, eye)
+        return replace(self, lokr_w1=None, lokr_w1_a=a, lokr_w1_b=b, alpha=None)
 
     def delta(self) -> Array:
         outer, inner = (up @ down for up, down in self._parts)
@@ -135,6 +156,10 @@ def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array 
     if rows <= columns:
         return identity(rows, whole), whole
     return whole, identity(columns, whole)
+
+
+def _identity(size: int, like: Array | Spec) -> Array | Spec:
+    return Spec((size, size), like.dtype) if isinstance(like, Spec) else identity(size, like)
 
 
 def _check_rank(part: str, a: int, b: int) -> None:

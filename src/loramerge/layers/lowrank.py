@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..errors import LayerError
 from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, reshape, take_rows
-from .base import Layer, matrix
+from .base import Layer, matrix, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -82,6 +82,11 @@ class LowRank(Layer):
             role: take_rows(t, ranges) for role, t in self.tensors().items() if role in ("up", "up_bias", "diff_b")
         }
         return replace(self, **cut, down_id=down_id)
+
+    def times(self, weight: float) -> "LowRank":
+        if weight == 1:
+            return self
+        return replace(self, alpha=self.scale * self.rank * weight, diff_b=scaled(self.diff_b, weight))
 
     def plain(self) -> "LowRank":
         """The same ΔW without a Tucker core."""

@@ -20,4 +20,5 @@ def alpha_of(layer: Layer) -> float | None:
 def bias_of(layer: Layer) -> Array | Spec | None:
     """The difference of the module's bias, every scale folded in; None where there is none."""
     direction = direction_of(layer)
-    return direction.b_norm if isinstance(direction, Norm) else direction.delta_bias()
+    given = isinstance(direction, Norm) and direction.b_norm is not None
+    return direction.b_norm if given else direction.delta_bias()  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..errors import LoRAMergeError, MergeError, OptionError
-from ..layers import Full, Layer, LowRank
+from ..layers import Full, Layer, LowRank, Rows
 from ..tensors import Array, check_finite, float32
 from ..wording import did_you_mean, first_line
 from .options import Option, options_of
@@ -142,8 +142,14 @@ def _check_factors(method: Method, merged: LowRank, layers: Sequence[Layer], ran
 
 def shared_down(layers: Sequence[Layer]) -> object:
     """Identity of the concatenated ``down``, where each layer knows its own."""
-    ids = tuple(layer.down_id if isinstance(layer, LowRank) else None for layer in layers)
+    ids = tuple(map(_down_id, layers))
     return ids if None not in ids else None
+
+
+def _down_id(layer: Layer) -> object:
+    if isinstance(layer, Rows):
+        return None if layer.source is None else ("whole", layer.source)
+    return layer.down_id if isinstance(layer, LowRank) else None
 
 
 def sum_of_ranks(layers: Sequence[Layer], **_: Any) -> int:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import stat
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 from ..errors import FileError
 from ..tensors import Array, Spec, Stored, Tensor, is_torch, nbytes
+from ..wording import size
 from . import forks, scratch
 from .awaited import Awaited, draft
 from .positioned import pread, pwrite
@@ -64,10 +66,11 @@ def write(
     if len(specs) != sum(len(group.specs) for group in groups):
         raise FileError(f"Can't write {path}: two tensors have the same key.")
     _keep_freed_memory()
+    layout = _Layout(specs)
+    header = layout.header({**draft(metadata), **_PLACEHOLDERS} if hashes else draft(metadata))
+    start = len(header)
+    _check_space(path, start + layout.size)
     with _replacing(path) as fd:
-        layout = _Layout(specs)
-        header = layout.header({**draft(metadata), **_PLACEHOLDERS} if hashes else draft(metadata))
-        start = len(header)
         if start > MAX_HEADER:
             raise FileError(
                 f"Can't write {path}: its header would have {start} bytes, of which readers take {MAX_HEADER}. "
@@ -207,6 +210,19 @@ def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
     while len(view):
         count = pwrite(fd, view, offset)
         view, offset = view[count:], offset + count
+
+
+def _check_space(path: Path, needed: int) -> None:
+    """Refuse a file that the disk has no room for, before anything is made."""
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except OSError:
+        return
+    if needed > free:
+        raise FileError(
+            f"Can't write {path}: it takes {size(needed)}, and its disk has {size(free)} free. Ways out: another disk, or a "
+            "smaller rank or dtype."
+        )
 
 
 def _reserve(fd: int, size: int) -> None:

@@ -16,7 +16,6 @@ from loramerge.dialects import DIALECTS
 from loramerge.dialects.base import table
 from loramerge.dialects.repairs import repaired
 from loramerge.dialects.suffixes import STYLES, parse
-from loramerge.errors import FileError
 from loramerge.lora import LoRA
 from loramerge.testing import random_lora, relative_error
 from small import MODULES, WRITTEN, small
@@ -472,14 +471,6 @@ def test_scales_are_found_in_their_order_of_precedence(case: str) -> None:
     found = from_tensors({k: Held(np.asarray(t)) for k, t in keys.items()}, metadata, "case")
 
     assert found.layout(module).scale == scale
-
-
-def test_the_configuration_of_another_algorithm_is_refused() -> None:
-    stem = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    factors = {f"{stem}.lokr_w1": np.ones((8, 8), np.float32), f"{stem}.lokr_w2": np.ones((40, 40), np.float32)}
-
-    with pytest.raises(FileError, match="not the configuration of a LoRA"):
-        lm.load(factors, config={"peft_type": "LOKR", "r": 4, "alpha": 8})
 
 
 def test_a_file_that_its_trainer_scaled_by_mistake_is_reported() -> None:

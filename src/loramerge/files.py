@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .storage.writer import Progress
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILES = (PEFT_FILE, "adapter_model.bin")
 
 Source = str | os.PathLike[str] | Mapping[str, Array]
 
@@ -55,7 +56,7 @@ def open(
     """
     options: dict[str, Any] = {"architecture": architecture, "dialect": dialect}
     if config is not None:
-        options["config"] = {"": _of_a_lora(dict(config), "The config")}
+        options["config"] = {"": _object(dict(config), "The config")}
     if isinstance(source, Mapping):
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
@@ -72,14 +73,19 @@ def _from(name: str, lora: LoRA, **forced: str | None) -> LoRA:
 
 def _open_path(path: str, options: dict[str, Any], allow_pickle: bool) -> LoRA:
     if os.path.isdir(path):
-        return _open_folder(path, options)
-    name = os.path.basename(path)
-    if name.endswith(PICKLES):
-        return from_tensors(pickled(path, allow_pickle), {}, name, **options)
-    file = SafetensorsFile(path)
-    if "config" not in options and any("base_model.model." in key for key in file):
+        return _open_folder(path, options, allow_pickle)
+    tensors, metadata = _tensors(path, allow_pickle)
+    if "config" not in options and any("base_model.model." in key for key in tensors):
         options["config"] = _config_beside(path)
-    return from_tensors(file, file.metadata, name, **options)
+    return from_tensors(tensors, metadata, os.path.basename(path), **options)
+
+
+def _tensors(path: str, allow_pickle: bool) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+    """What a file holds: its tensors, and the strings in its header."""
+    if path.endswith(PICKLES):
+        return pickled(path, allow_pickle), {}
+    file = SafetensorsFile(path)
+    return file, file.metadata
 
 
 def load(
@@ -181,35 +187,40 @@ def _near(path: str) -> str:
     return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
-def _open_folder(folder: "str | Path", options: dict[str, Any]) -> LoRA:
+def _open_folder(folder: "str | Path", options: dict[str, Any], allow_pickle: bool) -> LoRA:
     from pathlib import Path
 
     from .hub import WEIGHTS, choose
 
     path = Path(folder)
     folders = [path, *(path / component for component in COMPONENTS)]
-    adapters = {folder: folder / PEFT_FILE for folder in folders if os.path.exists(folder / PEFT_FILE)}
+    adapters = {each: found for each in folders if (found := _adapter_in(each))}
     if not adapters:
-        others = sorted(file.parent for file in path.glob(f"*/{PEFT_FILE}"))
-        names = sorted(file.name for file in path.glob("*.safetensors"))
+        entries = sorted(path.iterdir())
+        others = [inner for entry in entries if entry.is_dir() and (inner := _adapter_in(entry))]
+        names = [entry.name for entry in entries if entry.suffix == ".safetensors"]
+        names = names or [entry.name for entry in entries if entry.suffix in PICKLES and not others]
         if len(others) == 1 and not names:
-            return _open_folder(others[0], options)
+            return _open_folder(others[0].parent, options, allow_pickle)
         if others and not set(WEIGHTS) & set(names):
-            found = [*map(str, others), *(str(path / name) for name in names)]
-            raise FileError(f"{path} holds {len(found)} adapters; name one: {', '.join(found)}.")
-        if not names:
-            raise FileError(f"The directory {path} has no .safetensors file.")
-        return open(path / choose(names, str(path)), **options)
+            listed = [*(str(other.parent) for other in others), *(str(path / name) for name in names)]
+            raise FileError(f"{path} holds {len(listed)} adapters; name one: {', '.join(listed)}.")
+        return _open_path(str(path / choose(names, str(path))), options, allow_pickle)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, Any] = {}
     for folder, file in adapters.items():
         prefix = "" if folder == path else f"{folder.name}/"
-        stored = SafetensorsFile(file)
-        tensors |= {prefix + key: tensor for key, tensor in stored.items()}
-        metadata |= stored.metadata
+        held, strings = _tensors(str(file), allow_pickle)
+        tensors |= {prefix + key: tensor for key, tensor in held.items()}
+        metadata |= strings
         config |= {folder.name if prefix else "": _config(folder / PEFT_CONFIG)}
-    return from_tensors(tensors, metadata, path.name, config=config, **options)
+    return from_tensors(tensors, metadata, path.name, **{"config": config, **options})
+
+
+def _adapter_in(folder: "Path") -> "Path | None":
+    """The file of a PEFT adapter in a directory, a safetensors file before a pickle."""
+    return next((folder / name for name in PEFT_FILES if os.path.exists(folder / name)), None)
 
 
 def _config_beside(path: str) -> dict[str, Any]:
@@ -226,12 +237,12 @@ def _config(path: "str | Path") -> dict[str, Any]:
         raise FileError(f"{error} It holds the adapter's scale.") from error
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not JSON: {error}.") from None
-    return _of_a_lora(config, str(path))
+    return _object(config, str(path))
 
 
-def _of_a_lora(config: Any, name: str) -> dict[str, Any]:
-    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise FileError(f"{name} is not the configuration of a LoRA: {str(config)[:80]}.")
+def _object(config: Any, name: str) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise FileError(f"{name} is not a configuration: {str(config)[:80]}. Wanted a JSON object.")
     return config
 
 

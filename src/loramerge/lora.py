@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,14 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .blocks import matches
-from .dialects import alphas
-from .dialects.alphas import Config
+from .dialects import alphas, fields
+from .dialects.fields import Config
 from .dialects.read import Reading, Record, read
-from .errors import LoRAMergeError, OptionError
+from .errors import LayerError, LoRAMergeError, OptionError
 from .layers import Layer, LowRank, alpha_of, build
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
-from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch
+from .tensors import Array, Held, Shape, Spec, Tensor, check_finite, float32, is_torch
 
 if TYPE_CHECKING:
     import torch
@@ -279,23 +280,12 @@ def from_tensors(
         LayerError: A layer is incomplete, or its tensors disagree.
     """
     try:
-        reading = read(tensors, metadata, architecture=architecture, dialect=dialect)
         scales = alphas.configs(metadata, config or {})
+        reading = read(_whole(tensors, scales), metadata, architecture=architecture, dialect=dialect)
     except LoRAMergeError as error:
         raise type(error)(f"{name}: {error}") from None
     reader = _Reader(name, reading, tensors, scales)
-    notes = list(reading.notes)
-    if not scales and any("base_model.model." in key for key in tensors):
-        notes.append(
-            "PEFT's adapter_config.json is missing, so the strength is a guess (alpha = rank, scale 1): "
-            "put the one of the same download beside the file, or name the folder of both"
-        )
-    saved = [each["modules_to_save"] for each in scales.values() if isinstance(each.get("modules_to_save"), list)]
-    if whole := dict.fromkeys(str(part) for parts in saved for part in parts):
-        notes.append(
-            f"trained with PEFT's modules_to_save: the whole weights of {', '.join(whole)} are no part of the LoRA, "
-            "are kept as they are, and are in no merge or sum"
-        )
+    notes = [*reading.notes, *_notes(tensors, reading, scales)]
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
     layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}
@@ -311,6 +301,30 @@ def from_tensors(
         notes=tuple(notes),
         origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
     )
+
+
+def _whole(tensors: Mapping[str, Tensor], configs: Mapping[str, Config]) -> Mapping[str, Tensor]:
+    """The tensors without those that AdaLoRA cut down to rank 0, whose ΔW is zero."""
+    if all(config["peft_type"] != "ADALORA" for config in configs.values()):
+        return tensors
+    return {key: tensor for key, tensor in tensors.items() if 0 not in tensor.shape}
+
+
+def _notes(tensors: Mapping[str, Tensor], reading: Reading, configs: Mapping[str, Config]) -> Iterator[str]:
+    """What PEFT's configurations say that the layers don't show."""
+    if not configs and any("base_model.model." in key for key in tensors):
+        yield (
+            "PEFT's adapter_config.json is missing, so the strength is a guess (alpha = rank, scale 1): "
+            "put the one of the same download beside the file, or name the folder of both"
+        )
+    apart = "are no part of the LoRA, are kept as they are, and are in no merge or sum"
+    saved = [each["modules_to_save"] for each in configs.values() if isinstance(each.get("modules_to_save"), list)]
+    if whole := dict.fromkeys(str(part) for parts in saved for part in parts):
+        yield f"trained with PEFT's modules_to_save: the whole weights of {', '.join(whole)} {apart}"
+    if biases := sum(key.endswith(".bias") for key in reading.extras):
+        yield f'{biases} whole biases of the trained model (PEFT\'s bias="lora_only" or "all") {apart}'
+    if strange := dict.fromkeys(field for config in configs.values() for field in fields.strange(config)):
+        yield f"its configuration has fields that loramerge doesn't know and takes for harmless: {', '.join(strange)}"
 
 
 class _Reader:
@@ -354,7 +368,7 @@ class _Reader:
         layer, weight = record.layer, self.weight(record)
         value = self.configured(record) if record.alpha is None else record.alpha
         self._alphas[record.stem] = value
-        if layer is not None and layer.shape == weight:
+        if layer is not None and layer.shape == weight and self.config_of(record) is None:
             if value == getattr(layer, "alpha", None):
                 return layer
             if isinstance(layer, LowRank):
@@ -367,7 +381,10 @@ class _Reader:
 
     def _build(self, record: Record, read: Callable[[Tensor], Any], alpha: float | None) -> Layer:
         held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in ("alpha", "scale")}
-        return build(held, alpha, self.weight(record))
+        if held.keys() >= fields.WHOLE and record.alpha is None and alpha is not None:
+            held["lokr_w1"], alpha = _times(held["lokr_w1"], alpha), None  # LyCORIS has no scale there
+        layer, config = build(held, alpha, self.weight(record)), self.config_of(record)
+        return fields.as_trained(layer, config) if config else layer
 
     def _named(self, record: Record, make: Callable[[Record], Layer]) -> Layer:
         try:
@@ -385,11 +402,41 @@ class _Reader:
         known = [shape for shape in shapes if shape is not None]
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
 
+    def config_of(self, record: Record) -> Config | None:
+        return self.config.get(record.parts[0].module.partition(".")[0]) or self.config.get("")
+
     def configured(self, record: Record) -> float | None:
         """The alpha that a configuration beside the tensors gives."""
-        component, _, path = record.parts[0].module.partition(".")
-        config = self.config.get(component) or self.config.get("")
-        return alphas.alpha(config, path, alphas.rank(record.keys, self.tensors)) if config else None
+        config, roles = self.config_of(record), record.keys.keys()
+        if config is None or not roles & fields.SCALED:
+            return None
+        rank = alphas.rank(record.keys, self.tensors)
+        found = {fields.alpha(config, names, rank, roles) for names in names_of(record)}
+        if len(found) > 1:
+            raise LayerError(f"the configuration gives the parts of this weight the alphas {sorted(found)}")
+        return found.pop()
+
+
+PREFIX = re.compile(r".*base_model\.model\.|(?:unet|transformer|text_encoder(?:_\d)?|diffusion_model)\.")
+"""What stands before a module's own path in a stem."""
+
+
+def names_of(record: Record) -> list[list[str]]:
+    """What the patterns of a configuration may call a record's modules, the best name first.
+
+    It is the name in the model that PEFT wrapped.  Where the file was renamed since, that is lost, and
+    diffusers' own stands for it.
+    """
+    own = PREFIX.sub("", record.stem, count=1)
+    if "base_model.model." in record.stem:
+        return [[own]]
+    return [[own, part.module.partition(".")[2]] for part in record.parts]
+
+
+def _times(tensor: Array | Spec, scale: float) -> Array | Spec:
+    if scale == 1.0:
+        return tensor
+    return Spec(tuple(tensor.shape), "F32") if isinstance(tensor, Spec) else float32(tensor) * scale
 
 
 def _values(tensor: Tensor) -> Array:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import LayerError
-from ..tensors import FLOATS, NAMES, Array, Shape, Spec, code, reshape
+from ..tensors import FLOATS, NAMES, Array, Shape, Spec, code, float32, reshape
 from .base import Layer, Rows
 from .dora import DoRA
 from .full import BiasOnly, Carried, Full, Norm, Replaced
@@ -14,6 +14,7 @@ from .loha import LoHa
 from .lokr import LoKr
 from .lowrank import LowRank, low_rank
 from .parts import alpha_of, bias_of, direction_of
+from .relative import Relative
 
 KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Replaced, LoKr)
 """Kinds that are recognised by the roles of their tensors, the first that fits."""
@@ -23,6 +24,7 @@ FACTORED = ("lora", "loha", "lokr")
 
 CARRIED = {
     "oft_blocks": "oft",
+    "oft_diag": "oft",
     "oft_R": "oft",
     "oft_R_scaled": "oft",
     "rescale": "oft",
@@ -55,6 +57,8 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     Raises:
         LayerError: The tensors are no layer, or one is missing.
     """
+    if "diagonal" in tensors and "down" in tensors:
+        tensors = _folded(tensors)
     kind = _kind(frozenset(tensors))
     if kind is Carried:
         return _carried(tensors, alpha)
@@ -75,6 +79,16 @@ def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carrie
     known = next((CARRIED[role] for role in tensors if role in CARRIED), None)
     unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
     return Carried(algorithm=known or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
+
+
+def _folded(tensors: Mapping[str, Array | Spec]) -> dict[str, Array | Spec]:
+    """AdaLoRA's three factors as two: ``down`` is (r, in), the diagonal between it and ``up`` (r, 1)."""
+    down, diagonal = tensors["down"], tensors["diagonal"]
+    if tuple(diagonal.shape) != (down.shape[0], 1):
+        raise LayerError(f"the diagonal has shape {tuple(diagonal.shape)} and down {tuple(down.shape)}")
+    spec = isinstance(down, Spec) or isinstance(diagonal, Spec)
+    product = Spec(tuple(down.shape), "F32") if spec else float32(down) * float32(diagonal)
+    return {**{role: t for role, t in tensors.items() if role != "diagonal"}, "down": product}
 
 
 def _check_floats(tensors: Mapping[str, Array | Spec]) -> None:
@@ -145,6 +159,7 @@ __all__ = [
     "LoKr",
     "LowRank",
     "Norm",
+    "Relative",
     "Replaced",
     "Rows",
     "alpha_of",

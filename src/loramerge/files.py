@@ -34,6 +34,7 @@ def open(
     dialect: str | None = None,
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    adapter: str | None = None,
     allow_pickle: bool = False,
 ) -> LoRA:
     """Open a LoRA; tensors are read when a layer is asked for.
@@ -46,6 +47,7 @@ def open(
         dialect: The dialect, where the file leaves it open.
         config: PEFT's configuration, where it is not beside the file: it has the scale.
         metadata: The strings of the header, for a state dict.
+        adapter: Which one, where the keys name several adapters, as PEFT does.
         allow_pickle: Whether to read ``.pt``, ``.bin`` and ``.ckpt``, tensors only
             (``torch.load(weights_only=True)``).
 
@@ -54,14 +56,15 @@ def open(
         NotALoRAError: It holds no LoRA.
         LayerError: A layer is incomplete or its shapes disagree.
     """
-    options: dict[str, Any] = {"architecture": architecture, "dialect": dialect}
+    options: dict[str, Any] = {"architecture": architecture, "dialect": dialect, "adapter": adapter}
     if config is not None:
         options["config"] = {"": _object(dict(config), "The config")}
     if isinstance(source, Mapping):
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
     path, name = _found(source)
-    return _from(name, _open_path(path, options, allow_pickle), architecture=architecture, dialect=dialect)
+    lora = _open_path(path, options, allow_pickle)
+    return _from(name, lora, architecture=architecture, dialect=dialect, adapter=adapter)
 
 
 def _from(name: str, lora: LoRA, **forced: str | None) -> LoRA:
@@ -74,18 +77,19 @@ def _from(name: str, lora: LoRA, **forced: str | None) -> LoRA:
 def _open_path(path: str, options: dict[str, Any], allow_pickle: bool) -> LoRA:
     if os.path.isdir(path):
         return _open_folder(path, options, allow_pickle)
-    tensors, metadata = _tensors(path, allow_pickle)
+    tensors, metadata, notes = _tensors(path, allow_pickle)
     if "config" not in options and any("base_model.model." in key for key in tensors):
         options["config"] = _config_beside(path)
-    return from_tensors(tensors, metadata, os.path.basename(path), **options)
+    return from_tensors(tensors, metadata, os.path.basename(path), notes=notes, **options)
 
 
-def _tensors(path: str, allow_pickle: bool) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
-    """What a file holds: its tensors, and the strings in its header."""
+def _tensors(path: str, allow_pickle: bool) -> tuple[Mapping[str, Tensor], Mapping[str, str], list[str]]:
+    """What a file holds: its tensors, the strings in its header, and what is unusual about it."""
     if path.endswith(PICKLES):
-        return pickled(path, allow_pickle), {}
+        tensors, inside = pickled(path, allow_pickle)
+        return tensors, {}, [f"the tensors of its dictionary {inside!r}"] if inside else []
     file = SafetensorsFile(path)
-    return file, file.metadata
+    return file, file.metadata, []
 
 
 def load(
@@ -95,6 +99,7 @@ def load(
     dialect: str | None = None,
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    adapter: str | None = None,
     allow_pickle: bool = False,
 ) -> LoRA:
     """Read a LoRA into memory; the arguments are those of `open`.
@@ -113,6 +118,7 @@ def load(
         dialect=dialect,
         config=config,
         metadata=metadata,
+        adapter=adapter,
         allow_pickle=allow_pickle,
     ) as lora:
         if isinstance(source, Mapping) or lora.origin is None:
@@ -128,7 +134,7 @@ def load(
         )
         assert loaded.origin
         origin = replace(loaded.origin, source=lora.origin.source, forced=lora.origin.forced)
-        return replace(loaded, origin=origin).in_memory()
+        return replace(loaded, notes=lora.notes, origin=origin).in_memory()
 
 
 def _held(key: str, value: Any) -> Held:
@@ -211,7 +217,7 @@ def _open_folder(folder: "str | Path", options: dict[str, Any], allow_pickle: bo
     config: dict[str, Any] = {}
     for folder, file in adapters.items():
         prefix = "" if folder == path else f"{folder.name}/"
-        held, strings = _tensors(str(file), allow_pickle)
+        held, strings, _ = _tensors(str(file), allow_pickle)
         tensors |= {prefix + key: tensor for key, tensor in held.items()}
         metadata |= strings
         config |= {folder.name if prefix else "": _config(folder / PEFT_CONFIG)}
@@ -380,7 +386,6 @@ def _write_components(
     fork: bool,
 ) -> None:
     """Each component's adapter and configuration, in a directory of its own."""
-    from .dialects.write import Group
     from .storage.writer import write, write_text
 
     done = 0
@@ -388,7 +393,9 @@ def _write_components(
         prefix = f"{component}/" if component else ""
         mine = [g for g in groups if g.name.startswith(prefix) and ("/" in g.name) == bool(prefix)]
         stripped = [
-            Group(g.name, {k.removeprefix(prefix): s for k, s in g.specs.items()}, partial(_stripped, g, prefix))
+            replace(
+                g, specs={k.removeprefix(prefix): s for k, s in g.specs.items()}, make=partial(_stripped, g, prefix)
+            )
             for g in mine
         ]
         (folder / component).mkdir(exist_ok=True)
@@ -431,6 +438,7 @@ def convert(
     *,
     dtype: str | None = None,
     architecture: str | None = None,
+    adapter: str | None = None,
     allow_lossy: bool = False,
     allow_pickle: bool = False,
     workers: int = 1,
@@ -444,6 +452,7 @@ def convert(
         dialect: Name of a dialect that can be written.
         dtype: A dtype for the tensors; their own by default.
         architecture: The model family, where the file leaves it open.
+        adapter: Which one, where the keys name several adapters, as PEFT does.
         allow_lossy: Whether to leave out what the dialect can't hold.
         allow_pickle: Whether to read pickles, tensors only.
         workers: Processes or threads, as in `save`.
@@ -457,7 +466,7 @@ def convert(
         FileError: The source can't be read or the path can't be written.
         NotALoRAError: The source is no LoRA.
     """
-    with open(source, architecture=architecture, allow_pickle=allow_pickle) as lora:
+    with open(source, architecture=architecture, adapter=adapter, allow_pickle=allow_pickle) as lora:
         return save(
             lora,
             path,

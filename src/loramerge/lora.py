@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .blocks import matches
-from .dialects import alphas, fields
+from .dialects import adapters, alphas, fields
 from .dialects.fields import Config
 from .dialects.read import Reading, Record, read
-from .errors import LayerError, LoRAMergeError, OptionError
+from .errors import LayerError, LoRAMergeError, NumberError, OptionError
 from .layers import Layer, LowRank, alpha_of, build
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
@@ -133,10 +133,10 @@ class LoRA(Mapping[str, Layer]):
 
     def exclude(self, *patterns: str) -> "LoRA":
         """All but the modules that match one of the patterns."""
-        kept = self.others(*patterns)
-        if patterns and len(kept) == len(self):
+        kept = self._without(patterns)
+        if patterns and kept is self:
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_some(self)}")
-        return self._keep(kept, patterns)
+        return kept._keep(list(kept), patterns)
 
     def others(self, *patterns: str) -> list[str]:
         """The modules that match none of the patterns."""
@@ -148,6 +148,12 @@ class LoRA(Mapping[str, Layer]):
         return (
             self if len(layouts) == len(self) else replace(self, layouts=layouts, origin=None, compute=self.__getitem__)
         )
+
+    def _without(self, patterns: Sequence[str]) -> "LoRA":
+        """The LoRA without the modules, and the tensors that belong to no layer, that match one of the patterns."""
+        kept = self.part(self.others(*patterns))
+        extras = {key: t for key, t in self.extras.items() if not any(matches(p, key) for p in patterns)}
+        return kept if len(extras) == len(self.extras) else replace(kept, extras=extras, origin=None)
 
     def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
         if not modules:
@@ -214,8 +220,8 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
     Raises:
         OptionError: There are patterns, and no module of any LoRA matches.
     """
-    kept = [lora.part(lora.others(*patterns)) for lora in loras]
-    if patterns and sum(map(len, kept)) == sum(map(len, loras)):
+    kept = [lora._without(patterns) for lora in loras]
+    if patterns and all(a is b for a, b in zip(kept, loras, strict=True)):
         raise OptionError(f"No module matches the pattern {' or '.join(patterns)}, such as {next(iter(loras[0]))}.")
     return kept
 
@@ -264,6 +270,8 @@ def from_tensors(
     config: Mapping[str, Config] | None = None,
     architecture: str | None = None,
     dialect: str | None = None,
+    adapter: str | None = None,
+    notes: Sequence[str] = (),
 ) -> LoRA:
     """The LoRA that tensors, under the keys of any dialect, mean.
 
@@ -274,18 +282,21 @@ def from_tensors(
         config: PEFT's ``adapter_config.json``, by component.
         architecture: Name of the family, where the keys leave it open.
         dialect: Name of the dialect, where the keys leave it open.
+        adapter: Which of several adapters in the keys.
+        notes: What was unusual about the file.
 
     Raises:
-        NotALoRAError: No layer is among the keys.
+        NotALoRAError: No layer is among the keys, or several adapters are.
         LayerError: A layer is incomplete, or its tensors disagree.
     """
     try:
+        tensors = adapters.one(tensors, adapter)
         scales = alphas.configs(metadata, config or {})
         reading = read(_whole(tensors, scales), metadata, architecture=architecture, dialect=dialect)
     except LoRAMergeError as error:
         raise type(error)(f"{name}: {error}") from None
     reader = _Reader(name, reading, tensors, scales)
-    notes = [*reading.notes, *_notes(tensors, reading, scales)]
+    said = [*notes, *reading.notes, *_notes(tensors, reading, scales)]
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
     layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}
@@ -298,7 +309,7 @@ def from_tensors(
         compute=reader.layer,
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},
-        notes=tuple(notes),
+        notes=tuple(said),
         origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
     )
 
@@ -319,10 +330,15 @@ def _notes(tensors: Mapping[str, Tensor], reading: Reading, configs: Mapping[str
         )
     apart = "are no part of the LoRA, are kept as they are, and are in no merge or sum"
     saved = [each["modules_to_save"] for each in configs.values() if isinstance(each.get("modules_to_save"), list)]
-    if whole := dict.fromkeys(str(part) for parts in saved for part in parts):
-        yield f"trained with PEFT's modules_to_save: the whole weights of {', '.join(whole)} {apart}"
-    if biases := sum(key.endswith(".bias") for key in reading.extras):
-        yield f'{biases} whole biases of the trained model (PEFT\'s bias="lora_only" or "all") {apart}'
+    if modules := dict.fromkeys(str(part) for parts in saved for part in parts):
+        yield f"trained with PEFT's modules_to_save: the whole weights of {', '.join(modules)} {apart}"
+    biased = any(config.get("bias", "none") != "none" for config in configs.values())
+    whole = [key for key in reading.extras if ".base_layer." in key or (biased and key.endswith(".bias"))]
+    if whole:
+        yield f"it holds {len(whole)} of the trained model's own biases or weights ({whole[0]} …): they {apart}"
+    began = sorted({start for config in configs.values() if (start := fields.start(config))})
+    if began:
+        yield f"its factors began as a part of the base weights (init_lora_weights: {', '.join(began)}), so it is no plain LoRA"
     if strange := dict.fromkeys(field for config in configs.values() for field in fields.strange(config)):
         yield f"its configuration has fields that loramerge doesn't know and takes for harmless: {', '.join(strange)}"
 
@@ -361,14 +377,17 @@ class _Reader:
 
     def layout(self, record: Record) -> Layer:
         if record.stem not in self._layouts:
-            self._layouts[record.stem] = self._named(record, self._layout)
+            try:
+                self._layouts[record.stem] = self._layout(record)
+            except LoRAMergeError as error:
+                raise error.at(f"{self.name}: {record.stem}") from None
         return self._layouts[record.stem]
 
     def _layout(self, record: Record) -> Layer:
         layer, weight = record.layer, self.weight(record)
         value = self.configured(record) if record.alpha is None else record.alpha
         self._alphas[record.stem] = value
-        if layer is not None and layer.shape == weight and self.config_of(record) is None:
+        if layer is not None and layer.shape == weight and not self.config and "reshape_weight" not in record.keys:
             if value == getattr(layer, "alpha", None):
                 return layer
             if isinstance(layer, LowRank):
@@ -377,20 +396,22 @@ class _Reader:
 
     def _whole(self, stem: str) -> Layer:
         record = self.records[stem]
-        return self._named(record, lambda record: self._build(record, _values, self._alphas[stem]))
+        try:
+            return self._build(record, _values, self._alphas[stem])
+        except NumberError as error:
+            modules = ", ".join(part.module for part in record.parts)
+            way = "Way out: merge or convert it without the module (exclude)"
+            raise NumberError(f"{error}. {way}").at(f"{self.name}: {modules}") from None
+        except LoRAMergeError as error:
+            raise error.at(f"{self.name}: {stem}") from None
 
     def _build(self, record: Record, read: Callable[[Tensor], Any], alpha: float | None) -> Layer:
-        held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in ("alpha", "scale")}
+        apart = {"alpha", "scale", *["reshape_weight"] * self.widened(record)}
+        held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in apart}
         if held.keys() >= fields.WHOLE and record.alpha is None and alpha is not None:
             held["lokr_w1"], alpha = _times(held["lokr_w1"], alpha), None  # LyCORIS has no scale there
         layer, config = build(held, alpha, self.weight(record)), self.config_of(record)
         return fields.as_trained(layer, config) if config else layer
-
-    def _named(self, record: Record, make: Callable[[Record], Layer]) -> Layer:
-        try:
-            return make(record)
-        except LoRAMergeError as error:
-            raise type(error)(f"{self.name}: {record.stem}: {error}") from None
 
     def weight(self, record: Record) -> Shape | None:
         """Shape of the weight that the record updates, where the architecture knows it."""
@@ -403,7 +424,16 @@ class _Reader:
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
 
     def config_of(self, record: Record) -> Config | None:
-        return self.config.get(record.parts[0].module.partition(".")[0]) or self.config.get("")
+        folder, slash, _ = record.stem.partition("/")
+        component = folder if slash else record.parts[0].module.partition(".")[0]
+        return self.config.get(component) or self.config.get("")
+
+    def widened(self, record: Record) -> bool:
+        """Whether a layer says that the weight is to be widened to its own shape, which its shape says too."""
+        key = record.keys.get("reshape_weight")
+        if key is None or record.layer is None or self.weight(record) is None:
+            return False
+        return tuple(self.tensors[key].read().tolist()) == record.layer.shape
 
     def configured(self, record: Record) -> float | None:
         """The alpha that a configuration beside the tensors gives."""

@@ -14,7 +14,7 @@ from .dense import on_base
 from .errors import OptionError
 from .files import saved_size
 from .joins import Join, apart, down_id, joins_of, lost_by, one
-from .layers import Full, Layer, LowRank, low_rank
+from .layers import ON_BASE, Full, Layer, LowRank, low_rank
 from .layers.base import matrix
 from .lora import LoRA, in_one_library
 from .metadata import RECIPE, STALE
@@ -205,7 +205,7 @@ class Plan:
 
     def _with_base(self, layer: Layer, step: Step) -> Layer:
         """The layer, or its whole ΔW where only the base's weight tells it."""
-        if layer.kind != "dora" or self.base is None:
+        if layer.kind not in ON_BASE or self.base is None:
             return layer
         return on_base(layer, step.module, self.base)
 
@@ -351,7 +351,7 @@ class Plan:
     @property
     def on_base(self) -> bool:
         """Whether the result depends on the base's weights."""
-        return any(self.loras[i].layout(s.module).kind == "dora" for s in self.steps.values() for i in s.inputs)
+        return any(self.loras[i].layout(s.module).kind in ON_BASE for s in self.steps.values() for i in s.inputs)
 
     def _metadata(self) -> Awaited:
         """Entries on which the inputs agree stay; where they differ, each input's own go into the recipe."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .architectures import ARCHITECTURES, NAME_FAMILY
 from .checkpoints import Checkpoint
 from .errors import LoRAMergeError, MergeError
-from .layers import FACTORED, Layer
+from .layers import FACTORED, ON_BASE, Layer
 from .layers.full import LEAVE_OUT
 from .lora import LoRA
 from .methods import Method
@@ -46,7 +46,7 @@ def named(module: str) -> Iterator[None]:
     try:
         yield
     except LoRAMergeError as error:
-        raise type(error)(f"{module}: {error}") from None
+        raise error.at(module) from None
 
 
 def steps_of(
@@ -92,10 +92,10 @@ def _mergeable(lora: LoRA, module: str, takes_dense: bool, by_ranks: bool, base:
     if layout.kind in FACTORED:
         return layout
     where = f"{lora.name}: {module} can't be merged"
-    if layout.kind == "dora" and base is not None:
+    if layout.kind in ON_BASE and base is not None:
         if module not in base:
-            raise MergeError(f"{where}: it is a DoRA layer, and the base {base.name} has no such module.")
-    elif layout.kind == "dora":
+            raise MergeError(f"{where}: it is a {layout.kind} layer, and the base {base.name} has no such module.")
+    elif layout.kind in ON_BASE:
         raise MergeError(f"{where}: {layout.no_factors}; or give the base model (--base, base=…).")
     elif layout.kind != "full":
         raise MergeError(f"{where}: {layout.no_factors}.")
@@ -105,7 +105,7 @@ def _mergeable(lora: LoRA, module: str, takes_dense: bool, by_ranks: bool, base:
             f"ties with space=delta, or {LEAVE_OUT}."
         )
     if by_ranks:
-        what = "a whole difference of the weight" if layout.kind == "full" else "a DoRA layer"
+        what = "a whole difference of the weight" if layout.kind == "full" else f"a {layout.kind} layer"
         raise MergeError(
             f"{where}: it holds {what}, whose ΔW is dense and has no rank of its own. "
             f"Ways out: a number as the rank, such as --rank 32, or {LEAVE_OUT}."
@@ -165,7 +165,7 @@ def common_extras(loras: Sequence[LoRA]) -> dict[str, Tensor]:
             if key in found and not _equal(found[key], tensor):
                 raise MergeError(
                     f"Two of the LoRAs hold different tensors {key!r}, which belong to no layer and can't be merged. "
-                    "Way out: remove one, or give them different names."
+                    "Way out: leave them out (exclude)."
                 )
             found[key] = tensor
     return found

@@ -10,7 +10,7 @@ from functools import cache
 from ..architectures import ARCHITECTURES, NAME_FAMILY, Architecture
 from ..architectures.names import Parts, whole
 from ..errors import LayerError, LoRAMergeError, NotALoRAError, OptionError
-from ..layers import UNKNOWN, Layer, build
+from ..layers import MAGNITUDES, UNKNOWN, Layer, build
 from ..tensors import Shape, Tensor
 from . import DIALECTS
 from .alphas import stored
@@ -73,6 +73,7 @@ def read(
         LayerError: A layer is incomplete or its shapes disagree.
     """
     records, extras = _records(tensors)
+    rejoined = _rejoin(records)
     unused = [stem for stem in records if ".self_attn." in stem and re.fullmatch(UNUSED, stem)]
     for stem in unused:
         del records[stem]
@@ -91,12 +92,15 @@ def read(
         notes.append(
             f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them"
         )
+    if rejoined:
+        notes.append(f"repaired {rejoined} names: dots in those of DoRA's magnitudes (diffusers' export for kohya)")
     arguments = metadata.get("ss_network_args", "")
     if arguments and re.search(SPLIT_QKV, arguments):
         notes.append(
             "trained with split_qkv: readers scale its fused layers by a third or a quarter, and so does loramerge"
         )
-    chosen = DIALECTS[dialect] if dialect else names.dialect(found)
+    broken = DIALECTS["kohya-broken"] if rejoined else None
+    chosen = DIALECTS[dialect] if dialect else broken or names.dialect(found)
     for record in names.records.values():
         if not record.parts:
             record.parts = whole(chosen.free_module(record.stem))
@@ -134,10 +138,22 @@ def _records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[str
     return records, extras
 
 
+def _rejoin(records: dict[str, Record]) -> int:
+    """Give magnitudes whose stem has dots left in it to the layer that they are of; returns how many there were."""
+    lone = [stem for stem, r in records.items() if "." in stem and r.keys.keys() <= MAGNITUDES]
+    homes = {stem: home for stem in lone if (home := records.get(stem.replace(".", "_"))) is not None}
+    for stem, home in homes.items():
+        home.keys |= records.pop(stem).keys
+    return len(homes)
+
+
 def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
     """Give keys with an unknown suffix to the layer that they stand beside; the others are extras."""
     extras = []
     for key in rest:
+        if ".base_layer." in key:  # of the model that PEFT wrapped, whole
+            extras.append(key)
+            continue
         stem, _, end = key.rpartition(".")
         while stem and stem not in records:
             stem, _, more = stem.rpartition(".")
@@ -150,7 +166,7 @@ def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
 
 
 def _layer(record: Record, tensors: Mapping[str, Tensor]) -> Layer:
-    held = {role: tensors[key] for role, key in record.keys.items() if role not in ("alpha", "scale")}
+    held = {role: tensors[key] for role, key in record.keys.items() if role not in ("alpha", "scale", "reshape_weight")}
     try:
         record.alpha = stored(record.keys, tensors)
         return build(held, record.alpha, None)
@@ -170,6 +186,7 @@ def _not_a_lora(keys: list[str]) -> str:
 
 
 OTHER_FILES = (
+    (r"^lora_controlnet$", "a Control-LoRA: a ControlNet, stored as factors, which loaders of ControlNets read"),
     (r"^lllite_", "a ControlNet-LLLite"),
     (r"^(first_stage_model|cond_stage_model|model\.diffusion_model)\.", "a whole checkpoint"),
     (r"^(control_model|controlnet_|input_hint_block|zero_convs)", "a ControlNet"),
@@ -242,6 +259,8 @@ class _Names:
                     return found
                 known = table(names, a)
                 here = {s: known[s] for s in left if s in known and _fits(self.shapes[s], known[s], a)}
+                if names in dialect.together and len(here) < sum(s in known for s in left):
+                    continue
                 if dialect.numbered and len(here) < len(self.records):
                     continue
                 found |= here
@@ -322,7 +341,7 @@ class _Names:
         own = table(dialect.recognised_by or dialect.names, a)
         points = 2 * sum(stem in own for stem in styled)
         if points < 2 * len(styled):
-            others = [own, *(table(names, a) for names in dialect.also_names)]
+            others = [own, *(table(names, a) for names in dialect.tables[1:])]
             for stem in (stem for stem in styled if stem not in own):
                 points += any(name in other for other in others for name in (stem, self.meant.get(stem)))
         return points

@@ -7,6 +7,8 @@ of the tensor and, for LoRA's own tensors, the *style* of the tool that wrote it
 import re
 from typing import NamedTuple
 
+from ..layers import UNKNOWN
+
 STYLES: dict[str, dict[str, str]] = {
     "kohya": {
         "down": ".lora_down.weight",
@@ -107,6 +109,8 @@ def parse(key: str) -> Key | None:
     for start in _starts(key):
         if found := _EXACT.get(key[start:]):
             return Key(key[:start], *found)
+    if block := re.fullmatch(r"(.+)\.(oft_blocks\.\d+)", key):
+        return Key(block[1], UNKNOWN + block[2], "")
     if (named := re.fullmatch(_NAMED, key)) and (
         role := _NAMED_ROLES.get((named[2], named[4].removesuffix(".weight")))
     ):

@@ -14,13 +14,16 @@ from .loha import LoHa
 from .lokr import LoKr
 from .lowrank import LowRank, low_rank
 from .parts import alpha_of, bias_of, direction_of
-from .relative import Relative
+from .relative import FIRST, Relative
 
 KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Replaced, LoKr)
 """Kinds that are recognised by the roles of their tensors, the first that fits."""
 
 FACTORED = ("lora", "loha", "lokr")
 """Kinds of layers that have an exact low-rank form."""
+
+ON_BASE = ("dora", *FIRST)
+"""Kinds of layers whose ΔW depends on the base weight, and is known where that is."""
 
 CARRIED = {
     "oft_blocks": "oft",
@@ -78,7 +81,8 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
 def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carried:
     known = next((CARRIED[role] for role in tensors if role in CARRIED), None)
     unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
-    return Carried(algorithm=known or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
+    oft = bool(unknown) and unknown[0].startswith("oft_")
+    return Carried(algorithm=known or ("oft" if oft else f"a layer with {unknown[0]}"), held=dict(tensors), alpha=alpha)
 
 
 def _folded(tensors: Mapping[str, Array | Spec]) -> dict[str, Array | Spec]:
@@ -149,6 +153,8 @@ def shaped(layer: LowRank, weight: Shape) -> LowRank:
 
 __all__ = [
     "FACTORED",
+    "MAGNITUDES",
+    "ON_BASE",
     "UNKNOWN",
     "BiasOnly",
     "Carried",

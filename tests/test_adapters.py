@@ -67,7 +67,8 @@ def test_of_a_pickle_and_a_safetensors_file_the_pickle_is_left_alone(tmp_path: P
 @pytest.mark.parametrize("level", ["state_dict", "lora", "unet"])
 def test_the_only_dictionary_of_tensors_in_a_pickle_is_read(level: str, tmp_path: Path) -> None:
     inner = {key: torch.from_numpy(value) for key, value in factors().items()}
-    path = pickled(tmp_path / "a.pt", {level: inner, "step": 3, "optimizer": {"state": {0: {}}}})
+    others = {"step": torch.tensor(3), "optimizer": {"state": {0: {}}}, "statistics": {"loss": torch.zeros(3)}}
+    path = pickled(tmp_path / "a.pt", {level: inner, **others})
 
     assert len(lm.load(path, allow_pickle=True)) == 1
 
@@ -229,6 +230,14 @@ def test_an_alpha_that_scales_nothing_is_not_looked_at(alpha: float, tmp_path: P
         assert relative_error(layer.delta(), wanted) <= 1e-6
 
 
+@pytest.mark.parametrize("role", ["diff", "w_norm", "diff_b"])
+def test_an_alpha_beside_what_no_alpha_scales_is_not_looked_at(role: str) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_norm"
+    keys = {f"{stem}.{role}": np.ones(320, "f"), f"{stem}.alpha": np.asarray(np.inf, "f")}
+
+    assert len(lm.load(keys)) == 1
+
+
 def test_an_alpha_that_scales_something_is_still_looked_at() -> None:
     tensors = lokr(np.inf)
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -302,3 +311,39 @@ def test_a_control_lora_of_stability_is_named() -> None:
 
     with pytest.raises(NotALoRAError, match="a Control-LoRA"):
         lm.load(keys)
+
+
+BASE = {"base_model_name_or_path": "org/base", "revision": "v1", "task_type": "FEATURE_EXTRACTION"}
+
+
+@pytest.mark.parametrize("dialect", ["peft", "diffusers-peft"])
+def test_what_configurations_say_alike_of_the_base_stays_in_a_merge(dialect: str, tmp_path: Path) -> None:
+    folders = [adapter(tmp_path / f"a{i}", factors(seed=i), **{**BASE, "revision": f"v{i}"}) for i in (0, 2)]
+    merged = lm.merge([lm.open(folder) for folder in folders])
+
+    found = configuration(lm.save(merged, tmp_path / "out.safetensors", dialect=dialect))
+
+    assert found | {"revision": None} == BASE | {"revision": None}
+    assert found["revision"] is None
+
+
+def configuration(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        data = json.loads((path / "adapter_config.json").read_text())
+    else:
+        data = json.loads(lm.open(path).metadata["lora_adapter_metadata"])
+    return {field: data[key] for field in BASE for key in data if key.rpartition(".")[2] == field}
+
+
+def test_what_a_configuration_says_of_the_base_stays_at_another_rank(tmp_path: Path) -> None:
+    lora = lm.open(adapter(tmp_path / "a", factors(), **BASE))
+
+    assert configuration(lm.save(lm.merge([lora], rank=2), tmp_path / "out", dialect="peft")) == BASE
+
+
+def test_what_one_input_alone_says_of_the_base_is_not_said_of_a_merge(tmp_path: Path) -> None:
+    loras = [lm.open(adapter(tmp_path / "a", factors(), **BASE)), lm.load(factors())]
+
+    found = configuration(lm.save(lm.merge(loras), tmp_path / "out", dialect="peft"))
+
+    assert set(found.values()) == {None}

@@ -68,6 +68,8 @@ class LoRA(Mapping[str, Layer]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that belong to no layer: embeddings, strays.  Kept, never merged into a weight."""
+    about: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What PEFT's configurations say of the base model, by component (``""`` for any)."""
     notes: tuple[str, ...] = ()
     """What was repaired or is unusual."""
     dtype: str | None = None
@@ -226,6 +228,17 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
     return kept
 
 
+def agreed(loras: Sequence[LoRA]) -> dict[str, dict[str, str]]:
+    """What the configurations of all LoRAs say alike of the base model, by component."""
+    components = dict.fromkeys(module.partition(".")[0] for lora in loras for module in lora)
+    found = {}
+    for component in components:
+        having = [lora for lora in loras if any(module.startswith(f"{component}.") for module in lora)]
+        first, *others = [lora.about.get(component) or lora.about.get("", {}) for lora in having]
+        found[component] = {field: v for field, v in first.items() if all(other.get(field) == v for other in others)}
+    return found
+
+
 def _some(lora: LoRA) -> str:
     return f"Its modules are such as {next(iter(lora))}."
 
@@ -309,6 +322,7 @@ def from_tensors(
         compute=reader.layer,
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},
+        about={component: fields.about(config) for component, config in scales.items()},
         notes=tuple(said),
         origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
     )
@@ -332,6 +346,8 @@ def _notes(tensors: Mapping[str, Tensor], reading: Reading, configs: Mapping[str
     saved = [each["modules_to_save"] for each in configs.values() if isinstance(each.get("modules_to_save"), list)]
     if modules := dict.fromkeys(str(part) for parts in saved for part in parts):
         yield f"trained with PEFT's modules_to_save: the whole weights of {', '.join(modules)} {apart}"
+    if tokens := sum("trainable_tokens" in key for key in reading.extras):
+        yield f"trained with PEFT's trainable_token_indices: {tokens} tensors of single tokens {apart}"
     biased = any(config.get("bias", "none") != "none" for config in configs.values())
     whole = [key for key in reading.extras if ".base_layer." in key or (biased and key.endswith(".bias"))]
     if whole:

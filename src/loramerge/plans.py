@@ -16,7 +16,7 @@ from .files import saved_size
 from .joins import Join, apart, down_id, joins_of, lost_by, one
 from .layers import ON_BASE, Full, Layer, LowRank, low_rank
 from .layers.base import matrix
-from .lora import LoRA, in_one_library
+from .lora import LoRA, agreed, in_one_library
 from .metadata import RECIPE, STALE
 from .methods import Method
 from .methods.base import Merged
@@ -239,6 +239,7 @@ class Plan:
             layouts={module: self._layout(step) for module, step in self.steps.items()},
             compute=compute,
             metadata=self._metadata(),
+            about=agreed(self.loras),
             extras=self.extras,
             dtype=self.dtype,
         )

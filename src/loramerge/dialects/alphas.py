@@ -14,6 +14,9 @@ from ..errors import FileError, LayerError, NumberError
 from ..tensors import LARGEST, Tensor, scalar
 from .fields import WHOLE, Config, checked
 
+UNSCALED = {"alpha", "scale", "diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight"}
+"""Roles of tensors that no alpha scales, and of those beside them."""
+
 
 def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | None:
     """The alpha that a layer's own tensors give; ``.scale`` is alpha / rank.
@@ -22,7 +25,7 @@ def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | No
         keys: The layer's keys by role.
         tensors: The file's tensors.
     """
-    if "alpha" in keys and keys.keys() >= WHOLE:
+    if "alpha" in keys and (keys.keys() >= WHOLE or keys.keys() <= UNSCALED):
         return _unused(tensors[keys["alpha"]])
     if "alpha" in keys:
         return _one(tensors, keys["alpha"])

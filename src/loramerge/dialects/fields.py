@@ -120,6 +120,11 @@ def strange(config: Config) -> list[str]:
     return [field for field, value in config.items() if value and field not in known]
 
 
+def about(config: Config) -> dict[str, str]:
+    """What a configuration says of the base model."""
+    return {field: value for field in sorted(KEPT) if isinstance(value := config.get(field), str)}
+
+
 def start(config: Config) -> str | None:
     """How the factors began, if the base weights were changed to begin with them: ΔW is then not their product."""
     value = config.get("init_lora_weights")

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from ..dialects.suffixes import parse
 from ..errors import FileError, NotALoRAError
 from ..tensors import Array, Held, Tensor, code, is_known, numpy_dtype
 from ..wording import first_line
@@ -44,17 +45,17 @@ def pickled(path: str, allow: bool) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _tensors(path: str, found: dict[Any, Any]) -> tuple[dict[str, Any], str | None]:
-    """The tensors of a dictionary, or of the only dictionary in it that holds some."""
+    """The tensors of a dictionary, or of the only one in it that holds those of a LoRA."""
     tensors = _among(found)
     inner = {str(name): held for name, value in found.items() if isinstance(value, dict) and (held := _among(value))}
-    if tensors or not inner:
+    if not inner or any(map(parse, tensors)):
         return tensors, None
-    if len(inner) == 1:
-        (name, held), *_ = inner.items()
-        return held, name
+    loras = [name for name, held in inner.items() if any(map(parse, held))]
+    if len(loras) == 1 and "ip_adapter" not in inner:
+        return inner[loras[0]], loras[0]
     what = ": an IP-Adapter" if "ip_adapter" in inner else ""
     raise NotALoRAError(
-        f"{path} holds no tensors itself, but the dictionaries {', '.join(inner)}{what}. Way out: save the one that is a "
+        f"{path} holds no LoRA itself, but the dictionaries {', '.join(inner)}{what}. Way out: save the one that is a "
         "LoRA to a file of its own."
     )
 

@@ -141,8 +141,8 @@ def test_every_field_of_pefts_configurations_is_accounted_for() -> None:
     configs = (LoraConfig, LoHaConfig, LoKrConfig, AdaLoraConfig)
     found = {field.name for config in configs for field in dataclasses.fields(config)}
 
-    assert found == set().union(*known)
-    assert sum(map(len, known)) == len(found)
+    assert found <= set().union(*known)
+    assert sum(map(len, known)) == len(set().union(*known))
 
 
 def test_numbers_that_a_configuration_lacks_are_pefts_own() -> None:

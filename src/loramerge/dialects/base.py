@@ -49,8 +49,6 @@ class Dialect:
     """Other styles that its files have."""
     also_names: tuple[Names, ...] = ()
     """Other names that its files have: read, never written."""
-    together: tuple[Names, ...] = ()
-    """Of the other names those that are right only where every stem that they have fits."""
     begins: tuple[str, ...]
     """Beginnings of its stems: a quick test before any table is built."""
     writes: bool = False
@@ -76,7 +74,7 @@ class Dialect:
 
     @property
     def tables(self) -> tuple[Names, ...]:
-        return (self.names, *self.also_names, *self.together)
+        return (self.names, *self.also_names)
 
     def free_stem(self, module: str) -> str | None:
         """The stem of a module of an unknown architecture, or None if the dialect can't say it."""

@@ -90,7 +90,7 @@ def peft_native_names(a: Architecture) -> Mapping[str, Parts]:
 def peft_text_names(folder: str, number: int) -> Names:
     """The adapter of one text encoder, in a directory of its own or in that of another encoder.
 
-    Encoders have the same names and other shapes, so a directory is all of the one that it fits.
+    Encoders have the same names and other shapes, which tell them apart.
     """
 
     def names(a: Architecture) -> Mapping[str, Parts]:
@@ -170,8 +170,12 @@ PEFT = Dialect(
     title="PEFT: adapter_model.safetensors and adapter_config.json",
     source="https://github.com/huggingface/peft, utils/save_and_load.py",
     names=peft_names,
-    also_names=(peft_old_text_names, peft_folder_names, peft_native_names),
-    together=tuple(peft_text_names(folder, number) for folder in FOLDERS for number in range(3)),
+    also_names=(
+        peft_old_text_names,
+        peft_folder_names,
+        peft_native_names,
+        *(peft_text_names(folder, number) for folder in FOLDERS for number in range(3)),
+    ),
     style="peft",
     also_reads=frozenset({"peft-short", "peft-named"}),
     begins=("base_model.model.", "unet/", "transformer/", "text_encoder"),

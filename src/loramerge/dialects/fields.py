@@ -94,9 +94,7 @@ def checked(config: Config) -> dict[str, Any]:
         )
     for field, why in REFUSED.items():
         if config.get(field):
-            raise FileError(
-                f"its configuration has {field}: {why}, so they are no LoRA. Way out, if PEFT can merge it: {WAY_OUT}"
-            )
+            raise FileError(f"its configuration has {field}: {why}. Way out, if PEFT can merge it: {WAY_OUT}")
     patterns = {"alpha_pattern": Patterns(config.get("alpha_pattern") or {}, "alpha_pattern")}
     ranks = config.get("rank_pattern") or {}
     return {

@@ -259,8 +259,6 @@ class _Names:
                     return found
                 known = table(names, a)
                 here = {s: known[s] for s in left if s in known and _fits(self.shapes[s], known[s], a)}
-                if names in dialect.together and len(here) < sum(s in known for s in left):
-                    continue
                 if dialect.numbered and len(here) < len(self.records):
                     continue
                 found |= here
@@ -341,7 +339,7 @@ class _Names:
         own = table(dialect.recognised_by or dialect.names, a)
         points = 2 * sum(stem in own for stem in styled)
         if points < 2 * len(styled):
-            others = [own, *(table(names, a) for names in dialect.tables[1:])]
+            others = [own, *(table(names, a) for names in dialect.also_names)]
             for stem in (stem for stem in styled if stem not in own):
                 points += any(name in other for other in others for name in (stem, self.meant.get(stem)))
         return points

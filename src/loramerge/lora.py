@@ -230,13 +230,18 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
 
 def agreed(loras: Sequence[LoRA]) -> dict[str, dict[str, str]]:
     """What the configurations of all LoRAs say alike of the base model, by component."""
-    components = dict.fromkeys(module.partition(".")[0] for lora in loras for module in lora)
-    found = {}
-    for component in components:
-        having = [lora for lora in loras if any(module.startswith(f"{component}.") for module in lora)]
-        first, *others = [lora.about.get(component) or lora.about.get("", {}) for lora in having]
-        found[component] = {field: v for field, v in first.items() if all(other.get(field) == v for other in others)}
-    return found
+    if not all(lora.about for lora in loras):
+        return {}
+    having: dict[str, list[LoRA]] = {}
+    for lora in loras:
+        for component in dict.fromkeys(module.partition(".")[0] for module in lora):
+            having.setdefault(component, []).append(lora)
+    return {component: _alike(component, those) for component, those in having.items()}
+
+
+def _alike(component: str, loras: Sequence[LoRA]) -> dict[str, str]:
+    first, *others = [lora.about.get(component) or lora.about.get("", {}) for lora in loras]
+    return {field: value for field, value in first.items() if all(other.get(field) == value for other in others)}
 
 
 def _some(lora: LoRA) -> str:

@@ -357,7 +357,7 @@ def test_weights_and_exclude_are_those_of_merge(tmp_path: Path) -> None:
 
 
 IMPOSSIBLE = {
-    "carried": (ATTENTION, Carried(algorithm="oft"), "it is stored as oft"),
+    "carried": (ATTENTION, Carried(algorithm="oft"), "it is an OFT layer"),
     "missing": ("unet.mid_block.attentions.0.proj_in", random_layer((4, 4)), "has no such weight"),
     "shape": (ATTENTION, random_layer((16, 12)), "its shape is .16, 12., the weight .* .16, 16."),
     "no bias": (ATTENTION, random_layer((16, 16), kind="full"), "the module has none"),

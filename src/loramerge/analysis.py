@@ -17,7 +17,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .dense import on_base
 from .errors import LoRAMergeError, MergeError, NoFactorsError, OptionError
 from .files import Source, open
-from .layers import FACTORED, Layer
+from .layers import FACTORED, ON_BASE, Layer
 from .lora import LoRA, in_one_library, without
 from .measures import Alone, Pair
 from .updates import Updates, chosen_rows
@@ -180,7 +180,7 @@ def compare(
         model = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
         if model is not None and model is not base:
             stack.enter_context(model)
-        kinds = COMPARED if model is None else (*COMPARED, "dora")
+        kinds = COMPARED if model is None else (*COMPARED, *ON_BASE)
         architecture = _checked(opened, kinds, model)
         modules = list(dict.fromkeys(m for lora in opened for m in lora if lora.layout(m).kind in kinds))
         found = []
@@ -210,11 +210,11 @@ def _checked(loras: Sequence[LoRA], kinds: Sequence[str], base: Checkpoint | Non
         if not any(layout.kind in kinds for layout in lora.layouts.values()):
             why = next((_why(layout) for layout in lora.layouts.values()), "it has no layer")
             raise NoFactorsError(f"{lora.name} can't be compared: none of its layers has a low-rank form; {why}.")
-        missing = [] if base is None else [m for m in lora if lora.layout(m).kind == "dora" and m not in base]
+        missing = [] if base is None else [m for m in lora if lora.layout(m).kind in ON_BASE and m not in base]
         if base is not None and missing:
             raise MergeError(
-                f"{lora.name}: {missing[0]} can't be compared: it is a DoRA layer, and the base {base.name} has no "
-                "such module."
+                f"{lora.name}: {missing[0]} can't be compared: it is a {lora.layout(missing[0]).kind} layer, and the base "
+                f"{base.name} has no such module."
             )
     for first, second in combinations(loras, 2):
         shared = [module for module in first if module in second]
@@ -250,7 +250,7 @@ def _same_weight(a: Sequence[int], b: Sequence[int]) -> bool:
 
 def _why(layout: Layer) -> str:
     """Why a layer can't be compared, and the ways out."""
-    return layout.no_factors + ("; or give the base model (--base, base=…)" if layout.kind == "dora" else "")
+    return layout.no_factors + ("; or give the base model (--base, base=…)" if layout.kind in ON_BASE else "")
 
 
 def _places(loras: Sequence[LoRA]) -> Iterator[tuple[int, str, str]]:
@@ -267,7 +267,7 @@ def _updates(
     present = [i for i, lora in enumerate(loras) if module in lora and lora.layout(module).kind in kinds]
     layers = [loras[i][module] for i in present]
     try:
-        whole = [on_base(x, module, base) if base and x.kind == "dora" else x for x in layers]
+        whole = [on_base(x, module, base) if base and x.kind in ON_BASE else x for x in layers]
         return present, Updates(in_one_library(whole))
     except LoRAMergeError as error:
         raise type(error)(f"{module}: {error}") from None

@@ -16,7 +16,7 @@ from typing import Any
 from .checkpoints import Checkpoint, open_checkpoint
 from .errors import FileError, MergeError, OptionError
 from .files import Source, open
-from .layers import Layer, Rows, bias_of, direction_of
+from .layers import FACTORED, ON_BASE, Layer, Rows, bias_of, direction_of
 from .lora import LoRA, without
 from .metadata import RECIPE
 from .rewriting import Change, Job, Update, write_folder
@@ -24,7 +24,7 @@ from .storage.writer import Progress
 from .tensors import Array, Shape, float32, is_torch, parse_dtype, put_rows, take_rows
 from .weights import ModuleWeights, Scope, Weights, resolve
 
-BAKED = ("lora", "loha", "lokr", "dora", "full", "bias", "norm", "table", "set")
+BAKED = (*FACTORED, *ON_BASE, "full", "bias", "norm", "table", "set")
 """Kinds of layers whose ΔW can be computed, given the weight."""
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from . import linalg
 from .architectures import name_family
 from .errors import NoFactorsError
-from .layers import DoRA, Layer, bias_of
+from .layers import DoRA, Layer, alpha_of, bias_of
 from .layers.base import dense_norm
 from .lora import LoRA, in_one_library
 from .tensors import Array, float32
@@ -108,8 +108,13 @@ def _norm(layer: Layer) -> float:
 
 def _same_tensors(first: Layer, second: Layer) -> bool:
     a, b = first.tensors(), second.tensors()
-    return a.keys() == b.keys() and all(
-        math.prod(a[role].shape) == math.prod(b[role].shape)
-        and bool((float32(a[role]).reshape(-1) == float32(b[role]).reshape(-1)).all())
-        for role in a
+    alike = (first.kind, alpha_of(first)) == (second.kind, alpha_of(second))
+    return (
+        alike
+        and a.keys() == b.keys()
+        and all(
+            math.prod(a[role].shape) == math.prod(b[role].shape)
+            and bool((float32(a[role]).reshape(-1) == float32(b[role]).reshape(-1)).all())
+            for role in a
+        )
     )

@@ -9,7 +9,7 @@ from .tensors import Array, float32, namespace
 
 
 def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
-    """A DoRA layer's whole ΔW on the base's weight.
+    """The whole ΔW of a layer that depends on the base's weight.
 
     Args:
         layer: The layer.
@@ -22,7 +22,7 @@ def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
     weight = float32(base.weight(module))
     if math.prod(weight.shape) != math.prod(layer.shape) or weight.shape[0] != layer.shape[0]:
         raise MergeError(
-            f"the DoRA layer has the shape {tuple(layer.shape)}, the weight in the base {base.name} "
+            f"the {layer.kind} layer has the shape {tuple(layer.shape)}, the weight in the base {base.name} "
             f"{tuple(weight.shape)}: they are of different models."
         )
     like: Array = next(iter(layer.tensors().values()))

@@ -3,9 +3,22 @@
 Each message says what went wrong, where, what was found, what was wanted and what to do next.
 """
 
+from typing import Self
+
 
 class LoRAMergeError(Exception):
     """The root of every error that loramerge raises on purpose."""
+
+    placed = False
+    """Whether the message says already in which module it arose."""
+
+    def at(self, place: str) -> Self:
+        """The same error with its place in front; an error that has one keeps it."""
+        if self.placed:
+            return self
+        found = type(self)(f"{place}: {self}")
+        found.placed = True
+        return found
 
 
 class FileError(LoRAMergeError):
@@ -30,10 +43,6 @@ class NoFactorsError(LoRAMergeError):
 
 class NumberError(LoRAMergeError):
     """NaN or infinity was read, or a value doesn't fit the dtype asked for."""
-
-
-class StoredNumberError(NumberError):
-    """NaN or infinity in a file; the message names the file and the module already."""
 
 
 class DialectError(LoRAMergeError):

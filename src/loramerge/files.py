@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .storage.writer import Progress
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_FILES = (PEFT_FILE, "adapter_model.bin")
 
 
 class Readable(Protocol):
@@ -44,6 +45,7 @@ def open(
     dialect: str | None = None,
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    adapter: str | None = None,
     allow_pickle: bool = False,
 ) -> LoRA:
     """Open a LoRA; tensors are read when a layer is asked for.
@@ -57,6 +59,7 @@ def open(
         dialect: The dialect, where the file leaves it open.
         config: PEFT's configuration, where it is not beside the file: it has the scale.
         metadata: The strings of the header, for a state dict.
+        adapter: Which one, where the keys name several adapters, as PEFT does.
         allow_pickle: Whether to read ``.pt``, ``.bin`` and ``.ckpt``, tensors only
             (``torch.load(weights_only=True)``).
 
@@ -66,9 +69,9 @@ def open(
         LayerError: A layer is incomplete or its shapes disagree.
         OptionError: The source is something else than these.
     """
-    options: dict[str, Any] = {"architecture": architecture, "dialect": dialect}
+    options: dict[str, Any] = {"architecture": architecture, "dialect": dialect, "adapter": adapter}
     if config is not None:
-        options["config"] = {"": _of_a_lora(dict(config), "The config")}
+        options["config"] = {"": _object(dict(config), "The config")}
     if isinstance(source, Mapping):
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
@@ -76,7 +79,8 @@ def open(
         stored = SafetensorsFile(IN_MEMORY, _bytes_of(source))
         return from_tensors(stored, stored.metadata, IN_MEMORY, **options)
     path, name = _found(source)
-    return _from(name, _open_path(path, options, allow_pickle), architecture=architecture, dialect=dialect)
+    lora = _open_path(path, options, allow_pickle)
+    return _from(name, lora, architecture=architecture, dialect=dialect, adapter=adapter)
 
 
 IN_MEMORY = "file in memory"
@@ -108,14 +112,20 @@ def _from(name: str, lora: LoRA, **forced: str | None) -> LoRA:
 
 def _open_path(path: str, options: dict[str, Any], allow_pickle: bool) -> LoRA:
     if os.path.isdir(path):
-        return _open_folder(path, options)
-    name = os.path.basename(path)
-    if name.endswith(PICKLES):
-        return from_tensors(pickled(path, allow_pickle), {}, name, **options)
-    file = SafetensorsFile(path)
-    if "config" not in options and any("base_model.model." in key for key in file):
+        return _open_folder(path, options, allow_pickle)
+    tensors, metadata, notes = _tensors(path, allow_pickle)
+    if "config" not in options and any("base_model.model." in key for key in tensors):
         options["config"] = _config_beside(path)
-    return from_tensors(file, file.metadata, name, **options)
+    return from_tensors(tensors, metadata, os.path.basename(path), notes=notes, **options)
+
+
+def _tensors(path: str, allow_pickle: bool) -> tuple[Mapping[str, Tensor], Mapping[str, str], list[str]]:
+    """What a file holds: its tensors, the strings in its header, and what is unusual about it."""
+    if path.endswith(PICKLES):
+        tensors, inside = pickled(path, allow_pickle)
+        return tensors, {}, [f"the tensors of its dictionary {inside!r}"] if inside else []
+    file = SafetensorsFile(path)
+    return file, file.metadata, []
 
 
 def load(
@@ -125,6 +135,7 @@ def load(
     dialect: str | None = None,
     config: Mapping[str, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
+    adapter: str | None = None,
     allow_pickle: bool = False,
 ) -> LoRA:
     """Read a LoRA into memory; the arguments are those of `open`.
@@ -143,6 +154,7 @@ def load(
         dialect=dialect,
         config=config,
         metadata=metadata,
+        adapter=adapter,
         allow_pickle=allow_pickle,
     ) as lora:
         if isinstance(source, Mapping) or lora.origin is None:
@@ -158,7 +170,7 @@ def load(
         )
         assert loaded.origin
         origin = replace(loaded.origin, source=lora.origin.source, forced=lora.origin.forced)
-        return replace(loaded, origin=origin).in_memory()
+        return replace(loaded, notes=lora.notes, origin=origin).in_memory()
 
 
 def _held(key: str, value: Any) -> Held:
@@ -217,35 +229,40 @@ def _near(path: str) -> str:
     return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
-def _open_folder(folder: "str | Path", options: dict[str, Any]) -> LoRA:
+def _open_folder(folder: "str | Path", options: dict[str, Any], allow_pickle: bool) -> LoRA:
     from pathlib import Path
 
     from .hub import WEIGHTS, choose
 
     path = Path(folder)
     folders = [path, *(path / component for component in COMPONENTS)]
-    adapters = {folder: folder / PEFT_FILE for folder in folders if os.path.exists(folder / PEFT_FILE)}
+    adapters = {each: found for each in folders if (found := _adapter_in(each))}
     if not adapters:
-        others = sorted(file.parent for file in path.glob(f"*/{PEFT_FILE}"))
-        names = sorted(file.name for file in path.glob("*.safetensors"))
+        entries = sorted(path.iterdir())
+        others = [inner for entry in entries if entry.is_dir() and (inner := _adapter_in(entry))]
+        names = [entry.name for entry in entries if entry.suffix == ".safetensors"]
+        names = names or [entry.name for entry in entries if entry.suffix in PICKLES and not others]
         if len(others) == 1 and not names:
-            return _open_folder(others[0], options)
+            return _open_folder(others[0].parent, options, allow_pickle)
         if others and not set(WEIGHTS) & set(names):
-            found = [*map(str, others), *(str(path / name) for name in names)]
-            raise FileError(f"{path} holds {len(found)} adapters; name one: {', '.join(found)}.")
-        if not names:
-            raise FileError(f"The directory {path} has no .safetensors file.")
-        return open(path / choose(names, str(path)), **options)
+            listed = [*(str(other.parent) for other in others), *(str(path / name) for name in names)]
+            raise FileError(f"{path} holds {len(listed)} adapters; name one: {', '.join(listed)}.")
+        return _open_path(str(path / choose(names, str(path))), options, allow_pickle)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, Any] = {}
     for folder, file in adapters.items():
         prefix = "" if folder == path else f"{folder.name}/"
-        stored = SafetensorsFile(file)
-        tensors |= {prefix + key: tensor for key, tensor in stored.items()}
-        metadata |= stored.metadata
+        held, strings, _ = _tensors(str(file), allow_pickle)
+        tensors |= {prefix + key: tensor for key, tensor in held.items()}
+        metadata |= strings
         config |= {folder.name if prefix else "": _config(folder / PEFT_CONFIG)}
-    return from_tensors(tensors, metadata, path.name, config=config, **options)
+    return from_tensors(tensors, metadata, path.name, **{"config": config, **options})
+
+
+def _adapter_in(folder: "Path") -> "Path | None":
+    """The file of a PEFT adapter in a directory, a safetensors file before a pickle."""
+    return next((folder / name for name in PEFT_FILES if os.path.exists(folder / name)), None)
 
 
 def _config_beside(path: str) -> dict[str, Any]:
@@ -262,12 +279,12 @@ def _config(path: "str | Path") -> dict[str, Any]:
         raise FileError(f"{error} It holds the adapter's scale.") from error
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not JSON: {error}.") from None
-    return _of_a_lora(config, str(path))
+    return _object(config, str(path))
 
 
-def _of_a_lora(config: Any, name: str) -> dict[str, Any]:
-    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise FileError(f"{name} is not the configuration of a LoRA: {str(config)[:80]}.")
+def _object(config: Any, name: str) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise FileError(f"{name} is not a configuration: {str(config)[:80]}. Wanted a JSON object.")
     return config
 
 
@@ -424,7 +441,7 @@ def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, p
 
     configs = cast(dict[str, Any], lora.origin.config) if spelling.verbatim and lora.origin else {}
     if not configs:
-        written = component_configs(spelling.layers)
+        written = component_configs(spelling.layers, lora.about)
         configs = {c if c.startswith("text_encoder") else "": config for c, config in written.items()}
         if len(configs) != len(written) or not configs.keys() <= {"", *COMPONENTS}:
             raise DialectError(f"{lora.name}: a PEFT directory has no place for all of {', '.join(written)}.")
@@ -449,7 +466,6 @@ def _write_components(
     fork: bool,
 ) -> None:
     """Each component's adapter and configuration, in a directory of its own."""
-    from .dialects.write import Group
     from .storage.writer import write, write_text
 
     done = 0
@@ -457,7 +473,9 @@ def _write_components(
         prefix = f"{component}/" if component else ""
         mine = [g for g in groups if g.name.startswith(prefix) and ("/" in g.name) == bool(prefix)]
         stripped = [
-            Group(g.name, {k.removeprefix(prefix): s for k, s in g.specs.items()}, partial(_stripped, g, prefix))
+            replace(
+                g, specs={k.removeprefix(prefix): s for k, s in g.specs.items()}, make=partial(_stripped, g, prefix)
+            )
             for g in mine
         ]
         (folder / component).mkdir(exist_ok=True)
@@ -500,6 +518,7 @@ def convert(
     *,
     dtype: str | None = None,
     architecture: str | None = None,
+    adapter: str | None = None,
     allow_lossy: bool = False,
     allow_pickle: bool = False,
     workers: int = 1,
@@ -514,6 +533,7 @@ def convert(
         dialect: Name of a dialect that can be written.
         dtype: A dtype for the tensors; their own by default.
         architecture: The model family, where the file leaves it open.
+        adapter: Which one, where the keys name several adapters, as PEFT does.
         allow_lossy: Whether to leave out what the dialect can't hold.
         allow_pickle: Whether to read pickles, tensors only.
         workers: Processes or threads, as in `save`.
@@ -529,7 +549,7 @@ def convert(
         FileError: The source can't be read or the path can't be written.
         NotALoRAError: The source is no LoRA.
     """
-    with open(source, architecture=architecture, allow_pickle=allow_pickle) as lora:
+    with open(source, architecture=architecture, adapter=adapter, allow_pickle=allow_pickle) as lora:
         return save(
             lora,
             path,

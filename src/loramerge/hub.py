@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import FileError
+from .storage.pickles import PICKLES
 from .wording import did_you_mean, first_line
 
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -20,7 +21,12 @@ URL = re.compile(
 MOST = 6
 """Names that a message lists."""
 
-WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+WEIGHTS = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
 """Names that diffusers and PEFT give a LoRA, preferred where a repository has several files."""
 
 
@@ -62,7 +68,7 @@ def download(reference: Reference) -> Path:
     """
     file = reference.file or choose(_listing(reference), reference.repo)
     path = _fetch(reference, file)
-    if file.endswith("adapter_model.safetensors"):
+    if file.endswith(("adapter_model.safetensors", "adapter_model.bin")):
         _fetch(reference, f"{os.path.dirname(file)}/adapter_config.json".lstrip("/"))
         return path.parent
     return path
@@ -76,17 +82,18 @@ def pinned(reference: Reference, path: Path) -> str:
 
 
 def choose(files: list[str], where: str) -> str:
-    """The LoRA among the files of a repository or a directory."""
-    weights = [f for f in files if f.endswith(".safetensors")]
-    for name in WEIGHTS:
-        if name in weights:
-            return name
-    if len(weights) == 1:
-        return weights[0]
-    if not weights:
-        raise FileError(f"{where} has no .safetensors file.")
-    some = ", ".join(weights[:MOST]) + (", …" if len(weights) > MOST else "")
-    raise FileError(f"{where} has {len(weights)} .safetensors files; name one: {some}.")
+    """The LoRA among the files of a repository or a directory; a pickle only where there is nothing else."""
+    for ends in ((".safetensors",), PICKLES):
+        weights = [f for f in files if f.endswith(ends)]
+        for name in WEIGHTS:
+            if name in weights:
+                return name
+        if len(weights) == 1:
+            return weights[0]
+        if weights:
+            some = ", ".join(weights[:MOST]) + (", …" if len(weights) > MOST else "")
+            raise FileError(f"{where} has {len(weights)} {'/'.join(ends)} files; name one: {some}.")
+    raise FileError(f"{where} has no .safetensors file, and no pickle either ({', '.join(PICKLES)}).")
 
 
 def _listing(reference: Reference) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,14 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .blocks import matches, offered
-from .dialects import alphas
-from .dialects.alphas import Config
+from .dialects import adapters, alphas, fields
+from .dialects.fields import Config
 from .dialects.read import Reading, Record, read
-from .errors import LoRAMergeError, NumberError, OptionError, StoredNumberError
+from .errors import LayerError, LoRAMergeError, NumberError, OptionError
 from .layers import Layer, LowRank, alpha_of, build
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
-from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch, nbytes
+from .tensors import Array, Held, Shape, Spec, Tensor, check_finite, float32, is_torch, nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,8 @@ class LoRA(Mapping[str, Layer]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that belong to no layer: embeddings, strays.  Kept, never merged into a weight."""
+    about: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What PEFT's configurations say of the base model, by component (``""`` for any)."""
     notes: tuple[str, ...] = ()
     """What was repaired or is unusual."""
     dtype: str | None = None
@@ -143,12 +146,10 @@ class LoRA(Mapping[str, Layer]):
 
     def exclude(self, *patterns: str) -> "LoRA":
         """All but the modules that match one of the patterns."""
-        kept = _part_without(self, patterns)
-        if patterns and _size(kept) == _size(self):
+        kept = self._without(patterns)
+        if patterns and kept is self:
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_offered(self)}")
-        if not kept:
-            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_offered(self)}")
-        return kept
+        return kept._keep(list(kept), patterns)
 
     def others(self, *patterns: str) -> list[str]:
         """The modules that match none of the patterns."""
@@ -172,6 +173,12 @@ class LoRA(Mapping[str, Layer]):
         olds = {names.get(module, module): module for module in self}
         layouts = {new: self.layouts[old] for new, old in olds.items()}
         return replace(self, layouts=layouts, origin=None, compute=lambda module: self[olds[module]])
+
+    def _without(self, patterns: Sequence[str]) -> "LoRA":
+        """The LoRA without the modules, and the tensors that belong to no layer, that match one of the patterns."""
+        kept = self.part(self.others(*patterns))
+        extras = {key: t for key, t in self.extras.items() if not any(matches(p, key) for p in patterns)}
+        return kept if len(extras) == len(self.extras) else replace(kept, extras=extras, origin=None)
 
     def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
         if not modules:
@@ -246,20 +253,26 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
     Raises:
         OptionError: There are patterns, and no module of any LoRA matches.
     """
-    kept = [_part_without(lora, patterns) for lora in loras]
-    if patterns and all(_size(a) == _size(b) for a, b in zip(kept, loras, strict=True)):
+    kept = [lora._without(patterns) for lora in loras]
+    if patterns and all(a is b for a, b in zip(kept, loras, strict=True)):
         raise OptionError(f"No module matches the pattern {' or '.join(patterns)}. {_offered(*loras)}")
     return kept
 
 
-def _part_without(lora: LoRA, patterns: Sequence[str]) -> LoRA:
-    extras = {key: t for key, t in lora.extras.items() if not any(matches(p, key) for p in patterns)}
-    part = lora.part(lora.others(*patterns))
-    return part if len(extras) == len(lora.extras) else replace(part, extras=extras, origin=None)
+def agreed(loras: Sequence[LoRA]) -> dict[str, dict[str, str]]:
+    """What the configurations of all LoRAs say alike of the base model, by component."""
+    if not all(lora.about for lora in loras):
+        return {}
+    having: dict[str, list[LoRA]] = {}
+    for lora in loras:
+        for component in dict.fromkeys(module.partition(".")[0] for module in lora):
+            having.setdefault(component, []).append(lora)
+    return {component: _alike(component, those) for component, those in having.items()}
 
 
-def _size(lora: LoRA) -> tuple[int, int]:
-    return len(lora), len(lora.extras)
+def _alike(component: str, loras: Sequence[LoRA]) -> dict[str, str]:
+    first, *others = [lora.about.get(component) or lora.about.get("", {}) for lora in loras]
+    return {field: value for field, value in first.items() if all(other.get(field) == value for other in others)}
 
 
 def _offered(*loras: LoRA) -> str:
@@ -306,6 +319,8 @@ def from_tensors(
     config: Mapping[str, Config] | None = None,
     architecture: str | None = None,
     dialect: str | None = None,
+    adapter: str | None = None,
+    notes: Sequence[str] = (),
 ) -> LoRA:
     """The LoRA that tensors, under the keys of any dialect, mean.
 
@@ -316,29 +331,21 @@ def from_tensors(
         config: PEFT's ``adapter_config.json``, by component.
         architecture: Name of the family, where the keys leave it open.
         dialect: Name of the dialect, where the keys leave it open.
+        adapter: Which of several adapters in the keys.
+        notes: What was unusual about the file.
 
     Raises:
-        NotALoRAError: No layer is among the keys.
+        NotALoRAError: No layer is among the keys, or several adapters are.
         LayerError: A layer is incomplete, or its tensors disagree.
     """
     try:
-        reading = read(tensors, metadata, architecture=architecture, dialect=dialect)
+        tensors = adapters.one(tensors, adapter)
         scales = alphas.configs(metadata, config or {})
+        reading = read(_whole(tensors, scales), metadata, architecture=architecture, dialect=dialect)
     except LoRAMergeError as error:
         raise type(error)(f"{name}: {error}") from None
     reader = _Reader(name, reading, tensors, scales)
-    notes = list(reading.notes)
-    if not scales and any("base_model.model." in key for key in tensors):
-        notes.append(
-            "PEFT's adapter_config.json is missing, so the strength is a guess (alpha = rank, scale 1): "
-            "put the one of the same download beside the file, or name the folder of both"
-        )
-    saved = [each["modules_to_save"] for each in scales.values() if isinstance(each.get("modules_to_save"), list)]
-    if whole := dict.fromkeys(str(part) for parts in saved for part in parts):
-        notes.append(
-            f"trained with PEFT's modules_to_save: the whole weights of {', '.join(whole)} are no part of the LoRA, "
-            "are kept as they are, and are in no merge or sum"
-        )
+    said = [*notes, *reading.notes, *_notes(tensors, reading, scales)]
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
     layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}
@@ -352,10 +359,42 @@ def from_tensors(
         compute=reader.layer,
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},
-        notes=tuple(notes),
+        about={component: fields.about(config) for component, config in scales.items()},
+        notes=tuple(said),
         made_of=sum(nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()),
         origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
     )
+
+
+def _whole(tensors: Mapping[str, Tensor], configs: Mapping[str, Config]) -> Mapping[str, Tensor]:
+    """The tensors without those that AdaLoRA cut down to rank 0, whose ΔW is zero."""
+    if all(config["peft_type"] != "ADALORA" for config in configs.values()):
+        return tensors
+    return {key: tensor for key, tensor in tensors.items() if 0 not in tensor.shape}
+
+
+def _notes(tensors: Mapping[str, Tensor], reading: Reading, configs: Mapping[str, Config]) -> Iterator[str]:
+    """What PEFT's configurations say that the layers don't show."""
+    if not configs and any("base_model.model." in key for key in tensors):
+        yield (
+            "PEFT's adapter_config.json is missing, so the strength is a guess (alpha = rank, scale 1): "
+            "put the one of the same download beside the file, or name the folder of both"
+        )
+    apart = "are no part of the LoRA, are kept as they are, and are in no merge or sum"
+    saved = [each["modules_to_save"] for each in configs.values() if isinstance(each.get("modules_to_save"), list)]
+    if modules := dict.fromkeys(str(part) for parts in saved for part in parts):
+        yield f"trained with PEFT's modules_to_save: the whole weights of {', '.join(modules)} {apart}"
+    if tokens := sum("trainable_tokens" in key for key in reading.extras):
+        yield f"trained with PEFT's trainable_token_indices: {tokens} tensors of single tokens {apart}"
+    biased = any(config.get("bias", "none") != "none" for config in configs.values())
+    whole = [key for key in reading.extras if ".base_layer." in key or (biased and key.endswith(".bias"))]
+    if whole:
+        yield f"it holds {len(whole)} of the trained model's own biases or weights ({whole[0]} …): they {apart}"
+    began = sorted({start for config in configs.values() if (start := fields.start(config))})
+    if began:
+        yield f"its factors began as a part of the base weights (init_lora_weights: {', '.join(began)}), so it is no plain LoRA"
+    if strange := dict.fromkeys(field for config in configs.values() for field in fields.strange(config)):
+        yield f"its configuration has fields that loramerge doesn't know and takes for harmless: {', '.join(strange)}"
 
 
 class _Reader:
@@ -392,14 +431,17 @@ class _Reader:
 
     def layout(self, record: Record) -> Layer:
         if record.stem not in self._layouts:
-            self._layouts[record.stem] = self._named(record, self._layout)
+            try:
+                self._layouts[record.stem] = self._layout(record)
+            except LoRAMergeError as error:
+                raise error.at(f"{self.name}: {record.stem}") from None
         return self._layouts[record.stem]
 
     def _layout(self, record: Record) -> Layer:
         layer, weight = record.layer, self.weight(record)
         value = self.configured(record) if record.alpha is None else record.alpha
         self._alphas[record.stem] = value
-        if layer is not None and layer.shape == weight:
+        if layer is not None and layer.shape == weight and not self.config and "reshape_weight" not in record.keys:
             if value == getattr(layer, "alpha", None):
                 return layer
             if isinstance(layer, LowRank):
@@ -408,21 +450,22 @@ class _Reader:
 
     def _whole(self, stem: str) -> Layer:
         record = self.records[stem]
-        return self._named(record, lambda record: self._build(record, _values, self._alphas[stem]))
+        try:
+            return self._build(record, _values, self._alphas[stem])
+        except NumberError as error:
+            modules = ", ".join(part.module for part in record.parts)
+            way = f"Way out: leave it out (exclude), such as --exclude '{record.parts[0].module}'"
+            raise NumberError(f"{error}. {way}").at(f"{self.name}: {modules}") from None
+        except LoRAMergeError as error:
+            raise error.at(f"{self.name}: {stem}") from None
 
     def _build(self, record: Record, read: Callable[[Tensor], Any], alpha: float | None) -> Layer:
-        held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in ("alpha", "scale")}
-        return build(held, alpha, self.weight(record))
-
-    def _named(self, record: Record, make: Callable[[Record], Layer]) -> Layer:
-        try:
-            return make(record)
-        except NumberError as error:
-            module = record.parts[0].module
-            way = f"Way out: leave the module out (exclude), such as --exclude '{module}'"
-            raise StoredNumberError(f"{self.name}: {record.stem}: {error}. {way}.") from None
-        except LoRAMergeError as error:
-            raise type(error)(f"{self.name}: {record.stem}: {error}") from None
+        apart = {"alpha", "scale", *["reshape_weight"] * self.widened(record)}
+        held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in apart}
+        if held.keys() >= fields.WHOLE and record.alpha is None and alpha is not None:
+            held["lokr_w1"], alpha = _times(held["lokr_w1"], alpha), None  # LyCORIS has no scale there
+        layer, config = build(held, alpha, self.weight(record)), self.config_of(record)
+        return fields.as_trained(layer, config) if config else layer
 
     def weight(self, record: Record) -> Shape | None:
         """Shape of the weight that the record updates, where the architecture knows it."""
@@ -434,11 +477,50 @@ class _Reader:
         known = [shape for shape in shapes if shape is not None]
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
 
+    def config_of(self, record: Record) -> Config | None:
+        folder, slash, _ = record.stem.partition("/")
+        component = folder if slash else record.parts[0].module.partition(".")[0]
+        return self.config.get(component) or self.config.get("")
+
+    def widened(self, record: Record) -> bool:
+        """Whether a layer says that the weight is to be widened to its own shape, which its shape says too."""
+        key = record.keys.get("reshape_weight")
+        if key is None or record.layer is None or self.weight(record) is None:
+            return False
+        return tuple(self.tensors[key].read().tolist()) == record.layer.shape
+
     def configured(self, record: Record) -> float | None:
         """The alpha that a configuration beside the tensors gives."""
-        component, _, path = record.parts[0].module.partition(".")
-        config = self.config.get(component) or self.config.get("")
-        return alphas.alpha(config, path, alphas.rank(record.keys, self.tensors)) if config else None
+        config, roles = self.config_of(record), record.keys.keys()
+        if config is None or not roles & fields.SCALED:
+            return None
+        rank = alphas.rank(record.keys, self.tensors)
+        found = {fields.alpha(config, names, rank, roles) for names in names_of(record)}
+        if len(found) > 1:
+            raise LayerError(f"the configuration gives the parts of this weight the alphas {sorted(found)}")
+        return found.pop()
+
+
+PREFIX = re.compile(r".*base_model\.model\.|(?:unet|transformer|text_encoder(?:_\d)?|diffusion_model)\.")
+"""What stands before a module's own path in a stem."""
+
+
+def names_of(record: Record) -> list[list[str]]:
+    """What the patterns of a configuration may call a record's modules, the best name first.
+
+    It is the name in the model that PEFT wrapped.  Where the file was renamed since, that is lost, and
+    diffusers' own stands for it.
+    """
+    own = PREFIX.sub("", record.stem, count=1)
+    if "base_model.model." in record.stem:
+        return [[own]]
+    return [[own, part.module.partition(".")[2]] for part in record.parts]
+
+
+def _times(tensor: Array | Spec, scale: float) -> Array | Spec:
+    if scale == 1.0:
+        return tensor
+    return Spec(tuple(tensor.shape), "F32") if isinstance(tensor, Spec) else float32(tensor) * scale
 
 
 def _values(tensor: Tensor) -> Array:

@@ -33,7 +33,7 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], 
     kept = {key: value for key, value in (late.known if late else lora.metadata).items() if key not in STALE}
     kept.setdefault("format", "pt")
     if spelling.dialect.name == "diffusers-peft":
-        kept["lora_adapter_metadata"] = adapter_metadata(component_configs(spelling.layers))
+        kept["lora_adapter_metadata"] = adapter_metadata(component_configs(spelling.layers, lora.about))
     if spelling.dialect.name in HASHED:
         kept |= network(lora, spelling.layers.values())
     hashed = spelling.dialect.name in HASHED

@@ -15,9 +15,9 @@ from .dialects import DIALECTS
 from .errors import OptionError
 from .files import check_growth, saved_size
 from .joins import Join, apart, down_id, joins_of, lost_by, one, side_by_side
-from .layers import Full, Layer, LowRank, bias_of, low_rank
+from .layers import ON_BASE, Full, Layer, LowRank, bias_of, low_rank
 from .layers.base import matrix
-from .lora import LoRA, in_one_library
+from .lora import LoRA, agreed, in_one_library
 from .metadata import RECIPE, STALE
 from .methods import Method
 from .methods.base import Merged, applied, shared_down
@@ -249,7 +249,7 @@ class Plan:
 
     def _with_base(self, layer: Layer, step: Step) -> Layer:
         """The layer, or its whole ΔW where only the base's weight tells it."""
-        if layer.kind != "dora" or self.base is None:
+        if layer.kind not in ON_BASE or self.base is None:
             return layer
         return on_base(layer, step.module, self.base)
 
@@ -284,6 +284,7 @@ class Plan:
             layouts={module: self._layout(step) for module, step in self.steps.items()},
             compute=compute,
             metadata=self._metadata(),
+            about=agreed(self.loras),
             extras=self.extras,
             dtype=self.dtype,
             made_of=self.made_of,
@@ -433,7 +434,7 @@ class Plan:
     @property
     def on_base(self) -> bool:
         """Whether the result depends on the base's weights."""
-        return any(self.loras[i].layout(s.module).kind == "dora" for s in self.steps.values() for i in s.inputs)
+        return any(self.loras[i].layout(s.module).kind in ON_BASE for s in self.steps.values() for i in s.inputs)
 
     def _metadata(self) -> Awaited:
         """Entries on which the inputs agree stay; where they differ, each input's own go into the recipe."""

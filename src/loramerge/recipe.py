@@ -164,6 +164,7 @@ class Recipe:
                 entry.source(self.folder),
                 architecture=entry.architecture or self.architecture,
                 dialect=entry.dialect,
+                adapter=entry.adapter,
                 allow_pickle=allow_pickle,
             )
             for entry in self.loras

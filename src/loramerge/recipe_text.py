@@ -54,6 +54,8 @@ class Input:
     """The model family, where this file leaves it open."""
     dialect: str | None = None
     """The dialect, where this file leaves it open."""
+    adapter: str | None = None
+    """Which one, where this file's keys name several adapters."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):
@@ -212,7 +214,7 @@ def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: entry[key] for key in ("sha256", "weight", "architecture", "dialect") if key in entry}
+    kept = {key: entry[key] for key in ("sha256", "weight", "architecture", "dialect", "adapter") if key in entry}
     source = entry.get("source") or ""
     if source.startswith("hf://"):
         return {"hub": source.removeprefix("hf://"), **kept}

@@ -11,8 +11,8 @@ from typing import Any
 from .architectures import ARCHITECTURES, name_family
 from .architectures.hints import named as families_named
 from .checkpoints import Checkpoint
-from .errors import LoRAMergeError, MergeError, StoredNumberError
-from .layers import FACTORED, Layer
+from .errors import LoRAMergeError, MergeError
+from .layers import FACTORED, ON_BASE, Layer
 from .layers.full import LEAVE_OUT
 from .lora import LoRA
 from .methods import Method
@@ -59,10 +59,8 @@ def named(module: str) -> Iterator[None]:
     """Have errors say in which module they arose."""
     try:
         yield
-    except StoredNumberError:
-        raise
     except LoRAMergeError as error:
-        raise type(error)(f"{module}: {error}") from None
+        raise error.at(module) from None
 
 
 Weigh = Callable[[str], Sequence[Any]]
@@ -154,26 +152,33 @@ class _Maker:
         if layout.kind in FACTORED or layout.kind == "bias":
             return
         where = f"{lora.name}: {module} can't be merged"
-        if layout.kind not in ("full", "dora"):
+        if layout.kind not in ("full", *ON_BASE):
             raise MergeError(f"{where}: {layout.no_factors}.")
         if not self.takes_dense:
-            base = " (a DoRA layer needs the base model too: --base, base=…)" if layout.kind == "dora" else ""
+            base = f" ({_a(layout.kind)} layer needs the base model too: --base, base=…)" * (layout.kind in ON_BASE)
             raise MergeError(
                 f"{where} by this method: its ΔW has no factors. Ways out: the method linear, or one on entries such as "
                 f"ties with space=delta{base}, or {LEAVE_OUT}."
             )
-        if layout.kind == "dora" and self.base is not None and module not in self.base:
-            raise MergeError(f"{where}: it is a DoRA layer, and the base {self.base.name} has no such module.")
-        if layout.kind == "dora" and (self.base is None or isinstance(self.rank, str)):
-            raise MergeError(f"{where}: {needed_for_dora(self.base is not None)}.")
+        if layout.kind in ON_BASE and self.base is not None and module not in self.base:
+            raise MergeError(
+                f"{where}: it is {_a(layout.kind)} layer, and the base {self.base.name} has no such module."
+            )
+        if layout.kind in ON_BASE and (self.base is None or isinstance(self.rank, str)):
+            raise MergeError(f"{where}: {needed_on_base(layout.kind, self.base is not None)}.")
 
 
-def needed_for_dora(has_base: bool) -> str:
-    """What a DoRA layer lacks to be merged, and the ways out."""
+def _a(kind: str) -> str:
+    """A kind of layer whose ΔW depends on the base, with its article."""
+    return {"dora": "a DoRA", "pissa": "a PiSSA", "olora": "an OLoRA"}.get(kind, f"a {kind}")
+
+
+def needed_on_base(kind: str, has_base: bool) -> str:
+    """What a layer whose ΔW depends on the base lacks to be merged, and the ways out."""
     base = "" if has_base else "the base model and "
     typed = "--rank 32, or rank=32" if has_base else "--base MODEL --rank 32, or base=…, rank=32"
     return (
-        f"it is a DoRA layer, whose ΔW depends on the base weight and has no rank of its own. Ways out: give {base}a number "
+        f"it is {_a(kind)} layer, whose ΔW depends on the base weight and has no rank of its own. Ways out: give {base}a number "
         f"as the rank ({typed}), bake it into the base model (loramerge bake), or {LEAVE_OUT}"
     )
 

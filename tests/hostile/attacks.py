@@ -366,7 +366,7 @@ PICKLES = {
     "a pickle in a gz": Attack(written(gzip.compress(pickle.dumps(Bomb())), "x.gz"), "no safetensors file"),
     "torch's zip as safetensors": Attack(written(lambda: pickled({"a": Bomb()})), "no safetensors file"),
     "a pickle alone in a directory": Attack(
-        lambda folder: written(pickle.dumps(Bomb()), "adapter_model.bin")(folder).parent, "no .safetensors file"
+        lambda folder: written(pickle.dumps(Bomb()), "adapter_model.bin")(folder).parent, "is a pickle"
     ),
     "a pickle as the adapter": Attack(
         lambda folder: written(pickle.dumps(Bomb()), "adapter_model.safetensors")(folder).parent, "no safetensors file"

@@ -16,6 +16,7 @@ from .doctor import doctor
 from .extract import extract
 from .generate import generate
 from .options import (
+    Adapter,
     Arch,
     Base,
     Changed,
@@ -94,6 +95,7 @@ def inspect(
         bool, typer.Option("--recipe", help="How it was merged, as a recipe that 'loramerge merge' runs again.")
     ] = False,
     architecture: Arch = None,
+    adapter: Adapter = None,
     allow_pickle: Pickle = False,
 ) -> None:
     """Say what a LoRA is: its dialect, family, ranks, alphas, kinds, blocks.
@@ -105,7 +107,7 @@ def inspect(
     if recipe:
         show_recipe(file, architecture=architecture, pickle=allow_pickle)
         return
-    show(file, norms=norms, as_json=json, architecture=architecture, pickle=allow_pickle)
+    show(file, norms=norms, as_json=json, architecture=architecture, adapter=adapter, pickle=allow_pickle)
 
 
 @app.command()
@@ -118,6 +120,7 @@ def convert(
     exclude: Exclude = None,
     dtype: Dtype = None,
     architecture: Arch = None,
+    adapter: Adapter = None,
     allow_lossy: Lossy = False,
     allow_growth: Growth = False,
     allow_pickle: Pickle = False,
@@ -134,7 +137,7 @@ def convert(
     target = check_target(output, to)
     check_apart(file, target)
     with (
-        open(file, architecture=architecture, allow_pickle=allow_pickle) as lora,
+        open(file, architecture=architecture, adapter=adapter, allow_pickle=allow_pickle) as lora,
         progress("Converting", quiet) as report,
     ):
         kept = lora.exclude(*exclude) if exclude else lora

@@ -9,6 +9,7 @@ from ..advice import advice
 from ..analysis import Comparison, Row, compare
 from ..errors import OptionError
 from ..files import open
+from ..layers import ON_BASE
 from ..measures import Alone
 from ..updates import SHARE
 from .run import progress, table
@@ -122,7 +123,7 @@ def _dense(found: Comparison) -> list[str]:
     """How many layers of which kinds were compared as dense matrices."""
     lines = []
     for (i, kind), n in sorted(Counter((d.lora, d.kind) for d in found.dense).items()):
-        where = f"{kind} on {found.base}" if kind == "dora" else kind
+        where = f"{kind} on {found.base}" if kind in ON_BASE else kind
         lines.append(f"dense: {n} modules of {found.letters[i]} ({where}); their spaces hold {SHARE:.0%} of ‖ΔW‖²")
     return lines
 
@@ -130,7 +131,7 @@ def _dense(found: Comparison) -> list[str]:
 def _left(found: Comparison) -> list[str]:
     """How many layers of which kinds have no ΔW to compare."""
     counts = Counter((n.lora, n.kind) for n in found.not_compared)
-    ways = {"dora": "dora; --base compares them"}
+    ways = {kind: f"{kind}; --base compares them" for kind in ON_BASE}
     return [
         f"not compared: {n} modules of {found.letters[i]} ({ways.get(kind, kind)})"
         for (i, kind), n in sorted(counts.items())

@@ -19,10 +19,16 @@ MOST = 20
 
 
 def show(
-    source: str, *, norms: bool = False, as_json: bool = False, architecture: str | None = None, pickle: bool = False
+    source: str,
+    *,
+    norms: bool = False,
+    as_json: bool = False,
+    architecture: str | None = None,
+    adapter: str | None = None,
+    pickle: bool = False,
 ) -> None:
     """Print what a LoRA is."""
-    with open(source, architecture=architecture, allow_pickle=pickle) as lora:
+    with open(source, architecture=architecture, adapter=adapter, allow_pickle=pickle) as lora:
         found = _norms(lora) if norms else {}
         if as_json:
             print_json(as_data(lora, found))

@@ -28,6 +28,9 @@ Workers = Annotated[
     int | None, typer.Option("--workers", "-j", min=1, help=PROCESSES, show_default="one a core, up to 4")
 ]
 Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", help="Which one, where the file's keys name several adapters.")
+]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
 Growth = Annotated[

@@ -1,7 +1,7 @@
 """Where a file keeps its scales, in order of precedence.
 
 A tensor of the module's own (``.alpha``, or ``.scale`` as it is), then diffusers'
-``lora_adapter_metadata``, then PEFT's ``adapter_config.json``, else alpha = rank.
+``lora_adapter_metadata`` or PEFT's ``adapter_config.json``, else alpha = rank.
 """
 
 import json
@@ -12,9 +12,10 @@ from typing import Any
 from ..architectures.names import COMPONENTS
 from ..errors import FileError, LayerError, NumberError
 from ..tensors import LARGEST, Tensor, scalar
-from .patterns import Patterns
+from .fields import WHOLE, Config, checked
 
-Config = Mapping[str, Any]
+UNSCALED = {"alpha", "scale", "diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight"}
+"""Roles of tensors that no alpha scales, and of those beside them."""
 
 
 def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | None:
@@ -24,6 +25,8 @@ def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | No
         keys: The layer's keys by role.
         tensors: The file's tensors.
     """
+    if "alpha" in keys and (keys.keys() >= WHOLE or keys.keys() <= UNSCALED):
+        return _unused(tensors[keys["alpha"]])
     if "alpha" in keys:
         return _one(tensors, keys["alpha"])
     return _one(tensors, keys["scale"]) * rank(keys, tensors) if "scale" in keys else None
@@ -47,39 +50,31 @@ def _one(tensors: Mapping[str, Tensor], key: str) -> float:
     return value
 
 
+def _unused(tensor: Tensor) -> float:
+    """An alpha that scales nothing; tools write 10¹⁰ for it, which float16 can't hold."""
+    value = scalar(tensor) if math.prod(tensor.shape) == 1 else 1.0
+    return value if math.isfinite(value) else 1.0
+
+
 def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -> dict[str, Config]:
-    """LoRA configurations by component, ``alpha_pattern`` as `Patterns`; ``""`` is the one that names none."""
-    found = dict(adapter_config)
+    """LoRA configurations by component, checked; ``""`` is the one that names none. One that is given goes first."""
     text = metadata.get("lora_adapter_metadata")
-    if text:
-        try:
-            flat = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FileError(f"lora_adapter_metadata in the file's header is not JSON: {error}") from error
-        if not isinstance(flat, dict):
-            raise FileError("lora_adapter_metadata in the file's header is not a JSON object")
-        for key, value in flat.items():
-            component, dot, option = key.partition(".")
-            if not dot or component not in COMPONENTS:
-                component, option = "", key
-            found[component] = {**found.get(component, {}), option: value}
-    for config in found.values():
-        if str(config.get("peft_type") or "LORA").upper() != "LORA":
-            raise FileError(
-                f"lora_adapter_metadata in the file's header is of PEFT's {config['peft_type']}, whose scales are others "
-                "than a LoRA's. Way out: save it as a LoRA by the tool that made it"
-            )
-    return {
-        component: {**config, "alpha_pattern": Patterns(config.get("alpha_pattern") or {})}
-        for component, config in found.items()
-    }
+    found = dict(adapter_config) if adapter_config or not text else _in_header(text)
+    return {component: checked(config) for component, config in found.items()}
 
 
-def alpha(config: Config, path: str, rank: int) -> float | None:
-    """Effective alpha of a module: what alpha / rank must be for the scale of one of the `configs`."""
-    value = config["alpha_pattern"].of(path, config.get("lora_alpha"))
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST["F32"]:
-        raise NumberError(f"the configuration's alpha of {path} is {value!r}, wanted a finite number")
-    return float(value) * math.sqrt(rank) if config.get("use_rslora") else float(value)
+def _in_header(text: str) -> dict[str, Config]:
+    """diffusers' configurations: one flat object whose keys begin with the component."""
+    try:
+        flat = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"lora_adapter_metadata in the file's header is not JSON: {error}") from error
+    if not isinstance(flat, dict):
+        raise FileError("lora_adapter_metadata in the file's header is not a JSON object")
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        component, dot, option = key.partition(".")
+        if not dot or component not in COMPONENTS:
+            component, option = "", key
+        found.setdefault(component, {})[option] = value
+    return dict(found)

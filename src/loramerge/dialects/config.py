@@ -15,11 +15,12 @@ CLASSES = {
 }
 
 
-def component_configs(layers: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
+def component_configs(layers: Mapping[str, Layer], about: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
     """A PEFT ``LoraConfig`` as a dictionary for each component of a LoRA, scales baked in.
 
     Args:
         layers: The layers as written (LoRA or DoRA with alpha = rank), by module.
+        about: What is known of the base model, by component, see `LoRA.about`.
     """
     by_component: dict[str, dict[str, Layer]] = {}
     for module, layer in layers.items():
@@ -27,7 +28,10 @@ def component_configs(layers: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
         # transformers 5 has no ``text_model`` in one of its CLIPs; PEFT accepts the end of a name in both.
         path = path.removeprefix("text_model.") if component.startswith("text_encoder") else path
         by_component.setdefault(component, {})[path] = layer
-    return {component: _config(component, paths) for component, paths in by_component.items()}
+    return {
+        component: {**_config(component, paths), **(about.get(component) or about.get("", {}))}
+        for component, paths in by_component.items()
+    }
 
 
 def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
@@ -40,6 +44,7 @@ def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
         "task_type": None,
         "auto_mapping": {"base_model_class": name, "parent_library": library} if name else None,
         "base_model_name_or_path": None,
+        "revision": None,
         "inference_mode": True,
         "r": commonest,
         "lora_alpha": commonest,

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..architectures import Architecture, first_names
-from ..architectures.names import Parts
-from .base import PEFT_KINDS, Dialect
+from ..architectures.names import COMPONENTS, Parts
+from .base import PEFT_KINDS, Dialect, Names
 from .free import DENOISERS, UNETS, Free, has_dots
 
 ATTENTION = r"(.*\.attn\d*)\.to_(q|k|v|out)(?:\.0)?"
 TEXT_ATTENTION = r"(.*\.self_attn)\.(q|k|v|out)_proj"
-COMPONENTS = r"(unet|transformer|text_encoder(_\d)?)\."
+COMPONENT = r"(unet|transformer|text_encoder(_\d)?)\."
 
 
 def module_names(a: Architecture) -> Mapping[str, Parts]:
@@ -96,9 +96,22 @@ def peft_native_names(a: Architecture) -> Mapping[str, Parts]:
     return {f"base_model.model.{path}": parts for path, parts in a.native_paths.items()}
 
 
-def peft_text_names(a: Architecture) -> Mapping[str, Parts]:
-    """A text encoder's own directory, loaded by itself."""
-    return _peft_text_names(a, "base_model.model.", ())
+def peft_text_names(folder: str, number: int) -> Names:
+    """The adapter of one text encoder, in a directory of its own or in that of another encoder.
+
+    Encoders have the same names and other shapes, which tell them apart.
+    """
+
+    def names(a: Architecture) -> Mapping[str, Parts]:
+        paths = a.text_paths(a.text_encoders[number]) if number < len(a.text_encoders) else {}
+        found = {f"{folder}base_model.model.{path}": parts for path, parts in paths.items()}
+        return found | {stem.replace(".text_model.", ".", 1): parts for stem, parts in found.items()}
+
+    return names
+
+
+FOLDERS = ("", *(f"{component}/" for component in COMPONENTS[2:]))
+"""Where the adapter of a text encoder may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +126,7 @@ class FreePeft(Free):
 
     def stem(self, module: str) -> str | None:
         component, _, path = module.partition(".")
-        if not re.match(COMPONENTS, module) or not has_dots(path):
+        if not re.match(COMPONENT, module) or not has_dots(path):
             return None
         return f"{self.prefix}{path}" if component in DENOISERS else f"{component}/{self.prefix}{path}"
 
@@ -165,7 +178,12 @@ PEFT = Dialect(
     title="PEFT: adapter_model.safetensors and adapter_config.json",
     source="https://github.com/huggingface/peft, utils/save_and_load.py",
     names=peft_names,
-    also_names=(peft_old_text_names, peft_folder_names, peft_native_names, peft_text_names),
+    also_names=(
+        peft_old_text_names,
+        peft_folder_names,
+        peft_native_names,
+        *(peft_text_names(folder, number) for folder in FOLDERS for number in range(3)),
+    ),
     style="peft",
     also_reads=frozenset({"peft-short", "peft-named"}),
     begins=("base_model.model.", "unet/", "transformer/", "text_encoder"),

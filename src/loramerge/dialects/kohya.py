@@ -93,7 +93,7 @@ KOHYA_DIFFUSERS = Dialect(
 
 KOHYA_BROKEN = Dialect(
     name="kohya-broken",
-    title="kohya as exported wrongly: _lora.down or _lora_down in place of .lora_down",
+    title="kohya as exported wrongly: _lora.down or _lora_down in place of .lora_down, dots in DoRA's names",
     source="https://github.com/huggingface/diffusers, train_dreambooth_lora_sdxl.py --output_kohya_format",
     names=unet_names,
     style="diffusers-old",

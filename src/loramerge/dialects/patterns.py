@@ -34,16 +34,18 @@ class Patterns:
     """Values for modules: that of the first pattern that matches a path, or the end of it after a dot.
 
     Args:
-        patterns: Values by pattern, as in ``alpha_pattern``.
+        patterns: Values by pattern.
+        field: What the configuration calls them, such as ``alpha_pattern``.
 
     Raises:
         FileError: They are no mapping, or one is no regular expression, or too much work.
     """
 
-    def __init__(self, patterns: Any) -> None:
+    def __init__(self, patterns: Any, field: str = "alpha_pattern") -> None:
         if not isinstance(patterns, Mapping):
-            raise FileError(f"alpha_pattern in the configuration is {patterns!r}, wanted an object")
-        self.exact = patterns
+            raise FileError(f"{field} in the configuration is {patterns!r}, wanted an object")
+        self.field = field
+        self.count = len(patterns)
         self.names: dict[str, tuple[int, Any]] = {}
         self.expressions: list[Expression] = []
         self._work = 0
@@ -51,7 +53,7 @@ class Patterns:
             if NAME.fullmatch(pattern):
                 self.names.setdefault(pattern.rstrip("$").replace("\\.", "."), (place, value))
             else:
-                self.expressions.append(_expression(place, pattern, value))
+                self.expressions.append(_expression(place, pattern, value, field))
 
     def of(self, path: str, default: Any) -> Any:
         """The value for a module's path.
@@ -59,31 +61,31 @@ class Patterns:
         Raises:
             FileError: The regular expressions would take too long.
         """
-        if path in self.exact or not self.exact:
-            return self.exact.get(path, default)
-        last = len(self.exact)
-        place, value = min((self.names[end] for end in _ends(path) if end in self.names), default=(last, default))
+        if not self.count:
+            return default
+        found = (self.names[end] for end in _ends(path) if end in self.names)
+        place, value = min(found, key=lambda placed: placed[0], default=(self.count, default))
         for expression in self.expressions:
             if expression.place > place:
                 break
             self._work += max(1, len(path)) ** expression.repeats * 2**expression.choices
             if self._work > MAX_WORK:
-                raise FileError("alpha_pattern in the configuration is too much work. Way out: name the modules in it")
+                raise FileError(f"{self.field} in the configuration is too much work. Way out: name the modules in it")
             if expression.compiled.match(path):
                 return expression.value
         return value
 
 
-def _expression(place: int, pattern: str, value: Any) -> Expression:
+def _expression(place: int, pattern: str, value: Any, field: str) -> Expression:
     """A pattern, compiled by PEFT's rule; one that may match anything before begins there."""
     rest = re.sub(r"^\.\*(?![?+*{])(?!.*\|)", "", pattern)
     plain = re.sub(r"\\.|\[\^?.[^\]]*\]", "c", rest)
     if ENDLESS.search(rest) or len(plain) > 1000:
-        raise FileError(f"alpha_pattern {pattern[:80]!r} is too much work. Way out: name the modules in it")
+        raise FileError(f"{field} {pattern[:80]!r} is too much work. Way out: name the modules in it")
     try:
         compiled = re.compile(rf"(.*\.)?({rest})$" if rest == pattern else rf".*({rest})$")
     except (re.error, RecursionError, OverflowError) as error:
-        raise FileError(f"alpha_pattern {pattern[:80]!r} is no regular expression: {error}") from None
+        raise FileError(f"{field} {pattern[:80]!r} is no regular expression: {error}") from None
     return Expression(place, compiled, len(re.findall(r"[*+{]|(?<!\()\?", plain)), plain.count("|"), value)
 
 

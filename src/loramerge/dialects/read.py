@@ -11,7 +11,7 @@ from ..architectures import ARCHITECTURES, Architecture, titles
 from ..architectures.hints import Named, named
 from ..architectures.names import Parts, whole
 from ..errors import FamilyError, LayerError, LoRAMergeError, NotALoRAError, OptionError
-from ..layers import UNKNOWN, Layer, build
+from ..layers import MAGNITUDES, UNKNOWN, Layer, build
 from ..tensors import Shape, Tensor
 from . import DIALECTS
 from .alphas import stored
@@ -106,6 +106,7 @@ def read(
         FamilyError: The metadata names another family than the layers do.
     """
     records, extras = _records(tensors)
+    rejoined = _rejoin(records)
     unused = [stem for stem in records if ".self_attn." in stem and re.fullmatch(UNUSED, stem)]
     for stem in unused:
         del records[stem]
@@ -117,7 +118,8 @@ def read(
     said = named(metadata)
     fits = [names.told(ARCHITECTURES[architecture])] if architecture else names.families(said)
     found = fits[0] if fits else names.stated(said)
-    chosen = DIALECTS[dialect] if dialect else names.dialect(found)
+    broken = DIALECTS["kohya-broken"] if rejoined else None
+    chosen = DIALECTS[dialect] if dialect else broken or names.dialect(found)
     notes = names.resolve(found, chosen)
     if found is None:
         notes.append(names.unknown(said))
@@ -125,6 +127,8 @@ def read(
         notes.append(
             f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them"
         )
+    if rejoined:
+        notes.append(f"repaired {rejoined} names: dots in those of DoRA's magnitudes (diffusers' export for kohya)")
     arguments = metadata.get("ss_network_args", "")
     if arguments and re.search(SPLIT_QKV, arguments):
         notes.append(
@@ -159,10 +163,22 @@ def _records(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[str
     return records, extras
 
 
+def _rejoin(records: dict[str, Record]) -> int:
+    """Give magnitudes whose stem has dots left in it to the layer that they are of; returns how many there were."""
+    lone = [stem for stem, r in records.items() if "." in stem and r.keys.keys() <= MAGNITUDES]
+    homes = {stem: home for stem in lone if (home := records.get(stem.replace(".", "_"))) is not None}
+    for stem, home in homes.items():
+        home.keys |= records.pop(stem).keys
+    return len(homes)
+
+
 def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
     """Give keys with an unknown suffix to the layer that they stand beside; the others are extras."""
     extras = []
     for key in rest:
+        if ".base_layer." in key:  # of the model that PEFT wrapped, whole
+            extras.append(key)
+            continue
         stem, _, end = key.rpartition(".")
         while stem and stem not in records:
             stem, _, more = stem.rpartition(".")
@@ -175,7 +191,7 @@ def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
 
 
 def _layer(record: Record, tensors: Mapping[str, Tensor]) -> Layer:
-    held = {role: tensors[key] for role, key in record.keys.items() if role not in ("alpha", "scale")}
+    held = {role: tensors[key] for role, key in record.keys.items() if role not in ("alpha", "scale", "reshape_weight")}
     try:
         record.alpha = stored(record.keys, tensors)
         return build(held, record.alpha, None)
@@ -199,6 +215,7 @@ BAKE = " To add a LoRA to a model: loramerge bake LORA --base MODEL -o NEW."
 
 
 OTHER_FILES = (
+    (r"^lora_controlnet$", "a Control-LoRA: a ControlNet, stored as factors, which loaders of ControlNets read"),
     (r"^lllite_", "a ControlNet-LLLite"),
     (r"^(first_stage_model|cond_stage_model|model\.diffusion_model)\.", "a whole checkpoint"),
     (r"^(control_model|controlnet_|input_hint_block|zero_convs)", "a ControlNet"),

@@ -7,6 +7,8 @@ of the tensor and, for LoRA's own tensors, the *style* of the tool that wrote it
 import re
 from typing import NamedTuple
 
+from ..layers import UNKNOWN
+
 STYLES: dict[str, dict[str, str]] = {
     "kohya": {
         "down": ".lora_down.weight",
@@ -57,6 +59,7 @@ SHARED: dict[str, str] = {
     ".b_norm": "b_norm",
     ".reshape_weight": "reshape_weight",
     ".oft_blocks": "oft_blocks",
+    ".oft_diag": "oft_diag",
     ".oft_R.weight": "oft_R",
     ".oft_R.scaled_oft": "oft_R_scaled",
     ".rescale": "rescale",
@@ -66,6 +69,7 @@ SHARED: dict[str, str] = {
     ".b2.weight": "b2",
     ".bm.weight": "bm",
     ".on_input": "on_input",
+    ".lora_E": "diagonal",
     ".lora_embedding_A": "embedding_A",
     ".lora_embedding_B": "embedding_B",
 }
@@ -78,8 +82,14 @@ _EXACT: dict[str, tuple[str, str]] = {
     **{suffix: (role, style) for style, roles in STYLES.items() for role, suffix in roles.items()},
 }
 _GLUED = tuple(suffix for suffix in _EXACT if suffix[0] not in ".:")
-_NAMED = r"(.+)\.lora_(A|B|magnitude_vector)\.([^.]+)(\.weight|\.bias|)"
-_NAMED_ROLES = {("A", ".weight"): "down", ("B", ".weight"): "up", ("B", ".bias"): "up_bias"}
+_NAMED = (
+    r"(.+)\.(lora_(?:A|B|E|magnitude_vector|embedding_A|embedding_B)|hada_\w+|lokr_\w+)\.([^.]+?)(\.weight|\.bias|)"
+)
+_NAMED_ROLES = {("lora_A", ""): "down", ("lora_B", ""): "up", ("lora_B", ".bias"): "up_bias"}
+_NAMED_ROLES |= {("lora_magnitude_vector", ""): "row_magnitude"}
+_NAMED_ROLES |= {
+    (suffix[1:], ""): role for suffix, role in SHARED.items() if suffix.startswith((".hada_", ".lokr_", ".lora_"))
+}
 
 
 class Key(NamedTuple):
@@ -100,9 +110,12 @@ def parse(key: str) -> Key | None:
     for start in _starts(key):
         if found := _EXACT.get(key[start:]):
             return Key(_owner(key[:start], found[0]), *found)
-    if named := re.fullmatch(_NAMED, key):
-        stem, which, _, end = named.groups()
-        return Key(stem, _NAMED_ROLES.get((which, end), "row_magnitude"), "peft-named")
+    if block := re.fullmatch(r"(.+)\.(oft_blocks\.\d+)", key):
+        return Key(block[1], UNKNOWN + block[2], "")
+    if (named := re.fullmatch(_NAMED, key)) and (
+        role := _NAMED_ROLES.get((named[2], named[4].removesuffix(".weight")))
+    ):
+        return Key(named[1], role, "" if role in SHARED.values() else "peft-named")
     return None
 
 
@@ -120,6 +133,12 @@ def spelled(stem: str, suffix: str) -> str:
     if suffix != ".diff_m":
         return stem + suffix
     return MODULATION.sub(suffix, stem) if MODULATION.search(stem) else f"{stem}.diff"
+
+
+def adapter(key: str) -> str | None:
+    """The adapter that a key of PEFT's names, such as ``person`` in ``….lora_A.person.weight``."""
+    named = re.fullmatch(_NAMED, key)
+    return named[3] if named and named[3] not in ("weight", "bias") else None
 
 
 def _starts(key: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from .. import linalg
 from ..architectures import ARCHITECTURES, Architecture, name_family, titles
 from ..architectures.names import Part, Parts, whole
-from ..errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError, StoredNumberError
+from ..errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError
 from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
 from ..layers.base import matrix
 from ..tensors import (
@@ -42,6 +42,8 @@ class Group:
     name: str
     specs: Mapping[str, Spec]
     make: Callable[[], Mapping[str, Array]]
+    looked_at: bool = True
+    """Whether NaN and infinity are refused: not in a number that scales nothing."""
 
     def arrays(self) -> dict[str, Array]:
         """The values, in the dtypes that `specs` says; NaN, infinity and overflow are refused."""
@@ -50,11 +52,10 @@ class Group:
             shapes = {key: tuple(array.shape) for key, array in made.items()}
             if shapes != {key: tuple(spec.shape) for key, spec in self.specs.items()}:
                 raise LayerError(f"{self.name}: made {shapes}, planned {dict(self.specs)}; nothing is written")
-            return {key: _finite(array, self.specs[key].dtype) for key, array in made.items()}
-        except StoredNumberError:
-            raise
+            checked = _finite if self.looked_at else cast
+            return {key: checked(array, self.specs[key].dtype) for key, array in made.items()}
         except NumberError as error:
-            raise NumberError(f"{self.name}: {error}") from None
+            raise error.at(self.name) from None
 
 
 def _finite(array: Array, dtype: str) -> Array:
@@ -62,6 +63,23 @@ def _finite(array: Array, dtype: str) -> Array:
     if code(array) == dtype or dtype in ("F32", "F64"):
         check_finite(array)
     return cast(array, dtype)
+
+
+def _check_magnitudes(lora: "LoRA", layers: Mapping[str, Layer]) -> None:
+    """Refuse LoRAs beside DoRA layers where PEFT gives every layer of a model a magnitude, or none.
+
+    Raises:
+        DialectError: A model has both.
+    """
+    plain = {module.partition(".")[0]: module for module, layer in layers.items() if layer.kind == "lora"}
+    for module, layer in layers.items():
+        other = plain.get(module.partition(".")[0])
+        if layer.kind == "dora" and other:
+            raise DialectError(
+                f"{lora.name}: {module} is a DoRA layer and {other} is not, and PEFT and diffusers read the layers of a model "
+                "as the one or the other. Ways out: another dialect, such as kohya or comfyui, or leave the one or the "
+                "other out (exclude)."
+            )
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,8 @@ def spell(
     groups = list(writer.groups())
     if not writer.layers:
         raise DialectError(f"{lora.name}: nothing is left that {target.name} can hold: {'; '.join(writer.left_out)}.")
+    if target.style == "peft":
+        _check_magnitudes(lora, writer.layers)
     return Spelling(target, groups, False, wanted, writer.layers, tuple(writer.left_out))
 
 
@@ -136,9 +156,14 @@ def _can_be_verbatim(lora: "LoRA", target: Dialect, alone: bool) -> bool:
 def _verbatim(lora: "LoRA", dtype: str | None) -> list[Group]:
     assert lora.origin
     return [
-        Group(key, {key: _cast_spec(tensor, dtype)}, partial(_as_read, key, tensor))
+        Group(key, {key: _cast_spec(tensor, dtype)}, partial(_as_read, key, tensor), not _is_read_alpha(key, tensor))
         for key, tensor in lora.origin.tensors.items()
     ]
+
+
+def _is_read_alpha(key: str, tensor: Tensor) -> bool:
+    """Whether it is an alpha, which was looked at as it was read, if it means something."""
+    return key.endswith(".alpha") and math.prod(tensor.shape) == 1
 
 
 def check_writable(name: str, own: str) -> None:
@@ -341,7 +366,17 @@ class _Writer:
         alpha = alpha_of(layer)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")
+        if "lokr" in self.dialect.holds and self.widens(parts, layer):
+            import numpy as np
+
+            tensors[f"{stem}.reshape_weight"] = np.asarray(layer.shape, dtype=np.int64)
         return tensors
+
+    def widens(self, parts: Parts, layer: Layer) -> bool:
+        """Whether the weight has to get more inputs, as FLUX's control LoRAs want it: ComfyUI does when it is told."""
+        usual = self.architecture.shapes.get(parts[0].module) if self.architecture and len(parts) == 1 else None
+        wide = usual is not None and len(usual) == len(layer.shape) > 1 and layer.shape[0] == usual[0]
+        return wide and usual is not None and layer.shape[1] > usual[1]
 
     def spec(self, key: str, tensor: Array | Spec) -> Spec:
         return _cast_spec(tensor if isinstance(tensor, Spec) else Held(tensor), self.dtype)

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import LayerError
-from ..tensors import FLOATS, NAMES, Array, Shape, Spec, code, reshape
+from ..tensors import FLOATS, NAMES, Array, Shape, Spec, code, float32, reshape
 from .base import Layer, Rows
 from .dora import DoRA
 from .full import BiasOnly, Carried, Full, Norm, Replaced, Table
@@ -14,6 +14,7 @@ from .loha import LoHa
 from .lokr import LoKr
 from .lowrank import LowRank, low_rank
 from .parts import alpha_of, bias_of, direction_of
+from .relative import FIRST, Relative
 
 KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Table, Replaced, LoKr)
 """Kinds that are recognised by the roles of their tensors, the first that fits."""
@@ -21,8 +22,12 @@ KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Table, Re
 FACTORED = ("lora", "loha", "lokr")
 """Kinds of layers that have an exact low-rank form."""
 
+ON_BASE = ("dora", *FIRST)
+"""Kinds of layers whose ΔW depends on the base weight, and is known where that is."""
+
 CARRIED = {
     "oft_blocks": "oft",
+    "oft_diag": "oft",
     "oft_R": "oft",
     "oft_R_scaled": "oft",
     "rescale": "oft",
@@ -55,6 +60,8 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     Raises:
         LayerError: The tensors are no layer, or one is missing.
     """
+    if "diagonal" in tensors and "down" in tensors:
+        tensors = _folded(tensors)
     kind = _kind(frozenset(tensors))
     if kind is Carried:
         return _carried(tensors, alpha)
@@ -74,7 +81,18 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
 def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carried:
     known = next((CARRIED[role] for role in tensors if role in CARRIED), None)
     unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
-    return Carried(algorithm=known or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
+    oft = bool(unknown) and unknown[0].startswith("oft_")
+    return Carried(algorithm=known or ("oft" if oft else f"a layer with {unknown[0]}"), held=dict(tensors), alpha=alpha)
+
+
+def _folded(tensors: Mapping[str, Array | Spec]) -> dict[str, Array | Spec]:
+    """AdaLoRA's three factors as two: ``down`` is (r, in), the diagonal between it and ``up`` (r, 1)."""
+    down, diagonal = tensors["down"], tensors["diagonal"]
+    if tuple(diagonal.shape) != (down.shape[0], 1):
+        raise LayerError(f"the diagonal has shape {tuple(diagonal.shape)} and down {tuple(down.shape)}")
+    spec = isinstance(down, Spec) or isinstance(diagonal, Spec)
+    product = Spec(tuple(down.shape), "F32") if spec else float32(down) * float32(diagonal)
+    return {**{role: t for role, t in tensors.items() if role != "diagonal"}, "down": product}
 
 
 def _check_floats(tensors: Mapping[str, Array | Spec]) -> None:
@@ -135,6 +153,8 @@ def shaped(layer: LowRank, weight: Shape) -> LowRank:
 
 __all__ = [
     "FACTORED",
+    "MAGNITUDES",
+    "ON_BASE",
     "UNKNOWN",
     "BiasOnly",
     "Carried",
@@ -145,6 +165,7 @@ __all__ = [
     "LoKr",
     "LowRank",
     "Norm",
+    "Relative",
     "Replaced",
     "Rows",
     "Table",

@@ -205,6 +205,16 @@ class Replaced(Layer):
         raise NoFactorsError(self.no_factors)
 
 
+TITLES = {
+    "oft": "an OFT layer, which turns the weight",
+    "glora": "a GLoRA layer, whose ΔW depends on the base weight",
+    "ia3": "an IA³ layer, which scales the weight",
+    "embedding lora": "a LoRA of an embedding",
+    "reshaped weight": "a layer that widens the weight",
+}
+"""Algorithms in the words of messages."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Carried(Layer):
     """An algorithm that loramerge reads and writes back unharmed, but does not compute with."""
@@ -226,7 +236,8 @@ class Carried(Layer):
 
     @property
     def no_factors(self) -> str:
-        return f"it is stored as {self.algorithm}, which loramerge keeps but can't compute with. Way out: {LEAVE_OUT}"
+        what = TITLES.get(self.algorithm, self.algorithm)
+        return f"it is {what}; such layers are written back as they are, and neither merged nor baked. Way out: {LEAVE_OUT}"
 
     def tensors(self) -> dict[str, Array | Spec]:
         return dict(self.held)

@@ -4,6 +4,7 @@ from ..tensors import Array, Spec
 from .base import Layer
 from .dora import DoRA
 from .full import Norm
+from .relative import Relative
 
 
 def direction_of(layer: Layer) -> Layer:
@@ -13,7 +14,8 @@ def direction_of(layer: Layer) -> Layer:
 
 def alpha_of(layer: Layer) -> float | None:
     """The effective alpha; None where the layer has none, or its kind knows none."""
-    alpha: float | None = getattr(direction_of(layer), "alpha", None)
+    held = layer.direction if isinstance(layer, Relative) else direction_of(layer)
+    alpha: float | None = getattr(held, "alpha", None)
     return alpha
 
 

@@ -3,7 +3,8 @@
 import os
 from typing import Any
 
-from ..errors import FileError
+from ..dialects.suffixes import parse
+from ..errors import FileError, NotALoRAError
 from ..tensors import Array, Held, Tensor, code, is_known, numpy_dtype
 from ..wording import first_line
 
@@ -11,8 +12,8 @@ PICKLES = (".pt", ".bin", ".ckpt", ".pth")
 """How their names end."""
 
 
-def pickled(path: str, allow: bool) -> dict[str, Tensor]:
-    """The tensors of a pickle by key.
+def pickled(path: str, allow: bool) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a pickle by key, and the name of the dictionary inside of it that holds them, if there is one.
 
     Args:
         path: The file.
@@ -37,10 +38,32 @@ def pickled(path: str, allow: bool) -> dict[str, Tensor]:
         found = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
     if not isinstance(found, dict):
         raise FileError(f"{path} holds a {type(found).__name__}, wanted a dictionary of tensors.")
-    tensors = {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    tensors, inside = _tensors(path, found)
     for key, value in tensors.items():
         _check_plain(path, key, value)
-    return {key: Held(_as_numpy(value)) for key, value in tensors.items()}
+    return {key: Held(_as_numpy(value)) for key, value in tensors.items()}, inside
+
+
+def _tensors(path: str, found: dict[Any, Any]) -> tuple[dict[str, Any], str | None]:
+    """The tensors of a dictionary, or of the only one in it that holds those of a LoRA."""
+    tensors = _among(found)
+    inner = {str(name): held for name, value in found.items() if isinstance(value, dict) and (held := _among(value))}
+    if not inner or any(map(parse, tensors)):
+        return tensors, None
+    loras = [name for name, held in inner.items() if any(map(parse, held))]
+    if len(loras) == 1 and "ip_adapter" not in inner:
+        return inner[loras[0]], loras[0]
+    what = ": an IP-Adapter" if "ip_adapter" in inner else ""
+    raise NotALoRAError(
+        f"{path} holds no LoRA itself, but the dictionaries {', '.join(inner)}{what}. Way out: save the one that is a "
+        "LoRA to a file of its own."
+    )
+
+
+def _among(found: dict[Any, Any]) -> dict[str, Any]:
+    import torch
+
+    return {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def _check_zip(path: str) -> None:

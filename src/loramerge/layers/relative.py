@@ -1,0 +1,101 @@
+"""Factors that began as a part of the base weight: ΔW is what they have become, less what they were.
+
+PEFT takes the first product out of the weight before training (``init_lora_weights``), and out of it
+again whenever the adapter is loaded.  PiSSA's is the nearest matrix of rank r, OLoRA's the first r
+columns and rows of a QR decomposition.
+
+Sources: Meng et al., 2024, https://arxiv.org/abs/2404.02948; Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..errors import LayerError, NoFactorsError
+from ..tensors import Array, Shape, Spec, namespace
+from .base import Layer
+from .full import LEAVE_OUT
+from .lowrank import LowRank
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Relative(Layer):
+    """A LoRA whose factors began as a part of the base weight."""
+
+    required: ClassVar[tuple[str, ...]] = ()
+
+    direction: LowRank
+    start: str
+    """PEFT's name for the beginning: ``"pissa"``, ``"olora"``, ``"corda"``."""
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return self.start
+
+    @property
+    def shape(self) -> Shape:
+        return self.direction.shape
+
+    @property
+    def no_factors(self) -> str:
+        return (
+            f"its factors began as a part of the base weight (init_lora_weights {self.start!r}), so ΔW is not their "
+            f"product. Ways out: {_ways(self.start)}, or {LEAVE_OUT}"
+        )
+
+    def tensors(self) -> dict[str, Array | Spec]:
+        return self.direction.tensors()
+
+    def map(self, function: Callable[[Any], Any]) -> "Relative":
+        return replace(self, direction=self.direction.map(function))
+
+    def delta(self) -> Array:
+        raise NoFactorsError(self.no_factors)
+
+    def delta_bias(self) -> Array | Spec | None:
+        return self.direction.delta_bias()
+
+    def delta_on(self, weight: Array) -> Array:
+        first = FIRST.get(self.start)
+        if first is None:
+            raise NoFactorsError(self.no_factors)
+        if weight.ndim != 2:
+            raise LayerError(f"init_lora_weights {self.start!r} is of matrices only, the weight has shape {self.shape}")
+        xp = namespace(weight)
+        before = first(xp.astype(weight, xp.float64), self.direction)  # in float64: the two nearly cancel
+        return xp.astype(self.direction.delta() - before, weight.dtype)
+
+    @property
+    def by_rows(self) -> bool:
+        return False
+
+    def norm(self) -> float:
+        raise NoFactorsError(self.no_factors)
+
+
+def _pissa(weight: Array, direction: LowRank) -> Array:
+    xp = namespace(weight)
+    u, s, vh = xp.linalg.svd(weight, full_matrices=False)
+    r = direction.rank
+    return (u[:, :r] * s[:r]) @ vh[:r]
+
+
+def _olora(weight: Array, direction: LowRank) -> Array:
+    q, upper = namespace(weight).linalg.qr(weight)
+    return direction.scale * (q[:, : direction.rank] @ upper[: direction.rank])
+
+
+FIRST: dict[str, Callable[[Array, LowRank], Array]] = {"pissa": _pissa, "olora": _olora}
+"""The first product of each beginning that can be computed anew."""
+
+
+def _ways(start: str) -> str:
+    """How to get a plain LoRA out of such an adapter."""
+    if start in FIRST:
+        return "bake it into the base model, or convert it as it is saved (PEFT's path_initial_model_for_weight_conversion)"
+    if start.startswith(("pissa", "corda", "lora_ga")):
+        return "convert it as it is saved (PEFT's path_initial_model_for_weight_conversion)"
+    return (
+        "merge it with PEFT into the very weights that it was trained on, and extract a LoRA from the result and the "
+        "original base (loramerge extract)"
+    )

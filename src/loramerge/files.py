@@ -344,7 +344,7 @@ def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, p
 
     configs = cast(dict[str, Any], lora.origin.config) if spelling.verbatim and lora.origin else {}
     if not configs:
-        written = component_configs(spelling.layers)
+        written = component_configs(spelling.layers, lora.configs)
         configs = {c if c.startswith("text_encoder") else "": config for c, config in written.items()}
         if len(configs) != len(written) or not configs.keys() <= {"", *COMPONENTS}:
             raise DialectError(f"{lora.name}: a PEFT directory has no place for all of {', '.join(written)}.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .blocks import matches
 from .dialects import alphas
 from .dialects.alphas import Config
+from .dialects.config import about_model
 from .dialects.read import Reading, Record, read
 from .errors import LoRAMergeError, OptionError
 from .layers import Layer, LowRank, alpha_of, build
@@ -65,6 +66,8 @@ class LoRA(Mapping[str, Layer]):
     compute: Callable[[str], Layer] | None = None
     """Gives a module's layer with its values; None when the layouts hold them."""
     metadata: Mapping[str, str] = field(default_factory=dict)
+    configs: Mapping[str, Config] = field(default_factory=dict)
+    """What PEFT's configuration says of the model that it was trained on, by component (``""`` for any)."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that belong to no layer: embeddings, strays.  Kept, never merged into a weight."""
     notes: tuple[str, ...] = ()
@@ -307,6 +310,7 @@ def from_tensors(
         layouts=layouts,
         compute=reader.layer,
         metadata=dict(metadata),
+        configs=about_model(scales),
         extras={key: tensors[key] for key in reading.extras},
         notes=tuple(notes),
         origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),

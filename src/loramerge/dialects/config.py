@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..layers import DoRA, Layer, direction_of
@@ -15,19 +15,44 @@ CLASSES = {
 }
 
 
-def component_configs(layers: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
+ABOUT_MODEL = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+"""What PEFT's configuration says of the model; ``AutoPeftModel`` and the Hub go by it."""
+
+
+def about_model(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What configurations, by component, say of the model."""
+    return {c: {key: v for key in ABOUT_MODEL if (v := config.get(key))} for c, config in configs.items()}
+
+
+def agreed(configs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The entries that several LoRAs' `about_model` have in common."""
+    first, *others = configs
+    return {
+        component: {key: v for key, v in said.items() if all(o.get(component, {}).get(key) == v for o in others)}
+        for component, said in first.items()
+    }
+
+
+def component_configs(
+    layers: Mapping[str, Layer], about: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """A PEFT ``LoraConfig`` as a dictionary for each component of a LoRA, scales baked in.
 
     Args:
         layers: The layers as written (LoRA or DoRA with alpha = rank), by module.
+        about: What is said of the model, by component; ``""`` stands for any other.
     """
+    said = about or {}
     by_component: dict[str, dict[str, Layer]] = {}
     for module, layer in layers.items():
         component, _, path = module.partition(".")
         # transformers 5 has no ``text_model`` in one of its CLIPs; PEFT accepts the end of a name in both.
         path = path.removeprefix("text_model.") if component.startswith("text_encoder") else path
         by_component.setdefault(component, {})[path] = layer
-    return {component: _config(component, paths) for component, paths in by_component.items()}
+    return {
+        component: _config(component, paths) | said.get(component, said.get("", {}))
+        for component, paths in by_component.items()
+    }
 
 
 def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
@@ -40,6 +65,7 @@ def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
         "task_type": None,
         "auto_mapping": {"base_model_class": name, "parent_library": library} if name else None,
         "base_model_name_or_path": None,
+        "revision": None,
         "inference_mode": True,
         "r": commonest,
         "lora_alpha": commonest,

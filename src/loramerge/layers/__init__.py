@@ -13,7 +13,7 @@ from .full import BiasOnly, Carried, Full, Norm, Replaced
 from .loha import LoHa
 from .lokr import LoKr
 from .lowrank import LowRank, low_rank
-from .parts import alpha_of, bias_of, direction_of
+from .parts import alpha_of, bias_of, direction_of, own_rank
 
 KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Replaced, LoKr)
 """Kinds that are recognised by the roles of their tensors, the first that fits."""
@@ -152,5 +152,6 @@ __all__ = [
     "build",
     "direction_of",
     "low_rank",
+    "own_rank",
     "shaped",
 ]

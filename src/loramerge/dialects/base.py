@@ -53,11 +53,13 @@ class Dialect:
     """Beginnings of its stems: a quick test before any table is built."""
     writes: bool = False
     alpha: Literal["constant", "keep", "bake"] = "bake"
-    """``constant``: one alpha for the whole file; ``keep``: one a module; ``bake``: none, scales go into ``up``."""
+    """``constant``: every layer has one, LoRAs the same; ``keep``: each its own; ``bake``: none, scales go into ``up``."""
     holds: frozenset[str] = LOW_RANK
     """Kinds of layers that its readers understand."""
     even_rank: tuple[str, ...] = ()
     """Ends of modules' names whose rank diffusers does not read: they get the commonest of their component."""
+    lokr_cores: bool = True
+    """Whether its readers get LoKr's Tucker cores right; else ``w2`` is written whole."""
     dora_axis: Literal["out", "any"] = "any"
     recognised_by: Names | None = None
     """Names that tell the dialect from its kin, where `names` are shared."""

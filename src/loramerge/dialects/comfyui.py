@@ -26,6 +26,7 @@ COMFYUI = Dialect(
     writes=True,
     alpha="keep",
     holds=LYCORIS_KINDS,
+    lokr_cores=False,
 )
 
 

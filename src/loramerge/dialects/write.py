@@ -11,7 +11,7 @@ from .. import linalg
 from ..architectures import ARCHITECTURES, NAME_FAMILY, Architecture
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, LayerError, LoRAMergeError, NumberError
-from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
+from ..layers import BiasOnly, DoRA, Full, Layer, LoHa, LoKr, LowRank, Rows, alpha_of, direction_of, low_rank, own_rank
 from ..layers.base import matrix
 from ..tensors import (
     FLOATS,
@@ -27,6 +27,7 @@ from ..tensors import (
     parse_dtype,
     reshape,
 )
+from ..wording import an
 from . import DIALECTS, fuse, written_dialect
 from .base import Dialect, table
 
@@ -247,6 +248,8 @@ class _Writer:
             layer = _as_lora(layer, self.dialect)
         if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
             layer = layer.plain()
+        if isinstance(layer, LoKr) and layer.lokr_t2 is not None and not self.dialect.lokr_cores:
+            layer = layer.without_core()
         if part.rows is None and isinstance(layer, LowRank):
             layer = fuse.compacted(layer)
         return layer
@@ -257,7 +260,7 @@ class _Writer:
         if layer.delta_bias() is not None and self.dialect.holds == frozenset({"lora"}):
             raise LayerError(f"{module}: {self.dialect.name} can't hold the bias of this layer")
         if isinstance(direction_of(layer), Rows):
-            raise LayerError(f"{module}: a {layer.kind} layer on a part of a fused weight can't be written alone")
+            raise LayerError(f"{module}: {an(layer.kind)} layer on a part of a fused weight can't be written alone")
         if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
             raise LayerError(f"{module}: {layer.no_factors}")
         return layer
@@ -266,6 +269,8 @@ class _Writer:
         """The same ΔW with alpha where the dialect's readers look for it."""
         if isinstance(layer, DoRA):
             return replace(layer, direction=self.scaled(layer.direction))
+        if self.dialect.alpha == "constant" and isinstance(layer, LoHa | LoKr) and layer.alpha is None:
+            return replace(layer, alpha=float(own_rank(layer) or 1))
         if not isinstance(layer, LowRank) or self.dialect.alpha == "keep":
             return layer
         return rescaled(layer, self.constant)
@@ -309,7 +314,7 @@ def _shape_only(tensor: Array | Spec) -> Spec:
 def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
     """The LoRA with the same ΔW, where there is one."""
     if layer.rank is None or layer.kind == "dora":
-        raise LayerError(f"{dialect.name} can't hold a {layer.kind} layer: {layer.no_factors}")
+        raise LayerError(f"{dialect.name} can't hold {an(layer.kind)} layer: {layer.no_factors}")
     if any(isinstance(t, Spec) for t in layer.tensors().values()):
         rows, columns = layer.shape[0], math.prod(layer.shape[1:])
         factors: tuple[Array | Spec, Array | Spec] = Spec((rows, layer.rank), "F32"), Spec((layer.rank, columns), "F32")
@@ -319,8 +324,12 @@ def _as_lora(layer: Layer, dialect: Dialect) -> Layer:
 
 
 def _constant_alpha(layers: Iterable[Layer]) -> float | None:
-    """The alpha that most LoRA layers have already, so that most stay as they are."""
-    natural = [a for layer in layers if (a := _natural(layer))]
+    """The alpha that most LoRA layers have already, so that most stay as they are.
+
+    Without such a layer it is the commonest rank, for layers that become LoRAs when they are joined.
+    """
+    held = list(layers)
+    natural = [a for layer in held if (a := _natural(layer))] or [float(layer.rank) for layer in held if layer.rank]
     if not natural:
         return None
     counts = Counter(natural)

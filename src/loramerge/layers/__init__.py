@@ -74,7 +74,7 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
 def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carried:
     known = next((CARRIED[role] for role in tensors if role in CARRIED), None)
     unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
-    return Carried(algorithm=known or f"a layer with {unknown[0]}", held=dict(tensors), alpha=alpha)
+    return Carried(algorithm=known or unknown[0], held=dict(tensors), alpha=alpha)
 
 
 def _check_floats(tensors: Mapping[str, Array | Spec]) -> None:

@@ -8,7 +8,7 @@ Source: Yeh et al., 2023, https://arxiv.org/abs/2309.14859, section 3; LyCORIS, 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .. import linalg
@@ -114,6 +114,15 @@ class LoKr(Layer):
     def spectrum(self, grams: Callable[[], tuple[Array, Array]]) -> Spectrum:
         first, second = (linalg.spectrum(*linalg.grams(up, down)) for up, down in self._parts)
         return linalg.kron_spectrum(first, second, self.scale)
+
+    def without_core(self) -> "LoKr":
+        """The same ΔW with ``w2`` whole and the scale in it."""
+        if any(isinstance(tensor, Spec) for tensor in self.tensors().values()):
+            whole: Array | Spec = Spec(self._inner, "F32")
+        else:
+            up, down = self._parts[1]
+            whole = (up @ down * self.scale).reshape(self._inner)
+        return replace(self, lokr_w2=whole, lokr_w2_a=None, lokr_w2_b=None, lokr_t2=None, alpha=None)
 
     @property
     def _parts(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:

@@ -61,6 +61,8 @@ class LoRA(Mapping[str, Layer]):
     """Name of the model family; None when it is unknown."""
     dialect: str
     """Name of the dialect that the file is in, or would be saved in."""
+    style: str = ""
+    """How its file spells LoRA's own tensors, see `dialects.suffixes`; empty for one that was made in memory."""
     layouts: Mapping[str, Layer]
     """Every module's layer, of which the tensors may be stand-ins with shapes only."""
     compute: Callable[[str], Layer] | None = None
@@ -307,6 +309,7 @@ def from_tensors(
         name=name,
         architecture=reading.architecture.name if reading.architecture else None,
         dialect=reading.dialect.name,
+        style=reading.style,
         layouts=layouts,
         compute=reader.layer,
         metadata=dict(metadata),

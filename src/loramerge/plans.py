@@ -238,6 +238,7 @@ class Plan:
             name=self.name,
             architecture=self.architecture,
             dialect=self.dialect,
+            style=self._style(),
             layouts={module: self._layout(step) for module, step in self.steps.items()},
             compute=compute,
             metadata=self._metadata(),
@@ -364,6 +365,11 @@ class Plan:
         base = UNKNOWN if self.base and self.on_base else None
         draft = _as_text(record(self, [UNKNOWN] * len(self.given), base), own)
         return Awaited(known | self._of_parents(), RECIPE, draft, lambda: _as_text(self.recipe, own))
+
+    def _style(self) -> str:
+        """The style that all inputs have in the dialect."""
+        styles = {lora.style if lora.dialect == self.dialect else "" for lora in self.loras}
+        return styles.pop() if len(styles) == 1 else ""
 
     def _of_parents(self) -> dict[str, str]:
         """What a merge's header says of all that it was made from."""

@@ -45,6 +45,8 @@ class Dialect:
     """How it spells LoRA's own tensors, see `suffixes.STYLES`."""
     text_style: str | None = None
     """The same for text encoders, where it differs."""
+    style_for: Callable[[Architecture], str] | None = None
+    """The style for a family, where its readers want different ones; a file that had one of them keeps it."""
     also_reads: frozenset[str] = frozenset()
     """Other styles that its files have."""
     also_names: tuple[Names, ...] = ()
@@ -84,11 +86,24 @@ class Dialect:
             return self.free(module)
         return module if module.startswith(self.begins) else None
 
-    def suffix(self, role: str, module: str) -> str:
+    def written_style(self, a: Architecture | None, had: str = "") -> str:
+        """The style to write a LoRA in.
+
+        Args:
+            a: Its family, where it is known.
+            had: The style that its file had in this dialect, if it had one.
+        """
+        if self.style_for is None:
+            return self.style
+        if had in self.styles:
+            return "peft" if had.startswith("peft") else had
+        return self.style_for(a) if a else self.style
+
+    def suffix(self, role: str, module: str, style: str | None = None) -> str:
         """The suffix of a tensor of a module."""
         text = module.startswith("text_encoder")
-        style = STYLES[self.text_style if text and self.text_style else self.style]
-        return style.get(role) or SPELLINGS[role]
+        chosen = STYLES[self.text_style if text and self.text_style else style or self.style]
+        return chosen.get(role) or SPELLINGS[role]
 
 
 def flat(path: str) -> str:

@@ -15,12 +15,22 @@ def comfyui_names(a: Architecture) -> Mapping[str, Parts]:
     return names
 
 
+DOWN_UP = frozenset({"flux", "chroma"})
+"""Transformers of which diffusers reads ``lora_down`` behind ``diffusion_model.``; of all others only ``lora_A``."""
+
+
+def comfyui_style(a: Architecture) -> str:
+    """ComfyUI reads both; of ``lora_A`` diffusers wants the scale folded in, as it stops at an alpha."""
+    return "kohya" if a.denoiser == "unet" or a.name in DOWN_UP else "peft"
+
+
 COMFYUI = Dialect(
     name="comfyui",
     title="ComfyUI, ai-toolkit's transformers, diffusion-pipe",
     source="https://github.com/comfyanonymous/ComfyUI, comfy/lora.py, model_lora_keys_unet",
     names=comfyui_names,
     style="kohya",
+    style_for=comfyui_style,
     also_reads=frozenset({"peft", "peft-short", "peft-named"}),
     begins=("diffusion_model.", "text_encoders."),
     writes=True,

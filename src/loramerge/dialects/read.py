@@ -52,6 +52,12 @@ class Reading:
     """Keys that are no part of a layer: embeddings and strays."""
     notes: tuple[str, ...]
 
+    @property
+    def style(self) -> str:
+        """The commonest style of LoRA's own tensors."""
+        counts = Counter(record.style for record in self.records.values() if record.style)
+        return counts.most_common(1)[0][0] if counts else ""
+
 
 def read(
     tensors: Mapping[str, Tensor],

@@ -168,6 +168,7 @@ class _Writer:
         self.dtype = dtype
         self.allow_lossy = allow_lossy
         self.architecture: Architecture | None = ARCHITECTURES[lora.architecture] if lora.architecture else None
+        self.style = dialect.written_style(self.architecture, lora.style if lora.dialect == dialect.name else "")
         self.constant = _constant_alpha(lora.layouts.values()) if dialect.alpha == "constant" else None
         self.layers: dict[str, Layer] = {}
         self.left_out: list[str] = []
@@ -271,9 +272,13 @@ class _Writer:
             return replace(layer, direction=self.scaled(layer.direction))
         if self.dialect.alpha == "constant" and isinstance(layer, LoHa | LoKr) and layer.alpha is None:
             return replace(layer, alpha=float(own_rank(layer) or 1))
-        if not isinstance(layer, LowRank) or self.dialect.alpha == "keep":
+        if not isinstance(layer, LowRank) or (self.dialect.alpha == "keep" and self.style_of(layer) == "kohya"):
             return layer
         return rescaled(layer, self.constant)
+
+    def style_of(self, layer: Layer) -> str:
+        """The style of a layer: only kohya's has a place for a Tucker core."""
+        return "kohya" if "mid" in layer.tensors() else self.style
 
     def needs_values(self, layout: Layer) -> bool:
         """Whether shapes or dtypes of what is written depend on values."""
@@ -285,7 +290,8 @@ class _Writer:
 
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         module = parts[0].module
-        tensors = {stem + self.dialect.suffix(role, module): t for role, t in _roles(layer, self.dialect).items()}
+        style = self.style_of(layer)
+        tensors = {stem + self.dialect.suffix(role, module, style): t for role, t in _roles(layer, self.dialect).items()}
         alpha = alpha_of(layer)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")

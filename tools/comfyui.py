@@ -30,8 +30,14 @@ from loramerge.layers import BiasOnly, Layer
 from loramerge.testing import random_layer, relative_error
 
 MODELS = {
-    "sdxl": ("SDXL", {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10]}),
-    "sd15": ("BaseModel", {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2}),
+    "sdxl": (
+        "SDXL",
+        {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10]},
+    ),
+    "sd15": (
+        "BaseModel",
+        {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2},
+    ),
     "flux": ("Flux", {"depth": 19, "depth_single_blocks": 38, "hidden_size": 3072}),
     "sd3-medium": ("SD3", {"depth": 24, "num_blocks": 24}),
     "qwen-image": ("QwenImage", {"image_model": "qwen_image"}),
@@ -159,7 +165,14 @@ def rows(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
         except lm.errors.DialectError:
             continue
         wrong = [m for m in layers if not right(a, lora, m, found)]
-        yield name, dialect, kind, str(len(layers)), str(len(layers) - len(wrong)), ", ".join(sorted({_group(m) for m in wrong}))
+        yield (
+            name,
+            dialect,
+            kind,
+            str(len(layers)),
+            str(len(layers) - len(wrong)),
+            ", ".join(sorted({_group(m) for m in wrong})),
+        )
 
 
 def right(a: Architecture, lora: LoRA, module: str, found: Mapping[Any, Any]) -> bool:
@@ -170,7 +183,9 @@ def right(a: Architecture, lora: LoRA, module: str, found: Mapping[Any, Any]) ->
         return bool((change(found, f"{key}.bias", torch.zeros(height)) == 1).all())
     weight = torch.randn(height, *a.shapes[module][1:], generator=torch.Generator().manual_seed(1))
     try:
-        return relative_error(change(found, f"{key}.weight", weight).numpy(), wanted(lora, parts, weight).numpy()) < 1e-3
+        return (
+            relative_error(change(found, f"{key}.weight", weight).numpy(), wanted(lora, parts, weight).numpy()) < 1e-3
+        )
     except (RuntimeError, ValueError):
         return False
 

@@ -245,6 +245,7 @@ def save(
     workers: int = 1,
     progress: "Progress | None" = None,
     lost: Callable[[str], object] | None = None,
+    noted: Callable[[str], object] | None = None,
 ) -> "Path":
     """Write a LoRA, whole or not at all.
 
@@ -262,6 +263,7 @@ def save(
             otherwise they are threads, which pay for large ranks only.
         progress: Called with the number of modules done and of all.
         lost: Called with a line for each thing that ``allow_lossy`` left out.
+        noted: Called with a line for each thing that one of the dialect's readers is known to leave out.
 
     Returns:
         The path that was written.
@@ -271,6 +273,7 @@ def save(
         NumberError: A value is NaN, infinite, or too large for the dtype.
         FileError: The path can't be written.
     """
+    from .dialects.readers import said
     from .dialects.write import spell
     from .metadata import for_writing
 
@@ -279,6 +282,9 @@ def save(
     if lost:
         for line in spelling.left_out:
             lost(line)
+    if noted:
+        for line in said(spelling.dialect.name, lora.architecture, spelling.layers):
+            noted(line)
     if spelling.dialect.name == "peft":
         return _save_folder(lora, target, spelling, workers, progress)
     from .storage.writer import write

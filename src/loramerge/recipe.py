@@ -269,6 +269,7 @@ class Recipe:
         progress: "Progress | None" = None,
         kept: Kept | None = None,
         lost: "Callable[[str], object] | None" = None,
+        noted: "Callable[[str], object] | None" = None,
     ) -> Path:
         """Write the recipe's own plan; the arguments are those of `loramerge.save` and `Plan.lora`."""
         return save(
@@ -280,6 +281,7 @@ class Recipe:
             workers=workers,
             progress=progress,
             lost=lost,
+            noted=noted,
         )
 
     def _weights(self) -> Weights:

@@ -135,6 +135,7 @@ def convert(
     ):
         kept = lora.exclude(*exclude) if exclude else lora
         lost: list[str] = []
+        noted: list[str] = []
         path = save(
             kept,
             output,
@@ -144,12 +145,13 @@ def convert(
             workers=workers_or_cores(workers),
             progress=report,
             lost=lost.append,
+            noted=noted.append,
         )
         if not quiet:
             print(
                 f"{lora.name} ({lora.dialect}, {lora.architecture or 'unknown family'}) → {path} ({written_dialect(to).name})"
             )
-            print_notes((*lora.notes, *as_directory(output, path)), lost)
+            print_notes((*lora.notes, *as_directory(output, path), *noted), lost)
 
 
 @app.command()

@@ -291,7 +291,9 @@ class _Writer:
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         module = parts[0].module
         style = self.style_of(layer)
-        tensors = {stem + self.dialect.suffix(role, module, style): t for role, t in _roles(layer, self.dialect).items()}
+        tensors = {
+            stem + self.dialect.suffix(role, module, style): t for role, t in _roles(layer, self.dialect).items()
+        }
         alpha = alpha_of(layer)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")

@@ -123,7 +123,7 @@ def _changed(patch: Any, weight: torch.Tensor, function: Callable[[Any], Any]) -
 
 def wanted(lora: LoRA, parts: Parts, weight: torch.Tensor) -> torch.Tensor:
     """The change of the same weight by our own layers."""
-    total, start = torch.zeros_like(weight), 0
+    total = torch.zeros_like(weight)
     for part in parts:
         rows = part.rows or ((0, len(weight)),)
         if part.module in lora:

@@ -50,7 +50,7 @@ def component_configs(
         path = path.removeprefix("text_model.") if component.startswith("text_encoder") else path
         by_component.setdefault(component, {})[path] = layer
     return {
-        component: _config(component, paths) | said.get(component, said.get("", {}))
+        component: {**_config(component, paths), **said.get(component, said.get("", {}))}
         for component, paths in by_component.items()
     }
 

@@ -13,15 +13,6 @@ from ..layers import BiasOnly, DoRA, Layer, LoKr, LowRank, direction_of
 Finds = Callable[[Mapping[str, Layer]], Iterable[str]]
 """The modules that a row is about, of the layers as they are written."""
 
-VERSIONS = {
-    "diffusers": "0.42.1",
-    "ComfyUI": "a125cd84",
-    "A1111": "1.10.1",
-    "Forge": "of 2025",
-    "sd-scripts": "0.9",
-}
-"""What was run; of ComfyUI the commit, of 11 October 2025."""
-
 
 @dataclass(frozen=True)
 class Drop:
@@ -130,8 +121,8 @@ DROPS: tuple[Drop, ...] = (
         each(_is_outside_blocks),
     ),
     Drop("diffusers", "ignores", "the added embeddings", ("kohya-diffusers",), XL, each(_is_added_embedding)),
-    Drop("diffusers", STOPS, "the names", ("comfyui",), UNETS, each(_is_any)),
-    Drop("diffusers", "ignores", "the names", ("kohya", "comfyui"), SD3, each(_is_any)),
+    Drop("diffusers", STOPS, "the names of UNets", ("comfyui",), UNETS, each(_is_any)),
+    Drop("diffusers", "ignores", "the names of SD 3", ("kohya", "comfyui"), SD3, each(_is_any)),
     Drop("ComfyUI", "ignores", "the attention of UNets", DOTTED, UNETS, each(_is_attention)),
     Drop("ComfyUI", "ignores", "T5's layers", DOTTED, ("flux", *SD3), each(_is_t5)),
     Drop("ComfyUI", "ignores", "DoRA's magnitudes", ("diffusers-peft",), (), each(_is_dora)),
@@ -139,7 +130,7 @@ DROPS: tuple[Drop, ...] = (
     Drop("ComfyUI", "ignores", "LoKr's Tucker cores", KOHYA, (), each(_has_lokr_core)),
     Drop("A1111", "ignores", "CLIP-G's attention without all of q, k, v and out", KOHYA, XL, _incomplete_clip_g),
     Drop("A1111", STOPS, "the alphas of fused weights", ("kohya",), SD3, each(_is_any)),
-    Drop("Forge", "ignores", "files with text encoders in them", ("comfyui",), UNETS, _beside_text),
+    Drop("Forge", "ignores", "files with text encoders", ("comfyui",), UNETS, _beside_text),
     Drop("sd-scripts", "ignores", "Tucker cores of LoRA layers", KOHYA, (), each(_has_core)),
 )
 

@@ -193,6 +193,25 @@ def _shortened(names: list[str]) -> str:
     return ", ".join(name for run in parts for name in run)
 
 
+def readers() -> str:
+    """What each reader leaves out, by dialect."""
+    from loramerge.dialects.readers import DROPS, UNETS
+
+    rows = []
+    for drop in DROPS:
+        families = [name for name in drop.families if name not in UNETS or not set(UNETS) <= set(drop.families)]
+        named = [*(["all UNets"] if set(UNETS) <= set(drop.families) else []), *(f"`{name}`" for name in families)]
+        rows.append(
+            [
+                drop.reader,
+                ", ".join(f"`{d}`" for d in drop.dialects),
+                ", ".join(named) or "all",
+                f"{drop.does} {drop.what}",
+            ]
+        )
+    return table(["reader", "dialects", "families", "what happens"], rows)
+
+
 def commands() -> str:
     """The help of every command."""
     from typer.testing import CliRunner
@@ -229,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "method-figures": method_figures,
     "method-sections": method_sections,
     "block-vectors": blocks,
+    "readers": readers,
     "commands": commands,
     "benchmarks": benchmarks,
 }

@@ -65,7 +65,11 @@ def test_our_bytes_are_the_reference_implementations(tmp_path: Path) -> None:
 
     tensors = lora.state_dict("comfyui")
 
-    assert path.read_bytes() == safetensors.torch.save(tensors, metadata={"format": "pt"})
+    ours, theirs = path.read_bytes(), safetensors.torch.save(tensors, metadata=metadata_of(path))
+    start = 8 + struct.unpack("<Q", theirs[:8])[0]
+    assert ours[:8] == theirs[:8]
+    assert json.loads(ours[8:start]) == json.loads(theirs[8:start])
+    assert ours[start:] == theirs[start:]
 
 
 @pytest.mark.parametrize("workers", [2, 5])
@@ -235,7 +239,7 @@ def test_a_merged_file_says_how_it_was_made(tmp_path: Path) -> None:
     assert (recipe["method"], recipe["rank"]) == ("linear", 3)
     assert recipe["inputs"][1]["metadata"] == {"modelspec.title": "T1"}
     assert metadata["modelspec.merged_from"] == "T0, T1"
-    assert metadata["ss_base_model_version"] == "sdxl"
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
 def test_a_peft_directory_is_written_and_read(tmp_path: Path) -> None:

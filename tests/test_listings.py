@@ -117,8 +117,6 @@ def test_a_scale_from_a_configuration_goes_into_a_state_dict(name: str) -> None:
 def test_our_own_names_are_the_trainers_names(name: str) -> None:
     lora = replace(read(name), origin=None)
     shapes = {key: tuple(shape) for key, shape in listing(name)["keys"].items()}
-    if lora.dialect == "comfyui":
-        shapes = {k.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): s for k, s in shapes.items()}
 
     written = {key: tuple(tensor.shape) for key, tensor in lora.state_dict().items()}
 

@@ -299,6 +299,7 @@ def save(
     progress: "Progress | None" = None,
     lost: Callable[[str], object] | None = None,
     allow_growth: bool = False,
+    noted: Callable[[str], object] | None = None,
 ) -> "Path":
     """Write a LoRA, whole or not at all.
 
@@ -317,6 +318,7 @@ def save(
         progress: Called with the number of modules done and of all.
         lost: Called with a line for each thing that ``allow_lossy`` left out.
         allow_growth: Whether the file may take more than ten times the room of what it is made of.
+        noted: Called with a line for each thing that one of the dialect's readers is known to leave out.
 
     Returns:
         The path that was written.
@@ -327,6 +329,7 @@ def save(
         OptionError: The file would grow beyond measure.
         FileError: The path can't be written, or the disk has no room.
     """
+    from .dialects.readers import said
     from .dialects.write import spell
     from .metadata import for_writing
 
@@ -337,6 +340,9 @@ def save(
     if lost:
         for line in spelling.left_out:
             lost(line)
+    if noted:
+        for line in said(spelling.dialect.name, lora.architecture, spelling.layers):
+            noted(line)
     if spelling.dialect.name == "peft":
         return _save_folder(lora, target, spelling, workers, progress)
     from .storage.writer import write

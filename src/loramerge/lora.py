@@ -65,6 +65,8 @@ class LoRA(Mapping[str, Layer]):
     """Name of the dialect that the file is in, or would be saved in."""
     alike: tuple[str, ...] = ()
     """Other families whose layers have the same names and shapes; only what the file says could tell them apart."""
+    style: str = ""
+    """How its file spells LoRA's own tensors, see `dialects.suffixes`; empty for one that was made in memory."""
     layouts: Mapping[str, Layer]
     """Every module's layer, of which the tensors may be stand-ins with shapes only."""
     compute: Callable[[str], Layer] | None = None
@@ -355,6 +357,7 @@ def from_tensors(
         architecture=reading.architecture.name if reading.architecture else None,
         dialect=reading.dialect.name,
         alike=reading.alike,
+        style=reading.style,
         layouts=layouts,
         compute=reader.layer,
         metadata=dict(metadata),

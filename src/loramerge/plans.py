@@ -18,7 +18,7 @@ from .joins import Join, apart, down_id, joins_of, lost_by, one, side_by_side
 from .layers import ON_BASE, Full, Layer, LowRank, bias_of, low_rank
 from .layers.base import matrix
 from .lora import LoRA, agreed, in_one_library
-from .metadata import RECIPE, STALE
+from .metadata import RECIPE, lasting
 from .methods import Method
 from .methods.base import Merged, applied, shared_down
 from .methods.linear import linear
@@ -29,6 +29,7 @@ from .selection import Streams, module_seed
 from .steps import Step, alike, named
 from .storage.awaited import Awaited
 from .tensors import Spec, Tensor, code, largest_rank, namespace, nbytes
+from .triggers import PHRASE, TAGS, joined
 from .weights import ModuleWeights, Scope
 
 if TYPE_CHECKING:
@@ -281,6 +282,7 @@ class Plan:
             architecture=self.architecture,
             alike=alike(self.loras, self.architecture),
             dialect=self.dialect,
+            style=self._style(),
             layouts={module: self._layout(step) for module, step in self.steps.items()},
             compute=compute,
             metadata=self._metadata(),
@@ -438,16 +440,28 @@ class Plan:
 
     def _metadata(self) -> Awaited:
         """Entries on which the inputs agree stay; where they differ, each input's own go into the recipe."""
-        metadatas = [{k: v for k, v in lora.metadata.items() if k not in STALE} for lora in self.loras]
-        common = {k: v for k, v in metadatas[0].items() if all(m.get(k) == v for m in metadatas)}
-        titles = [m.get("modelspec.title") or lora.name for m, lora in zip(metadatas, self.loras, strict=True)]
-        if any(key.startswith("modelspec.") for m in metadatas for key in m):
-            common["modelspec.merged_from"] = ", ".join(titles)
-        own = [{k: v for k, v in m.items() if k not in common} for m in metadatas]
-        known = {k: v for k, v in common.items() if k != RECIPE}
+        metadatas = [lasting(lora.metadata) for lora in self.loras]
+        known = {k: v for k, v in metadatas[0].items() if k != RECIPE and all(m.get(k) == v for m in metadatas)}
+        own = [{k: v for k, v in m.items() if k not in known or k in (PHRASE, TAGS)} for m in metadatas]
         base = UNKNOWN if self.base and self.on_base else None
         draft = _as_text(record(self, [UNKNOWN] * len(self.given), base), own)
-        return Awaited(known, RECIPE, draft, lambda: _as_text(self.recipe, own))
+        return Awaited(known | self._of_parents(), RECIPE, draft, lambda: _as_text(self.recipe, own))
+
+    def _style(self) -> str:
+        """The style that all inputs have in the dialect."""
+        styles = {lora.style if lora.dialect == self.dialect else "" for lora in self.loras}
+        return styles.pop() if len(styles) == 1 else ""
+
+    def _of_parents(self) -> dict[str, str]:
+        """What a merge's header says of all that it was made from."""
+        used = {i for step in self.steps.values() for i in step.inputs}
+        parents = [(lora.name, lora.metadata) for i, lora in enumerate(self.loras) if i in used]
+        if len(parents) < 2:
+            return {}
+        found = joined(parents)
+        if any(key.startswith("modelspec.") for _, metadata in parents for key in metadata):
+            found["modelspec.merged_from"] = ", ".join(m.get("modelspec.title") or name for name, m in parents)
+        return found
 
 
 def _as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> str:

@@ -274,6 +274,7 @@ class Recipe:
         progress: "Progress | None" = None,
         kept: Kept | None = None,
         lost: "Callable[[str], object] | None" = None,
+        noted: "Callable[[str], object] | None" = None,
     ) -> Path:
         """Write the recipe's own plan; the arguments are those of `loramerge.save` and `Plan.lora`."""
         return save(
@@ -285,6 +286,7 @@ class Recipe:
             workers=workers,
             progress=progress,
             lost=lost,
+            noted=noted,
         )
 
     def _weights(self) -> Weights:

@@ -12,6 +12,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {lowered[near[0]]!r}?" if near else ""
 
 
+def an(noun: str) -> str:
+    """The noun with its article: ``an oft``, ``a lora``."""
+    return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without the lines that follow."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

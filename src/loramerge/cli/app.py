@@ -146,6 +146,7 @@ def convert(
             family = lora.architecture or "unknown family"
             print(f"{lora.name} ({lora.dialect}, {family}) → {target} ({written_dialect(to).name}, {length})")
         lost: list[str] = []
+        noted: list[str] = []
         path = save(
             kept,
             output,
@@ -156,9 +157,10 @@ def convert(
             workers=workers_or_cores(workers),
             progress=report,
             lost=lost.append,
+            noted=noted.append,
         )
         if not quiet:
-            print_notes((*lora.notes, *as_directory(output, path)), lost)
+            print_notes((*lora.notes, *as_directory(output, path), *noted), lost)
 
 
 @app.command()

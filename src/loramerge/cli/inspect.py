@@ -3,15 +3,17 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import blocks, toml
 from ..architectures import titles
+from ..architectures.labels import SPECIFICATION, VERSION
 from ..dialects import DIALECTS
 from ..files import open
 from ..layers import Layer, alpha_of
 from ..lora import LoRA
+from ..triggers import by_parent
 from .run import bar, print_json, table
 
 MOST = 20
@@ -55,7 +57,7 @@ def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
         "architecture": lora.architecture,
         "alike": list(lora.alike),
         "dialect": lora.dialect,
-        "trigger_words": trigger_words(lora),
+        "trigger_words": list(dict.fromkeys(word for _, words in _triggers(lora) for word in words)),
         "base_model": _base_model(lora),
         "notes": list(lora.notes),
         "extras": list(lora.extras),
@@ -87,9 +89,10 @@ def _summary(lora: LoRA) -> str:
         "alphas": _counts(_alpha(layer) for layer in layers) or "none: scale 1",
         "dtypes": _counts(layer.dtype for layer in layers),
         "base model": _base_model(lora),
-        "trigger words": ", ".join(trigger_words(lora)),
+        "says it is for": "" if lora.architecture else _first(lora.metadata, SPECIFICATION, VERSION),
+        "trigger words": _shown(_triggers(lora)),
         "extras": ", ".join(lora.extras),
-        "merged from": _merged_from(lora),
+        **_made_from(lora),
     }
     lines = [f"{name + ':':15s}{value}" for name, value in facts.items() if value]
     return "\n".join([*lines, *(f"{'note:':15s}{note}" for note in lora.notes)])
@@ -142,37 +145,41 @@ def _norms(lora: LoRA) -> dict[str, float]:
 
 
 def _base_model(lora: LoRA) -> str:
-    keys = ("ss_sd_model_name", "modelspec.architecture", "ss_base_model_version", "base_model")
-    return next((value for key in keys if (value := lora.metadata.get(key))), "")
+    """The model that it was trained on; entries that name a family are none."""
+    return _first(lora.metadata, "ss_sd_model_name", "base_model") or next(
+        (str(name) for config in lora.configs.values() if (name := config.get("base_model_name_or_path"))), ""
+    )
 
 
-def trigger_words(lora: LoRA, most: int = 8) -> list[str]:
-    """The trigger phrase of the metadata, or the commonest tags of the training captions."""
-    phrase = lora.metadata.get("modelspec.trigger_phrase")
-    if phrase:
-        return [phrase]
-    try:
-        folders = json.loads(lora.metadata.get("ss_tag_frequency", "{}"))
-        counts: Counter[str] = Counter()
-        for tags in folders.values():
-            counts.update({tag.strip(): int(n) for tag, n in tags.items()})
-    except (ValueError, AttributeError, TypeError):
-        return []
-    return [tag for tag, _ in counts.most_common(most)]
+def _first(metadata: Mapping[str, str], *keys: str) -> str:
+    return next((value for key in keys if (value := metadata.get(key))), "")
 
 
-def _merged_from(lora: LoRA) -> str:
+def _triggers(lora: LoRA) -> list[tuple[str, list[str]]]:
+    """The trigger words of each parent of a merge, of another LoRA its own."""
+    return by_parent(lora.name, lora.metadata) if lora.metadata else []
+
+
+def _shown(triggers: Sequence[tuple[str, Sequence[str]]]) -> str:
+    if len(triggers) == 1:
+        return ", ".join(triggers[0][1])
+    return "; ".join(f"{', '.join(words)} ({name})" for name, words in triggers)
+
+
+def _made_from(lora: LoRA) -> dict[str, str]:
+    """The inputs of a merge and their weights, or the one that was resized."""
     if not lora.metadata:
-        return ""
+        return {}
     from ..metadata import RECIPE
 
     try:
         recipe = json.loads(lora.metadata.get(RECIPE, "{}"))
-        inputs = ", ".join(f"{i['name']} × {_weight(i, recipe)}" for i in recipe.get("inputs", []))
+        inputs = [f"{i['name']} × {_weight(i, recipe)}" for i in recipe.get("inputs", [])]
         budget = "".join(f", {kind} {value:g}" for kind, value in recipe.get("budget", {}).items())
-        return f"{inputs} by {recipe['method']}, rank {recipe['rank']}{budget}" if inputs else ""
+        label = "merged from" if len(inputs) > 1 else "made from"
+        return {label: f"{', '.join(inputs)} by {recipe['method']}, rank {recipe['rank']}{budget}"} if inputs else {}
     except (ValueError, AttributeError, KeyError, TypeError):
-        return ""
+        return {}
 
 
 def _weight(entry: dict[str, Any], recipe: dict[str, Any]) -> str:

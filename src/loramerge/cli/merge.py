@@ -87,6 +87,7 @@ def merge_by(
 
 def _write(recipe: Recipe, planned: Plan, target: Path, workers: int, quiet: bool) -> None:
     lost: list[str] = []
+    noted: list[str] = []
     kept = Kept(planned.steps)
     with progress("Merging", quiet) as report:
         path = recipe.write(
@@ -96,11 +97,12 @@ def _write(recipe: Recipe, planned: Plan, target: Path, workers: int, quiet: boo
             progress=report,
             kept=kept,
             lost=lost.append,
+            noted=noted.append,
         )
     if not quiet:
         print(f"→ {written(path, planned.dialect)}")
         _print_kept(kept, planned)
-        print_notes(as_directory(target, path), lost)
+        print_notes([*as_directory(target, path), *noted], lost)
 
 
 def _options(method: Method | str, given: list[str]) -> dict[str, Any]:

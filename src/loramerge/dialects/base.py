@@ -46,6 +46,8 @@ class Dialect:
     """How it spells LoRA's own tensors, see `suffixes.STYLES`."""
     text_style: str | None = None
     """The same for text encoders, where it differs."""
+    style_for: Callable[[Architecture], str] | None = None
+    """The style for a family, where its readers want different ones; a file that had one of them keeps it."""
     also_reads: frozenset[str] = frozenset()
     """Other styles that its files have."""
     also_names: tuple[Names, ...] = ()
@@ -54,11 +56,13 @@ class Dialect:
     """Beginnings of its stems: a quick test before any table is built."""
     writes: bool = False
     alpha: Literal["constant", "keep", "bake"] = "bake"
-    """``constant``: one alpha for the whole file; ``keep``: one a module; ``bake``: none, scales go into ``up``."""
+    """``constant``: every layer has one, LoRAs the same; ``keep``: each its own; ``bake``: none, scales go into ``up``."""
     holds: frozenset[str] = LOW_RANK
     """Kinds of layers that its readers understand."""
     even_rank: tuple[str, ...] = ()
     """Ends of modules' names whose rank diffusers does not read: they get the commonest of their component."""
+    lokr_cores: bool = True
+    """Whether its readers get LoKr's Tucker cores right; else ``w2`` is written whole."""
     dora_axis: Literal["out", "any"] = "any"
     recognised_by: Names | None = None
     """Names that tell the dialect from its kin, where `names` are shared."""
@@ -96,11 +100,24 @@ class Dialect:
         """Whether a LoRA that is in a dialect can be written in this one."""
         return self.writes or (self.rewrites and self.name == own)
 
-    def suffix(self, role: str, module: str) -> str:
+    def written_style(self, a: Architecture | None, had: str = "") -> str:
+        """The style to write a LoRA in.
+
+        Args:
+            a: Its family, where it is known.
+            had: The style that its file had in this dialect, if it had one.
+        """
+        if self.style_for is None:
+            return self.style
+        if had in self.styles:
+            return "peft" if had.startswith("peft") else had
+        return self.style_for(a) if a else self.style
+
+    def suffix(self, role: str, module: str, style: str | None = None) -> str:
         """The suffix of a tensor of a module."""
         text = module.startswith("text_encoder")
-        style = STYLES[self.text_style if text and self.text_style else self.style]
-        return style.get(role) or SPELLINGS[role]
+        chosen = STYLES[self.text_style if text and self.text_style else style or self.style]
+        return chosen.get(role) or SPELLINGS[role]
 
 
 def flat(path: str) -> str:

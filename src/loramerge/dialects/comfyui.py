@@ -21,6 +21,15 @@ def comfyui_other_names(a: Architecture) -> Mapping[str, Parts]:
     return {f"diffusion_model.{path}": parts for path, parts in a.other_paths.items()}
 
 
+DOWN_UP = frozenset({"flux", "chroma"})
+"""Transformers of which diffusers reads ``lora_down`` behind ``diffusion_model.``; of all others only ``lora_A``."""
+
+
+def comfyui_style(a: Architecture) -> str:
+    """ComfyUI reads both; of ``lora_A`` diffusers wants the scale folded in, as it stops at an alpha."""
+    return "kohya" if a.denoiser == "unet" or a.name in DOWN_UP else "peft"
+
+
 COMFYUI = Dialect(
     name="comfyui",
     title="ComfyUI, ai-toolkit's transformers, diffusion-pipe",
@@ -28,12 +37,14 @@ COMFYUI = Dialect(
     names=comfyui_names,
     also_names=(comfyui_other_names,),
     style="kohya",
+    style_for=comfyui_style,
     also_reads=frozenset({"peft", "peft-short", "peft-named"}),
     begins=("diffusion_model.", "text_encoders."),
     free=Free(prefix="diffusion_model.", paths="native"),
     writes=True,
     alpha="keep",
     holds=LYCORIS_KINDS,
+    lokr_cores=False,
 )
 
 

@@ -83,6 +83,12 @@ class Reading:
     alike: tuple[str, ...] = ()
     """Other families that have these names and shapes."""
 
+    @property
+    def style(self) -> str:
+        """The commonest style of LoRA's own tensors."""
+        counts = Counter(record.style for record in self.records.values() if record.style)
+        return counts.most_common(1)[0][0] if counts else ""
+
 
 def read(
     tensors: Mapping[str, Tensor],

@@ -11,7 +11,7 @@ from .. import linalg
 from ..architectures import ARCHITECTURES, Architecture, name_family, titles
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError
-from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows, alpha_of, direction_of, low_rank
+from ..layers import BiasOnly, DoRA, Full, Layer, LoHa, LoKr, LowRank, Rows, alpha_of, direction_of, low_rank, own_rank
 from ..layers.base import matrix
 from ..tensors import (
     FLOATS,
@@ -27,6 +27,7 @@ from ..tensors import (
     parse_dtype,
     reshape,
 )
+from ..wording import an
 from . import DIALECTS, fuse, written_dialect
 from .base import Dialect, table
 from .suffixes import spelled
@@ -204,6 +205,7 @@ class _Writer:
         self.dtype = dtype
         self.allow_lossy = allow_lossy
         self.architecture: Architecture | None = ARCHITECTURES[lora.architecture] if lora.architecture else None
+        self.style = dialect.written_style(self.architecture, lora.style if lora.dialect == dialect.name else "")
         self.constant = _constant_alpha(lora.layouts.values()) if dialect.alpha == "constant" else None
         self.layers: dict[str, Layer] = {}
         self.left_out: list[str] = []
@@ -326,6 +328,8 @@ class _Writer:
             layer = _as_lora(layer, self.dialect, part.module)
         if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
             layer = layer.plain()
+        if isinstance(layer, LoKr) and layer.lokr_t2 is not None and not self.dialect.lokr_cores:
+            layer = layer.without_core()
         if part.rows is None and isinstance(layer, LowRank):
             layer = fuse.compacted(layer)
         return layer
@@ -338,7 +342,7 @@ class _Writer:
                 f"{module}: {self.dialect.name} can't hold the bias of this layer. Ways out: a dialect that holds it, such as kohya, comfyui or diffusers-peft, or leave the module out (exclude)"
             )
         if isinstance(direction_of(layer), Rows):
-            raise LayerError(f"{module}: a {layer.kind} layer on a part of a fused weight can't be written alone")
+            raise LayerError(f"{module}: {an(layer.kind)} layer on a part of a fused weight can't be written alone")
         if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
             raise LayerError(f"{module}: {layer.no_factors}")
         return layer
@@ -347,9 +351,15 @@ class _Writer:
         """The same ΔW with alpha where the dialect's readers look for it."""
         if isinstance(layer, DoRA):
             return replace(layer, direction=self.scaled(layer.direction))
-        if not isinstance(layer, LowRank) or self.dialect.alpha == "keep":
+        if self.dialect.alpha == "constant" and isinstance(layer, LoHa | LoKr) and layer.alpha is None:
+            return replace(layer, alpha=float(own_rank(layer) or 1))
+        if not isinstance(layer, LowRank) or (self.dialect.alpha == "keep" and self.style_of(layer) == "kohya"):
             return layer
         return rescaled(layer, self.constant)
+
+    def style_of(self, layer: Layer) -> str:
+        """The style of a layer: only kohya's has a place for a Tucker core."""
+        return "kohya" if "mid" in layer.tensors() else self.style
 
     def needs_values(self, layout: Layer) -> bool:
         """Whether shapes or dtypes of what is written depend on values."""
@@ -361,8 +371,8 @@ class _Writer:
 
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         module = parts[0].module
-        roles = _roles(layer, self.dialect).items()
-        tensors = {spelled(stem, self.dialect.suffix(role, module)): t for role, t in roles}
+        style, roles = self.style_of(layer), _roles(layer, self.dialect).items()
+        tensors = {spelled(stem, self.dialect.suffix(role, module, style)): t for role, t in roles}
         alpha = alpha_of(layer)
         if alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")
@@ -411,8 +421,12 @@ def _as_lora(layer: Layer, dialect: Dialect, module: str = "a part of a fused we
 
 
 def _constant_alpha(layers: Iterable[Layer]) -> float | None:
-    """The alpha that most LoRA layers have already, so that most stay as they are."""
-    natural = [a for layer in layers if (a := _natural(layer))]
+    """The alpha that most LoRA layers have already, so that most stay as they are.
+
+    Without such a layer it is the commonest rank, for layers that become LoRAs when they are joined.
+    """
+    held = list(layers)
+    natural = [a for layer in held if (a := _natural(layer))] or [float(layer.rank) for layer in held if layer.rank]
     if not natural:
         return None
     counts = Counter(natural)

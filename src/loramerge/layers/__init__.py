@@ -13,7 +13,7 @@ from .full import BiasOnly, Carried, Full, Norm, Replaced, Table
 from .loha import LoHa
 from .lokr import LoKr
 from .lowrank import LowRank, low_rank
-from .parts import alpha_of, bias_of, direction_of
+from .parts import alpha_of, bias_of, direction_of, own_rank
 from .relative import FIRST, Relative
 
 KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Table, Replaced, LoKr)
@@ -82,7 +82,7 @@ def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carrie
     known = next((CARRIED[role] for role in tensors if role in CARRIED), None)
     unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
     oft = bool(unknown) and unknown[0].startswith("oft_")
-    return Carried(algorithm=known or ("oft" if oft else f"a layer with {unknown[0]}"), held=dict(tensors), alpha=alpha)
+    return Carried(algorithm=known or ("oft" if oft else unknown[0]), held=dict(tensors), alpha=alpha)
 
 
 def _folded(tensors: Mapping[str, Array | Spec]) -> dict[str, Array | Spec]:
@@ -174,5 +174,6 @@ __all__ = [
     "build",
     "direction_of",
     "low_rank",
+    "own_rank",
     "shaped",
 ]

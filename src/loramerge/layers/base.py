@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from .. import linalg
 from ..errors import NoFactorsError
 from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, put_rows, take_rows, widest
+from ..wording import an
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -77,7 +78,7 @@ class Layer:
     @property
     def no_factors(self) -> str:
         """Why there are no factors, and the ways out."""
-        return f"a {self.kind} layer has no low-rank form"
+        return f"{an(self.kind)} layer has no low-rank form"
 
     def delta(self) -> Array:
         """ΔW as a dense float32 array of the weight's shape."""

@@ -136,6 +136,15 @@ class LoKr(Layer):
         first, second = (linalg.spectrum(*linalg.grams(up, down)) for up, down in self._parts)
         return linalg.kron_spectrum(first, second, self.scale)
 
+    def without_core(self) -> "LoKr":
+        """The same ΔW with ``w2`` whole and the scale in it."""
+        if any(isinstance(tensor, Spec) for tensor in self.tensors().values()):
+            whole: Array | Spec = Spec(self._inner, "F32")
+        else:
+            up, down = self._parts[1]
+            whole = (up @ down * self.scale).reshape(self._inner)
+        return replace(self, lokr_w2=whole, lokr_w2_a=None, lokr_w2_b=None, lokr_t2=None, alpha=None)
+
     @property
     def _parts(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """w1 and w2 as products."""

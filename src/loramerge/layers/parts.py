@@ -19,6 +19,13 @@ def alpha_of(layer: Layer) -> float | None:
     return alpha
 
 
+def own_rank(layer: Layer) -> int | None:
+    """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
+    tensors = direction_of(layer).tensors()
+    roles = ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b")
+    return next((int(tensors[role].shape[0]) for role in roles if role in tensors), None)
+
+
 def bias_of(layer: Layer) -> Array | Spec | None:
     """The difference of the module's bias, every scale folded in; None where there is none."""
     direction = direction_of(layer)

@@ -6,17 +6,12 @@ from importlib.metadata import version
 from typing import Any
 
 from .... import __version__
+from ....architectures.labels import LABELS
 from .settings import TrainSettings
 
 KEY = "loramerge.training"
 """Where the file says how it was trained: all settings, the base model, the data's SHA-256, versions."""
 
-SPECIFICATION = {
-    "sdxl": "stable-diffusion-xl-v1-base",
-    "sd15": "stable-diffusion-v1",
-    "sd21": "stable-diffusion-v2-512",
-}
-VERSIONS = {"sdxl": "sdxl_base_v1-0", "sd15": "sd_v1", "sd21": "sd_v2"}
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 
@@ -59,9 +54,10 @@ def _specification(
     """https://github.com/Stability-AI/ModelSpec, without a date: the same run gives the same file."""
     side = about["data"]["resolution"]
     velocity = about["prediction"] == "v_prediction"
-    family = SPECIFICATION.get(architecture or "", architecture or "")
-    if velocity:
-        family = family.replace("v2-512", "v2-768-v")
+    label = LABELS.get(architecture or "")
+    family = label.specifications[0] if label else architecture or ""
+    if architecture == "sd21":
+        family += "-768-v" if velocity else "-512"
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{family}/lora" if family else "",
@@ -76,6 +72,7 @@ def _specification(
 def _kohya(settings: TrainSettings, about: Mapping[str, Any], architecture: str | None, steps: int) -> dict[str, str]:
     """As kohya-ss/sd-scripts, train_network.py, names them."""
     data, text = about["data"], about["text_encoders"]
+    label = LABELS.get(architecture or "")
     pictures = data["images"]
     batch = settings.batch_size * about["processes"]
     found = {
@@ -83,7 +80,7 @@ def _kohya(settings: TrainSettings, about: Mapping[str, Any], architecture: str 
         "ss_network_dim": settings.rank,
         "ss_network_alpha": f"{settings.scale * settings.rank:g}",
         "ss_network_dropout": settings.dropout or None,
-        "ss_base_model_version": VERSIONS.get(architecture or "", architecture),
+        "ss_base_model_version": label.versions[0] if label else architecture,
         "ss_sd_model_name": about["base"],
         "ss_learning_rate": settings.learning_rate,
         "ss_unet_lr": settings.learning_rate,

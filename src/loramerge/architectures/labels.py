@@ -1,0 +1,62 @@
+"""How other tools say which family a LoRA is for: entries of a header, family by family.
+
+Sources: kohya-ss/sd-scripts, library/sai_model_spec.py and model_util.py; musubi-tuner; Stability-AI/ModelSpec.
+What reads them: A1111's and Forge's network.py (SDXL is what begins with ``sdxl_``, SD 2 what has ``ss_v2``), SD.Next's
+network.py, SwarmUI's T2IModelClassSorter.cs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ARCHITECTURE = "loramerge.architecture"
+"""Our own entry, for every family and for models with widths of their own: the family's name in `ARCHITECTURES`."""
+
+SPECIFICATION, VERSION = "modelspec.architecture", "ss_base_model_version"
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a family is called."""
+
+    specifications: tuple[str, ...]
+    """ModelSpec's names: the first is written, and a value that begins with any of them is left as it is."""
+    versions: tuple[str, ...]
+    """The same for ``ss_base_model_version``."""
+    module: str = "networks.lora"
+    """sd-scripts' or musubi-tuner's ``--network_module`` for plain LoRAs."""
+    v2: str | None = None
+    """``ss_v2``, which tells SD 1 and 2 apart."""
+
+
+LABELS: Mapping[str, Label] = {
+    "sd15": Label(("stable-diffusion-v1",), ("sd_v1",), v2="False"),
+    "sd21": Label(("stable-diffusion-v2",), ("sd_v2",), v2="True"),
+    "sdxl": Label(("stable-diffusion-xl-v1-base",), ("sdxl_base_v1-0", "sdxl_base")),
+    "sdxl-refiner": Label(("stable-diffusion-xl-v1-refiner",), ("sdxl_refiner_v1-0", "sdxl_refiner")),
+    "ssd-1b": Label(("segmind-stable-diffusion-1b",), ("sdxl_ssd-1b",)),
+    "segmind-vega": Label(("segmind-vega",), ("sdxl_vega",)),
+    "sd3-medium": Label(("stable-diffusion-v3-medium",), ("sd3-medium",), "networks.lora_sd3"),
+    "sd3.5-medium": Label(("stable-diffusion-v3.5-medium",), ("sd3.5-medium",), "networks.lora_sd3"),
+    "sd3.5-large": Label(("stable-diffusion-v3.5-large",), ("sd3.5-large",), "networks.lora_sd3"),
+    "flux": Label(("flux-1",), ("flux1",), "networks.lora_flux"),
+    "qwen-image": Label(("qwen-image", "Qwen-Image"), ("qwen_image",), "networks.lora_qwen_image"),
+}
+"""Families that other tools have a name for.  The rest is told by our own entry."""
+
+
+def labelled(family: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries that say which family a LoRA is for; what the header says rightly stays.
+
+    Args:
+        family: Name of the family.
+        metadata: The header so far.
+    """
+    found = {ARCHITECTURE: family}
+    label = LABELS.get(family)
+    if label is None:
+        return found
+    if not metadata.get(SPECIFICATION, "").startswith(label.specifications):
+        found[SPECIFICATION] = f"{label.specifications[0]}/lora"
+    if not metadata.get(VERSION, "").startswith(label.versions):
+        found[VERSION] = label.versions[0]
+    return found | ({"ss_v2": label.v2} if label.v2 else {})

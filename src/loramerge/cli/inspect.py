@@ -147,7 +147,7 @@ def _norms(lora: LoRA) -> dict[str, float]:
 def _base_model(lora: LoRA) -> str:
     """The model that it was trained on; entries that name a family are none."""
     return _first(lora.metadata, "ss_sd_model_name", "base_model") or next(
-        (str(name) for config in lora.configs.values() if (name := config.get("base_model_name_or_path"))), ""
+        (str(name) for config in lora.about.values() if (name := config.get("base_model_name_or_path"))), ""
     )
 
 

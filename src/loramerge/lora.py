@@ -14,7 +14,7 @@ from .dialects import adapters, alphas, fields
 from .dialects.fields import Config
 from .dialects.read import Reading, Record, read
 from .errors import LayerError, LoRAMergeError, NumberError, OptionError
-from .layers import Layer, LowRank, alpha_of, build
+from .layers import Layer, LowRank, alpha_of, build, shaped
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
 from .tensors import Array, Held, Shape, Spec, Tensor, check_finite, float32, is_torch, nbytes
@@ -162,6 +162,19 @@ class LoRA(Mapping[str, Layer]):
         layouts = {m: self.layouts[m] for m in modules}
         return (
             self if len(layouts) == len(self) else replace(self, layouts=layouts, origin=None, compute=self.__getitem__)
+        )
+
+    def shaped(self, weights: Mapping[str, Shape]) -> "LoRA":
+        """The LoRA with its layers in the form of the weights, where a kernel was flattened.
+
+        Args:
+            weights: The weights' shapes by module.
+        """
+        changed = {m: form for m, layout in self.layouts.items() if (form := shaped(layout, weights[m])) is not layout}
+        if not changed:
+            return self
+        return replace(
+            self, layouts={**self.layouts, **changed}, origin=None, compute=lambda m: shaped(self[m], weights[m])
         )
 
     def renamed(self, names: Mapping[str, str]) -> "LoRA":

@@ -49,8 +49,8 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], 
     late = lora.metadata if isinstance(lora.metadata, Awaited) else None
     kept = lasting(late.known if late else lora.metadata)
     kept.setdefault("format", "pt")
-    if lora.architecture:
-        kept |= labelled(lora.architecture, kept)
+    if lora.families:
+        kept |= labelled(lora.families, kept)
     if spelling.dialect.name == "diffusers-peft":
         kept["lora_adapter_metadata"] = adapter_metadata(component_configs(spelling.layers, lora.about))
     if spelling.dialect.name in HASHED:

@@ -215,7 +215,16 @@ def of_one_family(loras: Sequence[LoRA]) -> tuple[list[LoRA], str | None]:
         raise MergeError(_different(loras))
     if chosen:
         loras = [lora if lora.architecture == chosen else replace(lora, architecture=chosen) for lora in loras]
-    return named_alike(loras, chosen), chosen
+    return shaped_alike(named_alike(loras, chosen)), chosen
+
+
+def shaped_alike(loras: Sequence[LoRA]) -> list[LoRA]:
+    """The LoRAs with kernels as convolutions have them where one of them has: some tools store these as matrices."""
+    shapes: dict[str, Shape] = {}
+    for lora in loras:
+        for module, layout in lora.layouts.items():
+            shapes[module] = max(shapes.get(module, ()), layout.shape, key=len)
+    return [lora.shaped(shapes) for lora in loras]
 
 
 def alike(loras: Sequence[LoRA], chosen: str | None) -> tuple[str, ...]:

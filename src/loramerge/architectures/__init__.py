@@ -125,8 +125,8 @@ SD3_HINTS = ("sd3", "sd3m", "stable-diffusion-3", "stable-diffusion-v3")
 
 def _sd3(version: str, size: str) -> tuple[str, ...]:
     """What tools call one size of Stable Diffusion 3."""
-    names = [f"{start}{version}" for start in ("sd", "stable-diffusion-", "stable-diffusion-v")]
-    return tuple(f"{name}-{end}" for name in names for end in (size, size[0]))
+    names = [f"{start}{version}" for start in ("sd", "stable-diffusion-", "stable-diffusion-v", "stable-diffusion-3-")]
+    return (*(f"{name}-{end}" for name in names for end in (size, size[0])), *[f"{version}-{size}"] * ("-" in version))
 
 
 def _dit(name: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -271,7 +271,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             text_encoders=(CLIP_L, CLIP_G),
             native=sgm.native,
             within="sdxl",
-            hints=("sdxl", "stable-diffusion-xl"),
+            hints=("sdxl", "stable-diffusion-xl", "sdxl-ssd-1b", "segmind-stable-diffusion-1b"),
         ),
         Architecture(
             name="segmind-vega",
@@ -281,7 +281,7 @@ ARCHITECTURES: Registry[Architecture] = Registry(
             text_encoders=(CLIP_L, CLIP_G),
             native=sgm.native,
             within="sdxl",
-            hints=("sdxl", "stable-diffusion-xl"),
+            hints=("sdxl", "stable-diffusion-xl", "sdxl-vega"),
         ),
         Architecture(
             name="qwen-image",

@@ -6,8 +6,9 @@ from functools import cache
 from typing import NamedTuple
 
 from . import ARCHITECTURES
+from .labels import ARCHITECTURE, SPECIFICATION, VERSION
 
-KEYS = ("loramerge.architecture", "modelspec.architecture", "ss_base_model_version")
+KEYS = (SPECIFICATION, VERSION)
 """Entries of a header that name the family."""
 
 ELSEWHERE: Mapping[str, tuple[str, ...]] = {
@@ -52,8 +53,11 @@ class Named(NamedTuple):
 def named(metadata: Mapping[str, str]) -> Named:
     """The families that a file's metadata names.
 
-    The longest word counts: ``flux-2-klein-9b`` is none of FLUX.1, though ``flux`` is in it.
+    Our own entry goes before those of others, and of those the longest word counts: ``flux-2-klein-9b`` is none of FLUX.1, though ``flux`` is in it.
     """
+    own = metadata.get(ARCHITECTURE, "")
+    if own in ARCHITECTURES:
+        return Named(f"{ARCHITECTURE}: {own}", (ARCHITECTURES[own].name,), "")
     entries = [(key, metadata[key]) for key in KEYS if metadata.get(key)]
     found: dict[str, None] = {}
     unknown, said = "", ""

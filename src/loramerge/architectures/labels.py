@@ -5,7 +5,7 @@ What reads them: A1111's and Forge's network.py (SDXL is what begins with ``sdxl
 network.py, SwarmUI's T2IModelClassSorter.cs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ARCHITECTURE = "loramerge.architecture"
@@ -27,6 +27,11 @@ class Label:
     v2: str | None = None
     """``ss_v2``, which tells SD 1 and 2 apart."""
 
+    @property
+    def kin(self) -> tuple[str, str | None]:
+        """What readers tell families by: A1111 takes whatever begins with ``sdxl_`` for SDXL."""
+        return self.versions[0].partition("_")[0], self.v2
+
 
 LABELS: Mapping[str, Label] = {
     "sd15": Label(("stable-diffusion-v1",), ("sd_v1",), v2="False"),
@@ -40,20 +45,32 @@ LABELS: Mapping[str, Label] = {
     "sd3.5-large": Label(("stable-diffusion-v3.5-large",), ("sd3.5-large",), "networks.lora_sd3"),
     "flux": Label(("flux-1",), ("flux1",), "networks.lora_flux"),
     "qwen-image": Label(("qwen-image", "Qwen-Image"), ("qwen_image",), "networks.lora_qwen_image"),
+    "chroma": Label(("chroma",), ("chroma",), "networks.lora_flux"),
+    "flux2-dev": Label(("Flux.2-dev",), ("flux2", "flux_2"), "networks.lora_flux_2"),
+    "flux2-klein-4b": Label(("Flux.2-klein-4b",), ("flux_2_klein_4b", "flux2_klein_4b"), "networks.lora_flux_2"),
+    "flux2-klein-9b": Label(("Flux.2-klein-9b",), ("flux_2_klein_9b", "flux2_klein_9b"), "networks.lora_flux_2"),
+    "z-image": Label(("Z-Image",), ("z_image", "zimage"), "networks.lora_zimage"),
+    "krea2": Label(("Krea-2",), ("krea2",)),
+    "anima": Label(("anima",), ("anima",), "networks.lora_anima"),
+    "lumina2": Label(("lumina-2",), ("lumina2",), "networks.lora_lumina"),
+    "hunyuanvideo": Label(("hunyuan-video",), ("hunyuan_video",)),
+    **dict.fromkeys(("wan-14b", "wan-1.3b", "wan-5b"), Label(("wan2.1", "wan2.2"), ("wan",), "networks.lora_wan")),
 }
 """Families that other tools have a name for.  The rest is told by our own entry."""
 
 
-def labelled(family: str, metadata: Mapping[str, str]) -> dict[str, str]:
+def labelled(families: Sequence[str], metadata: Mapping[str, str]) -> dict[str, str]:
     """The entries that say which family a LoRA is for; what the header says rightly stays.
 
+    Of several families that fit alike only what is true of each is said.
+
     Args:
-        family: Name of the family.
+        families: Names of the families that it may be for, the likeliest first.
         metadata: The header so far.
     """
-    found = {ARCHITECTURE: family}
-    label = LABELS.get(family)
-    if label is None:
+    found = {ARCHITECTURE: families[0]} if len(families) == 1 else {}
+    label = LABELS.get(families[0])
+    if label is None or len({LABELS[family].kin for family in families if family in LABELS}) > 1:
         return found
     if not metadata.get(SPECIFICATION, "").startswith(label.specifications):
         found[SPECIFICATION] = f"{label.specifications[0]}/lora"

@@ -11,7 +11,7 @@ from ..architectures import ARCHITECTURES, Architecture, titles
 from ..architectures.hints import Named, named
 from ..architectures.names import Parts, whole
 from ..errors import FamilyError, LayerError, LoRAMergeError, NotALoRAError, OptionError
-from ..layers import MAGNITUDES, UNKNOWN, Layer, build
+from ..layers import MAGNITUDES, UNKNOWN, Layer, LowRank, build
 from ..tensors import Shape, Tensor
 from . import DIALECTS
 from .alphas import stored
@@ -120,6 +120,7 @@ def read(
         raise NotALoRAError(_not_a_lora(list(tensors)))
     for record in records.values():
         record.layer = _layer(record, tensors)
+    _check_ranks(records)
     names = _Names(records, extras)
     said = named(metadata)
     fits = [names.told(ARCHITECTURES[architecture])] if architecture else names.families(said)
@@ -203,6 +204,25 @@ def _layer(record: Record, tensors: Mapping[str, Tensor]) -> Layer:
         return build(held, record.alpha, None)
     except LoRAMergeError as error:
         raise type(error)(f"{record.stem}: {error}. Keys: {', '.join(record.keys.values())}.") from None
+
+
+def _check_ranks(records: Mapping[str, Record]) -> None:
+    """Refuse a file most of whose ranks are above both sides of their weights: its factors are exchanged.
+
+    A few may be: in a small layer of a file that has one rank for all.
+
+    Raises:
+        LayerError: They are.
+    """
+    plain = {stem: r.layer for stem, r in records.items() if isinstance(r.layer, LowRank) and r.layer.mid is None}
+    above = {s: layer for s, layer in plain.items() if layer.rank > max(layer.shape[0], math.prod(layer.shape[1:]))}
+    if 2 * len(above) > len(plain):
+        stem, layer = next(iter(above.items()))
+        raise LayerError(
+            f"{stem}: rank {layer.rank} on a weight of {layer.shape}: lora_A (down) and lora_B (up) are exchanged, here and in "
+            f"{len(above)} of {len(plain)} layers. Wanted lora_A of shape (rank, inputs) and lora_B of (outputs, rank). "
+            "Way out: exchange them where the file was made."
+        )
 
 
 def _not_a_lora(keys: list[str]) -> str:
@@ -482,9 +502,10 @@ class _Names:
         return found
 
     def score(self, dialect: Dialect, a: Architecture | None) -> int:
+        """How many names a dialect has, those twice that it would write itself."""
         styled = [s for s, r in self.records.items() if not r.style or r.style in dialect.styles]
         if a is None:
-            return sum(self.meant.get(stem, stem).startswith(dialect.begins) for stem in styled)
+            return sum((repaired(stem) or (stem,))[0].startswith(dialect.begins) for stem in styled)
         own = table(dialect.recognised_by or dialect.names, a)
         points = 2 * sum(stem in own for stem in styled)
         if points < 2 * len(styled):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -75,7 +76,7 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     if "weight" in kind.__dataclass_fields__ and weight and _flattened(layer.shape, weight):
         options["weight"] = weight
         return kind(**options)
-    return shaped(layer, weight) if isinstance(layer, LowRank) and weight else layer
+    return shaped(layer, weight) if weight and not isinstance(layer, Full) else layer
 
 
 def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carried:
@@ -136,19 +137,21 @@ def _kind(roles: frozenset[str]) -> type[Layer]:
     raise LayerError(f"not a whole {nearest.kind} layer: {'; '.join(problems)}")
 
 
-def shaped(layer: LowRank, weight: Shape) -> LowRank:
-    """A 1×1 convolution stored as a matrix, or the reverse, in the form of the weight."""
-    now = layer.shape
-    if len(now) == len(weight) or layer.mid is not None or now[:2] != weight[:2]:
+def shaped(layer: Layer, weight: Shape) -> Layer:
+    """A layer in the form of its weight, where its kernel was flattened: a convolution stored as a matrix, or the reverse.
+
+    A layer of another shape, or of a kind that has only one form, stays what it is.
+    """
+    if layer.shape == weight or not layer.shape or not _flattened(layer.shape, weight):
         return layer
-    if set(now[2:]) | set(weight[2:]) > {1}:
+    if isinstance(layer, LoHa | LoKr):
+        return replace(layer, weight=weight)
+    if isinstance(layer, Full):
+        return replace(layer, diff=reshape(layer.diff, weight))
+    if not isinstance(layer, LowRank) or layer.mid is not None:
         return layer
-    tail = (1,) * (len(weight) - 2)
-    up = reshape(layer.up, (now[0], layer.rank, *tail))
-    down = reshape(layer.down, (layer.rank, *weight[1:]))
-    return LowRank(
-        up=up, down=down, up_bias=layer.up_bias, diff_b=layer.diff_b, alpha=layer.alpha, down_id=layer.down_id
-    )
+    up = reshape(layer.up, (weight[0], layer.rank, *(1,) * (len(weight) - 2)))
+    return replace(layer, up=up, down=reshape(layer.down, (layer.rank, *weight[1:])))
 
 
 __all__ = [

@@ -35,6 +35,10 @@ else:
     from loramerge.lora import from_tensors
     from loramerge.storage import reader
 
+from loramerge.architectures import ARCHITECTURES, Architecture
+from loramerge.architectures.labels import ARCHITECTURE as KEY
+from loramerge.architectures.names import Parts
+from loramerge.dialects.base import Dialect, table
 from loramerge.tensors import CODES, SIZES, Held, numpy_dtype
 from loramerge.testing import random_lora
 
@@ -98,6 +102,66 @@ def fuzz_converter(data: bytes) -> None:
             raise AssertionError(f"{dialect}: lost {missing}")
 
 
+def fuzz_family(data: bytes) -> None:
+    """Some layers of a family in a dialect, with metadata or without: never read as those of another family.
+
+    The first bytes choose the family, the dialect, what the header says and which family it names if a
+    wrong one; each further pair of bytes chooses a layer.
+    """
+    if len(data) < 6:
+        return
+    a = ARCHITECTURES[FAMILIES[data[0] % len(FAMILIES)]]
+    dialect = DIALECTS[NAMING[data[1] % len(NAMING)]]
+    names = table(dialect.names, a)
+    if not names:
+        return
+    stems = list(names)
+    chosen = {stems[int.from_bytes(data[i : i + 2]) % len(stems)] for i in range(4, len(data) - 1, 2)}
+    says = ("none", "right", "wrong", "strange")[data[2] % 4]
+    named = {"right": a.name, "wrong": FAMILIES[data[3] % len(FAMILIES)], "strange": "omnigen"}.get(says, "")
+    metadata = ({KEY: named}, {"modelspec.architecture": f"{named}/lora"})[data[2] // 4 % 2] if named else {}
+    tensors = {key: t for stem in chosen for key, t in _layer(dialect, stem, names[stem], a).items()}
+    try:
+        lora = from_tensors(tensors, metadata, "fuzz")
+    except lm.errors.FamilyError:
+        if says in ("wrong", "strange") and named != a.name:
+            return
+        raise AssertionError(f"{a.name} in {dialect.name} is refused") from None
+    if a.name in lora.families or (named in lora.families and says == "wrong"):
+        return
+    if lora.families or says in ("none", "right"):
+        raise AssertionError(f"{a.name} in {dialect.name} is read as {lora.families or 'unknown'}")
+
+
+def _layer(dialect: Dialect, stem: str, parts: Parts, a: Architecture) -> dict[str, Held]:
+    """A layer of rank 2, or a difference where the weight is a vector; without memory of its own."""
+    shapes = [a.shapes[part.module] for part in parts]
+    shape = (sum(s[0] for s in shapes), *shapes[0][1:])
+    value, module = np.float32(0.5), parts[0].module
+    if len(shape) < 2:
+        return {f"{stem}.diff": Held(np.broadcast_to(value, shape))}
+    return {
+        stem + dialect.suffix("down", module): Held(np.broadcast_to(value, (2, *shape[1:]))),
+        stem + dialect.suffix("up", module): Held(np.broadcast_to(value, (shape[0], 2, *(1,) * (len(shape) - 2)))),
+    }
+
+
+FAMILIES = list(ARCHITECTURES)
+NAMING = (
+    "kohya",
+    "kohya-diffusers",
+    "diffusers",
+    "diffusers-peft",
+    "peft",
+    "comfyui",
+    "onetrainer",
+    "lycoris",
+    "omi",
+    "native",
+    "bare",
+)
+
+
 def fuzz_recipe(data: bytes) -> None:
     """A recipe that is read, written and read again is the same."""
     path = SCRATCH / "recipe.toml"
@@ -124,6 +188,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "reader": fuzz_reader,
     "detector": fuzz_detector,
     "converter": fuzz_converter,
+    "family": fuzz_family,
     "recipe": fuzz_recipe,
     "config": fuzz_config,
 }
@@ -206,6 +271,9 @@ def seeds() -> Iterator[tuple[str, bytes]]:
                 yield "converter", _lines(path)
                 if kind in ("lora", "dora"):
                     yield "reader", _raw(path)
+    for i, family in enumerate(FAMILIES):
+        for j in range(len(NAMING)):
+            yield "family", bytes([i, j, i + j, 3 * i, *range(2 * len(family))])
     yield "recipe", RECIPE
     yield "recipe", recipe.__doc__.partition("\n\n")[2].encode() if recipe.__doc__ else b""
     yield (

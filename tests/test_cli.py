@@ -81,7 +81,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files: tuple[Path, Path], 
     result = run("merge", *files, "--dry-run", "--weights", "l2", "--rank", "max")
 
     assert result.returncode == 0
-    assert "4 modules of sdxl (4 of them in every file), rank 6" in result.stdout
+    assert "4 modules of sdxl" in result.stdout
+    assert "(4 of them in every file), rank 6" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jersey.safetensors", "person.safetensors"]
 
 
@@ -479,7 +480,8 @@ def test_a_nan_is_named_once_and_its_module_can_be_left_out(files: tuple[Path, P
 
     result = run("merge", tmp_path / "nan.safetensors", files[1], "-o", out)
 
-    assert result.stderr.count(key.removesuffix(".lora_up.weight")) == 1
+    assert result.stderr.count("nan.safetensors") == 1
+    assert result.stderr.split("Way out")[0].count("to_q") == 1
     pattern = result.stderr.split("--exclude '")[1].split("'")[0]
     assert run("merge", tmp_path / "nan.safetensors", files[1], "-o", out, "--exclude", pattern).returncode == 0
 

@@ -201,7 +201,7 @@ def test_what_has_no_factors_is_written_into_fused_weights(kinds: tuple[str, str
             layers[module] = lm.layers.BiasOnly(diff_b=made[module].diff_b)
         elif kind is not None:
             layers[module] = made[module] if kind == "full" else random_layer((1536, 1536), seed=7)
-    lora = LoRA(name="parts", architecture="sd3", dialect="comfyui", layouts=layers)
+    lora = LoRA(name="parts", architecture="sd3-medium", dialect="comfyui", layouts=layers)
 
     written = saved(lora, tmp_path)
 
@@ -227,7 +227,7 @@ def test_a_replaced_weight_is_handed_on_at_weight_one_and_refused_else() -> None
 
     merged = lm.merge([first, other], weights=[1, 0.5])
 
-    np.testing.assert_array_equal(merged[f"{WAN}txt_in"].set_weight, first[f"{WAN}txt_in"].set_weight)
+    np.testing.assert_array_equal(merged["transformer.txt_in"].set_weight, first["transformer.txt_in"].set_weight)
     for loras, weights in (([first, other], [0.5, 1]), ([first, replacing(2)], [1, 1])):
         with pytest.raises(MergeError, match=r"replaces the weight.*Ways out: the weight 1"):
             lm.merge(loras, weights=weights)
@@ -262,7 +262,7 @@ def test_a_style_and_a_distillation_are_compared_and_swept() -> None:
     found = lm.compare(loras)
     figures = measure(plan.lora(), plan)
 
-    assert {row.name for row in found.rows} >= {f"{WAN}{name}" for name in LINEAR[:2]}
+    assert {row.name for row in found.rows} >= {f"transformer.{name}" for name in LINEAR[:2]}
     assert figures["interference"] == pytest.approx(0, abs=1e-6)
 
 
@@ -296,20 +296,20 @@ def test_a_layer_alone_keeps_its_form_and_its_values(kind: str, dtype: str, tmp_
 
 
 def fused_lora(stem: str) -> LoRA:
-    return lm.load(factors(np.random.default_rng(0), stem, 4608, 1536, 5))
+    return lm.load(factors(np.random.default_rng(0), stem, 4608, 1536, 5), architecture="sd3-medium")
 
 
 def fused_lokr(stem: str) -> LoRA:
     rng = np.random.default_rng(0)
     shapes = {"lokr_w1_a": (4, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": (1152, 5), "lokr_w2_b": (5, 768)}
-    return lm.load({f"{stem}.{part}": normal(rng, *shape) for part, shape in shapes.items()}, architecture="sd3")
+    return lm.load({f"{stem}.{part}": normal(rng, *shape) for part, shape in shapes.items()}, architecture="sd3-medium")
 
 
 @pytest.mark.parametrize("make", [fused_lora, fused_lokr])
 def test_parts_of_a_fused_weight_keep_what_they_share(make: Callable[[str], LoRA], tmp_path: Path) -> None:
     parts = [f"transformer.transformer_blocks.0.attn.to_{name}" for name in "qkv"]
     fused = make("lora_unet_joint_blocks_0_x_block_attn_qkv")
-    split = random_lora("sd3", rank=3, seed=1, only=lambda m, s: m in parts)
+    split = random_lora("sd3-medium", rank=3, seed=1, only=lambda m, s: m in parts)
 
     found = lm.load(saved(lm.merge([fused, split], weights=[0.7, -0.4]), tmp_path))
 
@@ -397,5 +397,5 @@ def test_files_on_the_disk_are_not_touched_by_a_refusal(tmp_path: Path) -> None:
     save_file({k: np.ascontiguousarray(t) for k, t in distillation().items()}, tmp_path / "d.safetensors")
 
     with pytest.raises(DialectError, match="Ways out"):
-        lm.convert(tmp_path / "d.safetensors", tmp_path / "e.safetensors", "kohya")
+        lm.convert(tmp_path / "d.safetensors", tmp_path / "e.safetensors", "diffusers-peft")
     assert not (tmp_path / "e.safetensors").exists()

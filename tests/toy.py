@@ -14,6 +14,9 @@ from loramerge.testing import random_layer
 
 Batch = Mapping[str, Any]
 
+SAID = {"modelspec.architecture": "toy"}
+"""Tells that all are for one model."""
+
 
 class Toy(nn.Module):
     """Convolutions, one of them with a stride and one of 1×1, attention-like linears, and a text input."""
@@ -82,7 +85,7 @@ def lora_for(
         )
         for module in modules
     }
-    return LoRA(name=name or f"toy-{seed}", architecture=None, dialect="diffusers", layouts=layouts)
+    return LoRA(name=name or f"toy-{seed}", architecture=None, dialect="diffusers", layouts=layouts, metadata=SAID)
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -94,7 +97,7 @@ def from_factors(pairs: Mapping[str, tuple[Any, Any]], name: str = "given") -> L
     layouts = {
         m: low_rank(np.float32(up), np.float32(down), (up.shape[0], down.shape[1])) for m, (up, down) in pairs.items()
     }
-    return LoRA(name=name, architecture=None, dialect="diffusers", layouts=layouts)
+    return LoRA(name=name, architecture=None, dialect="diffusers", layouts=layouts, metadata=SAID)
 
 
 def with_lora(model: nn.Module, lora: LoRA, scale: float = 1.0) -> nn.Module:

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from .architectures import ARCHITECTURES, name_family
-from .architectures.hints import named as families_named
+from .architectures.hints import KEYS
 from .checkpoints import Checkpoint
 from .errors import LoRAMergeError, MergeError
 from .layers import FACTORED, ON_BASE, Layer
@@ -95,16 +95,19 @@ def steps_of(
     """
     rule(rank)
     takes_dense = method.dense and options.get("space", "delta") == "delta"
-    maker = _Maker(loras, method, options, rank, base, takes_dense, whole and isinstance(rank, str))
-    steps = {}
+    merged: dict[str, tuple[int, ...]] = {}
+    given: dict[str, Sequence[Any] | None] = {}
     for module in dict.fromkeys(module for lora in loras for module in lora):
         present = [i for i, lora in enumerate(loras) if module in lora]
-        shape = _common_shape([loras[i] for i in present], module)
-        given = None if weights is None else weights(module)
-        inputs = tuple(i for i in present if given is None or given[i])
+        found = given[module] = None if weights is None else weights(module)
+        inputs = tuple(i for i in present if found is None or found[i])
         if inputs and not (method.of_first and inputs[0] != 0):
-            steps[module] = maker.step(module, shape, inputs, given)
-    return steps
+            merged[module] = inputs
+        _common_shape([loras[i] for i in present], module)
+    single = len({i for inputs in merged.values() for i in inputs}) == 1
+    maker = _Maker(loras, method, options, rank, base, takes_dense, whole and isinstance(rank, str), single)
+    shapes = {module: _common_shape([loras[i] for i in inputs], module) for module, inputs in merged.items()}
+    return {module: maker.step(module, shapes[module], inputs, given[module]) for module, inputs in merged.items()}
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class _Maker:
     takes_dense: bool
     whole: bool
     """Whether a layer without factors may be handed on as it is."""
+    single: bool
+    """Whether no more than one LoRA has a weight."""
 
     def step(self, module: str, shape: Shape, inputs: tuple[int, ...], weights: Sequence[Any] | None) -> Step:
         layouts = [self.loras[i].layout(module) for i in inputs]
@@ -138,9 +143,12 @@ class _Maker:
         layout = layouts[0]
         if len(layouts) > 1 or not self.method.linear or layout.rankless or layout.times(weight) is None:
             return False
+        limit = largest_rank(layout.shape)
         if layout.kind == "lora":
-            return (layout.rank or 0) <= largest_rank(layout.shape)
-        return layout.kind in FACTORED or (self.whole and layout.kind != "full")
+            return (layout.rank or 0) <= limit
+        if layout.kind in FACTORED:  # diffusers reads no file in which a LoHa or LoKr stands beside LoRAs
+            return self.single or _as_lora(layout) > MORE * _numbers(layout)
+        return self.whole and layout.kind != "full"
 
     def _check(self, lora: LoRA, module: str) -> None:
         """Whether a module's layer can be merged with others.
@@ -181,6 +189,19 @@ def needed_on_base(kind: str, has_base: bool) -> str:
         f"it is {_a(kind)} layer, whose ΔW depends on the base weight and has no rank of its own. Ways out: give {base}a number "
         f"as the rank ({typed}), bake it into the base model (loramerge bake), or {LEAVE_OUT}"
     )
+
+
+MORE = 100
+"""How many times the room of a LoHa or LoKr its LoRA may take beside other LoRAs."""
+
+
+def _as_lora(layout: Layer) -> int:
+    """How many numbers the LoRA with the same ΔW has."""
+    return (layout.rank or 0) * (layout.shape[0] + math.prod(layout.shape[1:]))
+
+
+def _numbers(layout: Layer) -> int:
+    return sum(math.prod(tensor.shape) for tensor in layout.tensors().values())
 
 
 def entrywise(layouts: Sequence[Layer]) -> bool:
@@ -315,7 +336,7 @@ def _check_shared(loras: Sequence[LoRA]) -> None:
 
 
 def _say_the_same(loras: Sequence[LoRA]) -> bool:
-    said = {families_named(lora.metadata)[1:] for lora in loras}
+    said = {tuple(lora.metadata.get(key, "") for key in KEYS) for lora in loras}
     return len(said) == 1 and any(map(any, said))
 
 

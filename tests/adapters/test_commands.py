@@ -180,7 +180,8 @@ def test_mistakes_are_told_before_the_model_is_read(
 
 
 def test_prompts_without_the_trigger_are_only_hinted_at(files: list[Path], base: Path, tmp_path: Path) -> None:
-    said = replace(lm.load(files[0]), metadata={"modelspec.trigger_phrase": "psq-person"})
+    lora = lm.load(files[0])
+    said = replace(lora, metadata={**lora.metadata, "modelspec.trigger_phrase": "psq-person"})
     shared = (lm.save(said, tmp_path / "said.safetensors"), files[1], "-b", base, "-o", tmp_path / "z.safetensors")
     quick = ("--device", "cpu", "-s", "steps=0", "-s", "init=ones", "-s", "loss=mse", *PROMPTED[4:])
     hint = "Hint: said.safetensors says that its trigger is 'psq-person'"

@@ -320,7 +320,7 @@ BAD = {
     "that diffusers can't hold": (
         first_of(LORA, random_layer(LORA.layout(next(iter(LORA))).shape, kind="dora", rank=2)),
         DialectError,
-        "lora 1: diffusers can't hold a dora layer",
+        "diffusers can't hold this layer: it is a DoRA layer",
     ),
 }
 

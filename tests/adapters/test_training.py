@@ -141,8 +141,14 @@ def test_a_run_is_what_diffusers_scripts_compute(architecture: str, gamma: float
     wanted = plain_steps(tiny.pipeline(architecture), photos, given, min_snr if gamma else mean_square)
 
     assert set(found) == set(wanted)
+    # Attention over the one pixel of their middle blocks has no gradient in its queries and keys: Adam steps on rounding.
+    idle = (
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+        "mid_block.attentions.0.transformer_blocks.0.attn1.to_k",
+    )
     for module, delta in wanted.items():
-        assert relative_error(found[module].delta(), delta.numpy()) < 1e-3
+        if architecture == "sdxl" or not module.endswith(idle):
+            assert relative_error(found[module].delta(), delta.numpy()) < 1e-3
     assert found.architecture == architecture.replace("sd21", "sd15")  # a tiny one has no shapes to tell them apart
 
 

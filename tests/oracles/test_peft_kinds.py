@@ -191,7 +191,7 @@ STARTS = ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "a_new
 
 @pytest.mark.parametrize("start", STARTS)
 def test_a_start_in_the_base_is_never_taken_for_a_plain_lora(start: str) -> None:
-    lora = lm.load(factors(), config={"r": 4, "init_lora_weights": start})
+    lora = lm.load(factors(), config={"r": 4, "init_lora_weights": start}, architecture="sdxl")
 
     assert {layer.kind for layer in lora.layouts.values()} == {start}
     with pytest.raises(NoFactorsError, match="began as a part of the base weight"):

@@ -63,7 +63,8 @@ def lora_of(architecture: str, kind: str) -> LoRA:
     """A plain layer, and one of a kind."""
     module = OTHERS["conv"] if kind == "tucker" else OTHERS.get(kind, ATTENTION[architecture])
     sizes = shapes(architecture)
-    layers = {m: layer_of(k, sizes[m]) for m, k in ((PLAIN[architecture], "lora"), (module, kind))}
+    other = "dora" if kind == "dora" else "lora"  # PEFT takes the layers of a model for the one or the other
+    layers = {m: layer_of(k, sizes[m]) for m, k in ((PLAIN[architecture], other), (module, kind))}
     return LoRA(name="case", architecture=architecture, dialect="kohya", layouts=layers)
 
 

@@ -294,7 +294,7 @@ class _Names:
         if 2 * known <= count:
             raise OptionError(f"This isn't a LoRA of {a.name}: of {count} layers {known} have a name in it.")
         fits = len(self.fitting(a)) + sum(self.beside(a, stem) for stem in self.records if stem not in self.fitting(a))
-        if 2 * fits <= count and not self.proportional(a):
+        if 2 * fits <= count and not all(self.proportions(a)):
             stem = next(stem for stem in self.records if stem not in self.fitting(a) and self.lookup(a, stem))
             wanted = self.wanted(self.lookup(a, stem) or (), a)
             raise OptionError(
@@ -362,17 +362,18 @@ class _Names:
     def stated(self, said: Named) -> Architecture | None:
         """The family that the file says it is for, if it has all its names: a model of its own widths."""
         hinted = [ARCHITECTURES[name] for name in said.families]
-        return next((a for a in hinted if self.known(a) == len(self.records) and self.proportional(a)), None)
+        known = [a for a in hinted if self.known(a) == len(self.records)]
+        return next((a for a in known if any(fits := self.proportions(a)) and all(fits)), None)
 
-    def proportional(self, a: Architecture) -> bool:
-        """Whether the layers have the proportions of the family's: square where it has squares, and so on."""
+    def proportions(self, a: Architecture) -> list[bool]:
+        """Whether layers have the proportions of the family's: square where it has squares, and so on."""
         pairs = [
             (shape, self.wanted(parts, a))
             for stem, shape in self.shapes.items()
             if len(shape) > 1 and (parts := self.lookup(a, stem)) and INSIDE.search(parts[0].module)
         ]
         even = [(found, wanted) for found, wanted in pairs if max(wanted[:2]) % min(wanted[:2]) == 0]
-        return bool(even) and all(found[0] * wanted[1] == found[1] * wanted[0] for found, wanted in even)
+        return [found[0] * wanted[1] == found[1] * wanted[0] for found, wanted in even]
 
     def wanted(self, parts: Parts, a: Architecture) -> Shape:
         """The shape of a weight of the family's."""

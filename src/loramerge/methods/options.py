@@ -89,7 +89,7 @@ def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
 
 
 TAKEN = (
-    *("loras", "weights", "method", "rank", "scope", "exclude", "device", "base", "progress"),
+    *("loras", "weights", "method", "rank", "scope", "exclude", "device", "base", "progress", "allow_growth"),
     *("max_error", "energy", "max_size", "to", "dtype", "workers", "most"),
 )
 """Arguments of merging and settings of a sweep: an option of that name could never be given."""

@@ -367,7 +367,7 @@ def _queries(lora: LoRA) -> dict[str, tuple[int, str]]:
     for module in lora:
         for i, pattern in enumerate(QUERIES):
             if match := re.fullmatch(rf"(.*?\d.*?)[._]({pattern})", module):
-                found.setdefault(match[1], (i, match[2]))
+                found.setdefault(_flat(match[1]), (i, match[2]))
                 break
     return found
 

@@ -1,0 +1,304 @@
+"""Which model a file is for: named rightly, one of several that fit alike, or not at all."""
+
+import importlib.util
+import json
+import lzma
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loramerge as lm
+from loramerge.architectures import ARCHITECTURES
+from loramerge.architectures.hints import named
+from loramerge.architectures.labels import ARCHITECTURE, LABELS
+from loramerge.blocks import block
+from loramerge.errors import DialectError, FamilyError, LayerError, MergeError, OptionError
+from loramerge.lora import LoRA, from_tensors
+from loramerge.tensors import Held, numpy_dtype
+from loramerge.testing import relative_error
+
+HERE = Path(__file__).parent
+TOOLS: dict[str, Any] = json.loads(lzma.decompress((HERE / "data" / "families.json.xz").read_bytes()))
+"""Key listings of what today's tools write at real size, with the family of each."""
+
+UNLISTED = ("flux1__diffsynth", "omnigen2__aitoolkit")
+"""Namings that loramerge doesn't know."""
+
+ALIKE = {
+    "anima__diffusers": ("anima", "cosmos-predict2-2b"),
+    "chroma__diffusers-attn-meta": ("flux", "chroma", "longcat-image"),
+    "cosmos-predict2-2b__diffusers": ("anima", "cosmos-predict2-2b"),
+    "cosmos-predict2-2b__diffusion-pipe": ("anima", "cosmos-predict2-2b"),
+    "flux1__diffusers": ("flux", "longcat-image"),
+    "kolors__diffusers": ("sdxl", "kolors"),
+}
+"""Listings that name no family and whose layers are the same in several."""
+
+
+@cache
+def tool(name: str) -> LoRA:
+    return read(TOOLS[name]["keys"], TOOLS[name]["metadata"], name)
+
+
+def read(keys: dict[str, Any], metadata: dict[str, str], name: str = "x", **options: Any) -> LoRA:
+    tensors = {key: Held(np.broadcast_to(np.array(1, numpy_dtype(d)), shape)) for key, (d, shape) in keys.items()}
+    return from_tensors(tensors, metadata, name, **options)
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tools_file_is_of_its_family_or_said_to_be_of_one_of_several(name: str) -> None:
+    lora = tool(name)
+
+    unlisted: tuple[str, ...] = ()
+    assert lora.families == (unlisted if name in UNLISTED else ALIKE.get(name, (TOOLS[name]["family"],)))
+    assert not lora.extras
+
+
+def pairs() -> list[tuple[str, str]]:
+    names = [name for name in TOOLS if name not in UNLISTED and "lokr" not in name]
+    return [(a, b) for a, b in pairwise(names) if TOOLS[a]["family"] == TOOLS[b]["family"]]
+
+
+@pytest.mark.parametrize(("first", "second"), pairs())
+def test_two_tools_files_of_one_family_merge_module_by_module(first: str, second: str) -> None:
+    loras = [tool(first), tool(second)]
+
+    planned = lm.plan(loras, weights=[1, 1])
+
+    assert planned.architecture in loras[0].families
+    assert set(planned.steps) == {module for lora in loras for module in lora}
+    listed = ARCHITECTURES[planned.architecture].shapes
+    beside = ("llm_adapter", "text_conditioner")
+    assert all(module in listed for module in planned.steps if not any(part in module for part in beside))
+
+
+def test_files_of_two_families_are_refused() -> None:
+    for first, second in pairwise(name for name in TOOLS if name not in UNLISTED):
+        if not set(tool(first).families) & set(tool(second).families):
+            with pytest.raises(MergeError, match="different model families"):
+                lm.plan([tool(first), tool(second)])
+
+
+@pytest.mark.parametrize("said", ["wan2.1/lora", "Flux.2-klein-9b/lora", "stable-cascade", "sdxl_base_v1-0"])
+def test_metadata_that_names_another_family_is_refused_with_both_sides(said: str) -> None:
+    keys = TOOLS["flux1__diffusers"]["keys"]
+    with pytest.raises(FamilyError, match=rf"{said}.*FLUX\.1 \(flux\).*--architecture flux"):
+        read(keys, {"modelspec.architecture": said})
+
+    assert read(keys, {"modelspec.architecture": said}, architecture="flux").families == ("flux",)
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_every_label_is_read_as_its_family(name: str) -> None:
+    label = LABELS[name]
+
+    for value in (*label.specifications, *(f"{s}/lora" for s in label.specifications)):
+        assert name in named({"modelspec.architecture": value}).families
+    for value in label.versions:
+        assert name in named({"ss_base_model_version": value}).families
+    assert named({ARCHITECTURE: name, "modelspec.architecture": "chroma"}).families == (name,)
+
+
+def test_the_longest_word_names_the_family() -> None:
+    assert named({"modelspec.architecture": "flux-1-dev/lora"}).families == ("flux",)
+    assert named({"modelspec.architecture": "Flux.2-klein-9b/lora"}).families == ("flux2-klein-9b",)
+    assert named({"ss_base_model_version": "hunyuan_video_1_5"}).families == ("hunyuanvideo15",)
+    assert named({"ss_base_model_version": "pony-v7"}).families == ("auraflow",)
+    assert named({"ss_base_model_version": "flux3"})[1:] == ((), "FLUX.3")
+    assert named({"ss_base_model_version": "my swan"})[1:] == ((), "")
+
+
+@cache
+def fuzz() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fuzz", HERE.parent / "tools" / "fuzz.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(min_size=4, max_size=4), st.binary(min_size=2, max_size=60))
+def test_some_layers_of_a_family_are_never_those_of_another(chosen: bytes, layers: bytes) -> None:
+    fuzz().fuzz_family(chosen + layers)
+
+
+@pytest.mark.parametrize("module", ["transformer.transformer_blocks.0.attn.to_q", "transformer.x_embedder"])
+def test_several_families_are_asked_for_where_their_names_differ(module: str) -> None:
+    keys = {
+        f"{module}.lora_A.weight": ("F32", (2, 64 if "x_" in module else 3072)),
+        f"{module}.lora_B.weight": ("F32", (3072, 2)),
+    }
+    lora = read(keys, {})
+
+    assert {"flux", "chroma"} <= set(lora.families)
+    if "to_q" in module:
+        assert "qwen-image" in lora.families
+        with pytest.raises(FamilyError, match="say which it is, --architecture flux or qwen-image"):
+            lora.state_dict("comfyui")
+    assert read(keys, {}, architecture="flux").state_dict("comfyui")
+    assert list(lora.state_dict()) == list(keys)
+
+
+def factors(
+    stem: str, out: int = 16, columns: int = 16, seed: int = 0, kernel: tuple[int, ...] = ()
+) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    down = rng.standard_normal((2, columns, *kernel), dtype=np.float32)
+    return {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": rng.standard_normal((out, 2), dtype=np.float32)}
+
+
+def flattened(lora: LoRA) -> dict[str, np.ndarray]:
+    return {module.replace(".", "_"): np.asarray(lora[module].delta()) for module in lora}
+
+
+SPELLINGS = {
+    "musubi": "lora_unet_blocks_0_mix_to_q",
+    "videox-fun": "lora_unet__blocks_0_mix_to_q",
+    "comfyui": "diffusion_model.blocks.0.mix.to_q",
+    "compiled": "_orig_mod.diffusion_model.blocks.0.mix.to_q",
+    "diffsynth": "blocks.0.mix.to_q",
+}
+
+
+@pytest.mark.parametrize("first", SPELLINGS)
+@pytest.mark.parametrize("second", SPELLINGS)
+def test_one_module_of_an_unknown_family_is_one_however_tools_spell_it(first: str, second: str) -> None:
+    loras = [lm.load(factors(SPELLINGS[name], seed=i)) for i, name in enumerate((first, second))]
+
+    merged = lm.merge(loras, weights=[1.0, -0.5])
+
+    assert {lora.architecture for lora in loras} == {None}
+    (module,) = merged
+    wanted = loras[0][next(iter(loras[0]))].delta() - 0.5 * loras[1][next(iter(loras[1]))].delta()
+    assert relative_error(merged[module].delta(), wanted) <= 1e-6
+    again = lm.load(merged.state_dict())
+    assert relative_error(again[next(iter(again))].delta(), wanted) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "prefix", ["lora_transformer_blocks_{}_to_k", "lycoris_blocks_{}_to_k", "transformer.blocks.{}.block.to_k"]
+)
+def test_two_files_of_one_tool_merge_and_go_back_to_its_own_names(prefix: str) -> None:
+    files = [{k: v for i in range(2) for k, v in factors(prefix.format(i), seed=seed + i).items()} for seed in (0, 5)]
+
+    written = lm.merge([lm.load(file) for file in files], weights=[1, 1]).state_dict()
+    small = lm.resize(lm.load(files[0]), rank=1).state_dict()
+
+    for keys in (written, small):
+        assert {key.rpartition(".lora_")[0] or key.removesuffix(".alpha") for key in keys} == {
+            prefix.format(i) for i in range(2)
+        }
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("diffusion_model.blocks.0.attention.qkv", "diffusion_model.blocks.0.attention.to_q"),
+        ("lora_unet_blocks_0_attention_qkv", "lora_unet_blocks_0_attention_to_q"),
+        ("lora_unet_blocks_0_attention_q", "diffusion_model.blocks.0.attention.to_q"),
+    ],
+)
+def test_one_weight_under_two_tools_names_is_refused(first: str, second: str) -> None:
+    shared = factors("diffusion_model.blocks.0.mlp.fc")
+    loras = [
+        lm.load(factors(first, out=48 if "qkv" in first else 16) | flat(shared, first)),
+        lm.load(factors(second) | flat(shared, second)),
+    ]
+
+    with pytest.raises(MergeError, match="two tools' names of the same weights"):
+        lm.plan(loras)
+
+
+def flat(keys: dict[str, np.ndarray], like: str) -> dict[str, np.ndarray]:
+    if "." in like:
+        return keys
+    return {k.replace("diffusion_model.blocks.0.mlp.fc", "lora_unet_blocks_0_mlp_fc"): v for k, v in keys.items()}
+
+
+def test_no_way_out_is_offered_that_the_file_can_not_go() -> None:
+    lora = lm.load(factors("lora_unet_blocks_0_mix"))
+
+    with pytest.raises(DialectError, match="keep the file's own dialect, kohya, or name the model family if it is one"):
+        lora.state_dict("comfyui")
+    assert lora.state_dict("kohya")
+    with pytest.raises(OptionError, match=r"isn't a LoRA of sdxl: of 1 layers 0 have a name in it"):
+        lm.load(factors("lora_unet_blocks_0_mix"), architecture="sdxl")
+
+
+def test_components_and_blocks_of_unknown_families_are_told_from_any_spelling() -> None:
+    flat, dotted = (lm.load(factors(SPELLINGS[name])) for name in ("musubi", "comfyui"))
+
+    assert {next(iter(lora)).partition(".")[0] for lora in (flat, dotted)} == {"transformer"}
+    assert {block(next(iter(lora))) for lora in (flat, dotted)} == {"blocks.0"}
+    text = lm.load(factors("lora_te2_layers_0_mlp"))
+    assert next(iter(text)) == "text_encoder_2.layers_0_mlp"
+
+
+def test_a_file_of_exchanged_factors_is_refused() -> None:
+    keys = factors("transformer.blocks.0.attn.to_q", out=64, columns=64)
+    (_, down), (_, up) = keys.items()
+    swapped = {"transformer.blocks.0.attn.to_q.lora_A.weight": up, "transformer.blocks.0.attn.to_q.lora_B.weight": down}
+
+    with pytest.raises(LayerError, match=r"rank 64 on a weight of \(2, 2\).*exchanged"):
+        lm.load(swapped)
+    oblong = {"x.0.lora_A.weight": np.ones((32, 2), np.float32), "x.0.lora_B.weight": np.ones((2, 64), np.float32)}
+    with pytest.raises(LayerError, match="disagree on the rank"):
+        lm.load(oblong)
+
+
+@pytest.mark.parametrize("stem", ["lora_unet_mixer_0_conv", "unet.down_blocks.1.resnets.1.conv1"])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_a_kernel_that_one_file_stores_as_a_matrix_is_summed(stem: str, kernel: tuple[int, int]) -> None:
+    if stem.startswith("unet") and kernel == (1, 1):
+        stem = "unet.down_blocks.1.resnets.0.conv_shortcut"
+    out, columns = (640, 320 if "shortcut" in stem else 640) if stem.startswith("unet") else (16, 8)
+    shaped, other = factors(stem, out, columns, 1, kernel), factors(stem, out, columns, 2, kernel)
+    matrix = {k: v.reshape(len(v), -1) for k, v in other.items()}
+
+    merged = lm.merge([lm.load(matrix), lm.load(shaped)], weights=[0.5, 2.0])
+
+    (module,) = merged
+    assert merged.layout(module).shape == (out, columns, *kernel)
+    wanted = sum(
+        w * k[f"{stem}.lora_up.weight"] @ k[f"{stem}.lora_down.weight"].reshape(2, -1)
+        for w, k in ((0.5, other), (2.0, shaped))
+    )
+    assert relative_error(np.asarray(merged[module].delta()).reshape(out, -1), wanted) <= 1e-6
+
+
+OWN = {"modelspec.architecture": "flux-1-dev/lora"}
+PARTS = (("attn.to_q",), ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.to_k", "proj_mlp"))
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("dialect", ["kohya", "comfyui"])
+def test_parts_of_a_model_with_its_own_widths_are_joined_at_those(parts: tuple[str, ...], dialect: str) -> None:
+    place = f"transformer.{'single_' if 'proj_mlp' in parts else ''}transformer_blocks.0."
+    keys = {
+        k: v for i, p in enumerate(parts) for k, v in factors(place + p, 128 if p == "proj_mlp" else 32, 32, i).items()
+    }
+    lora = lm.load(keys, metadata=OWN)
+
+    again = lm.load(lora.state_dict(dialect), metadata=OWN)
+
+    assert lora.families == again.families == ("flux",)
+    for module, wanted in flattened(lora).items():
+        assert relative_error(flattened(again)[module], wanted) <= 1e-6
+
+
+def test_shapes_that_a_stated_family_can_not_have_are_not_taken_for_its() -> None:
+    fused = factors("lora_unet_double_blocks_0_img_mlp_0", out=24, columns=4)
+
+    assert lm.load(fused, metadata=OWN).architecture is None
+    assert (
+        lm.load(factors("lora_unet_double_blocks_0_img_mlp_0", out=16, columns=4), metadata=OWN).architecture == "flux"
+    )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loramerge as lm
-from loramerge.architectures import ARCHITECTURES, first_names
+from loramerge.architectures import ARCHITECTURES, outlines
 from loramerge.dialects import DIALECTS
 from loramerge.dialects.base import table
 from loramerge.dialects.repairs import repaired
@@ -45,7 +45,7 @@ def test_a_written_dialect_names_every_module(dialect: str, family: str) -> None
 def test_names_begin_as_their_dialect_says(family: str) -> None:
     a = ARCHITECTURES[family]
 
-    assert [list(heads) for heads in first_names()[family]] == a.first_names()
+    assert outlines()[family] == a.outlined()
     for name in ("kohya", "comfyui", "native", "bare", "diffusers", "peft", "onetrainer", "lycoris", "omi"):
         assert all(stem.startswith(DIALECTS[name].begins) for stem in table(DIALECTS[name].names, a))
 

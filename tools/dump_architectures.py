@@ -6,8 +6,8 @@ family is added or a library renames a module:
 
     python tools/dump_architectures.py [model …]
 
-It writes ``src/loramerge/architectures/models/<model>.json``: {module: weight shape}, and ``heads.json``, what
-the names of each family begin with.
+It writes ``src/loramerge/architectures/models/<model>.json``: {module: weight shape}, and ``outlines.json``, what
+the names of each family begin with and how far their numbers go.
 """
 
 import json
@@ -216,9 +216,9 @@ def main() -> None:
         lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(s, separators=(',', ':'))}" for n, s in names.items())
         (OUT / f"{name}.json").write_text(f"{{\n{lines}\n}}\n")
         print(f"{name}: {len(names)} modules")
-    heads = {a.name: a.first_names() for a in ARCHITECTURES.values()}
-    lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(h, separators=(',', ':'))}" for n, h in heads.items())
-    (OUT.parent / "heads.json").write_text(f"{{\n{lines}\n}}\n")
+    found = {a.name: a.outlined() for a in ARCHITECTURES.values()}
+    lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(outline, separators=(',', ':'))}" for n, outline in found.items())
+    (OUT.parent / "outlines.json").write_text(f"{{\n{lines}\n}}\n")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ The names inside loramerge are diffusers'; ``native`` says how the model's own c
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..registry import Registry
 from ..tensors import Shape
@@ -25,12 +26,39 @@ def model(name: str) -> Mapping[str, Shape]:
     return {module: tuple(shape) for module, shape in data.items()}
 
 
+class Outline(NamedTuple):
+    """What can be told of a denoiser's paths without building them."""
+
+    own: list[str]
+    """What diffusers' paths begin with."""
+    others: list[str]
+    """What those of other code begin with."""
+    last: dict[str, int]
+    """The largest number that follows each name in them: the last of its blocks."""
+
+
 @cache
-def first_names() -> Mapping[str, tuple[list[str], list[str]]]:
-    """What diffusers' and other paths of each family's denoiser begin with."""
-    with open(os.path.join(os.path.dirname(__file__), "heads.json"), "rb") as file:
-        found: Mapping[str, tuple[list[str], list[str]]] = json.loads(file.read())
+def outlines() -> Mapping[str, Outline]:
+    """The outline of each family."""
+    with open(os.path.join(os.path.dirname(__file__), "outlines.json"), "rb") as file:
+        return {name: Outline(*parts) for name, parts in json.loads(file.read()).items()}
+
+
+def last_numbers(paths: Iterable[str]) -> dict[str, int]:
+    """The largest number that follows each name in paths with underscores for dots."""
+    found: dict[str, int] = {}
+    for path in paths:
+        for name, number in NUMBERED.findall(path):
+            found[name] = max(found.get(name, 0), int(number))
     return found
+
+
+def _heads(paths: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(path.partition(".")[0] for path in paths))
+
+
+NUMBERED = re.compile(r"(?<![a-z])([a-z][a-z_]*)_(\d{1,4})(?=_|$)")
+"""A name and the number of a block behind it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,18 +123,19 @@ class Architecture:
             path: parts for path, parts in {**self.denoiser_paths, **found}.items() if path not in self.native_paths
         }
 
-    def first_names(self) -> list[list[str]]:
-        """The first parts of the denoiser's paths, diffusers' and others: what ``heads.json`` keeps."""
+    def outlined(self) -> Outline:
+        """The outline as it is: what ``outlines.json`` keeps."""
         others = {**self.native_paths, **self.other_paths}
-        return [
-            list(dict.fromkeys(path.partition(".")[0] for path in paths)) for paths in (self.denoiser_paths, others)
-        ]
+        return Outline(
+            _heads(self.denoiser_paths),
+            _heads(others),
+            last_numbers(path.replace(".", "_") for path in (*self.denoiser_paths, *others)),
+        )
 
     @property
-    def heads(self) -> list[str]:
-        """What the denoiser's paths begin with, without building any."""
-        own, others = first_names()[self.name]
-        return [*own, *others]
+    def outline(self) -> Outline:
+        """What can be told of the denoiser's paths without building them."""
+        return outlines()[self.name]
 
     def text_paths(self, encoder: TextEncoder) -> Mapping[str, Parts]:
         return {path: whole(f"{encoder.component}.{path}") for path in model(encoder.model)}

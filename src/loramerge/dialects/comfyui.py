@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..architectures import Architecture, first_names
+from ..architectures import Architecture, outlines
 from ..architectures.names import Parts
 from .base import LYCORIS_KINDS, PEFT_KINDS, Dialect
 from .free import Free
@@ -92,7 +92,7 @@ NATIVE = Dialect(
     also_names=(other_bare_names,),
     style="peft",
     also_reads=frozenset({"kohya", "peft-short", "peft-named"}),
-    begins=tuple(dict.fromkeys(head for _, native in first_names().values() for head in native)),
+    begins=tuple(dict.fromkeys(head for outline in outlines().values() for head in outline.others)),
     rewrites=True,
     free=Free(prefix="", paths="native"),
     holds=PEFT_KINDS,

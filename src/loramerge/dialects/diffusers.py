@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..architectures import Architecture, first_names
+from ..architectures import Architecture, outlines
 from ..architectures.names import COMPONENTS, Parts
 from .base import PEFT_KINDS, Dialect, Names
 from .free import DENOISERS, UNETS, Free, has_dots
@@ -200,7 +200,7 @@ BARE = Dialect(
     names=bare_names,
     style="kohya",
     also_reads=frozenset({"peft", "peft-short", "peft-named", "diffusers"}),
-    begins=tuple(dict.fromkeys(head for own, _ in first_names().values() for head in own)),
+    begins=tuple(dict.fromkeys(head for outline in outlines().values() for head in outline.own)),
     rewrites=True,
     free=Free(prefix="", paths="other"),
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache
 
-from ..architectures import ARCHITECTURES, Architecture, titles
+from ..architectures import ARCHITECTURES, Architecture, last_numbers, titles
 from ..architectures.hints import Named, named
 from ..architectures.names import Parts, whole
 from ..errors import FamilyError, LayerError, LoRAMergeError, NotALoRAError, OptionError
@@ -262,6 +262,9 @@ class _Names:
         self._fitting: dict[str, dict[str, Parts]] = {}
         self.extras = extras
         self.text = {stem for stem in records if is_text(stem)}
+        paths = sorted(_path(stem) for stem in records.keys() - self.text)
+        self.sample = [paths[i] for i in (0, len(paths) // 2, -1)] if paths else []
+        self.numbers = last_numbers(path.removesuffix("_") for path in paths)
         heads = {stem[:48] for stem in records}
         meant = {fix[0] for head in heads if (fix := repaired(head))}
         self.candidates = [
@@ -304,11 +307,13 @@ class _Names:
         return a
 
     def plausible(self, a: Architecture) -> bool:
-        """Whether some layers have names that could be the family's: a quick test before any table is built."""
+        """Whether the layers have names that could be the family's: a quick test before any table is built."""
         if any(d.numbered for d in self.candidates) or len(self.text) == len(self.records):
             return True
-        sample = sorted(self.records.keys() - self.text)
-        return sum(_path(sample[i]).startswith(_heads(a)) for i in (0, len(sample) // 2, -1)) > 1
+        last = a.outline.last
+        if sum(number > last.get(name, number) for name, number in self.numbers.items()):
+            return False
+        return sum(path.startswith(_heads(a)) for path in self.sample) > 1
 
     def has_all(self, a: Architecture, beside: int = 0) -> bool:
         """Whether every layer is one of a family's, or may be there beside them.
@@ -523,7 +528,7 @@ def _path(stem: str) -> str:
 
 @cache
 def _heads(a: Architecture) -> tuple[str, ...]:
-    return tuple(f"{head}_" for head in (*a.heads, *map(flat, a.also)))
+    return tuple(f"{head}_" for head in (*a.outline.own, *a.outline.others, *map(flat, a.also)))
 
 
 @cache

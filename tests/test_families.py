@@ -295,6 +295,11 @@ def test_parts_of_a_model_with_its_own_widths_are_joined_at_those(parts: tuple[s
         assert relative_error(flattened(again)[module], wanted) <= 1e-6
 
 
+def test_a_name_for_several_sizes_means_the_one_that_fits() -> None:
+    for name in ("wan21-t2v-1.3b__musubi", "wan21-t2v-14b__aitoolkit", "wan22-ti2v-5b__diffsynth"):
+        assert read(TOOLS[name]["keys"], {}, architecture="wan").families == (TOOLS[name]["family"],)
+
+
 def test_shapes_that_a_stated_family_can_not_have_are_not_taken_for_its() -> None:
     fused = factors("lora_unet_double_blocks_0_img_mlp_0", out=24, columns=4)
 

@@ -123,7 +123,7 @@ def read(
     _check_ranks(records)
     names = _Names(records, extras)
     said = named(metadata)
-    fits = [names.told(ARCHITECTURES[architecture])] if architecture else names.families(said)
+    fits = [names.told(architecture)] if architecture else names.families(said)
     found = fits[0] if fits else names.stated(said)
     broken = DIALECTS["kohya-broken"] if rejoined else None
     chosen = DIALECTS[dialect] if dialect else broken or names.dialect(found)
@@ -287,12 +287,15 @@ class _Names:
         whole_ones = [a for a in fits if self.covers(a)]
         return whole_ones or fits
 
-    def told(self, a: Architecture) -> Architecture:
-        """The family that the caller names, if it can be.
+    def told(self, name: str) -> Architecture:
+        """The family that the caller names, if it can be; of a name for several sizes the one that fits.
 
         Raises:
             OptionError: Most layers have no name in it, or have shapes that it doesn't have.
         """
+        a = ARCHITECTURES[name]
+        sizes = [] if a.name == name else [b for b in ARCHITECTURES.values() if {*a.hints} & {*b.hints}]
+        a = next((b for b in sizes if self.has_all(b)), a)
         count, known = len(self.records), self.known(a)
         if 2 * known <= count:
             raise OptionError(f"This isn't a LoRA of {a.name}: of {count} layers {known} have a name in it.")

@@ -293,7 +293,8 @@ def test_a_lora_alone_keeps_the_form_and_the_values_of_its_layers(
     merged = lm.load(lm.save(lm.merge([lora, other], weights=[-0.7, float(beside)]), tmp_path / "a.safetensors"))
 
     for module in (TO_Q, CONV, SHORTCUT):
-        assert isinstance(merged[module], LowRank if beside else LoHa | LoKr)
+        larger = kind in ("lokr-full", "lokr-tucker")  # as LoRAs some of them would take a hundred times the room
+        assert isinstance(merged[module], (LowRank | LoKr if larger else LowRank) if beside else LoHa | LoKr)
         wanted = weighted_sum([lora], [-0.7], module)
         assert relative_error(merged[module].delta(), wanted) <= (5e-3 if beside and dtype == "bfloat16" else 1e-6)
 

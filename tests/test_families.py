@@ -307,3 +307,14 @@ def test_shapes_that_a_stated_family_can_not_have_are_not_taken_for_its() -> Non
     assert (
         lm.load(factors("lora_unet_double_blocks_0_img_mlp_0", out=16, columns=4), metadata=OWN).architecture == "flux"
     )
+
+
+def test_one_lora_in_two_tools_spellings_is_the_same(tmp_path: Path) -> None:
+    keys = {k: v for i in range(3) for k, v in factors(f"diffusion_model.blocks.{i}.mix.to_q", seed=i).items()}
+    dotted = lm.load(keys)
+    flat = lm.load(dotted.state_dict("kohya"))
+
+    found = lm.compare([dotted, flat])
+
+    assert [row.block for row in found.rows] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert found.total.pairs[0, 1].cosine == pytest.approx(1.0)

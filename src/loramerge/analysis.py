@@ -16,6 +16,7 @@ from . import blocks
 from .checkpoints import Checkpoint, open_checkpoint
 from .dense import on_base
 from .errors import LoRAMergeError, MergeError, NoFactorsError, OptionError
+from .families import spelled_alike
 from .files import Source, open
 from .layers import FACTORED, ON_BASE, Layer
 from .lora import LoRA, in_one_library, without
@@ -177,6 +178,7 @@ def compare(
     with ExitStack() as stack:
         opened = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in loras]
         opened = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
+        opened = spelled_alike(opened, next((lora.architecture for lora in opened if lora.architecture), None))
         model = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
         if model is not None and model is not base:
             stack.enter_context(model)
@@ -241,7 +243,7 @@ def _of_different_models(first: LoRA, second: LoRA) -> bool:
     """Whether names that differ say nothing: of two families, or of none known in two tools' spelling."""
     if first.architecture is None and second.architecture is None:
         return first.dialect != second.dialect
-    return first.architecture != second.architecture
+    return not {*first.families} & {*second.families}
 
 
 def _same_weight(a: Sequence[int], b: Sequence[int]) -> bool:

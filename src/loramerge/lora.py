@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .blocks import matches, offered
 from .dialects import adapters, alphas, fields
 from .dialects.fields import Config
-from .dialects.read import Reading, Record, read
+from .dialects.read import Reading, read
+from .dialects.records import Record
 from .errors import LayerError, LoRAMergeError, NumberError, OptionError
 from .layers import Layer, LowRank, alpha_of, build, shaped
 from .storage.awaited import Awaited

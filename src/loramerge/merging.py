@@ -9,12 +9,13 @@ from .architectures import ARCHITECTURES
 from .checkpoints import Checkpoint, open_checkpoint
 from .dialects import DIALECTS
 from .errors import MergeError, OptionError
+from .families import of_one_family
 from .files import Source, load, open
 from .lora import LoRA, without
 from .methods import Method, check_options, find
 from .plans import Kept, Outcome, Plan
 from .ranks import Rank, budget
-from .steps import Step, common_extras, named, of_one_family, steps_of
+from .steps import Step, common_extras, named, steps_of
 from .tensors import FLOATS, code, computed, fits_half
 from .weights import Scope, Weights, resolve
 

@@ -13,6 +13,7 @@ from .checkpoints import Checkpoint
 from .dense import on_base
 from .dialects import DIALECTS
 from .errors import OptionError
+from .families import alike
 from .files import check_growth, saved_size
 from .joins import Join, apart, down_id, joins_of, lost_by, one, side_by_side
 from .layers import ON_BASE, Full, Layer, LowRank, bias_of, low_rank
@@ -26,7 +27,7 @@ from .methods.vectors import plus_biases, vectors
 from .provenance import UNKNOWN, record
 from .ranks import Budget, Rank, Spectrum, choose
 from .selection import Streams, module_seed
-from .steps import Step, alike, named
+from .steps import Step, named
 from .storage.awaited import Awaited
 from .tensors import Spec, Tensor, code, largest_rank, namespace, nbytes
 from .triggers import PHRASE, TAGS, joined

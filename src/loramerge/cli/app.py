@@ -366,10 +366,12 @@ def diff(
     Example: loramerge diff person.safetensors person-diffusers.safetensors
     """
     from ..comparison import apart, differences
+    from ..families import spelled_alike
     from ..files import open
 
     opened = partial(open, architecture=architecture, allow_pickle=allow_pickle)
     with opened(first) as a, opened(second) as b, progress("Comparing", quiet) as report:
+        a, b = spelled_alike([a, b], a.architecture)
         if reason := apart(a, b):
             if not quiet:
                 print(f"Not the same LoRA: {reason}.")

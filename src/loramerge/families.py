@@ -74,7 +74,7 @@ def named_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]:
     """
     renamed = spelled_alike(loras, architecture)
     having = [lora for lora in renamed if _unlisted(lora, architecture)]
-    if architecture is None:
+    if architecture is None and len(having) > 1:
         _check_shared(having)
     for a, b in combinations(having, 2):
         _check_naming(a, b)

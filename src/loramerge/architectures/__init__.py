@@ -201,7 +201,7 @@ OTHERS = (
     _dit("sana-1.6b", "Sana 1.6B", "sana"),
     _dit("cosmos-predict2-2b", "Cosmos-Predict2 2B", "cosmos-predict2", "cosmos", native=cosmos.native),
     _dit("pixart-sigma", "PixArt-Σ", "pixart", native=pixart.native),
-    _dit("mochi", "Mochi 1", "mochi", also_native=(mochi.native,)),
+    _dit("mochi", "Mochi 1", "mochi", native=mochi.native),
     Architecture(
         name="kolors", title="Kolors", denoiser="unet", model="unet-kolors", native=sgm.native, hints=("kolors",)
     ),

@@ -3,7 +3,7 @@
 Source: https://github.com/cloneofsimo/minRF; ComfyUI, comfy/ldm/aura/mmdit.py
 """
 
-from .names import Rule, by
+from .names import SWAP, Rule, by
 
 DOUBLE = (
     ("attn.w2q", "attn.to_q"),
@@ -37,6 +37,13 @@ SINGLE = (
 RULES: tuple[Rule, ...] = (
     *(("double_layers.{i}." + own, "joint_transformer_blocks.{i}." + theirs) for own, theirs in DOUBLE),
     *(("single_layers.{i}." + own, "single_transformer_blocks.{i}." + theirs) for own, theirs in SINGLE),
+    ("t_embedder.mlp.0", "time_step_proj.linear_1"),
+    ("t_embedder.mlp.2", "time_step_proj.linear_2"),
+    ("cond_seq_linear", "context_embedder"),
+    ("init_x_linear", "pos_embed.proj"),
+    ("positional_encoding", "pos_embed.pos_embed"),
+    ("final_linear", "proj_out"),
+    ("modF.1", "norm_out.linear", SWAP),
 )
 
 native = by(*RULES)

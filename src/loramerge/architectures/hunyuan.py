@@ -18,23 +18,50 @@ STREAMS = (
 )
 """A stream's native name, and diffusers' names of its feed-forward, modulation, q, k, v and output."""
 
-OUTSIDE: tuple[Rule, ...] = (
-    ("img_in.proj", "x_embedder.proj"),
-    ("time_in.mlp.0", EMBED + "timestep_embedder.linear_1"),
-    ("time_in.mlp.2", EMBED + "timestep_embedder.linear_2"),
-    ("guidance_in.mlp.0", EMBED + "guidance_embedder.linear_1"),
-    ("guidance_in.mlp.2", EMBED + "guidance_embedder.linear_2"),
-    ("vector_in.in_layer", EMBED + "text_embedder.linear_1"),
-    ("vector_in.out_layer", EMBED + "text_embedder.linear_2"),
-    ("txt_in.input_embedder", TEXT + "proj_in"),
-    ("txt_in.t_embedder.mlp.0", TEXT + "time_text_embed.timestep_embedder.linear_1"),
-    ("txt_in.t_embedder.mlp.2", TEXT + "time_text_embed.timestep_embedder.linear_2"),
-    ("txt_in.c_embedder.linear_1", TEXT + "time_text_embed.text_embedder.linear_1"),
-    ("txt_in.c_embedder.linear_2", TEXT + "time_text_embed.text_embedder.linear_2"),
-    (NATIVE_REFINER + "adaLN_modulation.1", REFINER + "norm_out.linear"),
-    ("final_layer.linear", "proj_out"),
-    ("final_layer.adaLN_modulation.1", "norm_out.linear", SWAP),
-)
+TIMES = ("time_text_embed", "time_guidance_embed", "time_embed")
+"""Where HunyuanVideo, HunyuanImage and HunyuanVideo 1.5 have the embeddings of the time."""
+
+
+def outside(mlp: tuple[str, str], text: tuple[str, str]) -> tuple[Rule, ...]:
+    """The rules of what is around the blocks.
+
+    Args:
+        mlp: The two layers of the embeddings of the time and the guidance.
+        text: The two layers of the pooled text's embedding.
+    """
+    embeddings = [
+        (own, f"{time}.{theirs}", mlp)
+        for time in TIMES
+        for own, theirs in (("time_in", "timestep_embedder"), ("guidance_in", "guidance_embedder"))
+    ]
+    embeddings += [
+        ("vector_in", EMBED + "text_embedder", ("in_layer", "out_layer")),
+        ("txt_in.t_embedder", TEXT + "time_text_embed.timestep_embedder", mlp),
+        ("txt_in.c_embedder", TEXT + "time_text_embed.text_embedder", text),
+    ]
+    return (
+        *(
+            (f"{own}.{layer}", f"{theirs}.linear_{n}")
+            for own, theirs, layers in embeddings
+            for n, layer in enumerate(layers, start=1)
+        ),
+        ("img_in.proj", "x_embedder.proj"),
+        ("txt_in.input_embedder", TEXT + "proj_in"),
+        (NATIVE_REFINER + "adaLN_modulation.1", REFINER + "norm_out.linear"),
+        ("byt5_in.layernorm", "context_embedder_2.norm"),
+        *((f"byt5_in.fc{n}", f"context_embedder_2.linear_{n}") for n in (1, 2, 3)),
+        ("vision_in.proj.0", "image_embedder.norm_in"),
+        ("vision_in.proj.1", "image_embedder.linear_1"),
+        ("vision_in.proj.3", "image_embedder.linear_2"),
+        ("vision_in.proj.4", "image_embedder.norm_out"),
+        ("cond_type_embedding", "cond_type_embed"),
+        ("final_layer.linear", "proj_out"),
+        ("final_layer.adaLN_modulation.1", "norm_out.linear", SWAP),
+    )
+
+
+COMFYUI = outside(("in_layer", "out_layer"), ("in_layer", "out_layer"))
+TENCENT = outside(("mlp.0", "mlp.2"), ("linear_1", "linear_2"))
 
 
 def rules(attention: str, mlp: tuple[str, str], modulation: str) -> tuple[Rule, ...]:
@@ -57,7 +84,6 @@ def rules(attention: str, mlp: tuple[str, str], modulation: str) -> tuple[Rule, 
         ]
     refiner = NATIVE_REFINER + attention.replace("_attn", "self_attn")
     return (
-        *OUTSIDE,
         *found,
         (f"single_blocks.{{i}}.modulation.{modulation}", SINGLE + "norm.linear"),
         (
@@ -84,6 +110,6 @@ def _split() -> tuple[Rule, ...]:
     return tuple(found)
 
 
-comfyui = by(*rules("_attn.", ("0", "2"), "lin"))
-tencent = by(*rules("_attn_", ("fc1", "fc2"), "linear"))
-split = by(*rules("_attn_", ("fc1", "fc2"), "linear"), *_split())
+comfyui = by(*COMFYUI, *rules("_attn.", ("0", "2"), "lin"))
+tencent = by(*TENCENT, *rules("_attn_", ("fc1", "fc2"), "linear"))
+split = by(*TENCENT, *rules("_attn_", ("fc1", "fc2"), "linear"), *_split())

@@ -26,6 +26,9 @@ LUMINA2: tuple[Rule, ...] = (
             (block + "attention.k_norm", block + "attn.norm_k"),
             *((f"{block}feed_forward.w{n}", f"{block}feed_forward.linear_{n}") for n in (1, 2, 3)),
             (block + "adaLN_modulation.1", block + "norm1.linear"),
+            (block + "attention_norm1", block + "norm1.norm"),
+            (block + "attention_norm1", block + "norm1"),
+            (block + "attention_norm2", block + "norm2"),
         )
     ),
 )
@@ -36,6 +39,7 @@ Z_IMAGE: tuple[Rule, ...] = (
         for block in BLOCKS
     ),
     *((block + "attention.out", block + "attention.to_out.0") for block in BLOCKS),
+    *((f"{block}attention.{letter}_norm", f"{block}attention.norm_{letter}") for block in BLOCKS for letter in "qk"),
     ("x_embedder", "all_x_embedder.2-1"),
     ("final_layer.linear", "all_final_layer.2-1.linear"),
     ("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),

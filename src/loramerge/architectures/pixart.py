@@ -13,6 +13,11 @@ RULES: tuple[Rule, ...] = (
     ("x_embedder.proj", "pos_embed.proj"),
     ("t_embedder.mlp.0", TIME + "emb.timestep_embedder.linear_1"),
     ("t_embedder.mlp.2", TIME + "emb.timestep_embedder.linear_2"),
+    *(
+        (f"{own}.mlp.{layer}", f"{TIME}emb.{theirs}.linear_{n}")
+        for own, theirs in (("csize_embedder", "resolution_embedder"), ("ar_embedder", "aspect_ratio_embedder"))
+        for layer, n in ((0, 1), (2, 2))
+    ),
     ("t_block.1", TIME + "linear"),
     ("y_embedder.y_proj.fc1", "caption_projection.linear_1"),
     ("y_embedder.y_proj.fc2", "caption_projection.linear_2"),

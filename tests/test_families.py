@@ -295,6 +295,15 @@ def test_parts_of_a_model_with_its_own_widths_are_joined_at_those(parts: tuple[s
         assert relative_error(flattened(again)[module], wanted) <= 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("hunyuanvideo__musubi", "flux"), ("wan21-t2v-14b__aitoolkit", "wan-5b"), ("flux1__sdscripts", "chroma")],
+)
+def test_a_family_that_another_fits_better_is_not_believed(name: str, told: str) -> None:
+    with pytest.raises(OptionError, match=f"isn't a LoRA of {told}.*{TOOLS[name]['family']}"):
+        read(TOOLS[name]["keys"], {}, architecture=told)
+
+
 def test_a_name_for_several_sizes_means_the_one_that_fits() -> None:
     for name in ("wan21-t2v-1.3b__musubi", "wan21-t2v-14b__aitoolkit", "wan22-ti2v-5b__diffsynth"):
         assert read(TOOLS[name]["keys"], {}, architecture="wan").families == (TOOLS[name]["family"],)

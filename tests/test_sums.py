@@ -299,6 +299,21 @@ def test_a_lora_alone_keeps_the_form_and_the_values_of_its_layers(
         assert relative_error(merged[module].delta(), wanted) <= (5e-3 if beside and dtype == "bfloat16" else 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["lokr", "lokr-full", "lokr-w1", "lokr-both", "lokr-tucker"])
+@pytest.mark.parametrize("weight", [1.0, -0.7])
+def test_a_lokr_alone_is_cut_to_its_nearest_matrix(kind: str, weight: float) -> None:
+    lora = small(modules=(TO_Q, CONV), kind=kind, rank=3, alpha=2, seed=1)
+    plan = lm.plan([lora], weights=[weight], rank=2)
+
+    for module in lora:
+        whole = weight * np.asarray(lora[module].delta(), np.float64).reshape(lora[module].shape[0], -1)
+        values = np.linalg.svd(whole, compute_uv=False)
+        outcome = plan.outcome(module)
+        rest = whole - np.asarray(outcome.layer.delta()).reshape(whole.shape)
+        assert np.linalg.norm(rest) == pytest.approx(np.linalg.norm(values[2:]), rel=1e-4)
+        assert outcome.error == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-4)
+
+
 def fused_lora(stem: str) -> LoRA:
     return lm.load(factors(np.random.default_rng(0), stem, 4608, 1536, 5), architecture="sd3-medium")
 

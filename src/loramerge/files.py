@@ -366,6 +366,11 @@ GROWTH, SMALL = 10, 20_000_000
 """A file that is larger than what it is made of by this factor is refused, unless it is as small as an ordinary LoRA."""
 
 
+def outgrows(lora: LoRA, length: int) -> bool:
+    """Whether a file of some bytes takes many times the room of what it is made of, and nobody chose that."""
+    return lora.made_of is not None and length > max(SMALL, GROWTH * lora.made_of)
+
+
 def check_growth(lora: LoRA, length: int, dialect: str) -> None:
     """Refuse a file that takes many times the room of what it is made of: LoHas and LoKrs are LoRAs of large ranks.
 
@@ -377,7 +382,7 @@ def check_growth(lora: LoRA, length: int, dialect: str) -> None:
     Raises:
         OptionError: The file would grow beyond measure.
     """
-    if lora.made_of is None or length <= max(SMALL, GROWTH * lora.made_of):
+    if not outgrows(lora, length) or lora.made_of is None:
         return
     unheld = _unheld(lora, dialect)
     raise OptionError(

@@ -50,6 +50,7 @@ def plan(
         OptionError: A weight, the rank, the method or an option is wrong.
     """
     given = opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in _listed(loras)]
+    rank = int(rank) if isinstance(rank, str) and rank.isascii() and rank.isdigit() else rank
     left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if left_out:
         opened = without(opened, left_out)

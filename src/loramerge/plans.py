@@ -16,7 +16,7 @@ from .errors import OptionError
 from .families import alike
 from .files import check_growth, saved_size
 from .joins import Join, apart, down_id, joins_of, lost_by, one, side_by_side
-from .layers import ON_BASE, Full, Layer, LowRank, bias_of, low_rank
+from .layers import ON_BASE, Full, Layer, LoKr, LowRank, bias_of, low_rank
 from .layers.base import matrix
 from .lora import LoRA, agreed, in_one_library
 from .metadata import RECIPE, lasting
@@ -29,7 +29,7 @@ from .ranks import Budget, Rank, Spectrum, choose
 from .selection import Streams, module_seed
 from .steps import Step, named
 from .storage.awaited import Awaited
-from .tensors import Spec, Tensor, code, largest_rank, namespace, nbytes
+from .tensors import Spec, Tensor, code, float32, largest_rank, namespace, nbytes
 from .triggers import PHRASE, TAGS, joined
 from .weights import ModuleWeights, Scope
 
@@ -149,10 +149,26 @@ class Plan:
             return self._cut_as_one(join)[module]
         step = self.steps[module]
         with named(module):
+            if nearest := self._nearest(step):
+                return nearest
             made = self._uncut(step)
             if step.kept or step.rankless or self._stays_dense(step):
                 return Outcome(module, made, made.norm() ** 2 if self.cuts and not step.rankless else None, 0.0)
             return _fitted(_merged(made), step, self.cuts)
+
+    def _nearest(self, step: Step) -> Outcome | None:
+        """The cut of a LoKr that is alone: its singular values are products, and no large matrix is formed."""
+        layer = self.inputs(step.module)[0] if step.alone and step.cut else None
+        if not isinstance(layer, LoKr):
+            return None
+        up, down, values = layer.nearest(step.rank)
+        squares = linalg.as_numpy(values).astype("float64") ** 2
+        weight = self.weights.of(step.module)[step.inputs[0]]
+        bias = None if layer.diff_b is None else float32(layer.diff_b) * weight
+        found = low_rank(up * weight, down, step.shape, diff_b=bias)
+        found = found if found.rank == step.rank else _filled(found, step.rank)
+        energy, lost = (float(part.sum()) * weight**2 for part in (squares, squares[step.rank :]))
+        return Outcome(step.module, found, energy, lost)
 
     def _stays_dense(self, step: Step) -> bool:
         """Whether a dense result is written as it is: factors of its rank would take no less room."""

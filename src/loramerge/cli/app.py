@@ -132,7 +132,7 @@ def convert(
     Example: loramerge convert person.safetensors -o person-diffusers.safetensors --to diffusers
     """
     from ..dialects import written_dialect
-    from ..files import check_apart, check_target, open, save, saved_size
+    from ..files import check_apart, check_growth, check_target, open, save, saved_size
 
     target = check_target(output, to)
     check_apart(file, target)
@@ -141,10 +141,12 @@ def convert(
         progress("Converting", quiet) as report,
     ):
         kept = lora.exclude(*exclude) if exclude else lora
+        length = saved_size(kept, to, dtype, allow_lossy=allow_lossy)
+        if not allow_growth:
+            check_growth(kept, length, written_dialect(to).name)
         if not quiet:
-            length = size(saved_size(kept, to, dtype, allow_lossy=allow_lossy))
-            family = lora.architecture or "unknown family"
-            print(f"{lora.name} ({lora.dialect}, {family}) → {target} ({written_dialect(to).name}, {length})")
+            family = " or ".join(lora.families) or "unknown family"
+            print(f"{lora.name} ({lora.dialect}, {family}) → {target} ({written_dialect(to).name}, {size(length)})")
         lost: list[str] = []
         noted: list[str] = []
         path = save(

@@ -13,6 +13,7 @@ from ..dialects import DIALECTS
 from ..files import open
 from ..layers import Layer, alpha_of
 from ..lora import LoRA
+from ..tensors import code
 from ..triggers import by_parent
 from .run import bar, print_json, table
 
@@ -87,7 +88,7 @@ def _summary(lora: LoRA) -> str:
         "modules": f"{len(lora)}: " + _counts(layer.kind for layer in layers),
         "ranks": _counts(_rank(layer) for layer in layers if layer.rank is not None),
         "alphas": _counts(_alpha(layer) for layer in layers) or "none: scale 1",
-        "dtypes": _counts(layer.dtype for layer in layers),
+        "dtypes": _counts(code(t) for layer in layers for t in layer.tensors().values()),
         "base model": _base_model(lora),
         "says it is for": "" if lora.architecture else _first(lora.metadata, SPECIFICATION, VERSION),
         "trigger words": _shown(_triggers(lora)),

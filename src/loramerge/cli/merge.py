@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..files import check_growth, check_target, saved_size
+from ..files import check_growth, check_target, outgrows, saved_size
 from ..merging import Kept, Plan
 from ..methods import Method, check_options, find
 from ..recipe import Recipe
@@ -74,7 +74,9 @@ def merge_by(
     with progress("Measuring", quiet) as report:
         planned = recipe.plan(loras, allow_changed=allow_changed, progress=report)
     made = planned.lora()
-    length = saved_size(made, allow_lossy=recipe.output.allow_lossy)
+    length = planned.size  # which needs no values, as the size of the file may
+    if not outgrows(made, length):
+        length = saved_size(made, allow_lossy=recipe.output.allow_lossy)
     if not quiet:
         print(_plan_table(planned, length))
     check_growth(made, length, made.dialect)

@@ -83,11 +83,19 @@ class Names:
         """The family that the caller names, if it can be; of a name for several sizes the one that fits.
 
         Raises:
-            OptionError: Most layers have no name in it, or have shapes that it doesn't have.
+            OptionError: Most layers have no name in it, or have shapes that it doesn't have, or they are all
+                those of another family.
         """
         a = ARCHITECTURES[name]
         sizes = [] if a.name == name else [b for b in ARCHITECTURES.values() if {*a.hints} & {*b.hints}]
         a = next((b for b in sizes if self.has_all(b)), a)
+        if not self.has_all(a):
+            others = [b.name for b in ARCHITECTURES.values() if self.plausible(b) and self.has_all(b)]
+            if others:
+                raise OptionError(
+                    f"This isn't a LoRA of {a.name}: the names and shapes of all {len(self.records)} layers are those of "
+                    f"{titles(others[:3])}. Way out: --architecture {others[0]}, or leave it out."
+                )
         count, known = len(self.records), self.known(a)
         if 2 * known <= count:
             raise OptionError(f"This isn't a LoRA of {a.name}: of {count} layers {known} have a name in it.")

@@ -14,7 +14,7 @@ from typing import ClassVar
 from .. import linalg
 from ..errors import LayerError
 from ..linalg import Spectrum, kron
-from ..tensors import Array, Shape, Spec
+from ..tensors import Array, Shape, Spec, namespace
 from .base import Layer, identity, matrix, scaled
 from .lowrank import _tucker
 
@@ -144,6 +144,24 @@ class LoKr(Layer):
             up, down = self._parts[1]
             whole = (up @ down * self.scale).reshape(self._inner)
         return replace(self, lokr_w2=whole, lokr_w2_a=None, lokr_w2_b=None, lokr_t2=None, alpha=None)
+
+    def nearest(self, rank: int) -> tuple[Array, Array, Array]:
+        """The best factors of a rank, by the singular triples of w1 ⊗ w2: products of those of the parts.
+
+        Returns:
+            ``up`` of shape ``(out, k)`` and ``down`` of shape ``(k, in·kh·kw)``, k at most the rank, and all
+            singular values of ΔW, falling.
+        """
+        xp = namespace(self._parts[0][0])
+        (u1, s1, v1), (u2, s2, v2) = (xp.linalg.svd(up @ down, full_matrices=False) for up, down in self._parts)
+        values = xp.reshape(s1[:, None] * s2[None, :], (-1,)) * abs(self.scale)
+        order = xp.argsort(-values)
+        kept = order[:rank]
+        i, j = kept // s2.shape[0], kept % s2.shape[0]
+        root = xp.sqrt(values[kept])
+        up = (u1[:, i][:, None, :] * u2[:, j][None, :, :]).reshape((-1, kept.shape[0])) * root
+        down = (v1[i][:, :, None] * v2[j][:, None, :]).reshape((kept.shape[0], -1)) * root[:, None]
+        return up if self.scale >= 0 else -up, down, values[order]
 
     @property
     def _parts(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:

@@ -32,6 +32,7 @@ from .storage.awaited import Awaited
 from .tensors import Spec, Tensor, code, float32, largest_rank, namespace, nbytes
 from .triggers import PHRASE, TAGS, joined
 from .weights import ModuleWeights, Scope
+from .wording import size
 
 if TYPE_CHECKING:
     from .storage.writer import Progress
@@ -365,8 +366,7 @@ class Plan:
         """
         if all(step.rankless for step in self.steps.values()):
             raise OptionError(f"{budget}: no module has a rank that could be made smaller. Way out: no budget.")
-        if budget.kind == "max_size":
-            self._check_least(budget)
+        least = self._check_least(budget) if budget.kind == "max_size" else 0
         spectra: dict[str, Spectrum] = {}
         for done, (module, step) in enumerate(self.steps.items(), start=1):
             if self._first(module) == module and not step.rankless:
@@ -383,7 +383,7 @@ class Plan:
             if best and spare >= 0 and found.ranked_size == best.ranked_size:
                 break
             best = found if spare >= 0 else best
-            room = found.ranked_size + spare
+            room = max(found.ranked_size + spare, least)
         if best is None:
             raise OptionError(f"{budget}: can't be met in the dialect {self.dialect}. Way out: a larger size.")
         return best
@@ -401,14 +401,17 @@ class Plan:
         with named(module):
             return _spectrum(self._uncut(self.steps[module]), self.steps[module])
 
-    def _check_least(self, budget: Budget) -> None:
-        """Refuse a size that is too small for rank 1, before any tensor is read."""
-        least = saved_size(self.at(dict.fromkeys(self.steps, 1), budget).lora())
+    def _check_least(self, budget: Budget) -> int:
+        """Bytes of the factors at rank 1; a size that is too small for the file of them is refused, before any tensor is read."""
+        smallest = self.at(dict.fromkeys(self.steps, 1), budget)
+        least = saved_size(smallest.lora())
         if least > budget.value:
+            narrower = ", or a dtype of 16 bits" if self.dtype in ("F32", "F64") else ""
             raise OptionError(
-                f"{budget}: can't be met: at rank 1 in every module the file takes {least} bytes as {self.dtype} in the "
-                f"dialect {self.dialect}. Way out: a larger size, or a narrower dtype."
+                f"{budget}: can't be met: at rank 1 in every module the file takes {size(least)} ({least} bytes) as "
+                f"{self.dtype} in the dialect {self.dialect}. Way out: a size from {least} bytes on{narrower}."
             )
+        return smallest.ranked_size
 
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
         """The same plan at ranks that were chosen before, out of a budget."""

@@ -93,8 +93,13 @@ def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
     """Say what is unusual about a file, and what was left out of it."""
     for note in notes:
         print(f"  note: {note}")
+    reasons: dict[str, list[str]] = {}
     for line in lost:
-        print(f"  left out: {line}")
+        module, _, reason = line.partition(": ")
+        reasons.setdefault(reason, []).append(module)
+    for reason, modules in reasons.items():
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        print(f"  left out: {modules[0]}{more}: {as_typed(reason)}".removesuffix(": "))
 
 
 def note_left_out(folders: "Iterable[Path]") -> None:

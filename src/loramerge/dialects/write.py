@@ -11,7 +11,21 @@ from .. import linalg
 from ..architectures import ARCHITECTURES, Architecture, name_family, titles
 from ..architectures.names import Part, Parts, whole
 from ..errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError
-from ..layers import BiasOnly, DoRA, Full, Layer, LoHa, LoKr, LowRank, Rows, alpha_of, direction_of, low_rank, own_rank
+from ..layers import (
+    FACTORED,
+    BiasOnly,
+    DoRA,
+    Full,
+    Layer,
+    LoHa,
+    LoKr,
+    LowRank,
+    Rows,
+    alpha_of,
+    direction_of,
+    low_rank,
+    own_rank,
+)
 from ..layers.base import matrix
 from ..tensors import (
     FLOATS,
@@ -29,7 +43,7 @@ from ..tensors import (
 )
 from ..wording import an
 from . import DIALECTS, fuse, written_dialect
-from .base import Dialect, table
+from .base import LOW_RANK, Dialect, table
 from .suffixes import spelled
 
 if TYPE_CHECKING:
@@ -189,6 +203,13 @@ def _cast_spec(spec: Spec, dtype: str | None) -> Spec:
     return Spec(tuple(spec.shape), spec.dtype if keeps or dtype is None else dtype)
 
 
+def holds(dialect: Dialect, layout: Layer) -> bool:
+    """Whether a dialect can hold a layer, maybe as the LoRA with the same ΔW."""
+    if direction_of(layout).delta_bias() is not None and dialect.holds == LOW_RANK:
+        return False
+    return layout.kind in dialect.holds or layout.kind in FACTORED
+
+
 Homes: TypeAlias = Mapping[str, tuple[str, Parts]]
 """Of each module the stem in which a dialect writes it, and the modules in that."""
 
@@ -218,8 +239,8 @@ class _Writer:
                     layout = self.layer(parts, self.lora.__getitem__)
             except LoRAMergeError as error:
                 if not self.allow_lossy:
-                    raise DialectError(f"{self.lora.name}: {error}") from None
-                self.left_out.append(f"{stem}: {error}")
+                    raise DialectError(f"{self.lora.name}: {error}{self.others()}") from None
+                self.left_out.append(str(error))
                 continue
             known = all(isinstance(t, Spec) for t in layout.tensors().values())
             self.layers[parts[0].module] = layout if known else layout.map(_shape_only)
@@ -227,6 +248,17 @@ class _Writer:
             yield Group(stem, specs, partial(self.values, stem, parts))
         for key, tensor in self.extras().items():
             yield Group(key, {key: _cast_spec(tensor, None)}, partial(_as_read, key, tensor))
+
+    def others(self) -> str:
+        """How many layers the dialect can't hold where it is more than one, and the dialects that hold all."""
+        layouts = self.lora.layouts.values()
+        refused = sum(not holds(self.dialect, layout) for layout in layouts)
+        written = [d for d in DIALECTS.values() if d.writes and _homes(d, self.architecture).keys() >= self.lora.keys()]
+        wide = [d.name for d in written if all(holds(d, layout) for layout in layouts)]
+        if refused < 2:
+            return ""
+        ways = [f"a dialect that holds all of them ({', '.join(wide)})"] * bool(wide) + ["leave them out (allow_lossy)"]
+        return f". It is one of {refused} layers that {self.dialect.name} can't hold: {', or '.join(ways)}."
 
     def extras(self) -> Mapping[str, Tensor]:
         """Embeddings and strays, where the dialect's readers don't choke on them."""

@@ -198,7 +198,7 @@ def test_a_resize_asks_how_small() -> None:
 
 
 def test_the_least_size_that_a_refusal_names_is_one_that_can_be_met() -> None:
-    lora = random_lora("sdxl", rank=4)
+    lora = small(rank=4)
     with pytest.raises(OptionError, match="can't be met") as caught:
         lm.plan([lora], weights=[1.0], max_size=1000)
     least = int(str(caught.value).rpartition("a size from ")[2].split()[0])

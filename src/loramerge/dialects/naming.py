@@ -51,6 +51,8 @@ class Names:
         self.records = records
         self.shapes = {stem: record.layer.shape for stem, record in records.items() if record.layer is not None}
         self.meant: dict[str, str] = {}
+        """What repaired stems mean in the family that was found."""
+        self._repairs: dict[str, dict[str, str]] = {}
         self._fitting: dict[str, dict[str, Parts]] = {}
         self.extras = extras
         self.text = {stem for stem in records if is_text(stem)}
@@ -76,8 +78,7 @@ class Names:
         if fits and not hinted and (said.families or said.unknown):
             raise FamilyError(self.contradiction(fits, said))
         fits = self.most_own(hinted or fits)
-        whole_ones = [a for a in fits if self.covers(a)]
-        return whole_ones or fits
+        return [a for a in fits if self.covers(a)] or fits
 
     def told(self, name: str) -> Architecture:
         """The family that the caller names, if it can be; of a name for several sizes the one that fits.
@@ -226,7 +227,7 @@ class Names:
             parts = fix and self.lookup(a, fix[0])
             if fix and parts and _fits(self.shapes[stem], parts, a):
                 found[stem] = parts
-                self.meant[stem] = fix[0]
+                self._repairs.setdefault(a.name, {})[stem] = fix[0]
         return found
 
     def known(self, a: Architecture) -> int:
@@ -302,6 +303,7 @@ class Names:
     def dialect(self, a: Architecture | None) -> Dialect:
         """The dialect that has most of the names in the right style."""
         best, found = 0, DIALECTS["other"]
+        self.meant = self._repairs.get(a.name, {}) if a else {}
         for dialect in self.candidates:
             score = self.score(dialect, a)
             if score > best:

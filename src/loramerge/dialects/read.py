@@ -77,7 +77,8 @@ def read(
     fits = [names.told(architecture)] if architecture else names.families(said)
     found = fits[0] if fits else names.stated(said)
     broken = DIALECTS["kohya-broken"] if mended else None
-    chosen = DIALECTS[dialect] if dialect else broken or names.dialect(found)
+    told = names.dialect(found)
+    chosen = DIALECTS[dialect] if dialect else broken or told
     notes = names.resolve(found, chosen)
     if found is None:
         notes.append(names.unknown(said))

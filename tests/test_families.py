@@ -224,6 +224,16 @@ def flat(keys: dict[str, np.ndarray], like: str) -> dict[str, np.ndarray]:
     return {k.replace("diffusion_model.blocks.0.mlp.fc", "lora_unet_blocks_0_mlp_fc"): v for k, v in keys.items()}
 
 
+def test_two_modules_that_would_have_one_name_are_not_written() -> None:
+    lora = lm.load(factors("diffusion_model.blocks.0.a_b") | factors("diffusion_model.blocks.0.a.b", seed=1))
+
+    with pytest.raises(
+        DialectError, match=r"a_b and transformer\.blocks\.0\.a\.b would both be called lora_unet_blocks_0_a_b"
+    ):
+        lora.state_dict("kohya")
+    assert len(lora.state_dict("comfyui")) >= 4
+
+
 def test_no_way_out_is_offered_that_the_file_can_not_go() -> None:
     lora = lm.load(factors("lora_unet_blocks_0_mix"))
 

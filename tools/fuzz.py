@@ -38,7 +38,7 @@ else:
 from loramerge.architectures import ARCHITECTURES, Architecture
 from loramerge.architectures.labels import ARCHITECTURE as KEY
 from loramerge.architectures.names import Parts
-from loramerge.dialects.base import Dialect, table
+from loramerge.dialects.base import Dialect, flat, table
 from loramerge.tensors import CODES, SIZES, Held, numpy_dtype
 from loramerge.testing import random_lora
 
@@ -95,11 +95,14 @@ def fuzz_converter(data: bytes) -> None:
         except lm.errors.LoRAMergeError:
             continue
         back = lm.load(path, architecture=lora.architecture)
+        # Of a family that nobody knows kohya's names lose the dots.
+        found = {module if lora.architecture else flat(module): module for module in back}
         for module, delta in wanted.items():
-            if delta is not None and module in back and not _close(_delta(back[module]), delta):
+            again = found.get(module if lora.architecture else flat(module))
+            if again is None:
+                raise AssertionError(f"{dialect}: lost {module}")
+            if delta is not None and not _close(_delta(back[again]), delta):
                 raise AssertionError(f"{dialect}: {module} has another ΔW")
-        if missing := set(wanted) - set(back):
-            raise AssertionError(f"{dialect}: lost {missing}")
 
 
 def fuzz_family(data: bytes) -> None:

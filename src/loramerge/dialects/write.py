@@ -279,7 +279,15 @@ class _Writer:
         # In its own dialect a file's names stay those that it has.
         for other in self.lora.alike if self.dialect.name != self.lora.dialect else ():
             self.check_alike(homes, _homes(self.dialect, ARCHITECTURES[other]), other)
-        return dict(homes.get(module) or self.free(module) for module in self.lora)
+        stems: dict[str, Parts] = {}
+        for module in self.lora:
+            stem, parts = homes.get(module) or self.free(module)
+            if stems.setdefault(stem, parts) != parts:
+                raise DialectError(
+                    f"{self.lora.name}: {stems[stem][0].module} and {module} would both be called {stem} in "
+                    f"{self.dialect.name}. Ways out: another dialect, or leave one out (exclude)."
+                )
+        return stems
 
     def check_alike(self, homes: Homes, others: Homes, other: str) -> None:
         """Refuse to choose between families that are written under different names.

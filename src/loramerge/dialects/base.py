@@ -94,7 +94,7 @@ class Dialect:
         """
         if self.free is None or own.free is None:
             return module if self is own or (own.free is None and module.startswith(self.begins)) else None
-        return self.free.stem(module) if self is own or self.free.paths == own.free.paths else None
+        return self.free.stem(module, self is own) if self is own or self.free.paths == own.free.paths else None
 
     def can_write(self, own: str) -> bool:
         """Whether a LoRA that is in a dialect can be written in this one."""

@@ -124,7 +124,7 @@ class FreePeft(Free):
         guess = "text_encoder" if text else "unet" if UNETS.match(path) else "transformer"
         return f"{folder.rstrip('/') or guess}.{path}"
 
-    def stem(self, module: str) -> str | None:
+    def stem(self, module: str, own: bool) -> str | None:
         component, _, path = module.partition(".")
         if not re.match(COMPONENT, module) or not has_dots(path):
             return None

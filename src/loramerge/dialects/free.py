@@ -45,15 +45,20 @@ class Free:
         """Whether the prefix says what the denoiser is."""
         return "{}" in self.prefix
 
-    def stem(self, module: str) -> str | None:
-        """The stem of a module; None where the dots of its path are not known."""
+    def stem(self, module: str, own: bool) -> str | None:
+        """The stem of a module; None where the dots of its path, or what the dialect calls its component, isn't known.
+
+        Args:
+            module: The module.
+            own: Whether its name is from a stem of this very dialect.
+        """
         component, _, path = module.partition(".")
         spelled = path.replace(".", "_") if self.flat else path
         if component in DENOISERS:
             return self.prefix.format(component) + spelled if self.flat or has_dots(path) else None
         if self.text is not None and (match := re.fullmatch(r"text_encoder_?(\d*)", component)):
             return self.text.format(match[1]) + spelled
-        return None if self.flat else module
+        return module if not self.flat and (own or self.says_component) else None
 
 
 def has_dots(path: str) -> bool:

@@ -88,7 +88,7 @@ KOHYA_DIFFUSERS = Dialect(
     writes=True,
     alpha="constant",
     even_rank=("text_projection",),
-    free=Free(prefix="lora_unet_", flat=True, paths="diffusers", text="lora_te{}_"),
+    free=Free(prefix="lora_unet_", flat=True, paths="other", text="lora_te{}_"),
     holds=LYCORIS_KINDS,
 )
 

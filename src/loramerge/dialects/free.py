@@ -54,6 +54,8 @@ class Free:
         """
         component, _, path = module.partition(".")
         spelled = path.replace(".", "_") if self.flat else path
+        if self.flat and spelled.startswith("_") and not own:
+            return None  # readers take it for a second underscore of the prefix
         if component in DENOISERS:
             return self.prefix.format(component) + spelled if self.flat or has_dots(path) else None
         if self.text is not None and (match := re.fullmatch(r"text_encoder_?(\d*)", component)):

@@ -83,7 +83,10 @@ def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carrie
     known = next((CARRIED[role] for role in tensors if role in CARRIED), None)
     unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
     oft = bool(unknown) and unknown[0].startswith("oft_")
-    return Carried(algorithm=known or ("oft" if oft else unknown[0]), held=dict(tensors), alpha=alpha)
+    algorithm = known or ("oft" if oft else unknown[0])
+    if algorithm in {DoRA.kind, *(kind.kind for kind in KINDS)}:  # a tensor that is only named like a kind
+        algorithm = f"unknown tensor {algorithm}"
+    return Carried(algorithm=algorithm, held=dict(tensors), alpha=alpha)
 
 
 def _folded(tensors: Mapping[str, Array | Spec]) -> dict[str, Array | Spec]:

@@ -4,11 +4,14 @@ Their names are read from the packages' metadata; nothing is imported before it 
 """
 
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from ..references import referenced
 from .base import Method
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "loramerge.methods"
 
@@ -26,6 +29,8 @@ class Published:
 
 def published() -> tuple[Published, ...]:
     """What the installed packages publish, by name."""
+    from importlib.metadata import entry_points  # slow to import, and few merges ask
+
     found = [
         Published(point.name, point.value.partition("[")[0].strip(), _package(point))
         for point in entry_points(group=GROUP)
@@ -33,7 +38,7 @@ def published() -> tuple[Published, ...]:
     return tuple(sorted(found, key=lambda each: (each.name, each.package)))
 
 
-def _package(point: EntryPoint) -> str:
+def _package(point: "EntryPoint") -> str:
     name: str | None = point.dist.name if point.dist else None  # None of a package whose metadata is broken
     return f"{name} {point.dist.version}" if point.dist and name else "of an unknown name"
 

@@ -9,17 +9,7 @@ DOUBLE = "transformer_blocks.{i}."
 SINGLE = "single_transformer_blocks.{i}."
 EMBED = "time_text_embed."
 
-RULES: tuple[Rule, ...] = (
-    ("img_in", "x_embedder"),
-    ("txt_in", "context_embedder"),
-    ("time_in.in_layer", EMBED + "timestep_embedder.linear_1"),
-    ("time_in.out_layer", EMBED + "timestep_embedder.linear_2"),
-    ("vector_in.in_layer", EMBED + "text_embedder.linear_1"),
-    ("vector_in.out_layer", EMBED + "text_embedder.linear_2"),
-    ("guidance_in.in_layer", EMBED + "guidance_embedder.linear_1"),
-    ("guidance_in.out_layer", EMBED + "guidance_embedder.linear_2"),
-    ("double_blocks.{i}.img_mod.lin", DOUBLE + "norm1.linear"),
-    ("double_blocks.{i}.txt_mod.lin", DOUBLE + "norm1_context.linear"),
+ATTENTION: tuple[Rule, ...] = (
     ("double_blocks.{i}.img_attn.qkv", DOUBLE + "attn.to_q", DOUBLE + "attn.to_k", DOUBLE + "attn.to_v"),
     (
         "double_blocks.{i}.txt_attn.qkv",
@@ -33,10 +23,10 @@ RULES: tuple[Rule, ...] = (
     ("double_blocks.{i}.img_attn.norm.key_norm", DOUBLE + "attn.norm_k"),
     ("double_blocks.{i}.txt_attn.norm.query_norm", DOUBLE + "attn.norm_added_q"),
     ("double_blocks.{i}.txt_attn.norm.key_norm", DOUBLE + "attn.norm_added_k"),
-    ("double_blocks.{i}.img_mlp.0", DOUBLE + "ff.net.0.proj"),
-    ("double_blocks.{i}.img_mlp.2", DOUBLE + "ff.net.2"),
-    ("double_blocks.{i}.txt_mlp.0", DOUBLE + "ff_context.net.0.proj"),
-    ("double_blocks.{i}.txt_mlp.2", DOUBLE + "ff_context.net.2"),
+)
+"""The attention of the double blocks, in FLUX.2 too."""
+
+SINGLE_LINEARS: tuple[Rule, ...] = (
     (
         "single_blocks.{i}.linear1",
         SINGLE + "attn.to_q",
@@ -45,11 +35,36 @@ RULES: tuple[Rule, ...] = (
         SINGLE + "proj_mlp",
     ),
     ("single_blocks.{i}.linear2", SINGLE + "proj_out"),
-    ("single_blocks.{i}.modulation.lin", SINGLE + "norm.linear"),
+)
+"""The two layers of the single blocks, which the Hunyuan models have too."""
+
+ENDS: tuple[Rule, ...] = (
     ("single_blocks.{i}.norm.query_norm", SINGLE + "attn.norm_q"),
     ("single_blocks.{i}.norm.key_norm", SINGLE + "attn.norm_k"),
     ("final_layer.linear", "proj_out"),
     ("final_layer.adaLN_modulation.1", "norm_out.linear", SWAP),
+)
+"""What follows the layers of the single blocks, in FLUX.2 too."""
+
+RULES: tuple[Rule, ...] = (
+    ("img_in", "x_embedder"),
+    ("txt_in", "context_embedder"),
+    ("time_in.in_layer", EMBED + "timestep_embedder.linear_1"),
+    ("time_in.out_layer", EMBED + "timestep_embedder.linear_2"),
+    ("vector_in.in_layer", EMBED + "text_embedder.linear_1"),
+    ("vector_in.out_layer", EMBED + "text_embedder.linear_2"),
+    ("guidance_in.in_layer", EMBED + "guidance_embedder.linear_1"),
+    ("guidance_in.out_layer", EMBED + "guidance_embedder.linear_2"),
+    ("double_blocks.{i}.img_mod.lin", DOUBLE + "norm1.linear"),
+    ("double_blocks.{i}.txt_mod.lin", DOUBLE + "norm1_context.linear"),
+    *ATTENTION,
+    ("double_blocks.{i}.img_mlp.0", DOUBLE + "ff.net.0.proj"),
+    ("double_blocks.{i}.img_mlp.2", DOUBLE + "ff.net.2"),
+    ("double_blocks.{i}.txt_mlp.0", DOUBLE + "ff_context.net.0.proj"),
+    ("double_blocks.{i}.txt_mlp.2", DOUBLE + "ff_context.net.2"),
+    *SINGLE_LINEARS,
+    ("single_blocks.{i}.modulation.lin", SINGLE + "norm.linear"),
+    *ENDS,
 )
 
 

@@ -4,10 +4,9 @@ Sources: https://github.com/Tencent-Hunyuan/HunyuanVideo, hyvideo/modules/models
 comfy/ldm/hunyuan_video/model.py; https://github.com/kohya-ss/musubi-tuner, hunyuan_video_1_5.
 """
 
+from .flux import DOUBLE, SINGLE, SINGLE_LINEARS
 from .names import SWAP, Rule, by
 
-DOUBLE = "transformer_blocks.{i}."
-SINGLE = "single_transformer_blocks.{i}."
 EMBED = "time_text_embed."
 TEXT = "context_embedder."
 REFINER = TEXT + "token_refiner.refiner_blocks.{i}."
@@ -86,14 +85,7 @@ def rules(attention: str, mlp: tuple[str, str], modulation: str) -> tuple[Rule, 
     return (
         *found,
         (f"single_blocks.{{i}}.modulation.{modulation}", SINGLE + "norm.linear"),
-        (
-            "single_blocks.{i}.linear1",
-            SINGLE + "attn.to_q",
-            SINGLE + "attn.to_k",
-            SINGLE + "attn.to_v",
-            SINGLE + "proj_mlp",
-        ),
-        ("single_blocks.{i}.linear2", SINGLE + "proj_out"),
+        *SINGLE_LINEARS,
         (f"{refiner}qkv", REFINER + "attn.to_q", REFINER + "attn.to_k", REFINER + "attn.to_v"),
         (f"{refiner}proj", REFINER + "attn.to_out.0"),
         (f"{NATIVE_REFINER}mlp.{mlp[0]}", REFINER + "ff.net.0.proj"),

@@ -37,8 +37,8 @@ else:
 
 from loramerge.architectures import ARCHITECTURES, Architecture
 from loramerge.architectures.labels import ARCHITECTURE as KEY
-from loramerge.architectures.names import Parts
-from loramerge.dialects.base import Dialect, flat, table
+from loramerge.architectures.names import Parts, flat
+from loramerge.dialects.base import Dialect, table
 from loramerge.tensors import CODES, SIZES, Held, numpy_dtype
 from loramerge.testing import random_lora
 

@@ -17,7 +17,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .dense import on_base
 from .errors import LoRAMergeError, MergeError, NoFactorsError, OptionError
 from .families import spelled_alike
-from .files import Source, open
+from .files import Source, is_list, open
 from .layers import FACTORED, ON_BASE, Layer
 from .lora import LoRA, in_one_library, without
 from .measures import Alone, Pair
@@ -167,11 +167,7 @@ def compare(
         >>> round(abs(compare([person, jersey]).total.pairs[0, 1].cosine), 1)
         0.0
     """
-    if (
-        isinstance(loras, str | LoRA | bytes | bytearray | memoryview)
-        or not isinstance(loras, Sequence)
-        or len(loras) < 2
-    ):
+    if not is_list(loras) or len(loras) < 2:
         raise OptionError("Give a list of two LoRAs or more, such as [a, b].")
     if rows is not None and rows < 1:
         raise OptionError(f"The sign conflict needs at least one row of each module, got {rows}.")

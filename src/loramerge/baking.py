@@ -15,7 +15,7 @@ from typing import Any
 
 from .checkpoints import Checkpoint, open_checkpoint
 from .errors import FileError, MergeError, OptionError
-from .files import Source, open
+from .files import Source, is_list, open
 from .layers import FACTORED, ON_BASE, Layer, Rows, bias_of, direction_of
 from .lora import LoRA, without
 from .metadata import RECIPE
@@ -95,7 +95,7 @@ def bake(
         NumberError: A result is NaN, infinite, or too large for the dtype.
         FileError: A file can't be read or written; the output is then as it was.
     """
-    listed: Sequence[LoRA | Source] = loras if _is_list(loras) else [loras]  # type: ignore[list-item, assignment]
+    listed: Sequence[LoRA | Source] = loras if is_list(loras) else [loras]  # type: ignore[list-item]
     opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in listed]
     if not opened:
         raise OptionError("Nothing to bake: give at least one LoRA.")
@@ -113,10 +113,6 @@ def bake(
         left_out += write_folder(job, target, metadata)
     changes = {name: job.changes[name] for name in job.names if name in job.changes}
     return Baked(target, changes, tuple(left_out))
-
-
-def _is_list(loras: object) -> bool:
-    return isinstance(loras, Sequence) and not isinstance(loras, str | bytes | bytearray | memoryview)
 
 
 def _strays(loras: Sequence[LoRA], allow_lossy: bool) -> list[str]:

@@ -7,6 +7,7 @@ from itertools import combinations
 
 from .architectures import ARCHITECTURES, name_family
 from .architectures.hints import KEYS
+from .architectures.names import flat
 from .errors import MergeError
 from .lora import LoRA
 from .tensors import Shape
@@ -87,7 +88,7 @@ def spelled_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]
     if sum(map(bool, free)) < 2:
         return list(loras)
     spelled = _spellings(module for modules in free for module in modules)
-    return [lora.renamed({m: spelled[_flat(m)] for m in modules}) for lora, modules in zip(loras, free, strict=True)]
+    return [lora.renamed({m: spelled[flat(m)] for m in modules}) for lora, modules in zip(loras, free, strict=True)]
 
 
 def _unlisted(lora: LoRA, architecture: str | None) -> list[str]:
@@ -96,18 +97,14 @@ def _unlisted(lora: LoRA, architecture: str | None) -> list[str]:
     return [module for module in lora if module not in shapes]
 
 
-def _flat(module: str) -> str:
-    return module.replace(".", "_")
-
-
 def _spellings(modules: Iterable[str]) -> dict[str, str]:
     """The name of each module by its flattened name: with its dots, where somebody has them."""
     found: dict[str, str] = {}
     for module in modules:
-        known = found.get(_flat(module), module)
+        known = found.get(flat(module), module)
         if known != module and has_path(known) and has_path(module):
             raise MergeError(f"{known} and {module} may be one module or two: they differ in nothing but dots.")
-        found[_flat(module)] = max(known, module, key=lambda name: name.count("."))
+        found[flat(module)] = max(known, module, key=lambda name: name.count("."))
     return found
 
 
@@ -165,6 +162,6 @@ def _queries(lora: LoRA) -> dict[str, tuple[int, str]]:
     for module in lora:
         for i, pattern in enumerate(QUERIES):
             if match := re.fullmatch(rf"(.*?\d.*?)[._]({pattern})", module):
-                found.setdefault(_flat(match[1]), (i, match[2]))
+                found.setdefault(flat(match[1]), (i, match[2]))
                 break
     return found

@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
 
 from .architectures.names import COMPONENTS
 from .dialects import written_dialect
@@ -36,6 +36,11 @@ class Readable(Protocol):
 
 
 Source = str | os.PathLike[str] | Mapping[str, Array] | bytes | bytearray | memoryview | Readable
+
+
+def is_list(loras: object) -> TypeGuard[Sequence[Any]]:
+    """Whether several LoRAs are given: text and bytes are sequences too, and stand for one."""
+    return isinstance(loras, Sequence) and not isinstance(loras, str | bytes | bytearray | memoryview)
 
 
 def open(

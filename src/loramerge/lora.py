@@ -16,9 +16,10 @@ from .dialects.read import Reading, read
 from .dialects.records import Record
 from .errors import LayerError, LoRAMergeError, NumberError, OptionError
 from .layers import Layer, LowRank, alpha_of, build, shaped
+from .layers.base import scaled
 from .storage.awaited import Awaited
 from .storage.reader import SafetensorsFile
-from .tensors import Array, Held, Shape, Spec, Tensor, check_finite, float32, is_torch, nbytes
+from .tensors import Array, Held, Shape, Tensor, check_finite, is_torch, nbytes
 
 if TYPE_CHECKING:
     import torch
@@ -458,12 +459,16 @@ class _Reader:
         layer, weight = record.layer, self.weight(record)
         value = self.configured(record) if record.alpha is None else record.alpha
         self._alphas[record.stem] = value
-        if layer is not None and layer.shape == weight and not self.config and "reshape_weight" not in record.keys:
+        if layer is not None and layer.shape == weight and "reshape_weight" not in record.keys:
             if value == getattr(layer, "alpha", None):
-                return layer
+                return self._as_trained(record, layer)
             if isinstance(layer, LowRank):
-                return replace(layer, alpha=value)
+                return self._as_trained(record, replace(layer, alpha=value))
         return self._build(record, lambda tensor: tensor, value)
+
+    def _as_trained(self, record: Record, layer: Layer) -> Layer:
+        config = self.config_of(record)
+        return fields.as_trained(layer, config) if config else layer
 
     def _whole(self, stem: str) -> Layer:
         record = self.records[stem]
@@ -480,9 +485,9 @@ class _Reader:
         apart = {"alpha", "scale", *["reshape_weight"] * self.widened(record)}
         held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in apart}
         if held.keys() >= fields.WHOLE and record.alpha is None and alpha is not None:
-            held["lokr_w1"], alpha = _times(held["lokr_w1"], alpha), None  # LyCORIS has no scale there
-        layer, config = build(held, alpha, self.weight(record)), self.config_of(record)
-        return fields.as_trained(layer, config) if config else layer
+            held["lokr_w1"] = held["lokr_w1"] if alpha == 1 else scaled(held["lokr_w1"], alpha)
+            alpha = None  # LyCORIS has no scale there
+        return self._as_trained(record, build(held, alpha, self.weight(record)))
 
     def weight(self, record: Record) -> Shape | None:
         """Shape of the weight that the record updates, where the architecture knows it."""
@@ -532,12 +537,6 @@ def names_of(record: Record) -> list[list[str]]:
     if "base_model.model." in record.stem:
         return [[own]]
     return [[own, part.module.partition(".")[2]] for part in record.parts]
-
-
-def _times(tensor: Array | Spec, scale: float) -> Array | Spec:
-    if scale == 1.0:
-        return tensor
-    return Spec(tuple(tensor.shape), "F32") if isinstance(tensor, Spec) else float32(tensor) * scale
 
 
 def _values(tensor: Tensor) -> Array:

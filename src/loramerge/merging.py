@@ -10,7 +10,7 @@ from .checkpoints import Checkpoint, open_checkpoint
 from .dialects import DIALECTS
 from .errors import MergeError, OptionError
 from .families import of_one_family
-from .files import Source, load, open
+from .files import Source, check_growth, is_list, load, open
 from .lora import LoRA, without
 from .methods import Method, check_options, find
 from .plans import Kept, Outcome, Plan
@@ -176,8 +176,9 @@ def merge(
         allow_growth=allow_growth,
         **options,
     )
-    planned.check_growth()
-    return planned.lora().in_memory(progress)
+    made = planned.lora()
+    check_growth(made, planned.size, made.dialect)
+    return made.in_memory(progress)
 
 
 def resize(
@@ -278,8 +279,7 @@ def _fits_half(lora: LoRA) -> bool:
 
 
 def _listed(loras: object) -> "Sequence[LoRA | Source]":
-    lone = isinstance(loras, str | os.PathLike | LoRA | bytes | bytearray | memoryview)
-    if lone or not isinstance(loras, Sequence):
+    if not is_list(loras):
         raise OptionError(f"Give a list of LoRAs, such as [a, b]; got a {type(loras).__name__}.")
     return loras
 

@@ -14,7 +14,7 @@ from .dense import on_base
 from .dialects import DIALECTS
 from .errors import OptionError
 from .families import alike
-from .files import check_growth, saved_size
+from .files import saved_size
 from .joins import Join, apart, down_id, joins_of, lost_by, one, side_by_side
 from .layers import ON_BASE, Full, Layer, LoKr, LowRank, bias_of, low_rank
 from .layers.base import matrix
@@ -315,14 +315,6 @@ class Plan:
         """Bytes of the inputs' tensors; None where the size of the result was chosen: by a rank, a budget, or in words."""
         chosen = not isinstance(self.rank, str) or self.ranks is not None or self.allow_growth
         return None if chosen else sum(_bytes(lora) for lora in self.loras)
-
-    def check_growth(self) -> None:
-        """Refuse a merge that takes many times the room of what it is made of, unless its size was chosen.
-
-        Raises:
-            OptionError: It does.
-        """
-        check_growth(self.lora(), self.size, self.dialect)
 
     def _layout(self, step: Step) -> Layer:
         layouts = [self.loras[i].layout(step.module) for i in step.inputs]

@@ -15,6 +15,7 @@ from .lora import LoRA
 from .methods import Method
 from .ranks import Rank, rule
 from .tensors import FLOATS, Shape, Tensor, largest_rank
+from .wording import an
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class _Maker:
 
 def _a(kind: str) -> str:
     """A kind of layer whose ΔW depends on the base, with its article."""
-    return {"dora": "a DoRA", "pissa": "a PiSSA", "olora": "an OLoRA"}.get(kind, f"a {kind}")
+    return an({"dora": "DoRA", "pissa": "PiSSA", "olora": "OLoRA"}.get(kind, kind))
 
 
 def needed_on_base(kind: str, has_base: bool) -> str:

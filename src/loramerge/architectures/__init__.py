@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..registry import Registry
 from ..tensors import Shape
 from . import auraflow, cosmos, flux, flux2, hunyuan, krea, ltx, lumina, mochi, pixart, sd3, sgm, wan
-from .names import Naming, Parts, same, whole
+from .names import Naming, Parts, flat, same, whole
 
 
 @cache
@@ -129,7 +129,7 @@ class Architecture:
         return Outline(
             _heads(self.denoiser_paths),
             _heads(others),
-            last_numbers(path.replace(".", "_") for path in (*self.denoiser_paths, *others)),
+            last_numbers(map(flat, (*self.denoiser_paths, *others))),
         )
 
     @property

@@ -30,6 +30,11 @@ Naming: TypeAlias = Callable[[Mapping[str, Shape]], Mapping[str, Parts]]
 """Native names of a model's weights, from its modules, each with the modules that it holds."""
 
 
+def flat(path: str) -> str:
+    """A path as kohya's tools write it: dots as underscores."""
+    return path.replace(".", "_")
+
+
 def whole(module: str) -> Parts:
     return (Part(module, None),)
 

@@ -118,8 +118,3 @@ class Dialect:
         text = module.startswith("text_encoder")
         chosen = STYLES[self.text_style if text and self.text_style else style or self.style]
         return chosen.get(role) or SPELLINGS[role]
-
-
-def flat(path: str) -> str:
-    """A path as kohya's tools write it: dots as underscores."""
-    return path.replace(".", "_")

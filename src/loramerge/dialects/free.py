@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ..architectures.names import flat
+
 UNETS = re.compile(r"(?:down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)[._]")
 """Beginnings of paths in a UNet."""
 
@@ -53,7 +55,7 @@ class Free:
             own: Whether its name is from a stem of this very dialect.
         """
         component, _, path = module.partition(".")
-        spelled = path.replace(".", "_") if self.flat else path
+        spelled = flat(path) if self.flat else path
         if self.flat and spelled.startswith("_") and not own:
             return None  # readers take it for a second underscore of the prefix
         if component in DENOISERS:
@@ -66,8 +68,3 @@ class Free:
 def has_dots(path: str) -> bool:
     """Whether a path has its dots: one with a number in it has some."""
     return "." in path or re.search(r"_\d", path) is None
-
-
-def same(a: str, b: str) -> bool:
-    """Whether two modules are one, of which one name may have lost its dots."""
-    return a.replace(".", "_") == b.replace(".", "_")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ..architectures.names import Parts
 from ..errors import LayerError
-from ..layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows
+from ..layers import FACTORED, BiasOnly, DoRA, Full, Layer, LowRank, Rows
 from ..tensors import Array, Ranges, Spec, code, concat, float32, namespace, reshape
 
 
@@ -61,7 +61,7 @@ def fused(
     )
 
 
-SUMMED = ("lora", "loha", "lokr", "bias")
+SUMMED = (*FACTORED, "bias")
 DENSE = (*SUMMED, "full")
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from ..architectures import Architecture, TextEncoder
-from ..architectures.names import Parts
-from .base import LYCORIS_KINDS, Dialect, flat, table
+from ..architectures.names import Parts, flat
+from .base import LYCORIS_KINDS, Dialect, table
 from .free import Free
 
 

@@ -8,11 +8,11 @@ from functools import cache
 
 from ..architectures import ARCHITECTURES, Architecture, last_numbers, titles
 from ..architectures.hints import Named
-from ..architectures.names import Parts, whole
+from ..architectures.names import Parts, flat, whole
 from ..errors import FamilyError, LayerError, OptionError
 from ..tensors import Shape
 from . import DIALECTS
-from .base import Dialect, flat, table
+from .base import Dialect, table
 from .records import Record
 from .repairs import repaired
 

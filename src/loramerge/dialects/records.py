@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..architectures.names import Parts
+from ..architectures.names import Parts, flat
 from ..errors import LayerError, LoRAMergeError
 from ..layers import MAGNITUDES, UNKNOWN, Layer, LowRank, build
 from ..tensors import Tensor
@@ -57,7 +57,7 @@ def records_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[s
 def rejoined(records: dict[str, Record]) -> int:
     """Give magnitudes whose stem has dots left in it to the layer that they are of; returns how many there were."""
     lone = [stem for stem, r in records.items() if "." in stem and r.keys.keys() <= MAGNITUDES]
-    homes = {stem: home for stem in lone if (home := records.get(stem.replace(".", "_"))) is not None}
+    homes = {stem: home for stem in lone if (home := records.get(flat(stem))) is not None}
     for stem, home in homes.items():
         home.keys |= records.pop(stem).keys
     return len(homes)

@@ -253,10 +253,10 @@ class _Writer:
         """How many layers the dialect can't hold where it is more than one, and the dialects that hold all."""
         layouts = self.lora.layouts.values()
         refused = sum(not holds(self.dialect, layout) for layout in layouts)
-        written = [d for d in DIALECTS.values() if d.writes and _homes(d, self.architecture).keys() >= self.lora.keys()]
-        wide = [d.name for d in written if all(holds(d, layout) for layout in layouts)]
         if refused < 2:
             return ""
+        written = [d for d in DIALECTS.values() if d.writes and _homes(d, self.architecture).keys() >= self.lora.keys()]
+        wide = [d.name for d in written if all(holds(d, layout) for layout in layouts)]
         ways = [f"a dialect that holds all of them ({', '.join(wide)})"] * bool(wide) + ["leave them out (allow_lossy)"]
         return f". It is one of {refused} layers that {self.dialect.name} can't hold: {', or '.join(ways)}."
 

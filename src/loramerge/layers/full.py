@@ -19,7 +19,19 @@ def check_sizes(role: str, tensor: Array | Spec | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Full(Layer):
+class _Summed(Layer):
+    """A layer whose tensors are differences, without a scale: it is summed entry by entry."""
+
+    @property
+    def rankless(self) -> bool:
+        return True
+
+    def times(self, weight: float) -> Layer:
+        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Full(_Summed):
     """ΔW itself, as ``diff`` of the weight's shape."""
 
     kind: ClassVar[str] = "full"
@@ -45,9 +57,6 @@ class Full(Layer):
             f"it holds a whole difference of the weight, which isn't a LoRA. Ways out: {cut}{HOLDERS}, or {LEAVE_OUT}"
         )
 
-    def times(self, weight: float) -> "Full":
-        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
-
     def delta(self) -> Array:
         return float32(self.diff)
 
@@ -59,7 +68,7 @@ class Full(Layer):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class BiasOnly(Layer):
+class BiasOnly(_Summed):
     """A module of which only the bias changes."""
 
     kind: ClassVar[str] = "bias"
@@ -74,15 +83,8 @@ class BiasOnly(Layer):
         return tuple(self.diff_b.shape)
 
     @property
-    def rankless(self) -> bool:
-        return True
-
-    @property
     def no_factors(self) -> str:
         return f"it changes a bias only, which a LoRA can't hold. Ways out: {HOLDERS}, or {LEAVE_OUT}"
-
-    def times(self, weight: float) -> "BiasOnly":
-        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
 
     def rows(self, ranges: Ranges, source: object) -> "BiasOnly":
         return BiasOnly(diff_b=take_rows(self.diff_b, ranges))
@@ -98,7 +100,7 @@ class BiasOnly(Layer):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Norm(Layer):
+class Norm(_Summed):
     """Differences of a normalisation's weight and bias, as LyCORIS stores them."""
 
     kind: ClassVar[str] = "norm"
@@ -118,15 +120,8 @@ class Norm(Layer):
         return tuple(self.w_norm.shape)
 
     @property
-    def rankless(self) -> bool:
-        return True
-
-    @property
     def no_factors(self) -> str:
         return f"it changes a normalisation, which a LoRA can't hold. Ways out: {HOLDERS}, or {LEAVE_OUT}"
-
-    def times(self, weight: float) -> "Norm":
-        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
 
     def delta(self) -> Array:
         return float32(self.w_norm)
@@ -136,7 +131,7 @@ class Norm(Layer):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Table(Layer):
+class Table(_Summed):
     """The difference of a table of modulation, which is neither a weight nor a bias; LightX2V's ``diff_m``.
 
     Source: https://github.com/ModelTC/LightX2V, tools/extract/lora_extractor.py
@@ -155,15 +150,8 @@ class Table(Layer):
         return tuple(self.diff_m.shape)
 
     @property
-    def rankless(self) -> bool:
-        return True
-
-    @property
     def no_factors(self) -> str:
         return f"it changes a table of modulation, which a LoRA can't hold. Ways out: {HOLDERS}, or {LEAVE_OUT}"
-
-    def times(self, weight: float) -> "Table":
-        return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
 
     def delta(self) -> Array:
         return float32(self.diff_m)

@@ -63,12 +63,12 @@ class LoHa(Layer):
 
     @property
     def scale(self) -> float:
-        return 1.0 if self.alpha is None else self.alpha / self._half(1).rank
+        return 1.0 if self.alpha is None else self.alpha / self.dim
 
     def times(self, weight: float) -> "LoHa":
         if weight == 1:
             return self
-        return replace(self, alpha=self.scale * self._half(1).rank * weight, diff_b=scaled(self.diff_b, weight))
+        return replace(self, alpha=self.scale * self.dim * weight, diff_b=scaled(self.diff_b, weight))
 
     def factors(self) -> tuple[Array, Array]:
         (up1, down1), (up2, down2) = self._half(1).factors(), self._half(2).factors()

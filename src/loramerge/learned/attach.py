@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..lora import LoRA
+from ..steps import named
 from ..tensors import Shape
 from .factors import factors
 
@@ -102,7 +103,7 @@ class Site(nn.Module):
     def _mask(self, inner: Tensor, rows: Tensor) -> Tensor:
         """One where the rank belongs to the LoRA of the row, in `inner`'s shape."""
         if len(rows) != inner.shape[0]:
-            raise MergeError(f"the module's input has a batch of {inner.shape[0]}, the data of {len(rows)}")
+            raise MergeError(f"the module's input has a batch of {inner.shape[0]}, the data of {len(rows)}.")
         mask = (self.owner[None, :] == rows.to(self.owner.device)[:, None]).to(inner.dtype)
         if self.convolution is not None:
             return mask[:, :, None, None]
@@ -113,7 +114,7 @@ def _convolution(target: nn.Linear | nn.Conv2d) -> dict[str, Any] | None:
     if not isinstance(target, nn.Conv2d):
         return None
     if target.groups != 1 or target.padding_mode != "zeros":
-        raise MergeError("it is a grouped or reflecting convolution, which LoRAs of diffusion models don't adapt")
+        raise MergeError("it is a grouped or reflecting convolution, which LoRAs of diffusion models don't adapt.")
     return {"stride": target.stride, "padding": target.padding, "dilation": target.dilation}
 
 
@@ -156,7 +157,7 @@ class Attachment:
             if not self.active:
                 return output
             down = None if self.rows is not None else self.downs.get(module)
-            with _naming(module):
+            with named(module):
                 return output + site(x, down, self.rows).to(output.dtype)
 
         return add
@@ -173,14 +174,6 @@ class Attachment:
                 f"predict never runs {idle[0]}{f' and {len(idle) - 1} more modules' * (len(idle) > 1)}. "
                 "Way out: give only the components that it runs, or leave the modules out: lora.exclude(…)."
             )
-
-
-@contextmanager
-def _naming(module: str) -> Iterator[None]:
-    try:
-        yield
-    except MergeError as error:
-        raise MergeError(f"{module}: {error}.") from None
 
 
 @contextmanager
@@ -204,7 +197,7 @@ def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.flo
         for module, owners in _targets(models, loras).items():
             target = _target(models, module, {loras[i].name: loras[i].layout(module).shape for i in owners})
             found = {i: factors(loras[i], module) for i in owners}
-            with _naming(module):
+            with named(module):
                 sites[module] = Site(found, target, dtype)
             handles.append(target.register_forward_hook(attachment.hook(module)))
         yield attachment

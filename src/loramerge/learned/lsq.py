@@ -24,8 +24,7 @@ derived in docs/explanation/ziplora.md.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
@@ -36,6 +35,7 @@ from torch import Tensor
 from ..errors import MergeError, NumberError, OptionError
 from ..lora import LoRA
 from ..merging import Plan
+from ..steps import named
 from .factors import factors
 from .moments import Moments
 from .result import assemble, plan_sum
@@ -114,7 +114,7 @@ class Problem:
             MergeError: The moments are of the kind ``core``, which only know V = K A.
         """
         if self.gram is None or self.cross is None:
-            raise MergeError("the loss of any down factor needs moments of the kind 'gram'")
+            raise MergeError("the loss of any down factor needs moments of the kind 'gram'.")
         g = self.gram_up
         constant = sum(float((g[s, s] * self.core[i][s, s]).sum()) for i, s in enumerate(self.slices))
         return float((g * (down @ self.gram @ down.T)).sum() - 2 * ((g @ self.cross) * down).sum()) + constant
@@ -189,14 +189,14 @@ def lsq(
     costs: dict[str, Costs] = {}
     for module in moments.modules:
         p = posed(module)
-        with naming(module):
+        with named(module):
             solved, cost = _answer(p, granularity, chosen, prior, solver, common)
             costs[module] = costs_of(p, cost)
             if common is None:
                 check_sound(solved, costs[module], prior)
         learned[module] = p.up, solved
     if common is not None:
-        with naming("all modules together"):
+        with named("all modules together"):
             check_sound(common, Costs(*map(sum, zip(*costs.values(), strict=True))), prior)
     options = {"granularity": granularity, "ridge": chosen, "prior": prior, "weights": shares}
     return assemble(planned, learned, "lsq", options, moments.identity), _report(costs)
@@ -230,7 +230,7 @@ def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Seque
     shares = core.new_tensor(list(weights or [1.0] * len(loras)))
     alike = bool((shares == 1.0).all())  # the sums over all LoRAs can't be weighted afterwards
     down = torch.cat([down for _, down in pairs.values()], 0).to(device).double()
-    with naming(module):
+    with named(module):
         core = positive(core, down)
     return Problem(
         torch.cat([up for up, _ in pairs.values()], 1).to(device).double(),
@@ -270,7 +270,7 @@ def _positive(moment: Tensor) -> Tensor:
         raise MergeError(
             "its moments have the eigenvalue "
             f"{values[0]:.3g} beside {values[-1]:.3g}, and the moments of inputs have none below zero. "
-            "Way out: calibrate again"
+            "Way out: calibrate again."
         )
     return (vectors * values.where(values > -values[0], 0.0)) @ vectors.T
 
@@ -344,7 +344,7 @@ def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
 def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     """V = (Aᵢ (Cᵢ + λᵢ)) (C + λ)⁻¹, row by row with its own LoRA's moments."""
     if p.gram is None or p.cross is None:
-        raise MergeError("the granularity full needs moments of the kind 'gram'")
+        raise MergeError("the granularity full needs moments of the kind 'gram'.")
     pull = (ridge + p.least_ridge + LEAST) * p.gram.diagonal().mean().clamp_min(TINY)
     return _divide(p.cross + _prior(p, prior) * pull * p.down, p.gram + pull * _eye(p.gram))
 
@@ -352,7 +352,7 @@ def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
 def column_system(p: Problem) -> tuple[Tensor, Tensor]:
     """H ``(N n, N n)`` and b ``(N n,)`` of one factor a LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
     if p.gram is None:
-        raise MergeError("the granularity column needs moments of the kind 'gram'")
+        raise MergeError("the granularity column needs moments of the kind 'gram'.")
     g = p.gram_up
     blocks = [[(p.down[s].T @ g[s, t] @ p.down[t]) * p.gram for t in p.slices] for s in p.slices]
     return torch.cat([torch.cat(row, 1) for row in blocks], 0), column_target(p).reshape(-1)
@@ -361,7 +361,7 @@ def column_system(p: Problem) -> tuple[Tensor, Tensor]:
 def column_target(p: Problem) -> Tensor:
     """b, ``(N, n)``: bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
     if p.cross is None:
-        raise MergeError("the granularity column needs moments of the kind 'gram'")
+        raise MergeError("the granularity column needs moments of the kind 'gram'.")
     response = p.gram_up @ p.cross
     return torch.stack([(p.down[s] * response[s]).sum(0) for s in p.slices])
 
@@ -407,7 +407,7 @@ def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: 
         step = inverse * rest
         size, before = (rest * step).sum(), size
         direction = step + (size / before) * direction
-    raise MergeError(f"conjugate gradients did not converge in {most} steps; give a larger ridge")
+    raise MergeError(f"conjugate gradients did not converge in {most} steps; give a larger ridge.")
 
 
 def _solved(h: Tensor, b: Tensor, ridge: float, prior: float) -> Tensor:
@@ -425,7 +425,7 @@ def _divide(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right⁻¹`` for a symmetric positive ``right``."""
     lower, failed = torch.linalg.cholesky_ex(right)
     if failed:
-        raise MergeError("rounding outweighs what the inputs showed. Way out: a larger ridge")
+        raise MergeError("rounding outweighs what the inputs showed. Way out: a larger ridge.")
     return torch.cholesky_solve(left.T, lower).T
 
 
@@ -502,7 +502,7 @@ def check_sound(solved: Tensor, costs: Costs, prior: Prior) -> None:
     if not (solved.isfinite().all() and -slack <= costs.found <= most + slack):
         raise MergeError(
             f"its error came out as {costs.found:.3g} where the {prior} of the LoRAs has {most:.3g}: rounding outweighs "
-            "what the inputs showed. Ways out: a larger ridge, more batches, or the granularity core"
+            "what the inputs showed. Ways out: a larger ridge, more batches, or the granularity core."
         )
 
 
@@ -514,15 +514,6 @@ def _report(costs: Mapping[str, Costs]) -> Report:
         {module: found.sum / found.base for module, found in kept.items()},
         {module: found.mean / found.base for module, found in kept.items()},
     )
-
-
-@contextmanager
-def naming(module: str) -> Iterator[None]:
-    """Have errors say of which module they are."""
-    try:
-        yield
-    except MergeError as error:
-        raise MergeError(f"{module}: {error}.") from None
 
 
 def _check(granularity: str, ridge: float | None, prior: str, solver: str) -> None:

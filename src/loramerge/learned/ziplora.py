@@ -20,12 +20,13 @@ from ..coefficients import Coefficients
 from ..errors import MergeError, NumberError, OptionError
 from ..lora import LoRA
 from ..metadata import RECIPE
+from ..steps import named
 from .attach import Attachment, Models, attach
 from .batches import Batch, join, seen, weighed
 from .calibration import Draw, Predict, calibrate, seeded
 from .coupling import crossings, penalty
 from .factors import fingerprints
-from .lsq import RIDGE, check_sound, column_solution, columns, costs_of, naming, problem
+from .lsq import RIDGE, check_sound, column_solution, columns, costs_of, problem
 from .result import assemble, plan_sum
 from .settings import PRESETS, Settings, settings
 from .state import mean_if_apart, resumed, save_state
@@ -255,7 +256,7 @@ class _Run:
         found = {}
         for module in self.sites:
             p = problem(self.loras, module, moments)
-            with naming(module):
+            with named(module):
                 m = column_solution(p, RIDGE["column"], 1.0)
                 check_sound(m, costs_of(p, p.loss(columns(p, m))), "sum")
             found[module] = m.float().cpu()

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from .. import linalg
@@ -214,6 +214,7 @@ Homes: TypeAlias = Mapping[str, tuple[str, Parts]]
 """Of each module the stem in which a dialect writes it, and the modules in that."""
 
 
+@cache
 def _homes(dialect: Dialect, a: Architecture | None) -> Homes:
     named = table(dialect.names, a) if a else {}
     return {part.module: (stem, parts) for stem, parts in named.items() for part in parts}

@@ -21,7 +21,7 @@ import numpy as np
 import loramerge as lm
 import loras
 from loramerge import linalg
-from loramerge.comparison import differences
+from loramerge.comparing.diffs import differences
 
 ERRORS = (0.5, 0.3, 0.1, 0.03, 0.01)
 Ranks = Mapping[str, int]

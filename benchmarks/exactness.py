@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 
 import loramerge as lm
 from loramerge.layers import LowRank
-from loramerge.methods import METHODS
-from loramerge.methods.base import Merged
-from loramerge.selection import module_seed
+from loramerge.merging.methods import METHODS
+from loramerge.merging.methods.base import Merged
+from loramerge.merging.methods.selection import module_seed
 from one_method import parsed
 from peers.sampling import modules
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 import loramerge as lm
 from loramerge.learned.attach import attach
 from loramerge.learned.calibration import calibrate
-from loramerge.learned.lsq import lsq
-from loramerge.learned.ziplora import settings, ziplora
+from loramerge.learned.columns import settings, ziplora
+from loramerge.learned.least_squares import lsq
 from toy_world import STYLE, SUBJECT, Pictures, pictures, predict, train_base, train_lora
 
 GOALS = {

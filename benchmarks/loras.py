@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import loramerge as lm
-from loramerge.architectures import ARCHITECTURES
+from loramerge.files.architectures import ARCHITECTURES
 from loramerge.layers import LowRank
 from loramerge.tensors import Shape
 

@@ -30,7 +30,7 @@ def main() -> None:
     given = _arguments()
     watch = Watch()
     with folder(given.data) as data:
-        run(["-c", "import torch, peft, loramerge.merging"])  # into the page cache
+        run(["-c", "import torch, peft, loramerge.merging.verbs"])  # into the page cache
         bench = Bench(data, 1 if given.quick else given.rounds)
         quick(bench)
         if not given.quick:

@@ -21,11 +21,11 @@ from examples.virtual_tryon.world import CONCEPTS, concept_set
 
 import loramerge as lm
 from learned import GOALS, Rows, measure, publish, table
-from loramerge.adapters.diffusers import Images, TrainSettings, from_images, load, train_lora
+from loramerge.diffusion import Images, TrainSettings, from_images, load, train_lora
 from loramerge.learned.attach import attach
 from loramerge.learned.calibration import calibrate
-from loramerge.learned.lsq import lsq
-from loramerge.learned.ziplora import settings, ziplora
+from loramerge.learned.columns import settings, ziplora
+from loramerge.learned.least_squares import lsq
 
 BASE = Path(model.__file__).parent / "weights" / "base"
 NAMES = ("profile", "barca")

@@ -27,7 +27,7 @@ def main() -> None:
         import torch  # noqa: F401
 
     import loramerge as lm
-    from loramerge.merging import Kept
+    from loramerge.merging.verbs import Kept
 
     chosen = list(modules(given.files[0], given.modules))
     options = parsed(given.method, given.option)
@@ -49,7 +49,7 @@ def main() -> None:
 
 def parsed(method: str, texts: list[str]) -> dict[str, Any]:
     """Options as typed on a command line."""
-    from loramerge.methods import METHODS
+    from loramerge.merging.methods import METHODS
 
     pairs = (text.partition("=") for text in texts)
     return {name: METHODS[method].options[name].parse(value) for name, _, value in pairs}

@@ -27,10 +27,6 @@ def main() -> None:
         import torch  # noqa: F401
     import numpy  # noqa: F401
 
-    import loramerge.dialects.write
-    import loramerge.merging
-    import loramerge.storage.writer  # noqa: F401
-
     imported = time.perf_counter()
     if given.again:
         merge(given)

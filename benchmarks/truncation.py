@@ -16,7 +16,7 @@ import loras
 from loramerge import linalg
 from loramerge.layers import LowRank
 from loramerge.layers.base import matrix
-from loramerge.methods import METHODS
+from loramerge.merging.methods import METHODS
 
 MODULES = (
     "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from loramerge.architectures import ARCHITECTURES
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.lora import LoRA
 from loramerge.layers import LowRank, low_rank
 from loramerge.learned.attach import Site
-from loramerge.learned.lsq import Problem, core_solution
-from loramerge.lora import LoRA
+from loramerge.learned.least_squares import Problem, core_solution
 from loramerge.testing import random_lora
 from processes import Watch
 from report import GOAL_HEAD, Goal, machine, table, text
@@ -222,7 +222,7 @@ def sdxl_unet() -> nn.Module:
 
 
 def timed_steps(unet: nn.Module, name: str, count: int, checkpointing: bool, steps: int = 5) -> Steps:
-    from loramerge.learned.ziplora import Step, settings, ziplora
+    from loramerge.learned.columns import Step, settings, ziplora
 
     (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
 

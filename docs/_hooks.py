@@ -54,7 +54,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def dialects() -> str:
     """Every dialect in the index."""
-    from loramerge.dialects import DIALECTS
+    from loramerge.files.dialects import DIALECTS
 
     rows = []
     for d in DIALECTS.values():
@@ -66,7 +66,7 @@ def dialects() -> str:
 
 def sources() -> str:
     """The code that each dialect follows."""
-    from loramerge.dialects import DIALECTS
+    from loramerge.files.dialects import DIALECTS
 
     rows = []
     for d in DIALECTS.values():
@@ -78,14 +78,14 @@ def sources() -> str:
 
 def aliases() -> str:
     """Other names of the dialects."""
-    from loramerge.dialects import DIALECTS
+    from loramerge.files.dialects import DIALECTS
 
     return table(["you type", "it means"], [[f"`{a}`", f"`{name}`"] for a, name in sorted(DIALECTS.aliases.items())])
 
 
 def architectures() -> str:
     """Every model family."""
-    from loramerge.architectures import ARCHITECTURES
+    from loramerge.files.architectures import ARCHITECTURES
 
     names = {
         a.name: [other for other, name in ARCHITECTURES.aliases.items() if name == a.name]
@@ -100,7 +100,7 @@ def architectures() -> str:
 
 def methods() -> str:
     """Every merge method."""
-    from loramerge.methods import METHODS
+    from loramerge.merging.methods import METHODS
 
     rows = []
     for m in METHODS.values():
@@ -111,7 +111,7 @@ def methods() -> str:
 
 def method_gallery() -> str:
     """Every merge method, with the way to its section."""
-    from loramerge.methods import METHODS
+    from loramerge.merging.methods import METHODS
 
     return table(["method", "what it does"], [[f"[`{m.name}`](#{m.name})", m.title] for m in METHODS.values()])
 
@@ -121,7 +121,7 @@ def method_figures() -> str:
     import numpy as np
 
     import loramerge as lm
-    from loramerge.methods import METHODS
+    from loramerge.merging.methods import METHODS
 
     loras = [lm.load(path, architecture="sdxl") for path in MINIATURE]
 
@@ -142,7 +142,7 @@ def method_figures() -> str:
 
 def method_sections() -> str:
     """A section for every merge method: its documentation, options and source."""
-    from loramerge.methods import METHODS
+    from loramerge.merging.methods import METHODS
 
     return "\n\n".join(_method_section(name, METHODS) for name in METHODS)
 
@@ -171,7 +171,7 @@ def _options(method: Any) -> str:
 
 def blocks() -> str:
     """The blocks that each length of a vector gives numbers for."""
-    from loramerge.blocks import FAMILY, VECTORS
+    from loramerge.files.architectures.blocks import FAMILY, VECTORS
 
     rows = []
     for family, lengths in VECTORS.items():
@@ -195,7 +195,7 @@ def _shortened(names: list[str]) -> str:
 
 def readers() -> str:
     """What each reader leaves out, by dialect."""
-    from loramerge.dialects.readers import DROPS, UNETS
+    from loramerge.files.dialects.readers import DROPS, UNETS
 
     rows = []
     for drop in DROPS:

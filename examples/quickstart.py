@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import loramerge as lm
-from loramerge.blocks import block
+from loramerge.files import block
 from loramerge.testing import relative_error, weighted_sum
 
 INPUTS = Path(__file__).parent / "virtual_tryon" / "weights" / "loras"

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from loramerge.dialects import DIALECTS
-from loramerge.lora import LoRA
+from loramerge.files.dialects import DIALECTS
+from loramerge.files.lora import LoRA
 from loramerge.testing import random_lora
 
 MODULES = {

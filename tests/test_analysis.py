@@ -11,14 +11,14 @@ import pytest
 
 import loramerge as lm
 from loramerge import errors, linalg
-from loramerge.advice import RULES, advice, place
-from loramerge.analysis import Comparison, compare
-from loramerge.architectures import ARCHITECTURES
-from loramerge.blocks import matches
+from loramerge.comparing.advising import ALTERNATIVES, RULES, advice, place
+from loramerge.comparing.analysis import Comparison, compare
+from loramerge.comparing.measures import Pair
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.architectures.blocks import matches
+from loramerge.files.lora import LoRA
 from loramerge.layers import LowRank
-from loramerge.lora import LoRA
-from loramerge.measures import Pair
-from loramerge.methods import METHODS
+from loramerge.merging.methods import METHODS
 from loramerge.testing import everything, random_layer, random_lora
 from small import MODULES, small
 
@@ -476,6 +476,10 @@ def test_advised_weights_and_methods_are_taken_by_a_merge() -> None:
     weights = [text.strip("'") for text in said.rstrip(".").split("-w ")[1:]]
     assert lm.plan([a, b], weights=[w.strip().strip("'") for w in weights]).weights.of(UP) == [0.5, 1.0]
     assert all(name in METHODS for name in ("ties", "np_lora") if name in said)
+
+
+def test_what_is_advised_is_a_method() -> None:
+    assert set(ALTERNATIVES) <= set(METHODS)
 
 
 def test_every_rule_is_reached() -> None:

@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 import loramerge as lm
 import models
 from loramerge import LoRA
-from loramerge.baking import Baked
-from loramerge.checkpoints import open_checkpoint
+from loramerge.checkpoints.models import open_checkpoint
 from loramerge.errors import FileError, LayerError, MergeError, NumberError, OptionError
 from loramerge.layers import BiasOnly, Carried, DoRA, Full, Norm, Replaced, low_rank
+from loramerge.merging.baking import Baked
 from loramerge.testing import random_layer, relative_error
 
 FAMILIES = ("sdxl", "sd15", "flux")

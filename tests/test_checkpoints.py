@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import models
-from loramerge.architectures import ARCHITECTURES
-from loramerge.checkpoints import open_checkpoint, stored_names
+from loramerge.checkpoints.models import open_checkpoint, stored_names
 from loramerge.errors import FileError
+from loramerge.files.architectures import ARCHITECTURES
 from small import small
 
 ARCHITECTURES_HERE = ("sdxl", "sd15", "flux")

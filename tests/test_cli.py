@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge.cli.options import workers_or_cores
-from loramerge.cli.run import bar, table
+from loramerge.cli.output import bar, table
+from loramerge.errors import size
 from loramerge.testing import relative_error, weighted_sum
-from loramerge.wording import size
 from small import MODULES, small
 
 
@@ -205,15 +205,15 @@ def test_every_command_explains_itself_with_an_example(command: str) -> None:
 
 
 def test_lists_are_complete() -> None:
-    from loramerge.dialects import DIALECTS
-    from loramerge.methods import METHODS
+    from loramerge.files.dialects import DIALECTS
+    from loramerge.merging.methods import METHODS
 
     assert [d["name"] for d in json.loads(run("dialects", "--json").stdout)] == list(DIALECTS)
     assert [m["name"] for m in json.loads(run("methods", "--json").stdout)] == list(METHODS)
 
 
 def test_methods_are_listed_with_their_options_as_they_are_typed() -> None:
-    from loramerge.methods import METHODS
+    from loramerge.merging.methods import METHODS
 
     lines = [line.strip() for line in run("methods").stdout.splitlines()]
     typed = [line.split("  ")[0] for line in lines if line.startswith("-O ")]
@@ -228,7 +228,7 @@ def test_an_interrupt_is_no_traceback(files: tuple[Path, Path], tmp_path: Path) 
     out = tmp_path / "both.safetensors"
     code = (
         "import sys, os, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import loramerge.plans as m; original = m.Plan.outcome;"
+        "import loramerge.merging.plans as m; original = m.Plan.outcome;"
         "m.Plan.outcome = lambda self, module: (os.kill(os.getpid(), signal.SIGINT), original(self, module))[1];"
         "from loramerge.cli import main; main()"
     )

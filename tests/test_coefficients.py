@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 import loramerge as lm
 from loramerge.cli.app import app
-from loramerge.coefficients import KEY, Coefficients
 from loramerge.errors import FileError, LoRAMergeError, NumberError, OptionError
-from loramerge.interference import overlaps
-from loramerge.lora import LoRA
+from loramerge.files.lora import LoRA
+from loramerge.learned.interference import overlaps
+from loramerge.merging.coefficients import KEY, Coefficients
 from loramerge.testing import relative_error
 from small import MODULES, small
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 import loramerge as lm
 from loramerge import errors, linalg
-from loramerge.advice import advice
 from loramerge.cli.app import app
+from loramerge.comparing.advising import advice
+from loramerge.files.lora import LoRA
 from loramerge.layers import DoRA, Full, Layer
-from loramerge.lora import LoRA
 from loramerge.testing import random_layer
 from models import base, folder, single_file
 from small import small
@@ -199,12 +199,13 @@ def test_an_open_checkpoint_may_be_given_and_stays_open(tmp_path: Path) -> None:
     assert first == again
 
 
-def test_a_plan_on_a_base_gives_the_advice_of_the_comparison_on_it(tmp_path: Path) -> None:
+def test_the_advice_of_a_merge_on_a_base_is_that_of_the_comparison_on_it(tmp_path: Path) -> None:
     loras, where = [some("lora", 1), some("dora", 2)], model(tmp_path)
+    files = [str(lm.save(lora, tmp_path / f"{i}.safetensors")) for i, lora in enumerate(loras)]
 
-    plan = lm.plan(loras, rank=3, base=where)
+    done = CliRunner().invoke(app, ["merge", *files, "--rank", "3", "--base", str(where), "--dry-run", "--advice"])
 
-    assert plan.advice() == advice(lm.compare(loras, base=where))
+    assert advice(lm.compare(files, base=where)) in done.output
 
 
 def test_the_delta_of_a_dora_is_not_rounded_as_the_weight_is() -> None:

@@ -12,9 +12,9 @@ import pytest
 
 import loramerge as lm
 from loramerge import errors
-from loramerge.advice import advice
-from loramerge.analysis import Comparison
-from loramerge.figures import heatmap, save_heatmap
+from loramerge.comparing.advising import advice
+from loramerge.comparing.analysis import Comparison
+from loramerge.comparing.plots import heatmap, save_heatmap
 from small import MODULES, small
 
 
@@ -127,7 +127,7 @@ def test_a_wrong_comparison_is_one_readable_error(arguments: list[str], message:
 def test_comparing_imports_neither_torch_nor_matplotlib(files: tuple[Path, Path]) -> None:
     code = (
         "import sys, loramerge as lm; assert 'numpy' not in sys.modules; lm.compare(sys.argv[1:3]);"
-        "import loramerge.figures, loramerge.advice;"
+        "import loramerge.comparing.plots, loramerge.comparing.advising;"
         "assert not {'torch', 'matplotlib', 'diffusers', 'peft'} & set(sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, check=False)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import loramerge as lm
-from loramerge.comparison import differences
-from loramerge.lora import LoRA
+from loramerge.comparing.diffs import differences
+from loramerge.files.lora import LoRA
 from small import MODULES, small
 
 TO_Q = MODULES["sdxl"][0]

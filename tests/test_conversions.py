@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import loramerge as lm
-from loramerge.architectures import ARCHITECTURES
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.lora import LoRA
 from loramerge.layers import DoRA, Layer, LowRank
 from loramerge.layers.base import dense_norm
-from loramerge.lora import LoRA
 from loramerge.testing import KINDS, random_layer, relative_error
 from small import MODULES, WRITTEN
 

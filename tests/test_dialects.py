@@ -7,16 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
-from loramerge.architectures import ARCHITECTURES, outlines
-from loramerge.dialects import DIALECTS
-from loramerge.dialects.base import table
-from loramerge.dialects.repairs import repaired
-from loramerge.dialects.suffixes import STYLES, parse
-from loramerge.lora import LoRA
+from loramerge.files.architectures import ARCHITECTURES, outlines
+from loramerge.files.dialects import DIALECTS
+from loramerge.files.dialects.base import table
+from loramerge.files.dialects.repairs import repaired
+from loramerge.files.dialects.suffixes import STYLES, parse
+from loramerge.files.lora import LoRA
 from loramerge.testing import random_lora, relative_error
 from small import MODULES, WRITTEN, small
 
@@ -476,7 +475,7 @@ def test_scales_are_found_in_their_order_of_precedence(case: str) -> None:
         keys[module + suffix] = np.array(value, dtype=np.float32)
     metadata = {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})} if config else {}
 
-    from loramerge.lora import from_tensors
+    from loramerge.files.lora import from_tensors
     from loramerge.tensors import Held
 
     found = from_tensors({k: Held(np.asarray(t)) for k, t in keys.items()}, metadata, "case")
@@ -485,7 +484,7 @@ def test_scales_are_found_in_their_order_of_precedence(case: str) -> None:
 
 
 def test_a_file_that_its_trainer_scaled_by_mistake_is_reported() -> None:
-    from loramerge.lora import from_tensors
+    from loramerge.files.lora import from_tensors
     from loramerge.tensors import Held
 
     tensors = {key: Held(np.asarray(t)) for key, t in _shared_qkv().items()}

@@ -12,8 +12,8 @@ import pytest
 import loramerge as lm
 import models
 from loramerge import linalg
+from loramerge.checkpoints.extracting import plan_extraction
 from loramerge.errors import MergeError, NumberError, OptionError
-from loramerge.extracting import plan_extraction
 from loramerge.layers import Norm
 from loramerge.testing import relative_error
 from test_bake import made, target

@@ -11,16 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
-from loramerge.architectures import ARCHITECTURES
-from loramerge.architectures.hints import named
-from loramerge.architectures.labels import ARCHITECTURE, LABELS
-from loramerge.blocks import block
 from loramerge.errors import DialectError, FamilyError, LayerError, MergeError, OptionError
-from loramerge.lora import LoRA, from_tensors
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.architectures.blocks import block
+from loramerge.files.architectures.hints import named
+from loramerge.files.architectures.labels import ARCHITECTURE, LABELS
+from loramerge.files.lora import LoRA, from_tensors
 from loramerge.tensors import Held, numpy_dtype
 from loramerge.testing import relative_error
 

@@ -26,7 +26,7 @@ import torch
 
 import loramerge as lm
 from listings import config, filled, listing
-from loramerge.hub import parse
+from loramerge.files.hub import parse
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
 
@@ -76,7 +76,7 @@ def test_our_bytes_are_the_reference_implementations(tmp_path: Path) -> None:
 def test_bytes_are_the_same_for_any_number_of_threads(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loramerge.storage.writer.SMALL", 0)
+    monkeypatch.setattr("loramerge.files.storage.writer.SMALL", 0)
     merged = lm.plan([small(seed=1), small(seed=2)], rank=3).lora()
 
     one = lm.save(merged, tmp_path / "one.safetensors", dialect="kohya")
@@ -541,7 +541,7 @@ def test_values_that_would_all_become_zero_are_refused(tmp_path: Path) -> None:
 
 
 def test_systems_without_positioned_reading_and_writing_have_a_way(tmp_path: Path) -> None:
-    from loramerge.storage.positioned import read_there, write_there
+    from loramerge.files.storage.reader import read_there, write_there
 
     fd = os.open(tmp_path / "a", os.O_RDWR | os.O_CREAT)
     write_there(fd, b"world", 6)

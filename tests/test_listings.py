@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from listings import NAMES, config, filled, listing
-from loramerge.dialects import DIALECTS
 from loramerge.errors import NoFactorsError
-from loramerge.lora import LoRA, from_tensors
+from loramerge.files.dialects import DIALECTS
+from loramerge.files.lora import LoRA, from_tensors
 from loramerge.tensors import Held
 from loramerge.testing import relative_error
 

@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge import linalg
-from loramerge.architectures import ARCHITECTURES
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.lora import LoRA
 from loramerge.layers import low_rank
-from loramerge.lora import LoRA
 from loramerge.testing import random_layer, relative_error, weighted_sum
 from small import MODULES, WRITTEN, small
 

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.architectures import ARCHITECTURES
-from loramerge.architectures.labels import ARCHITECTURE, LABELS
 from loramerge.cli.app import app
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.architectures.labels import ARCHITECTURE, LABELS
+from loramerge.files.triggers import LONGEST, MOST, joined, tags, words
 from loramerge.testing import KINDS, random_layer, random_lora
-from loramerge.triggers import LONGEST, MOST, joined, tags, words
 from small import WRITTEN, small
 
 FILES = [name for name in WRITTEN if name != "peft"]

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from loramerge.methods import METHODS
+from loramerge.merging.methods import METHODS
 
 DOCS = Path(__file__).parents[1] / "docs"
 every_method = pytest.mark.parametrize("name", METHODS)

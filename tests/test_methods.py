@@ -10,13 +10,13 @@ import pytest
 
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
+from loramerge.files.lora import LoRA
 from loramerge.layers import Layer, LowRank
-from loramerge.lora import LoRA
-from loramerge.methods import METHODS
-from loramerge.methods.engines import elementwise
-from loramerge.methods.options import options_of
-from loramerge.methods.spaces import core
-from loramerge.selection import ranks_in_rows
+from loramerge.merging.methods import METHODS
+from loramerge.merging.methods.engines import elementwise
+from loramerge.merging.methods.options import options_of
+from loramerge.merging.methods.selection import ranks_in_rows
+from loramerge.merging.methods.spaces import core
 from loramerge.testing import check_method, random_layer, random_lora, relative_error
 
 KINDS: dict[str, tuple[str, tuple[int, ...]]] = {

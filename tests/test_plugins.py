@@ -16,11 +16,11 @@ import pytest
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
 from loramerge.layers import Layer, LowRank, low_rank
-from loramerge.methods import METHODS, Method, combination, find, method, on_core
-from loramerge.methods.base import sum_of_ranks
-from loramerge.methods.options import TAKEN
-from loramerge.recipe_text import Input
-from loramerge.references import from_here
+from loramerge.merging.methods import METHODS, Method, combination, find, method, on_core
+from loramerge.merging.methods.base import sum_of_ranks
+from loramerge.merging.methods.options import TAKEN
+from loramerge.merging.recipe_text import Input
+from loramerge.registry import from_here
 from loramerge.testing import check_method, relative_error, weighted_sum
 from small import MODULES, small
 
@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 from loramerge.methods import combination
-from loramerge.methods.options import Range
+from loramerge.merging.methods.options import Range
 
 @combination("{name}", source="a test")
 def {name}(products, weights: Sequence[float], *, power: Annotated[float, Range(0, 2)] = 1.0) -> list[float]:

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 import loramerge as lm
 from loramerge.cli.app import app
+from loramerge.files.lora import LoRA
+from loramerge.files.storage.writer import SMALL
 from loramerge.layers import low_rank
-from loramerge.lora import LoRA
-from loramerge.methods import METHODS
-from loramerge.selection import chance
-from loramerge.storage.writer import SMALL
+from loramerge.merging.methods import METHODS
+from loramerge.merging.methods.selection import chance
 from loramerge.tensors import nbytes
 from loramerge.testing import random_layer, random_lora
 

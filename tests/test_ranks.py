@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
 from loramerge.errors import OptionError
+from loramerge.files.lora import LoRA
 from loramerge.layers import low_rank
-from loramerge.lora import LoRA
-from loramerge.ranks import Budget, Spectrum, budget, choose
+from loramerge.merging.ranks import Budget, Spectrum, budget, choose
 from small import MODULES, WRITTEN, small
 
 SHAPES = {f"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn{i}.to_{p}": s for i, p, s in [

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import loramerge as lm
-from loramerge.architectures import ARCHITECTURES
-from loramerge.checkpoints import stored_names
+from loramerge.checkpoints.models import stored_names
+from loramerge.files.architectures import ARCHITECTURES
 from loramerge.testing import random_lora
 
 ROOT = Path(__file__).parents[1]

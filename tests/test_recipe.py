@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import safetensors.torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import loramerge as lm
-from loramerge import toml
 from loramerge.errors import FileError, MergeError, OptionError
-from loramerge.metadata import RECIPE
-from loramerge.recipe_text import Input, Output
+from loramerge.files.metadata import RECIPE
+from loramerge.merging import toml
+from loramerge.merging.recipe_text import Input, Output
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
 
@@ -435,7 +434,7 @@ def test_toml_is_read_back(value: object, name: str) -> None:
 
 
 def test_a_repository_is_named_with_the_commit_that_was_fetched() -> None:
-    from loramerge import hub
+    from loramerge.files.reading import hub
 
     cached = Path("/cache/models--some--repo/snapshots/0123abcd/sub/a.safetensors")
     reference = hub.parse("some/repo/sub/a.safetensors@main")

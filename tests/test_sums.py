@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import loramerge as lm
-from loramerge.comparison import differences
+from loramerge.comparing.diffs import differences
 from loramerge.errors import DialectError, FileError, MergeError, OptionError
+from loramerge.files.lora import LoRA
 from loramerge.layers import LoHa, LoKr, LowRank, low_rank
-from loramerge.lora import LoRA
-from loramerge.sweeping import measure
+from loramerge.merging.sweeping import measure
 from loramerge.testing import random_layer, random_lora, relative_error, weighted_sum
 from small import MODULES, small
 

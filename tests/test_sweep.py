@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import loramerge as lm
-from loramerge import sweeping
 from loramerge.errors import MergeError, OptionError
-from loramerge.recipe import Recipe
-from loramerge.sweeping import left_out, ordered, points
+from loramerge.merging.recipe import Recipe
+from loramerge.merging.sweeping import left_out, ordered, points
+from loramerge.merging.verbs import sweeping
 from small import MODULES, small
 
 UNET = MODULES["sdxl"][:1]

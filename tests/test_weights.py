@@ -10,10 +10,10 @@ import pytest
 
 import loramerge as lm
 from listings import DATA
-from loramerge import blocks
-from loramerge.blocks import matches
+from loramerge.files.architectures import blocks
+from loramerge.files.architectures.blocks import matches
+from loramerge.merging.weights import parse, resolve
 from loramerge.testing import relative_error, weighted_sum
-from loramerge.weights import parse, resolve
 from small import MODULES, small
 
 TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]

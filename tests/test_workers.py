@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux 
 BEGIN = """
 import dataclasses, os, signal, sys, time
 import loramerge as lm
-from loramerge.storage import forks
+from loramerge.files.storage import forks
 assert forks.safe()
 source, out = sys.argv[1:]
 lora, parent = lm.open(source), os.getpid()

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loramerge.learned.ziplora import settings, ziplora
+from loramerge.learned.columns import settings, ziplora
 from toy import Batch, draw, lora_for, predict, toy
 
 STEPS = 3

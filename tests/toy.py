@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from loramerge.files.lora import LoRA
 from loramerge.layers import low_rank
-from loramerge.lora import LoRA
 from loramerge.testing import random_layer
 
 Batch = Mapping[str, Any]

@@ -39,7 +39,7 @@ def reset() -> None:
 def opened(path: str, allow_pickle: bool, recipe: bool) -> None:
     """Open, read everything, compute every ΔW's factors, and write what can be written."""
     import loramerge as lm
-    from loramerge.recipe import Recipe
+    from loramerge.merging.recipe import Recipe
 
     if recipe:
         Recipe.read(path).open()
@@ -53,8 +53,8 @@ def opened(path: str, allow_pickle: bool, recipe: bool) -> None:
 
 def child(path: str, allow_pickle: bool, recipe: bool) -> None:
     import loramerge as lm
-    import loramerge.files
-    import loramerge.recipe
+    import loramerge.files.reading
+    import loramerge.merging.recipe
 
     if allow_pickle:
         import torch  # noqa: F401

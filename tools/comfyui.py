@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.architectures import ARCHITECTURES, Architecture
-from loramerge.architectures.names import Parts
-from loramerge.dialects import DIALECTS
+from loramerge.files.architectures import ARCHITECTURES, Architecture
+from loramerge.files.architectures.names import Parts
+from loramerge.files.dialects import DIALECTS
 from loramerge.layers import BiasOnly, Layer
 from loramerge.testing import random_layer, relative_error
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from loramerge import compare
-from loramerge.advice import advice
-from loramerge.blocks import block
-from loramerge.figures import save_heatmap
+from loramerge.comparing.advising import advice
+from loramerge.comparing.plots import save_heatmap
+from loramerge.files.architectures.blocks import block
 from loramerge.layers import Layer
 from loramerge.testing import random_lora
 

@@ -6,7 +6,7 @@ family is added or a library renames a module:
 
     python tools/dump_architectures.py [model …]
 
-It writes ``src/loramerge/architectures/models/<model>.json``: {module: weight shape}, and ``outlines.json``, what
+It writes ``src/loramerge/files/architectures/models/<model>.json``: {module: weight shape}, and ``outlines.json``, what
 the names of each family begin with and how far their numbers go.
 """
 
@@ -19,9 +19,9 @@ import diffusers
 import torch
 import transformers
 
-from loramerge.architectures import ARCHITECTURES
+from loramerge.files.architectures import ARCHITECTURES
 
-OUT = Path(__file__).parents[1] / "src/loramerge/architectures/models"
+OUT = Path(__file__).parents[1] / "src/loramerge/files/architectures/models"
 
 
 def unet(**config: object) -> torch.nn.Module:

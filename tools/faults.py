@@ -94,7 +94,7 @@ def prepare_to_learn(folder: Path, seed: int) -> None:
     import tiny
 
     from adapters import toys
-    from loramerge.adapters.noise import silence
+    from loramerge.scoring.quiet import silence
 
     silence("diffusers", "transformers")
     tiny.pipeline("sdxl").save_pretrained(folder / "sdxl")

@@ -24,21 +24,21 @@ if __name__ == "__main__" and sys.argv[1] != "seeds":
 
     with atheris.instrument_imports(include=["loramerge"]):
         import loramerge as lm
-        from loramerge import recipe, recipe_text
-        from loramerge.dialects import DIALECTS, alphas, fields
-        from loramerge.lora import from_tensors
-        from loramerge.storage import reader
+        from loramerge.files.dialects import DIALECTS, alphas, fields
+        from loramerge.files.lora import from_tensors
+        from loramerge.files.storage import reader
+        from loramerge.merging import recipe, recipe_text
 else:
     import loramerge as lm
-    from loramerge import recipe, recipe_text
-    from loramerge.dialects import DIALECTS, alphas, fields
-    from loramerge.lora import from_tensors
-    from loramerge.storage import reader
+    from loramerge.files.dialects import DIALECTS, alphas, fields
+    from loramerge.files.lora import from_tensors
+    from loramerge.files.storage import reader
+    from loramerge.merging import recipe, recipe_text
 
-from loramerge.architectures import ARCHITECTURES, Architecture
-from loramerge.architectures.labels import ARCHITECTURE as KEY
-from loramerge.architectures.names import Parts, flat
-from loramerge.dialects.base import Dialect, table
+from loramerge.files.architectures import ARCHITECTURES, Architecture
+from loramerge.files.architectures.labels import ARCHITECTURE as KEY
+from loramerge.files.architectures.names import Parts, flat
+from loramerge.files.dialects.base import Dialect, table
 from loramerge.tensors import CODES, SIZES, Held, numpy_dtype
 from loramerge.testing import random_lora
 
@@ -374,7 +374,7 @@ def _note(error: Exception, data: bytes, found: Path, known: set[str]) -> None:
 
 
 def _words() -> list[str]:
-    from loramerge.dialects.suffixes import SHARED, STYLES
+    from loramerge.files.dialects.suffixes import SHARED, STYLES
 
     suffixes = [*SHARED, *(suffix for roles in STYLES.values() for suffix in roles.values())]
     return [

@@ -14,10 +14,8 @@ from pathlib import Path
 from diffusers import DPMSolverMultistepScheduler
 
 import loramerge as lm
-from loramerge.adapters import generation
-from loramerge.adapters.generation import Use
-from loramerge.adapters.scoring import Shot
-from loramerge.adapters.sheets import save_sheet
+from loramerge.diffusion import Sampling, Use, generate
+from loramerge.scoring import Shot, save_sheet
 
 from . import model
 
@@ -33,11 +31,11 @@ def main(folder: Path, path: Path) -> None:
     model.quiet()
     pipe = model.load(WEIGHTS / "base")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    sampling = generation.Sampling(steps=20, guidance=2.0)
+    sampling = Sampling(steps=20, guidance=2.0)
     shots: list[Shot] = []
     for pair in PAIRS:
         settings = dict(merged(loras, pair))
-        drawn = generation.generate(pipe, settings, [PROMPT], SEEDS, folder / f"{pair[0]:g}", sampling=sampling)
+        drawn = generate(pipe, settings, [PROMPT], SEEDS, folder / f"{pair[0]:g}", sampling=sampling)
         shots += [Shot(d.setting, f"weights {pair[0]:g} and {pair[1]:g}", d.seed, d.path) for d in drawn]
     save_sheet(shots, path, side=96, seeds=SEEDS)
 

@@ -5,6 +5,7 @@ factors and never forms ΔW, which is (out, in) where they are thin.
 """
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -462,3 +463,11 @@ def numerical_rank(matrix: Array) -> int:
     squares = xp.linalg.eigvalsh(gram(small))
     least = (max(matrix.shape) * 2.0**-23) ** 2 * float(squares[-1])
     return max(1, int((squares > least).sum()))
+
+
+def whole_number(rank: object) -> int:
+    """A rank as Python's own number; 0 where it is none."""
+    try:
+        return 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
+    except TypeError:
+        return 0

@@ -6,15 +6,15 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .architectures import ARCHITECTURES
+from .files.architectures import ARCHITECTURES
+from .files.lora import LoRA
 from .layers import DoRA, Full, Layer, LoHa, LoKr, LowRank, Norm
-from .lora import LoRA
 from .tensors import Array, Shape, cast, parse_dtype
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .methods import Method
+    from .merging.methods import Method
 
     Random = np.random.Generator
 
@@ -132,7 +132,7 @@ def check_method(method: "Method | str", **options: Any) -> None:
         AssertionError: A law doesn't hold: which, for layers of which shape.
         LoRAMergeError: As from `loramerge.merge`.
     """
-    from .methods import find
+    from .merging.methods import find
 
     found = find(method)
     for shape in ((26, 18), (14, 6, 3, 3)):
@@ -144,7 +144,7 @@ def _laws(method: "Method", shape: Shape, options: Mapping[str, Any]) -> dict[st
     import numpy as np
     import torch
 
-    from .merging import merge
+    from .merging.verbs import merge
 
     layers = [random_layer(shape, rank=3, alpha=3.0, seed=seed) for seed in range(method.count or 3)]
 

@@ -8,10 +8,10 @@ import torch
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.adapters.diffusers import Denoiser, Images, from_images, load
+from loramerge.diffusion import Denoiser, Images, from_images, load
 from loramerge.learned.attach import attach
 from loramerge.learned.calibration import calibrate
-from loramerge.learned.lsq import lsq
+from loramerge.learned.least_squares import lsq
 
 
 def train(denoiser: Denoiser, draw: Images, which: int, steps: int = 60) -> LoRA:

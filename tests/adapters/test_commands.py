@@ -20,12 +20,12 @@ from typer import Exit
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.cli import learning
+from loramerge.cli import model_options
 from loramerge.cli.calibrate import fit_table
-from loramerge.cli.learning import interruptible, loss_table
-from loramerge.coefficients import Coefficients
+from loramerge.cli.model_options import interruptible, loss_table
 from loramerge.errors import LoRAMergeError
-from loramerge.learned.lsq import Report
+from loramerge.learned.least_squares import Report
+from loramerge.merging.coefficients import Coefficients
 from loramerge.testing import random_lora, relative_error
 
 MINIATURE = Path(__file__).parents[2] / "examples" / "virtual_tryon" / "weights" / "base"
@@ -206,9 +206,9 @@ def test_a_trigger_is_found_among_several(phrase: str, capsys: pytest.CaptureFix
     small = random_lora("sd15", rank=1, only=lambda module, shape: module.endswith("mid_block.attentions.0.proj_in"))
     lora = replace(small, metadata={"modelspec.trigger_phrase": phrase})
 
-    learning._hint([lora], [["psq-person on a beach"]])
+    model_options._hint([lora], [["psq-person on a beach"]])
     assert not capsys.readouterr().err
-    learning._hint([lora], [["a person on a beach"]])
+    model_options._hint([lora], [["a person on a beach"]])
     assert f"its trigger is {phrase!r}" in capsys.readouterr().err
 
 
@@ -235,7 +235,7 @@ def test_coefficients_are_shown_by_block(tmp_path: Path) -> None:
 def test_running_out_of_memory_says_what_to_lower() -> None:
     import torch
 
-    from loramerge.adapters.diffusers import within_memory
+    from loramerge.diffusion import within_memory
     from loramerge.errors import DeviceMemoryError
 
     advice = r"2 LoRAs × 4 examples at 1024.*checkpointing.*bf16.*batch.*resolution"
@@ -246,7 +246,7 @@ def test_running_out_of_memory_says_what_to_lower() -> None:
 
 
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from loramerge.adapters.diffusers import load
+    from loramerge.diffusion import load
 
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(LoRAMergeError, match=r"pip install 'loramerge\[diffusers\]'"):
@@ -290,8 +290,8 @@ def test_code_of_the_models_own_runs_only_when_it_is_trusted(files: list[Path], 
 def test_loading_leaves_out_what_is_beside_the_point_only() -> None:
     from diffusers.utils import logging as theirs
 
-    from loramerge.adapters.diffusers import load
-    from loramerge.adapters.noise import hushed
+    from loramerge.diffusion import load
+    from loramerge.scoring.quiet import hushed
 
     said = io.StringIO()
     handler, verbosity = logging.StreamHandler(said), theirs.get_verbosity()

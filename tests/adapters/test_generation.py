@@ -21,14 +21,11 @@ from typer.testing import CliRunner
 
 import loramerge as lm
 from adapters import toys
-from loramerge.adapters import pipelines
-from loramerge.adapters.generation import Drawn, Sampling, Use, generate
-from loramerge.adapters.loading import applied, fingerprint
-from loramerge.adapters.recipes import recipe_in
-from loramerge.adapters.scoring import shots_of
-from loramerge.adapters.sheets import sheet
 from loramerge.cli.app import app
 from loramerge.cli.generate import read_seeds, read_settings, read_size
+from loramerge.diffusion import pipelines
+from loramerge.diffusion.apply import applied, fingerprint
+from loramerge.diffusion.generation import Drawn, Sampling, Use, generate
 from loramerge.errors import (
     DeviceMemoryError,
     DialectError,
@@ -39,8 +36,11 @@ from loramerge.errors import (
     NumberError,
     OptionError,
 )
+from loramerge.files.lora import LoRA
 from loramerge.layers import LowRank
-from loramerge.lora import LoRA
+from loramerge.scoring.png import recipe_in
+from loramerge.scoring.scores import shots_of
+from loramerge.scoring.sheets import sheet
 from loramerge.testing import random_layer, relative_error
 from oracles.pipelines import components, named
 
@@ -393,7 +393,7 @@ def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "diffusers", None)
 
     with pytest.raises(MissingExtraError, match=r"pip install 'loramerge\[diffusers\]'"):
-        pipelines.load("nothing")
+        pipelines.load_pipeline("nothing")
 
 
 # ---- command line
@@ -483,18 +483,18 @@ def test_a_family_that_a_file_leaves_open_can_be_said(base: Path, tmp_path: Path
 
 
 def test_a_scheduler_can_be_chosen(base: Path) -> None:
-    pipe = pipelines.load(str(base), device="cpu", scheduler="DDIMScheduler")
+    pipe = pipelines.load_pipeline(str(base), device="cpu", scheduler="DDIMScheduler")
 
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
     assert pipe.scheduler.config.beta_end == 0.012
     assert not pipe.scheduler.config.clip_sample
     with pytest.raises(OptionError, match="Did you mean 'DDIMScheduler'"):
-        pipelines.load(str(base), device="cpu", scheduler="DDIMSheduler")
+        pipelines.load_pipeline(str(base), device="cpu", scheduler="DDIMSheduler")
 
 
 def test_a_missing_base_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"holds no model_index\.json"):
-        pipelines.load(str(tmp_path))
+        pipelines.load_pipeline(str(tmp_path))
 
 
 def test_settings_are_read_as_typed(files: tuple[Path, Path], tmp_path: Path) -> None:

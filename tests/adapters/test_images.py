@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loramerge.adapters.images import cropped, digest, pictures
-from loramerge.adapters.pixels import left_out
 from loramerge.errors import FileError
+from loramerge.scoring.captions import captioned, cropped, digest
+from loramerge.scoring.pictures import left_out
 
 
 @pytest.fixture
@@ -39,38 +39,38 @@ def test_a_folder_of_pictures_and_captions_leaves_nothing_out(folder: Path) -> N
 def test_captions_lie_beside_the_pictures_or_in_a_list(folder: Path) -> None:
     (folder / "a.txt").write_text("a person\n")
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.jpg", "text": "a jersey"}) + "\n\n")
-    assert [(p.path.name, p.caption) for p in pictures(folder)] == [("a.png", "a person"), ("b.jpg", "a jersey")]
+    assert [(p.path.name, p.caption) for p in captioned(folder)] == [("a.png", "a person"), ("b.jpg", "a jersey")]
 
 
 def test_one_caption_serves_pictures_without_their_own(folder: Path) -> None:
     (folder / "a.txt").write_text("a person")
-    assert [p.caption for p in pictures(folder, "a jersey")] == ["a person", "a jersey"]
+    assert [p.caption for p in captioned(folder, "a jersey")] == ["a person", "a jersey"]
 
 
 def test_the_mark_that_windows_begins_a_text_with_is_no_part_of_a_caption(folder: Path) -> None:
     (folder / "a.txt").write_text("a person", encoding="utf-8-sig")
     listed = json.dumps({"file_name": "b.jpg", "text": "a jersey"})
     (folder / "metadata.jsonl").write_text(listed, encoding="utf-8-sig")
-    assert [p.caption for p in pictures(folder)] == ["a person", "a jersey"]
+    assert [p.caption for p in captioned(folder)] == ["a person", "a jersey"]
 
 
 def test_a_caption_of_nothing_is_none(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "b.jpg", "text": None}))
     with pytest.raises(FileError, match="2 of 2 images have no caption"):
-        pictures(folder)
+        captioned(folder)
 
 
 def test_a_caption_that_is_not_utf_8_is_named(folder: Path) -> None:
     (folder / "a.txt").write_bytes("un caf\xe9".encode("latin-1"))
     with pytest.raises(FileError, match=r"a\.txt: it is not UTF-8"):
-        pictures(folder, "a jersey")
+        captioned(folder, "a jersey")
 
 
 @pytest.mark.parametrize(("name", "why"), [("c.png", "not there"), ("notes.md", "a file that does not end in .png")])
 def test_a_list_that_names_another_file_is_refused(folder: Path, name: str, why: str) -> None:
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a jersey"}))
     with pytest.raises(FileError, match=f"metadata.jsonl names {name!r}, which is {why}"):
-        pictures(folder, "a jersey")
+        captioned(folder, "a jersey")
 
 
 def test_the_middle_square_is_cut_out(tmp_path: Path) -> None:
@@ -98,22 +98,22 @@ def test_a_camera_s_rotation_is_undone(tmp_path: Path) -> None:
 
 
 def test_the_digest_is_of_pixels_and_captions(folder: Path) -> None:
-    first = digest(pictures(folder, "a person"))
-    assert digest(pictures(folder, "a person")) == first
-    assert digest(pictures(folder, "a jersey")) != first
+    first = digest(captioned(folder, "a person"))
+    assert digest(captioned(folder, "a person")) == first
+    assert digest(captioned(folder, "a jersey")) != first
 
 
 def test_errors_say_what_is_missing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"2 of 2 images have no caption, such as a.png.*a.txt.*metadata.jsonl"):
-        pictures(folder)
+        captioned(folder)
     with pytest.raises(FileError, match="No such directory"):
-        pictures(folder / "nowhere")
+        captioned(folder / "nowhere")
     (folder / "empty").mkdir()
     with pytest.raises(FileError, match="holds no image"):
-        pictures(folder / "empty")
+        captioned(folder / "empty")
     (folder / "metadata.jsonl").write_text("{broken")
     with pytest.raises(FileError, match=r"metadata.jsonl, line 1: wanted"):
-        pictures(folder)
+        captioned(folder)
 
 
 def test_an_unreadable_picture_is_named(folder: Path) -> None:

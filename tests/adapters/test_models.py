@@ -12,11 +12,11 @@ from torch import Tensor
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.adapters.diffusers import Denoiser, from_images, from_prompts, load
+from loramerge.diffusion import Denoiser, from_images, from_prompts, load
 from loramerge.errors import FileError, MergeError, OptionError
 from loramerge.learned.attach import attach
 from loramerge.learned.batches import Batch
-from loramerge.learned.ziplora import Learned, join, settings, ziplora
+from loramerge.learned.columns import Learned, join, settings, ziplora
 
 FAMILIES = list(tiny.BUILDERS)
 QUICK = {"steps": 3, "calibration": 2}

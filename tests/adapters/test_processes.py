@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from loramerge import LoRA
-from loramerge.adapters.diffusers import Team, team
+from loramerge.diffusion import Team, team
 from loramerge.errors import OptionError
 from loramerge.layers import low_rank
 from loramerge.learned.batches import Batch
 from loramerge.learned.calibration import Draw, calibrate, seeded
-from loramerge.learned.ziplora import Learned, join, settings, ziplora
+from loramerge.learned.columns import Learned, join, settings, ziplora
 
 MODULES = ("unet.first", "unet.second")
 SUM: dict[str, Any] = {"init": "ones", "loss": "mse"}

@@ -16,10 +16,10 @@ from PIL import Image
 from transformers import AutoModel
 
 from adapters import imgfocus, voxels
-from loramerge.adapters.dinov2 import dinov2
-from loramerge.adapters.encoders import Encoder, embed
-from loramerge.adapters.pixels import Box, Preprocessing
-from loramerge.adapters.scoring import Reference, Scores, score
+from loramerge.scoring.dino import dinov2
+from loramerge.scoring.encoders import Encoder, embed
+from loramerge.scoring.pictures import Box, Preprocessing
+from loramerge.scoring.scores import Reference, Scores, score
 
 
 def needs(*modules: str) -> Any:

@@ -17,14 +17,14 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from typer.testing import CliRunner
 
 from adapters import toys
-from loramerge.adapters.bootstrap import Interval, interval, student
-from loramerge.adapters.dinov2 import dinov2
-from loramerge.adapters.encoders import Encoder, embed, pixels
-from loramerge.adapters.pixels import Box, Preprocessing, read
-from loramerge.adapters.recipes import save_png
-from loramerge.adapters.scoring import Reference, Scores, score, shots_of
 from loramerge.cli.app import app
 from loramerge.errors import DeviceMemoryError, FileError, LoRAMergeError, MissingExtraError, NumberError, OptionError
+from loramerge.scoring.bootstrap import Interval, interval, student
+from loramerge.scoring.dino import dinov2
+from loramerge.scoring.encoders import Encoder, embed, pixels
+from loramerge.scoring.pictures import Box, Preprocessing, read
+from loramerge.scoring.png import save_png
+from loramerge.scoring.scores import Reference, Scores, score, shots_of
 
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 

@@ -20,17 +20,18 @@ from PIL import Image
 import loramerge as lm
 from listings import filled
 from loramerge import LoRA
-from loramerge.adapters.diffusers import Denoiser, TrainSettings, TrainStep, from_images, load, team, train_lora
-from loramerge.adapters.diffusers.training import draw, hints
-from loramerge.adapters.diffusers.training.deck import Deck
-from loramerge.adapters.diffusers.training.injection import injected
-from loramerge.adapters.diffusers.training.loop import LossScale, Run
-from loramerge.adapters.diffusers.training.settings import TEXT, UNET, Targets
-from loramerge.adapters.images import cropped, pictures
-from loramerge.adapters.loading import fingerprint
-from loramerge.architectures import ARCHITECTURES
+from loramerge.diffusion import Denoiser, TrainSettings, TrainStep, from_images, load, team, train_lora
+from loramerge.diffusion.apply import fingerprint
+from loramerge.diffusion.training import draw
+from loramerge.diffusion.training.checks import hints
+from loramerge.diffusion.training.loop import LossScale, Run
+from loramerge.diffusion.training.order import Deck
+from loramerge.diffusion.training.peft_layers import injected
+from loramerge.diffusion.training.settings import TEXT, UNET, Targets
 from loramerge.errors import DeviceMemoryError, FileError, NumberError, OptionError
-from loramerge.lora import from_tensors
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.lora import from_tensors
+from loramerge.scoring.captions import captioned, cropped
 from loramerge.tensors import Held
 from loramerge.testing import relative_error
 
@@ -90,7 +91,7 @@ def plain_steps(
     optimizer = torch.optim.AdamW(learning, lr=given.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     noiser = DDPMScheduler.from_config(pipe.scheduler.config)
     deck = Deck(from_images(load(pipe), [folder]), given.seed)
-    files = [picture.path for picture in pictures(folder)]
+    files = [picture.path for picture in captioned(folder)]
     for step in range(given.steps):
         drawn = deck.drawn(0, step)
         square = cropped(files[drawn.picture], tiny.SIDE)

@@ -16,7 +16,7 @@ from PIL import Image
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.adapters.diffusers import TrainSettings, load, train_lora
+from loramerge.diffusion import TrainSettings, load, train_lora
 from loramerge.errors import LoRAMergeError
 
 QUICK = ("--rank", "2", "--steps", "3", "--lr", "0.01", "--device", "cpu")

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from loramerge import LoRA
-from loramerge.adapters.diffusers import TrainSettings, load, train_lora
+from loramerge.diffusion import TrainSettings, load, train_lora
 from loramerge.errors import OptionError
 
 

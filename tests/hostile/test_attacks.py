@@ -8,8 +8,8 @@ import pytest
 
 import loramerge as lm
 from hostile.attacks import ATTACKS, MARK, Attack
-from loramerge.files import IN_MEMORY
-from loramerge.recipe import Recipe
+from loramerge.files.reading import IN_MEMORY
+from loramerge.merging.recipe import Recipe
 from small import small
 
 SMALL = [name for name, attack in ATTACKS.items() if not attack.large]

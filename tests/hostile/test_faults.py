@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import loramerge as lm
-from loramerge.storage import scratch
+from loramerge.files.storage import scratch
 from small import MODULES, small
 
 WRITERS: dict[str, Callable[[Path], Path]] = {

@@ -13,12 +13,11 @@ import pytest
 import safetensors
 import safetensors.numpy
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
-from loramerge.storage import writer
-from loramerge.storage.reader import SafetensorsFile
+from loramerge.files.storage import writer
+from loramerge.files.storage.reader import SafetensorsFile
 from small import MODULES, small
 
 

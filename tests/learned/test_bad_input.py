@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from loramerge.coefficients import Coefficients
 from loramerge.errors import LoRAMergeError, MergeError, NoFactorsError, NumberError, OptionError
+from loramerge.files.lora import LoRA
 from loramerge.learned.attach import attach
 from loramerge.learned.calibration import calibrate
-from loramerge.learned.ziplora import Learned, settings, ziplora
-from loramerge.lora import LoRA
+from loramerge.learned.columns import Learned, settings, ziplora
+from loramerge.merging.coefficients import Coefficients
 from loramerge.testing import random_lora
 from toy import Batch, draw, from_factors, lora_for, predict, toy
 

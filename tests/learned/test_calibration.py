@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import loramerge as lm
 from dense import FAMILIES, World, close
 from loramerge.errors import FileError, MergeError, NumberError, OptionError
+from loramerge.files.lora import LoRA
 from loramerge.layers import Layer, low_rank
 from loramerge.learned.attach import attach
 from loramerge.learned.calibration import calibrate
-from loramerge.learned.lsq import Granularity, Prior, lsq
+from loramerge.learned.least_squares import Granularity, Prior, lsq
 from loramerge.learned.moments import Kind, Moments
-from loramerge.lora import LoRA
 from loramerge.testing import relative_error
 from toy import Batch, draw, lora_for, predict, toy, with_lora
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dense import FAMILIES, IN, OUT, RANKS, TOKENS, World, close, merged
 from loramerge.errors import MergeError
-from loramerge.learned.lsq import (
+from loramerge.learned.least_squares import (
     LEAST,
     RIDGE,
     Granularity,

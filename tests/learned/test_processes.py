@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.multiprocessing as processes
 
-from loramerge.coefficients import Coefficients
-from loramerge.learned.ziplora import join, settings, ziplora
+from loramerge.learned.columns import join, settings, ziplora
+from loramerge.merging.coefficients import Coefficients
 from together import STEPS, learn, stored
 from toy import draw, lora_for, predict, toy
 

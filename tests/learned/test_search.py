@@ -7,8 +7,8 @@ import pytest
 
 import loramerge as lm
 from loramerge.errors import MissingExtraError, NumberError, OptionError
+from loramerge.files.lora import LoRA
 from loramerge.learned.search import SearchResult, SearchStep, search_weights
-from loramerge.lora import LoRA
 from loramerge.testing import weighted_sum
 from toy import from_factors
 

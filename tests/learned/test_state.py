@@ -8,8 +8,8 @@ import torch
 
 import loramerge as lm
 from loramerge.errors import FileError, NumberError, OptionError
-from loramerge.learned.ziplora import PRESETS, Learned, Step, settings, ziplora
-from loramerge.lora import LoRA
+from loramerge.files.lora import LoRA
+from loramerge.learned.columns import PRESETS, Learned, Step, settings, ziplora
 from toy import Batch, draw, lora_for, predict, toy
 
 MODEL = toy()

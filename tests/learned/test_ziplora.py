@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 import loramerge as lm
 from dense import World, close
-from loramerge.architectures import ARCHITECTURES
-from loramerge.coefficients import Coefficients
 from loramerge.errors import OptionError
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.lora import LoRA
 from loramerge.learned.attach import attach
-from loramerge.learned.coupling import crossings, penalty
-from loramerge.learned.lsq import column_solution
-from loramerge.learned.ziplora import PRESETS, Learned, Step, settings, ziplora
-from loramerge.lora import LoRA
+from loramerge.learned.columns import PRESETS, Learned, Step, settings, ziplora
+from loramerge.learned.least_squares import column_solution
+from loramerge.learned.penalties import crossings, penalty
+from loramerge.merging.coefficients import Coefficients
 from loramerge.testing import relative_error
 from toy import LINEAR, Batch, draw, from_factors, lora_for, predict, toy, with_lora
 

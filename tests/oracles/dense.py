@@ -8,8 +8,8 @@ import torch
 
 from loramerge.layers import Full, Layer
 from loramerge.layers.base import matrix
-from loramerge.methods import METHODS
-from loramerge.selection import chance
+from loramerge.merging.methods import METHODS
+from loramerge.merging.methods.selection import chance
 from loramerge.testing import random_layer
 
 SHAPES: dict[str, tuple[int, ...]] = {"linear": (40, 28), "tall": (64, 9), "conv": (20, 5, 3, 3)}

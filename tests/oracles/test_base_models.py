@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.architectures import ARCHITECTURES, Architecture
-from loramerge.checkpoints import open_checkpoint
+from loramerge.checkpoints.models import open_checkpoint
+from loramerge.files.architectures import ARCHITECTURES, Architecture
 from loramerge.layers import DoRA, LowRank
 from loramerge.testing import random_layer, relative_error
 from oracles import pipelines

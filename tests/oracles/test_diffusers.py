@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.architectures import ARCHITECTURES
+from loramerge.files.architectures import ARCHITECTURES
 from loramerge.testing import KINDS, relative_error
 from oracles import pipelines
 from oracles.pipelines import ADAPTER, a_few, attention, everything, loaded, lora_for, pick, some_attention

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders import lora_pipeline as pipelines
-from diffusers.loaders import single_file_utils as files
+from diffusers.loaders import lora_pipeline as pipelines, single_file_utils as files
 
 from loramerge import LoRA
-from loramerge.architectures import ARCHITECTURES, hunyuan, lumina, model
-from loramerge.architectures.names import Part, Parts
+from loramerge.files.architectures import ARCHITECTURES, hunyuan, lumina, model
+from loramerge.files.architectures.names import Part, Parts
+from loramerge.files.lora import from_tensors
 from loramerge.layers import LowRank
-from loramerge.lora import from_tensors
 from loramerge.tensors import Held
 from loramerge.testing import relative_error
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import loramerge as lm
 from loramerge.errors import MergeError
+from loramerge.files.lora import LoRA
 from loramerge.learned.attach import attach
 from loramerge.learned.batches import Batch
 from loramerge.learned.calibration import calibrate
-from loramerge.learned.lsq import lsq
-from loramerge.learned.ziplora import Learned, settings, ziplora
-from loramerge.lora import LoRA
+from loramerge.learned.columns import Learned, settings, ziplora
+from loramerge.learned.least_squares import lsq
 
 from . import pipelines
 from .pipelines import attention, lora_for, pick

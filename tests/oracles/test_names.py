@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 
-from loramerge import architectures
-from loramerge.architectures import ARCHITECTURES, Architecture
-from loramerge.architectures.names import Part
+from loramerge.files.architectures import ARCHITECTURES, Architecture
+from loramerge.files.architectures.names import Part
+from loramerge.files.reading import architectures
 
 TRANSFORMERS = {
     "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,

@@ -12,8 +12,8 @@ import torch
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 import loramerge as lm
-from loramerge.dialects import fields
 from loramerge.errors import FileError, LayerError, NoFactorsError
+from loramerge.files.dialects import fields
 from loramerge.testing import relative_error
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import merge_utils
 
 import loramerge as lm
+from loramerge.files.lora import LoRA
 from loramerge.layers import Layer
-from loramerge.lora import LoRA
-from loramerge.methods import METHODS
-from loramerge.selection import module_seed
+from loramerge.merging.methods import METHODS
+from loramerge.merging.methods.selection import module_seed
 from loramerge.testing import random_layer, relative_error
 from oracles.dense import SHAPES, Draws, deltas, layers, tensors, uncut
 

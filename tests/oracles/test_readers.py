@@ -14,9 +14,9 @@ from transformers import T5Config, T5EncoderModel
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.architectures import ARCHITECTURES
-from loramerge.dialects.readers import DROPS, STOPS, Drop, dropped
-from loramerge.dialects.write import spell
+from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.dialects.readers import DROPS, STOPS, Drop, dropped
+from loramerge.files.dialects.write import spell
 from loramerge.layers import BiasOnly, DoRA, Layer
 from loramerge.testing import random_layer, relative_error
 from oracles import pipelines

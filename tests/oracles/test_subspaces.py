@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loramerge.layers import Layer, LowRank
-from loramerge.methods import METHODS
+from loramerge.merging.methods import METHODS
 from loramerge.testing import relative_error
 from oracles.dense import deltas, layers, uncut
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loramerge.adapters.bootstrap import Interval
-from loramerge.adapters.scoring import Row, Scores, Shot
+from loramerge.scoring.bootstrap import Interval
+from loramerge.scoring.scores import Row, Scores, Shot
 from virtual_tryon.study.orderings import CLAIMS, Claim, Comparison, Decision, decide, decisions, verdict
 from virtual_tryon.study.published import SETS, TABLE
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from loramerge.adapters.bootstrap import Interval
+from loramerge.scoring.bootstrap import Interval
 from virtual_tryon.study.content import Figure, Report, Section, Sheet, Table
 from virtual_tryon.study.figures import LETTER, Axis, Series, bars, heat, ticks
 from virtual_tryon.study.page import html, markdown

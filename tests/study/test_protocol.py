@@ -116,7 +116,12 @@ def test_a_lora_of_ones_own_is_a_setting_by_its_file_or_its_name_on_the_hub(tmp_
         {"name": "a", "lora": "./mine.safetensors"},
         {"name": "b", "lora": "mine.safetensors"},
         {"name": "c", "loras": ["profile", "someone/a-lora", "hf://someone/b@main"], "weights": [1, 1, 1]},
-        {"name": "d", "loras": ["profile", "barca"], "method": "loramerge.methods.linear:linear", "options": {}},
+        {
+            "name": "d",
+            "loras": ["profile", "barca"],
+            "method": "loramerge.merging.methods.linear:linear",
+            "options": {},
+        },
     ]
     found = reading.protocol(data, "mine", tmp_path, "mine.toml")
 
@@ -127,7 +132,7 @@ def test_a_lora_of_ones_own_is_a_setting_by_its_file_or_its_name_on_the_hub(tmp_
         ("profile", "someone/a-lora", "hf://someone/b@main"),
     ]
     assert found.concepts[0].lora == "someone/a-person"
-    assert (found.settings[3].method, found.settings[3].options) == ("loramerge.methods.linear:linear", {})
+    assert (found.settings[3].method, found.settings[3].options) == ("loramerge.merging.methods.linear:linear", {})
 
 
 @pytest.mark.parametrize(

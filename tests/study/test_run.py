@@ -9,8 +9,8 @@ import pytest
 from diffusers import StableDiffusionXLPipeline
 
 import loramerge as lm
-from loramerge.adapters.recipes import recipe_in
 from loramerge.errors import LoRAMergeError
+from loramerge.scoring.png import recipe_in
 from loramerge.testing import random_lora, relative_error
 from study import stand_ins
 from virtual_tryon.study import caveats, command, drawing, loras, reading, sets, stages

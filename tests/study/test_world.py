@@ -26,8 +26,18 @@ from virtual_tryon.world import (
 )
 from virtual_tryon.world.concepts import BARCA, IDENTIFIERS, PSQ
 from virtual_tryon.world.picture import PATTERNED
-from virtual_tryon.world.sampling import BEARDS, COLOURS, EMBLEMS, HAIRS, HELD_OUT_PAIR, KINDS, PATTERNS, SKIN, STYLES
-from virtual_tryon.world.sampling import SCENES as ALL_SCENES
+from virtual_tryon.world.sampling import (
+    BEARDS,
+    COLOURS,
+    EMBLEMS,
+    HAIRS,
+    HELD_OUT_PAIR,
+    KINDS,
+    PATTERNS,
+    SCENES as ALL_SCENES,
+    SKIN,
+    STYLES,
+)
 
 Told = tuple[Picture, str]
 STUDY_PROMPTS = (

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import assert_type
 
 import loramerge as lm
-from loramerge.analysis import Row
+from loramerge.comparing.analysis import Row
 from loramerge.layers import DoRA, Layer, LowRank
-from loramerge.methods import METHODS, Method, find
+from loramerge.merging.methods import METHODS, Method, find
 
 
 def merged(person: Path, jersey: str) -> lm.LoRA:

@@ -32,8 +32,8 @@ def resolution(base: Base) -> int:
 
 def denoiser(base: Base, device: str, *, checkpointing: bool = False) -> Any:
     """The base to learn on."""
-    from loramerge.adapters.diffusers import load
-    from loramerge.adapters.noise import silence
+    from loramerge.diffusion import load
+    from loramerge.scoring import silence
 
     silence("diffusers", "transformers")
     source = pipeline(base, device) if base.miniature else base.model
@@ -47,9 +47,9 @@ def pipeline(base: Base, device: str) -> Any:
         FileError: It is missing or can't be read.
     """
     if not base.miniature:
-        from loramerge.adapters.pipelines import load
+        from loramerge.diffusion import load_pipeline
 
-        return load(base.model, device=device, dtype=base.dtype, variant=base.variant, quiet=True)
+        return load_pipeline(base.model, device=device, dtype=base.dtype, variant=base.variant, quiet=True)
     from .. import model
 
     check(base)
@@ -60,7 +60,7 @@ def pipeline(base: Base, device: str) -> Any:
 @lru_cache(maxsize=1)
 def drawing_pipeline(base: Base, device: str, scheduler: str | None) -> Any:
     """The base with the scheduler that draws; kept, because one process draws many settings."""
-    from loramerge.adapters.pipelines import use_scheduler
+    from loramerge.diffusion import use_scheduler
 
     pipe = pipeline(base, device)
     if scheduler:

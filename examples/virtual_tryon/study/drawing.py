@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loramerge import LoRA
-from loramerge.adapters.generation import Sampling, Use, generate
-from loramerge.adapters.loading import check_fits
+from loramerge.diffusion import Sampling, Use, check_fits, generate
 
 from .bases import drawing_pipeline
 from .job import Job, cleared

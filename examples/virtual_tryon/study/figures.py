@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from loramerge.adapters.bootstrap import Interval
+from loramerge.scoring import Interval
 
 WIDTH = 480
 """Units of a chart's width; it scales with the page."""

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from loramerge.adapters.generation import slug
-from loramerge.adapters.scoring import Shot
+from loramerge.diffusion import slug
 from loramerge.errors import FileError
+from loramerge.scoring import Shot
 
 from .ledger import Ledger, model_digest
 from .protocol import Protocol, Setting, is_source

@@ -9,9 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loramerge.storage.digests import of_listing
-from loramerge.storage.folders import made
-from loramerge.storage.writer import write_text
+from loramerge.files import listing_digest, make_folder, write_text
 
 MODEL = (".json", ".safetensors", ".txt")
 """Endings of the files that are a model."""
@@ -37,7 +35,7 @@ class Ledger:
 
     def add(self, result: str, fingerprint: str) -> None:
         """Note that a result is made."""
-        made(self.folder)
+        make_folder(self.folder)
         write_text(self._file(result), json.dumps({"result": result, "fingerprint": fingerprint}) + "\n")
 
     @contextmanager
@@ -65,7 +63,7 @@ def model_digest(model: str) -> str:
     folder = Path(model)
     if not folder.is_dir():
         return model
-    return of_listing(folder, [file for file in folder.rglob("*") if file.suffix in MODEL])
+    return listing_digest(folder, [file for file in folder.rglob("*") if file.suffix in MODEL])
 
 
 def versions(*names: str) -> dict[str, str]:

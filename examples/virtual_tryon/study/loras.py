@@ -10,10 +10,9 @@ from typing import Any
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.adapters.images import digest, pictures
 from loramerge.errors import LoRAMergeError
-from loramerge.storage.digests import of_file
-from loramerge.storage.folders import made
+from loramerge.files import file_digest, make_folder
+from loramerge.scoring import captioned, digest
 
 from . import bases
 from .job import Job, needed
@@ -25,20 +24,20 @@ LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 def train(job: Job, name: str) -> bool:
     """Train the LoRA of a set, from its checkpoint on if there is one."""
-    from loramerge.adapters.diffusers import TrainSettings, train_lora
+    from loramerge.diffusion import TrainSettings, train_lora
 
     protocol, target = job.protocol, job.lora_file(name)
     folder = needed(job.set_folder(name), "data")
     found = fingerprint(
         protocol.training,
         job.base_digest,
-        digest(pictures(folder)),
+        digest(captioned(folder)),
         job.device,
         versions(*LIBRARIES),
     )
     if job.ledger.has(f"loras/{name}", found, [target]):
         return False
-    made(target.parent)
+    make_folder(target.parent)
     checkpoint = target.with_name(f"{name}-{found[:8]}.checkpoint")
     given = asdict(protocol.training)
     denoiser = bases.denoiser(protocol.base, job.device, checkpointing=given.pop("checkpointing"))
@@ -105,7 +104,7 @@ def merge(job: Job, setting: Setting) -> bool:
     )
     if job.ledger.has(f"merges/{setting.name}", found, [target]):
         return False
-    made(target.parent)
+    make_folder(target.parent)
     lora = _learned(job, setting, loras) if setting.learn else _computed(setting, loras)
     with job.ledger.making(f"merges/{setting.name}", found):
         lm.save(lora, target)
@@ -119,7 +118,7 @@ def _code(method: str) -> str | None:
         return None
     with suppress(ImportError, ValueError):  # the merge says so
         spec = find_spec(module)
-        return of_file(Path(spec.origin)) if spec and spec.origin else None
+        return file_digest(Path(spec.origin)) if spec and spec.origin else None
     return None
 
 
@@ -130,13 +129,13 @@ def _computed(setting: Setting, loras: list[LoRA]) -> LoRA:
 
 def _data(job: Job, setting: Setting) -> Any:
     """What a learned merge depends on beside the LoRAs."""
-    sets = [digest(pictures(needed(job.set_folder(name), "data"))) for name in setting.loras]
+    sets = [digest(captioned(needed(job.set_folder(name), "data"))) for name in setting.loras]
     return job.base_digest, sets, job.protocol.training, job.device, versions(*LIBRARIES)
 
 
 def _learned(job: Job, setting: Setting, loras: list[LoRA]) -> LoRA:
     """A merge that is learned on the base, from the pictures that the LoRAs were trained on."""
-    from loramerge.adapters.diffusers import from_images, within_memory
+    from loramerge.diffusion import from_images, within_memory
 
     training = job.protocol.training
     denoiser = bases.denoiser(job.protocol.base, job.device, checkpointing=training.checkpointing)
@@ -151,14 +150,13 @@ def _learned(job: Job, setting: Setting, loras: list[LoRA]) -> LoRA:
 
 
 def _by_gradient(denoiser: Any, loras: list[LoRA], draw: Any, options: dict[str, Any]) -> LoRA:
-    from loramerge.learned.ziplora import settings, ziplora
+    from loramerge.learned import settings, ziplora
 
     return ziplora(denoiser.predict, denoiser.models, loras, draw, settings(**options)).lora
 
 
 def _in_closed_form(denoiser: Any, loras: list[LoRA], draw: Any, options: dict[str, Any]) -> LoRA:
-    from loramerge.learned.calibration import calibrate
-    from loramerge.learned.lsq import lsq
+    from loramerge.learned import calibrate, lsq
 
     kind: Any = "gram" if options.get("granularity") in ("column", "full") else "core"
     given = {key: options.pop(key) for key in ("batches", "batch_size", "seed") if key in options}

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loramerge.adapters.bootstrap import Interval, interval
-from loramerge.adapters.scoring import Scores
+from loramerge.scoring import Interval, Scores, interval
 
 from .published import SETS, published
 

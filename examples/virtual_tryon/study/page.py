@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from loramerge.adapters.pixels import read
+from loramerge.scoring import read
 
 from .content import Figure, Part, Report, Sheet, Table
 

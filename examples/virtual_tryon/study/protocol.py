@@ -7,9 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from loramerge.adapters.pixels import Box
 from loramerge.errors import OptionError
-from loramerge.storage.pickles import PICKLES
+from loramerge.files import PICKLES
+from loramerge.scoring import Box
 
 Learned = Literal["ziplora", "lsq"]
 STUDY = "study"
@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a LoRA is trained; most names are those of ``TrainSettings`` of `loramerge.adapters.diffusers`."""
+    """How a LoRA is trained; most names are those of ``TrainSettings`` of `loramerge.diffusion`."""
 
     rank: int = 8
     alpha: float | None = None

@@ -5,13 +5,12 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from loramerge import toml
-from loramerge.adapters.pixels import Box
 from loramerge.errors import FileError, OptionError
-from loramerge.learned.settings import settings
-from loramerge.methods import find
-from loramerge.storage.reader import read_text
-from loramerge.toml import Table
+from loramerge.files import read_text
+from loramerge.learned import settings
+from loramerge.merging import Table, parse_toml
+from loramerge.merging.methods import find
+from loramerge.scoring import Box
 
 from .protocol import (
     STUDY,
@@ -70,7 +69,7 @@ def read(path: Path) -> Protocol:
         OptionError: A key is unknown or missing, or a value is wrong.
     """
     try:
-        data = toml.parse(read_text(path))
+        data = parse_toml(read_text(path))
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is not TOML: {error}.") from None
     return protocol(data, path.stem, path.parent, path.name)

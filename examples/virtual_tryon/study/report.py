@@ -5,9 +5,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loramerge.adapters.bootstrap import Interval
-from loramerge.adapters.pixels import images_in
-from loramerge.storage.writer import write_text
+from loramerge.files import write_text
+from loramerge.scoring import Interval, images_in
 
 from . import caveats, page, scores, tables
 from .content import Figure, Part, Report, Section, Sheet, Table, section

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from loramerge.adapters.scoring import Scores, Shot
+from loramerge.scoring import Scores, Shot
 
 from . import scores, truth
 from .job import Job

@@ -8,14 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loramerge.adapters.dinov2 import dinov2
-from loramerge.adapters.encoders import Encoder, pixels
-from loramerge.adapters.pixels import images_in
-from loramerge.adapters.scoring import Reference, Row, Scores, Shot, score
 from loramerge.errors import FileError
-from loramerge.storage.digests import of_file
-from loramerge.storage.folders import made
-from loramerge.storage.writer import write_text
+from loramerge.files import file_digest, make_folder, write_text
+from loramerge.scoring import Encoder, Reference, Row, Scores, Shot, dinov2, images_in, pixels, score
 
 from .job import Job, needed
 from .ledger import fingerprint, versions
@@ -81,16 +76,16 @@ def run(job: Job, subject: Subject) -> bool:
     true = true_shots(job, group, f":{REFERENCE}") if job.drawn else []
     found = fingerprint(
         concepts,
-        {concept.name: list(map(of_file, _pictures(job, concept))) for concept in concepts},
+        {concept.name: list(map(file_digest, _pictures(job, concept))) for concept in concepts},
         [(shot.prompt, shot.seed) for shot in shots],
-        [of_file(shot.path) for shot in [*shots, *true]],
+        [file_digest(shot.path) for shot in [*shots, *true]],
         job.scorer_digest,
         job.device,
         versions("torch", "transformers"),
     )
     if job.ledger.has(known, found, [target]):
         return False
-    made(target.parent)
+    make_folder(target.parent)
     views = _views(job, concepts, shots, true)
     with job.ledger.making(known, found):
         write_text(target, json.dumps({view: [_plain(row) for row in rows] for view, rows in views.items()}) + "\n")

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loramerge.adapters import pixels
-from loramerge.adapters.images import METADATA, digest, pictures
 from loramerge.errors import OptionError
-from loramerge.storage.digests import of_listing
+from loramerge.files import listing_digest
+from loramerge.scoring import METADATA, captioned, digest, left_out
 
 from .. import make_sets, world
 from ..world import CONCEPTS, SCENES, Example
@@ -54,11 +53,11 @@ def _fingerprint(job: Job) -> str:
     protocol = job.protocol
     if job.drawn:
         place = Path(world.__file__).parent
-        code = of_listing(place, place.rglob("*.py"))
+        code = listing_digest(place, place.rglob("*.py"))
         return fingerprint(
             protocol.data, _sets(job), protocol.mixed, protocol.prompts, code, bases.resolution(protocol.base)
         )
-    own = {name: digest(pictures(job.set_folder(name))) for name in _plain(job)}
+    own = {name: digest(captioned(job.set_folder(name))) for name in _plain(job)}
     return fingerprint(own, protocol.mixed, {name: protocol.concept(name).identifier for name in own})
 
 
@@ -143,14 +142,14 @@ def scene_of(prompt: str, names: Sequence[str]) -> str:
 def left_out(job: Job) -> list[str]:
     """What the user's folders hold that is no picture, a line per folder."""
     folders = [] if job.drawn else [job.set_folder(name) for name in _plain(job)]
-    return [line for folder in folders if folder.is_dir() and (line := pixels.left_out(folder))]
+    return [line for folder in folders if folder.is_dir() and (line := left_out(folder))]
 
 
 def _check(job: Job) -> None:
     """Every caption names its concept."""
     for name in _plain(job):
         concept = job.protocol.concept(name)
-        without = [p for p in pictures(job.set_folder(name)) if concept.identifier not in p.caption]
+        without = [p for p in captioned(job.set_folder(name)) if concept.identifier not in p.caption]
         if without:
             raise OptionError(
                 f"{without[0].path}: the caption {without[0].caption[:60]!r} does not say {concept.identifier!r}, by which "
@@ -161,7 +160,7 @@ def _check(job: Job) -> None:
 def _mix(job: Job) -> None:
     """Copy one set and the first pictures of another into one folder."""
     for mixed in _mixed(job):
-        theirs = pictures(job.set_folder(mixed.other))
+        theirs = captioned(job.set_folder(mixed.other))
         if len(theirs) < mixed.borrowed:
             raise OptionError(
                 f"{mixed.name} borrows {mixed.borrowed} pictures of {mixed.other}, which has {len(theirs)}."
@@ -169,7 +168,7 @@ def _mix(job: Job) -> None:
         folder = job.set_folder(mixed.name)
         folder.mkdir(parents=True)
         lines = []
-        for i, picture in enumerate([*pictures(job.set_folder(mixed.own)), *theirs[: mixed.borrowed]]):
+        for i, picture in enumerate([*captioned(job.set_folder(mixed.own)), *theirs[: mixed.borrowed]]):
             name = f"{i:03d}{picture.path.suffix.lower()}"
             shutil.copyfile(picture.path, folder / name)
             lines.append(json.dumps({"file_name": name, "text": picture.caption}, ensure_ascii=False))

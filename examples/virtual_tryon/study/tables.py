@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from loramerge.adapters.bootstrap import FEWEST
+from loramerge.scoring import FEWEST
 
 from .content import Table
 from .orderings import Comparison, Decision

@@ -11,13 +11,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from loramerge.adapters.bootstrap import Interval, interval
-from loramerge.adapters.images import METADATA
-from loramerge.adapters.pixels import read as read_picture
 from loramerge.errors import FileError
-from loramerge.storage.digests import of_file
-from loramerge.storage.folders import made
-from loramerge.storage.writer import write_text
+from loramerge.files import file_digest, make_folder, write_text
+from loramerge.scoring import METADATA, Interval, interval, read as read_picture
 
 from ..world import CONCEPTS
 from . import scores
@@ -112,7 +108,7 @@ def run(job: Job, subject: Subject) -> bool:
     metadata = needed(job.truth_folder(group, REFERENCE) / METADATA, "data")
     found = fingerprint(
         [(shot.prompt, shot.seed) for shot in shots],
-        list(map(of_file, [*(shot.path for shot in shots), metadata])),
+        list(map(file_digest, [*(shot.path for shot in shots), metadata])),
         job.scorer_digest,
         ATTRIBUTES,
         job.device,
@@ -120,7 +116,7 @@ def run(job: Job, subject: Subject) -> bool:
     )
     if job.ledger.has(known, found, [target]):
         return False
-    made(target.parent)
+    make_folder(target.parent)
     wanted = truth(job, group)
     told = _judge(job.protocol.scorer.model, job.device).attributes(_pictures([shot.path for shot in shots]))
     rows = [

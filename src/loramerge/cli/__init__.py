@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    from .run import guarded
+    from .output import guarded
 
     # `inspect FILE` reads a header and is done before the parser of options would be loaded.
     if len(sys.argv) == 3 and sys.argv[1] == "inspect" and not sys.argv[2].startswith("-"):

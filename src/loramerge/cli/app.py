@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
-from ..errors import OptionError
-from ..wording import size
+from .._version import __version__
+from ..errors import OptionError, size
 from .bake import bake
 from .calibrate import calibrate
 from .coefficients import coefficients
@@ -41,7 +40,7 @@ from .options import (
     weights_of,
     workers_or_cores,
 )
-from .run import as_directory, more, print_json, print_notes, progress, table
+from .output import as_directory, more, print_json, print_notes, progress, table
 from .score import score
 from .train import train
 from .zip import zip_loras
@@ -131,8 +130,9 @@ def convert(
 
     Example: loramerge convert person.safetensors -o person-diffusers.safetensors --to diffusers
     """
-    from ..dialects import written_dialect
-    from ..files import check_apart, check_growth, check_target, open, save, saved_size
+    from ..files.dialects import written_dialect
+    from ..files.reading import open
+    from ..files.writing import check_apart, check_growth, check_target, save, saved_size
 
     target = check_target(output, to)
     check_apart(file, target)
@@ -367,9 +367,9 @@ def diff(
 
     Example: loramerge diff person.safetensors person-diffusers.safetensors
     """
-    from ..comparison import apart, differences
-    from ..families import spelled_alike
-    from ..files import open
+    from ..comparing.diffs import apart, differences
+    from ..files.families import spelled_alike
+    from ..files.reading import open
 
     opened = partial(open, architecture=architecture, allow_pickle=allow_pickle)
     with opened(first) as a, opened(second) as b, progress("Comparing", quiet) as report:
@@ -440,7 +440,7 @@ def dialects(json: Annotated[bool, typer.Option("--json", help="For programs.")]
 
     Example: loramerge dialects
     """
-    from ..dialects import DIALECTS
+    from ..files.dialects import DIALECTS
 
     if json:
         print_json(

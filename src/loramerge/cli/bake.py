@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from .options import Quiet, Scope, Threads, WeightRule, weights_of
-from .run import more, print_json, progress, table
+from .output import more, print_json, progress, table
 
 if TYPE_CHECKING:
-    from ..baking import Baked
+    from ..merging.baking import Baked
 
 
 def bake(
@@ -51,8 +51,8 @@ def bake(
 
     Example: loramerge bake person.safetensors --base sd_xl_base_1.0.safetensors -w 0.8 -o person-xl.safetensors
     """
-    from .. import baking
-    from ..files import open
+    from ..files.reading import open
+    from ..merging import baking
 
     chosen = weights_of(weight, weights)
     loras = [open(file, architecture=architecture, allow_pickle=allow_pickle) for file in files]

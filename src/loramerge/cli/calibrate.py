@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from . import learning as given
+from . import model_options as given
 from .options import Dtype, Files, Output, Quiet, To, TrustRemoteCode
-from .run import progress, table
+from .output import progress, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ..learned.lsq import Report
+    from ..learned.least_squares import Report
     from ..learned.moments import Kind, Moments
-    from ..merging import Plan
+    from ..merging.verbs import Plan
 
 
 class Granularity(StrEnum):
@@ -78,7 +78,7 @@ def calibrate(
     Example: loramerge calibrate person.safetensors jersey.safetensors -b stabilityai/stable-diffusion-xl-base-1.0
     -p "a psq-person" -p "a barca24_jersey" -o merged.safetensors
     """
-    from ..learned.lsq import lsq
+    from ..learned.least_squares import lsq
     from ..learned.moments import Moments
 
     asked = given.Given(
@@ -123,7 +123,7 @@ def _check_same(said: "Mapping[str, Any]", asked: given.Given, batches: int, bat
     Raises:
         OptionError: The base model, the examples or their number are others.
     """
-    from ..adapters.diffusers.denoiser import called
+    from ..diffusion.denoiser import called
 
     if not asked.base or "base" not in said:
         return
@@ -142,7 +142,7 @@ def _taken(
     asked: given.Given, planned: "Plan", kind: "Kind", batches: int, batch_size: int, path: Path | None
 ) -> "Moments | None":
     """Moments of what the model's modules see; None in processes that leave the rest to the first."""
-    from ..adapters.diffusers import team, within_memory
+    from ..diffusion import team, within_memory
     from ..learned.calibration import calibrate
 
     if not asked.base:
@@ -178,7 +178,7 @@ def _taken(
 
 def fit_table(report: "Report", architecture: str | None) -> str:
     """J / J of the base model by block: of the merge, of the sum, of the average."""
-    from ..blocks import block
+    from ..files.architectures.blocks import block
 
     if not report.fits:
         return "The LoRAs change nothing in the modules that were looked at: the result is their sum."

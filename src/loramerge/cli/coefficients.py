@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import Arch
-from .run import table
+from .output import table
 
 if TYPE_CHECKING:
-    from ..coefficients import Coefficients
+    from ..merging.coefficients import Coefficients
     from ..tensors import Array
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -30,8 +30,8 @@ def coefficients(
     """
     import numpy as np
 
-    from ..coefficients import Coefficients
-    from ..plots_coefficients import by_block, check_plot, draw, outside, span
+    from ..learned.plots import by_block, check_plot, draw, outside, span
+    from ..merging.coefficients import Coefficients
 
     if plot:
         check_plot(plot)
@@ -60,9 +60,9 @@ def coefficients(
 
 def _overlaps(found: "Coefficients", files: list[str], architecture: str | None) -> str:
     """A table of the LoRAs' overlap by block, before and after."""
-    from ..blocks import block, position
-    from ..files import open
-    from ..interference import overlaps
+    from ..files.architectures.blocks import block, position
+    from ..files.reading import open
+    from ..learned.interference import overlaps
 
     loras = [open(file, architecture=architecture) for file in files]
 

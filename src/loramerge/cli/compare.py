@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..advice import advice
-from ..analysis import Comparison, Row, compare
+from ..comparing.advising import advice
+from ..comparing.analysis import Comparison, Row, compare
+from ..comparing.measures import Alone
+from ..comparing.pairs import SHARE
 from ..errors import OptionError
-from ..files import open
+from ..files.reading import open
 from ..layers import ON_BASE
-from ..measures import Alone
-from ..updates import SHARE
-from .run import progress, table
+from .output import progress, table
 
 HEAD = ("cosine", "in", "out", "align", "conflict", "clash")
 
@@ -36,7 +36,7 @@ def show(
     if len(files) < 2:
         raise OptionError("A comparison needs two LoRAs or more.")
     if heatmap:
-        from ..figures import check_heatmap
+        from ..comparing.plots import check_heatmap
 
         check_heatmap(heatmap)
     loras = [open(file, architecture=architecture, allow_pickle=pickle) for file in files]
@@ -46,7 +46,7 @@ def show(
     for lora in loras:
         lora.close()
     if heatmap:
-        from ..figures import save_heatmap
+        from ..comparing.plots import save_heatmap
 
         save_heatmap(found, heatmap)
     if as_json:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import __version__
-from .run import print_json, table
+from .._version import __version__
+from .output import print_json, table
 
 TOLERANCE = 1e-6
 """Largest relative error of the self-test's merge."""

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from .options import Quiet, Threads, rank_of
-from .run import more, print_json, progress, table, written
+from .output import more, print_json, progress, table, written
 
 if TYPE_CHECKING:
-    from ..extracting import Extraction
+    from ..checkpoints.extracting import Extraction
 
 
 def extract(
@@ -33,8 +33,8 @@ def extract(
 
     Example: loramerge extract tuned.safetensors --base sd_xl_base_1.0.safetensors -o tuned-lora.safetensors --rank 64
     """
-    from ..extracting import plan_extraction
-    from ..files import check_target, save
+    from ..checkpoints.extracting import plan_extraction
+    from ..files.writing import check_target, save
 
     check_target(output, to or "kohya")
     silent = quiet or json

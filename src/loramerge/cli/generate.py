@@ -8,10 +8,10 @@ import typer
 
 from ..errors import OptionError
 from .options import Quiet, TrustRemoteCode
-from .run import progress, table
+from .output import progress, table
 
 if TYPE_CHECKING:
-    from ..adapters.generation import Drawn, Use
+    from ..diffusion.generation import Drawn, Use
 
 
 def generate(
@@ -59,16 +59,16 @@ def generate(
     Example: loramerge generate --base stabilityai/stable-diffusion-xl-base-1.0 --lora person.safetensors
     --lora both=person.safetensors:0.7+jersey.safetensors:0.5 -p "a psq-person" --seeds 8 -o out/
     """
-    from ..adapters import generation, pipelines
-    from ..adapters.scoring import Shot
-    from ..adapters.sheets import save_sheet
+    from ..diffusion import generation, pipelines
+    from ..scoring.scores import Shot
+    from ..scoring.sheets import save_sheet
 
     numbers = read_seeds(seeds)
     width, height = read_size(size)
     settings = read_settings(lora or [], none, architecture)
     sampling = generation.Sampling(steps=steps, guidance=guidance, height=height, width=width, negative_prompt=negative)
     generation.check(settings, prompt, numbers)
-    pipe = pipelines.load(
+    pipe = pipelines.load_pipeline(
         base,
         device=device,
         dtype=dtype,
@@ -119,8 +119,8 @@ def _setting(text: str, architecture: str | None) -> tuple[str, list["Use"]]:
 
 
 def _use(text: str, architecture: str | None) -> "Use":
-    from ..adapters.generation import Use
-    from ..files import open
+    from ..diffusion.generation import Use
+    from ..files.reading import open
 
     file, colon, weight = text.rpartition(":")
     try:

@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .. import blocks, toml
-from ..architectures import titles
-from ..architectures.labels import SPECIFICATION, VERSION
-from ..dialects import DIALECTS
-from ..files import open
+from ..files.architectures import blocks, titles
+from ..files.architectures.labels import SPECIFICATION, VERSION
+from ..files.dialects import DIALECTS
+from ..files.lora import LoRA
+from ..files.reading import open
+from ..files.triggers import by_parent
 from ..layers import Layer, alpha_of
-from ..lora import LoRA
+from ..merging import toml
 from ..tensors import code
-from ..triggers import by_parent
-from .run import bar, print_json, table
+from .output import bar, print_json, table
 
 MOST = 20
 """Rows of a family whose blocks are not known: every module may be one."""
@@ -45,7 +45,7 @@ def show(
 
 def show_recipe(source: str, *, architecture: str | None = None, pickle: bool = False) -> None:
     """Print how a LoRA was merged, as a recipe that can be run again."""
-    from ..recipe import Recipe
+    from ..merging.recipe import Recipe
 
     with open(source, architecture=architecture, allow_pickle=pickle) as lora:
         print(f"# How {toml.text(lora.name)} was merged.", Recipe.of(lora).to_toml(), sep="\n", end="")
@@ -171,7 +171,7 @@ def _made_from(lora: LoRA) -> dict[str, str]:
     """The inputs of a merge and their weights, or the one that was resized."""
     if not lora.metadata:
         return {}
-    from ..metadata import RECIPE
+    from ..files.metadata import RECIPE
 
     try:
         recipe = json.loads(lora.metadata.get(RECIPE, "{}"))

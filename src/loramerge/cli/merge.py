@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError
-from ..files import check_growth, check_target, outgrows, saved_size
-from ..merging import Kept, Plan
-from ..methods import Method, check_options, find
-from ..recipe import Recipe
-from ..recipe_text import Input
+from ..errors import OptionError, size
+from ..files.writing import check_growth, check_target, outgrows, saved_size
+from ..merging.methods import Method, check_options, find
+from ..merging.recipe import Recipe
+from ..merging.recipe_text import Input
+from ..merging.verbs import Kept, Plan
+from ..merging.weights import parse
 from ..tensors import SIZES, code
-from ..weights import parse
-from ..wording import size
 from .options import method_of, named, rank_of, workers_or_cores
-from .run import as_directory, print_notes, progress, table, written
+from .output import as_directory, print_notes, progress, table, written
 
 
 def recipe_of(files: Sequence[str]) -> Recipe:
@@ -81,8 +80,10 @@ def merge_by(
         print(_plan_table(planned, length))
     check_growth(made, length, made.dialect)
     if advice:
+        from ..comparing import advice as advised, compare
+
         with progress("Comparing", quiet) as report:
-            print(planned.advice(report))
+            print(advised(compare(planned.loras, base=planned.base, progress=report)))
     if target is not None and not dry_run:
         _write(recipe, planned, target, workers_or_cores(workers, planned.widest), quiet)
 

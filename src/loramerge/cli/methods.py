@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from ..errors import OptionError
-from ..methods import METHODS, Method, of_package, published
-from .run import print_json, table
+from ..merging.methods import METHODS, Method, of_package, published
+from .output import print_json, table
 
 FROM = "loramerge"
 """Where the methods of the index come from."""

@@ -11,7 +11,7 @@ import typer
 from ..errors import OptionError
 
 if TYPE_CHECKING:
-    from ..methods import Method
+    from ..merging.methods import Method
 
 File = Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")]
 Files = Annotated[list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub.")]
@@ -112,8 +112,8 @@ def weights_of(each: list[str] | None, rule: str | None) -> list[str] | str | No
 
 def method_of(text: str) -> "Method | str":
     """The method that was typed: ``package.module:name`` may be in a module beside where one stands."""
-    from ..methods import find
-    from ..references import from_here
+    from ..merging.methods import find
+    from ..registry import from_here
 
     if ":" not in text:
         return text

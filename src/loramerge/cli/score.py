@@ -8,12 +8,12 @@ import typer
 
 from ..errors import FileError, OptionError
 from .options import Quiet
-from .run import note_left_out, progress, table
+from .output import note_left_out, progress, table
 
 if TYPE_CHECKING:
-    from ..adapters.bootstrap import Interval
-    from ..adapters.encoders import Encoder
-    from ..adapters.scoring import Reference, Scores
+    from ..scoring.bootstrap import Interval
+    from ..scoring.encoders import Encoder
+    from ..scoring.scores import Reference, Scores
 
 
 class PoolName(StrEnum):
@@ -78,7 +78,7 @@ def score(
 
     Example: loramerge score out/ -r person=photos/person -r jersey=photos/jersey --crop jersey=0.2,0.4,0.8,1
     """
-    from ..adapters import reports, scoring
+    from ..scoring import reports, scores
 
     settings = settings_in(folders)
     sets = read_references(reference, crop or [], own_crop or [])
@@ -87,14 +87,14 @@ def score(
     if not quiet:
         note_left_out(settings.values())
         note_left_out(Path(folder.files).expanduser() for folder in sets)  # type: ignore[arg-type]
-    shots = scoring.shots_of(settings)
+    shots = scores.shots_of(settings)
     found = []
     for each in _encoders(model, encoder, pool.value, pixels, batch, device):
         with progress(f"Scoring by {each.name}", quiet) as report:
             wanted = cluster.value if cluster else None
             kept = None if no_cache else cache
-            found.append(scoring.score(shots, sets, each, cluster=wanted, cache=kept, progress=report))  # type: ignore[arg-type]
-    written = reports.save(found, output.expanduser()) if output else []
+            found.append(scores.score(shots, sets, each, cluster=wanted, cache=kept, progress=report))  # type: ignore[arg-type]
+    written = reports.save_scores(found, output.expanduser()) if output else []
     if not quiet:
         print("\n\n".join(shown(scores, against, by_prompt) for scores in found))
         for path in written:
@@ -123,7 +123,7 @@ def settings_in(folders: list[Path]) -> dict[str, Path]:
 
 def _as_drawn(inside: list[Path], folder: Path) -> list[Path]:
     """The order of the contact sheet, with ``none`` in front; by name those that it lacks."""
-    from ..adapters.recipes import order_in
+    from ..scoring.png import order_in
 
     known = {name: i for i, name in enumerate(order_in(folder / "sheet.png"))}
     return sorted(inside, key=lambda f: (f.name != "none", known.get(f.name, len(known)), f.name))
@@ -135,8 +135,8 @@ def read_references(given: list[str], crops: list[str], own_crops: list[str]) ->
     Raises:
         OptionError: A box belongs to no set, or can't be read.
     """
-    from ..adapters.pixels import Box
-    from ..adapters.scoring import Reference
+    from ..scoring.pictures import Box
+    from ..scoring.scores import Reference
 
     folders = _each_once(given)
     boxes = [{name: Box.parse(box) for name, box in _each_once(texts).items()} for texts in (crops, own_crops)]
@@ -161,8 +161,8 @@ def _each_once(texts: list[str]) -> dict[str, str]:
 def _encoders(
     model: str, function: str | None, pool: str, baseline: bool, batch: int, device: str | None
 ) -> list["Encoder"]:
-    from ..adapters.dinov2 import dinov2
-    from ..adapters.encoders import Encoder, pixels
+    from ..scoring.dino import dinov2
+    from ..scoring.encoders import Encoder, pixels
 
     if function:
         from .sweep import load_score

@@ -7,15 +7,14 @@ from typing import Any
 
 import typer
 
-from ..errors import OptionError
-from ..methods import Method, find
-from ..recipe import Recipe
-from ..references import from_here, referenced
-from ..sweeping import SETTINGS, Row, Score, left_out, ordered, points, sweep
-from ..weights import parse
-from ..wording import size
+from ..errors import OptionError, size
+from ..merging.methods import Method, find
+from ..merging.recipe import Recipe
+from ..merging.sweeping import SETTINGS, Row, Score, left_out, ordered, points, sweep
+from ..merging.weights import parse
+from ..registry import from_here, referenced
 from .options import method_of, rank_of
-from .run import progress, table
+from .output import progress, table
 
 
 def sweep_by(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from . import learning as given
+from . import model_options as given
 from .options import Output, Quiet, To, TrustRemoteCode, named
-from .run import Pace, note_left_out, progress
+from .output import Pace, note_left_out, progress
 
 if TYPE_CHECKING:
-    from ..adapters.diffusers import Denoiser, Team, TrainSettings, TrainStep
+    from ..diffusion import Denoiser, Team, TrainSettings, TrainStep
 
 OWN = [
     "rank",
@@ -96,13 +96,13 @@ def train(
     Example: loramerge train photos/ -b stabilityai/stable-diffusion-xl-base-1.0 -o person.safetensors
     --resolution 512 --trigger psq-person --gradient-checkpointing
     """
-    from ..adapters.opening import need
+    from ..diffusion.pipelines import need
 
     need("Training", "diffusers", "transformers", "peft", "accelerate")
-    from ..adapters.diffusers import load, team
-    from ..adapters.images import pictures
-    from ..dialects.write import check_writable
-    from ..files import check_target
+    from ..diffusion import load, team
+    from ..files.dialects.write import check_writable
+    from ..files.writing import check_target
+    from ..scoring.captions import captioned
 
     own = {
         "rank": rank,
@@ -121,9 +121,9 @@ def train(
     settings = settings_of(own, setting or [])
     check_writable(to or "diffusers", "diffusers")
     place = check_target(output, to or "diffusers")
-    pictures(folder, prompt)
+    captioned(folder, prompt)
     if prior is not None:
-        pictures(prior, prior_prompt)
+        captioned(prior, prior_prompt)
     if not quiet:
         note_left_out(Path(each).expanduser() for each in (folder, prior) if each is not None)
     together = team(cpu=device == "cpu")
@@ -162,7 +162,7 @@ def settings_of(own: dict[str, Any], others: Sequence[str]) -> "TrainSettings":
     """
     from dataclasses import fields
 
-    from ..adapters.diffusers import TrainSettings
+    from ..diffusion import TrainSettings
 
     defaults = {field.name: field.default for field in fields(TrainSettings) if field.name not in OWN}
     changes: dict[str, Any] = {}
@@ -188,7 +188,7 @@ class _Drawing:
 
     def __call__(self, step: "TrainStep") -> None:
         """Draw, if it is time."""
-        from ..adapters.diffusers.training import draw
+        from ..diffusion.training import draw
 
         if self.prompts and (step.step % self.every == 0 or step.step == step.total):
             draw(
@@ -216,7 +216,7 @@ class _Job:
 
     def run(self, denoiser: "Denoiser", settings: "TrainSettings", together: "Team") -> Any:
         """Train; leave the program with a word on how to go on where the user interrupts."""
-        from ..adapters.diffusers import train_lora
+        from ..diffusion import train_lora
 
         self._hint(denoiser, settings.resolution)
         progressing = _Progressing(
@@ -245,7 +245,7 @@ class _Job:
         return lora
 
     def _hint(self, denoiser: "Denoiser", resolution: int | None) -> None:
-        from ..adapters.diffusers.training import hints
+        from ..diffusion.training.checks import hints
 
         if self.quiet:
             return

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from . import learning as given
+from . import model_options as given
 from .options import Dtype, Files, Output, Quiet, To, TrustRemoteCode, named
-from .run import Pace
+from .output import Pace
 
 if TYPE_CHECKING:
-    from ..learned.ziplora import Learned, Settings, Step
+    from ..learned.columns import Learned, Settings, Step
 
 
 def zip_loras(
@@ -88,7 +88,7 @@ def zip_loras(
 
 def settings_of(preset: str, items: Sequence[str]) -> "Settings":
     """Settings from a preset and NAME=VALUE."""
-    from ..learned.ziplora import settings
+    from ..learned.columns import settings
 
     kept = settings(preset)
     changes: dict[str, Any] = {}
@@ -108,8 +108,8 @@ def _run(
     to: str | None,
     dtype: str | None,
 ) -> None:
-    from ..adapters.diffusers import team, within_memory
-    from ..learned.ziplora import shares_of, ziplora
+    from ..diffusion import team, within_memory
+    from ..learned.columns import shares_of, ziplora
 
     shares = shares_of(weights, len(asked.files))
     planned = given.plan_of(asked.files, asked.architecture, output, to)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from .. import linalg
-from ..errors import NoFactorsError
+from ..errors import NoFactorsError, an
 from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, put_rows, take_rows, widest
-from ..wording import an
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -1,1 +1,48 @@
-"""Merges that are learned: the model is given as a function, the result is an ordinary LoRA."""
+"""Merges that are learned on the model: ZipLoRA, least squares, a search for weights. Needs torch."""
+
+from typing import TYPE_CHECKING
+
+from ..registry import face
+
+if TYPE_CHECKING:
+    from .calibration import calibrate as calibrate
+    from .columns import Learned as Learned, Step as Step, ziplora as ziplora
+    from .interference import overlaps as overlaps
+    from .least_squares import (
+        Problem as Problem,
+        Report as Report,
+        column_solution as column_solution,
+        core_solution as core_solution,
+        lsq as lsq,
+    )
+    from .presets import Settings as Settings, settings as settings
+    from .search import SearchResult as SearchResult, SearchStep as SearchStep, search_weights as search_weights
+else:
+    __getattr__, __dir__, __all__ = face(
+        __name__,
+        {
+            "calibration": ("calibrate",),
+            "columns": (
+                "Learned",
+                "Step",
+                "ziplora",
+            ),
+            "interference": ("overlaps",),
+            "least_squares": (
+                "Problem",
+                "Report",
+                "column_solution",
+                "core_solution",
+                "lsq",
+            ),
+            "presets": (
+                "Settings",
+                "settings",
+            ),
+            "search": (
+                "SearchResult",
+                "SearchStep",
+                "search_weights",
+            ),
+        },
+    )

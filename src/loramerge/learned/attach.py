@@ -5,6 +5,7 @@ products, no ΔW, no copy of x for each LoRA.  By row masks one pass over a batc
 LoRA to every row: all teachers of ZipLoRA together.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MergeError
-from ..lora import LoRA
-from ..steps import named
+from ..errors import LoRAMergeError, MergeError
+from ..files.lora import LoRA, in_one_library
+from ..layers import Layer
+from ..merging.steps import named
 from ..tensors import Shape
-from .factors import factors
 
 Models = Mapping[str, nn.Module]
 """The model's components by name: ``{"unet": unet}``, ``{"transformer": …, "text_encoder": …}``."""
@@ -256,3 +257,45 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         with suppress(AttributeError):
             return model.get_submodule(name)
     return None
+
+
+def factors(lora: LoRA, module: str) -> tuple[Tensor, Tensor]:
+    """``up`` ``(out, r)`` and ``down`` ``(r, in·kh·kw)``, float32 on the CPU, every scale folded in.
+
+    Raises:
+        NoFactorsError: The layer has no low-rank form.
+        MergeError: The layer changes the module's bias too, which learning would lose.
+    """
+    layer = _layer(lora, module)
+    if layer.delta_bias() is not None:
+        raise MergeError(
+            f"{lora.name}: {module} changes a bias too, which learned merges don't do. "
+            "Ways out: a merge with plain weights, or the LoRA without the module: lora.exclude(…)."
+        )
+    return _factors(lora, module, layer)
+
+
+def _layer(lora: LoRA, module: str) -> Layer:
+    return in_one_library([lora[module]], "cpu")[0]
+
+
+def _factors(lora: LoRA, module: str, layer: Layer) -> tuple[Tensor, Tensor]:
+    try:
+        up, down = layer.factors()
+    except LoRAMergeError as error:
+        raise type(error)(f"{lora.name}: {module}: {error}") from None
+    return up.contiguous(), down.contiguous()
+
+
+def fingerprints(loras: Sequence[LoRA]) -> tuple[str, ...]:
+    """One mark a LoRA that changes with its modules and values, and not with its name."""
+    return tuple(map(_fingerprint, loras))
+
+
+def _fingerprint(lora: LoRA) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for module in sorted(lora):
+        digest.update(module.encode())
+        for tensor in _factors(lora, module, _layer(lora, module)):
+            digest.update(tensor.numpy().data)
+    return digest.hexdigest()

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from ..lora import LoRA
-from .attach import Models, Site, attach
+from ..files.lora import LoRA
+from .attach import Models, Site, attach, fingerprints
 from .batches import Batch, seen
-from .factors import fingerprints
 from .moments import Kind, Moments
 
 Predict: TypeAlias = Callable[[Batch], Tensor]

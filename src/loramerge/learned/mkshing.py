@@ -12,14 +12,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..architectures import ARCHITECTURES
 from ..errors import LoRAMergeError, NotALoRAError, NumberError, OptionError
+from ..files.architectures import ARCHITECTURES
+from ..files.lora import LoRA
+from ..files.storage.reader import SafetensorsFile
 from ..layers import LowRank, low_rank
 from ..layers.base import dense_norm
-from ..linalg import truncate_dense
-from ..lora import LoRA
-from ..ranks import whole_number
-from ..storage.reader import SafetensorsFile
+from ..linalg import truncate_dense, whole_number
 from ..tensors import Array, Shape, check_finite, flatten, float32
 
 KEY = re.compile(r"(?:unet\.)+(?P<path>.+)\.lora\.weight")

@@ -25,13 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dialects.write import Group
 from ..errors import FileError, MergeError
-from ..lora import LoRA
-from ..storage.reader import SafetensorsFile
-from ..storage.writer import write
-from .attach import Site
-from .factors import fingerprints
+from ..files.dialects.write import Group
+from ..files.lora import LoRA
+from ..files.storage.reader import SafetensorsFile
+from ..files.storage.writer import write
+from .attach import Site, fingerprints
 from .state import group_of, tensor
 
 Kind = Literal["core", "gram"]

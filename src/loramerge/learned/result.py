@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files.lora import LoRA
+from ..files.metadata import RECIPE
 from ..layers import low_rank
-from ..lora import LoRA
-from ..merging import Plan, plan
-from ..metadata import RECIPE
+from ..merging.verbs import Plan, plan
 
 
 def plan_sum(loras: Sequence[LoRA]) -> Plan:

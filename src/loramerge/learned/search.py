@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from .. import blocks
 from ..errors import MissingExtraError, NumberError, OptionError
-from ..lora import LoRA
-from ..merging import merge
+from ..files.architectures import blocks
+from ..files.lora import LoRA
+from ..merging.verbs import merge
 
 Per = Literal["lora", "component", "block"]
 Found = tuple[float, ...] | tuple[dict[str, float], ...]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dialects.write import Group
 from ..errors import FileError, OptionError
-from ..storage.reader import SafetensorsFile
-from ..storage.writer import write
+from ..files.dialects.write import Group
+from ..files.storage.reader import SafetensorsFile
+from ..files.storage.writer import write
 from ..tensors import Spec, code
 
 KEY = "loramerge.state"

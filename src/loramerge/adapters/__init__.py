@@ -1,1 +1,0 @@
-"""Model libraries at loramerge's service: the only place that imports them."""

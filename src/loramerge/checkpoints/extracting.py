@@ -1,0 +1,365 @@
+"""Extraction: the LoRA nearest to the difference of two models, D = W_tuned − W_base.
+
+The best factors of a rank are D's largest singular values and their vectors.  What a LoRA
+can't hold (biases, norms, embeddings) is listed, never approximated.
+"""
+
+import json
+import math
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import linalg
+from ..errors import MergeError, NumberError, OptionError
+from ..files.architectures import ARCHITECTURES
+from ..files.lora import LoRA
+from ..files.metadata import RECIPE
+from ..files.storage.writer import Progress
+from ..layers import LowRank, low_rank
+from ..layers.base import dense_norm, matrix
+from ..linalg import whole_number
+from ..tensors import FLOATS, Array, Spec, cast, check_finite, computed, float32, parse_dtype
+from .models import Checkpoint, Place, open_checkpoint, widened
+
+Rank = int | Literal["full"]
+
+EMBEDDING = re.compile(r"embed_tokens$|\.(token|position)_embedding$|\.shared$|relative_attention_bias$")
+"""Tables of vectors, which a LoRA of a matrix product does not change."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a module's difference is held."""
+
+    module: str
+    rank: int
+    norm: float
+    """‖D‖."""
+    error: float
+    """‖D − up·down‖, with the factors in the dtype that they are saved in."""
+
+    @property
+    def relative(self) -> float:
+        """The error in units of the norm."""
+        return self.error / self.norm if self.norm else 0.0
+
+
+@dataclass(frozen=True)
+class NotHeld:
+    """A difference that a LoRA has no place for."""
+
+    tensor: str
+    norm: float
+    relative: float
+    """‖D‖ / ‖W_base‖."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Extraction:
+    """What an extraction will do.  `lora` is its result, computed when asked for."""
+
+    tuned: Checkpoint
+    base: Checkpoint
+    ranks: Mapping[str, int]
+    """Rank of every module that differs."""
+    dtype: str
+    rank: Rank
+    not_held: tuple[NotHeld, ...] = ()
+    notes: tuple[str, ...] = ()
+    fits: dict[str, Fit] = field(default_factory=dict)
+    """How well each module is held; filled as they are computed."""
+
+    def layer(self, module: str) -> LowRank:
+        """A module's factors in the dtype of the result."""
+        delta = difference(self.tuned, self.base, module)
+        flat = matrix(delta)
+        cut = linalg.truncate_dense(flat, self.ranks[module])
+        try:
+            up, down = cast(cut.up, self.dtype), cast(cut.down, self.dtype)
+        except NumberError as error:
+            raise NumberError(f"{module}: {error}") from None
+        flat = flat - float32(up) @ float32(down)
+        self.fits[module] = Fit(module, up.shape[1], math.sqrt(cut.energy), dense_norm(flat))
+        return low_rank(up, down, delta.shape)
+
+    def run(self) -> Iterator[tuple[str, LowRank]]:
+        """Extract module by module."""
+        for module in self.ranks:
+            yield module, self.layer(module)
+
+    def lora(self) -> LoRA:
+        """The result, whose layers are computed when they are asked for: saving it streams."""
+        family = self.family
+        return LoRA(
+            name=f"{self.tuned.name} − {self.base.name}",
+            architecture=family,
+            dialect="kohya" if family else "diffusers-peft",
+            layouts={module: self._layout(module, rank) for module, rank in self.ranks.items()},
+            compute=self.layer,
+            here=True,
+            metadata={RECIPE: json.dumps(self.recipe, ensure_ascii=False)},
+            notes=self.notes,
+        )
+
+    @property
+    def family(self) -> str | None:
+        """The base's family; None for a model of its names and other widths, whose fused weights no dialect knows."""
+        if self.base.architecture is None:
+            return None
+        shapes = ARCHITECTURES[self.base.architecture].shapes
+        same = all(module in shapes and shapes[module][0] == self.base[module].shape[0] for module in self.ranks)
+        return self.base.architecture if same else None
+
+    def _layout(self, module: str, rank: int) -> LowRank:
+        shape = self.base[module].shape
+        up, down = Spec((shape[0], rank), self.dtype), Spec((rank, math.prod(shape[1:])), self.dtype)
+        return low_rank(up, down, shape)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The extraction in words, as the saved file keeps it."""
+        from .._version import __version__
+
+        return {
+            "loramerge": __version__,
+            "method": "extract",
+            "rank": self.rank,
+            "tuned": self.tuned.name,
+            "base": self.base.name,
+        }
+
+    @property
+    def relative_error(self) -> float:
+        """‖D − LoRA‖ / ‖D‖ over all modules computed so far."""
+        norm = math.sqrt(sum(fit.norm**2 for fit in self.fits.values()))
+        return math.sqrt(sum(fit.error**2 for fit in self.fits.values())) / norm if norm else 0.0
+
+
+def plan_extraction(
+    tuned: Checkpoint | str | Path,
+    base: Checkpoint | str | Path,
+    *,
+    rank: Rank = 32,
+    ranks: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+    progress: Progress | None = None,
+) -> Extraction:
+    """Find what differs between two models; the arguments are those of `extract`.
+
+    Both models are read once, one weight at a time.
+
+    Args:
+        progress: Called with the number of tensors compared and of all.
+
+    Raises:
+        MergeError: The models have different modules or shapes, or don't differ.
+        OptionError: A rank or the dtype is wrong.
+        FileError: A model can't be read.
+    """
+    _check_rank(rank)
+    first, second = (m if isinstance(m, Checkpoint) else open_checkpoint(m, variant=variant) for m in (tuned, base))
+    modules = _common(first, second)
+    given = _checked_ranks(ranks or {}, modules)
+    found: dict[str, int] = {}
+    lost: list[NotHeld] = []
+    rounded: list[str] = []
+    tensors = list(_tensors(first, second, modules))
+    for done, tensor in enumerate(tensors, start=1):
+        delta = tensor.difference()
+        if delta.any() and tensor.rounded_only:
+            rounded.append(tensor.name)
+        elif delta.any() and tensor.fits_a_lora:
+            found[tensor.name] = _rank_of(given.get(tensor.name, rank), delta)
+        elif delta.any():
+            lost.append(tensor.not_held(delta))
+        if progress:
+            progress(done, len(tensors))
+    if not found:
+        only = ", but for the rounding to another dtype" if rounded else ""
+        raise MergeError(f"{first.name} and {second.name} differ in no weight that a LoRA can hold{only}.")
+    codes = [first[module].dtype for module in found]
+    return Extraction(
+        tuned=first,
+        base=second,
+        ranks=found,
+        dtype=parse_dtype(dtype) if dtype else computed([code for code in codes if code in FLOATS]),
+        rank=rank,
+        not_held=tuple(lost),
+        notes=_notes(first, second, found, rounded),
+    )
+
+
+def extract(
+    tuned: Checkpoint | str | Path,
+    base: Checkpoint | str | Path,
+    *,
+    rank: Rank = 32,
+    ranks: Mapping[str, int] | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+) -> LoRA:
+    """The LoRA that comes nearest to the difference of two models.
+
+    Every linear and convolution weight that differs gets the factors nearest to W_tuned −
+    W_base in Frobenius norm.  To know the error of each module, or what a LoRA can't hold,
+    use `plan_extraction`; to stream the result to a file, save its ``lora()``.
+
+    Args:
+        tuned: A fine-tuned model: a checkpoint, or what `open_checkpoint` takes.
+        base: The model that it was made from; in any layout.
+        rank: Rank of every module, at most what its shape allows; ``"full"`` for the numerical
+            rank of each, which keeps everything.
+        ranks: Ranks of single modules, by name.
+        dtype: Dtype of the factors; by default that of the tuned model.
+        variant: Which variant of the files, where a directory has several.
+
+    Returns:
+        The LoRA, in memory.
+
+    Raises:
+        MergeError: The models have different modules or shapes, or don't differ.
+        OptionError: A rank or the dtype is wrong.
+        FileError: A model can't be read.
+        NumberError: A weight is NaN or infinite.
+    """
+    planned = plan_extraction(tuned, base, rank=rank, ranks=ranks, dtype=dtype, variant=variant)
+    return planned.lora().in_memory()
+
+
+def difference(tuned: Checkpoint, base: Checkpoint, module: str) -> Array:
+    """W_tuned − W_base of a module, float32."""
+    return _Tensor(module, tuned, base, tuned[module], base[module]).difference()
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A weight or a bias that both models have."""
+
+    name: str
+    tuned: Checkpoint
+    base: Checkpoint
+    here: Place
+    """In the tuned model."""
+    there: Place
+    """In the base."""
+
+    @property
+    def fits_a_lora(self) -> bool:
+        return len(self.there.shape) >= 2 and not EMBEDDING.search(self.name)
+
+    def difference(self) -> Array:
+        """W_tuned − W_base in the base's shape, float32."""
+        tuned, base = self._read(self.tuned, self.here), self._read(self.base, self.there)
+        return float32(tuned - base.reshape(tuned.shape)).reshape(self.there.shape)
+
+    @property
+    def rounded_only(self) -> bool:
+        """Whether one model's values are the other's, rounded to its dtype."""
+        if self.here.dtype == self.there.dtype:
+            return False
+        tuned, base = (float32(self._read(*side)) for side in ((self.tuned, self.here), (self.base, self.there)))
+        return _rounds_to(base.reshape(tuned.shape), tuned, self.here.dtype) or _rounds_to(
+            tuned, base.reshape(tuned.shape), self.there.dtype
+        )
+
+    def _read(self, model: Checkpoint, place: Place) -> Array:
+        values = model.read(place)
+        try:
+            check_finite(values)
+        except NumberError as error:
+            raise NumberError(f"{model.name}: {self.name}: {error}") from None
+        return widened(values)
+
+    def not_held(self, delta: Array) -> NotHeld:
+        norm, size = dense_norm(delta), dense_norm(self.base.read(self.there))
+        return NotHeld(self.name, norm, norm / size if size else math.inf)
+
+
+def _rounds_to(wide: Array, narrow: Array, dtype: str) -> bool:
+    try:
+        return bool((float32(cast(wide, dtype)) == narrow).all())
+    except NumberError:
+        return False
+
+
+def _tensors(tuned: Checkpoint, base: Checkpoint, modules: list[str]) -> Iterator[_Tensor]:
+    """The weights of modules of both models, then all biases of both."""
+    for module in modules:
+        yield _Tensor(module, tuned, base, tuned[module], base[module])
+    for module, bias in base.biases.items():
+        if module in tuned.biases:
+            yield _Tensor(f"{module}.bias", tuned, base, tuned.biases[module], bias)
+
+
+def _common(tuned: Checkpoint, base: Checkpoint) -> list[str]:
+    """The modules of both models, which must be the same."""
+    for one, other in ((tuned, base), (base, tuned)):
+        shared = _components(other)
+        absent = [m for m in one if m not in other and m.partition(".")[0] in shared]
+        # T5's table of tokens is stored under either of two names.
+        missing = [module for module in absent if not EMBEDDING.search(module)]
+        if missing:
+            raise MergeError(
+                f"{other.name} lacks {len(missing)} modules of {one.name}, such as {missing[0]}: they are different models."
+            )
+    both = [module for module in base if module in tuned]
+    if not both:
+        raise MergeError(f"{tuned.name} and {base.name} have no module in common.")
+    for module in both:
+        shapes = tuned[module].shape, base[module].shape
+        if math.prod(shapes[0]) != math.prod(shapes[1]) or shapes[0][0] != shapes[1][0]:
+            raise MergeError(f"{module} has the shape {shapes[0]} in {tuned.name} and {shapes[1]} in {base.name}.")
+    return both
+
+
+def _components(model: Checkpoint) -> set[str]:
+    return {module.partition(".")[0] for module in model}
+
+
+def _check_rank(rank: object) -> None:
+    if rank != "full" and whole_number(rank) < 1:
+        raise OptionError(f"The rank {rank!r} is none of: a number from 1, 'full'.")
+
+
+def _checked_ranks(ranks: Mapping[str, int], modules: list[str]) -> Mapping[str, int]:
+    for module, rank in ranks.items():
+        _check_rank(rank)
+        if module not in modules:
+            raise OptionError(f"A rank is given for {module}, which is no module of both models.")
+    return ranks
+
+
+def _rank_of(rank: Rank, delta: Array) -> int:
+    flat = matrix(delta)
+    return linalg.numerical_rank(flat) if rank == "full" else min(operator.index(rank), *flat.shape)
+
+
+def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int], rounded: Sequence[str]) -> tuple[str, ...]:
+    notes = []
+    if rounded:
+        notes.append(
+            f"{len(rounded)} weights differ by rounding alone, such as {rounded[0]}: nothing is extracted of them"
+        )
+    if any(tuned[module].dtype != base[module].dtype for module in modules):
+        notes.append("the models are stored in different dtypes: what rounding changed is part of the difference")
+    alone = (_components(tuned) | _components(base)) - (_components(tuned) & _components(base))
+    if alone:
+        notes.append(f"only one of the models has {', '.join(sorted(alone))}: nothing is extracted for it")
+    return (*notes, *_other_tensors(tuned, base))
+
+
+def _other_tensors(tuned: Checkpoint, base: Checkpoint) -> list[str]:
+    """A line on the tensors outside of every module (a VAE) that differ, where both models are one file."""
+    if len(tuned.files) != 1 or len(base.files) != 1:
+        return []
+    (first,), (second,) = tuned.files.values(), base.files.values()
+    keys = [key for path in tuned.extras for key in tuned.extras[path] if key in second]
+    differ = [key for key in keys if first[key].dtype != second[key].dtype or first[key].raw() != second[key].raw()]
+    if not differ:
+        return []
+    return [f"{len(differ)} other tensors differ, such as {differ[0]}: a LoRA has no place for them"]

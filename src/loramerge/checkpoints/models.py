@@ -1,0 +1,448 @@
+"""Base models: a mapping of modules to the places where their weights are stored.
+
+A checkpoint is a diffusers directory, or one file under the names of the model's own code
+(ldm, sgm, Black Forest Labs'), whole or a denoiser alone.  Names say what a tensor is; its
+shape is what the file says.  Headers are read when it is opened, a weight when it is asked for.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError, LoRAMergeError, MergeError
+from ..files.architectures import ARCHITECTURES, Architecture, openclip
+from ..files.architectures.names import COMPONENTS, Part, Parts, whole
+from ..files.storage import digests
+from ..files.storage.reader import SafetensorsFile
+from ..layers import Full, Layer
+from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, namespace
+
+DENOISERS = ("model.diffusion_model.", "diffusion_model.", "")
+"""What stands in front of a denoiser's own names in single files."""
+
+WEIGHT_ENDS = (".weight", ".scale", "_weight", "")
+"""Ends of a weight's key: ``.scale`` is Black Forest Labs' for norms, the last two are bare parameters'."""
+
+BIAS_ENDS = (".bias", "_bias")
+
+QUANTISED = (".scale_weight", ".weight_scale", ".weight.absmax", ".weight.quant_state", ".qweight")
+"""Tensors beside a weight without which its values mean nothing."""
+
+SHARD = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?"
+    r"(?:-(?P<number>\d{5})-of-(?P<count>\d{5})(?:\.(?P<late>\w+))?)?\.safetensors"
+)
+"""A file of weights in a diffusers folder: its variant stands before the number of the shard, or after."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module's weight, or bias, is stored."""
+
+    file: Path
+    key: str
+    shape: Shape
+    """Shape in the module's own form."""
+    dtype: str
+    rows: Ranges | None = None
+    """The stored tensor's rows that are the module's, in the module's order; None for all."""
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Checkpoint(Mapping[str, Place]):
+    """A base model: an ordered mapping of modules to the places of their weights.
+
+    Modules have the names that a `LoRA` gives them.
+    """
+
+    path: Path
+    architecture: str | None
+    """Name of the model family; None when it is unknown."""
+    files: Mapping[Path, SafetensorsFile]
+    """The open files that hold weights of modules."""
+    weights: Mapping[str, Place]
+    biases: Mapping[str, Place]
+    extras: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
+    """Keys of each file that belong to no module: a VAE, buffers, averaged weights."""
+
+    def __getitem__(self, module: str) -> Place:
+        return self.weights[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.weights
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.path.name!r}, {self.architecture or 'unknown architecture'}, {len(self)} modules)"
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self.files.values():
+            file.close()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.path.name
+
+    @property
+    def sha256(self) -> str:
+        """What tells this model from others: of a file, the SHA-256 of its bytes.
+
+        Of a directory, that of a listing of its files of weights and its indexes of shards, with the size
+        of each and the hash of parts of it (`storage.digests.listing_digest`): gigabytes are not read.
+        """
+        if self.path.is_file():
+            return digests.file_digest(self.path)
+        indexes = [index for folder in {file.parent for file in self.files} for index in shard_indexes(folder)]
+        return digests.listing_digest(self.path, [*self.files, *indexes])
+
+    def weight(self, module: str) -> Array:
+        """A module's weight in its stored dtype; of a fused weight, only the module's rows are read.
+
+        Raises:
+            FileError: The weight is quantised, or the file can't be read.
+        """
+        return self.read(self.weights[module])
+
+    def bias(self, module: str) -> Array | None:
+        """A module's bias in its stored dtype; None where it has none."""
+        return self.read(self.biases[module]) if module in self.biases else None
+
+    def read(self, place: Place) -> Array:
+        """The values at a place, in the module's form."""
+        self.check(place)
+        stored = self.files[place.file][place.key]
+        if place.rows is None:
+            return stored.read().T if place.transposed else stored.read()
+        cuts = [_cut(stored, start, stop).read() for start, stop in place.rows]
+        return cuts[0] if len(cuts) == 1 else namespace(cuts[0]).concat(cuts)
+
+    def check(self, place: Place) -> None:
+        """Refuse a tensor whose stored numbers are not the weight's values.
+
+        Raises:
+            FileError: It is quantised.
+        """
+        stem = place.key.removesuffix(".weight")
+        scale = next((stem + end for end in QUANTISED if stem + end in self.files[place.file]), None)
+        if place.dtype not in FLOATS or scale:
+            why = f"its scale is {scale!r}" if scale else f"dtype {place.dtype}"
+            raise FileError(
+                f"{self.name}: {place.key} is quantised ({why}), and a LoRA can't be added to the stored numbers. "
+                "Way out: the same model in float16, bfloat16 or float32."
+            )
+
+
+def _cut(stored: Stored, start: int, stop: int) -> Stored:
+    """Some rows of a stored tensor, as a stored tensor."""
+    row = (stored.end - stored.begin) // stored.shape[0]
+    begin = stored.begin
+    shape = (stop - start, *stored.shape[1:])
+    return Stored(shape, stored.dtype, begin + start * row, begin + stop * row, stored.source)
+
+
+def widened(array: Array) -> Array:
+    """Values in float32, or as they are in float64."""
+    return array if str(array.dtype).endswith("float64") else float32(array)
+
+
+def open_checkpoint(path: str | Path, *, architecture: str | None = None, variant: str | None = None) -> Checkpoint:
+    """Open a base model; weights are read when they are asked for.
+
+    Args:
+        path: A ``.safetensors`` file, a directory in diffusers' layout (or one of its components, ``unet``
+            or ``transformer``), whole or in part: modules that are not there are not missed until asked for.
+        architecture: The model family, where names and shapes leave it open.
+        variant: ``"fp16"`` and the like, where a directory has files of several; by default the plain ones.
+
+    Raises:
+        FileError: The path is missing, or holds no model that loramerge knows.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise FileError(
+            f"No such file or directory: {root}. A base model must be on this disk; from the Hub: hf download REPO."
+        )
+    if root.is_file() and root.suffix != ".safetensors":
+        raise FileError(f"{root} is no .safetensors file. Way out: convert the model to safetensors first.")
+    found = _folder(root, variant) if root.is_dir() else {root: ""}
+    files: dict[Path, SafetensorsFile] = {}
+    try:
+        for file in found:
+            files[file] = SafetensorsFile(file)
+        return _recognised(root, files, found, architecture)
+    except LoRAMergeError:
+        for opened in files.values():
+            opened.close()
+        raise
+
+
+def _folder(root: Path, variant: str | None) -> dict[Path, str]:
+    """The files of weights in a diffusers directory, each with the prefix of its component."""
+    components = [name for name in COMPONENTS if (root / name).is_dir()]
+    folders = [root / name for name in components] or [root]
+    if variant and not any(variant in _variants(folder) for folder in folders):
+        raise FileError(f"{root} has no file of the variant {variant!r}.")
+    found = {file: f"{name}." for name in components for file in weight_files(root / name, variant)}
+    alone = {} if found else dict.fromkeys(weight_files(root, variant), "")
+    if not found and not alone:
+        raise FileError(f"{root} is no diffusers model: none of {', '.join(COMPONENTS)} in it has a .safetensors file.")
+    return found or alone
+
+
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of one variant of a component's weights: one, or every shard.
+
+    Raises:
+        FileError: The variant is left open, or a shard is missing.
+    """
+    variants = _variants(folder)
+    if variant and variant in variants:
+        chosen = variants[variant]
+    elif len(variants) > 1 and "" not in variants:
+        raise FileError(f"{folder} has the variants {', '.join(variants)}; name one.")
+    else:  # a component may lack the variant that others have
+        chosen = variants.get("") or next(iter(variants.values()), {})
+    return _all_shards(folder, chosen)
+
+
+def _variants(folder: Path) -> dict[str, dict[Path, re.Match[str]]]:
+    """The files of weights in a folder, by variant."""
+    variants: dict[str, dict[Path, re.Match[str]]] = {}
+    for file in sorted(folder.iterdir()):
+        if match := SHARD.fullmatch(file.name):
+            variants.setdefault(match["variant"] or match["late"] or "", {})[file] = match
+    return variants
+
+
+def _all_shards(folder: Path, files: Mapping[Path, re.Match[str]]) -> list[Path]:
+    counts = {int(match["count"] or 0) for match in files.values()}
+    numbers = {int(match["number"] or 0) for match in files.values()}
+    if len(counts) > 1:
+        raise FileError(f"{folder} has the files of several models: {', '.join(file.name for file in files)}.")
+    missing = sorted(set(range(1, max(counts, default=0) + 1)) - numbers)
+    if missing:
+        raise FileError(f"{folder}: of {max(counts)} shards these are missing: {', '.join(map(str, missing))}.")
+    return list(files)
+
+
+def _recognised(
+    root: Path, files: Mapping[Path, SafetensorsFile], prefixes: Mapping[Path, str], architecture: str | None
+) -> Checkpoint:
+    keys = {prefixes[path] + key: (path, key) for path, file in files.items() for key in file}
+    if len(keys) != sum(map(len, files.values())):
+        raise FileError(f"{root}: two of its files hold the same tensor.")
+    shapes = {name: files[path][key].shape for name, (path, key) in keys.items()}
+    family = ARCHITECTURES[architecture] if architecture else _architecture(shapes)
+    names = stored_names(family, shapes) if family else {}
+    finder = _Finder(root, files, keys, names, family, free=any(prefixes.values()))
+    weights, biases = finder.places(WEIGHT_ENDS), finder.places(BIAS_ENDS)
+    if not weights:
+        some = ", ".join(list(keys)[:3])
+        raise FileError(f"{root} holds no model that loramerge knows: its tensors are such as {some}.")
+    order = {module: i for i, module in enumerate(family.shapes if family else ())}
+    modules = sorted(weights, key=lambda module: order.get(module, len(order)))
+    named = {(place.file, place.key) for place in (*weights.values(), *biases.values())}
+    return Checkpoint(
+        path=root,
+        architecture=family.name if family else None,
+        files=files,
+        weights={module: weights[module] for module in modules},
+        biases=biases,
+        extras={path: tuple(key for key in file if (path, key) not in named) for path, file in files.items()},
+    )
+
+
+def stored_names(a: Architecture, keys: Iterable[str] | None = None) -> dict[str, Parts]:
+    """Every name that a checkpoint of a family may give a weight, without its end, and the modules in it.
+
+    Args:
+        a: The family.
+        keys: The checkpoint's keys: names with a beginning that none has are left out.
+    """
+    names: dict[str, Parts] = {}
+    for prefix, paths in _spellings(a):
+        if keys is None or any(key.startswith(prefix) for key in keys):
+            names |= {prefix + path: parts for path, parts in paths.items()}
+    return names
+
+
+def _spellings(a: Architecture) -> Iterator[tuple[str, Mapping[str, Parts]]]:
+    for prefix in (f"{a.denoiser}.", ""):
+        yield prefix, a.denoiser_paths
+    for prefix in DENOISERS:
+        yield prefix, a.native_paths
+    for position, encoder in enumerate(a.text_encoders):
+        paths = a.text_paths(encoder)
+        # transformers 5 leaves a level out, and so did ldm's first text encoders.
+        short = {**{path.removeprefix("text_model."): parts for path, parts in paths.items()}, **paths}
+        holders = (f"conditioner.embedders.{position}.", *["cond_stage_model."] * (position == 0))
+        yield f"{encoder.component}.", short
+        yield f"text_encoders.{encoder.comfyui}.transformer.", paths
+        for holder in holders:
+            yield f"{holder}transformer.", short
+            if encoder.model in openclip.MODELS:
+                shapes = {path: a.shapes[f"{encoder.component}.{path}"] for path in paths}
+                yield f"{holder}model.", openclip.native(shapes, encoder.component)
+
+
+def _architecture(shapes: Mapping[str, Shape]) -> Architecture | None:
+    """The family that names most of the weights, with the most equal shapes; None where it names few."""
+    scores = {a.name: _score(a, shapes) for a in ARCHITECTURES.values()}
+    best = max(scores, key=scores.__getitem__)
+    return ARCHITECTURES[best] if scores[best][0] else None
+
+
+def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int, bool]:
+    """How well a family fits: weights named, of equal rank of shape, of equal shape; and whether it is all there."""
+    names = stored_names(a, shapes)
+    modules = {
+        parts[0].module: (shape, parts)
+        for key, shape in shapes.items()
+        if len(shape) > 1 and (parts := names.get(_stem(key), ()))
+    }
+    inside = [key for key, shape in shapes.items() if len(shape) > 1 and key.endswith(".weight") and _denoises(key)]
+    if sum(_stem(key) in names for key in inside) < 0.9 * len(inside):
+        return 0, 0, 0, False
+    alike = sum(len(shape) == len(a.shapes[module]) for module, (shape, _) in modules.items())
+    same = sum(
+        shape == (sum(a.shapes[p.module][0] for p in parts), *a.shapes[module][1:])
+        for module, (shape, parts) in modules.items()
+    )
+    there = {part.module for _, parts in modules.values() for part in parts}
+    whole_denoiser = all(
+        module in there for module, s in a.shapes.items() if len(s) > 1 and module.startswith(f"{a.denoiser}.")
+    )
+    return len(there), alike, same, whole_denoiser
+
+
+def _denoises(key: str) -> bool:
+    """Whether a key can only be a denoiser's."""
+    return key.startswith(
+        ("unet.", "transformer.", "model.diffusion_model.", "diffusion_model.")
+    ) or not key.startswith(("text_encoder", "cond", "first_stage_model.", "vae.", "model_ema."))
+
+
+def _stem(key: str) -> str:
+    return next(key.removesuffix(end) for end in WEIGHT_ENDS if key.endswith(end))
+
+
+class _Finder:
+    """Places of modules among the keys of a checkpoint."""
+
+    def __init__(
+        self,
+        root: Path,
+        files: Mapping[Path, SafetensorsFile],
+        keys: Mapping[str, tuple[Path, str]],
+        names: Mapping[str, Parts],
+        family: Architecture | None,
+        *,
+        free: bool,
+    ) -> None:
+        self.root = root
+        self.files = files
+        self.keys = keys
+        self.names = names
+        self.family = family
+        self.free = free
+        """Whether what no family names is the module of its own name: a diffusers directory."""
+
+    def places(self, ends: tuple[str, ...]) -> dict[str, Place]:
+        """The place of every module's tensor with one of the ends."""
+        found: dict[str, Place] = {}
+        for name, (path, key) in self.keys.items():
+            end = next((end for end in ends if name.endswith(end) and self._parts(name.removesuffix(end), end)), None)
+            if end is None:
+                continue
+            stem = name.removesuffix(end)
+            for part in self._parts(stem, end):
+                if part.module in found:
+                    raise FileError(f"{self.root}: both {found[part.module].key!r} and {key!r} hold {part.module}.")
+                found[part.module] = self._place(part, stem, path, key)
+        return found
+
+    def _parts(self, stem: str, end: str) -> Parts:
+        if stem in self.names or not self.free or end not in (".weight", ".bias"):
+            return self.names.get(stem, ())
+        return whole(stem)
+
+    def _place(self, part: Part, stem: str, path: Path, key: str) -> Place:
+        stored = self.files[path][key]
+        if part.rows is None:
+            turned = key.endswith(openclip.TRANSPOSED) and len(stored.shape) == 2
+            return Place(path, key, stored.shape[::-1] if turned else stored.shape, stored.dtype, transposed=turned)
+        rows = self._scaled(part, stem, stored)
+        shape = (sum(stop - start for start, stop in rows), *stored.shape[1:])
+        return Place(path, key, shape, stored.dtype, rows)
+
+    def _scaled(self, part: Part, stem: str, stored: Stored) -> Ranges:
+        """The rows of a module in a fused weight, in a model of the family's widths or of others in proportion."""
+        assert self.family
+        assert part.rows
+        known = sum(self.family.shapes[other.module][0] for other in self.names[stem])
+        inner = self.family.shapes[part.module][1]
+        same = stored.shape[0] == known or len(stored.shape) == 1
+        in_proportion = same or known * stored.shape[1] == inner * stored.shape[0]
+        bounds = [bound * stored.shape[0] for pair in part.rows for bound in pair]
+        if not in_proportion or any(bound % known for bound in bounds):
+            raise FileError(
+                f"{self.root}: {stem} has the shape {list(stored.shape)}; its parts are known in ({known}, {inner})."
+            )
+        return tuple((start * stored.shape[0] // known, stop * stored.shape[0] // known) for start, stop in part.rows)
+
+
+def shard_indexes(folder: Path) -> dict[Path, dict[str, Any]]:
+    """The indexes in a folder that list shards: which tensor is in which file."""
+    found = {}
+    for path in sorted(folder.glob("*.index*.json")):
+        try:
+            index = json.loads(path.read_text())
+        except ValueError:
+            index = None
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise FileError(f"{path} is no index of shards.")
+        found[path] = index
+    return found
+
+
+def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
+    """The whole ΔW of a layer that depends on the base's weight.
+
+    Args:
+        layer: The layer.
+        module: Its name.
+        base: The base model, which has the module.
+
+    Raises:
+        MergeError: The base's weight has another shape.
+    """
+    weight = float32(base.weight(module))
+    if math.prod(weight.shape) != math.prod(layer.shape) or weight.shape[0] != layer.shape[0]:
+        raise MergeError(
+            f"the {layer.kind} layer has the shape {tuple(layer.shape)}, the weight in the base {base.name} "
+            f"{tuple(weight.shape)}: they are of different models."
+        )
+    like: Array = next(iter(layer.tensors().values()))
+    weight = namespace(like).asarray(weight.reshape(layer.shape), device=like.device, copy=True)
+    return Full(diff=layer.delta_on(weight), diff_b=layer.delta_bias())

@@ -1,0 +1,120 @@
+"""Whether two LoRAs are the same update, whatever their files look like."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .. import linalg
+from ..errors import NoFactorsError
+from ..files.architectures import name_family
+from ..files.lora import LoRA, in_one_library
+from ..layers import DoRA, Layer, alpha_of, bias_of
+from ..layers.base import dense_norm
+from ..tensors import Array, float32
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a module's ΔW in one LoRA is from that in another."""
+
+    module: str
+    norm: float
+    """‖ΔW‖ of the first with the difference of its bias, 0 where it lacks the module."""
+    distance: float
+    """‖ΔW − ΔW'‖; infinite where shapes differ or the forms can't be compared."""
+
+    @property
+    def relative(self) -> float:
+        """The distance in units of the norm."""
+        if not self.distance:
+            return 0.0
+        return self.distance / self.norm if 0 < self.norm < math.inf else math.inf
+
+
+def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
+    """The difference of every module that either LoRA has, in order."""
+    for module in dict.fromkeys((*first, *second)):
+        yield Difference(module, *_compared(first.get(module), second.get(module)))
+
+
+def apart(first: LoRA, second: LoRA) -> str:
+    """Why two LoRAs have nothing to compare: no module of one name and size; empty where they have one."""
+    sizes = {(module, math.prod(layer.shape)) for module, layer in first.layouts.items()}
+    if any((module, math.prod(layer.shape)) in sizes for module, layer in second.layouts.items()):
+        return ""
+    if first.architecture is None or second.architecture is None:
+        return f"no module in common ({first.dialect}, {second.dialect}). If they are of one family, {name_family()}"
+    families = f"for different models ({first.architecture}, {second.architecture}): "
+    return f"{families if first.architecture != second.architecture else ''}no module in common"
+
+
+def _compared(first: Layer | None, second: Layer | None) -> tuple[float, float]:
+    if first is None or second is None:
+        present = first or second
+        assert present is not None
+        size = _norm(present)
+        return (size, size) if second is None else (0.0, size)
+    first, second = in_one_library([first, second])
+    (norm, distance), (bias_norm, bias_distance) = _compared_updates(first, second), _compared_biases(first, second)
+    return math.hypot(norm, bias_norm), math.hypot(distance, bias_distance)
+
+
+def _compared_biases(first: Layer, second: Layer) -> tuple[float, float]:
+    a, b = _bias(first), _bias(second)
+    if a is None or b is None:
+        present = [dense_norm(x) for x in (a, b) if x is not None]
+        return (0.0 if a is None else present[0]), sum(present)
+    return dense_norm(a), dense_norm(a - b)
+
+
+def _bias(layer: Layer) -> Array | None:
+    """The difference of the module's bias, in float32."""
+    bias: Array | None = bias_of(layer)
+    return None if bias is None else float32(bias)
+
+
+def _compared_updates(first: Layer, second: Layer) -> tuple[float, float]:
+    if "bias" in (first.kind, second.kind):
+        sizes = [0.0 if layer.kind == "bias" else _norm(layer) for layer in (first, second)]
+        return sizes[0], sum(sizes)
+    if first.shape != second.shape and math.prod(first.shape) != math.prod(second.shape):
+        return _norm(first), math.inf
+    if isinstance(first, DoRA) and isinstance(second, DoRA):
+        return _compared_doras(first, second)
+    if "dora" not in (first.kind, second.kind) and first.rank and second.rank:
+        up, down = first.factors()
+        return linalg.norm(up, down), linalg.distance((up, down), second.factors())
+    try:
+        delta = first.delta()
+        return dense_norm(delta), dense_norm(delta - second.delta().reshape(delta.shape))
+    except NoFactorsError:
+        return math.inf, 0.0 if _same_tensors(first, second) else math.inf
+
+
+def _compared_doras(first: DoRA, second: DoRA) -> tuple[float, float]:
+    """Directions as LoRAs; magnitudes are the same or the layers are not."""
+    a, b = float32(first.magnitude).reshape(-1), float32(second.magnitude).reshape(-1)
+    same = first.axis == second.axis and bool((a == b).all())
+    norm, distance = _compared_updates(first.direction, second.direction)
+    return norm, distance if same else math.inf
+
+
+def _norm(layer: Layer) -> float:
+    try:
+        return layer.norm()
+    except NoFactorsError:
+        return math.inf
+
+
+def _same_tensors(first: Layer, second: Layer) -> bool:
+    a, b = first.tensors(), second.tensors()
+    alike = (first.kind, alpha_of(first)) == (second.kind, alpha_of(second))
+    return (
+        alike
+        and a.keys() == b.keys()
+        and all(
+            math.prod(a[role].shape) == math.prod(b[role].shape)
+            and bool((float32(a[role]).reshape(-1) == float32(b[role]).reshape(-1)).all())
+            for role in a
+        )
+    )

@@ -1,0 +1,207 @@
+"""Several updates of one module side by side: what is measured of them, from the factors.
+
+All comes from Gram matrices of the factors, but for the sign conflict, which needs values of ΔW
+itself and streams blocks of rows.  A dense ΔW, which has no factors, is measured as it is.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+
+from .. import linalg
+from ..layers import FACTORED, Layer
+from ..layers.base import matrix
+from ..linalg import Spectrum
+from ..tensors import Array, namespace
+from .measures import Alone, Pair, ratio
+
+BLOCK = 2**20
+"""Values of ΔW that are formed at a time."""
+
+SHARE = 0.99
+"""The spaces of a dense ΔW are those of the directions that carry this share of ‖ΔW‖²: all of them are everything."""
+
+
+class Updates:
+    """Several updates of one module, with the Gram matrices of all their factors.
+
+    Where the factors are larger than ΔW itself (Kronecker products of full parts), or there are none
+    (whole differences), ΔW takes their place.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self.factors = [factors_of(layer) for layer in layers]
+        xp = self.xp = namespace(self.factors[0][0])
+        self.ups = [xp.astype(up, xp.float64) for up, _ in self.factors]
+        self.downs = [xp.astype(down, xp.float64) for _, down in self.factors]
+        self.spectra: dict[int, Spectrum] = {}
+        self.sums: dict[tuple[int, ...], Array] = {}
+        self.blocks: dict[tuple[int, int], tuple[Array, Array]] = {}
+        wide = sum(down.shape[0] for down in self.downs) > min(self.height, self.width)
+        self.dense = [xp.astype(matrix(layer.delta()), xp.float64) for layer in layers] if wide else None
+        self.lengths = [self.products(i, i).clip(0.0) ** 0.5 for i in range(len(layers))]
+
+    @property
+    def height(self) -> int:
+        """Rows of ΔW."""
+        return int(self.factors[0][0].shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns of ΔW."""
+        return int(self.factors[0][1].shape[1])
+
+    def grams(self, i: int, j: int) -> tuple[Array, Array]:
+        """``upᵢᵀ upⱼ`` and ``downᵢ downⱼᵀ``."""
+        if (i, j) not in self.blocks:
+            self.blocks[i, j] = self.ups[i].T @ self.ups[j], self.downs[i] @ self.downs[j].T
+        return self.blocks[i, j]
+
+    def spectrum(self, member: int) -> Spectrum:
+        """The SVD of one of the updates."""
+        if member not in self.spectra:
+            layer = self.layers[member]
+            if layer.kind in FACTORED:
+                self.spectra[member] = layer.spectrum(lambda: self.grams(member, member))
+            else:
+                self.spectra[member] = linalg.dense_spectrum(self._whole(member))
+        return self.spectra[member]
+
+    def space(self, member: int) -> Spectrum:
+        """The directions that an update acts along: of a dense one, those that carry `SHARE` of it."""
+        found = self.spectrum(member)
+        return found if self.layers[member].kind in FACTORED else linalg.leading(found, SHARE)
+
+    def _whole(self, member: int) -> Array:
+        """A dense ΔW, which is one of its trivial factors."""
+        up, down = self.ups[member], self.downs[member]
+        return down if up.shape[0] == up.shape[1] else up
+
+    def sigma(self, members: tuple[int, ...]) -> Array:
+        """Singular values of the sum of some of the updates."""
+        if len(members) == 1:
+            return self.spectrum(members[0]).sigma
+        if members not in self.sums:
+            self.sums[members] = self._sigma(members)
+        return self.sums[members]
+
+    def _sigma(self, members: tuple[int, ...]) -> Array:
+        if self.dense is not None:
+            return linalg.singular_values(sum(self.dense[i] for i in members), sum(self._size(i) for i in members))
+        return linalg.spectrum(*(self._some(which, members) for which in (0, 1))).sigma
+
+    def _size(self, member: int) -> float:
+        """Σ ‖column of up‖ · ‖row of down‖: what the rounding of a sum is measured by."""
+        xp = self.xp
+        lengths = xp.linalg.vector_norm(self.ups[member], axis=0) * xp.linalg.vector_norm(self.downs[member], axis=1)
+        return float(xp.sum(lengths))
+
+    def _some(self, which: int, members: tuple[int, ...]) -> Array:
+        """The Gram matrix of the ups (0) or downs (1) of some of the updates beside each other."""
+        rows = [self.xp.concat([self.grams(i, j)[which] for j in members], axis=1) for i in members]
+        return self.xp.concat(rows, axis=0)
+
+    def inner(self, i: int, j: int) -> float:
+        """⟨ΔWᵢ, ΔWⱼ⟩."""
+        if self.dense is not None:
+            return float((self.dense[i] * self.dense[j]).sum())
+        gram_up, gram_down = self.grams(i, j)
+        return float((gram_up * gram_down).sum())
+
+    def products(self, i: int, j: int) -> Array:
+        """Inner products of corresponding columns, ``(in,)``."""
+        if self.dense is not None:
+            return self.xp.sum(self.dense[i] * self.dense[j], axis=0)
+        return linalg.column_products(self.grams(i, j)[0], self.downs[i], self.downs[j])
+
+    def overlaps(self, i: int, j: int) -> tuple[float, float]:
+        """Overlaps of the column and of the row spaces."""
+        first, second = self.space(i), self.space(j)
+        most = max(first.rank, second.rank) if min(first.rank, second.rank) else 0
+        # A space of all dimensions has every other in it.
+        outputs = 1.0 if most == self.height else linalg.overlap(self.grams(i, j)[0], first.left, second.left)
+        inputs = 1.0 if most == self.width else linalg.overlap(self.grams(i, j)[1], first.right, second.right)
+        return outputs, inputs
+
+    def alone(self, members: tuple[int, ...]) -> Alone:
+        """The sum of some of the updates."""
+        sigma = self.sigma(members)
+        square = float((sigma**2).sum())
+        return Alone(modules=1, square=square, spread=square * linalg.effective_rank(sigma))
+
+    def pair(self, i: int, j: int, signs: Mapping[tuple[int, int], tuple[float, float]]) -> Pair:
+        """What two of the updates have in common."""
+        squares = self.alone((i,)).square, self.alone((j,)).square
+        weight = math.sqrt(squares[0] * squares[1])
+        inner = self.inner(i, j)
+        outputs, inputs = self.overlaps(i, j)
+        larger = max(self.space(i).rank, self.space(j).rank)
+        above = _above_chance(inputs, larger, self.width) * _above_chance(outputs, larger, self.height)
+        opposed, mass = signs[i, j]
+        return Pair(
+            modules=1,
+            first=squares[0],
+            second=squares[1],
+            inner=inner,
+            weight=weight,
+            inputs=weight * inputs,
+            outputs=weight * outputs,
+            clashes=weight * math.sqrt(above) * (1 - max(-1.0, min(1.0, ratio(inner, weight)))) / 2,
+            columns=float(self.xp.sum(self.xp.abs(self.products(i, j)))),
+            column_weight=float((self.lengths[i] * self.lengths[j]).sum()),
+            opposed=opposed,
+            mass=mass,
+            spread=self.alone((i, j)).spread,
+        )
+
+    def signs(self, rows: Sequence[int] | None) -> dict[tuple[int, int], tuple[float, float]]:
+        """For each pair Σ |v₁| + |v₂|, of values with different signs and of all, in some rows or in all."""
+        found = dict.fromkeys(combinations(range(len(self.factors)), 2), (0.0, 0.0))
+        for deltas in self._dense(rows) if found else ():
+            for i, j in found:
+                opposed, mass = _signs(deltas[i], deltas[j])
+                found[i, j] = found[i, j][0] + opposed, found[i, j][1] + mass
+        return found
+
+    def _dense(self, rows: Sequence[int] | None) -> Iterator[list[Array]]:
+        """Blocks of rows of every ΔW."""
+        count = self.height if rows is None else len(rows)
+        step = max(1, BLOCK // self.width)
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            chosen = part if rows is None else rows[part]
+            if self.dense is not None:
+                yield [delta[chosen] for delta in self.dense]
+            else:
+                yield [up[chosen] @ down for up, down in self.factors]
+
+
+def _signs(first: Array, second: Array) -> tuple[float, float]:
+    xp = namespace(first)
+    sizes = xp.abs(first) + xp.abs(second)
+    # The sign of one, not its value: the product of two small values may be 0.
+    opposed = xp.where(first * xp.sign(second) < 0, sizes, xp.zeros_like(sizes))
+    return float(xp.sum(opposed, dtype=xp.float64)), float(xp.sum(sizes, dtype=xp.float64))
+
+
+def factors_of(layer: Layer) -> tuple[Array, Array]:
+    """The factors of a layer; of one that has none, ΔW and the identity."""
+    return layer.factors() if layer.kind in FACTORED else linalg.trivial(matrix(layer.delta()))
+
+
+def chosen_rows(height: int, rows: int | None, seed: int, module: str) -> list[int] | None:
+    """A random subset of rows: a module's depends on the seed and its name only."""
+    if rows is None or rows >= height:
+        return None
+    import numpy as np
+
+    chosen = np.random.default_rng([seed, zlib.crc32(module.encode())]).choice(height, rows, replace=False)
+    return sorted(int(row) for row in chosen)
+
+
+def _above_chance(overlap: float, rank: int, size: int) -> float:
+    """An overlap from 0, that of random subspaces, to 1."""
+    chance = rank / size
+    return max(overlap - chance, 0.0) / (1 - chance) if chance < 1 else 0.0

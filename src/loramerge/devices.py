@@ -1,0 +1,79 @@
+"""Devices: which there are, what fits on them, and arrays as tensors of torch."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
+
+from .errors import DeviceMemoryError, OptionError, first_line
+from .tensors import Array
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def memory_for(what: str, ways_out: str) -> Iterator[None]:
+    """Have running out of memory say what it did not suffice for, and what to lower.
+
+    Raises:
+        DeviceMemoryError: The memory did not suffice.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(f"Out of memory with {what}: {first_line(error)} {ways_out}") from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+WAYS_OUT = "Ways out, the first first: gradient checkpointing, bf16, a batch size of 1, a smaller resolution."
+
+
+def within_memory(resolution: int, batch_size: int, count: int) -> AbstractContextManager[None]:
+    """Have running out of memory say what to lower.
+
+    Args:
+        resolution: Side of the images in pixels.
+        batch_size: Examples of each LoRA in a batch.
+        count: How many LoRAs.
+
+    Raises:
+        DeviceMemoryError: The memory did not suffice.
+    """
+    loras = f"{count} LoRA{'s' * (count > 1)}"
+    return memory_for(f"{loras} × {batch_size} examples at {resolution} × {resolution}", WAYS_OUT)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch can't compute on.
+
+    Raises:
+        OptionError: It is unknown, or not there.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(
+            f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}. Way out: leave the device out, or give cpu."
+        ) from None
+
+
+def to_torch(array: Array) -> "torch.Tensor":
+    """A tensor of torch with the values of an array, shared where that can be."""
+    import numpy as np
+    import torch
+
+    if isinstance(array, torch.Tensor):
+        return array
+    array = np.ascontiguousarray(array).reshape(array.shape)  # which makes a scalar an array of one
+    if array.dtype.name.startswith(("bfloat16", "float8")):
+        return torch.from_numpy(array.view(f"u{array.itemsize}").copy()).view(getattr(torch, array.dtype.name))
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

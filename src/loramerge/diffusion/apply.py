@@ -1,0 +1,150 @@
+"""LoRAs in a pipeline of diffusers for a while: each module's W + Σ wᵢ ΔWᵢ, or an error."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import MergeError, OptionError, first_line
+from ..files.lora import LoRA
+
+WAYS_OUT = "Ways out: 'loramerge bake' into the model, or exclude the modules."
+SAMPLES = 256
+"""Values of every parameter that a fingerprint looks at."""
+
+
+@contextmanager
+def applied(pipe: Any, loras: Sequence[tuple[LoRA, float]]) -> Iterator[None]:
+    """A pipeline with LoRAs at their weights, which are taken out again at the end.
+
+    Raises:
+        OptionError: There are LoRAs in the pipeline already.
+        MergeError: A LoRA has modules or shapes that the model doesn't have, or diffusers left some out.
+        DialectError: diffusers' file format can't hold a layer.
+        NumberError: A value of a LoRA is NaN or infinite.
+    """
+    if any(pipe.get_list_adapters().values()):
+        raise OptionError(
+            f"The pipeline has LoRAs already: {pipe.get_list_adapters()}. Call unload_lora_weights() first."
+        )
+    check_fits(pipe, [lora for lora, _ in loras])
+    names = [f"loramerge_{i}" for i in range(len(loras))]
+    try:
+        for name, (lora, _) in zip(names, loras, strict=True):
+            _load(pipe, lora, name)
+        if names:
+            pipe.set_adapters(names, adapter_weights=[weight for _, weight in loras])
+        yield
+    finally:
+        pipe.unload_lora_weights()
+
+
+def check_fits(pipe: Any, loras: Iterable[LoRA]) -> None:
+    """Refuse LoRAs whose modules or shapes the pipeline doesn't have.
+
+    Raises:
+        MergeError: One was made for another model.
+    """
+    weights = modules(pipe)
+    for lora in loras:
+        _check(lora, weights)
+
+
+def check_loads(pipe: Any, loras: Sequence[LoRA]) -> None:
+    """Refuse LoRAs that the pipeline can't have whole; each is loaded for a moment.
+
+    Raises:
+        MergeError: A LoRA was made for another model, or diffusers left a part of it out.
+        DialectError: diffusers' file format can't hold a layer.
+        NumberError: A value is NaN or infinite.
+    """
+    check_fits(pipe, loras)
+    for lora in loras:
+        with applied(pipe, [(lora, 1.0)]):
+            pass
+
+
+def modules(pipe: Any) -> dict[str, tuple[int, ...]]:
+    """Weight shape of every module of a pipeline, by loramerge's names."""
+    return {
+        _named(component, path): tuple(module.weight.shape)
+        for component, path, module in _walk(pipe)
+        if getattr(module, "weight", None) is not None
+    }
+
+
+def fingerprint(pipe: Any) -> str:
+    """What tells a model's weights from others: SHA-256 of values spread over every parameter."""
+    import torch
+
+    whole = hashlib.sha256()
+    for component, model in _models(pipe):
+        for name, parameter in model.named_parameters():
+            flat = parameter.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // SAMPLES)].to("cpu", torch.float32).numpy()
+            whole.update(f"{component}.{name} {tuple(parameter.shape)} ".encode() + some.tobytes())
+    return whole.hexdigest()[:16]
+
+
+def _models(pipe: Any) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    for component, model in pipe.components.items():
+        if isinstance(model, torch.nn.Module):
+            yield component, model
+
+
+def _walk(pipe: Any) -> Iterator[tuple[str, str, Any]]:
+    for component, model in _models(pipe):
+        for path, module in model.named_modules():
+            yield component, path, module
+
+
+def _named(component: str, path: str) -> str:
+    """loramerge's name: transformers 5 leaves ``text_model.`` out in one of its CLIP classes."""
+    if component.startswith("text_encoder") and path.startswith(("encoder.", "embeddings.", "final_layer_norm")):
+        path = f"text_model.{path}"
+    return f"{component}.{path}"
+
+
+def _check(lora: LoRA, weights: Mapping[str, tuple[int, ...]]) -> None:
+    lacking = [module for module in lora if module not in weights]
+    if lacking:
+        raise MergeError(
+            f"{lora.name} ({lora.architecture or 'unknown family'}) changes {len(lacking)} of {len(lora)} modules that the "
+            f"model doesn't have, such as {lacking[0]}. Is it for another base model?{_unnamed(lora)}"
+        )
+    for module in lora:
+        if lora.layout(module).shape != weights[module]:
+            raise MergeError(
+                f"{lora.name}: {module} has shape {lora.layout(module).shape}, and {weights[module]} in the model. "
+                "Is it for another base model?"
+            )
+
+
+def _unnamed(lora: LoRA) -> str:
+    if lora.architecture:
+        return ""
+    return " If it is for this one, say its family, by which its modules are named: --architecture, or architecture=."
+
+
+def _load(pipe: Any, lora: LoRA, adapter: str) -> None:
+    """diffusers skips keys that it doesn't know with no more than a line in the log, so what is there is counted."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tensors = lora.state_dict("diffusers")
+    try:
+        pipe.load_lora_weights(tensors, adapter_name=adapter)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise MergeError(f"diffusers can't load {lora.name}: {first_line(error)} {WAYS_OUT}") from error
+    there = {
+        _named(component, path)
+        for component, path, module in _walk(pipe)
+        if isinstance(module, BaseTunerLayer) and any(adapter in getattr(module, n) for n in module.adapter_layer_names)
+    }
+    lost = [module for module in lora if module not in there]
+    if lost:
+        raise MergeError(
+            f"diffusers left out {len(lost)} of {len(lora)} modules of {lora.name}, such as {lost[0]} "
+            f"({lora.layout(lost[0]).kind}). {WAYS_OUT}"
+        )

@@ -1,0 +1,317 @@
+"""A diffusion model as the function that loramerge learns on."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..devices import check_device
+from ..errors import MergeError, OptionError
+from ..files.lora import LoRA
+from ..learned.batches import Batch
+from .families import Conditions, Family, Size, family_of
+from .pipelines import need, opened
+from .schedules import Schedule, schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Denoiser:
+    """A pipeline's denoiser, and what it takes to give it examples.
+
+    A batch has ``sample``, the noised latents; ``timestep``; and ``conditions``, or ``prompt``: numbers of
+    prompts in `prompts`, which are then encoded in every pass, so that LoRAs act in the text encoders.
+    """
+
+    pipe: Any
+    family: Family
+    device: torch.device
+    dtype: torch.dtype
+    autocast: torch.dtype | None = None
+    text_encoders: bool = False
+    """Whether LoRAs act in the text encoders too.  Otherwise their modules are summed."""
+    source: str = ""
+    """Where the model comes from."""
+    prompts: list[str] = field(default_factory=list)
+
+    @cached_property
+    def models(self) -> dict[str, nn.Module]:
+        """The components that LoRAs act in, by name."""
+        components = {self.family.denoiser: self.model}
+        if self.text_encoders:
+            components |= {name: _named(model) for name, model in self.encoders.items()}
+        return components
+
+    @property
+    def model(self) -> Any:
+        """The UNet, or the transformer."""
+        return getattr(self.pipe, self.family.denoiser)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders, by name."""
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        return {name: model for name in names if (model := getattr(self.pipe, name, None)) is not None}
+
+    @property
+    def resolution(self) -> int:
+        """The side of the square images that the model was made for, in pixels."""
+        size = 128 if self.family.packed else self.model.config.sample_size
+        return int(size) * int(self.pipe.vae_scale_factor)
+
+    def latent_shape(self, resolution: int) -> tuple[int, ...]:
+        """Shape of an image's latents, as the denoiser takes them.
+
+        Raises:
+            OptionError: The resolution is no multiple of what a latent covers.
+        """
+        step = self.pipe.vae_scale_factor * (2 if self.family.packed else 1)
+        if resolution % step or resolution <= 0:
+            raise OptionError(f"The resolution must be a multiple of {step}, got {resolution}.")
+        side, channels = resolution // step, self.model.config.in_channels
+        return (side * side, channels) if self.family.packed else (channels, side, side)
+
+    def schedule(self, resolution: int) -> Schedule:
+        """How noise is added."""
+        return schedule(self.pipe, self.family.flow, self.tokens(resolution))
+
+    def tokens(self, resolution: int) -> int:
+        """Tokens of an image of this side, where the denoiser is a transformer."""
+        shape = self.latent_shape(resolution)
+        if self.family.packed:
+            return shape[0]
+        return shape[1] * shape[2] // int(getattr(self.model.config, "patch_size", 1)) ** 2
+
+    def predict(self, batch: Batch) -> Tensor:
+        """What the model predicts of a batch: noise, velocity or flow.
+
+        Raises:
+            OptionError: Gradients are asked for in float16.
+        """
+        if torch.float16 in (self.dtype, self.autocast) and torch.is_grad_enabled():
+            raise OptionError("In fp16 gradients underflow, so nothing can be learned. Way out: bf16, or fp32.")
+        return self.run(batch)
+
+    def run(self, batch: Batch) -> Tensor:
+        """`predict` for those who scale their loss, so that gradients don't underflow in float16."""
+        placed = self._placed(batch)
+        with self._autocast():
+            given = dict(placed.get("conditions", {}))
+            if "prompt" in placed:
+                prompts = [self.prompts[i] for i in placed["prompt"].tolist()]
+                given |= self.family.encode(self.pipe, prompts, self.device)
+            return self.family.call(self.model, placed["sample"], placed["timestep"], given)
+
+    def _placed(self, batch: Batch) -> dict[str, Any]:
+        """A batch on the device; what the model multiplies with, in its dtype."""
+        found: dict[str, Any] = {}
+        for name, value in batch.items():
+            if isinstance(value, Mapping):
+                found[name] = self._placed(value)
+            else:
+                floating = value.is_floating_point() and name not in ("timestep", "time_ids")
+                found[name] = value.to(self.device, self.dtype if floating else None)
+        return found
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    def encoded(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Conditions of prompts, on the CPU in float32."""
+        with torch.no_grad(), self._at_work(*self.encoders.values()):
+            rows = [self.family.encode(self.pipe, [prompt], self.device) for prompt in prompts]
+        return {name: torch.cat([row[name].float().cpu() for row in rows]) for name in rows[0]}
+
+    def unconditional(self) -> dict[str, Tensor]:
+        """Conditions of the empty prompt, which some models take as zeros."""
+        found = self.encoded([""])
+        zeros = self.pipe.config.get("force_zeros_for_empty_prompt", False)
+        return {name: torch.zeros_like(value) for name, value in found.items()} if zeros else found
+
+    def encoded_image(self, pixels: Tensor) -> Tensor:
+        """Latents of images, ``(count, …)``, on the CPU in float32.
+
+        Args:
+            pixels: ``(count, 3, side, side)`` in [-1, 1].
+        """
+        vae = self.pipe.vae
+        if vae is None:
+            raise OptionError("Images need the pipeline's VAE, and it has none. Way out: prompts instead of images.")
+        dtype = vae.dtype
+        with torch.no_grad(), self._at_work(vae):
+            nn.Module.to(vae, torch.float32)  # SDXL's overflows in float16, and this is done once
+            try:
+                found = vae.encode(pixels.to(self.device)).latent_dist.mode().cpu()
+            finally:
+                nn.Module.to(vae, dtype)
+        mean, std = (_statistic(vae.config, name) for name in ("latents_mean", "latents_std"))
+        if mean is not None and std is not None:
+            latents = (found - mean) * vae.config.scaling_factor / std
+        else:
+            latents = (found - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        return self._packed(latents) if self.family.packed else latents
+
+    def _packed(self, latents: Tensor) -> Tensor:
+        count, channels, height, width = latents.shape
+        tokens = latents.reshape(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return tokens.reshape(count, height * width // 4, 4 * channels)
+
+    def placed_at(self, sizes: Sequence[Size]) -> Conditions:
+        """Conditions that say where in a picture each example lies."""
+        return self.family.place(sizes)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What model it is and how it computes, for metadata, without the directories of this machine."""
+        return {
+            "base": called(self.source),
+            "pipeline": type(self.pipe).__name__,
+            "precision": _called(self.dtype),
+            "autocast": _called(self.autocast),
+            "text_encoders": self.text_encoders,
+        }
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The pipeline with everything on the device, ready to draw."""
+        if self.pipe.vae is None or not self.encoders:
+            raise OptionError("The pipeline's VAE or text encoders are gone. Way out: release() only after drawing.")
+        with self._at_work(self.pipe.vae, *self.encoders.values()):
+            yield self.pipe
+
+    @contextmanager
+    def _at_work(self, *modules: nn.Module) -> Iterator[None]:
+        """Have modules on the device while they are needed; they go back where they were."""
+        before = [next(module.parameters()).device for module in modules]
+        for module in modules:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module, device in zip(modules, before, strict=True):
+                module.to(device)
+
+    def release(self) -> None:
+        """Let go of what is not needed once examples are there: the VAE and, unless LoRAs act in them, text encoders."""
+        names = ["vae", *([] if self.text_encoders else self.encoders)]
+        self.pipe.register_modules(**dict.fromkeys(names))
+
+    def check(self, loras: Sequence[LoRA]) -> None:
+        """Refuse LoRAs of another model family.
+
+        Raises:
+            MergeError: One is for a family that the base model is not of.
+        """
+        for lora in loras:
+            if lora.architecture and lora.architecture not in self.family.architectures:
+                raise MergeError(
+                    f"{lora.name} is a LoRA of {lora.architecture}, and the base model {self.source} is a "
+                    f"{type(self.pipe).__name__}: wanted {' or '.join(self.family.architectures)}."
+                )
+
+
+def called(source: str) -> str:
+    """What metadata call a base model: its name on the Hub, or its directory's without those above it."""
+    local = Path(source).expanduser()
+    return (local.name or local.resolve().name) if local.exists() else source
+
+
+class _Nested(nn.Module):
+    """A text encoder under the names that LoRAs know: transformers 5 leaves ``text_model.`` out in one class."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.text_model = model
+
+
+def _named(model: nn.Module) -> nn.Module:
+    bare = type(model).__name__ == "CLIPTextModel" and "text_model" not in dict(model.named_children())
+    return _Nested(model) if bare else model
+
+
+def _called(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _statistic(config: Any, name: str) -> Tensor | None:
+    values = getattr(config, name, None)
+    return None if values is None else torch.tensor(values).reshape(1, -1, 1, 1)
+
+
+def load(
+    source: Any,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    autocast: str | None = None,
+    checkpointing: bool = False,
+    text_encoders: bool = False,
+    variant: str | None = None,
+    trust_remote_code: bool = False,
+) -> Denoiser:
+    """A diffusion model to learn on.
+
+    Args:
+        source: A pipeline of diffusers, a directory that one was saved in, or its name on the Hugging Face Hub.
+        device: Where to compute; ``cuda`` by default where there is one.
+        dtype: The denoiser's dtype, ``"fp32"``, ``"bf16"`` or ``"fp16"``; by default ``bf16`` on CUDA, ``fp32``
+            elsewhere, and a given pipeline's own.  With ``fp16`` coefficients can be calibrated but not learned.
+        autocast: Compute in this dtype while the weights stay in theirs.
+        checkpointing: Compute activations twice instead of keeping them: less memory, a third more time.
+        text_encoders: Have LoRAs act in the text encoders too, whose outputs are then computed in every pass.
+        variant: Which files of the repository, such as ``"fp16"``.
+        trust_remote_code: Whether to run code that the model brings.
+
+    Raises:
+        FileError: The model is missing, or the Hub can't be reached.
+        MissingExtraError: diffusers is not installed.
+        OptionError: An option or the device is unknown, the pipeline is of a kind that can't be learned on here, or
+            the model brings code that is not trusted.
+    """
+    need("Learning on a model", "diffusers", "transformers")
+    place = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_device(place)
+    chosen = torch.device(place)
+    wanted = _dtype(dtype) or (torch.bfloat16 if chosen.type == "cuda" else torch.float32)
+    narrow = _dtype(autocast)
+    named = isinstance(source, str | os.PathLike)
+    pipe = opened(source, dtype=wanted, variant=variant, trust_remote_code=trust_remote_code) if named else source
+    family = family_of(pipe)
+    model = getattr(pipe, family.denoiser)
+    kept = None if named or dtype else model.dtype
+    nn.Module.to(model, chosen, kept or wanted).eval()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    found = Denoiser(
+        pipe,
+        family,
+        chosen,
+        kept or wanted,
+        narrow,
+        text_encoders,
+        os.fspath(source) if named else _name(pipe),
+    )
+    for encoder in found.encoders.values():
+        encoder.eval()
+        if text_encoders:
+            encoder.to(chosen)
+    return found
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise OptionError(f"Unknown dtype {name!r}. Available: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _name(pipe: Any) -> str:
+    return str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)

@@ -1,0 +1,163 @@
+"""What differs between the model families: what a prompt becomes, and how the denoiser is called."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import OptionError
+
+Conditions: TypeAlias = Mapping[str, Tensor]
+"""What the denoiser sees beside the latents; the first axis is the batch."""
+
+Size: TypeAlias = tuple[tuple[int, int], tuple[int, int], int]
+"""Height and width of a picture, top and left of its square, and the square's side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One kind of pipeline."""
+
+    pipelines: tuple[str, ...]
+    """Class names."""
+    denoiser: str
+    architectures: tuple[str, ...]
+    """Families of LoRAs that may be for it."""
+    encode: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
+    """Conditions of prompts."""
+    call: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
+    """What the denoiser predicts."""
+    place: Callable[[Sequence[Size]], dict[str, Tensor]] = lambda sizes: {}
+    """Conditions that say where in a picture each example lies."""
+    flow: bool = False
+    """Whether it is a rectified flow from data to noise, instead of a diffusion."""
+    guidance: float
+    """Scale of the classifier-free guidance that pictures are usually made with; 1 for none."""
+    packed: bool = False
+    """Whether the denoiser takes 2 × 2 latents as one token."""
+
+
+def _sd_encode(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    return {"prompt": pipe.encode_prompt(prompts, device, 1, False)[0]}
+
+
+def _sd_call(model: nn.Module, sample: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
+    found: Tensor = model(sample, timestep, given["prompt"], return_dict=False)[0]
+    return found
+
+
+def _sdxl_encode(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    found = pipe.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return {"prompt": found[0], "pooled": found[2]}
+
+
+def _sdxl_call(model: nn.Module, sample: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
+    added = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
+    found: Tensor = model(sample, timestep, given["prompt"], added_cond_kwargs=added, return_dict=False)[0]
+    return found
+
+
+def _sdxl_place(sizes: Sequence[Size]) -> dict[str, Tensor]:
+    """Original size, crop and target size: section 2.2 of the SDXL paper."""
+    return {"time_ids": torch.tensor([[*size, *corner, side, side] for size, corner, side in sizes], dtype=torch.float)}
+
+
+def _sd3_encode(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    found = pipe.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=False)
+    return {"prompt": found[0], "pooled": found[2]}
+
+
+def _sd3_call(model: nn.Module, sample: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
+    found: Tensor = model(
+        hidden_states=sample,
+        timestep=timestep,
+        encoder_hidden_states=given["prompt"],
+        pooled_projections=given["pooled"],
+        return_dict=False,
+    )[0]
+    return found
+
+
+def _flux_encode(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
+    embeds, pooled, _ = pipe.encode_prompt(prompts, prompts, device=device)
+    return {"prompt": embeds, "pooled": pooled}
+
+
+def _flux_call(model: Any, sample: Tensor, timestep: Tensor, given: Conditions) -> Tensor:
+    guidance = torch.full((len(sample),), FLUX_GUIDANCE, device=sample.device) if model.config.guidance_embeds else None
+    side = int(sample.shape[1] ** 0.5)
+    where = torch.zeros(side, side, 3, device=sample.device, dtype=sample.dtype)
+    where[..., 1] = torch.arange(side)[:, None]
+    where[..., 2] = torch.arange(side)[None, :]
+    found: Tensor = model(
+        hidden_states=sample,
+        timestep=timestep / 1000,
+        guidance=guidance,
+        encoder_hidden_states=given["prompt"],
+        pooled_projections=given["pooled"],
+        txt_ids=torch.zeros(given["prompt"].shape[1], 3, device=sample.device, dtype=sample.dtype),
+        img_ids=where.reshape(-1, 3),
+        return_dict=False,
+    )[0]
+    return found
+
+
+FLUX_GUIDANCE = 3.5
+"""What FLUX.1 [dev] is told its guidance was, in sampling and here."""
+
+FAMILIES = (
+    Family(
+        pipelines=("StableDiffusionXLPipeline",),
+        denoiser="unet",
+        architectures=("sdxl", "ssd-1b", "segmind-vega"),
+        encode=_sdxl_encode,
+        call=_sdxl_call,
+        place=_sdxl_place,
+        guidance=5.0,
+    ),
+    Family(
+        pipelines=("StableDiffusionPipeline",),
+        denoiser="unet",
+        architectures=("sd15", "sd21"),
+        encode=_sd_encode,
+        call=_sd_call,
+        guidance=7.5,
+    ),
+    Family(
+        pipelines=("StableDiffusion3Pipeline",),
+        denoiser="transformer",
+        architectures=("sd3-medium", "sd3.5-medium", "sd3.5-large"),
+        encode=_sd3_encode,
+        call=_sd3_call,
+        flow=True,
+        guidance=5.0,
+    ),
+    Family(
+        pipelines=("FluxPipeline",),
+        denoiser="transformer",
+        architectures=("flux",),
+        encode=_flux_encode,
+        call=_flux_call,
+        flow=True,
+        guidance=1.0,
+        packed=True,
+    ),
+)
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a pipeline.
+
+    Raises:
+        OptionError: It is of none that LoRAs can be learned on here.
+    """
+    name = type(pipe).__name__
+    for family in FAMILIES:
+        if name in family.pipelines:
+            return family
+    known = ", ".join(pipeline for family in FAMILIES for pipeline in family.pipelines)
+    raise OptionError(
+        f"The base model is a {name}; wanted {known}. For another model give loramerge.learned the model as a function."
+    )

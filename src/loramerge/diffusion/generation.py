@@ -1,0 +1,300 @@
+"""Pictures of settings × prompts × seeds, each with its recipe inside.
+
+A setting is the base model with some LoRAs.  A picture depends on its own recipe only: its noise
+comes from a generator of its own on the CPU, whatever else is drawn beside it.  What is there
+already, with the same recipe, is not drawn again.
+
+from loramerge.diffusion.generation import Sampling, Use, generate
+
+settings = {"none": [], "both": [Use(person, 0.7), Use(jersey, 0.5)]}
+generate(pipe, settings, ["a psq-person wearing a barca24_jersey"], 8, "out", sampling=Sampling(steps=30))
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..devices import memory_for
+from ..errors import FileError, NumberError, OptionError
+from ..files.lora import LoRA
+from ..files.storage.scratch import make_folder
+from ..files.storage.writer import Progress
+from ..scoring.png import recipe_in, save_png
+from ..tensors import Array
+from .apply import applied, check_loads, fingerprint
+
+LEGIBLE = 40
+"""Characters of a prompt in a file's name."""
+WAYS_OUT = "Ways out: fewer at a time (--batch), float16, a smaller size (--size). What was drawn is kept; the same call goes on."
+"""Of too little memory."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A LoRA at a weight."""
+
+    lora: LoRA
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a picture is drawn; for guidance and sides None takes the pipeline's own default."""
+
+    steps: int = 30
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        sides = [side for side in (self.height, self.width) if side is not None]
+        if self.steps < 1 or any(side < 1 for side in sides):
+            raise OptionError(f"Can't draw with {self}: wanted 1 step or more, and sides of 1 pixel or more.")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture on the disk."""
+
+    setting: str
+    prompt: str
+    seed: int
+    path: Path
+    reused: bool
+    """Whether it was there already."""
+
+
+def generate(
+    pipe: Any,
+    settings: Mapping[str, Sequence[Use]],
+    prompts: Sequence[str],
+    seeds: int | Sequence[int],
+    output: str | os.PathLike[str],
+    *,
+    sampling: Sampling | None = None,
+    batch: int = 4,
+    base: str | None = None,
+    progress: Progress | None = None,
+) -> list[Drawn]:
+    """Draw every prompt with every seed in every setting, into ``output/SETTING/PROMPT-SEED.png``.
+
+    Every LoRA is loaded once before the first picture, so that a bad one fails at once.
+
+    Args:
+        pipe: A text-to-image pipeline of diffusers that loads LoRAs, where it is to compute.
+        settings: LoRAs by name of the setting; an empty list is the base alone.
+        prompts: One at least, each once.
+        seeds: So many, from 0, or which.
+        output: A directory; it is made where it is missing.
+        sampling: Steps, guidance, size.
+        batch: Pictures drawn together, of the same setting.
+        base: What recipes call the model; the name that the pipeline was loaded by.
+        progress: Called with the number of pictures done and of all.
+
+    Returns:
+        Every picture, by setting, prompt and seed.
+
+    Raises:
+        OptionError: Nothing to draw, a name that is no folder's, or LoRAs loaded already.
+        FileError: A picture of that name was made by someone else, or can't be written.
+        MergeError: A LoRA changes modules that the model doesn't have, or diffusers can't load it whole.
+        DialectError: diffusers' file format can't hold a layer.
+        NumberError: A weight or a value of a LoRA is NaN or infinite, the model gave NaN, or its safety checker took a picture away.
+        DeviceMemoryError: The memory does not suffice: what to lower.
+    """
+    numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    check(settings, prompts, numbers, batch)
+    common = _common(pipe, sampling or Sampling(), base)
+    places = [
+        _Place(name, prompt, seed, Path(output).expanduser() / name / f"{slug(prompt)}-{seed}.png", recipe)
+        for name, uses in settings.items()
+        for prompt in prompts
+        for seed in numbers
+        for recipe in [_recipe(common, uses, prompt, seed)]
+    ]
+    missing = {place for place in places if not place.there()}
+    waiting = {place.setting for place in missing}
+    check_loads(pipe, _distinct(uses for name, uses in settings.items() if name in waiting))
+    done = len(places) - len(missing)
+    for name, uses in settings.items():
+        todo = [place for place in places if place.setting == name and place in missing]
+        for part in _drawn(pipe, uses, todo, common["sampling"], batch):
+            done += part
+            if progress:
+                progress(done, len(places))
+    return [Drawn(p.setting, p.prompt, p.seed, p.path, p not in missing) for p in places]
+
+
+def _distinct(settings: Iterable[Sequence[Use]]) -> list[LoRA]:
+    """Every LoRA once, in order."""
+    return list({use.lora.sha256: use.lora for uses in settings for use in uses}.values())
+
+
+def slug(prompt: str) -> str:
+    """The beginning of a prompt as a file's name, and six hexadecimal digits of all of it."""
+    words = re.sub(r"[^a-z0-9_]+", "-", prompt.lower()).strip("-")[:LEGIBLE].rstrip("-")
+    return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}".lstrip("-")
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a picture belongs, and how it is made."""
+
+    setting: str
+    prompt: str
+    seed: int
+    path: Path
+    recipe: Mapping[str, Any]
+
+    def there(self) -> bool:
+        """Whether the picture is there, with the same recipe.
+
+        Raises:
+            FileError: There is another's.
+        """
+        if not self.path.exists():
+            return False
+        found = recipe_in(self.path)
+        if found is None:
+            raise FileError(f"{self.path} is there, and not made by loramerge. Choose another directory, or remove it.")
+        return found == self.recipe
+
+
+def check(
+    settings: Mapping[str, Sequence[Use]], prompts: Sequence[str], seeds: int | Sequence[int], batch: int = 1
+) -> None:
+    """Refuse what `generate` can't draw, without the pipeline.
+
+    Raises:
+        OptionError: Nothing to draw, something twice, a weight that is no number, or a name that is no folder's.
+    """
+    seeds = range(seeds) if isinstance(seeds, int) else seeds
+    if isinstance(prompts, str) or not (settings and prompts and seeds) or batch < 1:
+        raise OptionError(
+            f"Nothing to draw: {len(settings)} settings, prompts {prompts!r}, {len(seeds)} seeds, {batch} at a time."
+        )
+    for what, given in (("prompt", prompts), ("seed", seeds)):
+        if len(set(given)) < len(given):
+            raise OptionError(f"A {what} is given twice: {given}.")
+    if min(seeds) < 0:
+        raise OptionError(f"Seeds are 0 or more, got {min(seeds)}.")
+    for name, uses in settings.items():
+        for use in uses:
+            if not math.isfinite(use.weight):
+                raise OptionError(
+                    f"The setting {name!r}: {use.lora.name} has the weight {use.weight}; wanted a number."
+                )
+        if not name or name[0] in ".-" or set(name) & set('/\\:*?"<>|'):
+            raise OptionError(f"The setting {name!r} is no name for a folder.")
+    if len({name.lower() for name in settings}) < len(settings):
+        raise OptionError(f"Two settings have the same folder: {', '.join(settings)}.")
+
+
+def _common(pipe: Any, sampling: Sampling, base: str | None) -> dict[str, Any]:
+    """What the recipes of all pictures have in common."""
+    defaults = {name: p.default for name, p in inspect.signature(pipe.__call__).parameters.items()}
+    guidance = defaults["guidance_scale"] if sampling.guidance is None else sampling.guidance
+    return {
+        "sampling": {
+            "steps": sampling.steps,
+            "guidance": float(guidance),
+            "height": sampling.height,
+            "width": sampling.width,
+            "negative_prompt": sampling.negative_prompt,
+        },
+        "scheduler": {"name": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
+        "base": {
+            "name": base or getattr(pipe, "name_or_path", None) or type(pipe).__name__,
+            "pipeline": type(pipe).__name__,
+            "fingerprint": fingerprint(pipe),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+        },
+        "device": pipe.device.type,
+        "versions": _versions(),
+    }
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's configuration as JSON gives it back."""
+    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return plain
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    from .._version import __version__
+
+    others = ("diffusers", "transformers", "peft", "torch")
+    return {"loramerge": __version__, **{name: version(name) for name in others}}
+
+
+def _recipe(common: Mapping[str, Any], uses: Sequence[Use], prompt: str, seed: int) -> dict[str, Any]:
+    loras = [{"name": use.lora.name, "sha256": use.lora.sha256, "weight": float(use.weight)} for use in uses]
+    return {"prompt": prompt, "seed": seed, "loras": loras, **common}
+
+
+def _drawn(
+    pipe: Any, uses: Sequence[Use], todo: Sequence[_Place], sampling: Mapping[str, Any], batch: int
+) -> Iterator[int]:
+    """Draw and save the pictures of one setting; give how many were saved, batch by batch."""
+    if not todo:
+        return
+    make_folder(todo[0].path.parent)
+    with applied(pipe, [(use.lora, use.weight) for use in uses]):
+        for start in range(0, len(todo), batch):
+            part = todo[start : start + batch]
+            for place, image in zip(part, _images(pipe, part, sampling), strict=True):
+                save_png(image, place.path, place.recipe)
+            yield len(part)
+
+
+def _images(pipe: Any, part: Sequence[_Place], sampling: Mapping[str, Any]) -> list[Any]:
+    import torch
+    from PIL import Image
+
+    negative = sampling["negative_prompt"]
+    given = {"negative_prompt": [negative] * len(part)} if negative is not None else {}
+    with memory_for(f"{len(part)} pictures at a time", WAYS_OUT):
+        result = pipe(
+            prompt=[place.prompt for place in part],
+            generator=[torch.Generator("cpu").manual_seed(place.seed) for place in part],
+            num_inference_steps=sampling["steps"],
+            guidance_scale=sampling["guidance"],
+            height=sampling["height"],
+            width=sampling["width"],
+            output_type="np",
+            **given,
+        )
+    _refuse_hidden(result.get("nsfw_content_detected"), part)
+    return [Image.fromarray(_bytes(values, place)) for values, place in zip(result.images, part, strict=True)]
+
+
+def _bytes(values: Array, place: _Place) -> Array:
+    """Values in [0, 1] as diffusers rounds them."""
+    import numpy as np
+
+    if not np.isfinite(values).all():
+        raise NumberError(
+            f"The model drew NaN for {place.path.name} of {place.setting}. In float16 some autoencoders overflow: "
+            "take bfloat16 or float32, or a LoRA at a smaller weight."
+        )
+    return (values * 255).round().astype("uint8")
+
+
+def _refuse_hidden(hidden: Sequence[bool] | None, part: Sequence[_Place]) -> None:
+    for place, black in zip(part, hidden or [], strict=False):
+        if black:
+            raise NumberError(
+                f"The pipeline's safety checker made {place.path.name} of {place.setting} black, which no score can use. "
+                "Load the pipeline with safety_checker=None, or take another prompt or seed."
+            )

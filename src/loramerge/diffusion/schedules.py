@@ -1,0 +1,112 @@
+"""How noise is added: the timesteps that a model knows, and what it sees at each."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+
+
+class Schedule(Protocol):
+    """How a model's training adds noise."""
+
+    def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        """Timesteps at random, ``(count,)``."""
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model sees, ``(count, …)``."""
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model should answer to it, ``(count, …)``."""
+
+    def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """How much each example counts by min-SNR, ``(count,)``."""
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """x_t = √ᾱ x₀ + √(1 − ᾱ) ε."""
+
+    alphas: Tensor
+    """ᾱ by timestep."""
+    velocity: bool
+    """Whether the model predicts v = √ᾱ ε − √(1 − ᾱ) x₀ instead of ε."""
+
+    def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self.alphas), (count,), generator=generator)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        signal, sigma = self._parts(latents, timesteps)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if not self.velocity:
+            return noise
+        signal, sigma = self._parts(latents, timesteps)
+        return signal * noise - sigma * latents
+
+    def _parts(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 − ᾱ), shaped to multiply latents with."""
+        alpha = self.alphas[timesteps].reshape(-1, *(1,) * (latents.ndim - 1))
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        """min(SNR, γ) / SNR, and by SNR + 1 for v: Hang et al., 2023, https://arxiv.org/abs/2303.09556."""
+        alpha = self.alphas[timesteps.round().long().clamp(0, len(self.alphas) - 1)]
+        snr = alpha / (1 - alpha)
+        return snr.clamp(max=gamma) / (snr + 1 if self.velocity else snr.clamp_min(1e-8))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """x_t = (1 − σ) x₀ + σ ε."""
+
+    shift: float
+    """How far σ lies to the side of noise, 1 for not at all."""
+    count: int = 1000
+
+    def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+        u = torch.rand(count, generator=generator).clamp(1e-3, 1.0)
+        return self.count * self.shift * u / (1 + (self.shift - 1) * u)
+
+    def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        sigma = (timesteps / self.count).reshape(-1, *(1,) * (latents.ndim - 1))
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - latents
+
+    def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
+        raise OptionError(
+            "Min-SNR weights are defined for diffusions, and this model is a flow. Way out: no snr_gamma."
+        )
+
+
+def schedule(pipe: Any, flow: bool, tokens: int) -> Schedule:
+    """The schedule of a pipeline's training.
+
+    Args:
+        pipe: The pipeline, whose scheduler's configuration says it.
+        flow: Whether the model is a flow.
+        tokens: Tokens of an image, on which the shift of some flows depends.
+    """
+    config = pipe.scheduler.config
+    if flow:
+        mu = shift(config, tokens)
+        return Flow(config.shift if mu is None else math.exp(mu), config.num_train_timesteps)
+    from diffusers import DDPMScheduler
+
+    alphas = DDPMScheduler.from_config(config).alphas_cumprod.float()
+    return Diffusion(alphas, config.prediction_type == "v_prediction")
+
+
+def shift(config: Any, tokens: int) -> float | None:
+    """log of the shift that depends on an image's tokens; None where it doesn't."""
+    if not config.get("use_dynamic_shifting"):
+        return None
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
+    return float(config.get("base_shift", 0.5) + slope * (tokens - low))

@@ -1,0 +1,306 @@
+"""The training loop: passes, gradients, steps of AdamW, states."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ...devices import within_memory
+from ...errors import DeviceMemoryError, NumberError, OptionError
+from ...files.lora import LoRA
+from ...learned.batches import join, seen
+from ...learned.calibration import Progress
+from ...learned.state import State, mean_if_apart, resumed, save_state
+from ..apply import fingerprint
+from ..denoiser import Denoiser
+from ..examples import Images, from_images
+from ..processes import Team, team
+from .metadata import described
+from .order import Deck
+from .peft_layers import Injected, architecture_of, injected, seeded
+from .settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What a step came to."""
+
+    step: int
+    """From 1."""
+    total: int
+    loss: float
+    """Mean over the step's examples, in all processes."""
+    learning_rate: float
+
+
+def train_lora(
+    denoiser: Denoiser,
+    folder: str | Path,
+    *,
+    settings: TrainSettings | None = None,
+    prompt: str | None = None,
+    checkpoint: Path | None = None,
+    every: int = 100,
+    on_step: Callable[[TrainStep], bool | None] | None = None,
+    name: str | None = None,
+    trigger: str | None = None,
+    progress: Progress | None = None,
+) -> LoRA:
+    """Train a LoRA on pictures with captions.
+
+    Latents and prompts are encoded once, before the first step; of a picture's latents the mean is taken, not a sample.
+    Where text encoders learn too (``load(text_encoders=True)``), prompts are encoded in every pass.  In several processes,
+    started by ``accelerate launch`` or ``torchrun``, each takes its share of every step's examples.
+
+    Args:
+        denoiser: The model, Stable Diffusion 1, 2 or XL; afterwards it is as before.
+        folder: Pictures with captions, see `loramerge.scoring.captions`.
+        settings: How to train.
+        prompt: For pictures without a caption.
+        checkpoint: Where to keep the state; if it is there, training goes on from it: on the CPU to the same bits.
+        every: Steps between two states; one more is kept at the beginning and at the end.
+        on_step: Called after every step, when its state is kept; False stops training.
+        name: The LoRA's title; the folder's name by default.
+        trigger: The word that the captions have for what is learned, for the metadata.
+        progress: Called with the number of pictures encoded and of all.
+
+    Returns:
+        The LoRA, float32, in diffusers' dialect, with metadata that say how it was made.
+
+    Raises:
+        FileError: The folder, a picture, a caption or the checkpoint is missing or unreadable.
+        OptionError: A setting does not fit the model, or the checkpoint is of another run.
+        NumberError: The loss or a gradient became NaN or infinite; the last good state is in the checkpoint.
+        DeviceMemoryError: The memory does not suffice: what to lower.
+        MissingExtraError: PEFT or accelerate is not installed.
+    """
+    chosen = settings or TrainSettings()
+    if every < 1:
+        raise OptionError(f"Training: every is a number from 1, got {every}.")
+    together = team(cpu=denoiser.device.type == "cpu")
+    mixed = _mixed(denoiser)
+    side = chosen.resolution or denoiser.resolution
+    rows = chosen.batch_size * (1 if chosen.prior is None else 2)
+    with _nothing_lost(checkpoint), within_memory(side, rows, 1):
+        images = _images(mixed, folder, chosen, prompt, progress)
+        about = {
+            **mixed.identity,
+            "fingerprint": fingerprint(denoiser.pipe),
+            "prediction": denoiser.pipe.scheduler.config.prediction_type,
+            "data": dict(images.description),
+            "processes": together.size,
+        }
+        with injected(mixed, chosen) as inside:
+            run = Run(mixed, inside, Deck(images, chosen.seed), chosen, together)
+            run.train(checkpoint, about, every, on_step)
+            layers = inside.taken()
+    title = name or Path(folder).expanduser().resolve().name
+    architecture = architecture_of(denoiser, layers)
+    return LoRA(
+        name=title,
+        architecture=architecture,
+        dialect="diffusers",
+        layouts=layers,
+        metadata=described(chosen, about, architecture, run.reached, title, trigger),
+    )
+
+
+def _mixed(denoiser: Denoiser) -> Denoiser:
+    """The model as it is trained: factors are float32 and take part in its own, narrower dtype.
+
+    Raises:
+        OptionError: It can't be trained here.
+    """
+    if denoiser.family.flow or not denoiser.family.denoiser == "unet":
+        raise OptionError(
+            f"The base model is a {type(denoiser.pipe).__name__}; LoRAs are trained for Stable Diffusion 1, 2 and XL here."
+        )
+    predicted = denoiser.pipe.scheduler.config.prediction_type
+    if predicted not in ("epsilon", "v_prediction"):
+        raise OptionError(f"The base model predicts {predicted!r}; wanted 'epsilon' or 'v_prediction'.")
+    if torch.float16 in (denoiser.dtype, denoiser.autocast) and denoiser.device.type == "cpu":
+        raise OptionError("Training in fp16 needs CUDA. Ways out on the CPU: fp32, or bf16.")
+    narrow = denoiser.autocast or (None if denoiser.dtype == torch.float32 else denoiser.dtype)
+    return replace(denoiser, autocast=narrow)
+
+
+def _images(
+    denoiser: Denoiser, folder: str | Path, settings: TrainSettings, prompt: str | None, progress: Progress | None
+) -> Images:
+    """The pictures to learn, and those of the class."""
+    prior = [] if settings.prior is None else [settings.prior]
+    return from_images(
+        denoiser,
+        [folder, *prior],
+        prompts=[prompt, settings.prior_prompt][: 1 + len(prior)],
+        resolution=settings.resolution,
+        flip=settings.flip,
+        snr_gamma=settings.snr_gamma,
+        progress=progress,
+    )
+
+
+@contextmanager
+def _nothing_lost(checkpoint: Path | None) -> Iterator[None]:
+    """Have errors on the way say where the state is."""
+    try:
+        yield
+    except (DeviceMemoryError, NumberError) as error:
+        if checkpoint is None or not checkpoint.exists():
+            raise
+        raise type(error)(
+            f"{error} What was learned is in {checkpoint}, and the same run goes on from there."
+        ) from error
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by, so that gradients don't underflow in float16: as large as just goes.
+
+    Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740, section 3.2, with PyTorch's numbers.
+    """
+
+    value: float = 1.0
+    sound: float = 0
+    """Steps since it changed."""
+    patience: float = math.inf
+
+    @classmethod
+    def of(cls, denoiser: Denoiser) -> "LossScale":
+        """What this model needs."""
+        half = torch.float16 in (denoiser.dtype, denoiser.autocast)
+        return cls(65536.0, patience=2000) if half else cls()
+
+    def stepped(self) -> None:
+        """After a step with finite gradients."""
+        self.sound += 1
+        if self.sound >= self.patience:
+            self.value, self.sound = 2 * self.value, 0
+
+    def lower(self) -> bool:
+        """After a step that overflowed: whether a smaller one is left to try."""
+        if self.value <= 1:
+            return False
+        self.value, self.sound = self.value / 2, 0
+        return True
+
+
+class Run:
+    """One run of training."""
+
+    def __init__(
+        self, denoiser: Denoiser, inside: Injected, deck: Deck, settings: TrainSettings, together: Team
+    ) -> None:
+        self.denoiser, self.deck, self.settings, self.together = denoiser, deck, settings, together
+        self.parameters = inside.parameters
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=settings.weight_decay)
+        self.scale = LossScale.of(denoiser)
+        self.reached = 0
+
+    def train(
+        self,
+        checkpoint: Path | None,
+        about: Mapping[str, Any],
+        every: int,
+        on_step: Callable[[TrainStep], bool | None] | None,
+    ) -> None:
+        """Go through the steps that are left."""
+        identity = {**about, "settings": self.settings.identity()} if checkpoint else {}
+        self._resume(checkpoint, identity)
+
+        def keep() -> None:
+            if checkpoint and self.together.writes:
+                scales = [self.scale.value, self.scale.sound]
+                generator = torch.Generator()  # examples need none: they depend on the seed and their numbers
+                save_state(checkpoint, identity, self.reached, self.parameters, self.optimizer, generator, scales)
+
+        if not self.reached:
+            keep()  # a path that can't be written is told before the first step
+        while self.reached < self.settings.steps:
+            done = self._step()
+            if done is None:
+                keep()
+                raise NumberError(
+                    f"Training: the loss or a gradient is not finite at step {self.reached + 1}. Ways out: a smaller "
+                    f"learning rate than {self.settings.learning_rate:g}, bf16 or fp32 instead of fp16."
+                )
+            if self.reached % every == 0 and self.reached < self.settings.steps:
+                keep()
+            if on_step and on_step(done) is False:
+                break
+        keep()
+
+    def _resume(self, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:
+        state = resumed(checkpoint, identity, self.settings.steps)
+        if state:
+            self._restore(state)
+        mean = mean_if_apart(self.reached, self.together.reduce)
+        if mean is not None:
+            raise OptionError(
+                f"This process goes on from step {self.reached}, others don't: they average {mean:g}. Way out: a "
+                "checkpoint on a disk that all processes see."
+            )
+
+    def _restore(self, state: State) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state.tensors[name])
+        state.restore(self.optimizer, torch.Generator())
+        self.scale.value, self.scale.sound = state.scales
+        self.reached = state.step
+
+    def _step(self) -> TrainStep | None:
+        """One step; None where its gradients are not finite."""
+        rate = self.settings.rate(self.reached)
+        while True:
+            loss, norm = self._gradients()
+            if math.isfinite(norm) and math.isfinite(loss):
+                break
+            if not self.scale.lower():
+                return None
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.scale.stepped()
+        self.reached += 1
+        return TrainStep(self.reached, self.settings.steps, loss, rate)
+
+    def _gradients(self) -> tuple[float, float]:
+        """The loss, and the norm that the gradients had before they were clipped."""
+        given, parameters = self.settings, list(self.parameters.values())
+        self.optimizer.zero_grad()
+        total = torch.zeros((), dtype=torch.float64)
+        for part in range(given.accumulate):
+            first = (self.reached * given.accumulate + part) * self.together.size + self.together.shard
+            with self._chance(first):
+                loss = self._loss(range(first * given.batch_size, (first + 1) * given.batch_size)) / given.accumulate
+                cast(Any, loss * self.scale.value).backward()
+            total += loss.detach().cpu()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self.together.reduce([total, *gradients])
+        for gradient in gradients:
+            gradient /= self.scale.value
+        norm = nn.utils.clip_grad_norm_(parameters, given.max_grad_norm or math.inf)
+        return float(total), float(norm)
+
+    def _chance(self, number: int) -> Any:
+        """What a pass leaves out at random, from its number."""
+        return (
+            seeded(self.settings.seed + 1_000_003 * number, self.denoiser.device)
+            if self.settings.dropout
+            else nullcontext()
+        )
+
+    def _loss(self, numbers: Sequence[int]) -> Tensor:
+        """Mean squared error of the examples with these numbers, plus that of as many of the class."""
+        counts = [1.0] if self.settings.prior is None else [1.0, self.settings.prior_weight]
+        dealt = [self.deck.deal(folder, numbers) for folder in range(len(counts))]
+        batch, target = join([batch for batch, _ in dealt]), torch.cat([target for _, target in dealt])
+        weight = torch.tensor(counts).repeat_interleave(len(numbers)) * batch.get("weight", 1.0)
+        predicted = self.denoiser.run(seen(batch)).float()
+        errors = (predicted - target.to(predicted)).square().flatten(1).mean(1)
+        return (errors * weight.to(errors)).sum() / len(numbers)

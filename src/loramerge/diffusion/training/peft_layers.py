@@ -1,0 +1,123 @@
+"""PEFT's layers in the components of a model for a while."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import MissingExtraError, OptionError
+from ...files.architectures import ARCHITECTURES
+from ...layers import Layer
+from ...layers.lowrank import LowRank
+from ..apply import modules
+from ..denoiser import Denoiser
+from .settings import TEXT, UNET, TrainSettings
+
+ADAPTER = "loramerge"
+
+
+@dataclass(frozen=True)
+class Injected:
+    """The trainable layers of a model."""
+
+    layers: Mapping[str, Any]
+    """PEFT's layer by module, under loramerge's names."""
+    scale: float
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every factor, ``MODULE/down`` and ``MODULE/up``, float32."""
+        found = {}
+        for module, layer in self.layers.items():
+            found[f"{module}/down"] = layer.lora_A[ADAPTER].weight
+            found[f"{module}/up"] = layer.lora_B[ADAPTER].weight
+        return found
+
+    def taken(self) -> dict[str, Layer]:
+        """The factors as they are now, as layers of loramerge."""
+        return {module: self._taken(layer) for module, layer in self.layers.items()}
+
+    def _taken(self, layer: Any) -> Layer:
+        down, up = _array(layer.lora_A[ADAPTER].weight), _array(layer.lora_B[ADAPTER].weight)
+        return LowRank(down=down, up=up, alpha=self.scale * down.shape[0])
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous().numpy()
+
+
+@contextmanager
+def injected(denoiser: Denoiser, settings: TrainSettings) -> Iterator[Injected]:
+    """Trainable LoRAs in the denoiser, and in its text encoders if it has them learn; afterwards it is as before.
+
+    Raises:
+        OptionError: The pipeline has LoRAs already.
+        MissingExtraError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+    except ImportError:
+        raise MissingExtraError("Training needs PEFT: pip install 'loramerge[diffusers]'.") from None
+    if any(denoiser.pipe.get_list_adapters().values()):
+        raise OptionError(
+            f"The pipeline has LoRAs already: {denoiser.pipe.get_list_adapters()}. Call unload_lora_weights() first."
+        )
+    models = denoiser.models
+    learning = [p for model in models.values() for p in model.parameters() if p.requires_grad]
+    layers: dict[str, Any] = {}
+    try:
+        with seeded(settings.seed, denoiser.device):
+            for component, model in models.items():
+                ends = UNET if component == denoiser.family.denoiser else TEXT
+                config = LoraConfig(
+                    r=settings.rank,
+                    lora_alpha=settings.scale * settings.rank,  # type: ignore[arg-type]
+                    lora_dropout=settings.dropout,
+                    init_lora_weights="gaussian",
+                    target_modules=list(ends[settings.targets]),
+                )
+                inject_adapter_in_model(config, model, ADAPTER)
+                found = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
+                layers |= {f"{component}.{path}": layer for path, layer in found.items()}
+        for layer in layers.values():
+            layer.lora_A[ADAPTER].float()
+            layer.lora_B[ADAPTER].float()
+            layer.lora_dropout.train()
+        yield Injected(layers, settings.scale)
+    finally:
+        for model in models.values():
+            _eject(model)
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _eject(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    vars(model).pop("peft_config", None)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """PyTorch's own random numbers from a seed; afterwards they go on as if nothing had been."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def architecture_of(denoiser: Denoiser, trained: Iterable[str]) -> str | None:
+    """The family that the model is of, or else one that has modules of these names."""
+    there = modules(denoiser.pipe)
+    names = set(trained)
+    known = [ARCHITECTURES[name] for name in denoiser.family.architectures]
+    whole = [a.name for a in known if all(there.get(m) == a.shapes[m] for m in a.shapes if m.startswith("unet."))]
+    alike = [a.name for a in known if names <= set(a.shapes)]
+    return next(iter([*whole, *alike]), None)

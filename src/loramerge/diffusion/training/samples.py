@@ -1,0 +1,72 @@
+"""Pictures on the way: the pipeline draws with the LoRA that is being trained."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...scoring.png import save_png
+from ..denoiser import Denoiser
+
+
+def draw(
+    denoiser: Denoiser,
+    prompts: Sequence[str],
+    output: str | Path,
+    step: int,
+    *,
+    seed: int = 0,
+    sampling_steps: int = 30,
+    guidance: float | None = None,
+    resolution: int | None = None,
+) -> list[Path]:
+    """Draw prompts with the model as it is now, into ``OUTPUT-000100-0.png``: to be called in ``on_step``.
+
+    What is learned does not depend on it.
+
+    Args:
+        denoiser: The model; its VAE and text encoders must be there still.
+        prompts: One picture each.
+        output: Where the LoRA will be written; pictures lie beside it.
+        step: For the name.
+        seed: Of each picture's noise.
+        sampling_steps: Steps of the pipeline's scheduler.
+        guidance: Scale of the classifier-free guidance; the family's usual by default.
+        resolution: Side of the pictures in pixels; the model's by default.
+
+    Raises:
+        OptionError: The VAE or the text encoders are gone.
+        FileError: A picture can't be written.
+    """
+    place = Path(output).expanduser()
+    scale = denoiser.family.guidance if guidance is None else guidance
+    drawn = []
+    # The LoRA's factors are float32 in a model that may be bfloat16.
+    mixed = torch.autocast(denoiser.device.type, torch.bfloat16, enabled=denoiser.dtype == torch.bfloat16)
+    with denoiser.whole() as pipe, torch.no_grad(), mixed, _silent(pipe):
+        for i, prompt in enumerate(prompts):
+            image = pipe(
+                prompt,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                num_inference_steps=sampling_steps,
+                guidance_scale=scale,
+                height=resolution or denoiser.resolution,
+                width=resolution or denoiser.resolution,
+            ).images[0]
+            path = place.with_name(f"{place.stem}-{step:06d}-{i}.png")
+            save_png(image, path, {"prompt": prompt, "seed": seed, "step": step, "sampling": {"steps": sampling_steps}})
+            drawn.append(path)
+    return drawn
+
+
+@contextmanager
+def _silent(pipe: Any) -> Iterator[None]:
+    """A pipeline without its progress bar."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

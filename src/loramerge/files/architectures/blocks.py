@@ -1,0 +1,139 @@
+"""Blocks of a model, and the weight-a-block vectors of the WebUI world.
+
+Source: https://github.com/hako-mikan/sd-webui-lora-block-weight
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from ...errors import OptionError
+from . import ARCHITECTURES, sgm
+
+
+def _numbered(prefix: str, numbers: Sequence[int]) -> list[str]:
+    return [f"{prefix}{n:02d}" for n in numbers]
+
+
+FLUX_BLOCKS = [*_numbered("D", range(19)), *_numbered("S", range(38))]
+
+VECTORS: Mapping[str, Mapping[int, list[str]]] = {
+    "sd": {
+        17: ["BASE", *_numbered("IN", (1, 2, 4, 5, 7, 8)), "MID", *_numbered("OUT", range(3, 12))],
+        26: ["BASE", *_numbered("IN", range(12)), "MID", *_numbered("OUT", range(12))],
+    },
+    "sdxl": {
+        12: ["BASE", *_numbered("IN", (4, 5, 7, 8)), "MID", *_numbered("OUT", range(6))],
+        20: ["BASE", *_numbered("IN", range(9)), "MID", *_numbered("OUT", range(9))],
+    },
+    "flux": {
+        57: FLUX_BLOCKS,
+        58: ["BASE", *FLUX_BLOCKS],
+        61: ["CLIP", "T5", "IN", *FLUX_BLOCKS, "OUT"],
+    },
+}
+"""Names of the blocks that a vector of some length gives numbers for; BASE is the text encoders."""
+
+FAMILY = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl", "ssd-1b": "sdxl", "segmind-vega": "sdxl", "flux": "flux"}
+
+
+def block(module: str, architecture: str | None = None) -> str:
+    """The block that a module belongs to: ``IN04``, ``MID``, ``OUT11``, ``D18``, ``S37``, ``BASE``, ``CLIP`` …
+
+    In a model without names of that kind a block is called by its place: ``blocks.7``, ``double_blocks.12``.
+    ``-`` for a module outside of every block, such as the time embedding.
+    """
+    component, _, path = module.partition(".")
+    if component.startswith("text_encoder"):
+        if architecture == "flux":
+            return "CLIP" if component == "text_encoder" else "T5"
+        return "BASE"
+    if component == "unet":
+        return _unet_block(path)
+    if match := re.match(r"(single_)?transformer_blocks\.(\d+)\.", path):
+        return f"{'S' if match[1] else 'D'}{int(match[2]):02d}"
+    if match := re.match(r"([a-z][a-z_.]*?[a-z])[._](\d+)(?=[._])", path):
+        return f"{match[1]}.{match[2]}"
+    if component == "transformer" and architecture is not None:
+        return "OUT" if path.startswith(("proj_out", "norm_out")) else "IN"
+    return "-"
+
+
+def _unet_block(path: str) -> str:
+    try:
+        section, number, *_ = sgm.block(path).split(".")
+    except (KeyError, ValueError, IndexError):
+        return "-"
+    if section == "middle_block":
+        return "MID"
+    names = {"input_blocks": "IN", "output_blocks": "OUT"}
+    return f"{names[section]}{int(number):02d}" if section in names else "-"
+
+
+def position(component: str, block: str) -> tuple[bool, str, int, str]:
+    """A sorting key: the denoiser before the text encoders, and its blocks in the order in which data passes them."""
+    order = ("-", "IN", "D", "S", "MID", "OUT")
+    name = block.rstrip("0123456789")
+    place = order.index(name) if name in order else order.index("MID") if "." in block else 0
+    return component.startswith("text"), component, place, f"{name}{int(block[len(name) :] or 0):04d}"
+
+
+def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, float]:
+    """The weight of each block, from a vector of the length that the family uses.
+
+    Raises:
+        OptionError: No such length for this family.
+    """
+    family = FAMILY.get(architecture or "")
+    if family is None:
+        raise OptionError(f"There are no block vectors for {architecture or 'an unknown architecture'}; use patterns.")
+    lengths = VECTORS[family]
+    if len(numbers) not in lengths:
+        wanted = ", ".join(map(str, lengths))
+        raise OptionError(
+            f"A block vector of {len(numbers)} numbers; {ARCHITECTURES[architecture or ''].title} takes {wanted}."
+        )
+    weights = dict(zip(lengths[len(numbers)], numbers, strict=True))
+    if family == "flux" and "BASE" in weights:
+        weights |= {"CLIP": weights["BASE"], "T5": weights.pop("BASE")}
+    return weights
+
+
+def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
+    """Whether a pattern means a module.
+
+    It may be a component (``text_encoder``), a block (``OUT03``), a glob over the module's name
+    (``unet.up_blocks.*``) or, after ``re:``, a regular expression to be found in it.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], module) is not None
+        except re.error as error:
+            raise OptionError(f"{pattern!r} is not a regular expression: {error}.") from None
+    component = module.partition(".")[0]
+    return pattern == component or fnmatchcase(module, pattern) or fnmatchcase(block(module, architecture), pattern)
+
+
+def offered(modules: Iterable[str], architecture: str | None = None) -> str:
+    """The patterns that match some of the modules, in a sentence: blocks, and globs of the first two parts of the names."""
+    names = list(modules)
+    found = dict.fromkeys(block(module, architecture) for module in names)
+    known = sorted((name for name in found if name != "-"), key=lambda name: position("", name))
+    globs = dict.fromkeys(".".join([*module.split(".")[:2], "*"]) for module in names if module.count(".") > 1)
+    kinds = {"blocks": _runs(known), "sections": list(globs)[:SECTIONS]}
+    listed = [f"{kind} {', '.join(values)}" for kind, values in kinds.items() if values]
+    return f"Patterns that do: {'; '.join(listed)}." if listed else f"Its modules are such as {names[0]}."
+
+
+def _runs(names: Sequence[str]) -> list[str]:
+    """Sorted names, where more than three follow each other as ``D00 to D18``."""
+    groups: list[list[str]] = []
+    for name in names:
+        last = groups[-1][-1] if groups else ""
+        follows = name[-2:].isdigit() and last[:-2] == name[:-2] and int(last[-2:]) + 1 == int(name[-2:])
+        groups[-1].append(name) if follows else groups.append([name])
+    return [part for run in groups for part in (run if len(run) < 4 else [f"{run[0]} to {run[-1]}"])]
+
+
+SECTIONS = 8
+"""Globs that a message lists: a family that nobody knows may have one for each module."""

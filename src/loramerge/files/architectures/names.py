@@ -1,0 +1,94 @@
+"""How one weight of a model's own code corresponds to modules of diffusers."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+from ...tensors import Ranges, Shape
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Components that LoRAs are made for: folders of diffusers' layout, and what modules' names begin with."""
+
+
+class Part(NamedTuple):
+    """A module inside a weight of the model's own code."""
+
+    module: str
+    rows: Ranges | None
+    """The weight's rows that are the module's, in the module's order; None when all are, unmoved."""
+
+
+Parts: TypeAlias = tuple[Part, ...]
+
+SWAP = "swap"
+"""Marks a rule whose two halves of rows are exchanged: (shift, scale) against (scale, shift)."""
+
+Rule: TypeAlias = tuple[str, ...]
+"""A native name, then the diffusers names that it holds, ``{i}`` standing for a block's number."""
+
+
+Naming: TypeAlias = Callable[[Mapping[str, Shape]], Mapping[str, Parts]]
+"""Native names of a model's weights, from its modules, each with the modules that it holds."""
+
+
+def flat(path: str) -> str:
+    """A path as kohya's tools write it: dots as underscores."""
+    return path.replace(".", "_")
+
+
+def whole(module: str) -> Parts:
+    return (Part(module, None),)
+
+
+def stacked(modules: Iterable[tuple[str, int]]) -> Parts:
+    """Modules, each with its number of rows, one below the other."""
+    parts, start = [], 0
+    for module, rows in modules:
+        parts.append(Part(module, ((start, start + rows),)))
+        start += rows
+    return tuple(parts)
+
+
+def swapped(module: str, rows: int) -> Parts:
+    half = rows // 2
+    return (Part(module, ((half, rows), (0, half))),)
+
+
+def apply(rules: Iterable[Rule], modules: Mapping[str, Shape], component: str) -> dict[str, Parts]:
+    """The native names of a model, from rules.
+
+    A rule applies to every block of which the modules exist; what no rule names keeps
+    diffusers' name.
+    """
+    names = {native: _parts(targets, modules, component) for native, targets in _expand(rules, modules)}
+    named = {part.module for parts in names.values() for part in parts}
+    for path in modules:
+        if f"{component}.{path}" not in named:
+            names[path] = whole(f"{component}.{path}")
+    return names
+
+
+def by(*rules: Rule) -> "Naming":
+    """The naming of a transformer that follows rules."""
+    return lambda modules: apply(rules, modules, "transformer")
+
+
+def same(modules: Mapping[str, Shape]) -> Mapping[str, Parts]:
+    """The naming of a transformer whose own code has diffusers' names."""
+    return {path: whole(f"transformer.{path}") for path in modules}
+
+
+def _expand(rules: Iterable[Rule], modules: Mapping[str, Shape]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    blocks = 1 + max((int(part) for path in modules for part in path.split(".") if part.isdigit()), default=0)
+    for native, *targets in rules:
+        for i in range(blocks) if "{i}" in native else (0,):
+            paths = tuple(target.format(i=i) for target in targets)
+            if paths[0] in modules:
+                yield native.format(i=i), paths
+
+
+def _parts(targets: tuple[str, ...], modules: Mapping[str, Shape], component: str) -> Parts:
+    if targets[-1] == SWAP:
+        return swapped(f"{component}.{targets[0]}", modules[targets[0]][0])
+    if len(targets) == 1:
+        return whole(f"{component}.{targets[0]}")
+    return stacked((f"{component}.{path}", modules[path][0]) for path in targets)

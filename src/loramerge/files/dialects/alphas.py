@@ -1,0 +1,80 @@
+"""Where a file keeps its scales, in order of precedence.
+
+A tensor of the module's own (``.alpha``, or ``.scale`` as it is), then diffusers'
+``lora_adapter_metadata`` or PEFT's ``adapter_config.json``, else alpha = rank.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import FileError, LayerError, NumberError
+from ...tensors import LARGEST, Tensor, scalar
+from ..architectures.names import COMPONENTS
+from .fields import WHOLE, Config, checked
+
+UNSCALED = {"alpha", "scale", "diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight"}
+"""Roles of tensors that no alpha scales, and of those beside them."""
+
+
+def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | None:
+    """The alpha that a layer's own tensors give; ``.scale`` is alpha / rank.
+
+    Args:
+        keys: The layer's keys by role.
+        tensors: The file's tensors.
+    """
+    if "alpha" in keys and (keys.keys() >= WHOLE or keys.keys() <= UNSCALED):
+        return _unused(tensors[keys["alpha"]])
+    if "alpha" in keys:
+        return _one(tensors, keys["alpha"])
+    return _one(tensors, keys["scale"]) * rank(keys, tensors) if "scale" in keys else None
+
+
+def rank(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
+    """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
+    for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
+        if role in keys:
+            return int(tensors[keys[role]].shape[0])
+    return 1
+
+
+def _one(tensors: Mapping[str, Tensor], key: str) -> float:
+    tensor = tensors[key]
+    if math.prod(tensor.shape) != 1:
+        raise LayerError(f"{key} has shape {tensor.shape}, wanted one number")
+    value = scalar(tensor)
+    if not abs(value) <= LARGEST["F32"]:  # which NaN is not, either
+        raise NumberError(f"{key} is {value}")
+    return value
+
+
+def _unused(tensor: Tensor) -> float:
+    """An alpha that scales nothing; tools write 10¹⁰ for it, which float16 can't hold."""
+    value = scalar(tensor) if math.prod(tensor.shape) == 1 else 1.0
+    return value if math.isfinite(value) else 1.0
+
+
+def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -> dict[str, Config]:
+    """LoRA configurations by component, checked; ``""`` is the one that names none. One that is given goes first."""
+    text = metadata.get("lora_adapter_metadata")
+    found = dict(adapter_config) if adapter_config or not text else _in_header(text)
+    return {component: checked(config) for component, config in found.items()}
+
+
+def _in_header(text: str) -> dict[str, Config]:
+    """diffusers' configurations: one flat object whose keys begin with the component."""
+    try:
+        flat = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"lora_adapter_metadata in the file's header is not JSON: {error}") from error
+    if not isinstance(flat, dict):
+        raise FileError("lora_adapter_metadata in the file's header is not a JSON object")
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        component, dot, option = key.partition(".")
+        if not dot or component not in COMPONENTS:
+            component, option = "", key
+        found.setdefault(component, {})[option] = value
+    return dict(found)

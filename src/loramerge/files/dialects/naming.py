@@ -1,0 +1,385 @@
+"""What the stems of a file mean: the family in which all of them have a name and the right shape."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Set
+from functools import cache
+
+from ...errors import FamilyError, LayerError, OptionError
+from ...tensors import Shape
+from ..architectures import ARCHITECTURES, Architecture, last_numbers, titles
+from ..architectures.hints import Named
+from ..architectures.names import Parts, flat, whole
+from . import DIALECTS
+from .base import Dialect, table
+from .records import Record
+from .repairs import repaired
+
+TEXT = re.compile(
+    r"(?:module\.|_orig_mod\.|pipe\.)*(?:lora_te\d?_|text_encoders?[._/\d]|base_model\.model\.(?:text_model|encoder)\.|"
+    r"clip_\w\.|t5\.|lycoris_text_model_|text_model\.|te\d?:)"
+)
+"""Beginnings of text encoders' stems, in any dialect."""
+
+BEFORE = re.compile(
+    r"(?:module\.|_orig_mod\.|pipe\.|lora_unet_+(?:unet_)?|lora_transformer_|lycoris_|oft_unet_|diffusion_model\.|model\.|"
+    r"base_model\.model\.|unet[./]|transformer[./]|Hunyuan_video_I2V_lora_)*"
+)
+"""What stands before the denoiser's paths."""
+
+INPUTS = (
+    *("conv_in", "x_embedder", "x_embedder.proj", "img_in", "proj_in", "pos_embed.proj"),
+    *("patch_embedding", "patch_embed.proj", "all_x_embedder.2-1"),
+)
+"""What takes the latents in: a model that takes more of them (FLUX control, inpainting, image to video) widens it."""
+
+INSIDE = re.compile(r"attn|attention|\.ff|mlp|ffn|feed_forward")
+"""Modules both of whose sides are widths of the model's own."""
+
+FEW = 20
+"""Of so many layers one may be of a part that no model of the family has: some trainers add one."""
+
+MANY = 8
+"""Modules that a file must have before all of a family's being there tells it from a larger one."""
+
+
+class Names:
+    """The stems of one file, while their meaning is sought."""
+
+    def __init__(self, records: dict[str, Record], extras: list[str]) -> None:
+        self.records = records
+        self.shapes = {stem: record.layer.shape for stem, record in records.items() if record.layer is not None}
+        self.meant: dict[str, str] = {}
+        """What repaired stems mean in the family that was found."""
+        self._repairs: dict[str, dict[str, str]] = {}
+        self._fitting: dict[str, dict[str, Parts]] = {}
+        self.extras = extras
+        self.text = {stem for stem in records if is_text(stem)}
+        paths = sorted(_path(stem) for stem in records.keys() - self.text)
+        self.sample = [paths[i] for i in (0, len(paths) // 2, -1)] if paths else []
+        self.numbers = last_numbers(path.removesuffix("_") for path in paths)
+        heads = {stem[:48] for stem in records}
+        meant = {fix[0] for head in heads if (fix := repaired(head))}
+        self.candidates = [
+            d for d in DIALECTS.values() if any(h.startswith(d.begins) for h in heads | meant) and d.name != "other"
+        ]
+
+    def families(self, said: Named) -> list[Architecture]:
+        """The families in which every layer has a name and the right shape: the likeliest, and those that are alike.
+
+        Raises:
+            FamilyError: The metadata names another family.
+        """
+        some = [a for a in ARCHITECTURES.values() if self.plausible(a)]
+        fits = [a for a in some or ARCHITECTURES.values() if self.has_all(a)]
+        fits = fits or [a for a in some if self.has_all(a, beside=len(self.records) // FEW)]
+        hinted = [a for a in fits if a.name in said.families]
+        if fits and not hinted and (said.families or said.unknown):
+            raise FamilyError(self.contradiction(fits, said))
+        fits = self.most_own(hinted or fits)
+        return [a for a in fits if self.covers(a)] or fits
+
+    def told(self, name: str) -> Architecture:
+        """The family that the caller names, if it can be; of a name for several sizes the one that fits.
+
+        Raises:
+            OptionError: Most layers have no name in it, or have shapes that it doesn't have, or they are all
+                those of another family.
+        """
+        a = ARCHITECTURES[name]
+        sizes = [] if a.name == name else [b for b in ARCHITECTURES.values() if {*a.hints} & {*b.hints}]
+        a = next((b for b in sizes if self.has_all(b)), a)
+        if not self.has_all(a):
+            others = [b.name for b in ARCHITECTURES.values() if self.plausible(b) and self.has_all(b)]
+            if others:
+                raise OptionError(
+                    f"This isn't a LoRA of {a.name}: the names and shapes of all {len(self.records)} layers are those of "
+                    f"{titles(others[:3])}. Way out: --architecture {others[0]}, or leave it out."
+                )
+        count, known = len(self.records), self.known(a)
+        if 2 * known <= count:
+            raise OptionError(f"This isn't a LoRA of {a.name}: of {count} layers {known} have a name in it.")
+        fits = len(self.fitting(a)) + sum(self.beside(a, stem) for stem in self.records if stem not in self.fitting(a))
+        if 2 * fits <= count and not all(self.proportions(a)):
+            stem = next(stem for stem in self.records if stem not in self.fitting(a) and self.lookup(a, stem))
+            wanted = self.wanted(self.lookup(a, stem) or (), a)
+            raise OptionError(
+                f"This isn't a LoRA of {a.name}: of {count} layers {fits} have the shape of its weight; {stem} is for one "
+                f"of {self.shapes[stem]}, and {a.name} has {wanted} there."
+            )
+        return a
+
+    def plausible(self, a: Architecture) -> bool:
+        """Whether the layers have names that could be the family's: a quick test before any table is built."""
+        if any(d.numbered for d in self.candidates) or len(self.text) == len(self.records):
+            return True
+        last = a.outline.last
+        if sum(number > last.get(name, number) for name, number in self.numbers.items()):
+            return False
+        return sum(path.startswith(_heads(a)) for path in self.sample) > 1
+
+    def has_all(self, a: Architecture, beside: int = 0) -> bool:
+        """Whether every layer is one of a family's, or may be there beside them.
+
+        Args:
+            a: The family.
+            beside: How many layers may be of parts that a model of the family doesn't have.
+        """
+        found = self.fitting(a)
+        for stem in self.records:
+            if stem in found or self.beside(a, stem):
+                continue
+            if beside == 0 or self.lookup(a, stem) or _path(stem).startswith(_heads(a)):
+                return False
+            beside -= 1
+        return bool(found)
+
+    def beside(self, a: Architecture, stem: str) -> bool:
+        """Whether a layer may be there though the family doesn't list it.
+
+        It is that of a widened input (FLUX control has 128 channels), of a text encoder that the family
+        doesn't list, or of a part that the model has beside its denoiser.
+        """
+        parts = self.lookup(a, stem)
+        if parts is None:
+            return (stem in self.text and len(self.text) < len(self.records)) or any(
+                flat(part) in flat(stem) for part in a.also
+            )
+        return _is_widened(self.shapes[stem], parts, a)
+
+    def most_own(self, families: list[Architecture]) -> list[Architecture]:
+        """Those of which most layers have the very names that a dialect would write.
+
+        Of a transformer's layers that tells nothing: some tools put diffusers' names behind kohya's prefix.
+        """
+        stems = set(self.records) if all(a.denoiser == "unet" for a in families) else self.text
+        if len(families) < 2 or not stems:
+            return families
+        own = {a.name: self.own(a, stems) for a in families}
+        return [a for a in families if own[a.name] == max(own.values())]
+
+    def covers(self, a: Architecture) -> bool:
+        """Whether the file has every module of the family that is named like one of its own, and many of them.
+
+        Some blocks of a large model can be all of a small one's; a file of few layers tells nothing.
+        """
+        return len({part.module for parts in self.fitting(a).values() for part in parts}) >= MANY and (
+            self.coverage(a) == 1.0
+        )
+
+    def stated(self, said: Named) -> Architecture | None:
+        """The family that the file says it is for, if it has all its names: a model of its own widths."""
+        hinted = [ARCHITECTURES[name] for name in said.families]
+        known = [a for a in hinted if self.known(a) == len(self.records)]
+        return next((a for a in known if any(fits := self.proportions(a)) and all(fits)), None)
+
+    def proportions(self, a: Architecture) -> list[bool]:
+        """Whether layers have the proportions of the family's: square where it has squares, and so on."""
+        pairs = [
+            (shape, self.wanted(parts, a))
+            for stem, shape in self.shapes.items()
+            if len(shape) > 1 and (parts := self.lookup(a, stem)) and INSIDE.search(parts[0].module)
+        ]
+        even = [(found, wanted) for found, wanted in pairs if max(wanted[:2]) % min(wanted[:2]) == 0]
+        return [found[0] * wanted[1] == found[1] * wanted[0] for found, wanted in even]
+
+    def wanted(self, parts: Parts, a: Architecture) -> Shape:
+        """The shape of a weight of the family's."""
+        shapes = [a.shapes[part.module] for part in parts]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def contradiction(self, fits: list[Architecture], said: Named) -> str:
+        told = ", ".join(ARCHITECTURES[name].title for name in said.families) or said.unknown
+        return (
+            f"The metadata says {told} ({said.said}), and the names and shapes of all {len(self.records)} layers are "
+            f"those of {titles(a.name for a in fits[:3])}. Way out: say which is right, --architecture {fits[0].name} "
+            f"(in Python architecture={fits[0].name!r})."
+        )
+
+    def coverage(self, a: Architecture) -> float:
+        """Of the family's modules that are named like this file's, the share that the file has."""
+        modules = {part.module for parts in self.fitting(a).values() for part in parts}
+        counts = _leaves(a.name)
+        return len(modules) / max(1, sum(counts[leaf] for leaf in {_leaf(module) for module in modules}))
+
+    def fitting(self, a: Architecture) -> dict[str, Parts]:
+        """The modules of every stem that has a name and the right shape in a family."""
+        if a.name not in self._fitting:
+            self._fitting[a.name] = self._fit(a)
+        return self._fitting[a.name]
+
+    def _fit(self, a: Architecture) -> dict[str, Parts]:
+        found: dict[str, Parts] = {}
+        left = set(self.records)
+        for dialect in self.candidates:
+            for names in dialect.tables:
+                if not left:
+                    return found
+                known = table(names, a)
+                here = {s: known[s] for s in left if s in known and _fits(self.shapes[s], known[s], a)}
+                if dialect.numbered and len(here) < len(self.records):
+                    continue
+                found |= here
+                left -= here.keys()
+        for stem in left:
+            fix = repaired(stem)
+            parts = fix and self.lookup(a, fix[0])
+            if fix and parts and _fits(self.shapes[stem], parts, a):
+                found[stem] = parts
+                self._repairs.setdefault(a.name, {})[stem] = fix[0]
+        return found
+
+    def known(self, a: Architecture) -> int:
+        """How many stems have a name in a family, whatever their shape."""
+        return sum(self.lookup(a, stem) is not None for stem in self.records)
+
+    def own(self, a: Architecture, stems: Set[str]) -> int:
+        """How many of some stems have the very name that a dialect would write for the family."""
+        left = set(stems & self.fitting(a).keys())
+        count = len(left)
+        for dialect in self.candidates:
+            left -= table(dialect.recognised_by or dialect.names, a).keys()
+        return count - len(left)
+
+    def lookup(self, a: Architecture, stem: str) -> Parts | None:
+        """The modules that a stem, or the one that was meant by it, has in a family, whatever its shape."""
+        for name in (stem, *(fix[:1] if (fix := repaired(stem)) else ())):
+            for dialect in self.candidates:
+                for names in dialect.tables:
+                    if parts := table(names, a).get(name):
+                        return parts
+        return None
+
+    def resolve(self, a: Architecture | None, chosen: Dialect) -> list[str]:
+        """Give every record its modules; what has none in the family is kept under its own name."""
+        notes: list[str] = []
+        taken: dict[str, str] = {}
+        unknown = []
+        found = self.fitting(a) if a else {}
+        for stem, record in self.records.items():
+            parts = (found.get(stem) or self.misfit(a, stem)) if a else None
+            if parts is None:
+                unknown.append(stem)
+                fix = repaired(stem)
+                self.meant |= {stem: fix[0]} if fix else {}
+                parts = whole(chosen.free_module(self.meant.get(stem, stem)))
+            for part in parts:
+                if part.module in taken:
+                    raise LayerError(f"{taken[part.module]} and {stem} both update the module {part.module}")
+                taken[part.module] = stem
+            record.parts = parts
+        reasons = Counter(fix[1] for stem in self.meant if (fix := repaired(stem)))
+        notes += [f"repaired {count} names: {why}" for why, count in reasons.items()]
+        if a and unknown:
+            notes.append(f"{len(unknown)} modules that {a.name} doesn't list, kept under their names: {unknown[0]} …")
+        return notes
+
+    def unknown(self, said: Named) -> str:
+        """What to say of a file of no known family."""
+        titles = [ARCHITECTURES[name].title for name in said.families] or [said.unknown] * bool(said.unknown)
+        stated = f"; its metadata says {', '.join(titles)} ({said.said})" if titles else ""
+        near = max(self._fitting.values(), key=len, default={})
+        closest = ""
+        if 2 * len(near) > len(self.records):
+            name = next(name for name, fits in self._fitting.items() if fits is near)
+            strange = next(stem for stem in self.records if stem not in near)
+            closest = (
+                f". Nearest is {ARCHITECTURES[name].title}, which has {len(near)} of them, and not {strange} "
+                f"{self.shapes.get(strange, ())}"
+            )
+        return (
+            f"of no model family that loramerge knows{stated}: its {len(self.records)} modules keep the names of the "
+            f"file, and merge with those of files of the same tool{closest}"
+        )
+
+    def misfit(self, a: Architecture, stem: str) -> Parts | None:
+        """A known name with another shape: the module, of which a widened input or a model of its own widths is."""
+        if any(d.numbered for d in self.candidates):
+            return None
+        parts = self.lookup(a, stem)
+        return parts and _scaled(parts, self.shapes[stem], a)
+
+    def dialect(self, a: Architecture | None) -> Dialect:
+        """The dialect that has most of the names in the right style."""
+        best, found = 0, DIALECTS["other"]
+        self.meant = self._repairs.get(a.name, {}) if a else {}
+        for dialect in self.candidates:
+            score = self.score(dialect, a)
+            if score > best:
+                best, found = score, dialect
+            if best == 2 * len(self.records):  # as good as it gets
+                break
+        return found
+
+    def score(self, dialect: Dialect, a: Architecture | None) -> int:
+        """How many names a dialect has, those twice that it would write itself."""
+        styled = [s for s, r in self.records.items() if not r.style or r.style in dialect.styles]
+        if a is None:
+            return sum((repaired(stem) or (stem,))[0].startswith(dialect.begins) for stem in styled)
+        own = table(dialect.recognised_by or dialect.names, a)
+        points = 2 * sum(stem in own for stem in styled)
+        if points < 2 * len(styled):
+            others = [own, *(table(names, a) for names in dialect.also_names)]
+            for stem in (stem for stem in styled if stem not in own):
+                points += any(name in other for other in others for name in (stem, self.meant.get(stem)))
+        return points
+
+
+def _path(stem: str) -> str:
+    """What follows the prefix of a denoiser's stem, with underscores in the place of dots, and one at the end."""
+    return flat(BEFORE.sub("", stem, count=1)) + "_"
+
+
+@cache
+def _heads(a: Architecture) -> tuple[str, ...]:
+    return tuple(f"{head}_" for head in (*a.outline.own, *a.outline.others, *map(flat, a.also)))
+
+
+@cache
+def _leaves(architecture: str) -> Counter[str]:
+    return Counter(_leaf(module) for module in ARCHITECTURES[architecture].shapes)
+
+
+@cache
+def _leaf(module: str) -> str:
+    """A module's last names without its block: ``attn1.to_q``."""
+    return ".".join(module.split(".")[-3:]) if module[-1].isdigit() else ".".join(module.split(".")[-2:])
+
+
+def is_text(stem: str) -> bool:
+    """Whether a stem is that of a text encoder in any dialect."""
+    return TEXT.match(stem) is not None
+
+
+def _is_widened(shape: Shape, parts: Parts, a: Architecture) -> bool:
+    """Whether a layer is for a model's input, made for more channels than the family's."""
+    module = parts[0].module
+    if len(parts) > 1 or module.partition(".")[2] not in INPUTS:
+        return False
+    wanted = a.shapes[module]
+    return len(shape) > 1 and shape[0] == wanted[0] and math.prod(shape[1:]) > math.prod(wanted[1:])
+
+
+def _scaled(parts: Parts, shape: Shape, a: Architecture) -> Parts | None:
+    """The modules of a weight of a model with widths of its own, their rows in the proportions of the family's."""
+    if all(part.rows is None for part in parts) or not shape:
+        return parts
+    rows = sum(a.shapes[part.module][0] for part in parts)
+    if any(n * shape[0] % rows for part in parts for pair in part.rows or () for n in pair):
+        return None
+    ranges = [tuple((i * shape[0] // rows, j * shape[0] // rows) for i, j in part.rows or ()) for part in parts]
+    return tuple(part._replace(rows=found or None) for part, found in zip(parts, ranges, strict=True))
+
+
+def _fits(shape: Shape, parts: Parts, a: Architecture) -> bool:
+    """Whether a layer of some shape updates the weights of these modules, a flattened kernel being allowed."""
+    wanted = [a.shapes[part.module] for part in parts]
+    if not shape:
+        return True
+    rows = sum(w[0] for w in wanted)
+    if len(shape) == 1:
+        return shape[0] == rows
+    if shape[0] != rows or len(wanted[0]) < 2:
+        return False
+    return math.prod(shape[1:]) == math.prod(wanted[0][1:])

@@ -1,0 +1,97 @@
+"""Recognising a file: which tool wrote it, for which model, and what each key means."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ...errors import NotALoRAError
+from ...tensors import Tensor
+from ..architectures import Architecture
+from ..architectures.hints import named
+from . import DIALECTS
+from .base import Dialect
+from .naming import Names
+from .records import Record, check_ranks, layer_of, not_a_lora, records_of, rejoined
+
+SPLIT_QKV = r'"split_qkv":\s*"?[Tt]rue'
+"""sd-scripts keeps alpha while it stacks ranks: https://github.com/kohya-ss/sd-scripts/issues/2204"""
+
+UNUSED = r".*\.self_attn\.(q|k|v|out)_proj\.to_(?!\1$)(q|k|v|out)"
+"""Layers that diffusers 0.16 and 0.17 saved and never applied."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a file turned out to be."""
+
+    architecture: Architecture | None
+    dialect: Dialect
+    records: Mapping[str, Record]
+    extras: tuple[str, ...]
+    """Keys that are no part of a layer: embeddings and strays."""
+    notes: tuple[str, ...]
+    alike: tuple[str, ...] = ()
+    """Other families that have these names and shapes."""
+
+    @property
+    def style(self) -> str:
+        """The commonest style of LoRA's own tensors."""
+        counts = Counter(record.style for record in self.records.values() if record.style)
+        return counts.most_common(1)[0][0] if counts else ""
+
+
+def read(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    architecture: str | None = None,
+    dialect: str | None = None,
+) -> Reading:
+    """Recognise a LoRA by its keys and shapes.
+
+    Args:
+        tensors: The file's tensors by key.
+        metadata: The file's own metadata; it decides between families that are alike, and names the one of a
+            model of its own widths.
+        architecture: The family, if the caller knows it.
+        dialect: The dialect, if the caller knows it.
+
+    Raises:
+        NotALoRAError: No layer is among the keys.
+        LayerError: A layer is incomplete or its shapes disagree.
+        FamilyError: The metadata names another family than the layers do.
+    """
+    records, extras = records_of(tensors)
+    mended = rejoined(records)
+    unused = [stem for stem in records if ".self_attn." in stem and re.fullmatch(UNUSED, stem)]
+    for stem in unused:
+        del records[stem]
+    if not records:
+        raise NotALoRAError(not_a_lora(list(tensors)))
+    for record in records.values():
+        record.layer = layer_of(record, tensors)
+    check_ranks(records)
+    names = Names(records, extras)
+    said = named(metadata)
+    fits = [names.told(architecture)] if architecture else names.families(said)
+    found = fits[0] if fits else names.stated(said)
+    broken = DIALECTS["kohya-broken"] if mended else None
+    told = names.dialect(found)
+    chosen = DIALECTS[dialect] if dialect else broken or told
+    notes = names.resolve(found, chosen)
+    if found is None:
+        notes.append(names.unknown(said))
+    if unused:
+        notes.append(
+            f"{len(unused)} layers that diffusers 0.16 saved and never applied; only a verbatim copy keeps them"
+        )
+    if mended:
+        notes.append(f"repaired {mended} names: dots in those of DoRA's magnitudes (diffusers' export for kohya)")
+    arguments = metadata.get("ss_network_args", "")
+    if arguments and re.search(SPLIT_QKV, arguments):
+        notes.append(
+            "trained with split_qkv: readers scale its fused layers by a third or a quarter, and so does loramerge"
+        )
+    alike = tuple(a.name for a in fits[1:])
+    return Reading(found, chosen, names.records, tuple(names.extras), tuple(notes), alike)

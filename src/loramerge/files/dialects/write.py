@@ -1,0 +1,550 @@
+"""Writing a LoRA under a dialect's names: every layer in a form that the dialect's readers get right."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, TypeAlias
+
+from ... import linalg
+from ...errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError, an
+from ...layers import (
+    FACTORED,
+    BiasOnly,
+    DoRA,
+    Full,
+    Layer,
+    LoHa,
+    LoKr,
+    LowRank,
+    Rows,
+    alpha_of,
+    direction_of,
+    low_rank,
+    own_rank,
+)
+from ...layers.base import matrix
+from ...tensors import (
+    FLOATS,
+    Array,
+    Held,
+    Spec,
+    Tensor,
+    cast,
+    check_finite,
+    code,
+    float32,
+    is_torch,
+    parse_dtype,
+    reshape,
+)
+from ..architectures import ARCHITECTURES, Architecture, name_family, titles
+from ..architectures.names import Part, Parts, whole
+from . import DIALECTS, fuse, written_dialect
+from .base import LOW_RANK, Dialect, table
+from .suffixes import spelled
+
+if TYPE_CHECKING:
+    from ..lora import LoRA
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are written together: their keys and shapes, and how to get their values."""
+
+    name: str
+    specs: Mapping[str, Spec]
+    make: Callable[[], Mapping[str, Array]]
+    looked_at: bool = True
+    """Whether NaN and infinity are refused: not in a number that scales nothing."""
+
+    def arrays(self) -> dict[str, Array]:
+        """The values, in the dtypes that `specs` says; NaN, infinity and overflow are refused."""
+        try:
+            made = self.make()
+            shapes = {key: tuple(array.shape) for key, array in made.items()}
+            if shapes != {key: tuple(spec.shape) for key, spec in self.specs.items()}:
+                raise LayerError(f"{self.name}: made {shapes}, planned {dict(self.specs)}; nothing is written")
+            checked = _finite if self.looked_at else cast
+            return {key: checked(array, self.specs[key].dtype) for key, array in made.items()}
+        except NumberError as error:
+            raise error.at(self.name) from None
+
+
+def _finite(array: Array, dtype: str) -> Array:
+    """A cast to a narrow dtype looks at every value anyway."""
+    if code(array) == dtype or dtype in ("F32", "F64"):
+        check_finite(array)
+    return cast(array, dtype)
+
+
+def _check_magnitudes(lora: "LoRA", layers: Mapping[str, Layer]) -> None:
+    """Refuse LoRAs beside DoRA layers where PEFT gives every layer of a model a magnitude, or none.
+
+    Raises:
+        DialectError: A model has both.
+    """
+    plain = {module.partition(".")[0]: module for module, layer in layers.items() if layer.kind == "lora"}
+    for module, layer in layers.items():
+        other = plain.get(module.partition(".")[0])
+        if layer.kind == "dora" and other:
+            raise DialectError(
+                f"{lora.name}: {module} is a DoRA layer and {other} is not, and PEFT and diffusers read the layers of a model "
+                "as the one or the other. Ways out: another dialect, such as kohya or comfyui, or leave the one or the "
+                "other out (exclude)."
+            )
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A LoRA under a dialect's names."""
+
+    dialect: Dialect
+    groups: list[Group]
+    verbatim: bool
+    """Whether these are the very tensors that were read."""
+    dtype: str | None = None
+    """The dtype that was asked for."""
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    """Layouts as written, by module: what a PEFT configuration is made of; empty when verbatim."""
+    left_out: tuple[str, ...] = ()
+    """What ``allow_lossy`` dropped."""
+
+
+def state_dict(lora: "LoRA", dialect: str | None, dtype: str | None) -> dict[str, Array]:
+    spelling = spell(lora, dialect, dtype, alone=True)
+    return {key: array for group in spelling.groups for key, array in group.arrays().items()}
+
+
+def spell(
+    lora: "LoRA",
+    dialect: str | None = None,
+    dtype: str | None = None,
+    *,
+    allow_lossy: bool = False,
+    alone: bool = False,
+) -> Spelling:
+    """Names and shapes of a LoRA in a dialect; values follow when each group is made.
+
+    A LoRA that goes back to the dialect it was read in keeps its tensors as they are.
+
+    Args:
+        lora: What to write.
+        dialect: Name of the dialect; the LoRA's own by default.
+        dtype: Dtype of the tensors; their own by default.
+        allow_lossy: Whether to leave out what the dialect can't hold.
+        alone: Whether the tensors go without a header or a configuration: as a state dict.
+
+    Raises:
+        DialectError: The dialect is read-only, or can't hold a layer.
+    """
+    target = written_dialect(dialect or lora.dialect)
+    wanted = parse_dtype(dtype) if dtype else lora.dtype
+    if _can_be_verbatim(lora, target, alone):
+        return Spelling(target, _verbatim(lora, wanted), verbatim=True, dtype=wanted)
+    check_writable(target.name, lora.dialect)
+    writer = _Writer(lora, target, wanted, allow_lossy)
+    groups = list(writer.groups())
+    if not writer.layers:
+        raise DialectError(f"{lora.name}: nothing is left that {target.name} can hold: {'; '.join(writer.left_out)}.")
+    if target.style == "peft":
+        _check_magnitudes(lora, writer.layers)
+    return Spelling(target, groups, False, wanted, writer.layers, tuple(writer.left_out))
+
+
+def _can_be_verbatim(lora: "LoRA", target: Dialect, alone: bool) -> bool:
+    """Whether the tensors as they were read say the same in the place they go to.
+
+    They don't when the LoRA was changed, or when its scales stand beside the tensors and will
+    not be there: a state dict has no header, and only PEFT's directory has a configuration.
+    """
+    origin = lora.origin
+    if origin is None or origin.dialect != target.name or lora.layouts is not origin.layouts:
+        return False
+    if target.name == "peft" and not alone:
+        return bool(origin.config)
+    return not origin.scales_beside or (not alone and not origin.config)
+
+
+def _verbatim(lora: "LoRA", dtype: str | None) -> list[Group]:
+    assert lora.origin
+    return [
+        Group(key, {key: _cast_spec(tensor, dtype)}, partial(_as_read, key, tensor), not _is_read_alpha(key, tensor))
+        for key, tensor in lora.origin.tensors.items()
+    ]
+
+
+def _is_read_alpha(key: str, tensor: Tensor) -> bool:
+    """Whether it is an alpha, which was looked at as it was read, if it means something."""
+    return key.endswith(".alpha") and math.prod(tensor.shape) == 1
+
+
+def check_writable(name: str, own: str) -> None:
+    """Refuse a dialect that is only read; what was read in it may go back to it, though.
+
+    Raises:
+        DialectError: The dialect is only read.
+    """
+    target = written_dialect(name)
+    if not target.can_write(own):
+        writable = ", ".join(d.name for d in DIALECTS.values() if d.writes)
+        raise DialectError(f"The dialect {target.name} is read, not written. Written are: {writable}.")
+
+
+def _as_read(key: str, tensor: Tensor) -> dict[str, Array]:
+    return {key: tensor.read()}
+
+
+def _cast_spec(spec: Spec, dtype: str | None) -> Spec:
+    """A tensor's shape in the dtype asked for; numbers such as alpha and integers keep theirs."""
+    keeps = dtype is None or spec.dtype not in FLOATS or not spec.shape
+    return Spec(tuple(spec.shape), spec.dtype if keeps or dtype is None else dtype)
+
+
+def holds(dialect: Dialect, layout: Layer) -> bool:
+    """Whether a dialect can hold a layer, maybe as the LoRA with the same ΔW."""
+    if direction_of(layout).delta_bias() is not None and dialect.holds == LOW_RANK:
+        return False
+    return layout.kind in dialect.holds or layout.kind in FACTORED
+
+
+Homes: TypeAlias = Mapping[str, tuple[str, Parts]]
+"""Of each module the stem in which a dialect writes it, and the modules in that."""
+
+
+@cache
+def _homes(dialect: Dialect, a: Architecture | None) -> Homes:
+    named = table(dialect.names, a) if a else {}
+    return {part.module: (stem, parts) for stem, parts in named.items() for part in parts}
+
+
+class _Writer:
+    def __init__(self, lora: "LoRA", dialect: Dialect, dtype: str | None, allow_lossy: bool) -> None:
+        self.lora = lora
+        self.dialect = dialect
+        self.dtype = dtype
+        self.allow_lossy = allow_lossy
+        self.architecture: Architecture | None = ARCHITECTURES[lora.architecture] if lora.architecture else None
+        self.style = dialect.written_style(self.architecture, lora.style if lora.dialect == dialect.name else "")
+        self.constant = _constant_alpha(lora.layouts.values()) if dialect.alpha == "constant" else None
+        self.layers: dict[str, Layer] = {}
+        self.left_out: list[str] = []
+
+    def groups(self) -> Iterator[Group]:
+        for stem, parts in self.stems().items():
+            try:
+                layout = self.layer(parts, self.lora.layout)
+                if self.needs_values(layout):
+                    layout = self.layer(parts, self.lora.__getitem__)
+            except LoRAMergeError as error:
+                if not self.allow_lossy:
+                    raise DialectError(f"{self.lora.name}: {error}{self.others()}") from None
+                self.left_out.append(str(error))
+                continue
+            known = all(isinstance(t, Spec) for t in layout.tensors().values())
+            self.layers[parts[0].module] = layout if known else layout.map(_shape_only)
+            specs = {key: self.spec(key, tensor) for key, tensor in self.tensors(stem, parts, layout).items()}
+            yield Group(stem, specs, partial(self.values, stem, parts))
+        for key, tensor in self.extras().items():
+            yield Group(key, {key: _cast_spec(tensor, None)}, partial(_as_read, key, tensor))
+
+    def others(self) -> str:
+        """How many layers the dialect can't hold where it is more than one, and the dialects that hold all."""
+        layouts = self.lora.layouts.values()
+        refused = sum(not holds(self.dialect, layout) for layout in layouts)
+        if refused < 2:
+            return ""
+        written = [d for d in DIALECTS.values() if d.writes and _homes(d, self.architecture).keys() >= self.lora.keys()]
+        wide = [d.name for d in written if all(holds(d, layout) for layout in layouts)]
+        ways = [f"a dialect that holds all of them ({', '.join(wide)})"] * bool(wide) + ["leave them out (allow_lossy)"]
+        return f". It is one of {refused} layers that {self.dialect.name} can't hold: {', or '.join(ways)}."
+
+    def extras(self) -> Mapping[str, Tensor]:
+        """Embeddings and strays, where the dialect's readers don't choke on them."""
+        if self.dialect.alpha != "bake" or not self.lora.extras:
+            return self.lora.extras
+        names = ", ".join(self.lora.extras)
+        if not self.allow_lossy:
+            raise DialectError(
+                f"{self.lora.name}: {self.dialect.name} can't hold the tensors that belong to no layer: {names}. "
+                "Way out: leave them out (allow_lossy)."
+            )
+        self.left_out.append(f"tensors that belong to no layer: {names}")
+        return {}
+
+    def stems(self) -> dict[str, Parts]:
+        """The stems to write, each with the modules in it."""
+        homes = _homes(self.dialect, self.architecture)
+        # In its own dialect a file's names stay those that it has.
+        for other in self.lora.alike if self.dialect.name != self.lora.dialect else ():
+            self.check_alike(homes, _homes(self.dialect, ARCHITECTURES[other]), other)
+        stems: dict[str, Parts] = {}
+        for module in self.lora:
+            stem, parts = homes.get(module) or self.free(module)
+            if stems.setdefault(stem, parts) != parts:
+                raise DialectError(
+                    f"{self.lora.name}: {stems[stem][0].module} and {module} would both be called {stem} in "
+                    f"{self.dialect.name}. Ways out: another dialect, or leave one out (exclude)."
+                )
+        return stems
+
+    def check_alike(self, homes: Homes, others: Homes, other: str) -> None:
+        """Refuse to choose between families that are written under different names.
+
+        Raises:
+            FamilyError: They are.
+        """
+        for module in self.lora:
+            if module in homes and module in others and homes[module] != others[module]:
+                raise FamilyError(
+                    f"{self.lora.name} may be for {titles(self.lora.families)}: its layers have the names and shapes of each, and "
+                    f"{self.dialect.name} calls {module} {homes[module][0]} in the first and {others[module][0]} in "
+                    f"{other}. Way out: say which it is, --architecture {self.lora.architecture} or {other} "
+                    "(in Python architecture=…)."
+                )
+
+    def free(self, module: str) -> tuple[str, Parts]:
+        known = self.architecture is not None and module in self.architecture.shapes
+        stem = None if known else self.dialect.free_stem(module, DIALECTS[self.lora.dialect])
+        if stem is None:
+            raise DialectError(f"{self.lora.name}: {self.nameless(module)}")
+        return stem, whole(module)
+
+    def nameless(self, module: str) -> str:
+        """Why a module has no name in the dialect, and what can be done."""
+        name, own = self.dialect.name, self.lora.dialect
+        keep = f"keep the file's own dialect, {own}" if DIALECTS[own].can_write(own) else "another dialect"
+        if self.architecture is None:
+            return (
+                f"its model family isn't known, so {name} has no name for the module {module}. "
+                f"Ways out: {keep}, or {name_family()}."
+            )
+        if self.architecture.native is None:
+            keep = "diffusers-peft, whose names the family has"
+        what = "the module" if module in self.architecture.shapes else "a module that the family doesn't list,"
+        return (
+            f"{name} has no name for {what} {module} of {self.architecture.name}. "
+            f"Ways out: {keep}, or leave the module out (exclude)."
+        )
+
+    def layer(self, parts: Parts, get: Callable[[str], Layer]) -> Layer:
+        """The modules of a stem as one layer that the dialect's readers get right."""
+        held = {part.module: self.held(part, get(part.module)) for part in parts if part.module in self.lora}
+        fused = fuse.fused(parts, held, self.rows_in(held), lambda layer: _as_lora(layer, self.dialect))
+        return self.scaled(self.evened(parts[0].module, self.checked(parts[0].module, fused)))
+
+    def evened(self, module: str, layer: Layer) -> Layer:
+        """A layer filled up with zeros to the rank that diffusers will give it."""
+        if not (isinstance(layer, LowRank) and module.endswith(self.dialect.even_rank)):
+            return layer
+        component = module.partition(".")[0]
+        ranks = [lay.rank for m, lay in self.lora.layouts.items() if m.startswith(f"{component}.") and m != module]
+        return fuse.padded(layer, Counter(ranks).most_common(1)[0][0] or 0) if ranks else layer
+
+    def rows_in(self, held: Mapping[str, Layer]) -> Callable[[str], int]:
+        """The rows of each module of a weight: the layer's own, and of one that is missing in the others' proportion.
+
+        In a model of its own widths they are not those of the family.
+        """
+        shapes = self.architecture.shapes if self.architecture else {}
+
+        def rows_of(module: str) -> int:
+            if module in held:
+                return held[module].shape[0]
+            other, layer = next(iter(held.items()))
+            rows, rest = divmod(shapes[module][0] * layer.shape[0], shapes[other][0])
+            if rest:
+                raise LayerError(f"{module} is one weight with {other} here, and how many rows it has isn't known")
+            return rows
+
+        return rows_of
+
+    def held(self, part: Part, layer: Layer) -> Layer:
+        """A layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""
+        if isinstance(layer, DoRA) and "dora" in self.dialect.holds:
+            return replace(layer, direction=self.held(part, layer.direction))
+        if (part.rows is None and isinstance(layer, Rows)) or layer.kind not in self.dialect.holds:
+            layer = _as_lora(layer, self.dialect, part.module)
+        if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
+            layer = layer.plain()
+        if isinstance(layer, LoKr) and layer.lokr_t2 is not None and not self.dialect.lokr_cores:
+            layer = layer.without_core()
+        if part.rows is None and isinstance(layer, LowRank):
+            layer = fuse.compacted(layer)
+        return layer
+
+    def checked(self, module: str, layer: Layer) -> Layer:
+        if isinstance(layer, DoRA) and self.dialect.dora_axis == "out" and layer.axis == "in":
+            raise LayerError(f"{module}: {self.dialect.name} keeps DoRA norms of rows, this layer has norms of columns")
+        if layer.delta_bias() is not None and self.dialect.holds == frozenset({"lora"}):
+            raise LayerError(
+                f"{module}: {self.dialect.name} can't hold the bias of this layer. Ways out: a dialect that holds it, such as kohya, comfyui or diffusers-peft, or leave the module out (exclude)"
+            )
+        if isinstance(direction_of(layer), Rows):
+            raise LayerError(f"{module}: {an(layer.kind)} layer on a part of a fused weight can't be written alone")
+        if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
+            raise LayerError(f"{module}: {layer.no_factors}")
+        return layer
+
+    def scaled(self, layer: Layer) -> Layer:
+        """The same ΔW with alpha where the dialect's readers look for it."""
+        if isinstance(layer, DoRA):
+            return replace(layer, direction=self.scaled(layer.direction))
+        if self.dialect.alpha == "constant" and isinstance(layer, LoHa | LoKr) and layer.alpha is None:
+            return replace(layer, alpha=float(own_rank(layer) or 1))
+        if not isinstance(layer, LowRank) or (self.dialect.alpha == "keep" and self.style_of(layer) == "kohya"):
+            return layer
+        return rescaled(layer, self.constant)
+
+    def style_of(self, layer: Layer) -> str:
+        """The style of a layer: only kohya's has a place for a Tucker core."""
+        return "kohya" if "mid" in layer.tensors() else self.style
+
+    def needs_values(self, layout: Layer) -> bool:
+        """Whether shapes or dtypes of what is written depend on values."""
+        if isinstance(layout, DoRA):
+            return self.needs_values(layout.direction)
+        return isinstance(layout, LowRank) and (
+            fuse.depends(layout) or (self.dtype is None and isinstance(layout.up, Undecided))
+        )
+
+    def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
+        module = parts[0].module
+        style, roles = self.style_of(layer), _roles(layer, self.dialect).items()
+        tensors = {spelled(stem, self.dialect.suffix(role, module, style)): t for role, t in roles}
+        alpha = alpha_of(layer)
+        if alpha is not None:
+            tensors[f"{stem}.alpha"] = Spec((), "F32")
+        if "lokr" in self.dialect.holds and self.widens(parts, layer):
+            import numpy as np
+
+            tensors[f"{stem}.reshape_weight"] = np.asarray(layer.shape, dtype=np.int64)
+        return tensors
+
+    def widens(self, parts: Parts, layer: Layer) -> bool:
+        """Whether the weight has to get more inputs, as FLUX's control LoRAs want it: ComfyUI does when it is told."""
+        usual = self.architecture.shapes.get(parts[0].module) if self.architecture and len(parts) == 1 else None
+        wide = usual is not None and len(usual) == len(layer.shape) > 1 and layer.shape[0] == usual[0]
+        return wide and usual is not None and layer.shape[1] > usual[1]
+
+    def spec(self, key: str, tensor: Array | Spec) -> Spec:
+        return _cast_spec(tensor if isinstance(tensor, Spec) else Held(tensor), self.dtype)
+
+    def values(self, stem: str, parts: Parts) -> dict[str, Array]:
+        import numpy as np
+
+        layer = self.layer(parts, self.lora.__getitem__)
+        if self.dtype == "F16" and isinstance(layer, LowRank) and layer.mid is None and code(layer.up) != "F16":
+            layer = _balanced(layer)
+        alpha = alpha_of(layer)
+        return {
+            key: np.asarray(alpha, dtype=np.float32) if isinstance(t, Spec) else t
+            for key, t in self.tensors(stem, parts, layer).items()
+        }
+
+
+def _shape_only(tensor: Array | Spec) -> Spec:
+    return Spec(tuple(tensor.shape), code(tensor))
+
+
+def _as_lora(layer: Layer, dialect: Dialect, module: str = "a part of a fused weight") -> Layer:
+    """The LoRA with the same ΔW, where there is one."""
+    if layer.rank is None or layer.kind == "dora":
+        raise LayerError(f"{module}: {dialect.name} can't hold this layer: {layer.no_factors}")
+    if any(isinstance(t, Spec) for t in layer.tensors().values()):
+        rows, columns = layer.shape[0], math.prod(layer.shape[1:])
+        factors: tuple[Array | Spec, Array | Spec] = Spec((rows, layer.rank), "F32"), Spec((layer.rank, columns), "F32")
+    else:
+        factors = layer.factors()
+    return low_rank(*factors, layer.shape, diff_b=layer.diff_b)
+
+
+def _constant_alpha(layers: Iterable[Layer]) -> float | None:
+    """The alpha that most LoRA layers have already, so that most stay as they are.
+
+    Without such a layer it is the commonest rank, for layers that become LoRAs when they are joined.
+    """
+    held = list(layers)
+    natural = [a for layer in held if (a := _natural(layer))] or [float(layer.rank) for layer in held if layer.rank]
+    if not natural:
+        return None
+    counts = Counter(natural)
+    return min(counts, key=lambda a: (-counts[a], a))
+
+
+def _natural(layer: Layer) -> float | None:
+    direction = direction_of(layer)
+    if not isinstance(direction, LowRank):
+        return None
+    return float(direction.rank) if direction.alpha is None else direction.alpha
+
+
+class Undecided(Spec):
+    """A shape whose dtype depends on values: narrow when the scaled values fit it exactly, else float32."""
+
+    __slots__ = ()
+
+
+def rescaled(layer: LowRank, alpha: float | None) -> LowRank:
+    """The same ΔW with another alpha, ``up`` making up for it.
+
+    ``up`` keeps its dtype when every value stays exact (a power of two, mostly) and becomes
+    float32 otherwise.
+    """
+    ratio = layer.scale if alpha is None else layer.scale * layer.rank / alpha
+    if ratio == 1.0:
+        return layer if layer.alpha == alpha else replace(layer, alpha=alpha)
+    bias = None if layer.up_bias is None else _times(layer.up_bias, ratio)
+    return replace(layer, up=_times(layer.up, ratio), up_bias=bias, alpha=alpha)
+
+
+def _times(tensor: Array | Spec, ratio: float) -> Array | Spec:
+    if isinstance(tensor, Spec):
+        wide = tensor.dtype in ("F32", "F64")
+        return Spec(tensor.shape, tensor.dtype) if wide else Undecided(tensor.shape, "F32")
+    if code(tensor) == "F64":
+        return tensor * ratio
+    wide_values = float32(tensor) * ratio
+    if code(tensor) not in FLOATS:
+        return wide_values
+    narrow = _narrow(wide_values, tensor)
+    exact = code(tensor) == "F32" or bool((float32(narrow) == wide_values).all())
+    return narrow if exact else wide_values
+
+
+def _narrow(values: Array, like: Array) -> Array:
+    if is_torch(like):
+        return values.to(like.dtype)
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return values.astype(like.dtype)
+
+
+def _balanced(layer: LowRank) -> LowRank:
+    """The same ΔW with factors that float16 rounds least."""
+    up = matrix(layer.up)
+    if not linalg.faint(up):
+        return layer
+    up, down = linalg.balanced(up, matrix(layer.down))
+    return replace(layer, up=up.reshape(layer.up.shape), down=down.reshape(layer.down.shape))
+
+
+def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
+    """A layer's tensors by role, in the shapes that the dialect's family uses."""
+    tensors = layer.tensors()
+    peft = dialect.style == "peft"
+    if ("up_bias" in tensors and not peft) or ("diff_b" in tensors and peft):
+        bias = direction_of(layer).delta_bias()
+        tensors = {role: t for role, t in tensors.items() if role not in ("up_bias", "diff_b")}
+        tensors["up_bias" if peft else "diff_b"] = bias  # where PEFT's names are written, the scale is 1
+    if isinstance(layer, DoRA) and layer.axis == "out":
+        rest = len(layer.shape) - 1
+        out = layer.shape[0]
+        linear, conv = ((out,), (1, out, *[1] * (rest - 1))) if peft else ((out, 1), (out, *[1] * rest))
+        shape = linear if rest == 1 else conv
+        magnitude = layer.magnitude
+        del tensors["magnitude"]
+        tensors["row_magnitude" if peft else "magnitude"] = reshape(magnitude, shape)
+    return tensors

@@ -1,0 +1,167 @@
+"""LoRAs of one model: which family several may be for, and one name and form for each of its modules."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+from ..errors import MergeError
+from ..tensors import Shape
+from .architectures import ARCHITECTURES, name_family
+from .architectures.hints import KEYS
+from .architectures.names import flat
+from .lora import LoRA
+
+
+def of_one_family(loras: Sequence[LoRA]) -> tuple[list[LoRA], str | None]:
+    """The LoRAs as those of one model family, which each may be for, and its name; None where it isn't known.
+
+    Raises:
+        MergeError: There is no such family, or nobody can tell whether they update the same modules.
+    """
+    chosen = next(iter(_common(loras)), None)
+    known = [lora for lora in loras if lora.families]
+    if (known and chosen is None) or (chosen and len(known) < len(loras) and not _all_fit(loras, chosen)):
+        raise MergeError(_different(loras))
+    if chosen:
+        loras = [lora if lora.architecture == chosen else replace(lora, architecture=chosen) for lora in loras]
+    return shaped_alike(named_alike(loras, chosen)), chosen
+
+
+def shaped_alike(loras: Sequence[LoRA]) -> list[LoRA]:
+    """The LoRAs with kernels as convolutions have them where one of them has: some tools store these as matrices."""
+    shapes: dict[str, Shape] = {}
+    for lora in loras:
+        for module, layout in lora.layouts.items():
+            shapes[module] = max(shapes.get(module, ()), layout.shape, key=len)
+    return [lora.shaped(shapes) for lora in loras]
+
+
+def alike(loras: Sequence[LoRA], chosen: str | None) -> tuple[str, ...]:
+    """The other families that all LoRAs may be for."""
+    return tuple(name for name in _common(loras) if name != chosen)
+
+
+def _common(loras: Sequence[LoRA]) -> list[str]:
+    """The families that every LoRA of a known one may be for, those first that the surest LoRA names."""
+    known = sorted((lora.families for lora in loras if lora.families), key=len)
+    return [name for name in known[0] if all(name in families for families in known)] if known else []
+
+
+def _all_fit(loras: Sequence[LoRA], architecture: str) -> bool:
+    shapes = ARCHITECTURES[architecture].shapes
+    unknown = [lora for lora in loras if not lora.families]
+    return all(shapes.get(module) == lora.layout(module).shape for lora in unknown for module in lora)
+
+
+def _different(loras: Sequence[LoRA]) -> str:
+    listed = "; ".join(
+        f"{lora.name} is for {' or '.join(lora.families) or 'a family that loramerge does not know'}" for lora in loras
+    )
+    unknown = not all(lora.families for lora in loras)
+    ways = f" If they are for one model, {name_family()}." if unknown else ""
+    return f"LoRAs of different model families can't be merged: {listed}.{ways}"
+
+
+def named_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]:
+    """The LoRAs with one name for each module that their family doesn't list, whichever tool named it.
+
+    Tools write a path with its dots or with underscores in their place: where one LoRA has the dots, they
+    are taken from it.
+
+    Raises:
+        MergeError: Nobody can tell whether they update the same modules: they share none, or have names of
+            different code.
+    """
+    renamed = spelled_alike(loras, architecture)
+    having = [lora for lora in renamed if _unlisted(lora, architecture)]
+    if architecture is None and len(having) > 1:
+        _check_shared(having)
+    for a, b in combinations(having, 2):
+        _check_naming(a, b)
+    return renamed
+
+
+def spelled_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]:
+    """The LoRAs with the dots in their modules' names, where one of them has them."""
+    free = [_unlisted(lora, architecture) for lora in loras]
+    if sum(map(bool, free)) < 2:
+        return list(loras)
+    spelled = _spellings(module for modules in free for module in modules)
+    return [lora.renamed({m: spelled[flat(m)] for m in modules}) for lora, modules in zip(loras, free, strict=True)]
+
+
+def _unlisted(lora: LoRA, architecture: str | None) -> list[str]:
+    """The modules that the family doesn't list."""
+    shapes = ARCHITECTURES[architecture].shapes if architecture else {}
+    return [module for module in lora if module not in shapes]
+
+
+def _spellings(modules: Iterable[str]) -> dict[str, str]:
+    """The name of each module by its flattened name: with its dots, where somebody has them."""
+    found: dict[str, str] = {}
+    for module in modules:
+        known = found.get(flat(module), module)
+        if known != module and has_path(known) and has_path(module):
+            raise MergeError(f"{known} and {module} may be one module or two: they differ in nothing but dots.")
+        found[flat(module)] = max(known, module, key=lambda name: name.count("."))
+    return found
+
+
+def has_path(module: str) -> bool:
+    """Whether a module's path has dots of its own."""
+    return "." in module.partition(".")[2]
+
+
+def _check_shared(loras: Sequence[LoRA]) -> None:
+    """Refuse LoRAs of an unknown family of which some share no module with the others.
+
+    Raises:
+        MergeError: Some do, and their metadata doesn't name one model for all.
+    """
+    for i, lora in enumerate(loras):
+        others = [*loras[:i], *loras[i + 1 :]]
+        if not any(module in other for other in others for module in lora) and not _say_the_same(loras):
+            first = others[0]
+            raise MergeError(
+                f"{lora.name} ({lora.dialect}) shares no module with {first.name} ({first.dialect}), and their model "
+                f"family isn't known: whether they are for one model can't be told. {lora.name} has {next(iter(lora))}, "
+                f"{first.name} has {next(iter(first))}. Ways out: files of one tool, or {name_family()}."
+            )
+
+
+def _say_the_same(loras: Sequence[LoRA]) -> bool:
+    said = {tuple(lora.metadata.get(key, "") for key in KEYS) for lora in loras}
+    return len(said) == 1 and any(map(any, said))
+
+
+QUERIES = (r"qkv", r"to_[qkv]", r"[qkv]", r"[qkv]_proj", r"w[qkv]", r"to_(query|key|value)", r"[qkv]_linear|kv_linear")
+"""What tools call the query, key and value of an attention: together, or each by a name of its own."""
+
+
+def _check_naming(a: LoRA, b: LoRA) -> None:
+    """Refuse two LoRAs that call the parts of one attention by the names of different tools.
+
+    Raises:
+        MergeError: They do, such as ``attention.qkv`` beside ``attention.to_q``.
+    """
+    first, second = _queries(a), _queries(b)
+    for place in first.keys() & second.keys():
+        mine, theirs = first[place], second[place]
+        if mine[0] != theirs[0]:
+            raise MergeError(
+                f"{place} has {mine[1]} in {a.name} and {theirs[1]} in {b.name}: two tools' names of the same weights, "
+                "and how they correspond isn't known, as their model family isn't. Ways out: convert one file with the "
+                f"tool that made it, or {name_family()}."
+            )
+
+
+def _queries(lora: LoRA) -> dict[str, tuple[int, str]]:
+    """The naming of each attention, as its place in `QUERIES`, and one of its names."""
+    found: dict[str, tuple[int, str]] = {}
+    for module in lora:
+        for i, pattern in enumerate(QUERIES):
+            if match := re.fullmatch(rf"(.*?\d.*?)[._]({pattern})", module):
+                found.setdefault(flat(match[1]), (i, match[2]))
+                break
+    return found

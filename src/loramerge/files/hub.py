@@ -1,0 +1,211 @@
+"""Files from the Hugging Face Hub."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import FileError, did_you_mean, first_line
+from .storage.pickles import PICKLES
+
+REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+URL = re.compile(
+    r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:blob|resolve|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?",
+    re.ASCII,
+)
+"""A repository, or a file in it, as a browser shows it."""
+
+MOST = 6
+"""Names that a message lists."""
+
+WEIGHTS = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapter_model.bin",
+)
+"""Names that diffusers and PEFT give a LoRA, preferred where a repository has several files."""
+
+
+class Reference(NamedTuple):
+    """A repository on the Hub, with a file in it and a revision where they were named."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+
+    def __str__(self) -> str:
+        file = f"/{self.file}" if self.file else ""
+        return f"hf://{self.repo}{file}" + (f"@{self.revision}" if self.revision else "")
+
+
+def parse(text: str) -> Reference | None:
+    """``org/repo``, ``org/repo/file.safetensors``, ``hf://org/repo@revision`` …; None when it is neither."""
+    match = REFERENCE.fullmatch(text.removeprefix("hf://"))
+    if not match or (not text.startswith("hf://") and text.startswith((".", "/", "~"))):
+        return None
+    return Reference(match["repo"], match["file"], match["revision"])
+
+
+def named_by(url: str) -> str:
+    """What to write in the place of a URL, which is not fetched."""
+    match = URL.fullmatch(url)
+    if not match:
+        return "download the file first; of a repository on the Hub, org/repo/file.safetensors is fetched"
+    file = f"/{match['file']}" if match["file"] else ""
+    revision = "" if match["revision"] in (None, "main") else f"@{match['revision']}"
+    return f"{match['repo']}{file}{revision}, which is fetched from the Hub"
+
+
+def download(reference: Reference) -> Path:
+    """The file or, for a PEFT adapter, the directory on this disk; from the Hub's cache where it is there.
+
+    Raises:
+        FileError: The repository, the revision or the file is missing, private or gated, or can't be reached.
+    """
+    file = reference.file or choose(_listing(reference), reference.repo)
+    path = _fetch(reference, file)
+    if file.endswith(("adapter_model.safetensors", "adapter_model.bin")):
+        _fetch(reference, f"{os.path.dirname(file)}/adapter_config.json".lstrip("/"))
+        return path.parent
+    return path
+
+
+def pinned(reference: Reference, path: Path) -> str:
+    """The reference with the commit that was fetched, which the path in the Hub's cache names."""
+    parts = path.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else reference.revision
+    return str(reference._replace(revision=commit))
+
+
+def choose(files: list[str], where: str) -> str:
+    """The LoRA among the files of a repository or a directory; a pickle only where there is nothing else."""
+    for ends in ((".safetensors",), PICKLES):
+        weights = [f for f in files if f.endswith(ends)]
+        for name in WEIGHTS:
+            if name in weights:
+                return name
+        if len(weights) == 1:
+            return weights[0]
+        if weights:
+            some = ", ".join(weights[:MOST]) + (", …" if len(weights) > MOST else "")
+            raise FileError(f"{where} has {len(weights)} {'/'.join(ends)} files; name one: {some}.")
+    raise FileError(f"{where} has no .safetensors file, and no pickle either ({', '.join(PICKLES)}).")
+
+
+def _listing(reference: Reference) -> list[str]:
+    import huggingface_hub
+
+    def cached() -> list[str]:
+        folder = Path(
+            huggingface_hub.snapshot_download(reference.repo, revision=reference.revision, local_files_only=True)
+        )
+        return [str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()]
+
+    def online() -> list[str]:
+        return huggingface_hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
+
+    why = _unreachable()
+    found: list[str] = _asked(reference, cached if why else online, why)
+    return found
+
+
+def _fetch(reference: Reference, file: str) -> Path:
+    import huggingface_hub
+
+    why = _unreachable()
+
+    def fetch() -> str:
+        return huggingface_hub.hf_hub_download(
+            reference.repo, file, revision=reference.revision, local_files_only=bool(why)
+        )
+
+    return Path(_asked(reference, fetch, why, file))
+
+
+def _unreachable() -> str:
+    """Why the Hub can't be reached, where that shows without asking it; the client would try for half a minute."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "offline (HF_HUB_OFFLINE is set)"
+    host = urlsplit(constants.ENDPOINT).hostname
+    if {"http", "https", "all"} & getproxies().keys():  # a proxy looks the name up
+        return ""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return f"there is no network, or no host {host}"
+    return ""
+
+
+def _asked(reference: Reference, ask: Callable[[], Any], unreachable: str, file: str = "") -> Any:
+    what = f"{reference.repo}/{file}".rstrip("/") + (f" at {reference.revision}" if reference.revision else "")
+    try:
+        return ask()
+    except Exception as error:  # the client raises its own, httpx's and the system's errors
+        reason = f"{unreachable}, {_uncached(reference)}" if unreachable else _why(error, reference, file)
+        raise FileError(f"Can't get {what} from the Hub: {reason}") from error
+
+
+def _uncached(reference: Reference) -> str:
+    return f"and it is not in the cache. {_local(reference)}"
+
+
+def _local(reference: Reference) -> str:
+    return f"If a local file was meant: there is none called {reference.repo}."
+
+
+def _why(error: Exception, reference: Reference, file: str) -> str:
+    """What is the matter, and the way out."""
+    from huggingface_hub import constants, errors
+
+    repo, log_in = reference.repo, "log in ('hf auth login') or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return f"the repository is gated. Way out: accept its terms at {constants.ENDPOINT}/{repo}, and {log_in}."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no repository {repo}, or it is private. Ways out: check the name; for a private one, {log_in}. "
+            f"{_local(reference)}"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the repository has no revision {reference.revision!r}.{_named(reference.revision or '', _revisions(repo))}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return f"{constants.ENDPOINT} can't be reached, {_uncached(reference)}"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"the repository has no file {file!r}.{_named(file, _files(reference))}"
+    return f"{first_line(error).rstrip('.')}. Ways out: check the name and the network; for a private repository, {log_in}."
+
+
+def _named(name: str, there: list[str]) -> str:
+    """What there is in the place of what is missing."""
+    if not there:
+        return ""
+    return f"{did_you_mean(name, there)} It has {', '.join(there[:MOST])}{', …' if len(there) > MOST else ''}."
+
+
+def _revisions(repo: str) -> list[str]:
+    import huggingface_hub
+
+    try:
+        refs = huggingface_hub.HfApi().list_repo_refs(repo)
+    except Exception:  # what is to be said is known already, these only help
+        return []
+    return [ref.name for ref in (*refs.branches, *refs.tags)]
+
+
+def _files(reference: Reference) -> list[str]:
+    """The repository's ``.safetensors`` files, or where it has none all of them."""
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
+    except Exception:  # as in `_revisions`
+        return []
+    return [name for name in names if name.endswith(".safetensors")] or names

@@ -1,0 +1,534 @@
+"""A LoRA: what a file means, whatever it was called."""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..devices import to_torch
+from ..errors import LayerError, LoRAMergeError, NumberError, OptionError
+from ..layers import Layer, LowRank, alpha_of, build, shaped
+from ..layers.base import scaled
+from ..tensors import Array, Held, Shape, Tensor, check_finite, is_torch, nbytes
+from .architectures.blocks import matches, offered
+from .dialects import adapters, alphas, fields
+from .dialects.fields import Config
+from .dialects.read import Reading, read
+from .dialects.records import Record
+from .storage.header import Awaited
+from .storage.reader import SafetensorsFile
+
+if TYPE_CHECKING:
+    import torch
+
+    from .storage.writer import Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The tensors that a LoRA was read from, under their own keys."""
+
+    tensors: Mapping[str, Tensor]
+    dialect: str
+    config: Mapping[str, Config] = field(default_factory=dict)
+    """PEFT's configuration, by component (``""`` for the directory's own)."""
+    scales_beside: bool = False
+    """Whether a scale stands beside the tensors: in the header, or in the configuration."""
+    layouts: Mapping[str, Layer] = field(default_factory=dict)
+    """The layouts as read: a LoRA with others was changed."""
+    source: str | None = None
+    """The file's or directory's name, or ``hf://org/repo@revision``; None for a state dict."""
+    forced: Mapping[str, str] = field(default_factory=dict)
+    """The architecture and the dialect, where they were given and not told from the keys."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoRA(Mapping[str, Layer]):
+    """One file's update of a model: an ordered mapping of modules to layers.
+
+    Modules have diffusers' names with the component in front, such as
+    ``unet.mid_block.attentions.0.proj_in``.  A layer is read, or computed, when it is asked
+    for; its shape, rank and kind are known before (`layout`).
+
+    Example:
+        >>> from loramerge.testing import random_lora
+        >>> lora = random_lora("sd15", rank=4)
+        >>> lora["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].rank
+        4
+    """
+
+    name: str
+    architecture: str | None
+    """Name of the model family; None when it is unknown."""
+    dialect: str
+    """Name of the dialect that the file is in, or would be saved in."""
+    alike: tuple[str, ...] = ()
+    """Other families whose layers have the same names and shapes; only what the file says could tell them apart."""
+    style: str = ""
+    """How its file spells LoRA's own tensors, see `dialects.suffixes`; empty for one that was made in memory."""
+    layouts: Mapping[str, Layer]
+    """Every module's layer, of which the tensors may be stand-ins with shapes only."""
+    compute: Callable[[str], Layer] | None = None
+    """Gives a module's layer with its values; None when the layouts hold them."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that belong to no layer: embeddings, strays.  Kept, never merged into a weight."""
+    about: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What PEFT's configurations say of the base model, by component (``""`` for any)."""
+    notes: tuple[str, ...] = ()
+    """What was repaired or is unusual."""
+    dtype: str | None = None
+    """Dtype that saving uses unless told: None keeps every tensor's own."""
+    made_of: int | None = None
+    """Bytes of the tensors that it was made of; None where its size was chosen, or is nobody's concern."""
+    here: bool = False
+    """Whether layers must be computed in this process, because someone is told of it."""
+    origin: Origin | None = field(default=None, repr=False)
+
+    def __getitem__(self, module: str) -> Layer:
+        if module not in self.layouts:
+            raise KeyError(module)
+        return self.compute(module) if self.compute else self.layouts[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layouts)
+
+    def __len__(self) -> int:
+        return len(self.layouts)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self.layouts
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return (
+            f"LoRA({self.name!r}, {' or '.join(self.families) or 'unknown architecture'}, {self.dialect}, "
+            f"{len(self)} modules, {self.summary('rank')})"
+        )
+
+    def __enter__(self) -> "LoRA":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file, if one is open."""
+        if self.origin and isinstance(self.origin.tensors, SafetensorsFile):
+            self.origin.tensors.close()
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Every model family that the LoRA may be for, the likeliest first; none where it is unknown."""
+        return (self.architecture, *self.alike) if self.architecture else ()
+
+    def layout(self, module: str) -> Layer:
+        """The module's layer without its values: kind, shape, rank, alpha."""
+        return self.layouts[module]
+
+    def summary(self, what: str) -> str:
+        """The values of a layout's attribute over all modules: ``"rank 4 to 16"``."""
+        values = {v for layer in self.layouts.values() if (v := getattr(layer, what, None)) is not None}
+        if not values:
+            return f"no {what}"
+        low, high = min(values), max(values)
+        return f"{what} {low:g}" if low == high else f"{what} {low:g} to {high:g}"
+
+    def norm(self) -> float:
+        """Frobenius norm of the whole update, over all modules."""
+        return math.sqrt(sum(layer.norm() ** 2 for layer in self.values()))
+
+    def select(self, *patterns: str) -> "LoRA":
+        """The part whose modules match one of the patterns, as in weights: ``"unet.*attn2*"``, ``"OUT03"``."""
+        others = set(self.others(*patterns))
+        return self._keep([m for m in self if m not in others], patterns)
+
+    def exclude(self, *patterns: str) -> "LoRA":
+        """All but the modules that match one of the patterns."""
+        kept = self._without(patterns)
+        if patterns and kept is self:
+            raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_offered(self)}")
+        return kept._keep(list(kept), patterns)
+
+    def others(self, *patterns: str) -> list[str]:
+        """The modules that match none of the patterns."""
+        return [m for m in self if not any(matches(p, m, self.architecture) for p in patterns)]
+
+    def part(self, modules: Iterable[str]) -> "LoRA":
+        """The LoRA of some of the modules, maybe of none."""
+        layouts = {m: self.layouts[m] for m in modules}
+        return (
+            self if len(layouts) == len(self) else replace(self, layouts=layouts, origin=None, compute=self.__getitem__)
+        )
+
+    def shaped(self, weights: Mapping[str, Shape]) -> "LoRA":
+        """The LoRA with its layers in the form of the weights, where a kernel was flattened.
+
+        Args:
+            weights: The weights' shapes by module.
+        """
+        changed = {m: form for m, layout in self.layouts.items() if (form := shaped(layout, weights[m])) is not layout}
+        if not changed:
+            return self
+        return replace(
+            self, layouts={**self.layouts, **changed}, origin=None, compute=lambda m: shaped(self[m], weights[m])
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> "LoRA":
+        """The LoRA with other names for some of its modules.
+
+        Args:
+            names: New names by old.
+        """
+        if all(new == old for old, new in names.items()):
+            return self
+        olds = {names.get(module, module): module for module in self}
+        layouts = {new: self.layouts[old] for new, old in olds.items()}
+        return replace(self, layouts=layouts, origin=None, compute=lambda module: self[olds[module]])
+
+    def _without(self, patterns: Sequence[str]) -> "LoRA":
+        """The LoRA without the modules, and the tensors that belong to no layer, that match one of the patterns."""
+        kept = self.part(self.others(*patterns))
+        extras = {key: t for key, t in self.extras.items() if not any(matches(p, key) for p in patterns)}
+        return kept if len(extras) == len(self.extras) else replace(kept, extras=extras, origin=None)
+
+    def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
+        if not modules:
+            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_offered(self)}")
+        return self.part(modules)
+
+    @property
+    def as_read(self) -> bool:
+        """Whether this is what was read, unchanged."""
+        return self.origin is not None and self.origin.layouts is self.layouts
+
+    @cached_property
+    def sha256(self) -> str:
+        """What tells these tensors from others: the SHA-256 of the safetensors file of them alone.
+
+        Of a file, every tensor under its own key; the header's strings don't count.  Of a LoRA that
+        was changed or made in memory, every layer's tensors as ``module.role``.  Scales that stand
+        beside the tensors are taken in as the entry ``alphas``.  Reads every tensor.
+        """
+        from .storage.writer import sha256
+
+        if self.origin and self.as_read:
+            return sha256(self.origin.tensors, _alphas(self.layouts) if self.origin.scales_beside else {})
+        layers = dict(self.items())
+        held = {f"{m}.{role}": Held(array) for m, layer in layers.items() for role, array in layer.tensors().items()}
+        return sha256({**held, **self.extras}, _alphas(layers))
+
+    def in_memory(self, progress: "Progress | None" = None) -> "LoRA":
+        """The same LoRA with every layer computed and every tensor read.
+
+        Args:
+            progress: Called with the number of modules done and of all.
+        """
+        if isinstance(self.metadata, Awaited):
+            self.metadata.begin()
+        layouts: dict[str, Layer] = {}
+        for done, (module, layer) in enumerate(self.items(), start=1):
+            layouts[module] = layer
+            if progress:
+                progress(done, len(self))
+        same = self.as_read
+        return replace(
+            self,
+            layouts=layouts,
+            compute=None,
+            metadata=dict(self.metadata),
+            extras={key: Held(tensor.read()) for key, tensor in self.extras.items()},
+            origin=replace(self.origin, layouts=layouts) if self.origin and same else None,
+        )
+
+    def state_dict(self, dialect: str | None = None, dtype: str | None = None) -> dict[str, "torch.Tensor"]:
+        """The LoRA's tensors under a dialect's keys, as torch tensors.
+
+        Args:
+            dialect: Name of a dialect that can be written; the LoRA's own by default.
+            dtype: ``"float32"``, ``"float16"`` …; every tensor's own by default.
+
+        Returns:
+            Copies: what a reader does to them (diffusers scales some in place) stays with it.
+
+        Raises:
+            DialectError: The dialect can't hold a layer.
+        """
+        from .dialects.write import state_dict
+
+        return {key: to_torch(array).clone() for key, array in state_dict(self, dialect, dtype).items()}
+
+
+def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
+    """The LoRAs without the modules that match one of the patterns, as in weights.
+
+    Raises:
+        OptionError: There are patterns, and no module of any LoRA matches.
+    """
+    kept = [lora._without(patterns) for lora in loras]
+    if patterns and all(a is b for a, b in zip(kept, loras, strict=True)):
+        raise OptionError(f"No module matches the pattern {' or '.join(patterns)}. {_offered(*loras)}")
+    return kept
+
+
+def agreed(loras: Sequence[LoRA]) -> dict[str, dict[str, str]]:
+    """What the configurations of all LoRAs say alike of the base model, by component."""
+    if not all(lora.about for lora in loras):
+        return {}
+    having: dict[str, list[LoRA]] = {}
+    for lora in loras:
+        for component in dict.fromkeys(module.partition(".")[0] for module in lora):
+            having.setdefault(component, []).append(lora)
+    return {component: _alike(component, those) for component, those in having.items()}
+
+
+def _alike(component: str, loras: Sequence[LoRA]) -> dict[str, str]:
+    first, *others = [lora.about.get(component) or lora.about.get("", {}) for lora in loras]
+    return {field: value for field, value in first.items() if all(other.get(field) == value for other in others)}
+
+
+def _offered(*loras: LoRA) -> str:
+    return offered((module for lora in loras for module in lora), loras[0].architecture)
+
+
+def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:
+    found = {module: alpha_of(layer) for module, layer in layers.items()}
+    return {"alphas": json.dumps({module: None if alpha is None else float(alpha) for module, alpha in found.items()})}
+
+
+def in_one_library(layers: Sequence[Layer], device: str | None = None) -> list[Layer]:
+    """Layers whose tensors are all numpy's or all torch's: torch's where one is, or a device is named."""
+    if "torch" not in sys.modules and device is None:
+        return list(layers)
+    torches = [is_torch(tensor) for layer in layers for tensor in layer.tensors().values()]
+    if device is None and (all(torches) or not any(torches)):
+        return list(layers)
+
+    def moved(tensor: Array) -> Array:
+        found = to_torch(tensor)
+        return found if device is None else found.to(device)
+
+    return [layer.map(moved) for layer in layers]
+
+
+def from_tensors(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    name: str,
+    *,
+    config: Mapping[str, Config] | None = None,
+    architecture: str | None = None,
+    dialect: str | None = None,
+    adapter: str | None = None,
+    notes: Sequence[str] = (),
+) -> LoRA:
+    """The LoRA that tensors, under the keys of any dialect, mean.
+
+    Args:
+        tensors: Stored or held tensors by key.
+        metadata: The file's metadata.
+        name: What messages call it: the file's name.
+        config: PEFT's ``adapter_config.json``, by component.
+        architecture: Name of the family, where the keys leave it open.
+        dialect: Name of the dialect, where the keys leave it open.
+        adapter: Which of several adapters in the keys.
+        notes: What was unusual about the file.
+
+    Raises:
+        NotALoRAError: No layer is among the keys, or several adapters are.
+        LayerError: A layer is incomplete, or its tensors disagree.
+    """
+    try:
+        tensors = adapters.one(tensors, adapter)
+        scales = alphas.configs(metadata, config or {})
+        reading = read(_whole(tensors, scales), metadata, architecture=architecture, dialect=dialect)
+    except LoRAMergeError as error:
+        raise type(error)(f"{name}: {error}") from None
+    reader = _Reader(name, reading, tensors, scales)
+    said = [*notes, *reading.notes, *_notes(tensors, reading, scales)]
+    order = list(reading.architecture.shapes) if reading.architecture else []
+    modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
+    layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}
+    beside = any(r.alpha is None and reader.configured(r) is not None for r in reading.records.values())
+    return LoRA(
+        name=name,
+        architecture=reading.architecture.name if reading.architecture else None,
+        dialect=reading.dialect.name,
+        alike=reading.alike,
+        style=reading.style,
+        layouts=layouts,
+        compute=reader.layer,
+        metadata=dict(metadata),
+        extras={key: tensors[key] for key in reading.extras},
+        about={component: fields.about(config) for component, config in scales.items()},
+        notes=tuple(said),
+        made_of=sum(nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()),
+        origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
+    )
+
+
+def _whole(tensors: Mapping[str, Tensor], configs: Mapping[str, Config]) -> Mapping[str, Tensor]:
+    """The tensors without those that AdaLoRA cut down to rank 0, whose ΔW is zero."""
+    if all(config["peft_type"] != "ADALORA" for config in configs.values()):
+        return tensors
+    return {key: tensor for key, tensor in tensors.items() if 0 not in tensor.shape}
+
+
+def _notes(tensors: Mapping[str, Tensor], reading: Reading, configs: Mapping[str, Config]) -> Iterator[str]:
+    """What PEFT's configurations say that the layers don't show."""
+    if not configs and any("base_model.model." in key for key in tensors):
+        yield (
+            "PEFT's adapter_config.json is missing, so the strength is a guess (alpha = rank, scale 1): "
+            "put the one of the same download beside the file, or name the folder of both"
+        )
+    apart = "are no part of the LoRA, are kept as they are, and are in no merge or sum"
+    saved = [each["modules_to_save"] for each in configs.values() if isinstance(each.get("modules_to_save"), list)]
+    if modules := dict.fromkeys(str(part) for parts in saved for part in parts):
+        yield f"trained with PEFT's modules_to_save: the whole weights of {', '.join(modules)} {apart}"
+    if tokens := sum("trainable_tokens" in key for key in reading.extras):
+        yield f"trained with PEFT's trainable_token_indices: {tokens} tensors of single tokens {apart}"
+    biased = any(config.get("bias", "none") != "none" for config in configs.values())
+    whole = [key for key in reading.extras if ".base_layer." in key or (biased and key.endswith(".bias"))]
+    if whole:
+        yield f"it holds {len(whole)} of the trained model's own biases or weights ({whole[0]} …): they {apart}"
+    began = sorted({start for config in configs.values() if (start := fields.start(config))})
+    if began:
+        yield f"its factors began as a part of the base weights (init_lora_weights: {', '.join(began)}), so it is no plain LoRA"
+    if strange := dict.fromkeys(field for config in configs.values() for field in fields.strange(config)):
+        yield f"its configuration has fields that loramerge doesn't know and takes for harmless: {', '.join(strange)}"
+
+
+class _Reader:
+    """Layers from the records of one file."""
+
+    def __init__(
+        self, name: str, reading: Reading, tensors: Mapping[str, Tensor], config: Mapping[str, Config]
+    ) -> None:
+        self.name = name
+        self.records = reading.records
+        self.tensors = tensors
+        self.config = config
+        self.architecture = reading.architecture
+        self.parts = {part.module: (part, record) for record in reading.records.values() for part in record.parts}
+        self.source = object()
+        self._recent: dict[str, Layer] = {}
+        self._layouts: dict[str, Layer] = {}
+        self._alphas: dict[str, float | None] = {}
+
+    def whole(self, stem: str) -> Layer:
+        """The layer of a stem; a fused one is asked for once a part, so the last few are kept."""
+        if len(self.records[stem].parts) == 1:
+            return self._whole(stem)
+        found = self._recent.get(stem) or self._whole(stem)
+        self._recent = {**dict(list(self._recent.items())[-3:]), stem: found}
+        return found
+
+    def layer(self, module: str) -> Layer:
+        return self.part(module, self.whole(self.parts[module][1].stem))
+
+    def part(self, module: str, whole: Layer) -> Layer:
+        part, record = self.parts[module]
+        return whole if part.rows is None else whole.rows(part.rows, (self.source, record.stem))
+
+    def layout(self, record: Record) -> Layer:
+        if record.stem not in self._layouts:
+            try:
+                self._layouts[record.stem] = self._layout(record)
+            except LoRAMergeError as error:
+                raise error.at(f"{self.name}: {record.stem}") from None
+        return self._layouts[record.stem]
+
+    def _layout(self, record: Record) -> Layer:
+        layer, weight = record.layer, self.weight(record)
+        value = self.configured(record) if record.alpha is None else record.alpha
+        self._alphas[record.stem] = value
+        if layer is not None and layer.shape == weight and "reshape_weight" not in record.keys:
+            if value == getattr(layer, "alpha", None):
+                return self._as_trained(record, layer)
+            if isinstance(layer, LowRank):
+                return self._as_trained(record, replace(layer, alpha=value))
+        return self._build(record, lambda tensor: tensor, value)
+
+    def _as_trained(self, record: Record, layer: Layer) -> Layer:
+        config = self.config_of(record)
+        return fields.as_trained(layer, config) if config else layer
+
+    def _whole(self, stem: str) -> Layer:
+        record = self.records[stem]
+        try:
+            return self._build(record, _values, self._alphas[stem])
+        except NumberError as error:
+            modules = ", ".join(part.module for part in record.parts)
+            way = f"Way out: leave it out (exclude), such as --exclude '{record.parts[0].module}'"
+            raise NumberError(f"{error}. {way}").at(f"{self.name}: {modules}") from None
+        except LoRAMergeError as error:
+            raise error.at(f"{self.name}: {stem}") from None
+
+    def _build(self, record: Record, read: Callable[[Tensor], Any], alpha: float | None) -> Layer:
+        apart = {"alpha", "scale", *["reshape_weight"] * self.widened(record)}
+        held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in apart}
+        if held.keys() >= fields.WHOLE and record.alpha is None and alpha is not None:
+            held["lokr_w1"] = held["lokr_w1"] if alpha == 1 else scaled(held["lokr_w1"], alpha)
+            alpha = None  # LyCORIS has no scale there
+        return self._as_trained(record, build(held, alpha, self.weight(record)))
+
+    def weight(self, record: Record) -> Shape | None:
+        """Shape of the weight that the record updates, where the architecture knows it."""
+        if self.architecture is None:
+            return None
+        if len(record.parts) == 1:
+            return self.architecture.shapes.get(record.parts[0].module)
+        shapes = [self.architecture.shapes.get(part.module) for part in record.parts]
+        known = [shape for shape in shapes if shape is not None]
+        return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
+
+    def config_of(self, record: Record) -> Config | None:
+        folder, slash, _ = record.stem.partition("/")
+        component = folder if slash else record.parts[0].module.partition(".")[0]
+        return self.config.get(component) or self.config.get("")
+
+    def widened(self, record: Record) -> bool:
+        """Whether a layer says that the weight is to be widened to its own shape, which its shape says too."""
+        key = record.keys.get("reshape_weight")
+        if key is None or record.layer is None or self.weight(record) is None:
+            return False
+        return tuple(self.tensors[key].read().tolist()) == record.layer.shape
+
+    def configured(self, record: Record) -> float | None:
+        """The alpha that a configuration beside the tensors gives."""
+        config, roles = self.config_of(record), record.keys.keys()
+        if config is None or not roles & fields.SCALED:
+            return None
+        rank = alphas.rank(record.keys, self.tensors)
+        found = {fields.alpha(config, names, rank, roles) for names in names_of(record)}
+        if len(found) > 1:
+            raise LayerError(f"the configuration gives the parts of this weight the alphas {sorted(found)}")
+        return found.pop()
+
+
+PREFIX = re.compile(r".*base_model\.model\.|(?:unet|transformer|text_encoder(?:_\d)?|diffusion_model)\.")
+"""What stands before a module's own path in a stem."""
+
+
+def names_of(record: Record) -> list[list[str]]:
+    """What the patterns of a configuration may call a record's modules, the best name first.
+
+    It is the name in the model that PEFT wrapped.  Where the file was renamed since, that is lost, and
+    diffusers' own stands for it.
+    """
+    own = PREFIX.sub("", record.stem, count=1)
+    if "base_model.model." in record.stem:
+        return [[own]]
+    return [[own, part.module.partition(".")[2]] for part in record.parts]
+
+
+def _values(tensor: Tensor) -> Array:
+    array = tensor.read()
+    check_finite(array)
+    return array

@@ -1,0 +1,117 @@
+"""The strings in a file's header: kept, brought up to date, and never left wrong."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..layers import DoRA, Layer, LowRank, alpha_of, direction_of, own_rank
+from ..tensors import NAMES
+from .architectures.labels import LABELS, Label, labelled
+from .dialects.config import adapter_metadata, component_configs
+from .storage.header import Awaited
+
+if TYPE_CHECKING:
+    from .dialects.write import Spelling
+    from .lora import LoRA
+
+RECIPE = "loramerge"
+"""Where a merged file says how it was made."""
+
+HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+STALE = (
+    *HASHES,
+    "lora_adapter_metadata",
+    "ss_network_module",
+    "ss_network_args",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_output_name",
+    "ot_branch",
+)
+"""Entries that describe the tensors or the file, and are wrong once those change.
+
+Two files of one ``ss_output_name`` hide each other in A1111, and by ``ot_branch`` InvokeAI takes a file for OMI's.
+"""
+
+NUMBERED = re.compile(r"(unet|text_encoder)(:\d+:rank)?")
+"""cloneofsimo's entries: the ranks of tensors that had a number for a name."""
+
+HASHED = ("kohya", "kohya-diffusers")
+"""Dialects whose readers look for kohya's hashes."""
+
+
+def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], bool]:
+    """The metadata of a LoRA as it is written, and whether kohya's hashes belong in it."""
+    if spelling.verbatim:
+        stale = HASHES if spelling.dtype else ()
+        return {key: value for key, value in lora.metadata.items() if key not in stale}, False
+    late = lora.metadata if isinstance(lora.metadata, Awaited) else None
+    kept = lasting(late.known if late else lora.metadata)
+    kept.setdefault("format", "pt")
+    if lora.families:
+        kept |= labelled(lora.families, kept)
+    if spelling.dialect.name == "diffusers-peft":
+        kept["lora_adapter_metadata"] = adapter_metadata(component_configs(spelling.layers, lora.about))
+    if spelling.dialect.name in HASHED:
+        kept |= network(LABELS.get(lora.architecture or ""), list(spelling.layers.values()))
+    hashed = spelling.dialect.name in HASHED
+    if late:
+        text = _with_output(late.draft, spelling)
+        return Awaited(kept, RECIPE, text, lambda: _with_output(late[RECIPE], spelling)), hashed
+    if RECIPE in kept and lora.origin is None:
+        kept[RECIPE] = _with_output(kept.pop(RECIPE), spelling)
+    return kept, hashed
+
+
+def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The entries that stay true when a LoRA is written anew."""
+    return {key: value for key, value in metadata.items() if key not in STALE and not NUMBERED.fullmatch(key)}
+
+
+def _with_output(recipe: str, spelling: "Spelling") -> str:
+    """A merge's recipe with the dialect and the dtype in which it is written."""
+    try:
+        found = json.loads(recipe)
+    except ValueError:
+        return recipe
+    if not isinstance(found, dict) or "inputs" not in found:
+        return recipe
+    output = {"dialect": spelling.dialect.name}
+    output |= {"dtype": NAMES[spelling.dtype]} if spelling.dtype else {}
+    return json.dumps(
+        found | {"output": output | ({"allow_lossy": True} if spelling.left_out else {})}, ensure_ascii=False
+    )
+
+
+def network(label: Label | None, layers: Sequence[Layer]) -> dict[str, str]:
+    """What sd-scripts and LyCORIS say of a network, from the layers as written.
+
+    Args:
+        label: What the family is called, where it is known.
+        layers: The layers, or their layouts.
+    """
+    plain = label.module if label else "networks.lora"
+    found = {"ss_network_module": plain if all(map(_is_plain, layers)) else "lycoris.kohya"}
+    ranks = {rank for layer in layers if (rank := own_rank(layer)) is not None}
+    alphas = {own_rank(layer) if (a := alpha_of(layer)) is None else a for layer in layers} - {None}
+    found["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    found["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
+    arguments = _arguments(layers)
+    return found | ({"ss_network_args": json.dumps(arguments)} if arguments else {})
+
+
+def _is_plain(layer: Layer) -> bool:
+    """Whether sd-scripts' own networks have such layers."""
+    return isinstance(layer, LowRank) and layer.mid is None
+
+
+def _arguments(layers: Sequence[Layer]) -> dict[str, str]:
+    """LyCORIS's arguments for such layers; none for plain LoRAs, and no algorithm where there are several."""
+    if all(map(_is_plain, layers)):
+        return {}
+    kinds = {direction_of(layer).kind for layer in layers} & {"lora", "loha", "lokr", "full"}
+    found = {"algo": kinds.pop()} if len(kinds) == 1 else {}
+    cores = {"mid", "hada_t1", "lokr_t2"}
+    found |= {"use_tucker": "True"} if any(cores & layer.tensors().keys() for layer in layers) else {}
+    return found | ({"dora_wd": "True"} if any(isinstance(layer, DoRA) for layer in layers) else {})

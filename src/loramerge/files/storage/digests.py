@@ -1,0 +1,68 @@
+"""SHA-256 of files and of models in directories, each found out once while the files stay as they are."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from ...errors import FileError
+
+CHUNK = 1 << 22
+SAMPLES, SAMPLE = 64, 1 << 12
+"""How many parts of a large file a glance reads, and the bytes of each."""
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes.
+
+    Raises:
+        FileError: It can't be read.
+    """
+    return _known(_bytes, path)
+
+
+def listing_digest(root: Path, files: Iterable[Path]) -> str:
+    """The SHA-256 of a listing of files: the path of each below ``root``, its size, and the hash of parts of it.
+
+    The parts lie evenly in the file, its beginning (a safetensors header) and its end among them; of a
+    small file they are all of it.
+
+    Raises:
+        FileError: A file can't be read.
+    """
+    lines = [f"{file.relative_to(root).as_posix()} {_known(_glance, file)}\n" for file in sorted(files)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _known(find: Callable[[Path], str], path: Path) -> str:
+    try:
+        status = path.stat()
+        return _found(find, path.resolve(), status.st_mtime_ns, status.st_size)
+    except OSError as error:
+        raise FileError(f"Can't read {path}: {error.strerror}.") from error
+
+
+@lru_cache(maxsize=256)
+def _found(find: Callable[[Path], str], path: Path, changed: int, size: int) -> str:
+    return find(path)
+
+
+def _bytes(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(CHUNK):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _glance(path: Path) -> str:
+    size = os.path.getsize(path)
+    if size <= CHUNK:
+        return f"{size} {_bytes(path)}"
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        for i in range(SAMPLES):
+            file.seek((size - SAMPLE) * i // (SAMPLES - 1))
+            found.update(file.read(SAMPLE))
+    return f"{size} {found.hexdigest()}"

@@ -1,0 +1,100 @@
+"""Tensors out of pickles, by torch's weights_only loader: nothing else in the file is made or run."""
+
+import os
+from typing import Any
+
+from ...errors import FileError, NotALoRAError, first_line
+from ...tensors import Array, Held, Tensor, code, is_known, numpy_dtype
+from ..dialects.suffixes import parse
+
+PICKLES = (".pt", ".bin", ".ckpt", ".pth")
+"""How their names end."""
+
+
+def pickled(path: str, allow: bool) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a pickle by key, and the name of the dictionary inside of it that holds them, if there is one.
+
+    Args:
+        path: The file.
+        allow: Whether it may be opened at all.
+
+    Raises:
+        FileError: It may not, or holds something else than plain tensors.
+    """
+    if not allow:
+        raise FileError(
+            f"{os.path.basename(path)} is a pickle, which can run code when it is opened. Way out: have its tensors read, and "
+            "nothing else, with torch's weights_only loader (allow_pickle)."
+        )
+    import torch
+
+    _check_zip(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a wide range: pickle, zip, runtime and value errors
+        raise FileError(f"Can't read {path} as tensors only: {first_line(error)}") from error
+    for _ in range(3):  # not for ever: a pickled dictionary can hold itself
+        found = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
+    if not isinstance(found, dict):
+        raise FileError(f"{path} holds a {type(found).__name__}, wanted a dictionary of tensors.")
+    tensors, inside = _tensors(path, found)
+    for key, value in tensors.items():
+        _check_plain(path, key, value)
+    return {key: Held(_as_numpy(value)) for key, value in tensors.items()}, inside
+
+
+def _tensors(path: str, found: dict[Any, Any]) -> tuple[dict[str, Any], str | None]:
+    """The tensors of a dictionary, or of the only one in it that holds those of a LoRA."""
+    tensors = _among(found)
+    inner = {str(name): held for name, value in found.items() if isinstance(value, dict) and (held := _among(value))}
+    if not inner or any(map(parse, tensors)):
+        return tensors, None
+    loras = [name for name, held in inner.items() if any(map(parse, held))]
+    if len(loras) == 1 and "ip_adapter" not in inner:
+        return inner[loras[0]], loras[0]
+    what = ": an IP-Adapter" if "ip_adapter" in inner else ""
+    raise NotALoRAError(
+        f"{path} holds no LoRA itself, but the dictionaries {', '.join(inner)}{what}. Way out: save the one that is a "
+        "LoRA to a file of its own."
+    )
+
+
+def _among(found: dict[Any, Any]) -> dict[str, Any]:
+    import torch
+
+    return {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _check_zip(path: str) -> None:
+    """Refuse a zip whose records are packed: torch stores them as they are, so what unpacks is a bomb."""
+    import zipfile
+
+    try:
+        with zipfile.ZipFile(path) as file:
+            packed = [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return  # no zip, as pickles were before torch 1.6, or one that torch refuses
+    if packed:
+        raise FileError(f"Can't read {path} as tensors only: its record {packed[0]!r} is compressed; torch's are not.")
+
+
+def _check_plain(path: str, key: str, tensor: Any) -> None:
+    """Refuse what is no plain array in memory: sparse, quantised, or one number that is said to be a million."""
+    import torch
+
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and is_known(tensor)
+    if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise FileError(
+            f"{path}: the tensor {key!r} (dtype {tensor.dtype}, shape {tuple(tensor.shape)}) is not stored number by "
+            "number, wanted plain tensors of floats."
+        )
+
+
+def _as_numpy(tensor: Any) -> Array:
+    import torch
+
+    tensor = tensor.detach().resolve_neg()
+    if code(tensor) in ("BF16", "F8_E4M3", "F8_E5M2"):
+        bits = tensor.contiguous().view(torch.uint8 if tensor.element_size() == 1 else torch.int16).numpy()
+        return bits.view(numpy_dtype(code(tensor)))
+    return tensor.numpy()

@@ -1,0 +1,290 @@
+"""Reading safetensors: the header is checked, then tensors are read one at a time.
+
+The format is https://github.com/huggingface/safetensors#format: eight bytes of header length,
+a JSON header, then the tensors' bytes without gaps.  This reader accepts what the reference
+implementation accepts; it exists because that one maps the file, and so counts all of it as
+memory, and because a header can be looked at without importing numpy.
+"""
+
+import json
+import math
+import os
+import re
+import stat
+import struct
+import threading
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import Any
+
+from ...errors import FileError
+from ...tensors import SIZES, Stored
+
+MAX_HEADER = 100_000_000
+"""The reference implementation's limit, in bytes."""
+
+MAX_QUOTES, MAX_STRUCTURE, MAX_WIDE = 1_000_000, 4_000_000, 40_000_000
+"""Limits of a header in quotation marks (a tensor has ten), in bytes outside of strings, and in bytes where some
+are not ASCII: Python takes 20 times a list's or a number's length, and four times that of a text with an emoji."""
+
+MAX_AXES, MAX_BYTES = 64, 2**63
+"""numpy's and the file system's limits: of a shape, and of what it takes were no size in it 0."""
+
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+
+NUMBER, AHEAD = 8, 4096
+"""Bytes: tensors of one number lie side by side (alphas), so a block of them is read at once."""
+
+
+class SafetensorsFile(dict[str, Stored]):
+    """The tensors of an open file by key, in the file's order, and its metadata.
+
+    Args:
+        path: The file; where its bytes are given, what messages call them.
+        data: The file's bytes, where it lies in memory.
+
+    Raises:
+        FileError: The file can't be opened, or its header is broken or hostile.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], data: bytes | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self._data = data
+        self._ahead = 0, b""
+        self._fd = -1 if data is not None else open_regular(path)
+        try:
+            self.metadata, tensors, self._start, self._size = self._header()
+        except FileError:
+            self.close()
+            raise
+        self.update(tensors)
+
+    def __deepcopy__(self, memo: object) -> "SafetensorsFile":
+        return self  # the file is read only, and its descriptor must be closed once
+
+    def __reduce__(self) -> tuple[type["SafetensorsFile"], tuple[str | os.PathLike[str], bytes | None]]:
+        return SafetensorsFile, (self.path, self._data)
+
+    def close(self) -> None:
+        self._data = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            self._ahead = 0, b""
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def _tensor(self, begin: int, end: int) -> bytes:
+        if end - begin > NUMBER:
+            return self._read(self._start + begin, end - begin)
+        first, block = self._ahead
+        if begin < first or end > first + len(block):
+            first, block = self._ahead = begin, self._read(self._start + begin, min(AHEAD, self._size - begin))
+        return block[begin - first : end - first]
+
+    def _read(self, offset: int, size: int) -> bytes:
+        if self._data is not None:
+            return self._data[offset : offset + size]
+        if self._fd < 0:
+            raise FileError(f"{self.path} is closed.")
+        try:
+            data = pread(self._fd, size, offset)
+            while len(data) < size:
+                more = pread(self._fd, size - len(data), offset + len(data))
+                if not more:
+                    raise FileError(f"{self.path} ended at byte {offset + len(data)}; it changed while it was read.")
+                data += more
+        except OSError as error:
+            raise FileError(f"Can't read {self.path}: {error.strerror}.") from error
+        return data
+
+    def _header(self) -> tuple[dict[str, str], dict[str, Stored], int, int]:
+        size = os.fstat(self._fd).st_size if self._data is None else len(self._data)
+        if size < 8:
+            raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
+        (length,) = struct.unpack("<Q", self._read(0, 8))
+        if length > MAX_HEADER:
+            if what := _instead(self._read(0, min(size, 256))):
+                raise FileError(f"{self.path} is no safetensors file but {what}.")
+            raise FileError(
+                f"{self.path} is no safetensors file, or a hostile one: its header claims {length} bytes, "
+                f"at most {MAX_HEADER} are allowed."
+            )
+        if 8 + length > size:
+            raise FileError(
+                f"{self.path} is truncated or no safetensors file: its header claims {length} bytes, {size - 8} are there."
+            )
+        header = self._json(self._read(8, length))
+        metadata = self._checked_metadata(header.pop("__metadata__", {}))
+        return metadata, self._tensors(header, size - 8 - length), 8 + length, size - 8 - length
+
+    def _json(self, data: bytes) -> dict[str, Any]:
+        if reason := _too_large(data):
+            raise FileError(f"{self.path} is no safetensors file, or a hostile one: its header {reason}.")
+        try:
+            header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+            _check_unicode(data, header)
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"{self.path} is no safetensors file: its header is not JSON ({error}).") from None
+        if not isinstance(header, dict):
+            raise FileError(f"{self.path} is no safetensors file: its header is not a JSON object.")
+        return header
+
+    def _checked_metadata(self, metadata: Any) -> dict[str, str]:
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise FileError(f"{self.path}: the header's __metadata__ must map strings to strings.")
+        return metadata
+
+    def _tensors(self, header: Mapping[str, Any], size: int) -> dict[str, Stored]:
+        source = self._tensor
+        tensors = {key: Stored(*self._entry(key, value), source) for key, value in header.items()}
+        at = 0
+        for tensor in sorted(tensors.values(), key=attrgetter("begin", "end")):
+            if tensor.begin != at:
+                key = next(key for key, t in tensors.items() if t is tensor)
+                raise FileError(f"{self.path}: the tensor {key!r} begins at byte {tensor.begin}, wanted {at}.")
+            at = tensor.end
+        if at != size:
+            what = "is truncated" if at > size else "has bytes that no tensor owns"
+            raise FileError(f"{self.path} {what}: its tensors need {at} bytes, {size} are there.")
+        return tensors
+
+    def _entry(self, key: str, value: Any) -> tuple[tuple[int, ...], str, int, int]:
+        try:
+            dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+            numbers = (*shape, begin, end)
+            if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 2**63:
+                raise ValueError
+            if len(value) != 3 or type(dtype) is not str or len(shape) > MAX_AXES:
+                raise ValueError
+        except (TypeError, KeyError, ValueError):
+            raise FileError(f"{self.path}: the header's entry for {key!r} is malformed.") from None
+        if dtype not in SIZES:
+            raise FileError(f"{self.path}: the tensor {key!r} has the dtype {dtype!r}, which loramerge does not know.")
+        if end - begin != math.prod(shape) * SIZES[dtype]:
+            raise FileError(
+                f"{self.path}: the tensor {key!r} of shape {list(shape)} and dtype {dtype} has {end - begin} bytes, "
+                f"wanted {math.prod(shape) * SIZES[dtype]}."
+            )
+        if begin == end and math.prod(max(1, n) for n in shape) * SIZES[dtype] >= MAX_BYTES:
+            raise FileError(f"{self.path}: the tensor {key!r} has the shape {list(shape)}, which no array can have.")
+        return shape, dtype, begin, end
+
+
+INSTEAD = (
+    (
+        rb"PK\x03\x04|\x80[\x02-\x05]",
+        "a zip file or a pickle, such as torch.save writes. Way out: torch.load(…, weights_only=True) gives a state dict, "
+        "which loramerge.load takes",
+    ),
+    (rb"\s*<", "a web page, such as one that asks to log in. Way out: download the file itself"),
+    (rb"version https://git-lfs", "a Git LFS pointer, which stands for the file. Way out: git lfs pull"),
+    (rb"\s*[\[{]", "a JSON file"),
+    (rb"[\t\n\r -~]{8,}\Z", "a text file"),
+)
+"""What stands at the beginning of files that are taken for safetensors files."""
+
+
+def _instead(start: bytes) -> str | None:
+    """What a file is whose first bytes are text."""
+    return next((what for beginning, what in INSTEAD if re.match(beginning, start)), None)
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a file for reading; a pipe or a device, which may never end, is refused.
+
+    Raises:
+        FileError: It can't be opened, or is not a regular file.
+    """
+    try:
+        # A pipe that nobody writes to would wait for ever.
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except (OSError, ValueError) as error:
+        raise FileError(f"Can't open {path}: {getattr(error, 'strerror', error)}.") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise FileError(f"Can't open {path}: it is a directory, a pipe or a device, wanted a file.")
+    return fd
+
+
+MAX_TEXT = 10_000_000
+"""Bytes of a text file, such as a configuration, at most."""
+
+
+def read_text(path: str | os.PathLike[str], most: int = MAX_TEXT) -> str:
+    """A small text file.
+
+    Args:
+        most: Bytes that it may have.
+
+    Raises:
+        FileError: It can't be read, is not UTF-8, or is too large.
+    """
+    with open(open_regular(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise FileError(f"Can't read {path}: it has more than {most} bytes.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"Can't read {path}: it is not UTF-8 ({error}).") from None
+
+
+def _too_large(data: bytes) -> str | None:
+    """Why a header would take many times its size in memory; None if it would not."""
+    if len(data) > MAX_WIDE and not data.isascii():
+        return f"has {len(data)} bytes, not all of them ASCII; at most {MAX_WIDE} are allowed then"
+    if len(data) <= MAX_STRUCTURE:
+        return None
+    if data.count(b'"') - data.count(b'\\"') > MAX_QUOTES:
+        return f"has more than {MAX_QUOTES // 10} tensors, or {MAX_QUOTES // 4} entries of metadata"
+    if len(data) - sum(found.end() - found.start() for found in STRING.finditer(data)) > MAX_STRUCTURE:
+        return f"has more than {MAX_STRUCTURE} bytes outside of strings"
+    return None
+
+
+def _check_unicode(data: bytes, header: Any) -> None:
+    """Refuse an escaped half of a surrogate pair, which JSON can spell and UTF-8 can't.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if HALF.search(data) and isinstance(header, dict):
+        metadata = header.get("__metadata__")
+        values = metadata if isinstance(metadata, dict) else {}
+        for text in (*header, *values, *(v for v in values.values() if isinstance(v, str))):
+            text.encode()
+
+
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+_lock = threading.Lock()
+
+
+def read_there(fd: int, size: int, offset: int) -> bytes:
+    """``os.pread`` where the system lacks it (Windows)."""
+    with _lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.read(fd, size)
+
+
+def write_there(fd: int, data: bytes | memoryview, offset: int) -> int:
+    """``os.pwrite`` where the system lacks it (Windows)."""
+    with _lock:
+        os.lseek(fd, offset, os.SEEK_SET)
+        return os.write(fd, data)
+
+
+pread = getattr(os, "pread", read_there)
+pwrite = getattr(os, "pwrite", write_there)

@@ -1,0 +1,418 @@
+"""ZipLoRA by gradient: coefficients that let one LoRA answer every LoRA's data as that LoRA does.
+
+Shah et al., 2023, https://arxiv.org/abs/2311.13600, for any number of LoRAs.  A step makes two
+passes of the model whatever their number: all teachers (each LoRA alone on its own data) without
+gradients in one batch, all students (the merge) in another.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MergeError, NumberError, OptionError
+from ..files.lora import LoRA
+from ..files.metadata import RECIPE
+from ..merging.coefficients import Coefficients
+from ..merging.steps import named
+from .attach import Attachment, Models, attach, fingerprints
+from .batches import Batch, join, seen, weighed
+from .calibration import Draw, Predict, calibrate, seeded
+from .least_squares import RIDGE, check_sound, column_solution, columns, costs_of, problem
+from .penalties import crossings, penalty
+from .presets import PRESETS, Settings, settings
+from .result import assemble, plan_sum
+from .state import mean_if_apart, resumed, save_state
+
+__all__ = ["PRESETS", "Learned", "Settings", "Step", "join", "settings", "ziplora"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step came to."""
+
+    step: int
+    total: int
+    fits: tuple[float, ...]
+    """Each LoRA's term of the loss."""
+    penalty: float
+    loss: float
+
+
+@dataclass
+class Learned:
+    """What was learned."""
+
+    lora: LoRA
+    """The merge: an ordinary LoRA of rank Σr in every module that the LoRAs share."""
+    coefficients: Coefficients | None
+    """The same as weights of an ordinary merge of these LoRAs; None for ``parametrisation="down"``."""
+    history: list[Step] = field(default_factory=list)
+    """The steps of this run, those of a run that it goes on from left out."""
+
+
+def ziplora(
+    predict: Predict,
+    models: Models,
+    loras: Sequence[LoRA],
+    draw: Draw,
+    settings: Settings = PRESETS["default"],
+    *,
+    weights: Sequence[float] | None = None,
+    checkpoint: Path | None = None,
+    every: int = 10,
+    on_step: Callable[[Step], bool | None] | None = None,
+    reduce: Callable[[Sequence[Tensor]], None] | None = None,
+    shard: int = 0,
+    identity: Mapping[str, Any] | None = None,
+) -> Learned:
+    """Learn the merge of LoRAs on a model.
+
+    Args:
+        predict: The model as a function of a batch: the noise, velocity or flow that it predicts,
+            with the batch as the first axis.
+        models: The components that it runs, by name; their parameters get no gradients.
+        loras: Any number, of any ranks.  Modules that only one of them has stay as they are.
+        draw: Gives data of each LoRA.
+        settings: How to learn.
+        weights: How much each LoRA's term counts; 1 for all by default.
+        checkpoint: Where to keep the state; if it is there, learning goes on from it.
+        every: Steps between two states; one more is kept at the end.
+        on_step: Called after every step, when its state is kept; False stops learning.
+        reduce: Averages tensors over processes in place, when several learn together.
+        shard: Which of those processes this is: each learns from other data, begins with the same
+            coefficients, and has a checkpoint of its own.
+        identity: What else the run depends on, such as the base model and hashes of the data: a checkpoint must
+            agree in it, and the result's metadata tell it.
+
+    Raises:
+        MergeError: The LoRAs don't fit the model or each other, share no module, or one of them
+            changes nothing.
+        NumberError: The loss became NaN or infinite; the last good state is in the checkpoint.
+        OptionError: A weight is missing, or the checkpoint is of another run, or not at the step of the
+            other processes'.
+        FileError: The checkpoint can't be read or written.
+    """
+    if every < 1 or shard < 0:
+        raise OptionError(f"ZipLoRA: every is a number from 1, shard from 0; got {every} and {shard}.")
+    planned = plan_sum(loras)
+    shares = shares_of(weights, len(loras))
+    about = dict(identity or {})
+    with _frozen(models), attach(models, loras) as attachment:
+        run = _Run(predict, models, loras, draw, settings, shares, attachment, shard, about)
+        history = run.learn(checkpoint, every, on_step, reduce)
+        lora = assemble(planned, run.factors(), "ziplora", {**asdict(settings), "weights": shares}, about)
+        return Learned(lora, run.coefficients(json.loads(lora.metadata[RECIPE])), history)
+
+
+def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
+    """How much each LoRA's term counts.
+
+    Raises:
+        OptionError: One is missing or below 0, or all are 0.
+    """
+    found = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(found) != count:
+        raise OptionError(f"Weights given: {len(found)}, LoRAs: {count}.")
+    if not all(0 <= weight < math.inf for weight in found) or not any(found):
+        raise OptionError(f"How much a LoRA's term counts is a number from 0, got {found}.")
+    return found
+
+
+class _Run:
+    """One run of learning."""
+
+    def __init__(
+        self,
+        predict: Predict,
+        models: Models,
+        loras: Sequence[LoRA],
+        draw: Draw,
+        settings: Settings,
+        weights: Sequence[float],
+        attachment: Attachment,
+        shard: int,
+        about: Mapping[str, Any],
+    ) -> None:
+        self.predict, self.models, self.loras, self.draw = predict, models, loras, draw
+        self.settings, self.weights, self.attachment = settings, weights, attachment
+        self.shard, self.about = shard, about
+        # What one LoRA has alone stays as it is: nothing competes with it.
+        self.sites = {m: site for m, site in attachment.sites.items() if len(site.present) > 1}
+        if not self.sites:
+            raise MergeError(
+                f"{', '.join(lora.name for lora in loras)} share no module of the model: there is nothing to learn. "
+                "Way out: a merge with weights 1, which is exact."
+            )
+        self.generator = seeded(settings.seed, shard)
+        self.scales: list[float] = []
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.crossings: dict[str, Tensor] = {}
+        if settings.penalty == "columns":
+            self.crossings = {m: crossings(s.up, s.down, list(s.slices.values())) for m, s in self.sites.items()}
+
+    def learn(
+        self,
+        checkpoint: Path | None,
+        every: int,
+        on_step: Callable[[Step], bool | None] | None,
+        reduce: Callable[[Sequence[Tensor]], None] | None,
+    ) -> list[Step]:
+        """Go through the steps that are left."""
+        given = self.settings
+        identity = self._identity() if checkpoint else {}
+        optimizer, reached = self._begin(checkpoint, identity)
+        if reduce:
+            _check_together(reached, reduce)
+            if not reached:  # the same already, where all devices round alike
+                reduce([parameter.detach() for parameter in self.parameters.values()])
+
+        def keep() -> None:
+            if checkpoint:
+                save_state(checkpoint, identity, reached, self.parameters, optimizer, self.generator, self.scales)
+
+        history: list[Step] = []
+        while reached < given.steps:
+            before = self.generator.get_state()
+            done = self._step(optimizer, reached, reduce)
+            if not self._sound(done):
+                self.generator.set_state(before)
+                keep()
+                raise NumberError(
+                    f"ZipLoRA: the loss is {done.loss} at step {done.step}, or its gradients are not finite. Ways out: a "
+                    f"smaller learning rate than {given.lr:g}, float32 instead of float16, going on from the checkpoint."
+                )
+            if done.penalty < given.stop_below:
+                self.generator.set_state(before)
+                break
+            optimizer.step()
+            reached += 1
+            history.append(done)
+            if reached % every == 0:
+                keep()
+            if on_step and on_step(done) is False:
+                break
+        keep()
+        return history
+
+    def _begin(self, checkpoint: Path | None, identity: Mapping[str, Any]) -> tuple[torch.optim.Optimizer, int]:
+        """The parameters and the optimiser at the start of the run or where it was left, and the steps done."""
+        state = resumed(checkpoint, identity, self.settings.steps)
+        start = state.tensors if state else self._start()
+        self.parameters = {
+            m: nn.Parameter(start[m].to(site.down.device, torch.float32)) for m, site in self.sites.items()
+        }
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=self.settings.lr, weight_decay=self.settings.weight_decay
+        )
+        if state:
+            state.restore(optimizer, self.generator)
+            self.scales = state.scales
+        elif self.settings.loss == "normalised":
+            self.scales = self._effects()
+        return optimizer, state.step if state else 0
+
+    def _sound(self, done: Step) -> bool:
+        """Whether the loss and all gradients are finite."""
+        norms = [p.grad.norm() for p in self.parameters.values() if p.grad is not None]
+        return math.isfinite(done.loss) and bool(torch.stack(norms).isfinite().all())
+
+    def _start(self) -> dict[str, Tensor]:
+        given, count = self.settings, len(self.loras)
+        if given.parametrisation == "softmax":
+            return {m: torch.zeros(count) for m in self.sites}
+        if given.init == "lsq":
+            columns = self._closed_form()
+        else:
+            columns = {
+                m: torch.full((count, s.columns), 1.0 if given.init == "ones" else 1.0 / count)
+                for m, s in self.sites.items()
+            }
+        if given.parametrisation == "column":
+            return columns
+        return {m: site.down.float().cpu() * columns[m][site.owner.cpu()] for m, site in self.sites.items()}
+
+    def _closed_form(self) -> dict[str, Tensor]:
+        given = self.settings
+        # Its own hooks would see the outputs that these here have added to.
+        with _silent(self.attachment):
+            moments = calibrate(
+                self.predict,
+                self.models,
+                self.loras,
+                self.draw,
+                kind="gram",
+                batches=given.calibration,
+                batch_size=given.batch_size,
+                seed=given.seed,
+            )
+        found = {}
+        for module in self.sites:
+            p = problem(self.loras, module, moments)
+            with named(module):
+                m = column_solution(p, RIDGE["column"], 1.0)
+                check_sound(m, costs_of(p, p.loss(columns(p, m))), "sum")
+            found[module] = m.float().cpu()
+        return found
+
+    def _effects(self) -> list[float]:
+        """Mean ‖εᵢ − ε_base‖² of each LoRA on its own data: what the loss is measured in."""
+        count = len(self.loras)
+        totals, sizes = [0.0] * count, [0.0] * count
+        generator = torch.Generator().manual_seed(self.settings.seed + 1)
+        for _ in range(self.settings.calibration):
+            joint, rows = self._data(generator)
+            with_lora = weighed(self._teach(joint, rows).float(), joint)
+            base = weighed(self._teach(joint, torch.full_like(rows, -1)).float(), joint)
+            for i, (changed, part) in enumerate(zip(self._parts(with_lora), self._parts(base), strict=True)):
+                totals[i] += float((changed - part).square().mean())
+                sizes[i] += float(part.square().mean())
+        for lora, total, size in zip(self.loras, totals, sizes, strict=True):
+            if not math.isfinite(total):
+                raise NumberError(
+                    f"ZipLoRA: the model's answers with and without {lora.name} differ by {total}. "
+                    "Way out: float32 or bfloat16."
+                )
+            if total <= 1e-12 * size:
+                raise MergeError(
+                    f"The LoRA {lora.name} changes nothing on its own data: there is nothing to preserve of it. "
+                    "Ways out: prompts with its trigger word, or a merge without it."
+                )
+        return [total / self.settings.calibration for total in totals]
+
+    def _data(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """One batch with the examples of every LoRA below each other, and whose each row is."""
+        size, count = self.settings.batch_size, len(self.loras)
+        batches = []
+        begin = generator.get_state()
+        for i in range(count):
+            if self.settings.shared_noise:
+                generator.set_state(begin)
+            batches.append(self.draw(i, generator, size))
+        return join(batches), torch.arange(count).repeat_interleave(size)
+
+    def _teach(self, joint: Batch, rows: Tensor) -> Tensor:
+        self.attachment.only(rows)
+        with torch.no_grad():
+            taught = self.predict(seen(joint))
+        self.attachment.check_all_ran()
+        return taught
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, step: int, reduce: Callable[[Sequence[Tensor]], None] | None
+    ) -> Step:
+        """One step up to the gradients."""
+        joint, rows = self._data(self.generator)
+        teacher = self._teach(joint, rows)
+        # The teacher goes first: checkpointed blocks run again in backward, and must find the student's state.
+        self.attachment.all()
+        self.attachment.downs = {m: self._down(m) for m in self.sites}
+        student = self.predict(seen(joint))
+        fits = self._fits(weighed(student.float() - teacher.float(), joint))
+        coupling = self._coupling()
+        loss = sum((w * f for w, f in zip(self.weights, fits, strict=True)), fits[0].new_zeros(()))
+        loss = loss + self.settings.lam * coupling
+        optimizer.zero_grad()
+        cast(Any, loss).backward()
+        if reduce:
+            reduce([p.grad for p in self.parameters.values() if p.grad is not None])
+        numbers = tuple(float(f.detach()) for f in fits)
+        return Step(step + 1, self.settings.steps, numbers, float(coupling.detach()), float(loss.detach()))
+
+    def _columns(self, module: str) -> Tensor:
+        """The coefficients m, ``(N, in·kh·kw)``."""
+        parameter, site = self.parameters[module], self.sites[module]
+        if self.settings.parametrisation == "column":
+            return parameter
+        absent = torch.full_like(parameter, -math.inf)
+        absent[site.present] = 0.0
+        return (parameter + absent).softmax(0)[:, None].expand(-1, site.columns)
+
+    def _down(self, module: str) -> Tensor:
+        if self.settings.parametrisation == "down":
+            return self.parameters[module]
+        site = self.sites[module]
+        return site.down.float() * self._columns(module)[site.owner]
+
+    def _fits(self, difference: Tensor) -> list[Tensor]:
+        parts = self._parts(difference)
+        if self.settings.loss == "norm":
+            return [part.norm() for part in parts]
+        squares = [part.square().mean() for part in parts]
+        if self.settings.loss == "mse":
+            return squares
+        return [square / scale for square, scale in zip(squares, self.scales, strict=True)]
+
+    def _parts(self, values: Tensor) -> Sequence[Tensor]:
+        """Each LoRA's rows of what the model gave."""
+        size, count = self.settings.batch_size, len(self.loras)
+        if values.shape[0] != size * count:
+            raise MergeError(f"predict gave {values.shape[0]} rows for a batch of {size * count}.")
+        return values.chunk(count)
+
+    def _coupling(self) -> Tensor:
+        given = self.settings
+        if given.penalty == "none":
+            return torch.zeros(())
+        terms = [
+            penalty(given.penalty, self._columns(m)[site.present], self.crossings.get(m))
+            for m, site in self.sites.items()
+        ]
+        total = torch.stack(terms).sum()
+        return total / len(terms) if given.mean_penalty else total
+
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """What was learned: ``up`` and ``down`` of every module that the LoRAs share."""
+        return {m: (site.up, self._down(m).detach()) for m, site in self.sites.items()}
+
+    def coefficients(self, recipe: Mapping[str, Any]) -> Coefficients | None:
+        """The same as weights of the ordinary merge, where it is one."""
+        if self.settings.parametrisation == "down":
+            return None
+        columns = {m: self._columns(m).detach().cpu().contiguous().numpy() for m in self.sites}
+        return Coefficients.of(columns, self.loras, [1.0] * len(self.loras), recipe)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state must agree in with the run that goes on from it; more steps are no other run."""
+        kept = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
+        marks = fingerprints(self.loras)
+        return {**self.about, "settings": kept, "LoRAs": marks, "weights": self.weights, "shard": self.shard}
+
+
+def _check_together(reached: int, reduce: Callable[[Sequence[Tensor]], None]) -> None:
+    """Refuse processes whose checkpoints are at different steps: they would wait for each other."""
+    mean = mean_if_apart(reached, reduce)
+    if mean is not None:
+        raise OptionError(
+            f"This process's checkpoint is at step {reached}, others' are not: they average {mean:g}. "
+            "Way out: without checkpoints, a new run."
+        )
+
+
+@contextmanager
+def _frozen(models: Models) -> Iterator[None]:
+    """The models' parameters without gradients while it lasts."""
+    learning = [p for model in models.values() for p in model.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _silent(attachment: Attachment) -> Iterator[None]:
+    """An attachment that adds nothing while it lasts."""
+    attachment.active = False
+    try:
+        yield
+    finally:
+        attachment.active = True

@@ -1,0 +1,61 @@
+"""How much two LoRAs act along the same directions on the same inputs, with and without learned coefficients.
+
+ZipLoRA's reason: where column a of ΔWᵢ and of ΔWⱼ point along one line, adding them up distorts
+both.  Coefficients m can let one of the two have the column.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+
+from .. import linalg
+from ..files.lora import LoRA
+from ..layers.base import matrix
+from ..merging.coefficients import Coefficients
+from ..tensors import Array, namespace
+
+
+def overlaps(
+    loras: Sequence[LoRA], coefficients: Coefficients, group: Callable[[str], str]
+) -> Mapping[str, tuple[float, float]]:
+    """The overlap of columns before and after learning, by group of modules.
+
+    With dᵢ[a] = ΔWᵢ[:, a], it is Σ |mᵢ[a] mⱼ[a] ⟨dᵢ[a], dⱼ[a]⟩| / Σ ‖mᵢ ∘ ‖dᵢ‖‖ ‖mⱼ ∘ ‖dⱼ‖‖, summed
+    over the pairs of LoRAs and the modules of the group: in [0, 1], 1 where all columns are
+    parallel, 0 where they are at right angles or never both at work.  Before is at m = 1.
+
+    Args:
+        loras: The LoRAs that the coefficients were learned for, in order.
+        coefficients: What was learned.
+        group: Name of the group of a module.
+
+    Raises:
+        OptionError: The LoRAs are others than the coefficients'.
+    """
+    coefficients.check(loras)
+    sums: dict[str, list[float]] = {}
+    for module in coefficients.columns:
+        factors = {i: lora[module].factors() for i, lora in enumerate(loras) if module in lora}
+        m = coefficients.columns[module].read()
+        total = sums.setdefault(group(module), [0.0, 0.0, 0.0, 0.0])
+        for i, j in combinations(factors, 2):
+            products = [_products(factors[a], factors[b]) for a, b in ((i, j), (i, i), (j, j))]
+            for place, (a, b) in enumerate(((1.0, 1.0), (m[i], m[j]))):
+                total[2 * place] += float(abs(a * b * products[0]).sum())
+                total[2 * place + 1] += math.sqrt(
+                    float((a * a * products[1]).sum()) * float((b * b * products[2]).sum())
+                )
+    return {name: (_share(t[0], t[1]), _share(t[2], t[3])) for name, t in sums.items()}
+
+
+def _products(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
+    """⟨dᵢ[a], dⱼ[a]⟩ of every column a, float64."""
+    xp = namespace(first[0])
+    (up, down), (other, other_down) = (
+        tuple(xp.astype(matrix(t), xp.float64) for t in pair) for pair in (first, second)
+    )
+    return linalg.column_products(up.T @ other, down, other_down)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,548 @@
+"""The least-squares merge: the LoRA that answers each LoRA's own inputs as that LoRA does, in closed form.
+
+For a module with the stacked factors B = [up₁ … up_N] and A = [down₁; …; down_N], and Cᵢ the
+second moments of the inputs under LoRA i, it minimises
+
+    J(M) = Σᵢ wᵢ tr((M − Dᵢ) Cᵢ (M − Dᵢ)ᵀ) + ridge · (distance to the prior)
+
+over a family of M = B V with the ``up`` factors unchanged, so that every result is a LoRA of rank R:
+
+| granularity | V | unknowns |
+|---|---|---|
+| global | sᵢ Aᵢ, one sᵢ for all modules | N |
+| layer | sᵢ Aᵢ | N a module |
+| rank | diag(s) A | R |
+| core | K A | R² |
+| column | Aᵢ diag(mᵢ): ZipLoRA's | N n |
+| full | any: RegMean on the updates | R n |
+
+The families contain each other: global ⊂ layer ⊂ rank ⊂ core ⊂ full, and layer ⊂ column ⊂ full.
+
+Sources: Jin et al., 2023, RegMean, https://arxiv.org/abs/2212.09849, for ``full``; Shah et al., 2023,
+ZipLoRA, https://arxiv.org/abs/2311.13600, for the form of ``column``.  The normal equations are
+derived in docs/explanation/ziplora.md.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError, NumberError, OptionError
+from ..files.lora import LoRA
+from ..merging.steps import named
+from ..merging.verbs import Plan
+from .attach import factors
+from .moments import Moments
+from .result import assemble, plan_sum
+
+Granularity = Literal["global", "layer", "rank", "core", "column", "full"]
+Prior = Literal["sum", "mean"]
+Solver = Literal["auto", "direct", "pcg"]
+
+RIDGE: Mapping[str, float] = {"global": 1e-3, "layer": 1e-3, "rank": 1e-3, "core": 0.01, "column": 0.1, "full": 0.1}
+"""Default ridge; `lsq` says what it is relative to."""
+
+LEAST = 1e-10
+"""The pull to the prior that there always is: it decides what no input shows, and is lost in what one does."""
+
+SOUND = 1e9
+"""Condition up to which a metric is simply inverted: float64 then keeps seven digits."""
+
+FAINT = 1e-12
+"""Share of a metric's largest eigenvalue below which a direction is none: float32 factors hold no more digits."""
+
+TINY = 1e-30
+"""Below any moment: keeps the equations of a module with zero inputs or zero factors solvable."""
+
+ROUNDED = 1e-13
+"""Share of a moment's trace by which float64 may make an eigenvalue negative."""
+
+WRONG = 1e-2
+"""Share of a moment's largest eigenvalue by which no rounding makes another negative."""
+
+SLACK = 1e-3
+"""Share of the base model's J by which a J from float32 moments may be off."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One module's factors and moments, in float64."""
+
+    up: Tensor
+    """B, ``(out, R)``."""
+    down: Tensor
+    """A, ``(R, n)``."""
+    slices: tuple[slice, ...]
+    """Each LoRA's rows of A; empty for one that lacks the module."""
+    core: Tensor
+    """wᵢ A Cᵢ Aᵀ, ``(N, R, R)``."""
+    gram: Tensor | None
+    """Σ Cᵢ, ``(n, n)``; only with all weights one."""
+    cross: Tensor | None
+    """Aᵢ Cᵢ, ``(R, n)``, each row with its own LoRA's moments."""
+    noise: float = 0.0
+    """Rounding of Σ Cᵢ, as a share of its trace."""
+
+    @property
+    def least_ridge(self) -> float:
+        """The ridge below which rounding would decide, relative to the mean of Σ Cᵢ's diagonal."""
+        return self.noise * self.down.shape[1]
+
+    @property
+    def gram_up(self) -> Tensor:
+        """``upᵀ up``, ``(R, R)``."""
+        return self.up.T @ self.up
+
+    def own(self, i: int) -> Tensor:
+        """The diagonal of the projection onto LoRA i's rows, ``(R,)``."""
+        mask = self.down.new_zeros(self.down.shape[0])
+        mask[self.slices[i]] = 1.0
+        return mask
+
+    def loss(self, down: Tensor) -> float:
+        """J of ``up @ down`` without the ridge, where the moments allow it.
+
+        Args:
+            down: V, ``(R, n)``.
+
+        Raises:
+            MergeError: The moments are of the kind ``core``, which only know V = K A.
+        """
+        if self.gram is None or self.cross is None:
+            raise MergeError("the loss of any down factor needs moments of the kind 'gram'.")
+        g = self.gram_up
+        constant = sum(float((g[s, s] * self.core[i][s, s]).sum()) for i, s in enumerate(self.slices))
+        return float((g * (down @ self.gram @ down.T)).sum() - 2 * ((g @ self.cross) * down).sum()) + constant
+
+    def core_loss(self, k: Tensor) -> float:
+        """J of ``up @ k @ down``, ``k`` of shape ``(R, R)``, without the ridge."""
+        total = 0.0
+        for i, moment in enumerate(self.core):
+            rest = k - torch.diag(self.own(i))
+            total += float((self.gram_up * (rest @ moment @ rest.T)).sum())
+        return total
+
+
+@dataclass
+class Report:
+    """How well a merge answers every LoRA's inputs, by module: J / J of the base model, 0 is perfect."""
+
+    fits: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)
+    """The same for the plain sum."""
+    means: dict[str, float] = field(default_factory=dict)
+    """The same for the average."""
+
+
+def lsq(
+    loras: Sequence[LoRA],
+    moments: Moments,
+    *,
+    granularity: Granularity = "core",
+    ridge: float | None = None,
+    prior: Prior = "sum",
+    weights: Sequence[float] | None = None,
+    solver: Solver = "auto",
+) -> tuple[LoRA, Report]:
+    """Merge LoRAs in closed form, from the moments of a calibration.
+
+    Args:
+        loras: The LoRAs that were calibrated, in the same order.
+        moments: Of the kind ``gram`` for the granularities ``column`` and ``full``.
+        granularity: The family that the result is looked for in; see the module's documentation.
+        ridge: Pull to the prior, from 0: relative to the diagonal of the normal equations, for ``core``
+            and ``full`` to the inputs' mean energy, within the rows of A and altogether.
+        prior: What directions get that no input has shown: ``sum`` keeps each LoRA there,
+            ``mean`` the average.
+        weights: How much each LoRA's error counts, above 0; 1 for all by default, which
+            ``column`` and ``full`` require.
+        solver: For ``column``: ``direct`` forms the N n × N n system, ``pcg`` solves it by
+            conjugate gradients without forming it; ``auto`` chooses by size.
+
+    Returns:
+        The merged LoRA, of rank Σr in every module with moments, and how well it fits.  Modules
+        without moments are summed.
+
+    Raises:
+        MergeError: The moments are of other LoRAs, of a kind that does not suffice, or no moments of any
+            inputs; conjugate gradients don't converge; or rounding outweighs what the inputs showed.
+        NumberError: The model's values were NaN or infinite.
+        OptionError: An option is unknown or out of range.
+    """
+    _check(granularity, ridge, prior, solver)
+    moments.check(loras)
+    shares = _weights(weights, len(loras), granularity)
+    planned = plan_sum(loras)
+    _check_modules(moments, planned, granularity)
+    chosen = RIDGE[granularity] if ridge is None else ridge
+
+    def posed(module: str) -> Problem:
+        return problem(loras, module, moments, shares)
+
+    common = _global(map(posed, moments.modules), chosen, prior) if granularity == "global" else None
+    learned: dict[str, tuple[Tensor, Tensor]] = {}
+    costs: dict[str, Costs] = {}
+    for module in moments.modules:
+        p = posed(module)
+        with named(module):
+            solved, cost = _answer(p, granularity, chosen, prior, solver, common)
+            costs[module] = costs_of(p, cost)
+            if common is None:
+                check_sound(solved, costs[module], prior)
+        learned[module] = p.up, solved
+    if common is not None:
+        with named("all modules together"):
+            check_sound(common, Costs(*map(sum, zip(*costs.values(), strict=True))), prior)
+    options = {"granularity": granularity, "ridge": chosen, "prior": prior, "weights": shares}
+    return assemble(planned, learned, "lsq", options, moments.identity), _report(costs)
+
+
+def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Sequence[float] | None = None) -> Problem:
+    """One module's least-squares problem.
+
+    Args:
+        loras: The LoRAs that were calibrated, in the same order.
+        module: The module's name.
+        moments: What the calibration found.
+        weights: How much each LoRA's error counts.
+
+    Raises:
+        MergeError: The moments are of other LoRAs.
+        NumberError: The model's values were NaN or infinite.
+    """
+    pairs = {i: factors(lora, module) for i, lora in enumerate(loras) if module in lora}
+    ends = list(accumulate(pairs[i][0].shape[1] if i in pairs else 0 for i in range(len(loras))))
+    found, gram, batches = moments.modules[module], moments.gram(module), moments.batches(module)
+    device, core = found.core.device, found.core.double() / batches
+    if core.shape != (len(loras), ends[-1], ends[-1]):
+        raise MergeError(
+            f"{module}: the moments have the shape {tuple(core.shape)}, wanted {(len(loras), ends[-1], ends[-1])}."
+        )
+    if not all(part.isfinite().all() for part in (core, gram, found.cross) if part is not None):
+        raise NumberError(
+            f"{module}: its inputs were NaN or infinite during calibration. Way out: float32 or bfloat16."
+        )
+    shares = core.new_tensor(list(weights or [1.0] * len(loras)))
+    alike = bool((shares == 1.0).all())  # the sums over all LoRAs can't be weighted afterwards
+    down = torch.cat([down for _, down in pairs.values()], 0).to(device).double()
+    with named(module):
+        core = positive(core, down)
+    return Problem(
+        torch.cat([up for up, _ in pairs.values()], 1).to(device).double(),
+        down,
+        tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False)),
+        core * shares[:, None, None],
+        gram.to(device).double() / batches if gram is not None and alike else None,
+        found.cross.to(device).double() / batches if found.cross is not None and alike else None,
+        torch.finfo(gram.dtype).eps if gram is not None else 0.0,
+    )
+
+
+def positive(core: Tensor, down: Tensor) -> Tensor:
+    """Moments A Cᵢ Aᵀ, ``(N, R, R)``, without what rounding made of directions that no input shows.
+
+    A direction in which the rows of A cancel nearly has moments that float32 can't tell from zero, or
+    from below zero: what is no larger than the lowest eigenvalue's size is rounding.
+
+    Args:
+        core: The moments.
+        down: A, ``(R, n)``.
+
+    Raises:
+        MergeError: An eigenvalue is further below zero than rounding explains.
+    """
+    sizes = _sizes(down)
+    scale = torch.outer(sizes, sizes)
+    return torch.stack([_positive(moment / scale) for moment in core]) * scale
+
+
+def _positive(moment: Tensor) -> Tensor:
+    moment = (moment + moment.T) / 2
+    if not torch.linalg.cholesky_ex(moment + ROUNDED * moment.trace() * _eye(moment)).info:
+        return moment
+    values, vectors = torch.linalg.eigh(moment)
+    if values[0] < -WRONG * values[-1]:
+        raise MergeError(
+            "its moments have the eigenvalue "
+            f"{values[0]:.3g} beside {values[-1]:.3g}, and the moments of inputs have none below zero. "
+            "Way out: calibrate again."
+        )
+    return (vectors * values.where(values > -values[0], 0.0)) @ vectors.T
+
+
+def solve(p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver = "auto") -> Tensor:
+    """V, ``(R, n)``, with ``up @ V`` the best of a family."""
+    if granularity == "column":
+        return columns(p, column_solution(p, ridge, _prior(p, prior), solver))
+    if granularity == "full":
+        return full_solution(p, ridge, prior)
+    return _mixing(p, granularity, ridge, prior) @ p.down
+
+
+def columns(p: Problem, m: Tensor) -> Tensor:
+    """V, ``(R, n)``, of coefficients ``(N, n)``: one factor per LoRA and column."""
+    return torch.cat([p.down[s] * m[i] for i, s in enumerate(p.slices)], 0)
+
+
+def _mixing(p: Problem, granularity: Granularity, ridge: float, prior: Prior) -> Tensor:
+    """K, ``(R, R)``, of the families with V = K A."""
+    if granularity == "core":
+        return core_solution(p, ridge, prior)
+    if granularity == "rank":
+        return torch.diag(_solved(*rank_system(p), ridge, _prior(p, prior)))
+    return torch.diag(_spread(p, _solved(*layer_system(p), ridge, _prior(p, prior))))
+
+
+def _answer(
+    p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver, common: Tensor | None
+) -> tuple[Tensor, float]:
+    """V and its J, from the moments that know it best."""
+    if granularity in ("column", "full"):
+        solved = solve(p, granularity, ridge, prior, solver)
+        return solved, p.loss(solved)
+    k = _mixing(p, granularity, ridge, prior) if common is None else torch.diag(_spread(p, common))
+    return k @ p.down, p.core_loss(k)
+
+
+def layer_system(p: Problem) -> tuple[Tensor, Tensor]:
+    """H and b of one factor a LoRA: Hⱼₖ = ⟨BⱼᵀBₖ, Aⱼ C Aₖᵀ⟩, bⱼ = Σᵢ ⟨BⱼᵀBᵢ, Aⱼ Cᵢ Aᵢᵀ⟩."""
+    h, b = rank_system(p)
+    pick = torch.stack([p.own(i) for i in range(len(p.slices))])
+    return pick @ h @ pick.T, pick @ b
+
+
+def rank_system(p: Problem) -> tuple[Tensor, Tensor]:
+    """H and b of one factor a rank: H = (BᵀB) ∘ (A C Aᵀ), b = Σᵢ ((BᵀBᵢ) ∘ (A Cᵢ Aᵢᵀ)) 1."""
+    g = p.gram_up
+    h = g * p.core.sum(0)
+    b = sum(((g * moment) @ p.own(i) for i, moment in enumerate(p.core)), g.new_zeros(g.shape[0]))
+    return h, b
+
+
+def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
+    """K = (Σᵢ Pᵢ Sᵢ + λ K₀ G)(Σᵢ Sᵢ + λ G)⁻¹ with Sᵢ = A Cᵢ Aᵀ and G = A Aᵀ, the metric of the prior K₀.
+
+    λ is the ridge times tr(G⁻¹ Σ Sᵢ) / R, so that the result depends on the ΔWᵢ, not on their factors.
+    """
+    sizes = _sizes(p.down)  # rows of very different sizes would lose the small ones
+    core = p.core / torch.outer(sizes, sizes)
+    total = core.sum(0)
+    own = sum((p.own(i)[:, None] * moment for i, moment in enumerate(core)), torch.zeros_like(total))
+    metric = _gram(p.down / sizes[:, None])
+    energy = (_pseudo_inverse(metric) * total).sum() / len(metric)
+    # Equal LoRAs leave directions that neither moments nor metric see; what K does there is of no effect.
+    pull = ridge * energy * metric
+    pull = pull + LEAST * (total + pull).diagonal().mean().clamp_min(TINY) * _eye(metric)
+    return sizes[:, None] * _divide(own + _prior(p, prior) * pull, total + pull) / sizes
+
+
+def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
+    """V = (Aᵢ (Cᵢ + λᵢ)) (C + λ)⁻¹, row by row with its own LoRA's moments."""
+    if p.gram is None or p.cross is None:
+        raise MergeError("the granularity full needs moments of the kind 'gram'.")
+    pull = (ridge + p.least_ridge + LEAST) * p.gram.diagonal().mean().clamp_min(TINY)
+    return _divide(p.cross + _prior(p, prior) * pull * p.down, p.gram + pull * _eye(p.gram))
+
+
+def column_system(p: Problem) -> tuple[Tensor, Tensor]:
+    """H ``(N n, N n)`` and b ``(N n,)`` of one factor a LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
+    if p.gram is None:
+        raise MergeError("the granularity column needs moments of the kind 'gram'.")
+    g = p.gram_up
+    blocks = [[(p.down[s].T @ g[s, t] @ p.down[t]) * p.gram for t in p.slices] for s in p.slices]
+    return torch.cat([torch.cat(row, 1) for row in blocks], 0), column_target(p).reshape(-1)
+
+
+def column_target(p: Problem) -> Tensor:
+    """b, ``(N, n)``: bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
+    if p.cross is None:
+        raise MergeError("the granularity column needs moments of the kind 'gram'.")
+    response = p.gram_up @ p.cross
+    return torch.stack([(p.down[s] * response[s]).sum(0) for s in p.slices])
+
+
+def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "auto") -> Tensor:
+    """The coefficients m, ``(N, n)``: ZipLoRA in closed form."""
+    n, count = p.down.shape[1], len(p.slices)
+    ridge += p.least_ridge
+    if solver == "auto":
+        solver = "direct" if n * count <= 1500 else "pcg"
+    if solver == "pcg":
+        return _pcg(p, ridge, prior)
+    h, b = column_system(p)
+    return _solved(h, b, ridge, prior).reshape(count, n)
+
+
+def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: int = 500) -> Tensor:
+    """Conjugate gradients, preconditioned by the diagonal; H v = colsum(E ∘ ((Σⱼ Eⱼ ∘ vⱼ) C)) without H."""
+    assert p.gram is not None
+    root = torch.linalg.qr(p.up)[1]
+    e = [root[:, s] @ p.down[s] for s in p.slices]
+    gram = p.gram
+    diagonal = torch.stack([(x**2).sum(0) for x in e]) * gram.diagonal()
+    pull = _pull(diagonal, ridge)
+
+    def times(v: Tensor) -> Tensor:
+        mixed = sum((x * v[j] for j, x in enumerate(e)), torch.zeros_like(e[0])) @ gram
+        return torch.stack([(x * mixed).sum(0) for x in e]) + pull * v
+
+    m = torch.full_like(diagonal, prior)
+    target = column_target(p) + pull * prior
+    rest = target - times(m)
+    inverse = 1.0 / (diagonal + pull)
+    direction = step = inverse * rest
+    size = (rest * step).sum()
+    for _ in range(most):
+        if rest.norm() <= tolerance * target.norm():
+            return m
+        moved = times(direction)
+        length = size / (direction * moved).sum()
+        m = m + length * direction
+        rest = rest - length * moved
+        step = inverse * rest
+        size, before = (rest * step).sum(), size
+        direction = step + (size / before) * direction
+    raise MergeError(f"conjugate gradients did not converge in {most} steps; give a larger ridge.")
+
+
+def _solved(h: Tensor, b: Tensor, ridge: float, prior: float) -> Tensor:
+    """(H + ρ) x = b + ρ · prior, with ρ = ridge · diag(H)."""
+    pull = _pull(h.diagonal(), ridge)
+    return _divide((b + pull * prior)[None], h + torch.diag(pull))[0]
+
+
+def _pull(diagonal: Tensor, ridge: float) -> Tensor:
+    """How strongly each unknown is drawn to the prior."""
+    return ridge * diagonal + LEAST * diagonal.mean().clamp_min(TINY)
+
+
+def _divide(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right⁻¹`` for a symmetric positive ``right``."""
+    lower, failed = torch.linalg.cholesky_ex(right)
+    if failed:
+        raise MergeError("rounding outweighs what the inputs showed. Way out: a larger ridge.")
+    return torch.cholesky_solve(left.T, lower).T
+
+
+def _sizes(rows: Tensor) -> Tensor:
+    """The lengths of rows, 1 for rows of zeros."""
+    found = torch.linalg.vector_norm(rows, dim=1)
+    return found.where(found > 0, 1.0)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``rows @ rowsᵀ``."""
+    if rows.device.type != "cpu":
+        return rows @ rows.T
+    held = rows.numpy()
+    return torch.from_numpy(held @ held.T)  # numpy computes one triangle of what it sees to be symmetric
+
+
+def _pseudo_inverse(metric: Tensor) -> Tensor:
+    """The pseudo-inverse of a Gram matrix: directions that nearly vanish would else count without end."""
+    lower, failed = torch.linalg.cholesky_ex(metric)
+    if not failed:
+        inverse = torch.cholesky_inverse(lower)
+        # The traces bound the largest eigenvalue and the inverse of the least.
+        if metric.trace() * inverse.trace() < SOUND:
+            return inverse
+    return torch.linalg.pinv(metric, rtol=FAINT, hermitian=True)
+
+
+def _eye(like: Tensor) -> Tensor:
+    """The identity in the size, dtype and place of a square matrix."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)
+
+
+def _prior(p: Problem, prior: Prior) -> float:
+    return 1.0 if prior == "sum" else 1.0 / len(p.slices)
+
+
+def _spread(p: Problem, s: Tensor) -> Tensor:
+    """One factor a LoRA as one a row."""
+    return sum((s[i] * p.own(i) for i in range(len(p.slices))), torch.zeros_like(p.down[:, 0]))
+
+
+def _global(problems: Iterable[Problem], ridge: float, prior: Prior) -> Tensor:
+    systems = [layer_system(p) for p in problems]
+    h = torch.stack([h for h, _ in systems]).sum(0)
+    b = torch.stack([b for _, b in systems]).sum(0)
+    return _solved(h, b, ridge, 1.0 if prior == "sum" else 1.0 / len(b))
+
+
+class Costs(NamedTuple):
+    """J of one module, or of all."""
+
+    found: float
+    base: float
+    """Of the base model."""
+    sum: float
+    mean: float
+
+
+def costs_of(p: Problem, found: float) -> Costs:
+    """J of what was found for a module, beside those of what needs no learning."""
+    eye = _eye(p.gram_up)
+    return Costs(found, *(p.core_loss(k) for k in (torch.zeros_like(eye), eye, eye / len(p.slices))))
+
+
+def check_sound(solved: Tensor, costs: Costs, prior: Prior) -> None:
+    """Refuse what can't be a solution: any is at least as good as the prior, and J is a sum of squares.
+
+    Raises:
+        MergeError: J is below zero or above the prior's, or a value is NaN or infinite.
+    """
+    slack = SLACK * costs.base
+    most = costs.sum if prior == "sum" else costs.mean
+    if not (solved.isfinite().all() and -slack <= costs.found <= most + slack):
+        raise MergeError(
+            f"its error came out as {costs.found:.3g} where the {prior} of the LoRAs has {most:.3g}: rounding outweighs "
+            "what the inputs showed. Ways out: a larger ridge, more batches, or the granularity core."
+        )
+
+
+def _report(costs: Mapping[str, Costs]) -> Report:
+    """The fits of all modules in which the LoRAs change anything."""
+    kept = {module: found for module, found in costs.items() if found.base > 0}
+    return Report(
+        {module: max(found.found, 0.0) / found.base for module, found in kept.items()},
+        {module: found.sum / found.base for module, found in kept.items()},
+        {module: found.mean / found.base for module, found in kept.items()},
+    )
+
+
+def _check(granularity: str, ridge: float | None, prior: str, solver: str) -> None:
+    for what, given, known in (
+        ("granularity", granularity, Granularity),
+        ("prior", prior, Prior),
+        ("solver", solver, Solver),
+    ):
+        if given not in get_args(known):
+            raise OptionError(f"Unknown {what} {given!r}. Available: {', '.join(get_args(known))}.")
+    if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
+        raise OptionError(f"The ridge is a number from 0, got {ridge!r}.")
+
+
+def _weights(weights: Sequence[float] | None, count: int, granularity: str) -> list[float]:
+    """One weight a LoRA."""
+    found = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(found) != count:
+        raise OptionError(f"Weights given: {len(found)}, LoRAs: {count}.")
+    if not all(0 < weight < math.inf for weight in found):
+        raise OptionError(f"How much a LoRA's error counts is a number above 0, got {found}.")
+    if granularity in ("column", "full") and set(found) != {1.0}:
+        raise OptionError(f"The granularity {granularity} takes no weights: Σ Cᵢ is kept as one sum.")
+    return found
+
+
+def _check_modules(moments: Moments, planned: Plan, granularity: str) -> None:
+    if granularity in ("column", "full") and moments.kind != "gram":
+        raise MergeError(f"The granularity {granularity} needs moments of the kind 'gram', got {moments.kind!r}.")
+    missing = [module for module in moments.modules if module not in planned.steps]
+    if missing:
+        raise MergeError(f"The moments have the module {missing[0]}, which none of the LoRAs has.")

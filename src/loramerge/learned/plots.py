@@ -1,0 +1,98 @@
+"""Learned coefficients as a picture: a histogram of every LoRA in every block."""
+
+from pathlib import Path
+
+from ..comparing.plots import check_drawable
+from ..errors import FileError, OptionError
+from ..files.architectures.blocks import block, position
+from ..merging.coefficients import Coefficients
+from ..tensors import Array
+
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def by_block(coefficients: Coefficients) -> dict[str, Array]:
+    """All coefficients of a block below each other, ``(N, columns)``, by component and block."""
+    import numpy as np
+
+    found: dict[tuple[str, str], list[Array]] = {}
+    for module, tensor in coefficients.columns.items():
+        found.setdefault((module.partition(".")[0], block(module)), []).append(tensor.read())
+    ordered = sorted(found.items(), key=lambda item: position(*item[0]))
+    return {" ".join(names): np.concatenate(arrays, 1) for names, arrays in ordered}
+
+
+def check_plot(path: Path) -> None:
+    """Refuse, before anything is shown, a picture that can't be drawn.
+
+    Raises:
+        FileError: The folder doesn't exist.
+        MissingExtraError: matplotlib is not installed.
+        OptionError: The path's ending is another.
+    """
+    if path.suffix not in SUFFIXES:
+        raise OptionError(f"Can't draw to {path}: wanted a path that ends in {', '.join(SUFFIXES)}.")
+    check_drawable(path, "Drawing")
+
+
+def draw(coefficients: Coefficients, path: Path) -> Path:
+    """Write the picture.
+
+    Args:
+        coefficients: What was learned.
+        path: Ends in .png, .svg or .pdf.
+
+    Raises:
+        FileError: The path can't be written.
+        MissingExtraError: matplotlib is not installed.
+        OptionError: The path's ending is another.
+    """
+    import numpy as np
+
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    blocks = by_block(coefficients)
+    low, high = span(blocks)
+    edges = np.linspace(low, high, 61)
+    figure = Figure(figsize=(6.5, 0.8 * len(blocks) + 1.2), layout="constrained")
+    grid = figure.subplots(len(blocks), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, values) in zip(grid, blocks.items(), strict=True):
+        for lora, mine in zip(coefficients.names, values, strict=True):
+            axes.hist(mine, edges, histtype="stepfilled", alpha=0.5, label=lora)
+        axes.set_yticks([])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.spines[["top", "left", "right"]].set_visible(False)
+    grid[0].legend(frameon=False, loc="upper left")
+    grid[-1].set_xlabel(f"coefficient of a column\n{outside(blocks, low, high)}")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise FileError(f"Can't write {path}: {error.strerror}.") from error
+    return path
+
+
+def span(blocks: dict[str, Array]) -> tuple[float, float]:
+    """Where most coefficients lie, by Tukey's fences; 0 and 1 are in it.
+
+    A few are far outside: where a column hardly acts, learning leaves its coefficient at anything.
+    """
+    import numpy as np
+
+    lower, upper = np.quantile(_whole(blocks), [0.25, 0.75])
+    reach = 1.5 * (upper - lower)
+    return min(0.0, float(lower - reach)), max(1.0, float(upper + reach))
+
+
+def outside(blocks: dict[str, Array], low: float, high: float) -> str:
+    """How many coefficients a picture of this span leaves out, in words."""
+    whole = _whole(blocks)
+    count = int(((whole < low) | (whole > high)).sum())
+    extent = f", from {whole.min():.3g} to {whole.max():.3g}" if count else ""
+    return f"{count} of {whole.size} coefficients lie outside the picture{extent}"
+
+
+def _whole(blocks: dict[str, Array]) -> Array:
+    import numpy as np
+
+    return np.concatenate([values.ravel() for values in blocks.values()])

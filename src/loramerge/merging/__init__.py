@@ -1,0 +1,54 @@
+"""Merging LoRAs: plan, merge and resize; recipes and sweeps; baking into a checkpoint."""
+
+from typing import TYPE_CHECKING
+
+from ..registry import face
+
+if TYPE_CHECKING:
+    from .baking import Baked as Baked, bake as bake
+    from .coefficients import Coefficients as Coefficients
+    from .plans import Kept as Kept, Outcome as Outcome, Plan as Plan
+    from .recipe import Recipe as Recipe
+    from .recipe_text import Input as Input, Output as Output
+    from .steps import Step as Step
+    from .sweeping import Row as Row, sweep as sweep
+    from .toml import Table as Table, parse_toml as parse_toml
+    from .verbs import merge as merge, plan as plan, resize as resize
+    from .weights import Scope as Scope, Weight as Weight, Weights as Weights
+else:
+    __getattr__, __dir__, __all__ = face(
+        __name__,
+        {
+            "baking": (
+                "Baked",
+                "bake",
+            ),
+            "coefficients": ("Coefficients",),
+            "plans": (
+                "Kept",
+                "Outcome",
+                "Plan",
+            ),
+            "recipe": ("Recipe",),
+            "recipe_text": (
+                "Input",
+                "Output",
+            ),
+            "steps": ("Step",),
+            "sweeping": (
+                "Row",
+                "sweep",
+            ),
+            "toml": ("Table", "parse_toml"),
+            "weights": (
+                "Scope",
+                "Weight",
+                "Weights",
+            ),
+            "verbs": (
+                "merge",
+                "plan",
+                "resize",
+            ),
+        },
+    )

@@ -1,0 +1,261 @@
+"""Baking: LoRAs added to the weights of a base model, W' = W + Σ wᵢ ΔWᵢ(W).
+
+Every kind of layer can be baked, those too whose ΔW depends on W (DoRA).  Sums are made in
+float32 and rounded once, to the weight's own dtype; what rounding took away is reported.
+"""
+
+import functools
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.models import Checkpoint, open_checkpoint
+from ..checkpoints.rewriting import Change, Job, Update, write_folder
+from ..errors import FileError, MergeError, OptionError
+from ..files.lora import LoRA, without
+from ..files.metadata import RECIPE
+from ..files.reading import Source, is_list, open
+from ..files.storage.writer import Progress
+from ..layers import FACTORED, ON_BASE, Layer, Rows, bias_of, direction_of
+from ..tensors import Array, Shape, float32, is_torch, parse_dtype, put_rows, take_rows
+from .weights import ModuleWeights, Scope, Weights, resolve
+
+BAKED = (*FACTORED, *ON_BASE, "full", "bias", "norm", "table", "set")
+"""Kinds of layers whose ΔW can be computed, given the weight."""
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What a bake wrote, and what became of every ΔW."""
+
+    path: Path
+    changes: Mapping[str, Change]
+    left_out: tuple[str, ...] = ()
+    """What was not carried over: tensors of a LoRA that belong to no layer, other copies of the old weights."""
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖ over all tensors."""
+        return math.sqrt(sum(c.norm**2 for c in self.changes.values()))
+
+    @property
+    def loss(self) -> float:
+        """The relative rounding loss over all tensors."""
+        return math.sqrt(sum(c.error**2 for c in self.changes.values())) / self.norm if self.norm else 0.0
+
+    def worst(self) -> list[Change]:
+        """Changes, those that rounding hurt most first."""
+        return sorted(self.changes.values(), key=lambda change: -change.loss)
+
+
+def bake(
+    loras: Sequence[LoRA | Source] | LoRA | str | Path,
+    base: Checkpoint | str | Path,
+    output: str | Path,
+    *,
+    weights: Weights = None,
+    scope: Scope = "module",
+    exclude: Sequence[str] = (),
+    dtype: str | None = None,
+    variant: str | None = None,
+    allow_lossy: bool = False,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Baked:
+    """Add LoRAs to a base model and write the result in the base's own layout.
+
+    One weight is in memory at a time, for each thread.  What is written appears under its name
+    when it is whole.
+
+    Args:
+        loras: LoRAs, or what `open` takes.
+        base: A checkpoint, or what `open_checkpoint` takes.
+        output: For a base that is a file, a ``.safetensors`` file; for a directory, a new one:
+            files that change are rewritten, the others copied.
+        weights: As in `merge`: the strength of each LoRA's whole ΔW.
+        scope: As in `merge`.
+        exclude: Patterns of modules to leave as they are.
+        dtype: Dtype of every float tensor in the files that are rewritten; by default each
+            tensor keeps its own.
+        variant: Which variant of the base's files, where a directory has several.
+        allow_lossy: Whether to leave out a LoRA's tensors that belong to no layer (embeddings).
+        workers: Threads.
+        progress: Called with the number of tensors done and of all.
+
+    Returns:
+        The path, and for every tensor what was added and what rounding made of it.
+
+    Raises:
+        MergeError: A module is not in the base, has another shape there, or can't be applied.
+        OptionError: A weight, the dtype or the output's name is wrong, or the output is the base or a LoRA.
+        NumberError: A result is NaN, infinite, or too large for the dtype.
+        FileError: A file can't be read or written; the output is then as it was.
+    """
+    listed: Sequence[LoRA | Source] = loras if is_list(loras) else [loras]  # type: ignore[list-item]
+    opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in listed]
+    if not opened:
+        raise OptionError("Nothing to bake: give at least one LoRA.")
+    kept = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
+    model = base if isinstance(base, Checkpoint) else open_checkpoint(base, variant=variant)
+    target = _checked_target(Path(output).expanduser(), model)
+    _check_not_an_input(target, listed)
+    left_out = _strays(kept, allow_lossy)
+    resolved = resolve(kept, weights, scope)
+    job = Job(model, _updates(kept, model, resolved), parse_dtype(dtype) if dtype else None, workers, progress)
+    metadata = {RECIPE: json.dumps(_recipe(kept, model, resolved), ensure_ascii=False)}
+    if model.path.is_file():
+        job.write(model.path, target, metadata)
+    else:
+        left_out += write_folder(job, target, metadata)
+    changes = {name: job.changes[name] for name in job.names if name in job.changes}
+    return Baked(target, changes, tuple(left_out))
+
+
+def _strays(loras: Sequence[LoRA], allow_lossy: bool) -> list[str]:
+    strays = [f"{lora.name}: {key}" for lora in loras for key in lora.extras]
+    if strays and not allow_lossy:
+        raise MergeError(
+            f"These tensors belong to no layer, and a base model has no place for them: {', '.join(strays)}. "
+            "Way out: leave them out (allow_lossy)."
+        )
+    return strays
+
+
+def _check_not_an_input(target: Path, loras: Sequence[object]) -> None:
+    if any(isinstance(lora, str | Path) and _same(Path(lora).expanduser(), target) for lora in loras):
+        raise OptionError(f"Can't write {target}: it is one of the LoRAs that are baked. Way out: another output.")
+
+
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths lead to one file or directory."""
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def _checked_target(target: Path, model: Checkpoint) -> Path:
+    if not target.parent.is_dir():
+        raise FileError(f"Can't write {target}: no such directory: {target.parent}.")
+    if _same(model.path, target):
+        raise OptionError(f"Can't write {target}: it is the base itself, which would be lost. Way out: another output.")
+    if model.path.is_file():
+        if target.suffix != ".safetensors" or target.is_dir():
+            raise OptionError(
+                f"Can't write {target}: the base is one file, so wanted a path that ends in .safetensors."
+            )
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileError(f"Can't write {target}: it exists. The base is a directory, so give a new one.")
+    elif model.path.resolve() in target.resolve().parents:
+        raise FileError(f"Can't write {target}: it is inside of the base.")
+    return target
+
+
+def _recipe(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) -> dict[str, Any]:
+    from .._version import __version__
+
+    inputs = [{"name": lora.name, "weight": label} for lora, label in zip(loras, weights.label, strict=True)]
+    return {"loramerge": __version__, "method": "bake", "base": model.name, "inputs": inputs}
+
+
+def _updates(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) -> list[Update]:
+    """What is added to each weight and bias; every module is checked before any is computed."""
+    found: list[Update] = []
+    for module in dict.fromkeys(module for lora in loras for module in lora):
+        shares = weights.of(module)
+        used = [(lora, w) for lora, w in zip(loras, shares, strict=True) if module in lora and w]
+        for lora, _ in used:
+            _check(lora, module, model)
+        adding = [(lora, w) for lora, w in used if lora.layout(module).kind != "bias"]
+        biased = [(lora, w) for lora, w in used if bias_of(lora.layout(module)) is not None]
+        if adding:
+            found.append(Update(module, model.weights[module], _Sum(module, model, adding).weight))
+        if biased:
+            found.append(Update(f"{module}.bias", model.biases[module], _Sum(module, model, biased).bias))
+    return found
+
+
+def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
+    """Whether a layer can be added to the base.
+
+    Raises:
+        MergeError: The base lacks the module, or the layer can't be applied to it.
+    """
+    layout = lora.layout(module)
+    where = f"{lora.name}: {module} can't be baked"
+    unknown = next((part for part in (layout, direction_of(layout)) if part.kind not in BAKED), None)
+    if unknown:
+        raise MergeError(f"{where}: {unknown.no_factors}.")
+    if module not in model:
+        known = f"its family is {model.architecture or 'unknown'}, the LoRA's {lora.architecture or 'unknown'}"
+        raise MergeError(f"{where}: {model.name} has no such weight ({known}). Way out: exclude the module.")
+    has = model.weights[module].shape
+    if not _fits(layout.shape[:1], has[:1]) or (layout.kind != "bias" and not _fits(layout.shape, has)):
+        raise MergeError(f"{where}: its shape is {layout.shape}, the weight in {model.name} has the shape {has}.")
+    if bias_of(layout) is not None and module not in model.biases:
+        raise MergeError(f"{where}: it changes the bias, and the module has none in {model.name}.")
+    model.check(model.weights[module])
+
+
+def _fits(shape: Shape, weight: Shape) -> bool:
+    """Whether two shapes are the same but for a flattened kernel, or axes of size 1 behind."""
+    return shape[:1] == weight[:1] and (
+        shape == weight or (2 in (len(shape), len(weight)) and math.prod(shape) == math.prod(weight))
+    )
+
+
+class _Sum:
+    """Σ wᵢ ΔWᵢ of a module, over the LoRAs that have it."""
+
+    def __init__(self, module: str, model: Checkpoint, inputs: Sequence[tuple[LoRA, float]]) -> None:
+        self.module = module
+        self.model = model
+        self.inputs = inputs
+
+    def weight(self, weight: Array) -> Array:
+        return self._sum(lambda lora: self._delta(lora, weight))
+
+    def bias(self, bias: Array) -> Array:
+        return self._sum(lambda lora: _numpy(float32(bias_of(lora[self.module]))))
+
+    def _sum(self, delta: Callable[[LoRA], Array]) -> Array:
+        terms = (delta(lora) if share == 1 else share * delta(lora) for lora, share in self.inputs)
+        return functools.reduce(operator.add, terms)
+
+    def _delta(self, lora: LoRA, weight: Array) -> Array:
+        layer = lora[self.module]
+        if isinstance(layer, Rows) and not layer.by_rows:
+            fused = self._fused(lora, layer)
+            return _numpy(take_rows(layer.whole.delta_on(_like(layer, fused)), layer.ranges)).reshape(weight.shape)
+        return _numpy(layer.delta_on(_like(layer, weight.reshape(layer.shape)))).reshape(weight.shape)
+
+    def _fused(self, lora: LoRA, layer: Rows) -> Array:
+        """The base's fused weight, of which the layer is a part: its norms run over all of it."""
+        import numpy as np
+
+        fused = np.zeros(layer.whole.shape, np.float32)
+        missing = layer.whole.shape[0]
+        for module, other in lora.layouts.items():
+            if isinstance(other, Rows) and other.source == layer.source and module in self.model:
+                put_rows(fused, other.ranges, float32(self.model.weight(module)).reshape(other.shape))
+                missing -= other.shape[0]
+        if missing:
+            raise MergeError(
+                "it is a part of a fused DoRA layer, whose norms run over the whole weight, and other parts of that "
+                "are missing or excluded"
+            )
+        return fused
+
+
+def _like(layer: Layer, weight: Array) -> Array:
+    """The weight in the array library of a layer's tensors."""
+    if not any(is_torch(tensor) for tensor in layer.tensors().values()):
+        return weight
+    import torch
+
+    return torch.from_numpy(weight if weight.flags.writeable else weight.copy())
+
+
+def _numpy(array: Array) -> Array:
+    return array.detach().cpu().numpy() if is_torch(array) else array

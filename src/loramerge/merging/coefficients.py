@@ -1,0 +1,115 @@
+"""Learned weights: one number for every LoRA and input column of a module.
+
+ΔW = Σᵢ upᵢ · (downᵢ · diag(mᵢ)) is an ordinary LoRA of rank Σrᵢ: column coefficients, as ZipLoRA
+learns them, are weights of the ordinary merge and no file format of their own.  They are kept in
+a safetensors file with a matrix ``(N, in·kh·kw)`` a module, so that a merge can be made again.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError, OptionError
+from ..files.dialects.write import Group
+from ..files.lora import LoRA
+from ..files.storage.reader import SafetensorsFile
+from ..files.storage.writer import write
+from ..tensors import Array, Held, Spec, Stored, check_finite
+
+KEY = "loramerge.merging.coefficients"
+"""Where the file's metadata say what the coefficients are for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Coefficients:
+    """Column coefficients of a merge, and where they come from."""
+
+    columns: Mapping[str, Stored | Held]
+    """By module, shape ``(N, in·kh·kw)``, float32: row i scales the columns of LoRA i's ΔW."""
+    others: tuple[float, ...]
+    """Each LoRA's weight in modules that have no coefficients."""
+    names: tuple[str, ...] = ()
+    """Names of the LoRAs, in order."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How they were learned: method, settings, seeds."""
+    source: str = "learned"
+    """Name of the file that they were read from."""
+
+    @classmethod
+    def of(
+        cls,
+        columns: Mapping[str, Array],
+        loras: Sequence[LoRA],
+        others: Sequence[float],
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "Coefficients":
+        """Coefficients in memory for given LoRAs."""
+        held = {module: Held(array) for module, array in columns.items()}
+        return cls(held, tuple(map(float, others)), tuple(lora.name for lora in loras), dict(provenance or {}))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Coefficients":
+        """Coefficients from a file; each matrix is read when it is asked for.
+
+        Raises:
+            FileError: The file can't be read, or holds no coefficients.
+        """
+        file = SafetensorsFile(Path(path))
+        try:
+            said = json.loads(file.metadata[KEY])
+            return cls(
+                file,
+                tuple(map(float, said["others"])),
+                tuple(said["names"]),
+                said.get("provenance", {}),
+                Path(path).name,
+            )
+        except (KeyError, TypeError, ValueError):
+            raise FileError(f"{path} holds no learned coefficients: its metadata lack {KEY!r}.") from None
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the coefficients: whole, or not at all."""
+        groups = [
+            Group(module, {module: Spec(tuple(tensor.shape), "F32")}, lambda m=module, t=tensor: {m: t.read()})  # type: ignore[misc]
+            for module, tensor in self.columns.items()
+        ]
+        said = {"others": self.others, "names": self.names, "provenance": dict(self.provenance)}
+        write(Path(path), groups, {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)})
+        return Path(path)
+
+    def check(self, loras: Sequence[LoRA]) -> None:
+        """Refuse LoRAs that the coefficients were not learned for.
+
+        Raises:
+            OptionError: Their number or order differs, or the columns of a module do.
+        """
+        if len(loras) != len(self.others):
+            raise OptionError(f"The coefficients are for {len(self.others)} LoRAs, got {len(loras)}.")
+        given = tuple(lora.name for lora in loras)
+        if given != self.names and sorted(given) == sorted(self.names):
+            raise OptionError(
+                f"The coefficients are for {', '.join(self.names)} in this order, got {', '.join(given)}."
+            )
+        for module, tensor in self.columns.items():
+            shapes = [lora.layout(module).shape for lora in loras if module in lora]
+            if not shapes:
+                raise OptionError(f"The coefficients have the module {module}, which none of the LoRAs has.")
+            count = math.prod(shapes[0][1:])
+            if tuple(tensor.shape) != (len(loras), count):
+                raise OptionError(
+                    f"{module}: the coefficients have the shape {tuple(tensor.shape)}, wanted {(len(loras), count)}."
+                )
+
+    def of_module(self, module: str) -> list[Any]:
+        """One weight a LoRA: an array ``(in·kh·kw,)``, or a number where nothing was learned."""
+        if module not in self.columns:
+            return list(self.others)
+        import numpy as np
+
+        array = np.array(self.columns[module].read())
+        check_finite(array)
+        return list(array)

@@ -1,0 +1,184 @@
+"""Modules that a dialect writes as one weight, and that a cut therefore has to treat as one.
+
+The files of kohya and ComfyUI hold q, k and v of a FLUX block as one weight with one ``down``.  Each
+cut by itself would have a ``down`` of its own, and the file three of them side by side; cut as the one
+matrix [ΔW_q; ΔW_k; ΔW_v] = [up_q; up_k; up_v] @ down they share it, and the rank is what was asked for.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .. import linalg
+from ..files.architectures import ARCHITECTURES
+from ..files.architectures.names import Parts
+from ..files.dialects import DIALECTS, fuse
+from ..files.dialects.base import table
+from ..files.lora import LoRA
+from ..layers import Full, Layer, LowRank, low_rank
+from ..layers.base import matrix
+from ..tensors import Shape, largest_rank
+from .methods.base import Merged, shared_down
+from .methods.linear import linear
+from .ranks import Rank, rule
+from .steps import Step
+
+
+@dataclass(frozen=True)
+class Join:
+    """Modules of a merge that are one weight in the file."""
+
+    parts: Parts
+    """Those of the weight's modules that are merged."""
+    rows: tuple[int, ...]
+    """Each module's rows."""
+    columns: int
+    apart_rank: int
+    """Rank of the weight as it is written when each module is merged by itself."""
+    full_rank: int
+    """The least rank that it can be written in without loss: parts that share a ``down`` in an input share it still."""
+    rank: int
+    """Rank of the result."""
+    exact: bool = False
+    """Whether the inputs' own joined weights, side by side, are the result before it is cut."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules' names."""
+        return tuple(part.module for part in self.parts)
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the modules one below the other."""
+        return sum(self.rows), self.columns
+
+    @property
+    def as_one(self) -> bool:
+        """Whether the modules are merged as one matrix."""
+        return self.rank < self.apart_rank
+
+    @property
+    def cut(self) -> bool:
+        """Whether that takes something away."""
+        return self.rank < min(self.full_rank, *self.shape)
+
+    @property
+    def step(self) -> Step:
+        """The merge of all modules as that of one."""
+        return Step(", ".join(self.modules), self.shape, (), (), self.full_rank, self.rank)
+
+
+def joins_of(
+    steps: Mapping[str, Step], loras: Sequence[LoRA], dialect: str, architecture: str | None, exact: bool, rank: Rank
+) -> dict[str, Join]:
+    """The joins of a dialect, by each module in one.
+
+    Args:
+        steps: Every module's merge.
+        loras: What is merged.
+        dialect: Name of the dialect that will be written.
+        architecture: Name of the model family.
+        exact: Whether the method keeps a ``down`` that modules share.
+        rank: The rule that gives the rank; of an input it sees the rank of the joined weight.
+    """
+    if architecture is None:
+        return {}
+    found: dict[str, Join] = {}
+    for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():
+        present = tuple(part for part in parts if part.module in steps and not steps[part.module].rankless)
+        if len(present) > 1:
+            join = _join(present, [steps[part.module] for part in present], loras, exact, rank)
+            found |= dict.fromkeys(join.modules, join)
+    return found
+
+
+def _join(parts: Parts, steps: Sequence[Step], loras: Sequence[LoRA], exact: bool, rank: Rank) -> Join:
+    rows, columns = tuple(step.shape[0] for step in steps), math.prod(steps[0].shape[1:])
+    written = [min(step.rank if rank == "sum" else step.full_rank, largest_rank(step.shape)) for step in steps]
+    shared = exact and len({_downs(step, loras) or step.module for step in steps}) == 1
+    apart = max(written) if shared else sum(written)
+    inputs = dict.fromkeys(i for step in steps for i in step.inputs)
+    ranks = [_input_rank(loras[i], steps, i) for i in inputs]
+    plain = exact and not any(step.dense for step in steps)
+    full = min(apart, sum(ranks)) if plain else apart
+    if all(step.kept and loras[step.inputs[0]].layout(step.module).kind != "lora" for step in steps):
+        return Join(parts, rows, columns, full, full, full)  # written as the one LoHa or LoKr that it was
+    if rank == "sum" and not any(step.cut for step in steps):
+        wanted = full
+    else:
+        wanted = rule(rank)(ranks)
+    return Join(parts, rows, columns, apart, full, max(1, min(wanted, full, sum(rows), columns)), plain)
+
+
+def _downs(step: Step, loras: Sequence[LoRA]) -> object:
+    """What tells the ``down`` of a module's sum from others."""
+    return shared_down([loras[i].layout(step.module) for i in step.inputs])
+
+
+def _input_rank(lora: LoRA, steps: Sequence[Step], i: int) -> int:
+    """The rank that an input has, or would have, in the joined weight."""
+    layouts = [lora.layout(step.module) for step in steps if i in step.inputs]
+    ranks: dict[object, int] = {}
+    for n, layout in enumerate(layouts):
+        name = shared_down([layout]) or n
+        ranks[name] = max(ranks.get(name, 0), layout.rank or 0)
+    return sum(ranks.values())
+
+
+def side_by_side(join: Join, inputs: Sequence[Mapping[str, LowRank]]) -> LowRank:
+    """The weighted sum of the inputs' joined weights, each with the ``down`` that its parts share.
+
+    Args:
+        join: The modules.
+        inputs: Every input's layers by module, times their weights.
+    """
+    wholes = [_whole(join, {module: replace(layer, diff_b=None) for module, layer in each.items()}) for each in inputs]
+    found = linear.merge(wholes, [1.0] * len(wholes))
+    assert isinstance(found, LowRank)
+    return found
+
+
+def _whole(join: Join, layers: Mapping[str, Layer]) -> Layer:
+    rows = dict(zip(join.modules, join.rows, strict=True))
+    return fuse.fused(join.parts, layers, rows.__getitem__, lambda layer: layer)
+
+
+def one(join: Join, layers: Sequence[Merged]) -> Merged:
+    """The modules' layers one below the other, without their biases."""
+    bare: list[Layer] = [replace(layer, diff_b=None) for layer in layers]
+    if any(isinstance(layer, Full) for layer in bare):
+        bare = [Full(diff=matrix(layer.delta())) for layer in bare]
+    whole = _whole(join, dict(zip(join.modules, bare, strict=True)))
+    assert isinstance(whole, LowRank | Full)
+    return whole
+
+
+def apart(join: Join, whole: LowRank, layers: Sequence[Layer]) -> dict[str, LowRank]:
+    """The modules' own parts of the whole, with the biases of their layers."""
+    up, down = matrix(whole.up), matrix(whole.down)
+    found, start = {}, 0
+    for module, rows, layer in zip(join.modules, join.rows, layers, strict=True):
+        part = up[start : start + rows]
+        found[module] = low_rank(part, down, layer.shape, down_id(join), layer.diff_b)
+        start += rows
+    return found
+
+
+def down_id(join: Join) -> tuple[str, ...]:
+    """What tells the ``down`` that the modules share from others."""
+    return ("cut as one", *join.modules)
+
+
+def lost_by(lost: float, layers: Sequence[Layer], kept: Sequence[LowRank]) -> list[tuple[float, float]]:
+    """Each module's ‖ΔW‖² and its share of what was cut off of the whole.
+
+    The kept part is a projection of the whole on rows of the weight's inputs, so in each module the
+    energies differ by what it lost; rounding in them doesn't change the sum.
+    """
+    energies = [layer.norm() ** 2 for layer in layers]
+    losses = [max(energy - linalg.norm(*part.factors()) ** 2, 0.0) for energy, part in zip(energies, kept, strict=True)]
+    total = math.fsum(losses)
+    return [
+        (energy, lost * loss / total if total else lost / len(losses))
+        for energy, loss in zip(energies, losses, strict=True)
+    ]

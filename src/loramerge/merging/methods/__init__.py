@@ -1,0 +1,181 @@
+"""Merge methods: the index, and what finds a method that is elsewhere."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ...errors import OptionError
+from ...registry import Registry, plain, reference_of
+from .base import Merged, Method, equal_rank, method, sum_of_ranks
+from .combinations import karcher, model_stock, slerp
+from .engines import combination, elementwise, on_core
+from .knots import knots
+from .linear import factor_average, linear
+from .options import Density, Range, Seed
+from .published import Published, method_at, published
+from .selection import chance, module_seed
+from .spaces import Core
+from .sparse import breadcrumbs, dare, della, magnitude_prune, sce, ties
+from .subspaces import cart, iso_c, iso_cts, np_lora, subtract, tsv
+
+METHODS: Registry[Method] = Registry(
+    "merge method",
+    [
+        linear,
+        ties,
+        dare,
+        magnitude_prune,
+        della,
+        breadcrumbs,
+        sce,
+        knots,
+        tsv,
+        iso_c,
+        iso_cts,
+        cart,
+        slerp,
+        karcher,
+        model_stock,
+        np_lora,
+        subtract,
+        factor_average,
+    ],
+    aliases={
+        "cat": "linear",
+        "concat": "linear",
+        "weighted": "linear",
+        "average": "linear",
+        "sum": "linear",
+        "tsv_m": "tsv",
+        "np": "np_lora",
+        "dare_linear": "dare",
+    },
+)
+
+ELSEWHERE = {
+    "dialect": "save(lora, path, dialect=…)",
+    "to": "save(lora, path, dialect=…)",
+    "dtype": "save(lora, path, dtype=…)",
+    "architecture": "open(path, architecture=…)",
+}
+"""Where arguments belong that are no option of any method."""
+
+
+def find(method: Method | str) -> Method:
+    """The merge method that is meant.
+
+    Args:
+        method: A method; the name of one in the index, or of one that an installed package publishes (the entry
+            point group ``loramerge.methods``); or ``package.module:name``.
+
+    Returns:
+        The method.  One that isn't in the index has as its ``reference`` what a recipe calls it.
+
+    Raises:
+        OptionError: There is none, it can't be imported, or it has the name of another in the index.
+    """
+    if isinstance(method, Method):
+        return _own_or_apart(method, method.reference or reference_of(method, method.function.__module__))
+    check_name(method)
+    if ":" in method:
+        return _own_or_apart(method_at(method), method)
+    if method in METHODS:
+        return METHODS[method]
+    return of_package(_publisher(method))
+
+
+def of_package(offer: Published) -> Method:
+    """A method that a package publishes; its module is imported.
+
+    Raises:
+        OptionError: It can't be imported, or its name is that of another.
+    """
+    try:
+        found = _own_or_apart(method_at(offer.reference), offer.reference)
+        if offer.name in METHODS or plain(found.name) != plain(offer.name):
+            taken = "which means a method of loramerge" if offer.name in METHODS else f"but it is called {found.name!r}"
+            raise OptionError(f"{offer.reference} is published as {offer.name!r}, {taken}. Way out: one name for both.")
+    except OptionError as error:
+        raise OptionError(f"The package {offer.package} publishes the method {offer.name!r}: {error}") from error
+    return found
+
+
+def check_name(method: str) -> None:
+    """Refuse what names no method, without importing any.
+
+    Raises:
+        OptionError: It is neither ``package.module:name``, nor in the index, nor published.
+    """
+    if not isinstance(method, str):
+        raise OptionError(
+            f"The merge method is a {type(method).__name__}, wanted a name, package.module:name or a Method."
+        )
+    if ":" not in method and method not in METHODS:
+        _publisher(method)
+
+
+def _publisher(name: str) -> Published:
+    offered = published()
+    having = [each for each in offered if plain(each.name) == plain(name)]
+    if not having:
+        METHODS.find(name, METHODS, dict.fromkeys(each.name for each in offered))
+    if len(having) > 1:
+        ways = " or ".join(f"{each.reference} (of {each.package})" for each in having)
+        raise OptionError(f"{len(having)} packages publish a method {name!r}. Way out: name one: {ways}.")
+    return having[0]
+
+
+def _own_or_apart(method: Method, reference: str | None) -> Method:
+    """A method of the index as it is, another with its reference; one that would pass for another is refused."""
+    if method.name not in METHODS:
+        return replace(method, reference=reference)
+    if METHODS[method.name] is not method:
+        raise OptionError(
+            f"The method {reference or method.function!r} has the name {method.name!r}, which means a method of loramerge. "
+            "Way out: another name in its decorator."
+        )
+    return method
+
+
+def check_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of the method, as `Method.check` gives them.
+
+    Raises:
+        OptionError: An option is unknown, which may belong elsewhere, or its value is outside of its range.
+    """
+    for name in options:
+        if name in method.options:
+            continue
+        having = [m.name for m in METHODS.values() if name in m.options]
+        if having:
+            raise OptionError(
+                f"The method {method.name} has no option {name!r}. Methods that have it: {', '.join(having)}."
+            )
+        if name in ELSEWHERE:
+            raise OptionError(f"The method {method.name} has no option {name!r}: it goes to {ELSEWHERE[name]}.")
+    return method.check(options)
+
+
+__all__ = [
+    "METHODS",
+    "Core",
+    "Density",
+    "Merged",
+    "Method",
+    "Published",
+    "Range",
+    "Seed",
+    "chance",
+    "check_name",
+    "check_options",
+    "combination",
+    "elementwise",
+    "equal_rank",
+    "find",
+    "method",
+    "module_seed",
+    "of_package",
+    "on_core",
+    "published",
+    "sum_of_ranks",
+]

@@ -1,0 +1,182 @@
+"""What a merge method is: a function of one module's layers and weights."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from ...errors import LoRAMergeError, MergeError, OptionError, did_you_mean, first_line
+from ...layers import Full, Layer, LowRank, Rows
+from ...tensors import Array, check_finite, float32
+from .options import Option, options_of
+
+Merged = LowRank | Full
+"""What a method makes of a module: factors, or a dense ΔW that is then cut to a rank."""
+
+Merge = Callable[..., Merged]
+"""``merge(layers, weights, **options) -> layer``, of one module; ``weights`` has one float a layer."""
+
+Rank = Callable[..., int]
+"""``rank(layouts, **options)``: rank of the result before it is cut."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and where it comes from."""
+
+    name: str
+    function: Callable[..., Any]
+    """The formula, with the documentation and the options."""
+    merge: Merge
+    """The same as a function of layers."""
+    source: str
+    rank: Rank
+    options: Mapping[str, Option] = field(default_factory=dict)
+    default_weight: float | None = None
+    """Weight of each LoRA unless told; None is 1/N."""
+    count: int | None = None
+    """How many LoRAs it takes; None for any number."""
+    dense: bool = False
+    """Whether a layer may be a whole ΔW without factors, in the space of ΔW."""
+    linear: bool = False
+    """Whether the result is a weighted sum of the inputs, so that equal ``down`` factors stay equal."""
+    allows: Callable[[Sequence[float]], None] | None = None
+    """Raises a MergeError for weights of one module that have no meaning."""
+    ranked: bool = False
+    """Whether it is told the rank of the result, ``most=``, because a cut afterwards would be arbitrary."""
+    of_first: bool = False
+    """Whether the result is the first LoRA, changed: modules and biases that it lacks are no part of it."""
+    reference: str | None = None
+    """``package.module:name`` of a method that isn't in the index; None where no module holds it under a name."""
+
+    @property
+    def title(self) -> str:
+        """The first line of the function's docstring."""
+        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
+
+    def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options of the method: those given, and the defaults.
+
+        Raises:
+            OptionError: An option is unknown, or its value is outside of its range.
+        """
+        for name in options:
+            if name not in self.options:
+                known, hint = ", ".join(self.options) or "none", did_you_mean(name, self.options)
+                raise OptionError(f"The method {self.name} has no option {name!r}.{hint} Its options: {known}.")
+        return {name: option.check(options.get(name, option.default)) for name, option in self.options.items()}
+
+
+def method(
+    name: str,
+    *,
+    source: str,
+    rank: Rank,
+    default_weight: float | None = None,
+    linear: bool = False,
+    dense: bool = False,
+) -> Callable[[Merge], Method]:
+    """Name a merge function; its keyword-only parameters become its options, in Python and on the command line.
+
+    Args:
+        name: What users type.
+        source: The paper with the equation, or the code.
+        rank: Rank of the result, from the layers' layouts.
+        default_weight: Weight of each LoRA unless told; None is 1/N.
+        linear: Whether the result is a weighted sum of the inputs.
+        dense: Whether a layer may be a whole ΔW without factors.
+    """
+
+    def named(merge: Merge) -> Method:
+        return Method(name, merge, merge, source, rank, options_of(merge), default_weight, linear=linear, dense=dense)
+
+    return named
+
+
+def applied(
+    method: Method, layers: Sequence[Layer], weights: Sequence[Any], options: Mapping[str, Any], rank: int
+) -> Merged:
+    """What a method makes of one module.
+
+    Args:
+        method: Anyone's.
+        layers: The module's, of one shape.
+        weights: One a layer.
+        options: All of the method's.
+        rank: That of the result, as the method announced it.
+
+    Raises:
+        MergeError: The method fails, or gives something else than it announced.
+    """
+    try:
+        merged = method.merge(layers, weights, **options)
+    except (LoRAMergeError, MemoryError):
+        raise
+    except Exception as error:
+        raise MergeError(f"the method {method.name} raised {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(merged, LowRank | Full):
+        raise MergeError(f"the method {method.name} gave a {type(merged).__name__}, wanted a LowRank or Full layer")
+    if tuple(merged.shape) != tuple(layers[0].shape):
+        raise MergeError(
+            f"the method {method.name} gave a layer of the shape {tuple(merged.shape)}, wanted {tuple(layers[0].shape)}"
+        )
+    if isinstance(merged, LowRank):
+        _check_factors(method, merged, layers, rank)
+    for tensor in merged.tensors().values():
+        check_finite(tensor)
+    return merged
+
+
+def _check_factors(method: Method, merged: LowRank, layers: Sequence[Layer], rank: int) -> None:
+    """Refuse what the plan, and so the file's header, didn't reckon with."""
+    if merged.rank > rank:
+        raise MergeError(f"the method {method.name} gave the rank {merged.rank}, and its rank= announced {rank}")
+    shared = shared_down(layers) if method.linear else None
+    if shared is not None and merged.down_id != shared:
+        raise MergeError(
+            f"the method {method.name} is said to be linear, and doesn't keep the down that modules share: "
+            "wanted low_rank(…, shared_down(layers)), or linear=False"
+        )
+
+
+def shared_down(layers: Sequence[Layer]) -> object:
+    """Identity of the concatenated ``down``, where each layer knows its own."""
+    ids = tuple(map(_down_id, layers))
+    return ids if None not in ids else None
+
+
+def _down_id(layer: Layer) -> object:
+    if isinstance(layer, Rows):
+        return None if layer.source is None else ("whole", layer.source)
+    return layer.down_id if isinstance(layer, LowRank) else None
+
+
+def sum_of_ranks(layers: Sequence[Layer], **_: Any) -> int:
+    """The rank of a concatenation."""
+    return sum(layer.rank or 0 for layer in layers)
+
+
+def equal_rank(layers: Sequence[Layer], **_: Any) -> int:
+    """The rank that all layers have.
+
+    Raises:
+        MergeError: They differ.
+    """
+    ranks = [layer.rank or 0 for layer in layers]
+    if len(set(ranks)) > 1:
+        raise MergeError(f"this method needs equal ranks, got {', '.join(map(str, ranks))}; linear takes any")
+    return ranks[0]
+
+
+L = TypeVar("L", LowRank, Full)
+
+
+def with_bias(merged: L, layers: Sequence[Layer], weights: Sequence[float]) -> L:
+    """The merged layer with the weighted sum of the biases' updates, which every method treats alike."""
+    total: Array | None = None
+    for layer, weight in zip(layers, weights, strict=True):
+        bias: Array | None = layer.delta_bias()
+        if bias is not None:
+            scale = weight if isinstance(weight, float | int) else 1.0  # learned weights are of columns
+            total = float32(bias) * scale if total is None else total + float32(bias) * scale
+    return merged if total is None else replace(merged, diff_b=total)

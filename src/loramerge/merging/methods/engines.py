@@ -1,0 +1,145 @@
+"""From a formula to a merge method: what it sees of the layers, and how its result becomes a layer.
+
+| decorator | the formula sees | gives | the result is |
+|---|---|---|---|
+| `combination` | the inner products of the ΔWs | a coefficient a LoRA | a weighted sum, exact |
+| `on_core` | the common space of the LoRAs, `Core` | a matrix in it | a LoRA of rank ≤ Σr, exact |
+| `elementwise` | the ΔWs, or the parts of a core | their merged entries | dense, then cut to a rank; or as for `on_core` |
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ...layers import Full, Layer, LowRank
+from ...tensors import Array, largest_rank
+from .base import Merged, Method, sum_of_ranks, with_bias
+from .linear import linear
+from .options import Option, options_of
+from .selection import Streams
+from .spaces import Deltas, core, inner_products
+
+Weights = Sequence[float]
+
+
+Allows = Callable[[Weights], None]
+
+
+def combination(
+    name: str, *, source: str, count: int | None = None, allows: Allows | None = None
+) -> Callable[[Callable[..., Weights]], Method]:
+    """A method that only chooses coefficients: ``formula(products, weights, **options)`` gives one a LoRA.
+
+    Args:
+        name: What users type.
+        source: The paper with the equation, or the code.
+        count: How many LoRAs it takes; None for any number.
+        allows: Raises a MergeError for weights that have no meaning.
+    """
+
+    def named(formula: Callable[..., Weights]) -> Method:
+        def merge(layers: Sequence[Layer], weights: Weights, **options: Any) -> Merged:
+            live, shares = alive(layers, weights)
+            if len(live) == 1:
+                return linear.merge(layers, weights)
+            chosen = iter(formula(inner_products(live), shares, **options))
+            return linear.merge(layers, [next(chosen) if weight else 0.0 for weight in weights])
+
+        options = options_of(formula)
+        return Method(name, formula, merge, source, sum_of_ranks, options, count=count, linear=True, allows=allows)
+
+    return named
+
+
+def on_core(
+    name: str,
+    *,
+    source: str,
+    default_weight: float | None = None,
+    of_first: bool = False,
+    allows: Allows | None = None,
+    ranked: bool = False,
+) -> Callable[[Callable[..., Array]], Method]:
+    """A method in the LoRAs' common space: ``formula(core, weights, **options)`` gives the merged core.
+
+    Args:
+        name: What users type.
+        source: The paper with the equation, or the code.
+        default_weight: Weight of each LoRA unless told; None is 1/N.
+        of_first: Whether the result is the first LoRA, changed: what it lacks is no part of it.
+        allows: Raises a MergeError for weights that have no meaning.
+        ranked: Whether the formula looks at ``core.most``, the rank that the result will have.
+    """
+
+    def named(formula: Callable[..., Array]) -> Method:
+        def merge(layers: Sequence[Layer], weights: Weights, *, most: int | None = None, **options: Any) -> LowRank:
+            counted = 1 if of_first else len(layers)
+            live, shares = alive(layers, weights)
+            space = replace(core(live), most=most)
+            nothing = space.empty or not any(weights[:counted])
+            merged = 0.0 * space.parts[0] if nothing else formula(space, shares, **options)
+            return with_bias(space.layer(merged), layers[:counted], weights[:counted])
+
+        options = options_of(formula)
+        flags: dict[str, Any] = {"of_first": of_first, "allows": allows, "ranked": ranked}
+        return Method(name, formula, merge, source, sum_of_ranks, options, default_weight, **flags)
+
+    return named
+
+
+def alive(layers: Sequence[Layer], weights: Weights) -> tuple[Sequence[Layer], Weights]:
+    """The layers whose weight is not 0, which is the same as not being there; at least one."""
+    kept = _counted(weights)
+    return [layers[i] for i in kept], [weights[i] for i in kept]
+
+
+def _counted(weights: Weights) -> list[int]:
+    return [i for i, weight in enumerate(weights) if weight] or [0]
+
+
+def alive_streams(seed: int | Streams, weights: Weights) -> Streams:
+    """The random numbers of the layers whose weight is not 0: those that each would have beside all others."""
+    streams = seed if isinstance(seed, Streams) else Streams(seed, tuple(range(len(weights))))
+    return streams.some(_counted(weights))
+
+
+SPACE = Option("space", str, "delta", ("delta", "core"))
+"""Where an elementwise method works: on ΔW, as published, or on the core of the common space."""
+
+
+def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], Method]:
+    """A method on entries: ``formula(deltas, weights, **options)`` gives their merge.
+
+    ``deltas`` is a sequence of matrices of one shape that are formed when asked for, so that a
+    formula that takes them one after the other holds one at a time.  The method has the option
+    ``space`` besides its own.
+
+    Args:
+        name: What users type.
+        source: The paper with the equation, or the code.
+    """
+
+    def named(formula: Callable[..., Array]) -> Method:
+        def merge(layers: Sequence[Layer], weights: Weights, *, space: str = "delta", **options: Any) -> Merged:
+            live, shares = alive(layers, weights)
+            if "seed" in options:
+                options["seed"] = alive_streams(options["seed"], weights)
+            if space == "core":
+                common = core(live)
+                entries = common.parts[0] if common.empty else formula(common.parts, shares, **options)
+                return with_bias(common.layer(entries), layers, weights)
+            merged = formula(Deltas(live), shares, **options)
+            return with_bias(Full(diff=merged.reshape(layers[0].shape)), layers, weights)
+
+        return Method(name, formula, merge, source, _rank, {"space": SPACE, **options_of(formula)}, dense=True)
+
+    return named
+
+
+def _rank(layers: Sequence[Layer], *, space: str = "delta", **_: Any) -> int:
+    if space == "core":
+        return sum_of_ranks(layers)
+    return largest_rank(layers[0].shape)
+
+
+__all__ = ["SPACE", "alive", "alive_streams", "combination", "elementwise", "on_core"]

@@ -1,0 +1,39 @@
+"""KnOTS: the LoRAs in one common left basis, merged there by an elementwise method."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ...layers import Layer, LowRank
+from .base import method, sum_of_ranks, with_bias
+from .engines import alive, alive_streams
+from .options import Density, Seed
+from .spaces import aligned
+from .sparse import dare, ties
+
+
+@method("knots", source="Stoica et al., 2024, section 4, https://arxiv.org/abs/2410.19735", rank=sum_of_ranks)
+def knots(
+    layers: Sequence[Layer],
+    weights: Sequence[float],
+    *,
+    inside: Literal["ties", "dare", "linear"] = "ties",
+    density: Density = 0.2,
+    seed: Seed = 0,
+) -> LowRank:
+    """KnOTS: align the LoRAs by one SVD, [ΔW₁ … ΔW_N] = U S [V₁ … V_N], and merge the S Vᵢ inside.
+
+    ``inside`` is the method for the S Vᵢ, at ``density``: ties with the magnitudes of S Vᵢ, a
+    random choice for dare, or the weighted sum.  Thresholds are a module's own; the published
+    code has one for the whole model.
+    """
+    live, shares = alive(layers, weights)
+    space = aligned(live)
+    if space.empty:
+        merged = space.parts[0]
+    elif inside == "linear":
+        merged = sum(w * part for w, part in zip(shares, space.parts, strict=True))
+    elif inside == "dare":
+        merged = dare.function(space.parts, shares, density=density, seed=alive_streams(seed, weights))
+    else:
+        merged = ties.function(space.parts, shares, density=density)
+    return with_bias(space.layer(merged), layers, weights)

@@ -1,0 +1,89 @@
+"""The weighted sum, exact, and the average of factors that passes for it elsewhere."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import MergeError
+from ...layers import Full, Layer, LowRank, low_rank
+from ...tensors import Array, concat, flatten, float32, namespace
+from .base import equal_rank, method, shared_down, sum_of_ranks, with_bias
+
+
+@method(
+    "linear",
+    source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/exact-merge.md",
+    rank=sum_of_ranks,
+    linear=True,
+    dense=True,
+)
+def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
+    """The weighted sum Σ wᵢ ΔWᵢ, exact: factors are concatenated, ranks add up.
+
+    Weights may be negative and need not sum to one.  A learned weight is one number for every
+    input column, Σ ΔWᵢ diag(mᵢ), and the result as ordinary a LoRA.
+    """
+    if any(isinstance(layer, Full) for layer in layers):
+        return with_bias(_dense_sum(layers, weights), layers, weights)
+    weighted = [_weighted(layer, weight) for layer, weight in zip(layers, weights, strict=True)]
+    ups, downs, scales = zip(*weighted, strict=True)
+    up = float32(concat(ups, axis=1))
+    down = concat(downs) if len(downs) > 1 else downs[0]
+    if len(set(scales)) > 1:
+        xp = namespace(up)
+        columns = [scale for scale, each in zip(scales, ups, strict=True) for _ in range(each.shape[1])]
+        up = up * xp.asarray(columns, dtype=up.dtype, device=up.device)
+    elif scales[0] != 1:
+        up = up * scales[0]
+    return with_bias(low_rank(up, down, layers[0].shape, shared_down(layers)), layers, weights)
+
+
+@method(
+    "factor_average",
+    source="https://github.com/huggingface/peft, tuners/lora/model.py, combination_type='linear'",
+    rank=equal_rank,
+)
+def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
+    """PEFT's "linear": sums of factors, each by √|w|. Not the weighted sum: cross terms are as large as it.
+
+    With up = Σ √|wᵢ| upᵢ and down = Σ ±√|wᵢ| downᵢ the product has every upᵢ downⱼ in it.  It
+    is here to reproduce what others made; all LoRAs must have the same rank.
+
+    Raises:
+        MergeError: Ranks differ.
+    """
+    up: Array = 0.0
+    down: Array = 0.0
+    for layer, weight in zip(layers, weights, strict=True):
+        layer_up, layer_down, scale = as_stored(layer)  # PEFT takes the root of the scale on both
+        root = math.sqrt(abs(weight * scale))
+        up = up + root * float32(layer_up)
+        down = down + math.copysign(root, weight * scale) * float32(layer_down)
+    return with_bias(low_rank(up, down, layers[0].shape), layers, weights)
+
+
+def _dense_sum(layers: Sequence[Layer], weights: Sequence[Any]) -> Full:
+    """Σ wᵢ ΔWᵢ where one of them has no factors: dense."""
+    total: Array = 0.0
+    for layer, weight in zip(layers, weights, strict=True):
+        if not isinstance(weight, float | int):
+            raise MergeError("learned coefficients need factors, and a layer here is a whole difference")
+        total = total + weight * layer.delta()
+    return Full(diff=total)
+
+
+def _weighted(layer: Layer, weight: Any) -> tuple[Array, Array, float]:
+    """``up``, ``down`` and s with w ΔW = s · up @ down for a number w; with one number a column, ΔW diag(w)."""
+    up, down, scale = as_stored(layer)
+    if isinstance(weight, float | int):
+        return up, down, scale * weight
+    xp = namespace(down)
+    return up, float32(down) * xp.asarray(weight, dtype=xp.float32, device=down.device), scale
+
+
+def as_stored(layer: Layer) -> tuple[Array, Array, float]:
+    """Factors as they are stored, where there are some, and the scale beside them."""
+    if not isinstance(layer, LowRank):
+        return *layer.factors(), 1.0
+    plain = layer.plain()
+    return flatten(plain.up), flatten(plain.down), plain.scale

@@ -1,0 +1,117 @@
+"""Options of a merge method: its keyword-only parameters, whose annotations say what they take."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from ...errors import OptionError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers between two bounds; the bounds belong to it unless they are open."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        return above and (value < self.high if self.open_high else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'above' if self.open_low else 'from'} {self.low:g}"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+
+
+Density = Annotated[float, Range(0, 1, open_low=True)]
+"""Share of the entries that is kept."""
+
+Seed = Annotated[int, Range(0)]
+"""What random choices depend on, with the module's name; nothing else."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method."""
+
+    name: str
+    kind: type
+    """``int``, ``float``, ``str`` or ``bool``."""
+    default: Any
+    choices: tuple[str, ...] = ()
+    range: Range | None = None
+
+    @property
+    def wanted(self) -> str:
+        """What the option takes, in words."""
+        if self.choices:
+            return " or ".join(self.choices)
+        name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.kind]
+        return f"{name} {self.range}" if self.range else name
+
+    def parse(self, text: str) -> Any:
+        """The value that a text means, as typed on a command line."""
+        if self.kind is bool:
+            known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+            return self.check(known.get(text.lower(), text))
+        try:
+            return self.check(self.kind(text))
+        except ValueError:
+            return self.check(text)
+
+    def check(self, value: Any) -> Any:
+        """The value in the option's type.
+
+        Raises:
+            OptionError: It has another type, or lies outside of the range or the choices.
+        """
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        fits = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
+        if not fits or (self.choices and value not in self.choices) or (self.range and value not in self.range):
+            raise OptionError(f"The option {self.name} wants {self.wanted}, got {value!r}.")
+        return value
+
+
+def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
+    """The options of a function, by name.
+
+    Raises:
+        TypeError: A parameter's annotation can't be typed on a command line, it has no default, or its name is taken.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: _option(p, function) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+TAKEN = (
+    *("loras", "weights", "method", "rank", "scope", "exclude", "device", "base", "progress", "allow_growth"),
+    *("max_error", "energy", "max_size", "to", "dtype", "workers", "most"),
+)
+"""Arguments of merging and settings of a sweep: an option of that name could never be given."""
+
+
+def _option(parameter: inspect.Parameter, function: Callable[..., Any]) -> Option:
+    where = function.__name__
+    if parameter.name in TAKEN:
+        raise TypeError(f"Option {parameter.name!r} of {where}: merging has an argument of that name. Wanted another.")
+    annotation, found = _evaluated(parameter.annotation, function), None
+    if get_origin(annotation) is Annotated:
+        annotation, found = get_args(annotation)
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    kind = str if choices else annotation
+    if kind not in (int, float, str, bool) or parameter.default is parameter.empty:
+        raise TypeError(
+            f"Option {parameter.name!r} of {where}: wanted a default, and int, float, str, bool, a Literal of "
+            f"texts or an Annotated number with a Range; got {annotation!r}."
+        )
+    return Option(parameter.name, kind, parameter.default, choices, found)
+
+
+def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
+    """An annotation that ``from __future__ import annotations`` left as text."""
+    return eval(annotation, getattr(function, "__globals__", {})) if isinstance(annotation, str) else annotation

@@ -1,0 +1,110 @@
+"""Choosing entries of an array: by magnitude, by chance.  What the array API standard lacks.
+
+Nothing here sorts a whole array: thresholds come from a partition.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ...tensors import Array, is_torch, namespace
+
+ROWS = 256
+"""Rows that are sorted at a time: the indices take twice the room of the values."""
+
+
+def count(size: int, share: float) -> int:
+    """How many of ``size`` entries a share of them is: rounded down, at least one."""
+    return max(1, int(share * size))
+
+
+def kth_largest(values: Array, k: int) -> Array:
+    """The k-th largest of all values, as an array without axes.
+
+    Args:
+        values: Any shape.
+        k: From 1, the largest, to the number of values.
+    """
+    flat = values.reshape((-1,))
+    place = flat.shape[0] - k
+    if is_torch(flat):
+        return flat.kthvalue(place + 1).values
+    import numpy as np
+
+    return np.partition(flat, place)[place]
+
+
+def largest(values: Array, share: float) -> Array:
+    """Mask of the share of entries with the largest magnitude; ties with the last of them are kept too."""
+    xp = namespace(values)
+    k = count(math.prod(values.shape), share)
+    magnitudes = xp.abs(values)
+    return magnitudes >= kth_largest(magnitudes, k)
+
+
+def between(values: Array, share: float, top: float) -> Array:
+    """Mask of the share of entries that follows the ``top`` share of the largest magnitudes.
+
+    Where fewer are left below those than the share wants, fewer of the largest are left out.
+    """
+    xp = namespace(values)
+    size = math.prod(values.shape)
+    kept = count(size, share)
+    above = min(int(top * size), size - kept)
+    magnitudes = xp.abs(values)
+    mask = magnitudes >= kth_largest(magnitudes, max(1, above + kept))
+    return mask & (magnitudes < kth_largest(magnitudes, above)) if above else mask
+
+
+def ranks_in_rows(values: Array) -> Array:
+    """Rank of each entry's magnitude in its row, from 0 (the smallest) to 1 (the largest)."""
+    columns = values.shape[1]
+    places = namespace(values).linspace(0.0, 1.0, columns, dtype=values.dtype, device=values.device)
+    if is_torch(values):
+        import torch
+
+        return torch.empty_like(values).scatter_(1, values.abs().argsort(dim=1), places.expand(values.shape))
+    import numpy as np
+
+    ranks = np.empty_like(values)
+    for start in range(0, values.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        np.put_along_axis(ranks[rows], np.argsort(np.abs(values[rows]), axis=1), places[None], axis=1)
+    return ranks
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A module's random numbers: one stream for each LoRA that is merged there, by its place in the list given."""
+
+    seed: int
+    """The module's, see `module_seed`."""
+    places: tuple[int, ...]
+    """Of each LoRA that is merged."""
+
+    def some(self, kept: Sequence[int]) -> "Streams":
+        """The streams of some of the LoRAs, which stay what they are."""
+        return replace(self, places=tuple(self.places[i] for i in kept))
+
+
+def chance(like: Array, seed: int | Streams, which: int) -> Array:
+    """Uniform random numbers in [0, 1), float32, of another array's shape and on its device.
+
+    They are drawn on the CPU, so that a seed means the same numbers on every device.
+
+    Args:
+        like: The array.
+        seed: The module's seed, see `module_seed`, with LoRAs numbered from 0; or each LoRA's stream.
+        which: Number of the LoRA.
+    """
+    import numpy as np
+
+    key = [seed.seed, seed.places[which]] if isinstance(seed, Streams) else [seed, which]
+    drawn: np.ndarray = np.random.default_rng(key).random(tuple(like.shape), dtype=np.float32)
+    return namespace(like).asarray(drawn, device=like.device)
+
+
+def module_seed(seed: int, module: str) -> int:
+    """A module's own seed: independent of the order in which modules are merged."""
+    return (seed << 32) | zlib.crc32(module.encode())

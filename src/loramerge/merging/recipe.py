@@ -1,0 +1,395 @@
+"""A recipe: a merge in a TOML file, that can be made again.
+
+method = "ties"
+rank = 16
+
+[options]
+density = 0.3
+
+[[loras]]
+path = "person.safetensors"
+weight = 0.7
+
+[[loras]]
+hub = "someone/barca-lora-sdxl"
+weight = { "*" = 0.5, text_encoder = 0 }
+
+[output]
+path = "both.safetensors"
+to = "kohya"
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import FileError, LoRAMergeError, MergeError, OptionError
+from ..files.architectures import ARCHITECTURES
+from ..files.dialects import DIALECTS, written_dialect
+from ..files.dialects.write import check_writable
+from ..files.lora import LoRA
+from ..files.reading import open
+from ..files.storage.reader import read_text
+from ..files.writing import check_target, save
+from ..tensors import parse_dtype
+from . import toml
+from .coefficients import Coefficients
+from .methods import METHODS, Method, check_name as check_method, check_options, find
+from .ranks import BUDGETS, Rank, budget, rule
+from .recipe_text import Input, Output, check_name, entries, from_metadata
+from .verbs import Kept, Plan, plan
+from .weights import SCOPES, Scope, Weight, Weights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..files.storage.writer import Progress
+
+MAX_RECIPE = 1_000_000
+"""Bytes: several times a rank for every module of the largest model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A merge as a file says it; the names are those of `loramerge.merge`.
+
+    Raises:
+        OptionError: An entry that `read` finds is unknown, or of the wrong kind.
+    """
+
+    loras: tuple[Input, ...]
+    weights: Weights = None
+    """One a LoRA, ``"l2"``, ``"uniform"``, a file of learned coefficients, or None for the method's own."""
+    scope: Scope = "module"
+    method: Method | str = "linear"
+    """A name, ``package.module:name``, or the method itself."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    rank: Rank = "sum"
+    max_error: float | str | None = None
+    energy: float | str | None = None
+    max_size: int | str | None = None
+    exclude: tuple[str, ...] = ()
+    architecture: str | None = None
+    """The model family, where the files leave it open."""
+    device: str | None = None
+    base: str | None = None
+    """Path of the base model, for DoRA layers."""
+    base_sha256: str | None = None
+    """What `Checkpoint.sha256` gave for the base: with another, the recipe isn't run unless told to."""
+    ranks: Mapping[str, int] | None = None
+    """Every module's rank, as the budget gave it before: it is not spent anew."""
+    output: Output = field(default_factory=Output)
+    folder: str = field(default="", compare=False)
+    """What paths start from; ``""`` where they were typed, as on the command line."""
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "Recipe":
+        """The recipe in a TOML file.
+
+        Raises:
+            FileError: The file can't be read, or is not TOML.
+            OptionError: A key is unknown, or a value is wrong.
+        """
+        file = Path(path).expanduser()
+        try:
+            data = toml.parse_toml(read_text(file, MAX_RECIPE))
+        except (ValueError, RecursionError) as error:
+            raise FileError(f"{file} is not TOML: {error}.") from None
+        return _recipe(data, file.name, str(file.parent))
+
+    @classmethod
+    def of(cls, lora: LoRA) -> "Recipe":
+        """The recipe that a merged LoRA was made by, as its metadata says.
+
+        Raises:
+            MergeError: It has none that can be run again.
+        """
+        from ..files.metadata import RECIPE
+
+        data = from_metadata(lora.metadata.get(RECIPE), lora.name)
+        return _recipe(data, f"the recipe of {lora.name}", "")
+
+    def to_toml(self) -> str:
+        """The text that `read` reads as the same recipe."""
+        own = ("method", "rank", *BUDGETS, "architecture", "device", "base", "base_sha256")
+        head = {name: getattr(self, name) for name in own} | {"exclude": list(self.exclude) or None}
+        head["method"] = self.method if isinstance(self.method, str) else _name(self.method)
+        each: Sequence[Weight | None] = [None] * len(self.loras)
+        if isinstance(self.weights, str):
+            head |= {"weights": self.weights, "scope": self.scope if self.weights == "l2" else None}
+        elif isinstance(self.weights, Coefficients):
+            raise OptionError("Learned coefficients in memory have no place in a recipe. Way out: save them first.")
+        elif self.weights is not None:
+            each = self.weights
+        parts = [toml.lines(head)]
+        parts += [["[options]", *toml.lines(self.options)]] if self.options else []
+        for lora, weight in zip(self.loras, each, strict=True):
+            entries = {f.name: getattr(lora, f.name) for f in fields(lora)}
+            parts.append(["[[loras]]", *toml.lines({**entries, "weight": weight})])
+        written = {f.name: getattr(self.output, f.name) or None for f in fields(self.output)}
+        parts += [["[output]", *toml.lines(written)]] if any(written.values()) else []
+        parts += [["[ranks]", *toml.lines(self.ranks)]] if self.ranks is not None else []
+        return "\n\n".join("\n".join(part) for part in parts) + "\n"
+
+    def override(self, **changes: Any) -> "Recipe":
+        """The recipe with other entries; ``options`` are added, ``to``, ``dtype``, ``allow_lossy`` and ``allow_growth`` are the output's.
+
+        A budget takes the place of another, and weights other than ``"l2"`` that of its scope.
+        Options that another method doesn't have are left out with it, and ranks that a budget
+        gave, with anything that may change them.
+        """
+        output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy", "allow_growth") if k in changes}
+        options = {**self.options, **changes.pop("options", {})}
+        if any(name in changes for name in BUDGETS):
+            changes = dict.fromkeys(BUDGETS) | changes
+        if changes.get("weights", "l2") != "l2":
+            changes = {"scope": "module"} | changes
+        changed = replace(self, **changes, output=replace(self.output, **output))
+        if changed.method != self.method:
+            known = find(changed.method).options
+            options = {name: value for name, value in options.items() if name in known or name not in self.options}
+        changed = replace(changed, options=options)
+        return changed if changed == self else replace(changed, ranks=changes.get("ranks"))
+
+    def open(self, *, allow_pickle: bool = False) -> tuple[LoRA, ...]:
+        """The LoRAs; tensors are read when they are asked for.
+
+        Raises:
+            FileError: One is missing or broken.
+        """
+        return tuple(
+            open(
+                entry.source(self.folder),
+                architecture=entry.architecture or self.architecture,
+                dialect=entry.dialect,
+                adapter=entry.adapter,
+                allow_pickle=allow_pickle,
+            )
+            for entry in self.loras
+        )
+
+    def plan(
+        self,
+        loras: Sequence[LoRA] | None = None,
+        *,
+        allow_changed: bool = False,
+        allow_pickle: bool = False,
+        progress: "Progress | None" = None,
+    ) -> Plan:
+        """The merge as data, in the dialect and dtype in which it will be written.
+
+        Args:
+            loras: The LoRAs, where they are open already.
+            allow_changed: Whether to take LoRAs with other tensors than the recipe was made with.
+            allow_pickle: Whether to read pickles, tensors only.
+            progress: Called with the number of modules done and of all, while a budget is spent.
+
+        Raises:
+            FileError: A LoRA is missing or broken.
+            MergeError: A LoRA has changed, or the LoRAs can't be merged.
+            OptionError: An entry is wrong.
+        """
+        opened = self.open(allow_pickle=allow_pickle) if loras is None else tuple(loras)
+        if not allow_changed:
+            self._check_hashes(opened)
+        planned = plan(
+            opened,
+            weights=self._weights(),
+            method=self.method,
+            rank=self.rank,
+            scope=self.scope,
+            exclude=self.exclude,
+            device=self.device,
+            base=None if self.base is None else os.path.join(self.folder, os.path.expanduser(self.base)),
+            allow_growth=self.output.allow_growth,
+            **self.options,
+        )
+        if not allow_changed:
+            self._check_base(planned)
+        dialect, dtype = self.output.to or planned.dialect, self.output.dtype
+        check_writable(dialect, planned.dialect)
+        planned = replace(planned, dialect=DIALECTS[dialect].name, dtype=parse_dtype(dtype) if dtype else planned.dtype)
+        limit = budget(self.max_error, self.energy, self.max_size)
+        if self.ranks is not None:
+            return planned.at(self._checked_ranks(planned), limit)
+        # A budget is spent on what will be written: in that dialect and dtype.
+        return planned.within(limit, progress) if limit else planned
+
+    def run(
+        self,
+        output: str | os.PathLike[str] | None = None,
+        *,
+        allow_changed: bool = False,
+        allow_pickle: bool = False,
+        workers: int = 1,
+        progress: "Progress | None" = None,
+    ) -> Path:
+        """Merge and write.
+
+        Args:
+            output: Where to, anywhere; by default where the recipe says.
+            allow_changed: Whether to take LoRAs with other tensors than the recipe was made with.
+            allow_pickle: Whether to read pickles, tensors only.
+            workers: Processes or threads, as in `loramerge.save`; the bytes are the same for any number.
+            progress: Called with the number of modules done and of all.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            LoRAMergeError: As `plan`, and as `loramerge.save`.
+        """
+        target = self.target(output)
+        loras = self.open(allow_pickle=allow_pickle)
+        check_target(target, self.output.to or loras[0].dialect)
+        planned = self.plan(loras, allow_changed=allow_changed, progress=progress)
+        return self.write(planned, target, workers=workers, progress=progress)
+
+    def target(self, output: str | os.PathLike[str] | None = None) -> Path:
+        """Where the result goes.  A recipe writes below its own directory only; ``output`` may be anywhere.
+
+        Raises:
+            OptionError: Neither says where, the recipe's path leads out of its directory, or it is an input.
+        """
+        target = Path(output) if output is not None else self._own_target()
+        for entry in self.loras:
+            if entry.path is not None and os.path.realpath(entry.source(self.folder)) == os.path.realpath(target):
+                raise OptionError(f"{target} is one of the LoRAs that are merged. Way out: another output.")
+        return target
+
+    def _own_target(self) -> Path:
+        if self.output.path is None:
+            raise OptionError("Where should the merged LoRA go? The recipe's output has no path; give an output.")
+        _check_inside(self.output.path, self.folder)
+        return Path(self.folder) / self.output.path
+
+    def write(
+        self,
+        planned: Plan,
+        target: str | os.PathLike[str],
+        *,
+        workers: int = 1,
+        progress: "Progress | None" = None,
+        kept: Kept | None = None,
+        lost: "Callable[[str], object] | None" = None,
+        noted: "Callable[[str], object] | None" = None,
+    ) -> Path:
+        """Write the recipe's own plan; the arguments are those of `loramerge.save` and `Plan.lora`."""
+        return save(
+            planned.lora(kept),
+            target,
+            dialect=self.output.to,
+            dtype=self.output.dtype,
+            allow_lossy=self.output.allow_lossy,
+            workers=workers,
+            progress=progress,
+            lost=lost,
+            noted=noted,
+        )
+
+    def _weights(self) -> Weights:
+        if isinstance(self.weights, str) and self.weights.endswith(".safetensors"):
+            return os.path.join(self.folder, os.path.expanduser(self.weights))
+        return self.weights
+
+    def _check_hashes(self, loras: Sequence[LoRA]) -> None:
+        for entry, lora in zip(self.loras, loras, strict=True):
+            if entry.sha256 is not None and entry.sha256.lower() != lora.sha256:
+                raise MergeError(
+                    f"{lora.name} has changed: the sha256 of its tensors is {lora.sha256}, the recipe was made with "
+                    f"{entry.sha256}. Way out: the file of then, or merge what is there now (--allow-changed, or "
+                    "allow_changed=True)."
+                )
+
+    def _check_base(self, planned: Plan) -> None:
+        if self.base_sha256 is not None and planned.base and self.base_sha256.lower() != planned.base.sha256:
+            raise MergeError(
+                f"The base {planned.base.name} has changed: its sha256 is {planned.base.sha256}, the recipe was made with "
+                f"{self.base_sha256}. Way out: the model of then, or merge on what is there now (--allow-changed, or "
+                "allow_changed=True)."
+            )
+
+    def _checked_ranks(self, planned: Plan) -> Mapping[str, int]:
+        ranks = cast(Mapping[str, int], self.ranks)
+        ranked = [module for module, step in planned.steps.items() if not step.rankless]
+        for module in dict.fromkeys((*ranked, *ranks)):
+            if module not in ranked or module not in ranks:
+                what = "has a rank but is not merged" if module in ranks else "has no rank"
+                raise OptionError(f"ranks: {module} {what}. Way out: remove the table, and the budget is spent anew.")
+            most = planned.rank_of(module)
+            if not 1 <= ranks[module] <= most:
+                raise OptionError(f"ranks: {module}: got {ranks[module]}, wanted a number from 1 to {most}.")
+        for join in planned.joins.values():
+            if len({ranks[module] for module in join.modules}) > 1:
+                raise OptionError(
+                    f"ranks: {' and '.join(join.modules)} are one weight in the dialect {planned.dialect}, and have "
+                    "different ranks. Way out: one rank for all of them."
+                )
+        return ranks
+
+
+def _recipe(data: Mapping[str, Any], where: str, folder: str) -> Recipe:
+    recipe = Recipe(**entries(data, where), folder=folder)
+    try:
+        check(recipe)
+    except LoRAMergeError as error:
+        raise type(error)(f"{where}: {error}") from None
+    return recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what can be seen to be wrong without opening a LoRA.
+
+    Raises:
+        OptionError: A name or a value is wrong.
+    """
+    _check_method(recipe.method, recipe.options)
+    rule(recipe.rank)
+    budget(recipe.max_error, recipe.energy, recipe.max_size)
+    if recipe.scope not in SCOPES:
+        raise OptionError(f"Unknown scope {recipe.scope!r}. Available: {', '.join(SCOPES)}.")
+    if recipe.scope != "module" and recipe.weights != "l2":
+        raise OptionError(f"The scope {recipe.scope!r} goes with weights = 'l2' only.")
+    if recipe.architecture is not None:
+        ARCHITECTURES[recipe.architecture]
+    if recipe.output.to is not None:
+        written_dialect(recipe.output.to)
+    if recipe.output.dtype is not None:
+        parse_dtype(recipe.output.dtype)
+    if recipe.output.path is not None:
+        _check_inside(recipe.output.path, recipe.folder)
+
+
+def _check_method(method: Method | str, options: Mapping[str, Any]) -> None:
+    """A recipe may come from anyone: reading it imports nothing, so the options of others' methods wait for the plan."""
+    if isinstance(method, Method) or method in METHODS:
+        check_options(find(method), options)
+    else:
+        check_method(method)
+
+
+def _name(method: Method) -> str:
+    """What a recipe calls a method."""
+    found = find(method)
+    if found.name in METHODS:
+        return found.name
+    if found.reference is None:
+        raise OptionError(
+            f"The method {found.name!r} has no place in a recipe: no module that can be imported holds it under a name. "
+            "Way out: put it into a file of its own, and import it from there."
+        )
+    return found.reference
+
+
+def _check_inside(path: str, folder: str) -> None:
+    """A recipe may come from anyone: what it names as output stays below its own directory."""
+    check_name(path)
+    base = Path(folder).resolve()
+    target = (base / path).resolve()
+    if base not in target.parents or Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts:
+        raise OptionError(
+            f"output: path: {path!r} is not below the recipe's directory. Way out: say where on the command line "
+            "(--output, or run(output=…)), which may be anywhere."
+        )

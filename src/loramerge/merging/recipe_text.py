@@ -1,0 +1,221 @@
+"""What a recipe's text says, in TOML or in the header of a merged file: read strictly, every key known."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from ..errors import MergeError, OptionError
+from ..files import hub
+from .methods import METHODS
+from .provenance import LEARNED
+from .ranks import BUDGETS
+from .toml import Table
+from .weights import Weight, Weights, parse
+
+KEYS = (
+    "method",
+    "options",
+    "rank",
+    *BUDGETS,
+    "weights",
+    "scope",
+    "exclude",
+    "architecture",
+    "device",
+    "base",
+    "base_sha256",
+)
+
+
+def check_name(path: str) -> None:
+    """Refuse what can be no file's name.
+
+    Raises:
+        OptionError: The path has a NUL in it.
+    """
+    if "\0" in path:
+        raise OptionError(f"The path {path!r} has a NUL in it, which no file's name can have.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """Where a LoRA of a recipe is: a path, or a repository on the Hugging Face Hub."""
+
+    path: str | None = None
+    """Of a file or a directory with an adapter; from the recipe's own directory on."""
+    hub: str | None = None
+    """``org/repo``."""
+    revision: str | None = None
+    filename: str | None = None
+    sha256: str | None = None
+    """Of the tensors, see `LoRA.sha256`: with another, the recipe isn't run unless told to."""
+    architecture: str | None = None
+    """The model family, where this file leaves it open."""
+    dialect: str | None = None
+    """The dialect, where this file leaves it open."""
+    adapter: str | None = None
+    """Which one, where this file's keys name several adapters."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.hub is None):
+            raise OptionError("A LoRA of a recipe has either a path or a name on the Hub.")
+        if self.path is not None and (self.revision or self.filename):
+            raise OptionError("A revision and a filename go with a name on the Hub, not with a path.")
+
+    def source(self, folder: str) -> str:
+        """What `open` takes."""
+        if self.path is not None:
+            check_name(self.path)
+            return os.path.join(folder, os.path.expanduser(self.path)) if folder else self.path
+        return str(hub.Reference(cast(str, self.hub), self.filename, self.revision))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a recipe writes."""
+
+    path: str | None = None
+    """Inside of the recipe's directory."""
+    to: str | None = None
+    """Name of the dialect; the first LoRA's by default."""
+    dtype: str | None = None
+    """Of the tensors; the widest of the inputs' by default."""
+    allow_lossy: bool = False
+    """Whether to leave out what the dialect can't hold."""
+    allow_growth: bool = False
+    """Whether the file may take more than ten times the room of the inputs."""
+
+
+def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of the `Recipe` that parsed TOML says, but for its folder.
+
+    Raises:
+        OptionError: A key is unknown, or a value is of the wrong kind.
+    """
+    table = Table(data, where, [*KEYS, "loras", "output", "ranks"])
+    listed = table.get("loras", list, wanted="[[loras]], a list of tables", default=[])
+    if not listed:
+        raise OptionError(f"{where}: no LoRA is named. Wanted: [[loras]] and a path, for each.")
+    given = [_input(entry, f"{where}: loras {i}") for i, entry in enumerate(listed, start=1)]
+    return {
+        "loras": tuple(lora for lora, _ in given),
+        "weights": _weights(table, [weight for _, weight in given]),
+        "scope": table.get("scope", str, default="module"),
+        "method": table.get("method", str, default="linear"),
+        "options": table.get("options", dict, default={}),
+        "rank": table.get("rank", int, str, wanted='a number from 1, "sum" or "max"', default="sum"),
+        "max_error": table.get("max_error", int, float, str),
+        "energy": table.get("energy", int, float, str),
+        "max_size": table.get("max_size", int, str),
+        "exclude": table.texts("exclude"),
+        "architecture": table.get("architecture", str),
+        "device": table.get("device", str),
+        "base": table.get("base", str),
+        "base_sha256": table.get("base_sha256", str),
+        "ranks": table.numbers("ranks", int),
+        "output": _output(data.get("output", {}), f"{where}: output"),
+    }
+
+
+def _input(data: Any, where: str) -> tuple[Input, Weight | None]:
+    names = [f.name for f in fields(Input)]
+    table = Table(data, where, [*names, "weight"])
+    found = {name: table.get(name, str) for name in names}
+    try:
+        if found["hub"] is not None:
+            found |= _on_the_hub(found["hub"], found["revision"], found["filename"])
+        weight = table.get("weight", int, float, str, dict, wanted='a number, a table of patterns or "lbw:…"')
+        table.numbers("weight", int, float) if isinstance(weight, dict) else None
+        return Input(**found), parse(weight) if isinstance(weight, str) else weight
+    except OptionError as error:
+        raise error if str(error).startswith(where) else OptionError(f"{where}: {error}") from None
+
+
+def _on_the_hub(text: str, revision: str | None, filename: str | None) -> dict[str, str | None]:
+    """``org/repo``, or all in one as the command line has it: ``org/repo/file.safetensors@revision``."""
+    parsed = hub.parse(f"hf://{text.removeprefix('hf://')}")
+    if parsed is None or (parsed.revision and revision) or (parsed.file and filename):
+        raise OptionError(f"hub: got {text!r}, wanted org/repo, with the revision and the filename named once.")
+    return {"hub": parsed.repo, "revision": parsed.revision or revision, "filename": parsed.file or filename}
+
+
+def _weights(table: Table, each: Sequence[Weight | None]) -> Weights:
+    weights = table.get("weights", str, wanted='"l2" or "uniform"; numbers go to each LoRA, as its weight')
+    given = [weight for weight in each if weight is not None]
+    if weights is not None and given:
+        raise OptionError(f"{table.where}: give either weights = {weights!r}, or each LoRA's weight, not both.")
+    if weights not in (None, "l2", "uniform") and not weights.endswith(".safetensors"):
+        raise OptionError(
+            f"{table.where}: weights: got {weights!r}, wanted 'l2', 'uniform' or a file of learned coefficients "
+            "(.safetensors)."
+        )
+    if weights is not None or not given:
+        return cast(Weights, weights)
+    if len(given) != len(each):
+        without = each.index(None) + 1
+        raise OptionError(f"{table.where}: loras {without} has no weight, others have: wanted one each, or none.")
+    return tuple(given)
+
+
+def _output(data: Any, where: str) -> Output:
+    table = Table(data, where, [f.name for f in fields(Output)])
+    return Output(
+        path=table.get("path", str),
+        to=table.get("to", str),
+        dtype=table.get("dtype", str),
+        allow_lossy=table.get("allow_lossy", bool, default=False),
+        allow_growth=table.get("allow_growth", bool, default=False),
+    )
+
+
+def from_metadata(text: str | None, name: str) -> dict[str, Any]:
+    """What the header of a merged file says, as parsed TOML would; it may say anything, so `entries` checks it.
+
+    Raises:
+        MergeError: It says nothing that can be run again.
+    """
+    import json
+
+    if not text:
+        raise MergeError(f"{name} has no recipe: it was not merged by loramerge.")
+    try:
+        found = json.loads(text)
+        learned = LEARNED.get(found["method"])
+        data = _as_toml(found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
+    if learned:
+        raise MergeError(
+            f"{name} has no recipe that 'loramerge merge' can run again: it was learned on a model, by 'loramerge {learned}' "
+            f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
+            "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
+        )
+    if ":" not in found["method"] and found["method"] not in METHODS:
+        raise MergeError(
+            f"{name} has no recipe that can be run again: its method {found['method']!r} is not one of loramerge's, and no "
+            "module that can be imported held it under a name. Way out: put it into a file of its own, and merge with "
+            "method='module:name', or --method module:name."
+        )
+    missing = [entry["name"] for entry in found["inputs"] if not entry.get("source")]
+    if missing:
+        raise MergeError(
+            f"{name} has no recipe that can be run again: {' and '.join(map(str, missing))} came from memory, not from a file. "
+            "Way out: save them first, then merge the files."
+        )
+    return data
+
+
+def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's entries under the keys of a recipe's file; its budget stands in a table of its own."""
+    data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
+    data |= {**found.get("budget", {}), "loras": [_entry(entry) for entry in found["inputs"]]}
+    return data | {"output": {("to" if key == "dialect" else key): value for key, value in found["output"].items()}}
+
+
+def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: entry[key] for key in ("sha256", "weight", "architecture", "dialect", "adapter") if key in entry}
+    source = entry.get("source") or ""
+    if source.startswith("hf://"):
+        return {"hub": source.removeprefix("hf://"), **kept}
+    return {"path": source, **kept}

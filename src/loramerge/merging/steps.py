@@ -1,0 +1,267 @@
+"""What a merge will do in each module, and whether the LoRAs can be merged at all: from headers."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoints.models import Checkpoint
+from ..errors import LoRAMergeError, MergeError, an
+from ..files.lora import LoRA
+from ..layers import FACTORED, ON_BASE, Layer
+from ..layers.full import LEAVE_OUT
+from ..tensors import FLOATS, Shape, Tensor, largest_rank
+from .methods import Method
+from .ranks import Rank, rule
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module's merge."""
+
+    module: str
+    shape: Shape
+    inputs: tuple[int, ...]
+    """Which of the LoRAs change the module: those that have it, with a weight other than 0."""
+    ranks: tuple[int, ...]
+    full_rank: int
+    """Rank of the method's own result, before it is cut; 0 where there is none to speak of."""
+    rank: int
+    """Rank of the result."""
+    alone: bool = False
+    """Whether the result is one layer times its weight, which keeps its form unless it is cut."""
+    dense: bool = False
+    """Whether an input has no factors, so that the result has none."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether the result is cut to a smaller rank than it has."""
+        return self.rank < self.full_rank and self.rank < largest_rank(self.shape)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the result is the one input's own layer, times its weight."""
+        return self.alone and not self.cut
+
+    @property
+    def rankless(self) -> bool:
+        """Whether there is no rank to choose: biases, norms, tables, and layers that are handed on as they are."""
+        return self.full_rank == 0
+
+
+@contextmanager
+def named(module: str) -> Iterator[None]:
+    """Have errors say in which module they arose."""
+    try:
+        yield
+    except LoRAMergeError as error:
+        raise error.at(module) from None
+
+
+Weigh = Callable[[str], Sequence[Any]]
+
+
+def steps_of(
+    loras: Sequence[LoRA],
+    method: Method,
+    options: Mapping[str, Any],
+    rank: Rank,
+    base: "Checkpoint | None",
+    weights: Weigh | None = None,
+    whole: bool = True,
+) -> dict[str, Step]:
+    """Every module's merge, in order.
+
+    Args:
+        loras: What is merged.
+        method: How.
+        options: All options of the method.
+        rank: The rule that gives each module's rank.
+        base: The base model, for layers whose ΔW depends on it.
+        weights: The weights of a module; None where only the tensors tell them.
+        whole: Whether a layer that has no factors may stay as it is: no budget is to be kept.
+
+    Returns:
+        The modules in which a LoRA has a weight other than 0.
+
+    Raises:
+        MergeError: A layer has no low-rank form, or shapes differ.
+        OptionError: The rank is none.
+    """
+    rule(rank)
+    takes_dense = method.dense and options.get("space", "delta") == "delta"
+    merged: dict[str, tuple[int, ...]] = {}
+    given: dict[str, Sequence[Any] | None] = {}
+    for module in dict.fromkeys(module for lora in loras for module in lora):
+        present = [i for i, lora in enumerate(loras) if module in lora]
+        found = given[module] = None if weights is None else weights(module)
+        inputs = tuple(i for i in present if found is None or found[i])
+        if inputs and not (method.of_first and inputs[0] != 0):
+            merged[module] = inputs
+        _common_shape([loras[i] for i in present], module)
+    single = len({i for inputs in merged.values() for i in inputs}) == 1
+    maker = _Maker(loras, method, options, rank, base, takes_dense, whole and isinstance(rank, str), single)
+    shapes = {module: _common_shape([loras[i] for i in inputs], module) for module, inputs in merged.items()}
+    return {module: maker.step(module, shapes[module], inputs, given[module]) for module, inputs in merged.items()}
+
+
+@dataclass(frozen=True)
+class _Maker:
+    loras: Sequence[LoRA]
+    method: Method
+    options: Mapping[str, Any]
+    rank: Rank
+    base: "Checkpoint | None"
+    takes_dense: bool
+    whole: bool
+    """Whether a layer without factors may be handed on as it is."""
+    single: bool
+    """Whether no more than one LoRA has a weight."""
+
+    def step(self, module: str, shape: Shape, inputs: tuple[int, ...], weights: Sequence[Any] | None) -> Step:
+        layouts = [self.loras[i].layout(module) for i in inputs]
+        alone = weights is not None and self._alone(layouts, weights[inputs[0]])
+        if entrywise(layouts) or (alone and layouts[0].kind not in FACTORED):
+            return Step(module, shape, inputs, (0,) * len(inputs), 0, 0, alone)
+        for i in inputs:
+            self._check(self.loras[i], module)
+        layouts = [layout for layout in layouts if layout.kind != "bias"]
+        limit = largest_rank(shape)
+        ranks = tuple(limit if layout.kind not in FACTORED else layout.rank or 0 for layout in layouts)
+        dense = any(layout.kind not in FACTORED for layout in layouts)
+        with named(module):
+            full = limit if dense else self.method.rank(layouts, **self.options)
+        return Step(module, shape, inputs, ranks, full, max(1, min(rule(self.rank)(ranks), full, limit)), alone, dense)
+
+    def _alone(self, layouts: Sequence[Layer], weight: float) -> bool:
+        """Whether the one layer can be handed on, times its weight."""
+        layout = layouts[0]
+        if len(layouts) > 1 or not self.method.linear or layout.rankless or layout.times(weight) is None:
+            return False
+        limit = largest_rank(layout.shape)
+        if layout.kind == "lora":
+            return (layout.rank or 0) <= limit
+        if layout.kind in FACTORED:  # diffusers reads no file in which a LoHa or LoKr stands beside LoRAs
+            return self.single or _as_lora(layout) > MORE * _numbers(layout)
+        return self.whole and layout.kind != "full"
+
+    def _check(self, lora: LoRA, module: str) -> None:
+        """Whether a module's layer can be merged with others.
+
+        Raises:
+            MergeError: It can't.
+        """
+        layout = lora.layout(module)
+        if layout.kind in FACTORED or layout.kind == "bias":
+            return
+        where = f"{lora.name}: {module} can't be merged"
+        if layout.kind not in ("full", *ON_BASE):
+            raise MergeError(f"{where}: {layout.no_factors}.")
+        if not self.takes_dense:
+            base = f" ({_a(layout.kind)} layer needs the base model too: --base, base=…)" * (layout.kind in ON_BASE)
+            raise MergeError(
+                f"{where} by this method: its ΔW has no factors. Ways out: the method linear, or one on entries such as "
+                f"ties with space=delta{base}, or {LEAVE_OUT}."
+            )
+        if layout.kind in ON_BASE and self.base is not None and module not in self.base:
+            raise MergeError(
+                f"{where}: it is {_a(layout.kind)} layer, and the base {self.base.name} has no such module."
+            )
+        if layout.kind in ON_BASE and (self.base is None or isinstance(self.rank, str)):
+            raise MergeError(f"{where}: {needed_on_base(layout.kind, self.base is not None)}.")
+
+
+def _a(kind: str) -> str:
+    """A kind of layer whose ΔW depends on the base, with its article."""
+    return an({"dora": "DoRA", "pissa": "PiSSA", "olora": "OLoRA"}.get(kind, kind))
+
+
+def needed_on_base(kind: str, has_base: bool) -> str:
+    """What a layer whose ΔW depends on the base lacks to be merged, and the ways out."""
+    base = "" if has_base else "the base model and "
+    typed = "--rank 32, or rank=32" if has_base else "--base MODEL --rank 32, or base=…, rank=32"
+    return (
+        f"it is {_a(kind)} layer, whose ΔW depends on the base weight and has no rank of its own. Ways out: give {base}a number "
+        f"as the rank ({typed}), bake it into the base model (loramerge bake), or {LEAVE_OUT}"
+    )
+
+
+MORE = 100
+"""How many times the room of a LoHa or LoKr its LoRA may take beside other LoRAs."""
+
+
+def _as_lora(layout: Layer) -> int:
+    """How many numbers the LoRA with the same ΔW has."""
+    return (layout.rank or 0) * (layout.shape[0] + math.prod(layout.shape[1:]))
+
+
+def _numbers(layout: Layer) -> int:
+    return sum(math.prod(tensor.shape) for tensor in layout.tensors().values())
+
+
+def entrywise(layouts: Sequence[Layer]) -> bool:
+    """Whether a module's layers are summed entry by entry: none has a rank, or one is a table."""
+    table = any(layout.kind == "table" for layout in layouts)
+    return all(layout.rankless or (table and layout.kind == "full") for layout in layouts)
+
+
+def _common_shape(loras: Sequence[LoRA], module: str) -> Shape:
+    """The shape of the weight that all change; a bias tells its rows only."""
+    layouts = [lora.layout(module) for lora in loras]
+    whole = next((k for k, layout in enumerate(layouts) if layout.kind != "bias"), 0)
+    first = layouts[whole].shape
+    for lora, layout in zip(loras, layouts, strict=True):
+        if layout.shape != (first[:1] if layout.kind == "bias" else first):
+            raise MergeError(
+                f"{module} has the shape {first} in {loras[whole].name} and {layout.shape} in {lora.name}: "
+                "they were made for different models."
+            )
+    return first
+
+
+def common_extras(loras: Sequence[LoRA], weights: Weigh | None) -> dict[str, Tensor]:
+    """Tensors that belong to no layer, from all inputs; two of one name must be equal.
+
+    What may change the model is taken from a LoRA of weight 1 only: nobody knows how to weigh it.
+
+    Raises:
+        MergeError: Two differ, or one would have to be weighed.
+    """
+    found: dict[str, Tensor] = {}
+    for i, lora in enumerate(loras):
+        shares = {None if weights is None else weights(module)[i] for module in lora} if lora.extras else set()
+        for key, tensor in lora.extras.items() if shares != {0} else ():
+            changes = not harmless(key, tensor)
+            if changes and (shares != {1} or key in found):
+                raise MergeError(_unweighed(lora, key))
+            if key in found and not _equal(found[key], tensor):
+                raise MergeError(
+                    f"Two of the LoRAs hold different tensors {key!r}, which belong to no layer and can't be merged. "
+                    f"Way out: leave them out (exclude), such as --exclude '{key}'."
+                )
+            found[key] = tensor
+    return found
+
+
+EMBEDDING = re.compile(r"^(emb_params|string_to_param|bundle_emb|clip_[lgh]$|t5|<)")
+"""Begins the name of a new word's vectors, which a prompt asks for and no weight strengthens."""
+
+
+def harmless(key: str, tensor: Tensor) -> bool:
+    """Whether a tensor that belongs to no layer changes the model by no strength: a new word, a counter, a stray alpha."""
+    number = key.endswith((".alpha", ".scale")) and math.prod(tensor.shape) == 1
+    return number or tensor.dtype not in FLOATS or EMBEDDING.match(key) is not None
+
+
+def _unweighed(lora: LoRA, key: str) -> str:
+    return (
+        f"{lora.name}: the tensor {key!r} belongs to no layer that loramerge knows. It may change the model, so it can't be "
+        "weighed, nor added to another's. Ways out: the weight 1 for this LoRA in every module, if no other has such a "
+        f"tensor; or leave it out (exclude), such as --exclude '{key}'."
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and bool((a.read() == b.read()).all())

@@ -1,0 +1,120 @@
+"""TOML: written by hand, and read strictly, with every complaint naming the place."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from ..errors import OptionError, did_you_mean
+
+BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
+
+T = TypeVar("T")
+
+PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+LONG_KEY = rf"(?<![\w-]){PART}(?:[ \t]*+\.[ \t]*+{PART}){{100}}"
+"""A key of so many parts that tomllib, whose time grows with their square, may be what it was written for."""
+
+
+def parse_toml(source: str) -> dict[str, Any]:
+    """A TOML document.
+
+    Raises:
+        ValueError: It is none, or has a key of more than 100 parts.
+    """
+    import tomllib
+
+    if found := re.search(LONG_KEY, source):
+        raise ValueError(f"the key {found[0][:40]}… has more than 100 parts")
+    return tomllib.loads(source)
+
+
+def text(value: Any) -> str:
+    """A value as TOML spells it; a mapping as an inline table.
+
+    Raises:
+        OptionError: TOML has no word for it.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(int(value))
+    if isinstance(value, float) and math.isfinite(value):
+        return repr(float(value))
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key(k)} = {text(v)}" for k, v in value.items()) + " }" if value else "{}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(text, value)) + "]"
+    raise OptionError(f"TOML can't hold {value!r}, a {type(value).__name__}.")
+
+
+def key(name: str) -> str:
+    """A key, in quotes where it needs them."""
+    return name if BARE.fullmatch(name) else text(name)
+
+
+def lines(entries: Mapping[str, Any]) -> list[str]:
+    """One line an entry; entries that are None are left out."""
+    return [f"{key(name)} = {text(value)}" for name, value in entries.items() if value is not None]
+
+
+class Table:
+    """A table of a TOML file whose entries are asked for one by one.
+
+    Args:
+        data: The entries.
+        where: What messages call the table: ``"recipe.toml: output"``.
+        known: The keys that it may have.
+
+    Raises:
+        OptionError: It has another key.
+    """
+
+    def __init__(self, data: Any, where: str, known: Iterable[str]) -> None:
+        if not isinstance(data, dict):
+            raise OptionError(f"{where}: got {_shown(data)}, wanted a table.")
+        self.data = data
+        self.where = where
+        known = list(known)
+        for name in data:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise OptionError(f"{where}: unknown key {name!r}.{hint} Known: {', '.join(known)}.")
+
+    def get(self, name: str, *kinds: type, wanted: str = "", default: Any = None) -> Any:
+        """An entry of one of the kinds, or the default where it is missing.
+
+        Raises:
+            OptionError: It is of another kind.
+        """
+        if name not in self.data:
+            return default
+        value = self.data[name]
+        if type(value) not in kinds:
+            wanted = wanted or " or ".join(KINDS[kind] for kind in kinds)
+            raise OptionError(f"{self.where}: {name}: got {_shown(value)}, wanted {wanted}.")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts; empty where it is missing."""
+        found = self.get(name, list, wanted="a list of texts", default=[])
+        if not all(isinstance(item, str) for item in found):
+            raise OptionError(f"{self.where}: {name}: got {_shown(found)}, wanted a list of texts.")
+        return tuple(found)
+
+    def numbers(self, name: str, *kinds: type) -> dict[str, Any] | None:
+        """A table of numbers; None where it is missing."""
+        found = self.get(name, dict)
+        for entry, value in (found or {}).items():
+            if type(value) not in kinds:
+                raise OptionError(f"{self.where}: {name}: {entry}: got {_shown(value)}, wanted {KINDS[kinds[-1]]}.")
+        return found  # type: ignore[no-any-return]
+
+
+def _shown(value: Any) -> str:
+    kind = KINDS.get(type(value), type(value).__name__)
+    return f"{kind}" if isinstance(value, list | dict) else f"{value!r}, {kind}"

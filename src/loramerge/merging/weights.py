@@ -1,0 +1,234 @@
+"""What each LoRA weighs in each module.
+
+A weight is a number, a table of patterns, or a vector of blocks; ``"l2"`` gives each LoRA its
+share of the modules' norms.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from ..errors import OptionError
+from ..files.architectures import blocks
+from ..files.lora import LoRA
+from .coefficients import Coefficients
+
+Weight: TypeAlias = float | Mapping[str, float] | str
+"""A number; ``{pattern: number}``; or text, see `parse`."""
+
+Weights: TypeAlias = Sequence[Weight] | Literal["uniform", "l2"] | Coefficients | str | None
+
+Scope: TypeAlias = Literal["module", "component", "whole"]
+SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
+
+
+ONE_EACH = "One weight a LoRA: weights=[0.7, 0.5]"
+
+PRESETS: Mapping[str, Mapping[str, float]] = {
+    "blora:content": {"*": 0.0, "unet.up_blocks.0.attentions.0.*": 1.0},
+    "blora:style": {"*": 0.0, "unet.up_blocks.0.attentions.1.*": 1.0},
+}
+"""Tables of patterns that have a name.  B-LoRA: in SDXL one block of attention holds what is drawn, the next how.
+
+Source: Frenkel et al., 2024, https://arxiv.org/abs/2403.14572
+"""
+
+
+@dataclass(frozen=True)
+class ModuleWeights:
+    """The weights of every LoRA in a module."""
+
+    of: Callable[[str], list[Any]]
+    label: tuple[str, ...]
+    """How each LoRA's weight reads in a table."""
+    from_values: bool = False
+    """Whether asking for them reads tensors."""
+    columns: bool = False
+    """Whether a weight may be an array of one number a column instead of a number."""
+    given: tuple[Weight, ...] | str = ()
+    """What `resolve` takes to give the same again."""
+
+
+def resolve(
+    loras: Sequence[LoRA], weights: Weights, scope: Scope = "module", default: float | None = None
+) -> ModuleWeights:
+    """Weights a module, from what the user gave.
+
+    Args:
+        loras: What is merged.
+        weights: None or ``"uniform"`` for 1/N each; ``"l2"`` for each LoRA's share of the norms,
+            wᵢ = ‖ΔWᵢ‖ / Σₖ ‖ΔWₖ‖; learned coefficients, or the path of their file; or one weight
+            a LoRA.
+        scope: For ``"l2"``, what the norms are taken over: each ``module``, each ``component``
+            (UNet, text encoder), or the ``whole`` file.
+        default: The weight of each LoRA where ``weights`` is None; None for 1/N.
+
+    Raises:
+        OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
+    """
+    weights = _plain(weights)
+    if scope != "module" and weights != "l2":
+        raise OptionError(f"The scope {scope!r} goes with the weights 'l2' only.")
+    if weights is None or weights == "uniform":
+        share = 1.0 / len(loras) if weights or default is None else default
+        return ModuleWeights(
+            lambda module: [share] * len(loras), tuple(f"{share:.4g}" for _ in loras), given=(share,) * len(loras)
+        )
+    if weights == "l2":
+        if scope not in SCOPES:
+            raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
+        labels = tuple(f"l2 ({scope})" for _ in loras)
+        return ModuleWeights(_shares(loras, scope), labels, from_values=True, given="l2")
+    if isinstance(weights, str) and weights.endswith(".safetensors"):
+        weights = Coefficients.read(weights)
+    if isinstance(weights, Coefficients):
+        weights.check(loras)
+        return ModuleWeights(weights.of_module, ("learned",) * len(loras), True, True, weights.source)
+    if isinstance(weights, str):
+        raise OptionError(
+            f"Unknown weights {weights!r}. Available: uniform, l2, a file of learned coefficients "
+            f"(.safetensors). {ONE_EACH}."
+        )
+    if len(weights) != len(loras):
+        raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. {ONE_EACH}.")
+    given = [_Given(lora, weight) for lora, weight in zip(loras, weights, strict=True)]
+    return ModuleWeights(
+        lambda module: [g.at(module) for g in given],
+        tuple(g.label for g in given),
+        given=tuple(g.weight for g in given),
+    )
+
+
+def _plain(weights: object) -> Weights:
+    """Weights as Python's own: arrays and tensors as lists, names in lower case."""
+    if isinstance(weights, str):
+        return weights if weights.endswith(".safetensors") else weights.lower()
+    if isinstance(weights, Coefficients):
+        return weights
+    found: object = weights.tolist() if hasattr(weights, "tolist") else weights
+    if found is not None and not isinstance(found, Sequence):
+        raise OptionError(f"The weights {weights!r} are no list: one weight a LoRA, such as [0.7, 0.5].")
+    return found
+
+
+def parse(text: str) -> Weight:
+    """A weight as it is typed: ``0.5``, ``0.5;text_encoder=0;*attn2*=0.3``, ``lbw:1,0,0,…`` or ``blora:style``.
+
+    Raises:
+        OptionError: It is none of these.
+    """
+    if text.startswith("lbw:"):
+        return text
+    if text in PRESETS:
+        return PRESETS[text]
+    table: dict[str, float] = {}
+    for item in text.split(";"):
+        pattern, _, number = item.rpartition("=")
+        pattern = pattern.strip() or "*"
+        if pattern in table:
+            raise OptionError(f"The weight {text!r} gives {pattern!r} twice. {ONE_EACH}.")
+        table[pattern] = _number(number, text)
+    return table["*"] if list(table) == ["*"] else table
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise OptionError(
+            f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…', 'lbw:NUMBER,NUMBER,…', "
+            f"{' or '.join(PRESETS)}. {ONE_EACH}."
+        ) from None
+    if not math.isfinite(value):
+        raise OptionError(f"The weight {whole!r} is not finite.")
+    return value
+
+
+class _Given:
+    """One LoRA's weight as the user gave it."""
+
+    def __init__(self, lora: LoRA, weight: Weight) -> None:
+        if isinstance(weight, str) and not weight.startswith("lbw:"):
+            weight = parse(weight)
+        self.lora = lora
+        if isinstance(weight, Mapping):
+            weight = {pattern: _number(str(n), f"{pattern}={n}") for pattern, n in weight.items()}
+        elif not isinstance(weight, str):
+            weight = _number(str(weight), str(weight))
+        self.weight = weight
+        self.at = self._rule(weight)
+        self.label = weight if isinstance(weight, str) else _label(weight)
+
+    def _rule(self, weight: Weight) -> Callable[[str], float]:
+        if isinstance(weight, str):
+            numbers = [_number(n, weight) for n in weight.removeprefix("lbw:").split(",")]
+            return self._by_block(blocks.vector(numbers, self.lora.architecture))
+        if isinstance(weight, Mapping):
+            return self._by_pattern(weight)
+        return lambda module: weight
+
+    def _by_block(self, weights: Mapping[str, float]) -> Callable[[str], float]:
+        def at(module: str) -> float:
+            name = blocks.block(module, self.lora.architecture)
+            if name not in weights and module in self.lora:
+                raise OptionError(
+                    f"The block vector of {self.lora.name} has no number for block {name} (module {module}). "
+                    "Way out: a longer vector, or patterns."
+                )
+            return weights.get(name, 0.0)
+
+        return at
+
+    def _by_pattern(self, weights: Mapping[str, float]) -> Callable[[str], float]:
+        architecture = self.lora.architecture
+        for pattern in weights:
+            if pattern != "*" and not any(blocks.matches(pattern, module, architecture) for module in self.lora):
+                raise OptionError(
+                    f"The pattern {pattern!r} matches no module of {self.lora.name}. {blocks.offered(self.lora, architecture)}"
+                )
+
+        def at(module: str) -> float:
+            # The last that matches wins, as in a .gitignore: the general first, then exceptions.
+            found = [w for pattern, w in weights.items() if blocks.matches(pattern, module, architecture)]
+            return found[-1] if found else 1.0
+
+        return at
+
+
+def _label(weight: float | Mapping[str, float]) -> str:
+    if isinstance(weight, Mapping):
+        return ";".join(f"{pattern}={float(number):g}" for pattern, number in weight.items())
+    return f"{float(weight):g}"
+
+
+def _shares(loras: Sequence[LoRA], scope: Scope) -> Callable[[str], list[float]]:
+    """Each LoRA's share of the norms; a module that none has changed is nobody's: 0."""
+    totals: dict[str, list[float]] = {}
+
+    def group(module: str) -> str:
+        return {"module": module, "component": module.partition(".")[0], "whole": ""}[scope]
+
+    def shares(module: str) -> list[float]:
+        name = group(module)
+        if scope == "module":
+            return _proportions([lora[module].norm() if module in lora else 0.0 for lora in loras])
+        if not totals:
+            totals.update(_norms(loras, group))
+        return _proportions(totals[name])
+
+    return shares
+
+
+def _norms(loras: Sequence[LoRA], group: Callable[[str], str]) -> dict[str, list[float]]:
+    squares: dict[str, list[float]] = {}
+    for i, lora in enumerate(loras):
+        for module in lora:
+            squares.setdefault(group(module), [0.0] * len(loras))[i] += lora[module].norm() ** 2
+    return {name: [math.sqrt(s) for s in sums] for name, sums in squares.items()}
+
+
+def _proportions(norms: Iterable[float]) -> list[float]:
+    norms = list(norms)
+    total = sum(norms)
+    return [n / total if total else 0.0 for n in norms]

@@ -1,0 +1,147 @@
+"""Pictures with captions in a folder: what a LoRA was trained on, or will be.
+
+A caption is a line of ``metadata.jsonl`` (``{"file_name": "1.png", "text": "a psq-person"}``), or a
+``.txt`` file of the picture's name beside it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FileError
+from ..files.storage.reader import read_text
+from ..tensors import Array
+from .pictures import SUFFIXES, bytes_of, images_in, opened, read
+
+LANCZOS = 1
+"""Pillow's number of the filter."""
+
+METADATA = "metadata.jsonl"
+COLUMNS = ("text", "caption", "prompt")
+"""Where a line of ``metadata.jsonl`` may have its caption."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what it shows."""
+
+    path: Path
+    caption: str
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """The middle square of a picture."""
+
+    pixels: Array
+    """``(3, resolution, resolution)``, float32, in [-1, 1]."""
+    original: tuple[int, int]
+    """Height and width of the picture."""
+    corner: tuple[int, int]
+    """Where the square begins, top and left, once the picture's shorter side has the resolution."""
+
+
+def captioned(folder: str | os.PathLike[str], caption: str | None = None) -> list[Picture]:
+    """The pictures of a folder, by name.
+
+    Args:
+        folder: Its own files only.
+        caption: For pictures that have none.
+
+    Raises:
+        FileError: The folder is missing, holds no picture, or a caption is missing or unreadable.
+    """
+    place = Path(folder).expanduser()
+    files = images_in(place)
+    said = _metadata(place)
+    _check_listed(place, files, said)
+    found = [Picture(file, _caption(file, said) or caption or "") for file in files]
+    bare = [picture.path.name for picture in found if not picture.caption]
+    if bare:
+        raise FileError(
+            f"{place}: {len(bare)} of {len(found)} images have no caption, such as {bare[0]}. Ways out: a prompt for "
+            f"all of them, {Path(bare[0]).stem}.txt beside the image, or a line in {METADATA}."
+        )
+    return found
+
+
+def _check_listed(folder: Path, files: Sequence[Path], said: dict[str, str]) -> None:
+    """Refuse a list that names what is no picture of the folder: it would be left out in silence."""
+    there = {file.name for file in files}
+    lost = [name for name in said if name not in there]
+    if lost:
+        why = f"a file that does not end in {', '.join(SUFFIXES)}" if (folder / lost[0]).is_file() else "not there"
+        raise FileError(
+            f"{folder / METADATA} names {lost[0]!r}, which is {why}. Wanted names of the folder's own images."
+        )
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    """Captions by file name."""
+    path = folder / METADATA
+    if not path.exists():
+        return {}
+    said = {}
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            said[str(entry["file_name"])] = next(str(entry[c] or "").strip() for c in COLUMNS if c in entry)
+        except (ValueError, TypeError, KeyError, StopIteration):
+            raise FileError(
+                f'{path}, line {number}: wanted {{"file_name": "1.png", "text": "a caption"}}, got {line[:80]}'
+            ) from None
+    return said
+
+
+def _caption(file: Path, said: dict[str, str]) -> str:
+    beside = file.with_suffix(".txt")
+    if file.name not in said and beside.exists():
+        return _text(beside).strip()
+    return said.get(file.name, "")
+
+
+def _text(path: Path) -> str:
+    """A text file; Windows' editors begin it with a mark that is no part of a caption."""
+    return read_text(path).removeprefix("\ufeff")
+
+
+def cropped(path: Path, resolution: int) -> Cropped:
+    """The middle square of a picture, its shorter side brought to the resolution.
+
+    Raises:
+        FileError: The picture can't be read.
+    """
+    import numpy as np
+
+    image = read(path)
+    width, height = image.size
+    scale = resolution / min(width, height)
+    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    image = image.resize(size, LANCZOS).crop((left, top, left + resolution, top + resolution))
+    values = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
+    return Cropped(np.ascontiguousarray(values.transpose(2, 0, 1)), (height, width), (top, left))
+
+
+def size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture as it is stored.
+
+    Raises:
+        FileError: It can't be read.
+    """
+    with opened(path) as image:
+        return image.height, image.width
+
+
+def digest(found: Sequence[Picture]) -> str:
+    """SHA-256 of the pictures' bytes and captions, in order."""
+    whole = hashlib.sha256()
+    for picture in found:
+        whole.update(bytes_of(picture.path))
+        whole.update(picture.caption.encode() + b"\0")
+    return whole.hexdigest()

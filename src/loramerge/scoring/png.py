@@ -1,0 +1,66 @@
+"""How a picture was made, in the picture: JSON in an international text chunk (iTXt) of the PNG."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import FileError
+from ..files.storage.writer import write_bytes
+from .pictures import opened
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KEY = "loramerge"
+"""The chunk's keyword."""
+ORDER = "loramerge.settings"
+"""The keyword of a contact sheet's chunk: its settings, as they were drawn."""
+
+
+def save_png(
+    image: "Image", path: Path, recipe: Mapping[str, Any] | None = None, *, settings: Sequence[str] = ()
+) -> None:
+    """Write a picture, with its recipe or a sheet's settings if it has any: whole, or not at all."""
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    if recipe is not None:
+        chunks.add_itxt(KEY, json.dumps(recipe, ensure_ascii=False))
+    if settings:
+        chunks.add_itxt(ORDER, json.dumps(list(settings), ensure_ascii=False))
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=chunks)
+    write_bytes(path, data.getvalue())
+
+
+def order_in(sheet: Path) -> list[str]:
+    """The settings of a contact sheet as they were drawn; none where it isn't one of ours."""
+    try:
+        with opened(sheet) as image:
+            found = json.loads(image.info.get(ORDER, "[]"))
+    except (FileError, ValueError, RecursionError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def recipe_in(path: Path) -> dict[str, Any] | None:
+    """The recipe in a picture; None where it has none.
+
+    Raises:
+        FileError: The file is no picture, or its recipe is no recipe.
+        MissingExtraError: Pillow is not installed.
+    """
+    with opened(path) as image:
+        text = image.info.get(KEY)
+    if text is None:
+        return None
+    try:
+        recipe: dict[str, Any] = json.loads(text)
+        whole = isinstance(recipe["prompt"], str) and isinstance(recipe["seed"], int)
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise FileError(f"{path}: the recipe inside is no recipe: {text[:80]}. Save the picture anew without it.")
+    return recipe

@@ -1,0 +1,267 @@
+"""Scores of generated pictures: how like each reference set a setting draws.
+
+The study's score of a picture is the cosine of its embedding with the mean embedding of a
+reference set; beside it stands the mean of its cosines with every picture of the set.  A
+setting's score is the mean over its pictures.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..errors import FileError, OptionError
+from ..files.storage.writer import Progress
+from ..tensors import Array
+from .bootstrap import Interval, interval
+from .encoders import Embed, Encoder, embed, encoder_of
+from .pictures import Box, images_in
+from .png import recipe_in
+
+Metric = Literal["cosine", "pairwise"]
+Cluster = Literal["seed", "prompt", "image"]
+Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A folder of pictures, or the pictures themselves."""
+
+NAMED = re.compile(r"(?P<prompt>.+)-(?P<seed>\d+)")
+"""A picture's name where it has no recipe inside: ``PROMPT-SEED.png``."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A generated picture: what was asked for, and where it is."""
+
+    setting: str
+    prompt: str
+    seed: int | None
+    path: Path
+
+    @classmethod
+    def of(cls, setting: str, path: Path) -> "Shot":
+        """By the recipe in the picture, or by its name."""
+        recipe = recipe_in(path)
+        if recipe:
+            return cls(setting, str(recipe["prompt"]), int(recipe["seed"]), path)
+        match = NAMED.fullmatch(path.stem)
+        return cls(setting, match["prompt"], int(match["seed"]), path) if match else cls(setting, path.stem, None, path)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A set of pictures of one concept."""
+
+    name: str
+    files: Files
+    crop: Box | None = None
+    """Where generated pictures show the concept; the whole picture by default."""
+    own_crop: Box | None = None
+    """Where the set's own pictures show it; as ``crop`` by default."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one picture against one reference set, in [−1, 1]."""
+
+    shot: Shot
+    reference: str
+    cosine: float
+    """With the mean embedding of the set."""
+    pairwise: float
+    """Mean of the cosines with each of the set's embeddings."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Every picture's scores by one encoder, and what they say of settings."""
+
+    encoder: str
+    rows: tuple[Row, ...]
+    cluster: Cluster
+    """What the bootstrap draws: all pictures of a seed, of a prompt, or single ones."""
+
+    @cached_property
+    def settings(self) -> tuple[str, ...]:
+        """Every setting, in the order of the pictures."""
+        return tuple(dict.fromkeys(row.shot.setting for row in self.rows))
+
+    @cached_property
+    def references(self) -> tuple[str, ...]:
+        """Every reference set's name."""
+        return tuple(dict.fromkeys(row.reference for row in self.rows))
+
+    @cached_property
+    def prompts(self) -> tuple[str, ...]:
+        """Every prompt, in the order of the pictures."""
+        return tuple(dict.fromkeys(row.shot.prompt for row in self.rows))
+
+    def mean(self, setting: str, reference: str, metric: Metric = "cosine", *, prompt: str | None = None) -> Interval:
+        """A setting's score with its 95 % interval, over all prompts or of one."""
+        rows = [row for row in self._of(setting, reference) if prompt in (None, row.shot.prompt)]
+        return interval([_value(row, metric) for row in rows], [self._cluster(row.shot) for row in rows])
+
+    def difference(self, setting: str, other: str, reference: str, metric: Metric = "cosine") -> Interval:
+        """How much higher a setting scores than another, over the pictures of equal prompt and seed.
+
+        Raises:
+            OptionError: The two have no such pictures.
+        """
+        mine, theirs = ({_key(r.shot): r for r in self._of(name, reference)} for name in (setting, other))
+        both = [key for key in mine if key in theirs]
+        if not both:
+            raise OptionError(
+                f"{setting} and {other} have no pictures of the same prompt and seed: they can't be paired."
+            )
+        values = [_value(mine[key], metric) - _value(theirs[key], metric) for key in both]
+        return interval(values, [self._cluster(mine[key].shot) for key in both])
+
+    def paired(self) -> list[tuple[str, str]]:
+        """The pairs of settings that have pictures of the same prompt and seed."""
+        keys = {s: {_key(row.shot) for row in self.rows if row.shot.setting == s} for s in self.settings}
+        return [(a, b) for a, b in combinations(self.settings, 2) if keys[a] & keys[b]]
+
+    @cached_property
+    def _rows(self) -> Mapping[tuple[str, str], list[Row]]:
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            found.setdefault((row.shot.setting, row.reference), []).append(row)
+        return found
+
+    def _of(self, setting: str, reference: str) -> list[Row]:
+        if (setting, reference) not in self._rows:
+            raise OptionError(
+                f"No score of {setting!r} against {reference!r}. Settings: {', '.join(self.settings)}; "
+                f"references: {', '.join(self.references)}."
+            )
+        return self._rows[setting, reference]
+
+    def _cluster(self, shot: Shot) -> Any:
+        return {"seed": shot.seed, "prompt": shot.prompt, "image": _key(shot)}[self.cluster]
+
+
+def score(
+    settings: Mapping[str, Files] | Iterable[Shot],
+    references: Mapping[str, Files] | Iterable[Reference],
+    encoder: Encoder | Embed,
+    *,
+    cluster: Cluster | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score pictures against reference sets.
+
+    Args:
+        settings: Folders of pictures by setting, or shots.  What a picture shows is told by its recipe
+            (`loramerge.diffusion.generation`) or its name, ``PROMPT-SEED.png``.
+        references: Folders of pictures by concept, or `Reference` with boxes.
+        encoder: `loramerge.scoring.dino.dinov2`, or any function from pictures to an array ``(n, d)``.
+        cluster: What the bootstrap draws; seeds where every picture has one, single pictures otherwise.
+        cache: A directory for embeddings.
+        progress: Called with the number of pictures done and of all.
+
+    Raises:
+        FileError: A folder is missing or empty, a picture can't be read, or two of a setting have the same
+            prompt and seed.
+        OptionError: There is nothing to score, or a picture has no seed and ``cluster`` is ``"seed"``.
+    """
+    known = encoder_of(encoder)
+    shots = list(shots_of(settings) if isinstance(settings, Mapping) else settings)
+    sets = (
+        [Reference(name, files) for name, files in references.items()]
+        if isinstance(references, Mapping)
+        else list(references)
+    )
+    if not shots or not sets:
+        raise OptionError(f"Nothing to score: {len(shots)} pictures, {len(sets)} reference sets.")
+    _check(shots, [reference.name for reference in sets])
+    vectors = _Vectors(known, None if cache is None else Path(cache).expanduser(), progress)
+    vectors.expect(shots, sets)
+    rows = [row for reference in sets for row in _against(reference, shots, vectors)]
+    return Scores(known.name, tuple(rows), _clustering(cluster, shots))
+
+
+def shots_of(settings: Mapping[str, Files]) -> list[Shot]:
+    """The pictures of every setting."""
+    return [Shot.of(name, path) for name, files in settings.items() for path in _paths(files)]
+
+
+def _paths(files: Files) -> list[Path]:
+    if isinstance(files, str | os.PathLike):
+        return images_in(Path(files).expanduser())
+    return [Path(file).expanduser() for file in files]
+
+
+def _check(shots: Sequence[Shot], references: Sequence[str]) -> None:
+    if len(set(references)) < len(references):
+        raise OptionError(f"Two reference sets have the same name: {', '.join(references)}.")
+    seen: dict[Any, Path] = {}
+    for shot in shots:
+        other = seen.setdefault((shot.setting, _key(shot)), shot.path)
+        if other != shot.path:
+            raise FileError(f"{other} and {shot.path} are of the same setting, prompt and seed. Remove one of them.")
+
+
+def _clustering(wanted: Cluster | None, shots: Sequence[Shot]) -> Cluster:
+    without = [shot for shot in shots if shot.seed is None]
+    if wanted not in (None, *get_args(Cluster)):
+        raise OptionError(f"Unknown cluster {wanted!r}. Available: {', '.join(get_args(Cluster))}.")
+    if wanted == "seed" and without:
+        raise OptionError(f"{without[0].path} has no seed, in its name or inside: wanted PROMPT-SEED.png.")
+    return wanted or ("image" if without else "seed")
+
+
+def _against(reference: Reference, shots: Sequence[Shot], vectors: "_Vectors") -> list[Row]:
+    """Every picture's scores against one set."""
+    import numpy as np
+
+    theirs = vectors(_paths(reference.files), reference.own_crop or reference.crop)
+    ours = _unit(vectors([shot.path for shot in shots], reference.crop))
+    middle = theirs.mean(0)
+    if not np.any(middle):
+        raise FileError(f"The mean embedding of {reference.name} is zero: it has no direction.")
+    cosine, pairwise = ours @ _unit(middle), (ours @ _unit(theirs).T).mean(1)
+    return [Row(shot, reference.name, float(c), float(p)) for shot, c, p in zip(shots, cosine, pairwise, strict=True)]
+
+
+def _unit(vectors: Array) -> Array:
+    import numpy as np
+
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+class _Vectors:
+    """Embeddings by picture and box, each made once; the progress of all of them together."""
+
+    def __init__(self, encoder: Encoder, cache: Path | None, progress: Progress | None) -> None:
+        self.encoder, self.cache, self.progress = encoder, cache, progress
+        self.made: dict[tuple[Path, Box | None], Array] = {}
+        self.total = 0
+
+    def expect(self, shots: Sequence[Shot], sets: Sequence[Reference]) -> None:
+        wanted = {(shot.path, reference.crop) for reference in sets for shot in shots}
+        wanted |= {(path, r.own_crop or r.crop) for r in sets for path in _paths(r.files)}
+        self.total = len(wanted)
+
+    def __call__(self, files: Sequence[Path], box: Box | None) -> Array:
+        import numpy as np
+
+        missing = [file for file in dict.fromkeys(files) if (file, box) not in self.made]
+        if missing:
+            found = embed(self.encoder, missing, box=box, cache=self.cache, progress=self._report)
+            self.made.update({(file, box): vector for file, vector in zip(missing, found, strict=True)})
+        return np.stack([self.made[file, box] for file in files])
+
+    def _report(self, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(len(self.made) + done, self.total)
+
+
+def _value(row: Row, metric: Metric) -> float:
+    return row.cosine if metric == "cosine" else row.pairwise
+
+
+def _key(shot: Shot) -> tuple[str, int | None]:
+    return shot.prompt, shot.seed

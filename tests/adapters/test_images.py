@@ -9,7 +9,7 @@ from PIL import Image
 
 from loramerge.errors import FileError
 from loramerge.scoring.captions import captioned, cropped, digest
-from loramerge.scoring.pictures import left_out
+from loramerge.scoring.pictures import ignored_in
 
 
 @pytest.fixture
@@ -22,18 +22,18 @@ def folder(tmp_path: Path) -> Path:
 
 def test_what_is_no_picture_is_told(folder: Path) -> None:
     (folder / "a.txt").write_text("a person")
-    assert f"{folder}: left out are notes.md; only files" in left_out(folder)
+    assert f"{folder}: left out are notes.md; only files" in ignored_in(folder)
     for name in ("IMG_1.HEIC", "IMG_2.HEIC", "IMG_3.tif"):
         (folder / name).touch()
     (folder / "more").mkdir()
-    assert "left out are IMG_1.HEIC, IMG_2.HEIC, IMG_3.tif and 2 more" in left_out(folder)
+    assert "left out are IMG_1.HEIC, IMG_2.HEIC, IMG_3.tif and 2 more" in ignored_in(folder)
 
 
 def test_a_folder_of_pictures_and_captions_leaves_nothing_out(folder: Path) -> None:
     for name in (".DS_Store", "a.txt", "metadata.jsonl"):
         (folder / name).touch()
     (folder / "notes.md").unlink()
-    assert left_out(folder) == ""
+    assert ignored_in(folder) == ""
 
 
 def test_captions_lie_beside_the_pictures_or_in_a_list(folder: Path) -> None:

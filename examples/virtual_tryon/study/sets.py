@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loramerge.errors import OptionError
 from loramerge.files import listing_digest
-from loramerge.scoring import METADATA, captioned, digest, left_out
+from loramerge.scoring import METADATA, captioned, digest, ignored_in
 
 from .. import make_sets, world
 from ..world import CONCEPTS, SCENES, Example
@@ -142,7 +142,7 @@ def scene_of(prompt: str, names: Sequence[str]) -> str:
 def left_out(job: Job) -> list[str]:
     """What the user's folders hold that is no picture, a line per folder."""
     folders = [] if job.drawn else [job.set_folder(name) for name in _plain(job)]
-    return [line for folder in folders if folder.is_dir() and (line := left_out(folder))]
+    return [line for folder in folders if folder.is_dir() and (line := ignored_in(folder))]
 
 
 def _check(job: Job) -> None:

@@ -103,10 +103,10 @@ def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
 
 def note_left_out(folders: "Iterable[Path]") -> None:
     """Say what of folders of pictures is none."""
-    from ..scoring.pictures import left_out
+    from ..scoring.pictures import ignored_in
 
     for folder in folders:
-        told = left_out(folder) if folder.is_dir() else ""
+        told = ignored_in(folder) if folder.is_dir() else ""
         if told:
             print(f"Note: {told}", file=sys.stderr)
 

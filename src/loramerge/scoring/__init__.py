@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .pictures import (
         Box as Box,
         Preprocessing as Preprocessing,
+        ignored_in as ignored_in,
         images_in as images_in,
-        left_out as left_out,
         read as read,
     )
     from .png import recipe_in as recipe_in
@@ -52,7 +52,7 @@ else:
                 "Box",
                 "Preprocessing",
                 "images_in",
-                "left_out",
+                "ignored_in",
                 "read",
             ),
             "png": ("recipe_in",),

@@ -123,7 +123,7 @@ def images_in(folder: Path) -> list[Path]:
     return found
 
 
-def left_out(folder: Path) -> str:
+def ignored_in(folder: Path) -> str:
     """What a folder of pictures holds beside pictures and captions, as a sentence; empty where there is nothing."""
     others = sorted(
         f"{file.name}/" if file.is_dir() else file.name

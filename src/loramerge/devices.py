@@ -1,10 +1,11 @@
 """Devices: which there are, what fits on them, and arrays as tensors of torch."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
-from .errors import DeviceMemoryError, OptionError, first_line
+from .errors import DeviceMemoryError, OptionError, first_line, needed
 from .tensors import Array
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ def memory_for(what: str, ways_out: str) -> Iterator[None]:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    import torch
-
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
@@ -56,7 +58,8 @@ def check_device(device: str) -> None:
     Raises:
         OptionError: It is unknown, or not there.
     """
-    import torch
+    with needed("Computing on a device"):
+        import torch
 
     try:
         torch.empty(0, device=device)
@@ -69,7 +72,9 @@ def check_device(device: str) -> None:
 def to_torch(array: Array) -> "torch.Tensor":
     """A tensor of torch with the values of an array, shared where that can be."""
     import numpy as np
-    import torch
+
+    with needed("Making tensors of torch"):
+        import torch
 
     if isinstance(array, torch.Tensor):
         return array

@@ -3,7 +3,8 @@
 Each message says what went wrong, where, what was found, what was wanted and what to do next.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 
@@ -64,6 +65,57 @@ class MissingExtraError(LoRAMergeError):
 
 class DeviceMemoryError(LoRAMergeError):
     """The memory of the GPU, or of the machine, does not suffice."""
+
+
+EXTRAS = {
+    "torch": "torch",
+    "array_api_compat": "torch",
+    "diffusers": "diffusers",
+    "transformers": "diffusers",
+    "peft": "diffusers",
+    "accelerate": "diffusers",
+    "PIL": "diffusers",
+    "matplotlib": "plots",
+    "cma": "search",
+}
+"""The extra of loramerge that installs each optional package."""
+
+
+def need(what: str, *packages: str) -> None:
+    """Check that packages are installed, before anything slow is done.
+
+    Args:
+        what: What needs them, as the subject of a sentence.
+        packages: Names under which they are imported.
+
+    Raises:
+        MissingExtraError: One isn't installed.
+    """
+    from importlib.util import find_spec
+
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtraError(_missing(what, package))
+
+
+@contextmanager
+def needed(what: str) -> Iterator[None]:
+    """Name the extra to install where an import inside of the block fails.
+
+    Raises:
+        MissingExtraError: An optional package isn't installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise MissingExtraError(_missing(what, package)) from None
+
+
+def _missing(what: str, package: str) -> str:
+    return f"{what} needs {package}: pip install 'loramerge[{EXTRAS[package]}]'."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

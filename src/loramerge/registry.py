@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from .errors import OptionError, did_you_mean, first_line
+from .errors import OptionError, did_you_mean, first_line, needed
 
 
 class Named(Protocol):
@@ -155,7 +155,8 @@ def face(
     def get(name: str) -> Any:
         if name not in home:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{home[name]}", package), name)
+        with needed(f"{package}.{name}"):
+            value = getattr(importlib.import_module(f".{home[name]}", package), name)
         setattr(sys.modules[package], name, value)
         return value
 

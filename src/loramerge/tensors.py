@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .errors import NumberError, OptionError
+from .errors import NumberError, OptionError, needed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,7 +198,8 @@ def is_torch(array: Array) -> bool:
 def namespace(array: Array) -> Any:
     """The array API namespace of an array: numpy itself, or torch behind array-api-compat."""
     if is_torch(array):
-        import array_api_compat.torch
+        with needed("Computing with torch"):
+            import array_api_compat.torch
 
         return array_api_compat.torch
     return array.__array_namespace__()

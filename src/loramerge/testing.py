@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .errors import needed
 from .files.architectures import ARCHITECTURES
 from .files.lora import LoRA
 from .layers import DoRA, Full, Layer, LoHa, LoKr, LowRank, Norm
@@ -142,7 +143,9 @@ def check_method(method: "Method | str", **options: Any) -> None:
 
 def _laws(method: "Method", shape: Shape, options: Mapping[str, Any]) -> dict[str, bool]:
     import numpy as np
-    import torch
+
+    with needed("check_method"):
+        import torch
 
     from .merging.verbs import merge
 

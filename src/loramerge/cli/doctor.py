@@ -4,6 +4,7 @@ import platform
 import sys
 import tempfile
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from .output import print_json, table
 TOLERANCE = 1e-6
 """Largest relative error of the self-test's merge."""
 EXTRAS = {
+    "torch": "--device, pickles",
     "diffusers": "train, zip, calibrate, generate, score",
     "plots": "compare --heatmap, coefficients --plot",
     "search": "weights by score with CMA-ES",
@@ -94,6 +96,8 @@ def _package(requirement: Any, part: str) -> dict[str, str]:
 
 def _devices() -> list[str]:
     """Where ``--device`` can compute."""
+    if find_spec("torch") is None:
+        return ["cpu (numpy)"]
     import torch
 
     found = [f"cpu ({torch.get_num_threads()} threads for torch)"]

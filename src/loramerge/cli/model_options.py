@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import OptionError, need
 from .output import note_left_out, progress, table, written
 
 if TYPE_CHECKING:
@@ -94,7 +94,6 @@ class Given:
 
     def check(self) -> None:
         """Refuse what can't work before anything large is read."""
-        from ..diffusion.pipelines import need
         from ..scoring.captions import captioned
 
         if len(self.files) < 2:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoRAMergeError, size
+from ..errors import LoRAMergeError, needed, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def guarded(command: Callable[[], object]) -> None:
     """Run a command; errors that loramerge raises on purpose are shown without a traceback."""
     try:
-        command()
+        with needed("This command"):
+            command()
         sys.stdout.flush()
     except LoRAMergeError as error:
         print(f"Error: {as_typed(str(error))}", file=sys.stderr)

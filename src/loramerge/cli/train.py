@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import OptionError, need
 from . import model_options as given
 from .options import Output, Quiet, To, TrustRemoteCode, named
 from .output import Pace, note_left_out, progress
@@ -96,8 +96,6 @@ def train(
     Example: loramerge train photos/ -b stabilityai/stable-diffusion-xl-base-1.0 -o person.safetensors
     --resolution 512 --trigger psq-person --gradient-checkpointing
     """
-    from ..diffusion.pipelines import need
-
     need("Training", "diffusers", "transformers", "peft", "accelerate")
     from ..diffusion import load, team
     from ..files.dialects.write import check_writable

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ..errors import FileError, MissingExtraError, OptionError
+from ..errors import FileError, OptionError, need
 from .analysis import Comparison, Row
 from .measures import Pair
 
@@ -155,7 +155,4 @@ def check_drawable(path: Path, what: str) -> None:
     """
     if not path.parent.is_dir():
         raise FileError(f"Can't write {path}: there is no directory {path.parent}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(f"{what} needs matplotlib: pip install 'loramerge[plots]'.") from None
+    need(what, "matplotlib")

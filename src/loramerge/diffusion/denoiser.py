@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import check_device
-from ..errors import MergeError, OptionError
+from ..errors import MergeError, OptionError, need
 from ..files.lora import LoRA
 from ..learned.batches import Batch
 from .families import Conditions, Family, Size, family_of
-from .pipelines import need, opened
+from .pipelines import opened
 from .schedules import Schedule, schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,12 +1,11 @@
 """Text-to-image pipelines of diffusers, by name."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..devices import check_device
-from ..errors import FileError, MissingExtraError, OptionError, did_you_mean, first_line
+from ..errors import FileError, OptionError, did_you_mean, first_line, need
 from ..scoring.quiet import hushed, silence
 from ..tensors import NAMES, parse_dtype
 
@@ -75,17 +74,6 @@ def _scheduler(name: str) -> Any:
             "EulerDiscreteScheduler."
         )
     return getattr(diffusers, name)
-
-
-def need(what: str, *packages: str) -> None:
-    """Refuse work that lacks a package, before anything slow is done.
-
-    Raises:
-        MissingExtraError: One is not installed.
-    """
-    for package in packages:
-        if find_spec(package) is None:
-            raise MissingExtraError(f"{what} needs {package}: pip install 'loramerge[diffusers]'.")
 
 
 def opened(

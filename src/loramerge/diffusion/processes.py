@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MissingExtraError
+from ..errors import needed
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,6 @@ def team(*, cpu: bool = False) -> Team:
     Raises:
         MissingExtraError: accelerate is not installed.
     """
-    try:
+    with needed("Learning on a model"):
         from accelerate import PartialState
-    except ImportError:
-        raise MissingExtraError("Learning on a model needs accelerate: pip install 'loramerge[diffusers]'.") from None
     return Team(PartialState(cpu=cpu))

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from ..errors import MissingExtraError, NumberError, OptionError
+from ..errors import NumberError, OptionError, needed
 from ..files.architectures import blocks
 from ..files.lora import LoRA
 from ..merging.verbs import merge
@@ -169,10 +169,8 @@ def _weights(names: Sequence[Sequence[str]], vector: Sequence[float]) -> Found:
 
 
 def _optimizer(begin: Any, low: float, high: float, seed: int) -> Any:
-    try:
+    with needed("Searching weights"):
         import cma
-    except ModuleNotFoundError:
-        raise MissingExtraError("Searching weights needs cma: pip install 'loramerge[search]'.") from None
     random = np.random.default_rng(seed)
     options = {
         "bounds": [low, high],

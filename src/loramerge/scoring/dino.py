@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..devices import check_device
-from ..errors import FileError, MissingExtraError, OptionError, first_line
+from ..errors import FileError, OptionError, first_line, needed
 from ..files.storage.digests import file_digest
 from ..tensors import Array
 from .encoders import Encoder
@@ -140,8 +140,6 @@ def _digest(folder: Path) -> str:
 
 
 def _transformers() -> Any:
-    try:
+    with needed("Scoring with DINOv2"):
         import transformers
-    except ImportError:
-        raise MissingExtraError("Scoring needs DINOv2: pip install 'loramerge[diffusers]'.") from None
     return transformers

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import MissingExtraError, OptionError
+from ...errors import OptionError, needed
 from ...files.architectures import ARCHITECTURES
 from ...layers import Layer
 from ...layers.lowrank import LowRank
@@ -57,11 +57,9 @@ def injected(denoiser: Denoiser, settings: TrainSettings) -> Iterator[Injected]:
         OptionError: The pipeline has LoRAs already.
         MissingExtraError: PEFT is not installed.
     """
-    try:
+    with needed("Training"):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
-    except ImportError:
-        raise MissingExtraError("Training needs PEFT: pip install 'loramerge[diffusers]'.") from None
     if any(denoiser.pipe.get_list_adapters().values()):
         raise OptionError(
             f"The pipeline has LoRAs already: {denoiser.pipe.get_list_adapters()}. Call unload_lora_weights() first."

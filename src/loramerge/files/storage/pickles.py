@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from ...errors import FileError, NotALoRAError, first_line
+from ...errors import FileError, NotALoRAError, first_line, needed
 from ...tensors import Array, Held, Tensor, code, is_known, numpy_dtype
 from ..dialects.suffixes import parse
 
@@ -26,7 +26,8 @@ def pickled(path: str, allow: bool) -> tuple[dict[str, Tensor], str | None]:
             f"{os.path.basename(path)} is a pickle, which can run code when it is opened. Way out: have its tensors read, and "
             "nothing else, with torch's weights_only loader (allow_pickle)."
         )
-    import torch
+    with needed("Reading a pickle"):
+        import torch
 
     _check_zip(path)
     try:

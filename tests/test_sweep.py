@@ -14,7 +14,7 @@ import loramerge as lm
 from loramerge.errors import MergeError, OptionError
 from loramerge.merging.recipe import Recipe
 from loramerge.merging.sweeping import left_out, ordered, points
-from loramerge.merging.verbs import sweeping
+from loramerge.merging import sweeping
 from small import MODULES, small
 
 UNET = MODULES["sdxl"][:1]

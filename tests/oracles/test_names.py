@@ -14,7 +14,7 @@ from diffusers.loaders import single_file_utils
 
 from loramerge.files.architectures import ARCHITECTURES, Architecture
 from loramerge.files.architectures.names import Part
-from loramerge.files.reading import architectures
+from loramerge.files import architectures
 
 TRANSFORMERS = {
     "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,

@@ -248,7 +248,7 @@ def test_the_published_full_space_forms_leave_the_span_of_the_loras(
 
 
 def test_every_method_in_a_common_space_has_an_oracle() -> None:
-    from loramerge.methods import subspaces
+    from loramerge.merging.methods import subspaces
 
     here = {*PAPERS, "subtract"}
 

@@ -345,7 +345,7 @@ def test_what_grows_beyond_measure_is_refused_with_the_ways_out(
     target = tmp_path / "a.safetensors"
     lm.save(lora, target, dialect="diffusers-peft")  # as small as a small LoRA
     target.unlink()
-    monkeypatch.setattr(lm.files, "SMALL", 1000)
+    monkeypatch.setattr(lm.files.writing, "SMALL", 1000)
     for refused in (
         lambda: lm.save(lora, target, dialect="diffusers-peft"),
         lambda: lm.merge([lora, other]),

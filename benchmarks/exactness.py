@@ -62,7 +62,7 @@ def cut(files: list[str], method: str, options: dict[str, Any], rank: int, count
     excess, energy, lost, noise, noise_after, signal = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for module in modules(files[0], count):
         whole, linear = merged(loras, module, method, options), merged(loras, module, "linear", {})
-        kept = _delta(planned.merge(module))
+        kept = _delta(planned.merger.outcome(module).layer)
         squares = np.linalg.svd(whole, compute_uv=False) ** 2
         error = _square(whole - kept)
         excess = max(excess, math.sqrt(error / squares[rank:].sum()) - 1)

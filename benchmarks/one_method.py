@@ -27,17 +27,17 @@ def main() -> None:
         import torch  # noqa: F401
 
     import loramerge as lm
-    from loramerge.merging.verbs import Kept
+    from loramerge.merging import Kept
 
     chosen = list(modules(given.files[0], given.modules))
     options = parsed(given.method, given.option)
     planned = lm.plan(given.files, method=given.method, rank=given.rank, device=given.device, **options)
-    planned.outcome(chosen[0])  # lazy imports, and a GPU's start
+    planned.merger.outcome(chosen[0])  # lazy imports, and a GPU's start
     began, began_cpu, passes = time.perf_counter(), time.process_time(), 0
     while not passes or time.process_time() - began_cpu < ENOUGH:
         kept, passes = Kept(chosen), passes + 1
         for module in chosen:
-            kept.add(planned.outcome(module))
+            kept.add(planned.merger.outcome(module))
     count = passes * len(chosen)
     report = {
         "ms": 1e3 * (time.perf_counter() - began) / count,

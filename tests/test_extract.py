@@ -76,7 +76,7 @@ def test_the_error_of_each_module_is_the_least_that_its_rank_allows(
     delta = difference(architecture, a, b)
 
     planned = plan_extraction(*paths, rank=rank)
-    layers = dict(planned.run())
+    layers = dict(planned.lora())
 
     for module in matrices(architecture):
         least = best(delta[module].reshape(len(delta[module]), -1), rank)
@@ -105,7 +105,7 @@ def test_the_total_error_is_that_of_all_modules_together(tmp_path: Path) -> None
     a, b = models.base("flux", seed=1), models.base("flux", seed=2)
     paths = [models.folder(tmp_path / n, x) for n, x in (("a", a), ("b", b))]
     planned = plan_extraction(*paths, rank=2)
-    layers = dict(planned.run())
+    layers = dict(planned.lora())
 
     delta = difference("flux", a, b)
     missing = sum(np.linalg.norm(layers[m].delta() - delta[m]) ** 2 for m in layers)
@@ -249,7 +249,7 @@ def test_the_command_extracts_and_reports(tmp_path: Path) -> None:
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "not held by a LoRA" in shown.stdout
     wanted = plan_extraction(a, b, rank=3)
-    for module, layer in wanted.run():
+    for module, layer in wanted.lora().items():
         assert json.loads(data.stdout)["modules"][module]["error"] == wanted.fits[module].error
         saved = lm.open(tmp_path / "x.safetensors")[module]
         assert relative_error(saved.delta(), layer.delta()) <= 1e-6

@@ -13,9 +13,9 @@ from loramerge.errors import OptionError
 from loramerge.files.dialects import fuse
 from loramerge.files.lora import LoRA
 from loramerge.layers import low_rank
+from loramerge.merging import Kept, plan
 from loramerge.merging.recipe import Recipe
 from loramerge.merging.recipe_text import Input, Output
-from loramerge.merging.verbs import Kept, plan
 
 ATTENTION = "transformer.transformer_blocks.0.attn."
 QKV = tuple(ATTENTION + name for name in ("to_q", "to_k", "to_v"))

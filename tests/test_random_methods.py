@@ -199,7 +199,7 @@ def test_a_weight_of_zero_leaves_the_numbers_of_the_others_as_they_are(case: str
 
     def merged(weights: list[float]) -> np.ndarray:
         plan = lm.plan(loras, weights=weights, method=case.partition("-")[0], seed=4, rank=16, **OPTIONS[case])
-        return np.asarray(plan.merge("unet.one").delta())
+        return np.asarray(plan.merger.outcome("unet.one").layer.delta())
 
     both, second = merged([1e-3, 1.0]), merged([0.0, 1.0])
 
@@ -214,6 +214,6 @@ def test_a_lora_that_lacks_a_module_counts_in_the_numbering(case: str) -> None:
 
     def merged(given: list[LoRA], weights: list[float]) -> np.ndarray:
         plan = lm.plan(given, weights=weights, method=case.partition("-")[0], seed=4, rank=16, **OPTIONS[case])
-        return np.asarray(plan.merge("unet.one").delta())
+        return np.asarray(plan.merger.outcome("unet.one").layer.delta())
 
     np.testing.assert_array_equal(merged([other, loras[1]], [1.0, 1.0]), merged(loras, [0.0, 1.0]))

@@ -308,7 +308,7 @@ def test_a_lokr_alone_is_cut_to_its_nearest_matrix(kind: str, weight: float) -> 
     for module in lora:
         whole = weight * np.asarray(lora[module].delta(), np.float64).reshape(lora[module].shape[0], -1)
         values = np.linalg.svd(whole, compute_uv=False)
-        outcome = plan.outcome(module)
+        outcome = plan.merger.outcome(module)
         rest = whole - np.asarray(outcome.layer.delta()).reshape(whole.shape)
         assert np.linalg.norm(rest) == pytest.approx(np.linalg.norm(values[2:]), rel=1e-4)
         assert outcome.error == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-4)

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
+from loramerge.merging import sweeping
 from loramerge.merging.recipe import Recipe
 from loramerge.merging.sweeping import left_out, ordered, points
-from loramerge.merging import sweeping
 from small import MODULES, small
 
 UNET = MODULES["sdxl"][:1]
@@ -74,7 +74,7 @@ def test_figures_are_those_of_dense_algebra(settings: dict[str, list[object]], r
 def test_the_cut_has_its_own_error(recipe: Path, tmp_path: Path) -> None:
     whole, cut = lm.sweep(recipe, {"method": ["ties"], "rank": ["sum", 2]}, tmp_path / "out")
     exact = lm.plan([tmp_path / "person.safetensors", tmp_path / "jersey.safetensors"], weights=WEIGHTS, method="ties")
-    deltas = {m: np.asarray(exact._uncut(step).delta(), np.float64) for m, step in exact.steps.items()}
+    deltas = {m: np.asarray(exact.merger.uncut(step).delta(), np.float64) for m, step in exact.steps.items()}
 
     for row in (whole, cut):
         merged = lm.load(row.path)

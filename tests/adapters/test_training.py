@@ -571,7 +571,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(sdxl: Denoiser, pho
     with pytest.raises(NumberError, match=r"not finite at step \d+.*smaller learning rate.*state\.safetensors"):
         trained(sdxl, photos, {"learning_rate": 1e30, "steps": 9}, checkpoint=state, on_step=steps.append)
 
-    assert lm.files.storage.reader.SafetensorsFile(state).metadata["loramerge.state"].startswith(f'{{"step": {len(steps)}')
+    assert (
+        lm.files.storage.reader.SafetensorsFile(state).metadata["loramerge.state"].startswith(f'{{"step": {len(steps)}')
+    )
 
 
 def test_out_of_memory_says_what_to_lower_and_where_the_state_is(sdxl: Denoiser, photos: Path, tmp_path: Path) -> None:

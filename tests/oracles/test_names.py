@@ -12,9 +12,9 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 
+from loramerge.files import architectures
 from loramerge.files.architectures import ARCHITECTURES, Architecture
 from loramerge.files.architectures.names import Part
-from loramerge.files import architectures
 
 TRANSFORMERS = {
     "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,

@@ -45,7 +45,7 @@ def planned(loras: list[str]) -> Iterator[tuple[str, Layer]]:
     plan = lm.plan(loras, scope="component", max_error="1%")
     assert_type(plan.size, int)
     assert_type(plan.lora(), lm.LoRA)
-    return plan.run()
+    return iter(plan.lora().items())
 
 
 def compared(person: lm.LoRA, jersey: Path) -> float | None:

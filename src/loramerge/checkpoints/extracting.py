@@ -86,11 +86,6 @@ class Extraction:
         self.fits[module] = Fit(module, up.shape[1], math.sqrt(cut.energy), dense_norm(flat))
         return low_rank(up, down, delta.shape)
 
-    def run(self) -> Iterator[tuple[str, LowRank]]:
-        """Extract module by module."""
-        for module in self.ranks:
-            yield module, self.layer(module)
-
     def lora(self) -> LoRA:
         """The result, whose layers are computed when they are asked for: saving it streams."""
         family = self.family

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ..learned.least_squares import Report
     from ..learned.moments import Kind, Moments
-    from ..merging.verbs import Plan
+    from ..merging.plans import Plan
 
 
 class Granularity(StrEnum):

@@ -7,9 +7,10 @@ from typing import Any
 from ..errors import OptionError, size
 from ..files.writing import check_growth, check_target, outgrows, saved_size
 from ..merging.methods import Method, check_options, find
+from ..merging.plans import Plan
 from ..merging.recipe import Recipe
 from ..merging.recipe_text import Input
-from ..merging.verbs import Kept, Plan
+from ..merging.running import Kept
 from ..merging.weights import parse
 from ..tensors import SIZES, code
 from .options import method_of, named, rank_of, workers_or_cores

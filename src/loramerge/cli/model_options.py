@@ -15,7 +15,7 @@ from .output import note_left_out, progress, table, written
 if TYPE_CHECKING:
     from ..diffusion import Denoiser, Images, Team, Trajectories
     from ..files.lora import LoRA
-    from ..merging.verbs import Plan
+    from ..merging.plans import Plan
 
 Base = Annotated[str, typer.Option("--base", "-b", help="The model: a directory that diffusers saved, or a Hub name.")]
 Prompt = Annotated[

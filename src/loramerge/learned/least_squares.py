@@ -34,8 +34,8 @@ from torch import Tensor
 
 from ..errors import MergeError, NumberError, OptionError
 from ..files.lora import LoRA
+from ..merging.plans import Plan
 from ..merging.steps import named
-from ..merging.verbs import Plan
 from .attach import factors
 from .moments import Moments
 from .result import assemble, plan_sum

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
 from ..layers import low_rank
-from ..merging.verbs import Plan, plan
+from ..merging.plans import Plan
+from ..merging.verbs import plan
 
 
 def plan_sum(loras: Sequence[LoRA]) -> Plan:
@@ -41,7 +42,7 @@ def assemble(
 
     def layer(module: str) -> Any:
         if module not in learned:
-            return planned.merge(module)
+            return planned.merger.outcome(module).layer
         up, down = (factor.float().cpu().contiguous().numpy() for factor in learned[module])
         return low_rank(up, down, planned.steps[module].shape)
 

@@ -7,9 +7,10 @@ from ..registry import face
 if TYPE_CHECKING:
     from .baking import Baked as Baked, bake as bake
     from .coefficients import Coefficients as Coefficients
-    from .plans import Kept as Kept, Outcome as Outcome, Plan as Plan
+    from .plans import Plan as Plan
     from .recipe import Recipe as Recipe
     from .recipe_text import Input as Input, Output as Output
+    from .running import Kept as Kept, Outcome as Outcome
     from .steps import Step as Step
     from .sweeping import Row as Row, sweep as sweep
     from .toml import Table as Table, parse_toml as parse_toml

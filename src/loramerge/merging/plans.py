@@ -1,106 +1,33 @@
-"""A merge as data, before any tensor is read; and the merge itself, one module at a time."""
+"""A merge as data, before any tensor is read."""
 
 import json
 import math
-import mmap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .. import linalg
-from ..checkpoints.models import Checkpoint, on_base
-from ..errors import OptionError, size
+from ..checkpoints.models import Checkpoint
 from ..files.dialects import DIALECTS
 from ..files.families import alike
-from ..files.lora import LoRA, agreed, in_one_library
+from ..files.lora import LoRA, agreed
 from ..files.metadata import RECIPE, lasting
 from ..files.storage.header import Awaited
 from ..files.triggers import PHRASE, TAGS, joined
-from ..files.writing import saved_size
-from ..layers import ON_BASE, Full, Layer, LoKr, LowRank, bias_of, low_rank
-from ..layers.base import matrix
-from ..tensors import Spec, Tensor, code, float32, largest_rank, namespace, nbytes
-from .fused import Join, apart, down_id, joins_of, lost_by, one, side_by_side
+from ..layers import ON_BASE, Full, Layer, bias_of, low_rank
+from ..tensors import Spec, Tensor, code, largest_rank, nbytes
+from .fused import Join, down_id, joins_of
 from .methods import Method
-from .methods.base import Merged, applied, shared_down
-from .methods.linear import linear
-from .methods.selection import Streams, module_seed
-from .methods.vectors import plus_biases, vectors
+from .methods.base import shared_down
+from .methods.vectors import vectors
 from .provenance import UNKNOWN, record
-from .ranks import Budget, Rank, Spectrum, choose
-from .steps import Step, named
+from .ranks import Budget, Rank
+from .running import Kept, Merger, handed_on
+from .steps import Step
 from .weights import ModuleWeights, Scope
 
 if TYPE_CHECKING:
-    from ..files.storage.writer import Progress
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One module's merged layer, and what bringing it to its rank took away."""
-
-    module: str
-    layer: Layer
-    energy: float | None
-    """‖ΔW‖² of the method's own result; None in a merge that cuts nothing."""
-    lost: float
-    """The part of it that was cut off."""
-
-    @property
-    def error(self) -> float:
-        """‖ΔW − kept‖ / ‖ΔW‖."""
-        return relative_error(self.energy, self.lost)
-
-
-class Kept:
-    """What a merge kept, counted while it runs: ``plan.lora(kept)``.
-
-    It counts in memory that forked workers share.
-
-    Args:
-        modules: Those of the plan, ``plan.steps``.
-    """
-
-    def __init__(self, modules: Iterable[str]) -> None:
-        self._places = {module: 2 * i for i, module in enumerate(modules)}
-        self._numbers = memoryview(mmap.mmap(-1, 16 * max(1, len(self._places)))).cast("d")
-
-    def add(self, outcome: Outcome) -> None:
-        """Count a module."""
-        place = self._places[outcome.module]
-        self._numbers[place], self._numbers[place + 1] = outcome.energy or 0.0, outcome.lost
-
-    @property
-    def energy(self) -> float:
-        """‖ΔW‖² of what the method made, over all modules."""
-        return math.fsum(self._numbers[::2])
-
-    @property
-    def lost(self) -> float:
-        """The part of it that was cut off."""
-        return math.fsum(self._numbers[1::2])
-
-    @property
-    def errors(self) -> dict[str, float]:
-        """The relative error of every module that was cut."""
-        pairs = {module: (self._numbers[i], self._numbers[i + 1]) for module, i in self._places.items()}
-        return {module: relative_error(energy, lost) for module, (energy, lost) in pairs.items() if lost}
-
-    @property
-    def error(self) -> float:
-        """‖ΔW − kept‖ / ‖ΔW‖ over all modules."""
-        return relative_error(self.energy, self.lost)
-
-    @property
-    def share(self) -> float:
-        """The share of ‖ΔW‖² that was kept."""
-        return 1.0 - self.error**2
-
-
-def relative_error(energy: float | None, lost: float) -> float:
-    """‖ΔW − kept‖ / ‖ΔW‖, from ‖ΔW‖² and the part of it that was cut off."""
-    return math.sqrt(lost / energy) if energy else 0.0
+    pass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -132,43 +59,6 @@ class Plan:
     ranks: Mapping[str, int] | None = None
     """Every module's rank as it was chosen; for modules that are cut as one that of the whole."""
 
-    def run(self) -> "Iterator[tuple[str, Layer]]":
-        """Merge module by module: the caller's loop is the progress bar."""
-        for module in self.steps:
-            yield module, self.merge(module)
-
-    def merge(self, module: str) -> Layer:
-        """One module's merged layer."""
-        return self.outcome(module).layer
-
-    def outcome(self, module: str) -> Outcome:
-        """One module's merged layer, and what was cut off to bring it to its rank."""
-        join = self.joins.get(module)
-        if join is not None and join.as_one:
-            return self._cut_as_one(join)[module]
-        step = self.steps[module]
-        with named(module):
-            if nearest := self._nearest(step):
-                return nearest
-            made = self._uncut(step)
-            if step.kept or step.rankless or self._stays_dense(step):
-                return Outcome(module, made, made.norm() ** 2 if self.cuts and not step.rankless else None, 0.0)
-            return _fitted(_merged(made), step, self.cuts)
-
-    def _nearest(self, step: Step) -> Outcome | None:
-        """The cut of a LoKr that is alone: its singular values are products, and no large matrix is formed."""
-        layer = self.inputs(step.module)[0] if step.alone and step.cut else None
-        if not isinstance(layer, LoKr):
-            return None
-        up, down, values = layer.nearest(step.rank)
-        squares = linalg.as_numpy(values).astype("float64") ** 2
-        weight = self.weights.of(step.module)[step.inputs[0]]
-        bias = None if layer.diff_b is None else float32(layer.diff_b) * weight
-        found = low_rank(up * weight, down, step.shape, diff_b=bias)
-        found = found if found.rank == step.rank else _filled(found, step.rank)
-        energy, lost = (float(part.sum()) * weight**2 for part in (squares, squares[step.rank :]))
-        return Outcome(step.module, found, energy, lost)
-
     def _stays_dense(self, step: Step) -> bool:
         """Whether a dense result is written as it is: factors of its rank would take no less room."""
         rows, columns = step.shape[0], math.prod(step.shape[1:])
@@ -190,85 +80,21 @@ class Plan:
         """The rank of a module's result; of modules that are joined that of the whole."""
         return self.joins[module].rank if module in self.joins else self.steps[module].rank
 
-    def _cut_as_one(self, join: Join) -> dict[str, Outcome]:
-        """The outcomes of modules that are one weight; the last ones are kept, as each module asks for them."""
-        if join.modules not in self._recent:
-            made = self._outcomes(join)
-            self._recent.clear()
-            self._recent[join.modules] = made
-            return made
-        return self._recent[join.modules]
-
     @cached_property
-    def _recent(self) -> dict[tuple[str, ...], dict[str, Outcome]]:
-        return {}
-
-    def _outcomes(self, join: Join) -> dict[str, Outcome]:
-        layers = self._uncut_parts(join)
-        whole = _fitted(self._joined(join, layers), join.step, join.cut or self.cuts)
-        assert isinstance(whole.layer, LowRank)
-        parts = apart(join, whole.layer, layers)
-        if whole.energy is None:
-            return {m: Outcome(m, part, None, 0.0) for m, part in parts.items()}
-        shares = lost_by(whole.lost, layers, list(parts.values()))
-        return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
-
-    def _joined(self, join: Join, layers: Sequence[Merged]) -> Merged:
-        """All modules of a join as one, before it is cut."""
-        if not join.exact:
-            return one(join, layers)
-        found: dict[int, dict[str, LowRank]] = {}
-        for module in join.modules:
-            weights = self.weights.of(module)
-            for i, layer in zip(self.steps[module].inputs, self.inputs(module), strict=True):
-                if layer.kind != "bias":
-                    part = linear.merge([layer], [weights[i]])
-                    assert isinstance(part, LowRank)
-                    found.setdefault(i, {})[module] = part
-        return side_by_side(join, list(found.values()))
-
-    def _uncut_parts(self, join: Join) -> list[Merged]:
-        found = []
-        for module in join.modules:
-            with named(module):
-                # A method that makes the most of its rank gets a share of it, so that the parts fit into the whole.
-                share = max(1, join.rank // len(join.modules))
-                found.append(_merged(self._uncut(replace(self.steps[module], rank=share, alone=False))))
-        return found
-
-    def _uncut(self, step: Step) -> Layer:
-        weights = self.weights.of(step.module)
-        pairs = [(layer, weights[i], i) for layer, i in zip(self.inputs(step.module), step.inputs, strict=True)]
-        if step.kept:
-            return _handed_on(*pairs[0][:2])
-        counted = pairs[:1] if self.method.of_first else pairs
-        if step.rankless:
-            return vectors([layer for layer, _, _ in counted], [weight for _, weight, _ in counted])
-        layers, shares, inputs = zip(*[pair for pair in pairs if pair[0].kind != "bias"], strict=True)
-        biases = [pair for pair in counted if pair[0].kind == "bias"]
-        merged = self._by_method(step, layers, shares, inputs)
-        return plus_biases(merged, [layer for layer, _, _ in biases], [weight for _, weight, _ in biases])
-
-    def _by_method(
-        self, step: Step, layers: Sequence[Layer], weights: Sequence[Any], inputs: tuple[int, ...]
-    ) -> Merged:
-        options = dict(self.options)
-        if "seed" in options:
-            options["seed"] = Streams(module_seed(options["seed"], step.module), inputs)
-        if self.method.ranked:
-            options["most"] = step.rank
-        return applied(self.method, layers, list(weights), options, step.full_rank)
-
-    def inputs(self, module: str) -> list[Layer]:
-        """The module's layers as they are merged: a DoRA with the base's weight in it."""
-        step = self.steps[module]
-        return in_one_library([self._with_base(self.loras[i][module], step) for i in step.inputs], self.device)
-
-    def _with_base(self, layer: Layer, step: Step) -> Layer:
-        """The layer, or its whole ΔW where only the base's weight tells it."""
-        if layer.kind not in ON_BASE or self.base is None:
-            return layer
-        return on_base(layer, step.module, self.base)
+    def merger(self) -> Merger:
+        """Merges the modules, one when it is asked for."""
+        return Merger(
+            loras=self.loras,
+            method=self.method,
+            options=self.options,
+            weights=self.weights,
+            steps=self.steps,
+            joins=self.joins,
+            dense={module for module, step in self.steps.items() if self._stays_dense(step)},
+            measured=self.cuts,
+            device=self.device,
+            base=self.base,
+        )
 
     @cached_property
     def cuts(self) -> bool:
@@ -288,7 +114,7 @@ class Plan:
         """
 
         def compute(module: str) -> Layer:
-            outcome = self.outcome(module)
+            outcome = self.merger.outcome(module)
             if kept:
                 kept.add(outcome)
             return outcome.layer
@@ -322,7 +148,7 @@ class Plan:
         join = self.joins.get(step.module)
         if join is None or not join.as_one:
             if step.kept:
-                return _handed_on(layouts[0], self.weights.of(step.module)[step.inputs[0]])
+                return handed_on(layouts[0], self.weights.of(step.module)[step.inputs[0]])
             if step.rankless:
                 return vectors(counted, [1.0] * len(counted))
             if self._stays_dense(step):
@@ -337,64 +163,14 @@ class Plan:
         down = Spec((rank, math.prod(step.shape[1:])), "F32")
         return low_rank(up, down, step.shape, shared, bias)
 
-    def within(self, budget: Budget, progress: "Progress | None" = None) -> "Plan":
-        """The same plan with the rank of every module chosen out of one budget, at most the one it has.
-
-        Raises:
-            OptionError: The budget can't be met.
-        """
-        if all(step.rankless for step in self.steps.values()):
-            raise OptionError(f"{budget}: no module has a rank that could be made smaller. Way out: no budget.")
-        least = self._check_least(budget) if budget.kind == "max_size" else 0
-        spectra: dict[str, Spectrum] = {}
-        for done, (module, step) in enumerate(self.steps.items(), start=1):
-            if self._first(module) == module and not step.rankless:
-                spectra[module] = self._spectrum(module)
-            if progress:
-                progress(done, len(self.steps))
-        if budget.kind != "max_size":
-            return self.at(choose(spectra, budget), budget)
-        # What is no factor (names, alphas) takes room too, and depends on the ranks a little.
-        room, best = budget.value, None
-        for _ in range(8):
-            found = self.at(choose(spectra, budget, int(room // nbytes((1,), self.dtype))), budget)
-            spare = budget.value - saved_size(found.lora())
-            if best and spare >= 0 and found.ranked_size == best.ranked_size:
-                break
-            best = found if spare >= 0 else best
-            room = max(found.ranked_size + spare, least)
-        if best is None:
-            raise OptionError(f"{budget}: can't be met in the dialect {self.dialect}. Way out: a larger size.")
-        return best
-
-    def _first(self, module: str) -> str:
+    def first(self, module: str) -> str:
         """The module that stands for those that it is joined with."""
         join = self.joins.get(module)
         return next(m for m in self.steps if m in join.modules) if join else module
 
-    def _spectrum(self, module: str) -> Spectrum:
-        """What each rank of a module would bring, or of all that are one weight with it."""
-        join = self.joins.get(module)
-        if join is not None:
-            return _spectrum(self._joined(join, self._uncut_parts(join)), join.step)
-        with named(module):
-            return _spectrum(self._uncut(self.steps[module]), self.steps[module])
-
-    def _check_least(self, budget: Budget) -> int:
-        """Bytes of the factors at rank 1; a size that is too small for the file of them is refused, before any tensor is read."""
-        smallest = self.at(dict.fromkeys(self.steps, 1), budget)
-        least = saved_size(smallest.lora())
-        if least > budget.value:
-            narrower = ", or a dtype of 16 bits" if self.dtype in ("F32", "F64") else ""
-            raise OptionError(
-                f"{budget}: can't be met: at rank 1 in every module the file takes {size(least)} ({least} bytes) as "
-                f"{self.dtype} in the dialect {self.dialect}. Way out: a size from {least} bytes on{narrower}."
-            )
-        return smallest.ranked_size
-
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
         """The same plan at ranks that were chosen before, out of a budget."""
-        given = {module: ranks[self._first(module)] for module, step in self.steps.items() if not step.rankless}
+        given = {module: ranks[self.first(module)] for module, step in self.steps.items() if not step.rankless}
         cut = {m: replace(self.steps[m], rank=rank) for m, rank in given.items() if m not in self.joins}
         steps = {m: cut.get(m, step) for m, step in self.steps.items()}
         return replace(self, steps=steps, budget=budget, ranks=given)
@@ -476,54 +252,3 @@ def _bytes(lora: LoRA) -> int:
     if lora.made_of is not None:
         return lora.made_of
     return sum(nbytes(tuple(t.shape), code(t)) for layer in lora.layouts.values() for t in layer.tensors().values())
-
-
-def _handed_on(layer: Layer, weight: float) -> Layer:
-    found = layer.times(weight)
-    assert found is not None
-    return found
-
-
-def _merged(layer: Layer) -> Merged:
-    assert isinstance(layer, LowRank | Full)
-    return layer
-
-
-def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
-    """A merged layer at exactly the rank that was announced: cut, or filled up with zeros."""
-    if isinstance(layer, Full):
-        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
-    elif step.rank < layer.rank:
-        cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank)
-    else:
-        found = layer if layer.rank == step.rank else _filled(layer, step.rank)
-        return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
-    fitted = low_rank(cut.up, cut.down, layer.shape, diff_b=layer.diff_b)
-    fitted = fitted if fitted.rank == step.rank else _filled(fitted, step.rank)
-    # At the full rank of the matrix nothing is cut off, and what would be measured is rounding.
-    lost = cut.lost if step.rank < largest_rank(step.shape) else 0.0
-    return Outcome(step.module, fitted, cut.energy if measured else None, lost)
-
-
-def _spectrum(layer: Layer, step: Step) -> Spectrum:
-    """What each rank up to the step's own would bring."""
-    if not isinstance(layer, LowRank | Full):
-        squares = linalg.as_numpy(layer.spectrum(lambda: linalg.grams(*layer.factors())).sigma) ** 2
-        energy = float(squares.sum())
-    elif isinstance(layer, Full):
-        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
-        squares, energy = linalg.squares(cut.up, cut.down), cut.energy
-    else:
-        squares = linalg.squares(matrix(layer.up), matrix(layer.down))
-        energy = float(squares.sum())
-    return Spectrum(squares[: step.rank], energy, step.shape[0] + math.prod(step.shape[1:]))
-
-
-def _filled(layer: LowRank, rank: int) -> LowRank:
-    """The same ΔW at a larger rank, by zeros."""
-    up, down = matrix(layer.up), matrix(layer.down)
-    xp = namespace(up)
-    more = rank - layer.rank
-    up = xp.concat([up, xp.zeros((up.shape[0], more), dtype=up.dtype, device=up.device)], axis=1)
-    down = xp.concat([down, xp.zeros((more, down.shape[1]), dtype=down.dtype, device=down.device)], axis=0)
-    return low_rank(up, down, layer.shape, diff_b=layer.diff_b)

@@ -37,9 +37,12 @@ from ..tensors import parse_dtype
 from . import toml
 from .coefficients import Coefficients
 from .methods import METHODS, Method, check_name as check_method, check_options, find
+from .plans import Plan
 from .ranks import BUDGETS, Rank, budget, rule
 from .recipe_text import Input, Output, check_name, entries, from_metadata
-from .verbs import Kept, Plan, plan
+from .running import Kept
+from .spending import within
+from .verbs import plan
 from .weights import SCOPES, Scope, Weight, Weights
 
 if TYPE_CHECKING:
@@ -215,7 +218,7 @@ class Recipe:
         if self.ranks is not None:
             return planned.at(self._checked_ranks(planned), limit)
         # A budget is spent on what will be written: in that dialect and dtype.
-        return planned.within(limit, progress) if limit else planned
+        return within(planned, limit, progress) if limit else planned
 
     def run(
         self,

@@ -22,9 +22,10 @@ from ..layers.base import dense_norm, matrix
 from ..registry import code_of
 from ..tensors import Array, namespace
 from .methods import Method, check_options, find
+from .plans import Plan
 from .ranks import BUDGETS
 from .recipe import Recipe, check
-from .verbs import Kept, Plan
+from .running import Kept
 
 if TYPE_CHECKING:
     from ..files.storage.writer import Progress
@@ -258,7 +259,7 @@ def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
         if step.rankless:
             continue
         inputs = [i for i in step.inputs if planned.loras[i].layout(module).kind != "bias"]
-        given = [layer for layer in planned.inputs(module) if layer.kind != "bias"]
+        given = [layer for layer in planned.merger.inputs(module) if layer.kind != "bias"]
         weights = planned.weights.of(module)
         layers = in_one_library([*given, merged[module]] if module in merged else given)
         parents = _products(layers[: len(given)])

@@ -16,9 +16,10 @@ from ..files.reading import Source, is_list, load, open
 from ..files.writing import check_growth
 from ..tensors import FLOATS, code, computed, fits_half
 from .methods import Method, check_options, find
-from .plans import Kept, Outcome, Plan
+from .plans import Plan
 from .ranks import Rank, budget
-from .steps import Step, common_extras, named, steps_of
+from .spending import within
+from .steps import common_extras, named, steps_of
 from .weights import Scope, Weights, resolve
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def plan(
         scope=scope,
         allow_growth=allow_growth,
     )
-    return planned.within(limit, progress) if limit else planned
+    return within(planned, limit, progress) if limit else planned
 
 
 def merge(
@@ -284,6 +285,3 @@ def _listed(loras: object) -> "Sequence[LoRA | Source]":
     if not is_list(loras):
         raise OptionError(f"Give a list of LoRAs, such as [a, b]; got a {type(loras).__name__}.")
     return loras
-
-
-__all__ = ["Kept", "Outcome", "Plan", "Step", "merge", "plan", "resize"]

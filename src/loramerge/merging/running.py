@@ -1,0 +1,263 @@
+"""Merging a module: from the LoRAs' layers to one layer of the rank that was planned.
+
+The loop over modules is in `files.storage.writer` for a file, where workers share it, and in `LoRA.in_memory` otherwise:
+both ask the merged LoRA for one module after the other, and that calls a `Merger`.
+"""
+
+import math
+import mmap
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from .. import linalg
+from ..checkpoints.models import Checkpoint, on_base
+from ..errors import MergeError
+from ..files.lora import LoRA, in_one_library
+from ..layers import ON_BASE, Full, Layer, LoKr, LowRank, low_rank
+from ..layers.base import matrix
+from ..tensors import float32, largest_rank, namespace
+from .fused import Join, apart, lost_by, one, side_by_side
+from .methods import Method
+from .methods.base import Merged, applied
+from .methods.linear import linear
+from .methods.selection import Streams, module_seed
+from .methods.vectors import plus_biases, vectors
+from .steps import Step, named
+from .weights import ModuleWeights
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One module's merged layer, and what bringing it to its rank took away."""
+
+    module: str
+    layer: Layer
+    energy: float | None
+    """‖ΔW‖² of the method's own result; None in a merge that cuts nothing."""
+    lost: float
+    """The part of it that was cut off."""
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − kept‖ / ‖ΔW‖."""
+        return relative_error(self.energy, self.lost)
+
+
+class Kept:
+    """What a merge kept, counted while it runs: ``plan.lora(kept)``.
+
+    It counts in memory that forked workers share.
+
+    Args:
+        modules: Those of the plan, ``plan.steps``.
+    """
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._places = {module: 2 * i for i, module in enumerate(modules)}
+        self._numbers = memoryview(mmap.mmap(-1, 16 * max(1, len(self._places)))).cast("d")
+
+    def add(self, outcome: Outcome) -> None:
+        """Count a module."""
+        place = self._places[outcome.module]
+        self._numbers[place], self._numbers[place + 1] = outcome.energy or 0.0, outcome.lost
+
+    @property
+    def energy(self) -> float:
+        """‖ΔW‖² of what the method made, over all modules."""
+        return math.fsum(self._numbers[::2])
+
+    @property
+    def lost(self) -> float:
+        """The part of it that was cut off."""
+        return math.fsum(self._numbers[1::2])
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """The relative error of every module that was cut."""
+        pairs = {module: (self._numbers[i], self._numbers[i + 1]) for module, i in self._places.items()}
+        return {module: relative_error(energy, lost) for module, (energy, lost) in pairs.items() if lost}
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − kept‖ / ‖ΔW‖ over all modules."""
+        return relative_error(self.energy, self.lost)
+
+    @property
+    def share(self) -> float:
+        """The share of ‖ΔW‖² that was kept."""
+        return 1.0 - self.error**2
+
+
+def relative_error(energy: float | None, lost: float) -> float:
+    """‖ΔW − kept‖ / ‖ΔW‖, from ‖ΔW‖² and the part of it that was cut off."""
+    return math.sqrt(lost / energy) if energy else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Merger:
+    """Merges the modules of a plan, each when it is asked for."""
+
+    loras: Sequence[LoRA]
+    method: Method
+    options: Mapping[str, Any]
+    weights: ModuleWeights
+    steps: Mapping[str, Step]
+    joins: Mapping[str, Join]
+    """Modules that the dialect writes as one weight, by each of them."""
+    dense: Set[str]
+    """Modules whose dense result is written as it is."""
+    measured: bool
+    """True if ‖ΔW‖ of every module is wanted, because some are cut."""
+    device: str | None
+    base: Checkpoint | None
+
+    def outcome(self, module: str) -> Outcome:
+        """One module's merged layer, and what was cut off to bring it to its rank."""
+        join = self.joins.get(module)
+        if join is not None and join.as_one:
+            return self._cut_as_one(join)[module]
+        step = self.steps[module]
+        with named(module):
+            if nearest := self._nearest(step):
+                return nearest
+            made = self.uncut(step)
+            if step.kept or step.rankless or step.module in self.dense:
+                return Outcome(module, made, made.norm() ** 2 if self.measured and not step.rankless else None, 0.0)
+            return _fitted(_merged(made), step, self.measured)
+
+    def _nearest(self, step: Step) -> Outcome | None:
+        """The cut of a LoKr that is alone: its singular values are products, and no large matrix is formed."""
+        layer = self.inputs(step.module)[0] if step.alone and step.cut else None
+        if not isinstance(layer, LoKr):
+            return None
+        up, down, values = layer.nearest(step.rank)
+        squares = linalg.as_numpy(values).astype("float64") ** 2
+        weight = self.weights.of(step.module)[step.inputs[0]]
+        bias = None if layer.diff_b is None else float32(layer.diff_b) * weight
+        found = low_rank(up * weight, down, step.shape, diff_b=bias)
+        found = found if found.rank == step.rank else _filled(found, step.rank)
+        energy, lost = (float(part.sum()) * weight**2 for part in (squares, squares[step.rank :]))
+        return Outcome(step.module, found, energy, lost)
+
+    def _cut_as_one(self, join: Join) -> dict[str, Outcome]:
+        """The outcomes of modules that are one weight; the last ones are kept, as each module asks for them."""
+        if join.modules not in self._recent:
+            made = self._outcomes(join)
+            self._recent.clear()
+            self._recent[join.modules] = made
+            return made
+        return self._recent[join.modules]
+
+    @cached_property
+    def _recent(self) -> dict[tuple[str, ...], dict[str, Outcome]]:
+        return {}
+
+    def _outcomes(self, join: Join) -> dict[str, Outcome]:
+        layers = self.uncut_parts(join)
+        whole = _fitted(self.joined(join, layers), join.step, join.cut or self.measured)
+        assert isinstance(whole.layer, LowRank)
+        parts = apart(join, whole.layer, layers)
+        if whole.energy is None:
+            return {m: Outcome(m, part, None, 0.0) for m, part in parts.items()}
+        shares = lost_by(whole.lost, layers, list(parts.values()))
+        return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
+
+    def joined(self, join: Join, layers: Sequence[Merged]) -> Merged:
+        """All modules of a join as one, before it is cut."""
+        if not join.exact:
+            return one(join, layers)
+        found: dict[int, dict[str, LowRank]] = {}
+        for module in join.modules:
+            weights = self.weights.of(module)
+            for i, layer in zip(self.steps[module].inputs, self.inputs(module), strict=True):
+                if layer.kind != "bias":
+                    part = linear.merge([layer], [weights[i]])
+                    assert isinstance(part, LowRank)
+                    found.setdefault(i, {})[module] = part
+        return side_by_side(join, list(found.values()))
+
+    def uncut_parts(self, join: Join) -> list[Merged]:
+        """Merge every module of a join, before the whole is cut."""
+        found = []
+        for module in join.modules:
+            with named(module):
+                # A method that makes the most of its rank gets a share of it, so that the parts fit into the whole.
+                share = max(1, join.rank // len(join.modules))
+                found.append(_merged(self.uncut(replace(self.steps[module], rank=share, alone=False))))
+        return found
+
+    def uncut(self, step: Step) -> Layer:
+        """Merge a module by the method, before it is brought to the planned rank."""
+        weights = self.weights.of(step.module)
+        pairs = [(layer, weights[i], i) for layer, i in zip(self.inputs(step.module), step.inputs, strict=True)]
+        if step.kept:
+            return handed_on(*pairs[0][:2])
+        counted = pairs[:1] if self.method.of_first else pairs
+        if step.rankless:
+            return vectors([layer for layer, _, _ in counted], [weight for _, weight, _ in counted])
+        layers, shares, inputs = zip(*[pair for pair in pairs if pair[0].kind != "bias"], strict=True)
+        biases = [pair for pair in counted if pair[0].kind == "bias"]
+        merged = self._by_method(step, layers, shares, inputs)
+        return plus_biases(merged, [layer for layer, _, _ in biases], [weight for _, weight, _ in biases])
+
+    def _by_method(
+        self, step: Step, layers: Sequence[Layer], weights: Sequence[Any], inputs: tuple[int, ...]
+    ) -> Merged:
+        options = dict(self.options)
+        if "seed" in options:
+            options["seed"] = Streams(module_seed(options["seed"], step.module), inputs)
+        if self.method.ranked:
+            options["most"] = step.rank
+        return applied(self.method, layers, list(weights), options, step.full_rank)
+
+    def inputs(self, module: str) -> list[Layer]:
+        """The module's layers as they are merged: a DoRA with the base's weight in it."""
+        step = self.steps[module]
+        return in_one_library([self._with_base(self.loras[i][module], step) for i in step.inputs], self.device)
+
+    def _with_base(self, layer: Layer, step: Step) -> Layer:
+        """The layer, or its whole ΔW where only the base's weight tells it."""
+        if layer.kind not in ON_BASE or self.base is None:
+            return layer
+        return on_base(layer, step.module, self.base)
+
+
+def handed_on(layer: Layer, weight: float) -> Layer:
+    """Scale a layer that is alone and keeps its kind."""
+    scaled = layer.times(weight)
+    if scaled is None:
+        raise MergeError(f"a {layer.kind} layer can't be scaled and keep its kind")
+    return scaled
+
+
+def _merged(layer: Layer) -> Merged:
+    assert isinstance(layer, LowRank | Full)
+    return layer
+
+
+def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
+    """A merged layer at exactly the rank that was announced: cut, or filled up with zeros."""
+    if isinstance(layer, Full):
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
+    elif step.rank < layer.rank:
+        cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank)
+    else:
+        found = layer if layer.rank == step.rank else _filled(layer, step.rank)
+        return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
+    fitted = low_rank(cut.up, cut.down, layer.shape, diff_b=layer.diff_b)
+    fitted = fitted if fitted.rank == step.rank else _filled(fitted, step.rank)
+    # At the full rank of the matrix nothing is cut off, and what would be measured is rounding.
+    lost = cut.lost if step.rank < largest_rank(step.shape) else 0.0
+    return Outcome(step.module, fitted, cut.energy if measured else None, lost)
+
+
+def _filled(layer: LowRank, rank: int) -> LowRank:
+    """The same ΔW at a larger rank, by zeros."""
+    up, down = matrix(layer.up), matrix(layer.down)
+    xp = namespace(up)
+    more = rank - layer.rank
+    up = xp.concat([up, xp.zeros((up.shape[0], more), dtype=up.dtype, device=up.device)], axis=1)
+    down = xp.concat([down, xp.zeros((more, down.shape[1]), dtype=down.dtype, device=down.device)], axis=0)
+    return low_rank(up, down, layer.shape, diff_b=layer.diff_b)

@@ -1,0 +1,84 @@
+"""Spending a budget: choosing every module's rank out of one limit on the error or on the size of the file."""
+
+import math
+from typing import TYPE_CHECKING
+
+from .. import linalg
+from ..errors import OptionError, size
+from ..files.writing import saved_size
+from ..layers import Full, Layer, LowRank
+from ..layers.base import matrix
+from ..tensors import nbytes
+from .plans import Plan
+from .ranks import Budget, Spectrum, choose
+from .steps import Step, named
+
+if TYPE_CHECKING:
+    from ..files.storage.writer import Progress
+
+
+def within(plan: Plan, budget: Budget, progress: "Progress | None" = None) -> Plan:
+    """The same plan with the rank of every module chosen out of one budget, at most the one it has.
+
+    Raises:
+        OptionError: The budget can't be met.
+    """
+    if all(step.rankless for step in plan.steps.values()):
+        raise OptionError(f"{budget}: no module has a rank that could be made smaller. Way out: no budget.")
+    least = _check_least(plan, budget) if budget.kind == "max_size" else 0
+    spectra: dict[str, Spectrum] = {}
+    for done, (module, step) in enumerate(plan.steps.items(), start=1):
+        if plan.first(module) == module and not step.rankless:
+            spectra[module] = _spectrum_of(plan, module)
+        if progress:
+            progress(done, len(plan.steps))
+    if budget.kind != "max_size":
+        return plan.at(choose(spectra, budget), budget)
+    # What is no factor (names, alphas) takes room too, and depends on the ranks a little.
+    room, best = budget.value, None
+    for _ in range(8):
+        found = plan.at(choose(spectra, budget, int(room // nbytes((1,), plan.dtype))), budget)
+        spare = budget.value - saved_size(found.lora())
+        if best and spare >= 0 and found.ranked_size == best.ranked_size:
+            break
+        best = found if spare >= 0 else best
+        room = max(found.ranked_size + spare, least)
+    if best is None:
+        raise OptionError(f"{budget}: can't be met in the dialect {plan.dialect}. Way out: a larger size.")
+    return best
+
+
+def _spectrum_of(plan: Plan, module: str) -> Spectrum:
+    """What each rank of a module would bring, or of all that are one weight with it."""
+    join = plan.joins.get(module)
+    if join is not None:
+        return _spectrum(plan.merger.joined(join, plan.merger.uncut_parts(join)), join.step)
+    with named(module):
+        return _spectrum(plan.merger.uncut(plan.steps[module]), plan.steps[module])
+
+
+def _check_least(plan: Plan, budget: Budget) -> int:
+    """Bytes of the factors at rank 1; a size that is too small for the file of them is refused, before any tensor is read."""
+    smallest = plan.at(dict.fromkeys(plan.steps, 1), budget)
+    least = saved_size(smallest.lora())
+    if least > budget.value:
+        narrower = ", or a dtype of 16 bits" if plan.dtype in ("F32", "F64") else ""
+        raise OptionError(
+            f"{budget}: can't be met: at rank 1 in every module the file takes {size(least)} ({least} bytes) as "
+            f"{plan.dtype} in the dialect {plan.dialect}. Way out: a size from {least} bytes on{narrower}."
+        )
+    return smallest.ranked_size
+
+
+def _spectrum(layer: Layer, step: Step) -> Spectrum:
+    """What each rank up to the step's own would bring."""
+    if not isinstance(layer, LowRank | Full):
+        squares = linalg.as_numpy(layer.spectrum(lambda: linalg.grams(*layer.factors())).sigma) ** 2
+        energy = float(squares.sum())
+    elif isinstance(layer, Full):
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
+        squares, energy = linalg.squares(cut.up, cut.down), cut.energy
+    else:
+        squares = linalg.squares(matrix(layer.up), matrix(layer.down))
+        energy = float(squares.sum())
+    return Spectrum(squares[: step.rank], energy, step.shape[0] + math.prod(step.shape[1:]))

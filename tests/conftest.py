@@ -1,6 +1,40 @@
-"""One BLAS thread a test process, as the command line has it."""
+"""One BLAS thread per test process, as the command line has it; and the core's tests where torch isn't installed.
 
+With ``LORAMERGE_TESTS=core`` in the environment, files that import a package that isn't installed are left out.
+"""
+
+import ast
 import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+HERE = Path(__file__).parent
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if os.environ.get("LORAMERGE_TESTS") != "core":
+        return None
+    file = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
+    return True if file.suffix == ".py" and file.exists() and _missing(file) else None
+
+
+@cache
+def _missing(path: Path) -> bool:
+    """True if a file, or a file of the tests that it imports, needs a package that isn't installed."""
+    nodes = ast.parse(path.read_text()).body
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    for name in names:
+        own = [
+            file for folder in (HERE, HERE / "adapters") if (file := folder / f"{name.replace('.', '/')}.py").exists()
+        ]
+        if own and _missing(own[0]):
+            return True
+        packages = {name.partition(".")[0], *({"torch"} & {*name.split(".")})}  # safetensors.torch
+        if not own and any(find_spec(package) is None for package in packages):
+            return True
+    return False

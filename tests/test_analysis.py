@@ -12,7 +12,7 @@ import pytest
 import loramerge as lm
 from loramerge import errors, linalg
 from loramerge.comparing.advising import ALTERNATIVES, RULES, advice, place
-from loramerge.comparing.analysis import Comparison, compare
+from loramerge.comparing.analysis import Comparison
 from loramerge.comparing.measures import Pair
 from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.architectures.blocks import matches
@@ -536,9 +536,3 @@ def test_loras_that_meet_only_where_nothing_can_be_said_are_not_called_free_of_c
     mixed = replace(dora, layouts={**dora.layouts, conv: small(seed=2)[conv]})
 
     assert "can't be compared" in advice(lm.compare([lora, mixed]))
-
-
-def test_a_plan_gives_the_advice_of_a_comparison() -> None:
-    loras = [small(seed=1), small(seed=2)]
-
-    assert lm.plan(loras).advice() == advice(compare(loras))

@@ -228,8 +228,8 @@ def test_an_interrupt_is_no_traceback(files: tuple[Path, Path], tmp_path: Path) 
     out = tmp_path / "both.safetensors"
     code = (
         "import sys, os, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "import loramerge.merging.plans as m; original = m.Plan.outcome;"
-        "m.Plan.outcome = lambda self, module: (os.kill(os.getpid(), signal.SIGINT), original(self, module))[1];"
+        "import loramerge.merging.running as m; original = m.Merger.outcome;"
+        "m.Merger.outcome = lambda self, module: (os.kill(os.getpid(), signal.SIGINT), original(self, module))[1];"
         "from loramerge.cli import main; main()"
     )
     result = subprocess.run(

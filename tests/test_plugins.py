@@ -28,7 +28,7 @@ CODE = """
 from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
-from loramerge.methods import combination
+from loramerge.merging.methods import combination
 from loramerge.merging.methods.options import Range
 
 @combination("{name}", source="a test")

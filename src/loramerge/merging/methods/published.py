@@ -52,7 +52,7 @@ def method_at(reference: str) -> Method:
     found = referenced(reference, "method")
     if not isinstance(found, Method):
         raise OptionError(
-            f"{reference} is a {type(found).__name__}, wanted a merge method. Way out: a decorator of loramerge.methods, "
+            f"{reference} is a {type(found).__name__}, wanted a merge method. Way out: a decorator of loramerge.merging.methods, "
             "such as @combination(…) or @method(…), above the function."
         )
     return found

@@ -222,6 +222,20 @@ def test_an_unknown_family_is_read_and_written_in_dotted_dialects(dialect: str) 
     np.testing.assert_array_equal(again["transformer.layers.0.mix"].delta(), np.full((6, 8), 2.0))
 
 
+def test_a_name_that_would_read_as_a_mistake_is_not_written() -> None:
+    """Behind ComfyUI's prefix it would have 'diffusion_model.' twice, which means another module."""
+    tensors = {
+        f"lora_unet_diffusion_model.input_blocks.1.0.{end}": np.ones((2, 2), np.float32)
+        for end in ("lora_down.weight", "lora_up.weight")
+    }
+    lora = lm.load(tensors)
+
+    assert [*lora] == ["transformer.diffusion_model.input_blocks.1.0"]
+    with pytest.raises(lm.errors.DialectError, match="comfyui has no name for the module"):
+        lora.state_dict("comfyui")
+    assert lora.state_dict("kohya").keys() >= tensors.keys()
+
+
 def test_an_unknown_family_in_flattened_names_is_kept_as_it_is() -> None:
     keys = {
         "lora_unet_mystery_0.lora_down.weight": np.ones((2, 8), dtype=np.float32),

@@ -43,6 +43,7 @@ from ..architectures import ARCHITECTURES, Architecture, name_family, titles
 from ..architectures.names import Part, Parts, whole
 from . import DIALECTS, fuse, written_dialect
 from .base import LOW_RANK, Dialect, table
+from .repairs import repaired
 from .suffixes import spelled
 
 if TYPE_CHECKING:
@@ -307,7 +308,8 @@ class _Writer:
     def free(self, module: str) -> tuple[str, Parts]:
         known = self.architecture is not None and module in self.architecture.shapes
         stem = None if known else self.dialect.free_stem(module, DIALECTS[self.lora.dialect])
-        if stem is None:
+        # A name that reads as a known mistake would come back as another module.
+        if stem is None or (self.dialect.name != self.lora.dialect and repaired(stem)):
             raise DialectError(f"{self.lora.name}: {self.nameless(module)}")
         return stem, whole(module)
 

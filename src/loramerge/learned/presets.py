@@ -1,16 +1,19 @@
 """How ZipLoRA learns, and the settings that others published."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from ..errors import OptionError
+from ..merging.methods import Range, Seed
+from ..merging.methods.options import misfits
 from .penalties import Penalty
 
 Init = Literal["lsq", "ones", "mean"]
 Loss = Literal["normalised", "norm", "mse"]
 Parametrisation = Literal["column", "softmax", "down"]
+Count = Annotated[int, Range(1)]
+Size = Annotated[float, Range(0, open_high=True)]
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,9 @@ class Settings:
         OptionError: A value is unknown, out of range, or of no effect beside the others.
     """
 
-    steps: int = 50
-    lr: float = 1e-2
-    batch_size: int = 1
+    steps: Annotated[int, Range(0)] = 50
+    lr: Annotated[float, Range(0, open_low=True, open_high=True)] = 1e-2
+    batch_size: Count = 1
     """Examples of each LoRA in a step."""
     init: Init = "lsq"
     """Coefficients to begin with: the closed form, 1 (the sum), or 1/N (the average)."""
@@ -33,50 +36,28 @@ class Settings:
     loss: Loss = "normalised"
     """normalised: Σ wᵢ ‖ε − εᵢ‖² / mean ‖εᵢ − ε_base‖².  norm: Σ wᵢ ‖ε − εᵢ‖₂, the paper's.  mse: the mean square."""
     penalty: Penalty = "none"
-    lam: float = 0.0
+    lam: Size = 0.0
     """Weight of the penalty."""
     mean_penalty: bool = True
     """Whether the penalty is averaged over modules; the paper adds up."""
-    weight_decay: float = 0.0
+    weight_decay: Size = 0.0
     shared_noise: bool = False
     """Whether all LoRAs' examples of a step draw the same noise and timestep."""
-    stop_below: float = 0.0
+    stop_below: Size = 0.0
     """Stop once the penalty without its weight is below: the paper stops at 0."""
-    calibration: int = 16
+    calibration: Count = 16
     """Batches of each LoRA for the closed form, and for the normalisation."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        wrong = [*self._out_of_range(), *self._of_no_effect()]
+        wrong = [*misfits(self), *self._of_no_effect()]
         if wrong:
             raise OptionError(f"ZipLoRA: {'; '.join(wrong)}.")
-
-    def _out_of_range(self) -> list[str]:
-        wrong = []
-        for name, known in (("init", Init), ("parametrisation", Parametrisation), ("loss", Loss), ("penalty", Penalty)):
-            if getattr(self, name) not in get_args(known):
-                wrong.append(f"{name} must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}")
-        for name, kind, least in (
-            ("steps", int, 0),
-            ("batch_size", int, 1),
-            ("calibration", int, 1),
-            ("seed", int, 0),
-            ("lr", float, 0),
-            ("lam", float, 0),
-            ("weight_decay", float, 0),
-            ("stop_below", float, 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int | kind) or isinstance(value, bool) or not least <= value < math.inf:
-                wanted = "a whole number" if kind is int else "a number"
-                wrong.append(f"{name} must be {wanted} from {least}, got {value!r}")
-        return wrong
 
     def _of_no_effect(self) -> list[str]:
         return [
             told
             for told, so in (
-                ("lr must be above 0", self.lr == 0),
                 ("lam needs a penalty", self.lam and self.penalty == "none"),
                 ("stop_below needs a penalty", self.stop_below and self.penalty == "none"),
                 ("a penalty needs coefficients, not 'down'", self.penalty != "none" and self.parametrisation == "down"),

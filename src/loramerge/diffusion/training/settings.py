@@ -4,12 +4,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from ...errors import OptionError
+from ...merging.methods import Range, Seed
+from ...merging.methods.options import misfits
 
 RateSchedule = Literal["constant", "linear", "cosine"]
 Targets = Literal["attention", "transformers", "all"]
+Count = Annotated[int, Range(1)]
+Size = Annotated[float, Range(0, open_high=True)]
+Above = Annotated[float, Range(0, open_low=True, open_high=True)]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMERS = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -42,43 +47,43 @@ class TrainSettings:
         OptionError: A value is unknown, out of range, or of no effect beside the others.
     """
 
-    rank: int = 8
-    alpha: float | None = None
+    rank: Count = 8
+    alpha: Above | None = None
     """The LoRA's scale is alpha / rank; None is the rank."""
-    steps: int = 400
-    batch_size: int = 1
+    steps: Annotated[int, Range(0)] = 400
+    batch_size: Count = 1
     """Pictures in a pass of the model, in each process."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Passes whose gradients make one step."""
-    learning_rate: float = 1e-4
+    learning_rate: Above = 1e-4
     schedule: RateSchedule = "constant"
     """How the learning rate goes on after the warm-up: to the end of all steps ``linear`` and ``cosine`` fall to 0."""
-    warm_up: int = 0
+    warm_up: Annotated[int, Range(0)] = 0
     """Steps in which the learning rate rises from 0."""
-    weight_decay: float = 1e-2
-    max_grad_norm: float | None = 1.0
+    weight_decay: Size = 1e-2
+    max_grad_norm: Above | None = 1.0
     """Longer gradients, of all factors together, are shortened to this; None leaves them."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
     """Share of the factors' inputs that is left out at random."""
     targets: Targets = "attention"
     """attention: the projections of all attentions.  transformers: feed-forward layers and the projections in and out
     as well.  all: the convolutions and time projections of the ResNet blocks, and the samplers, too."""
-    resolution: int | None = None
+    resolution: Count | None = None
     """Side of the square that each picture is cut to, in pixels; None is the model's own."""
     flip: bool = True
     """Whether to mirror half of the examples."""
-    snr_gamma: float | None = None
+    snr_gamma: Above | None = None
     """Weigh examples by min-SNR with this γ, such as 5; None weighs all alike."""
     prior: str | Path | None = None
     """Prior preservation (DreamBooth): a folder of pictures of the whole class, of which each pass sees as many."""
     prior_prompt: str | None = None
     """For pictures of the class that have no caption."""
-    prior_weight: float = 1.0
+    prior_weight: Size = 1.0
     """How much the class counts."""
-    seed: int = 42
+    seed: Seed = 42
 
     def __post_init__(self) -> None:
-        wrong = [*self._out_of_range(), *self._of_no_effect()]
+        wrong = [*misfits(self), *self._of_no_effect()]
         if wrong:
             raise OptionError(f"Training: {'; '.join(wrong)}.")
 
@@ -108,44 +113,10 @@ class TrainSettings:
         free = ("steps",) if self.schedule == "constant" else ()
         return {name: value for name, value in self.described().items() if name not in free}
 
-    def _out_of_range(self) -> list[str]:
-        wrong = []
-        for name, known in (("schedule", RateSchedule), ("targets", Targets)):
-            if getattr(self, name) not in get_args(known):
-                wrong.append(f"{name} must be one of {', '.join(get_args(known))}, got {getattr(self, name)!r}")
-        for name, least in (
-            ("rank", 1),
-            ("steps", 0),
-            ("batch_size", 1),
-            ("accumulate", 1),
-            ("warm_up", 0),
-            ("seed", 0),
-        ):
-            if not _number(getattr(self, name), int) or getattr(self, name) < least:
-                wrong.append(f"{name} must be a whole number from {least}, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "max_grad_norm", "alpha", "snr_gamma"):
-            value = getattr(self, name)
-            optional = name != "learning_rate" and value is None
-            if not optional and not (_number(value, float) and value > 0):
-                wrong.append(f"{name} must be a number above 0, got {value!r}")
-        for name in ("weight_decay", "prior_weight"):
-            value = getattr(self, name)
-            if not _number(value, float) or value < 0:
-                wrong.append(f"{name} must be a number from 0, got {value!r}")
-        if not _number(self.dropout, float) or not 0 <= self.dropout < 1:
-            wrong.append(f"dropout must be a number from 0 and below 1, got {self.dropout!r}")
-        if self.resolution is not None and not (_number(self.resolution, int) and self.resolution > 0):
-            wrong.append(f"resolution must be a whole number from 1, got {self.resolution!r}")
-        return wrong
-
     def _of_no_effect(self) -> list[str]:
         wrong = []
         if self.prior is None and (self.prior_prompt is not None or self.prior_weight != 1.0):
             wrong.append("prior_prompt and prior_weight need prior, a folder of pictures of the class")
-        if _number(self.warm_up, int) and _number(self.steps, int) and self.warm_up > self.steps > 0:
+        if isinstance(self.warm_up, int) and isinstance(self.steps, int) and self.warm_up > self.steps > 0:
             wrong.append(f"warm_up must end within the {self.steps} steps, got {self.warm_up}")
         return wrong
-
-
-def _number(value: Any, kind: type[int] | type[float]) -> bool:
-    return isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,10 +1,11 @@
-"""Options of a merge method: its keyword-only parameters, whose annotations say what they take."""
+"""Options whose annotations say what they take: keyword-only parameters of a merge method, fields of settings."""
 
 import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from ...errors import OptionError
 
@@ -64,18 +65,22 @@ class Option:
         except ValueError:
             return self.check(text)
 
+    def allows(self, value: Any) -> bool:
+        """True if the value has the option's type, and lies within the range or among the choices."""
+        fits = isinstance(value, (int, float) if self.kind is float else self.kind)
+        if not fits or (isinstance(value, bool) and self.kind is not bool):
+            return False
+        return (not self.choices or value in self.choices) and (self.range is None or value in self.range)
+
     def check(self, value: Any) -> Any:
         """The value in the option's type.
 
         Raises:
             OptionError: It has another type, or lies outside of the range or the choices.
         """
-        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        fits = isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
-        if not fits or (self.choices and value not in self.choices) or (self.range and value not in self.range):
+        if not self.allows(value):
             raise OptionError(f"The option {self.name} wants {self.wanted}, got {value!r}.")
-        return value
+        return float(value) if self.kind is float else value
 
 
 def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
@@ -99,17 +104,38 @@ def _option(parameter: inspect.Parameter, function: Callable[..., Any]) -> Optio
     where = function.__name__
     if parameter.name in TAKEN:
         raise TypeError(f"Option {parameter.name!r} of {where}: merging has an argument of that name. Wanted another.")
-    annotation, found = _evaluated(parameter.annotation, function), None
-    if get_origin(annotation) is Annotated:
-        annotation, found = get_args(annotation)
-    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-    kind = str if choices else annotation
+    annotation = _evaluated(parameter.annotation, function)
+    kind, choices, found = _allowed(annotation)
     if kind not in (int, float, str, bool) or parameter.default is parameter.empty:
         raise TypeError(
             f"Option {parameter.name!r} of {where}: wanted a default, and int, float, str, bool, a Literal of "
             f"texts or an Annotated number with a Range; got {annotation!r}."
         )
     return Option(parameter.name, kind, parameter.default, choices, found)
+
+
+def misfits(settings: Any) -> list[str]:
+    """Say which fields of a dataclass have values that their annotations don't allow, one phrase per field.
+
+    Checked are fields annotated by a Literal of texts or by an Annotated number with a Range, with or without ``| None``.
+    """
+    wrong = []
+    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
+        value, parts = getattr(settings, name), get_args(annotation)
+        kind, choices, found = _allowed(parts[0] if NoneType in parts else annotation)
+        option = Option(name, kind, None, choices, found)
+        if (choices or found) and not option.allows(value) and not (value is None and NoneType in parts):
+            wrong.append(
+                f"{name} must be {'one of ' * bool(choices)}{', '.join(choices) or option.wanted}, got {value!r}"
+            )
+    return wrong
+
+
+def _allowed(annotation: Any) -> tuple[Any, tuple[str, ...], Range | None]:
+    """The type, the choices and the range that an annotation says."""
+    kind, found = get_args(annotation) if get_origin(annotation) is Annotated else (annotation, None)
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    return str if choices else kind, choices, found
 
 
 def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:

@@ -8,11 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
-from .. import linalg
+from ..comparing.pairs import Updates
 from ..files.lora import LoRA
-from ..layers.base import matrix
 from ..merging.coefficients import Coefficients
-from ..tensors import Array, namespace
 
 
 def overlaps(
@@ -35,26 +33,16 @@ def overlaps(
     coefficients.check(loras)
     sums: dict[str, list[float]] = {}
     for module in coefficients.columns:
-        factors = {i: lora[module].factors() for i, lora in enumerate(loras) if module in lora}
-        m = coefficients.columns[module].read()
+        owners = [i for i, lora in enumerate(loras) if module in lora]
+        updates = Updates([loras[i][module] for i in owners])
+        m = coefficients.columns[module].read()[owners]
         total = sums.setdefault(group(module), [0.0, 0.0, 0.0, 0.0])
-        for i, j in combinations(factors, 2):
-            products = [_products(factors[a], factors[b]) for a, b in ((i, j), (i, i), (j, j))]
+        for i, j in combinations(range(len(owners)), 2):
+            both, first, second = (updates.products(a, b) for a, b in ((i, j), (i, i), (j, j)))
             for place, (a, b) in enumerate(((1.0, 1.0), (m[i], m[j]))):
-                total[2 * place] += float(abs(a * b * products[0]).sum())
-                total[2 * place + 1] += math.sqrt(
-                    float((a * a * products[1]).sum()) * float((b * b * products[2]).sum())
-                )
+                total[2 * place] += float(abs(a * b * both).sum())
+                total[2 * place + 1] += math.sqrt(float((a * a * first).sum()) * float((b * b * second).sum()))
     return {name: (_share(t[0], t[1]), _share(t[2], t[3])) for name, t in sums.items()}
-
-
-def _products(first: tuple[Array, Array], second: tuple[Array, Array]) -> Array:
-    """⟨dᵢ[a], dⱼ[a]⟩ of every column a, float64."""
-    xp = namespace(first[0])
-    (up, down), (other, other_down) = (
-        tuple(xp.astype(matrix(t), xp.float64) for t in pair) for pair in (first, second)
-    )
-    return linalg.column_products(up.T @ other, down, other_down)
 
 
 def _share(part: float, whole: float) -> float:

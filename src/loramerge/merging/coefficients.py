@@ -20,7 +20,7 @@ from ..files.storage.reader import SafetensorsFile
 from ..files.storage.writer import write
 from ..tensors import Array, Held, Spec, Stored, check_finite
 
-KEY = "loramerge.merging.coefficients"
+KEY = "loramerge.coefficients"
 """Where the file's metadata say what the coefficients are for."""
 
 

@@ -141,8 +141,8 @@ def test_processes_go_on_from_checkpoints_of_their_own_to_the_same_bits(left: Pa
 
 
 def test_a_process_that_lost_its_checkpoint_stops_all(left: Path) -> None:
-    assert "checkpoint is at step 2, others' are not" in (left / "0.txt").read_text()
-    assert "checkpoint is at step 0, others' are not" in (left / "1.txt").read_text()
+    assert "goes on from step 2, others don't" in (left / "0.txt").read_text()
+    assert "goes on from step 0, others don't" in (left / "1.txt").read_text()
 
 
 def test_moments_of_two_processes_are_the_mean(left: Path) -> None:

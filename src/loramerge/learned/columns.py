@@ -28,7 +28,7 @@ from .least_squares import RIDGE, check_sound, column_solution, columns, costs_o
 from .penalties import crossings, penalty
 from .presets import PRESETS, Settings, settings
 from .result import assemble, plan_sum
-from .state import mean_if_apart, resumed, save_state
+from .state import check_together, resumed, save_state
 
 __all__ = ["PRESETS", "Learned", "Settings", "Step", "join", "settings", "ziplora"]
 
@@ -169,7 +169,7 @@ class _Run:
         identity = self._identity() if checkpoint else {}
         optimizer, reached = self._begin(checkpoint, identity)
         if reduce:
-            _check_together(reached, reduce)
+            check_together(reached, reduce, "without checkpoints, a new run")
             if not reached:  # the same already, where all devices round alike
                 reduce([parameter.detach() for parameter in self.parameters.values()])
 
@@ -383,16 +383,6 @@ class _Run:
         kept = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
         marks = fingerprints(self.loras)
         return {**self.about, "settings": kept, "LoRAs": marks, "weights": self.weights, "shard": self.shard}
-
-
-def _check_together(reached: int, reduce: Callable[[Sequence[Tensor]], None]) -> None:
-    """Refuse processes whose checkpoints are at different steps: they would wait for each other."""
-    mean = mean_if_apart(reached, reduce)
-    if mean is not None:
-        raise OptionError(
-            f"This process's checkpoint is at step {reached}, others' are not: they average {mean:g}. "
-            "Way out: without checkpoints, a new run."
-        )
 
 
 @contextmanager

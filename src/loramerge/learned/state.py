@@ -81,11 +81,18 @@ def resumed(checkpoint: Path | None, identity: Mapping[str, Any], steps: int) ->
     return state
 
 
-def mean_if_apart(step: int, reduce: Callable[[Sequence[Tensor]], None]) -> float | None:
-    """The mean of the processes' steps where these differ, so that they would wait for each other; else None."""
+def check_together(step: int, reduce: Callable[[Sequence[Tensor]], None], way_out: str) -> None:
+    """Refuse processes that go on from different steps: they would wait for each other.
+
+    Raises:
+        OptionError: Another process is at another step.
+    """
     means = torch.tensor([step, step**2], dtype=torch.float64)
     reduce([means])
-    return float(means[0]) if abs(means[1] - means[0] ** 2) > 0.01 else None
+    if abs(means[1] - means[0] ** 2) > 0.01:
+        raise OptionError(
+            f"This process goes on from step {step}, others don't: they average {means[0]:g}. Way out: {way_out}."
+        )
 
 
 def load_state(path: Path, identity: Mapping[str, Any]) -> State:

@@ -15,7 +15,7 @@ from ...errors import DeviceMemoryError, NumberError, OptionError
 from ...files.lora import LoRA
 from ...learned.batches import join, seen
 from ...learned.calibration import Progress
-from ...learned.state import State, mean_if_apart, resumed, save_state
+from ...learned.state import State, check_together, resumed, save_state
 from ..apply import fingerprint
 from ..denoiser import Denoiser
 from ..examples import Images, from_images
@@ -239,12 +239,7 @@ class Run:
         state = resumed(checkpoint, identity, self.settings.steps)
         if state:
             self._restore(state)
-        mean = mean_if_apart(self.reached, self.together.reduce)
-        if mean is not None:
-            raise OptionError(
-                f"This process goes on from step {self.reached}, others don't: they average {mean:g}. Way out: a "
-                "checkpoint on a disk that all processes see."
-            )
+        check_together(self.reached, self.together.reduce, "a checkpoint on a disk that all processes see")
 
     def _restore(self, state: State) -> None:
         for name, parameter in self.parameters.items():

@@ -75,6 +75,7 @@ EXTRAS = {
     "peft": "diffusers",
     "accelerate": "diffusers",
     "PIL": "diffusers",
+    "scipy": "diffusers",
     "matplotlib": "plots",
     "cma": "search",
 }

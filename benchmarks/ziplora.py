@@ -23,7 +23,8 @@ from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.lora import LoRA
 from loramerge.layers import LowRank, low_rank
 from loramerge.learned.attach import Site
-from loramerge.learned.least_squares import Problem, core_solution
+from loramerge.learned.least_squares import core_solution
+from loramerge.learned.problems import Problem
 from loramerge.testing import random_lora
 from processes import Watch
 from report import GOAL_HEAD, Goal, machine, table, text

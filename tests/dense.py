@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loramerge.learned.least_squares import Granularity, Prior, Problem, positive, solve
+from loramerge.learned.least_squares import Granularity, Prior, solve
+from loramerge.learned.problems import Problem, positive
 
 FAMILIES: tuple[Granularity, ...] = ("layer", "rank", "core", "column", "full")
 OUT, IN, RANKS, TOKENS = 7, 6, (2, 3), 40

@@ -12,13 +12,10 @@ from loramerge.learned.least_squares import (
     Granularity,
     Prior,
     column_solution,
-    column_system,
     core_solution,
-    layer_system,
-    positive,
-    rank_system,
     solve,
 )
+from loramerge.learned.problems import column_system, layer_system, positive, rank_system
 
 NESTED = [("layer", "rank"), ("rank", "core"), ("core", "full"), ("layer", "column"), ("column", "full")]
 

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from .columns import Learned as Learned, Step as Step, ziplora as ziplora
     from .interference import overlaps as overlaps
     from .least_squares import (
-        Problem as Problem,
         Report as Report,
         column_solution as column_solution,
         core_solution as core_solution,
         lsq as lsq,
     )
     from .presets import Settings as Settings, settings as settings
+    from .problems import Problem as Problem
     from .search import SearchResult as SearchResult, SearchStep as SearchStep, search_weights as search_weights
 else:
     __getattr__, __dir__, __all__ = face(
@@ -29,7 +29,6 @@ else:
             ),
             "interference": ("overlaps",),
             "least_squares": (
-                "Problem",
                 "Report",
                 "column_solution",
                 "core_solution",
@@ -39,6 +38,7 @@ else:
                 "Settings",
                 "settings",
             ),
+            "problems": ("Problem",),
             "search": (
                 "SearchResult",
                 "SearchStep",

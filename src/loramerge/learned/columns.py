@@ -24,9 +24,10 @@ from ..merging.steps import named
 from .attach import Attachment, Models, attach, fingerprints
 from .batches import Batch, join, seen, weighed
 from .calibration import Draw, Predict, calibrate, seeded
-from .least_squares import RIDGE, check_sound, column_solution, columns, costs_of, problem
+from .least_squares import RIDGE, check_sound, column_solution, columns, costs_of
 from .penalties import crossings, penalty
 from .presets import PRESETS, Settings, settings
+from .problems import problem
 from .result import assemble, plan_sum
 from .state import check_together, resumed, save_state
 

@@ -26,18 +26,26 @@ derived in docs/explanation/ziplora.md.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ..errors import MergeError, NumberError, OptionError
+from ..errors import MergeError, OptionError
 from ..files.lora import LoRA
 from ..merging.plans import Plan
 from ..merging.steps import named
-from .attach import factors
 from .moments import Moments
+from .problems import (
+    Problem,
+    column_system,
+    column_target,
+    eye_like,
+    layer_system,
+    problem,
+    rank_system,
+    row_lengths,
+)
 from .result import assemble, plan_sum
 
 Granularity = Literal["global", "layer", "rank", "core", "column", "full"]
@@ -59,73 +67,8 @@ FAINT = 1e-12
 TINY = 1e-30
 """Below any moment: keeps the equations of a module with zero inputs or zero factors solvable."""
 
-ROUNDED = 1e-13
-"""Share of a moment's trace by which float64 may make an eigenvalue negative."""
-
-WRONG = 1e-2
-"""Share of a moment's largest eigenvalue by which no rounding makes another negative."""
-
 SLACK = 1e-3
 """Share of the base model's J by which a J from float32 moments may be off."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One module's factors and moments, in float64."""
-
-    up: Tensor
-    """B, ``(out, R)``."""
-    down: Tensor
-    """A, ``(R, n)``."""
-    slices: tuple[slice, ...]
-    """Each LoRA's rows of A; empty for one that lacks the module."""
-    core: Tensor
-    """wᵢ A Cᵢ Aᵀ, ``(N, R, R)``."""
-    gram: Tensor | None
-    """Σ Cᵢ, ``(n, n)``; only with all weights one."""
-    cross: Tensor | None
-    """Aᵢ Cᵢ, ``(R, n)``, each row with its own LoRA's moments."""
-    noise: float = 0.0
-    """Rounding of Σ Cᵢ, as a share of its trace."""
-
-    @property
-    def least_ridge(self) -> float:
-        """The ridge below which rounding would decide, relative to the mean of Σ Cᵢ's diagonal."""
-        return self.noise * self.down.shape[1]
-
-    @property
-    def gram_up(self) -> Tensor:
-        """``upᵀ up``, ``(R, R)``."""
-        return self.up.T @ self.up
-
-    def own(self, i: int) -> Tensor:
-        """The diagonal of the projection onto LoRA i's rows, ``(R,)``."""
-        mask = self.down.new_zeros(self.down.shape[0])
-        mask[self.slices[i]] = 1.0
-        return mask
-
-    def loss(self, down: Tensor) -> float:
-        """J of ``up @ down`` without the ridge, where the moments allow it.
-
-        Args:
-            down: V, ``(R, n)``.
-
-        Raises:
-            MergeError: The moments are of the kind ``core``, which only know V = K A.
-        """
-        if self.gram is None or self.cross is None:
-            raise MergeError("the loss of any down factor needs moments of the kind 'gram'.")
-        g = self.gram_up
-        constant = sum(float((g[s, s] * self.core[i][s, s]).sum()) for i, s in enumerate(self.slices))
-        return float((g * (down @ self.gram @ down.T)).sum() - 2 * ((g @ self.cross) * down).sum()) + constant
-
-    def core_loss(self, k: Tensor) -> float:
-        """J of ``up @ k @ down``, ``k`` of shape ``(R, R)``, without the ridge."""
-        total = 0.0
-        for i, moment in enumerate(self.core):
-            rest = k - torch.diag(self.own(i))
-            total += float((self.gram_up * (rest @ moment @ rest.T)).sum())
-        return total
 
 
 @dataclass
@@ -202,79 +145,6 @@ def lsq(
     return assemble(planned, learned, "lsq", options, moments.identity), _report(costs)
 
 
-def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Sequence[float] | None = None) -> Problem:
-    """One module's least-squares problem.
-
-    Args:
-        loras: The LoRAs that were calibrated, in the same order.
-        module: The module's name.
-        moments: What the calibration found.
-        weights: How much each LoRA's error counts.
-
-    Raises:
-        MergeError: The moments are of other LoRAs.
-        NumberError: The model's values were NaN or infinite.
-    """
-    pairs = {i: factors(lora, module) for i, lora in enumerate(loras) if module in lora}
-    ends = list(accumulate(pairs[i][0].shape[1] if i in pairs else 0 for i in range(len(loras))))
-    found, gram, batches = moments.modules[module], moments.gram(module), moments.batches(module)
-    device, core = found.core.device, found.core.double() / batches
-    if core.shape != (len(loras), ends[-1], ends[-1]):
-        raise MergeError(
-            f"{module}: the moments have the shape {tuple(core.shape)}, wanted {(len(loras), ends[-1], ends[-1])}."
-        )
-    if not all(part.isfinite().all() for part in (core, gram, found.cross) if part is not None):
-        raise NumberError(
-            f"{module}: its inputs were NaN or infinite during calibration. Way out: float32 or bfloat16."
-        )
-    shares = core.new_tensor(list(weights or [1.0] * len(loras)))
-    alike = bool((shares == 1.0).all())  # the sums over all LoRAs can't be weighted afterwards
-    down = torch.cat([down for _, down in pairs.values()], 0).to(device).double()
-    with named(module):
-        core = positive(core, down)
-    return Problem(
-        torch.cat([up for up, _ in pairs.values()], 1).to(device).double(),
-        down,
-        tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False)),
-        core * shares[:, None, None],
-        gram.to(device).double() / batches if gram is not None and alike else None,
-        found.cross.to(device).double() / batches if found.cross is not None and alike else None,
-        torch.finfo(gram.dtype).eps if gram is not None else 0.0,
-    )
-
-
-def positive(core: Tensor, down: Tensor) -> Tensor:
-    """Moments A Cᵢ Aᵀ, ``(N, R, R)``, without what rounding made of directions that no input shows.
-
-    A direction in which the rows of A cancel nearly has moments that float32 can't tell from zero, or
-    from below zero: what is no larger than the lowest eigenvalue's size is rounding.
-
-    Args:
-        core: The moments.
-        down: A, ``(R, n)``.
-
-    Raises:
-        MergeError: An eigenvalue is further below zero than rounding explains.
-    """
-    sizes = _sizes(down)
-    scale = torch.outer(sizes, sizes)
-    return torch.stack([_positive(moment / scale) for moment in core]) * scale
-
-
-def _positive(moment: Tensor) -> Tensor:
-    moment = (moment + moment.T) / 2
-    if not torch.linalg.cholesky_ex(moment + ROUNDED * moment.trace() * _eye(moment)).info:
-        return moment
-    values, vectors = torch.linalg.eigh(moment)
-    if values[0] < -WRONG * values[-1]:
-        raise MergeError(
-            "its moments have the eigenvalue "
-            f"{values[0]:.3g} beside {values[-1]:.3g}, and the moments of inputs have none below zero. "
-            "Way out: calibrate again."
-        )
-    return (vectors * values.where(values > -values[0], 0.0)) @ vectors.T
-
-
 def solve(p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver = "auto") -> Tensor:
     """V, ``(R, n)``, with ``up @ V`` the best of a family."""
     if granularity == "column":
@@ -309,27 +179,12 @@ def _answer(
     return k @ p.down, p.core_loss(k)
 
 
-def layer_system(p: Problem) -> tuple[Tensor, Tensor]:
-    """H and b of one factor a LoRA: Hⱼₖ = ⟨BⱼᵀBₖ, Aⱼ C Aₖᵀ⟩, bⱼ = Σᵢ ⟨BⱼᵀBᵢ, Aⱼ Cᵢ Aᵢᵀ⟩."""
-    h, b = rank_system(p)
-    pick = torch.stack([p.own(i) for i in range(len(p.slices))])
-    return pick @ h @ pick.T, pick @ b
-
-
-def rank_system(p: Problem) -> tuple[Tensor, Tensor]:
-    """H and b of one factor a rank: H = (BᵀB) ∘ (A C Aᵀ), b = Σᵢ ((BᵀBᵢ) ∘ (A Cᵢ Aᵢᵀ)) 1."""
-    g = p.gram_up
-    h = g * p.core.sum(0)
-    b = sum(((g * moment) @ p.own(i) for i, moment in enumerate(p.core)), g.new_zeros(g.shape[0]))
-    return h, b
-
-
 def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     """K = (Σᵢ Pᵢ Sᵢ + λ K₀ G)(Σᵢ Sᵢ + λ G)⁻¹ with Sᵢ = A Cᵢ Aᵀ and G = A Aᵀ, the metric of the prior K₀.
 
     λ is the ridge times tr(G⁻¹ Σ Sᵢ) / R, so that the result depends on the ΔWᵢ, not on their factors.
     """
-    sizes = _sizes(p.down)  # rows of very different sizes would lose the small ones
+    sizes = row_lengths(p.down)  # rows of very different sizes would lose the small ones
     core = p.core / torch.outer(sizes, sizes)
     total = core.sum(0)
     own = sum((p.own(i)[:, None] * moment for i, moment in enumerate(core)), torch.zeros_like(total))
@@ -337,7 +192,7 @@ def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     energy = (_pseudo_inverse(metric) * total).sum() / len(metric)
     # Equal LoRAs leave directions that neither moments nor metric see; what K does there is of no effect.
     pull = ridge * energy * metric
-    pull = pull + LEAST * (total + pull).diagonal().mean().clamp_min(TINY) * _eye(metric)
+    pull = pull + LEAST * (total + pull).diagonal().mean().clamp_min(TINY) * eye_like(metric)
     return sizes[:, None] * _divide(own + _prior(p, prior) * pull, total + pull) / sizes
 
 
@@ -346,24 +201,7 @@ def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     if p.gram is None or p.cross is None:
         raise MergeError("the granularity full needs moments of the kind 'gram'.")
     pull = (ridge + p.least_ridge + LEAST) * p.gram.diagonal().mean().clamp_min(TINY)
-    return _divide(p.cross + _prior(p, prior) * pull * p.down, p.gram + pull * _eye(p.gram))
-
-
-def column_system(p: Problem) -> tuple[Tensor, Tensor]:
-    """H ``(N n, N n)`` and b ``(N n,)`` of one factor a LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
-    if p.gram is None:
-        raise MergeError("the granularity column needs moments of the kind 'gram'.")
-    g = p.gram_up
-    blocks = [[(p.down[s].T @ g[s, t] @ p.down[t]) * p.gram for t in p.slices] for s in p.slices]
-    return torch.cat([torch.cat(row, 1) for row in blocks], 0), column_target(p).reshape(-1)
-
-
-def column_target(p: Problem) -> Tensor:
-    """b, ``(N, n)``: bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
-    if p.cross is None:
-        raise MergeError("the granularity column needs moments of the kind 'gram'.")
-    response = p.gram_up @ p.cross
-    return torch.stack([(p.down[s] * response[s]).sum(0) for s in p.slices])
+    return _divide(p.cross + _prior(p, prior) * pull * p.down, p.gram + pull * eye_like(p.gram))
 
 
 def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "auto") -> Tensor:
@@ -429,12 +267,6 @@ def _divide(left: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(left.T, lower).T
 
 
-def _sizes(rows: Tensor) -> Tensor:
-    """The lengths of rows, 1 for rows of zeros."""
-    found = torch.linalg.vector_norm(rows, dim=1)
-    return found.where(found > 0, 1.0)
-
-
 def _gram(rows: Tensor) -> Tensor:
     """``rows @ rowsᵀ``."""
     if rows.device.type != "cpu":
@@ -452,11 +284,6 @@ def _pseudo_inverse(metric: Tensor) -> Tensor:
         if metric.trace() * inverse.trace() < SOUND:
             return inverse
     return torch.linalg.pinv(metric, rtol=FAINT, hermitian=True)
-
-
-def _eye(like: Tensor) -> Tensor:
-    """The identity in the size, dtype and place of a square matrix."""
-    return torch.eye(len(like), dtype=like.dtype, device=like.device)
 
 
 def _prior(p: Problem, prior: Prior) -> float:
@@ -487,7 +314,7 @@ class Costs(NamedTuple):
 
 def costs_of(p: Problem, found: float) -> Costs:
     """J of what was found for a module, beside those of what needs no learning."""
-    eye = _eye(p.gram_up)
+    eye = eye_like(p.gram_up)
     return Costs(found, *(p.core_loss(k) for k in (torch.zeros_like(eye), eye, eye / len(p.slices))))
 
 

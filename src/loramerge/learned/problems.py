@@ -1,0 +1,198 @@
+"""One module's least-squares problem: its factors, the moments of its inputs, and the normal equations.
+
+The symbols are those of `loramerge.learned.least_squares`, which solves it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError, NumberError
+from ..files.lora import LoRA
+from ..merging.steps import named
+from .attach import factors
+from .moments import Moments
+
+ROUNDED = 1e-13
+"""Share of a moment's trace by which float64 may make an eigenvalue negative."""
+
+WRONG = 1e-2
+"""Share of a moment's largest eigenvalue by which no rounding makes another negative."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One module's factors and moments, in float64."""
+
+    up: Tensor
+    """B, ``(out, R)``."""
+    down: Tensor
+    """A, ``(R, n)``."""
+    slices: tuple[slice, ...]
+    """Each LoRA's rows of A; empty for one that lacks the module."""
+    core: Tensor
+    """wᵢ A Cᵢ Aᵀ, ``(N, R, R)``."""
+    gram: Tensor | None
+    """Σ Cᵢ, ``(n, n)``; only with all weights one."""
+    cross: Tensor | None
+    """Aᵢ Cᵢ, ``(R, n)``, each row with its own LoRA's moments."""
+    noise: float = 0.0
+    """Rounding of Σ Cᵢ, as a share of its trace."""
+
+    @property
+    def least_ridge(self) -> float:
+        """The ridge below which rounding would decide, relative to the mean of Σ Cᵢ's diagonal."""
+        return self.noise * self.down.shape[1]
+
+    @property
+    def gram_up(self) -> Tensor:
+        """``upᵀ up``, ``(R, R)``."""
+        return self.up.T @ self.up
+
+    def own(self, i: int) -> Tensor:
+        """The diagonal of the projection onto LoRA i's rows, ``(R,)``."""
+        mask = self.down.new_zeros(self.down.shape[0])
+        mask[self.slices[i]] = 1.0
+        return mask
+
+    def loss(self, down: Tensor) -> float:
+        """J of ``up @ down`` without the ridge, where the moments allow it.
+
+        Args:
+            down: V, ``(R, n)``.
+
+        Raises:
+            MergeError: The moments are of the kind ``core``, which only know V = K A.
+        """
+        if self.gram is None or self.cross is None:
+            raise MergeError("the loss of any down factor needs moments of the kind 'gram'.")
+        g = self.gram_up
+        constant = sum(float((g[s, s] * self.core[i][s, s]).sum()) for i, s in enumerate(self.slices))
+        return float((g * (down @ self.gram @ down.T)).sum() - 2 * ((g @ self.cross) * down).sum()) + constant
+
+    def core_loss(self, k: Tensor) -> float:
+        """J of ``up @ k @ down``, ``k`` of shape ``(R, R)``, without the ridge."""
+        total = 0.0
+        for i, moment in enumerate(self.core):
+            rest = k - torch.diag(self.own(i))
+            total += float((self.gram_up * (rest @ moment @ rest.T)).sum())
+        return total
+
+
+def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Sequence[float] | None = None) -> Problem:
+    """One module's least-squares problem.
+
+    Args:
+        loras: The LoRAs that were calibrated, in the same order.
+        module: The module's name.
+        moments: What the calibration found.
+        weights: How much each LoRA's error counts.
+
+    Raises:
+        MergeError: The moments are of other LoRAs.
+        NumberError: The model's values were NaN or infinite.
+    """
+    pairs = {i: factors(lora, module) for i, lora in enumerate(loras) if module in lora}
+    ends = list(accumulate(pairs[i][0].shape[1] if i in pairs else 0 for i in range(len(loras))))
+    found, gram, batches = moments.modules[module], moments.gram(module), moments.batches(module)
+    device, core = found.core.device, found.core.double() / batches
+    if core.shape != (len(loras), ends[-1], ends[-1]):
+        raise MergeError(
+            f"{module}: the moments have the shape {tuple(core.shape)}, wanted {(len(loras), ends[-1], ends[-1])}."
+        )
+    if not all(part.isfinite().all() for part in (core, gram, found.cross) if part is not None):
+        raise NumberError(
+            f"{module}: its inputs were NaN or infinite during calibration. Way out: float32 or bfloat16."
+        )
+    shares = core.new_tensor(list(weights or [1.0] * len(loras)))
+    alike = bool((shares == 1.0).all())  # the sums over all LoRAs can't be weighted afterwards
+    down = torch.cat([down for _, down in pairs.values()], 0).to(device).double()
+    with named(module):
+        core = positive(core, down)
+    return Problem(
+        torch.cat([up for up, _ in pairs.values()], 1).to(device).double(),
+        down,
+        tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False)),
+        core * shares[:, None, None],
+        gram.to(device).double() / batches if gram is not None and alike else None,
+        found.cross.to(device).double() / batches if found.cross is not None and alike else None,
+        torch.finfo(gram.dtype).eps if gram is not None else 0.0,
+    )
+
+
+def positive(core: Tensor, down: Tensor) -> Tensor:
+    """Moments A Cᵢ Aᵀ, ``(N, R, R)``, without what rounding made of directions that no input shows.
+
+    A direction in which the rows of A cancel nearly has moments that float32 can't tell from zero, or
+    from below zero: what is no larger than the lowest eigenvalue's size is rounding.
+
+    Args:
+        core: The moments.
+        down: A, ``(R, n)``.
+
+    Raises:
+        MergeError: An eigenvalue is further below zero than rounding explains.
+    """
+    sizes = row_lengths(down)
+    scale = torch.outer(sizes, sizes)
+    return torch.stack([_positive(moment / scale) for moment in core]) * scale
+
+
+def _positive(moment: Tensor) -> Tensor:
+    moment = (moment + moment.T) / 2
+    if not torch.linalg.cholesky_ex(moment + ROUNDED * moment.trace() * eye_like(moment)).info:
+        return moment
+    values, vectors = torch.linalg.eigh(moment)
+    if values[0] < -WRONG * values[-1]:
+        raise MergeError(
+            "its moments have the eigenvalue "
+            f"{values[0]:.3g} beside {values[-1]:.3g}, and the moments of inputs have none below zero. "
+            "Way out: calibrate again."
+        )
+    return (vectors * values.where(values > -values[0], 0.0)) @ vectors.T
+
+
+def layer_system(p: Problem) -> tuple[Tensor, Tensor]:
+    """H and b of one factor a LoRA: Hⱼₖ = ⟨BⱼᵀBₖ, Aⱼ C Aₖᵀ⟩, bⱼ = Σᵢ ⟨BⱼᵀBᵢ, Aⱼ Cᵢ Aᵢᵀ⟩."""
+    h, b = rank_system(p)
+    pick = torch.stack([p.own(i) for i in range(len(p.slices))])
+    return pick @ h @ pick.T, pick @ b
+
+
+def rank_system(p: Problem) -> tuple[Tensor, Tensor]:
+    """H and b of one factor a rank: H = (BᵀB) ∘ (A C Aᵀ), b = Σᵢ ((BᵀBᵢ) ∘ (A Cᵢ Aᵢᵀ)) 1."""
+    g = p.gram_up
+    h = g * p.core.sum(0)
+    b = sum(((g * moment) @ p.own(i) for i, moment in enumerate(p.core)), g.new_zeros(g.shape[0]))
+    return h, b
+
+
+def column_system(p: Problem) -> tuple[Tensor, Tensor]:
+    """H ``(N n, N n)`` and b ``(N n,)`` of one factor a LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
+    if p.gram is None:
+        raise MergeError("the granularity column needs moments of the kind 'gram'.")
+    g = p.gram_up
+    blocks = [[(p.down[s].T @ g[s, t] @ p.down[t]) * p.gram for t in p.slices] for s in p.slices]
+    return torch.cat([torch.cat(row, 1) for row in blocks], 0), column_target(p).reshape(-1)
+
+
+def column_target(p: Problem) -> Tensor:
+    """b, ``(N, n)``: bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
+    if p.cross is None:
+        raise MergeError("the granularity column needs moments of the kind 'gram'.")
+    response = p.gram_up @ p.cross
+    return torch.stack([(p.down[s] * response[s]).sum(0) for s in p.slices])
+
+
+def row_lengths(rows: Tensor) -> Tensor:
+    """The lengths of rows, 1 for rows of zeros."""
+    found = torch.linalg.vector_norm(rows, dim=1)
+    return found.where(found > 0, 1.0)
+
+
+def eye_like(like: Tensor) -> Tensor:
+    """The identity in the size, dtype and place of a square matrix."""
+    return torch.eye(len(like), dtype=like.dtype, device=like.device)

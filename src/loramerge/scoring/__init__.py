@@ -1,4 +1,4 @@
-"""Scoring pictures against references: encoders, intervals, contact sheets."""
+"""Scores of pictures against references: encoders, intervals, contact sheets."""
 
 from typing import TYPE_CHECKING
 

@@ -1,11 +1,11 @@
-"""How sure a mean is: bootstrap intervals of values that come in clusters.
+"""Confidence intervals of means: bootstrap intervals for values that come in clusters.
 
 Pictures of one seed share their noise, whatever the prompt, so they are not independent: the
-bootstrap draws whole clusters.  Of few clusters its percentiles are too narrow: their distances
+bootstrap draws whole clusters.  With few clusters its percentiles are too narrow: their distances
 from the mean are widened until a normal sample's interval is as wide as Student's.
 
-Source: Hesterberg, 2014, What Teachers Should Know about the Bootstrap,
-https://arxiv.org/abs/1411.5279, on the narrowness; he moves the levels, which can't leave the data's range.
+Source: Hesterberg, 2014, What Teachers Should Know about the Bootstrap, https://arxiv.org/abs/1411.5279, on the
+narrowness; he adjusts the percentile levels instead, which can't leave the range of the data.
 """
 
 import math
@@ -16,22 +16,22 @@ from statistics import NormalDist
 from ..errors import OptionError, needed
 
 FEWEST = 5
-"""Clusters that an interval needs: of five there are 126 different draws, of four 35."""
+"""Clusters that an interval needs: five give 126 different draws, four only 35."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean, and where the true one lies."""
+    """A mean and its confidence interval."""
 
     mean: float
     low: float | None
-    """None where there are too few clusters."""
+    """None if there are too few clusters."""
     high: float | None
     clusters: int
     values: int
 
     def __format__(self, form: str) -> str:
-        """The mean and the ends of the interval, each in a number's form: ``f"{found:+.3f}"``."""
+        """Format the mean and the ends of the interval by one number format: ``f"{found:+.3f}"``."""
         form = form or ".4f"
         if self.low is None or self.high is None:
             return format(self.mean, form)
@@ -42,7 +42,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of zero."""
+        """True if the whole interval lies on one side of zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
@@ -54,14 +54,14 @@ def interval(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """The mean of the values, and its bootstrap interval over clusters.
+    """Return the mean of the values, and its bootstrap interval over clusters.
 
     Args:
-        values: One at least.
-        clusters: The cluster of each.
-        level: Share of experiments whose interval is to hold the true mean, in (0, 1).
-        resamples: Draws of as many clusters as there are, with replacement.
-        seed: Of the draws.
+        values: At least one.
+        clusters: The cluster of each value.
+        level: Confidence level: the share of experiments whose interval holds the true mean, in (0, 1).
+        resamples: Number of resamples, each of as many clusters as there are, drawn with replacement.
+        seed: Seed of the draws.
 
     Raises:
         OptionError: There is no value, or the level is out of range.
@@ -86,7 +86,7 @@ def interval(
 
 
 def student(level: float, freedom: int) -> float:
-    """t with P(|T| < t) = ``level``, of Student's law with so many degrees of freedom.
+    """Return t with P(|T| < t) = ``level`` for Student's law with this number of degrees of freedom.
 
     Raises:
         MissingExtraError: scipy is not installed.

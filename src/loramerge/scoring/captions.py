@@ -1,7 +1,7 @@
-"""Pictures with captions in a folder: what a LoRA was trained on, or will be.
+"""Pictures with captions in a folder: the training data of a LoRA.
 
 A caption is a line of ``metadata.jsonl`` (``{"file_name": "1.png", "text": "a psq-person"}``), or a
-``.txt`` file of the picture's name beside it.
+``.txt`` file next to the picture, of the same name.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from ..tensors import Array
 from .pictures import SUFFIXES, bytes_of, images_in, opened, read
 
 LANCZOS = 1
-"""Pillow's number of the filter."""
+"""Pillow's number for the filter."""
 
 METADATA = "metadata.jsonl"
 COLUMNS = ("text", "caption", "prompt")
-"""Where a line of ``metadata.jsonl`` may have its caption."""
+"""Keys of a ``metadata.jsonl`` line that may hold the caption; the first one that is there counts."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what it shows."""
+    """A picture and its caption."""
 
     path: Path
     caption: str
@@ -41,15 +41,15 @@ class Cropped:
     original: tuple[int, int]
     """Height and width of the picture."""
     corner: tuple[int, int]
-    """Where the square begins, top and left, once the picture's shorter side has the resolution."""
+    """Top and left of the square, in the picture resized to the resolution."""
 
 
 def captioned(folder: str | os.PathLike[str], caption: str | None = None) -> list[Picture]:
-    """The pictures of a folder, by name.
+    """Return the captioned pictures of a folder, sorted by name.
 
     Args:
-        folder: Its own files only.
-        caption: For pictures that have none.
+        folder: Only the files directly in it count.
+        caption: Used for pictures that have none.
 
     Raises:
         FileError: The folder is missing, holds no picture, or a caption is missing or unreadable.
@@ -69,7 +69,7 @@ def captioned(folder: str | os.PathLike[str], caption: str | None = None) -> lis
 
 
 def _check_listed(folder: Path, files: Sequence[Path], said: dict[str, str]) -> None:
-    """Refuse a list that names what is no picture of the folder: it would be left out in silence."""
+    """Refuse a list that names a file that isn't a picture of the folder: it would be left out silently."""
     there = {file.name for file in files}
     lost = [name for name in said if name not in there]
     if lost:
@@ -80,7 +80,7 @@ def _check_listed(folder: Path, files: Sequence[Path], said: dict[str, str]) -> 
 
 
 def _metadata(folder: Path) -> dict[str, str]:
-    """Captions by file name."""
+    """Read the captions of ``metadata.jsonl``, by file name."""
     path = folder / METADATA
     if not path.exists():
         return {}
@@ -106,12 +106,12 @@ def _caption(file: Path, said: dict[str, str]) -> str:
 
 
 def _text(path: Path) -> str:
-    """A text file; Windows' editors begin it with a mark that is no part of a caption."""
+    """Read a text file without the byte order mark that Windows' editors put in front."""
     return read_text(path).removeprefix("\ufeff")
 
 
 def cropped(path: Path, resolution: int) -> Cropped:
-    """The middle square of a picture, its shorter side brought to the resolution.
+    """Return the middle square of a picture, resized so that its shorter side has the resolution.
 
     Raises:
         FileError: The picture can't be read.
@@ -129,7 +129,7 @@ def cropped(path: Path, resolution: int) -> Cropped:
 
 
 def size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture as it is stored.
+    """Return the height and width of a picture as it is stored.
 
     Raises:
         FileError: It can't be read.
@@ -139,7 +139,7 @@ def size(path: Path) -> tuple[int, int]:
 
 
 def digest(found: Sequence[Picture]) -> str:
-    """SHA-256 of the pictures' bytes and captions, in order."""
+    """Return the SHA-256 of the pictures' bytes and captions, in order."""
     whole = hashlib.sha256()
     for picture in found:
         whole.update(bytes_of(picture.path))

@@ -1,4 +1,4 @@
-"""DINOv2 of transformers as an encoder.
+"""An encoder from the DINOv2 of transformers.
 
 from loramerge.scoring.dino import dinov2
 from loramerge.scoring.scores import score
@@ -31,7 +31,7 @@ KINDS = ("dinov2", "dinov2_with_registers")
 FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
 Pool = Literal["cls", "patches"]
-"""``cls``: the class token, which the study took.  ``patches``: the mean of the patches' tokens."""
+"""``cls``: the class token, as in the study.  ``patches``: the mean of the patches' tokens."""
 
 
 def dinov2(
@@ -44,20 +44,20 @@ def dinov2(
     batch: int = 16,
     quiet: bool = False,
 ) -> Encoder:
-    """A DINOv2, with or without registers, as an encoder.
+    """Load a DINOv2, with or without registers, as an encoder.
 
     Args:
         model: A name on the Hugging Face Hub, or a directory.
-        pool: Which of the last layer's tokens, after its normalisation, are the vector.
-        preprocessing: In place of what the model's ``preprocessor_config.json`` says.
-        revision: Of the Hub's repository.
-        device: Where to compute; by default CUDA where there is one.
-        batch: Pictures at a time.
-        quiet: Whether to silence transformers in this process.
+        pool: The tokens of the last layer, after its normalisation, that make the vector.
+        preprocessing: Used instead of the model's ``preprocessor_config.json``.
+        revision: Revision of the Hub's repository.
+        device: Where to compute; by default CUDA if there is a GPU.
+        batch: Pictures per pass.
+        quiet: True silences transformers in this process.
 
     Raises:
-        FileError: The model is not found, or can't be read.
-        OptionError: It is no DINOv2, ``pool`` is neither, or there is no such device.
+        FileError: The model isn't found, or can't be read.
+        OptionError: It isn't a DINOv2, or ``pool`` or the device is unknown.
         MissingExtraError: transformers is not installed.
     """
     if pool not in get_args(Pool):
@@ -90,7 +90,7 @@ def dinov2(
 
 
 def _network(name: str, folder: Path, transformers: Any) -> Any:
-    """The model, of which every weight was found."""
+    """Load the model; refuse one that lacks weights."""
     import torch
 
     network, report = _asked(
@@ -107,7 +107,7 @@ def _network(name: str, folder: Path, transformers: Any) -> Any:
 
 
 def _directory(model: str, revision: str | None) -> Path:
-    """Where the model's files are; from the Hub's cache, or the Hub, where it is not a directory."""
+    """Return the folder of the model's files, downloaded from the Hub if the name isn't a directory."""
     if os.path.isdir(os.path.expanduser(model)):
         return Path(model).expanduser()
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -125,13 +125,13 @@ def _asked(model: str, ask: Any) -> Any:
         return ask()
     except Exception as error:  # transformers and the Hub's client raise their own and the system's errors
         raise FileError(
-            f"Can't get the model {model}: {first_line(error).rstrip('.')}. Wanted a DINOv2 on the Hugging Face Hub, such as "
-            f"{DEFAULT}, or a directory with its config.json and weights. Check the name and the network."
+            f"Can't get the model {model}: {first_line(error).rstrip('.')}. Wanted a DINOv2 on the Hugging Face "
+            f"Hub, such as {DEFAULT}, or a directory with its config.json and weights. Check the name and the network."
         ) from error
 
 
 def _digest(folder: Path) -> str:
-    """SHA-256 of the model's files: what cached vectors are known by, wherever the model lies."""
+    """Return the SHA-256 of the model's files, the key of cached vectors: it doesn't depend on the model's folder."""
     whole = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix in (".json", ".safetensors", ".bin") and "preprocessor" not in file.name:

@@ -1,4 +1,4 @@
-"""Encoders: functions from pictures to vectors, and the vectors of files, kept on the disk."""
+"""Encoders: functions from pictures to vectors, with a cache on disk."""
 
 import hashlib
 import json
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
 Embed: TypeAlias = Callable[[Sequence["Image"]], Array]
 """Pictures in RGB to one vector each: an array ``(n, d)``, numpy's or torch's."""
 WAYS_OUT = "Ways out: fewer at a time (--batch), or the CPU (--device cpu)."
-"""Of too little memory."""
+"""Advice when memory runs out."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A function from pictures to vectors, by name."""
+    """A function from pictures to vectors, with a name."""
 
     embed: Embed
     name: str
-    """What tables call it."""
+    """Its name in tables."""
     key: str | None = None
-    """What tells it from every other encoder, options included; None keeps its vectors off the disk."""
+    """Identifies the encoder with its options in the cache; None turns the cache off."""
     batch: int = 16
-    """Pictures given at a time."""
+    """Pictures per call."""
 
 
 def encoder_of(given: Encoder | Embed) -> Encoder:
-    """An encoder, or a function as one."""
+    """Return an encoder as it is, and a function as an encoder."""
     return given if isinstance(given, Encoder) else Encoder(given, getattr(given, "__name__", type(given).__name__))
 
 
 def pixels(side: int = 32) -> Encoder:
-    """The baseline: the picture itself, ``side`` × ``side`` pixels small, as the vector."""
+    """Return the baseline encoder: the picture itself, reduced to ``side`` × ``side`` pixels, is the vector."""
     return Encoder(lambda images: downscaled(images, side), f"{side} × {side} pixels", f"pixels {side}")
 
 
@@ -54,20 +54,20 @@ def embed(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Array:
-    """One vector a picture: ``(n, d)``, float64.
+    """Return one vector per picture: ``(n, d)``, float64.
 
     Args:
-        encoder: What makes them.
+        encoder: The encoder.
         files: Pictures.
-        box: The part that is looked at; the whole by default.
-        cache: A directory of vectors by the hash of file, encoder and box; made where it is missing.
+        box: The part of each picture to encode; the whole by default.
+        cache: A directory for vectors, by the hash of file, encoder and box; created if it is missing.
         progress: Called with the number of pictures done and of all.
 
     Raises:
         FileError: A picture can't be read.
-        OptionError: The encoder gives something else than one vector a picture.
+        OptionError: The encoder doesn't give one vector per picture.
         NumberError: A vector holds NaN or infinity.
-        DeviceMemoryError: The memory does not suffice: what to lower.
+        DeviceMemoryError: Out of memory; the message says what to lower.
     """
     import numpy as np
 
@@ -109,7 +109,7 @@ def _checked(vectors: Array, files: Sequence[Path], name: str) -> Array:
 
 
 class _Store:
-    """Vectors on the disk, each in a file named by the hash of all that it depends on."""
+    """A cache of vectors on disk, each in a file named by the hash of all that it depends on."""
 
     def __init__(self, folder: Path | None, key: str | None, box: Box) -> None:
         self.folder = folder if key else None
@@ -133,7 +133,7 @@ class _Store:
             return None
         data = path.read_bytes()
         body, check = data[:-32], data[-32:]
-        if not body or hashlib.sha256(body).digest() != check:  # cut short, or not ours
+        if not body or hashlib.sha256(body).digest() != check:  # truncated, or not a file of this cache
             return None
         return np.frombuffer(body, "<f4")
 

@@ -1,7 +1,7 @@
-"""Pictures in files, and what an encoder sees of them.
+"""Pictures in files, and how they are prepared for an encoder.
 
-`Preprocessing` does what transformers' own PIL processor does with a picture, by the same
-``preprocessor_config.json``; torchvision is not needed.
+`Preprocessing` does the same as transformers' own PIL processor, from the same
+``preprocessor_config.json``; it doesn't need torchvision.
 """
 
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CAPTIONS = (".txt", ".jsonl")
-"""Endings of files that lie beside pictures and say what they show."""
+"""Endings of files that hold captions."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Box:
 
     @classmethod
     def parse(cls, text: str) -> "Box":
-        """``left,top,right,bottom``."""
+        """Parse ``left,top,right,bottom``."""
         try:
             left, top, right, bottom = map(float, text.split(","))
         except ValueError:
@@ -51,7 +51,7 @@ class Box:
         return cls(left, top, right, bottom)
 
     def of(self, image: "Image") -> "Image":
-        """The part, of one pixel at least."""
+        """Return the part of a picture, at least one pixel."""
         if self == Box():
             return image
         left, top = math.floor(self.left * image.width), math.floor(self.top * image.height)
@@ -59,26 +59,26 @@ class Box:
 
 
 def read(path: Path) -> "Image":
-    """A picture, upright, in RGB; what is transparent is white.
+    """Read a picture, upright, in RGB, with transparency on white.
 
     Raises:
-        FileError: It is missing, no picture, cut short, or has more than 8 bits a channel.
+        FileError: It is missing, isn't a picture, is truncated, or has more than 8 bits per channel.
         MissingExtraError: Pillow is not installed.
     """
     with opened(path) as image:
         from PIL import ImageOps
 
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            raise FileError(f"Can't read {path}: it has more than 8 bits a channel ({image.mode}). Convert it to 8.")
+            raise FileError(f"Can't read {path}: it has more than 8 bits per channel ({image.mode}). Convert it to 8.")
         return rgb(ImageOps.exif_transpose(image))
 
 
 @contextmanager
 def opened(path: Path) -> "Iterator[Image]":
-    """A picture's file, whose pixels can be read while this lasts.
+    """Open a picture's file, whose pixels can be read inside the block.
 
     Raises:
-        FileError: It is missing, no picture, or cut short.
+        FileError: It is missing, isn't a picture, or is truncated.
         MissingExtraError: Pillow is not installed.
     """
     pil = _pil()
@@ -90,7 +90,7 @@ def opened(path: Path) -> "Iterator[Image]":
 
 
 def bytes_of(path: Path) -> bytes:
-    """A picture's file as it is.
+    """Read the bytes of a picture's file.
 
     Raises:
         FileError: It can't be read.
@@ -102,7 +102,7 @@ def bytes_of(path: Path) -> bytes:
 
 
 def rgb(image: "Image") -> "Image":
-    """The picture in RGB, on white."""
+    """Convert a picture to RGB, with transparency on white."""
     if "A" not in image.getbands() and image.info.get("transparency") is None:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -110,7 +110,7 @@ def rgb(image: "Image") -> "Image":
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The pictures of a folder itself, by name.
+    """List the pictures directly in a folder, sorted by name.
 
     Raises:
         FileError: It is missing, or has none.
@@ -124,7 +124,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def ignored_in(folder: Path) -> str:
-    """What a folder of pictures holds beside pictures and captions, as a sentence; empty where there is nothing."""
+    """Say in a sentence which files of a folder are neither pictures nor captions; empty if there are none."""
     others = sorted(
         f"{file.name}/" if file.is_dir() else file.name
         for file in folder.iterdir()
@@ -140,36 +140,36 @@ def ignored_in(folder: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What is done to a picture before an encoder sees it, in this order; None leaves a step out.
+    """The steps that prepare a picture for an encoder, in this order; None leaves a step out.
 
     The defaults are those of transformers' ``BitImageProcessor``, which DINOv2 uses.
     """
 
     shortest_edge: int | None = 224
-    """The shorter side is brought to this length, the other in proportion."""
+    """The shorter side is resized to this length, the other in proportion."""
     size: tuple[int, int] | None = None
-    """Height and width, in place of ``shortest_edge``."""
+    """Height and width, instead of ``shortest_edge``."""
     resample: int = 3
-    """Pillow's number of a filter: 3 is bicubic."""
+    """Pillow's number for a filter: 3 is bicubic."""
     crop: tuple[int, int] | None = (224, 224)
-    """Height and width of the middle that is kept; a smaller picture gets a black edge."""
+    """Height and width of the centre crop; a smaller picture gets a black border."""
     factor: float | None = 1 / 255
     mean: tuple[float, ...] | None = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, ...] | None = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
     def read(cls, path: Path) -> "Preprocessing":
-        """From a ``preprocessor_config.json``.
+        """Read a ``preprocessor_config.json``.
 
         Raises:
-            FileError: It is missing, unreadable, or that of another kind of processor.
+            FileError: It is missing or unreadable, or describes another kind of processor.
         """
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
             return cls._of(config)
         except OSError as error:
             raise FileError(
-                f"Can't read {path}: {error.strerror}. It says how pictures are made ready for the model: copy it "
+                f"Can't read {path}: {error.strerror}. It says how to prepare pictures for the model: copy it "
                 "there from the model's source, or give preprocessing=."
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -198,7 +198,7 @@ class Preprocessing:
         )
 
     def __call__(self, image: "Image") -> Array:
-        """The picture as the encoder takes it: ``(3, height, width)``, float32."""
+        """Return the picture as the encoder takes it: ``(3, height, width)``, float32."""
         import numpy as np
 
         image = rgb(image)
@@ -213,7 +213,7 @@ class Preprocessing:
         return np.ascontiguousarray(values.transpose(2, 0, 1))
 
     def _target(self, image: "Image") -> tuple[int, int]:
-        """Height and width after the first step."""
+        """Return height and width after the resize."""
         if self.size:
             return self.size
         if not self.shortest_edge:
@@ -223,21 +223,21 @@ class Preprocessing:
 
 
 def centre(values: Array, height: int, width: int) -> Array:
-    """The middle of an image ``(h, w, c)``; where it is smaller, it is set in zeros."""
+    """Crop the middle of an image ``(h, w, c)``; pad a smaller one with zeros."""
     import numpy as np
 
     tall, wide = max(height, values.shape[0]), max(width, values.shape[1])
     padded = np.zeros((tall, wide, values.shape[2]), values.dtype)
     top, left = math.ceil((tall - values.shape[0]) / 2), math.ceil((wide - values.shape[1]) / 2)
     padded[top : top + values.shape[0], left : left + values.shape[1]] = values
-    # transformers rounds the place of the crop down before it adds the padding's, hence not simply the middle
+    # transformers rounds the crop's offset down before it adds the padding's, so this isn't simply the middle
     top += (values.shape[0] - height) // 2
     left += (values.shape[1] - width) // 2
     return padded[top : top + height, left : left + width]
 
 
 def downscaled(images: Sequence["Image"], side: int) -> Array:
-    """The baseline of an embedding: ``side`` × ``side`` pixels, in [0, 1], as one vector a picture."""
+    """Return the baseline of an embedding: ``side`` × ``side`` pixels, in [0, 1], one vector per picture."""
     import numpy as np
 
     small = [rgb(image).resize((side, side), _pil().Resampling.BICUBIC) for image in images]

@@ -1,4 +1,4 @@
-"""How a picture was made, in the picture: JSON in an international text chunk (iTXt) of the PNG."""
+"""The recipe of a picture inside the picture: JSON in an international text chunk (iTXt) of the PNG."""
 
 import io
 import json
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 KEY = "loramerge"
 """The chunk's keyword."""
 ORDER = "loramerge.settings"
-"""The keyword of a contact sheet's chunk: its settings, as they were drawn."""
+"""The keyword of a contact sheet's chunk: its settings, in drawing order."""
 
 
 def save_png(
@@ -36,7 +36,7 @@ def save_png(
 
 
 def order_in(sheet: Path) -> list[str]:
-    """The settings of a contact sheet as they were drawn; none where it isn't one of ours."""
+    """Return the settings of a contact sheet in drawing order; none if loramerge didn't write it."""
     try:
         with opened(sheet) as image:
             found = json.loads(image.info.get(ORDER, "[]"))
@@ -46,10 +46,10 @@ def order_in(sheet: Path) -> list[str]:
 
 
 def recipe_in(path: Path) -> dict[str, Any] | None:
-    """The recipe in a picture; None where it has none.
+    """Return the recipe in a picture; None if it has none.
 
     Raises:
-        FileError: The file is no picture, or its recipe is no recipe.
+        FileError: The file isn't a picture, or its recipe is broken.
         MissingExtraError: Pillow is not installed.
     """
     with opened(path) as image:
@@ -62,5 +62,8 @@ def recipe_in(path: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
-        raise FileError(f"{path}: the recipe inside is no recipe: {text[:80]}. Save the picture anew without it.")
+        raise FileError(
+            f"{path}: the recipe inside isn't JSON with a prompt and a seed: {text[:80]}. "
+            "Save the picture again without it."
+        )
     return recipe

@@ -1,4 +1,4 @@
-"""What model libraries say beside the point: for programs that speak for themselves."""
+"""Silence irrelevant log lines of diffusers and transformers."""
 
 import logging
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from typing import Literal
 
 LIBRARIES = ("diffusers", "transformers")
 BESIDE = ("requires torchvision", "Expected types for ", "Couldn't connect to the Hub")
-"""Lines that say nothing of a model that loads: of a package that nothing here needs, of a component with another class
-than the pipeline's own, of the Hub where a copy is at hand; where there is none, the error says so."""
+"""Log lines that are irrelevant while a model loads: a missing package that isn't needed, a component of another class
+than the pipeline's own, an unreachable Hub although there is a local copy; without a copy, the error says so."""
 
 
 def silence(*libraries: Literal["diffusers", "transformers"]) -> None:
-    """Only errors, and no progress bars, from these libraries, for the rest of the process."""
+    """Show only errors and no progress bars of these libraries for the rest of the process."""
     for name in libraries:
         log = import_module(f"{name}.utils.logging")
         log.set_verbosity_error()
@@ -22,7 +22,7 @@ def silence(*libraries: Literal["diffusers", "transformers"]) -> None:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Leave out the lines that say nothing of a model, and no others, while it is loaded."""
+    """Drop the irrelevant log lines, and no others, inside the block."""
     handlers = [handler for name in LIBRARIES for handler in _logger(name).handlers]
     for handler in handlers:
         handler.addFilter(_to_the_point)
@@ -34,7 +34,7 @@ def hushed() -> Iterator[None]:
 
 
 def _logger(library: str) -> logging.Logger:
-    """A library's own logger, whose handler is there from the first time that it is asked for."""
+    """Return a library's own logger; the first call adds its handler."""
     found: logging.Logger = import_module(f"{library}.utils.logging").get_logger(library)
     return found
 

@@ -1,4 +1,4 @@
-"""Scores as files: JSON with everything, CSV tables for spreadsheets."""
+"""Files of scores: JSON with everything, CSV tables for spreadsheets."""
 
 import csv
 import io
@@ -19,8 +19,8 @@ def save_scores(all_scores: Sequence[Scores], folder: Path) -> list[Path]:
     """Write ``scores.json``, ``scores.csv``, ``differences.csv`` and ``images.csv``.
 
     Args:
-        all_scores: Of one encoder each.
-        folder: Made where it is missing.
+        all_scores: One per encoder.
+        folder: Created if it is missing.
 
     Raises:
         FileError: It can't be written.
@@ -40,7 +40,7 @@ TABLES = ("scores", "differences", "images")
 
 
 def to_dict(scores: Scores) -> dict[str, Any]:
-    """All that is known, as plain data."""
+    """Return scores, differences and images as plain data."""
     return {
         "encoder": scores.encoder,
         "cluster": scores.cluster,
@@ -53,7 +53,7 @@ def to_dict(scores: Scores) -> dict[str, Any]:
 
 
 def _both(measure: Callable[..., Interval], *names: str) -> dict[str, Any]:
-    """One line of a table: names, then both metrics with their intervals."""
+    """Return one row of a table: names, then both metrics with their intervals."""
     found = {metric: measure(*names, metric) for metric in METRICS}
     labels = ("setting", "reference") if len(names) == 2 else ("setting", "minus", "reference")
     figures = {

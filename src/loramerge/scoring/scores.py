@@ -1,7 +1,7 @@
-"""Scores of generated pictures: how like each reference set a setting draws.
+"""Scores of generated pictures: how similar each setting's pictures are to sets of references.
 
 The study's score of a picture is the cosine of its embedding with the mean embedding of a
-reference set; beside it stands the mean of its cosines with every picture of the set.  A
+reference set; a second score is the mean of its cosines with every picture of the set.  A
 setting's score is the mean over its pictures.
 """
 
@@ -28,12 +28,12 @@ Files = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A folder of pictures, or the pictures themselves."""
 
 NAMED = re.compile(r"(?P<prompt>.+)-(?P<seed>\d+)")
-"""A picture's name where it has no recipe inside: ``PROMPT-SEED.png``."""
+"""The file name of a picture without a recipe inside: ``PROMPT-SEED.png``."""
 
 
 @dataclass(frozen=True)
 class Shot:
-    """A generated picture: what was asked for, and where it is."""
+    """A generated picture: its setting, prompt and seed, and its file."""
 
     setting: str
     prompt: str
@@ -42,7 +42,7 @@ class Shot:
 
     @classmethod
     def of(cls, setting: str, path: Path) -> "Shot":
-        """By the recipe in the picture, or by its name."""
+        """Describe a picture by the recipe in it, or by its name."""
         recipe = recipe_in(path)
         if recipe:
             return cls(setting, str(recipe["prompt"]), int(recipe["seed"]), path)
@@ -57,9 +57,9 @@ class Reference:
     name: str
     files: Files
     crop: Box | None = None
-    """Where generated pictures show the concept; the whole picture by default."""
+    """The part of generated pictures that shows the concept; the whole picture by default."""
     own_crop: Box | None = None
-    """Where the set's own pictures show it; as ``crop`` by default."""
+    """The part of the set's own pictures that shows it; as ``crop`` by default."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +69,19 @@ class Row:
     shot: Shot
     reference: str
     cosine: float
-    """With the mean embedding of the set."""
+    """Cosine with the mean embedding of the set."""
     pairwise: float
-    """Mean of the cosines with each of the set's embeddings."""
+    """Mean of the cosines with each embedding of the set."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Every picture's scores by one encoder, and what they say of settings."""
+    """Every picture's scores by one encoder, and the means and differences of settings."""
 
     encoder: str
     rows: tuple[Row, ...]
     cluster: Cluster
-    """What the bootstrap draws: all pictures of a seed, of a prompt, or single ones."""
+    """What the bootstrap draws: all pictures of a seed, all of a prompt, or single ones."""
 
     @cached_property
     def settings(self) -> tuple[str, ...]:
@@ -99,12 +99,12 @@ class Scores:
         return tuple(dict.fromkeys(row.shot.prompt for row in self.rows))
 
     def mean(self, setting: str, reference: str, metric: Metric = "cosine", *, prompt: str | None = None) -> Interval:
-        """A setting's score with its 95 % interval, over all prompts or of one."""
+        """Return a setting's score with its 95 % interval, over all prompts or for one."""
         rows = [row for row in self._of(setting, reference) if prompt in (None, row.shot.prompt)]
         return interval([_value(row, metric) for row in rows], [self._cluster(row.shot) for row in rows])
 
     def difference(self, setting: str, other: str, reference: str, metric: Metric = "cosine") -> Interval:
-        """How much higher a setting scores than another, over the pictures of equal prompt and seed.
+        """Return how much higher a setting scores than another, over the pictures of equal prompt and seed.
 
         Raises:
             OptionError: The two have no such pictures.
@@ -119,7 +119,7 @@ class Scores:
         return interval(values, [self._cluster(mine[key].shot) for key in both])
 
     def paired(self) -> list[tuple[str, str]]:
-        """The pairs of settings that have pictures of the same prompt and seed."""
+        """List the pairs of settings that have pictures of the same prompt and seed."""
         keys = {s: {_key(row.shot) for row in self.rows if row.shot.setting == s} for s in self.settings}
         return [(a, b) for a, b in combinations(self.settings, 2) if keys[a] & keys[b]]
 
@@ -154,11 +154,11 @@ def score(
     """Score pictures against reference sets.
 
     Args:
-        settings: Folders of pictures by setting, or shots.  What a picture shows is told by its recipe
+        settings: Folders of pictures by setting, or shots.  A picture's prompt and seed come from its recipe
             (`loramerge.diffusion.generation`) or its name, ``PROMPT-SEED.png``.
         references: Folders of pictures by concept, or `Reference` with boxes.
         encoder: `loramerge.scoring.dino.dinov2`, or any function from pictures to an array ``(n, d)``.
-        cluster: What the bootstrap draws; seeds where every picture has one, single pictures otherwise.
+        cluster: What the bootstrap draws; seeds if every picture has one, single pictures otherwise.
         cache: A directory for embeddings.
         progress: Called with the number of pictures done and of all.
 
@@ -184,7 +184,7 @@ def score(
 
 
 def shots_of(settings: Mapping[str, Files]) -> list[Shot]:
-    """The pictures of every setting."""
+    """List the pictures of every setting."""
     return [Shot.of(name, path) for name, files in settings.items() for path in _paths(files)]
 
 
@@ -214,7 +214,7 @@ def _clustering(wanted: Cluster | None, shots: Sequence[Shot]) -> Cluster:
 
 
 def _against(reference: Reference, shots: Sequence[Shot], vectors: "_Vectors") -> list[Row]:
-    """Every picture's scores against one set."""
+    """Score every picture against one set."""
     import numpy as np
 
     theirs = vectors(_paths(reference.files), reference.own_crop or reference.crop)
@@ -233,7 +233,7 @@ def _unit(vectors: Array) -> Array:
 
 
 class _Vectors:
-    """Embeddings by picture and box, each made once; the progress of all of them together."""
+    """Embeddings by picture and box, each computed once, with one progress for all of them."""
 
     def __init__(self, encoder: Encoder, cache: Path | None, progress: Progress | None) -> None:
         self.encoder, self.cache, self.progress = encoder, cache, progress

@@ -1,4 +1,4 @@
-"""Contact sheets: a row a setting, a column a prompt."""
+"""Contact sheets: one row per setting, one column per prompt."""
 
 import textwrap
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ MARGIN = 4
 
 
 def sheet(shots: Sequence[Shot], *, side: int = 192, seeds: int = 1) -> "Image":
-    """The pictures of some settings beside each other, with the prompts above and the settings' names at the left.
+    """Draw the pictures of some settings in a grid, with the prompts above and the settings' names at the left.
 
     Args:
         shots: Pictures: `loramerge.scoring.scores.shots_of`.
-        side: Pixels of the longer side of each.
-        seeds: How many pictures of each prompt and setting, those of the lowest seeds.
+        side: Length of each picture's longer side, in pixels.
+        seeds: Pictures per prompt and setting, those of the lowest seeds.
 
     Raises:
         FileError: A picture can't be read.
-        OptionError: There is none.
+        OptionError: There are no pictures.
     """
     from PIL import Image, ImageDraw
 
@@ -57,7 +57,7 @@ def save_sheet(shots: Sequence[Shot], path: Path, *, side: int = 192, seeds: int
 
 
 def _fitted(image: "Image", side: int) -> "Image":
-    """The picture with a longer side of so many pixels; enlarged without blur."""
+    """Resize a picture so that its longer side has this many pixels; enlarge without blur."""
     from PIL import Image, ImageOps
 
     enlarged = max(image.size) < side

@@ -87,7 +87,10 @@ def test_a_module_of_another_kind_is_refused() -> None:
     with pytest.raises(MergeError, match="LayerNorm"), attach({"unet": model}, [odd]):
         pass
     grouped = lora_for(model, ["unet.grouped"])
-    with pytest.raises(MergeError, match=r"unet\.grouped: it is a grouped"), attach({"unet": model}, [grouped]):
+    with (
+        pytest.raises(MergeError, match=r"unet\.grouped: it is a convolution with groups"),
+        attach({"unet": model}, [grouped]),
+    ):
         pass
 
 
@@ -157,7 +160,7 @@ def test_a_model_that_gives_other_rows_than_its_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]])
 def test_wrong_weights_are_refused(weights: list[float]) -> None:
-    told = "Weights given: 1, LoRAs: 2" if len(weights) == 1 else "is a number from 0, got"
+    told = "Weights given: 1, LoRAs: 2" if len(weights) == 1 else "weights must be non-negative and not all zero, got"
     with pytest.raises(OptionError, match=told):
         learn(LORAS, weights=weights)
 
@@ -167,7 +170,7 @@ def test_wrong_weights_of_examples_are_refused(weight: object) -> None:
     def weighed(lora: int, generator: torch.Generator, count: int) -> Batch:
         return {**draw(lora, generator, count), "weight": torch.tensor(weight)[lora:]}
 
-    with pytest.raises(OptionError, match="one number from 0 an example, 2; got"):
+    with pytest.raises(OptionError, match="one number from 0 per example, 2; got"):
         ziplora(predict(MODEL), {"unet": MODEL}, LORAS, weighed, settings(steps=1, init="ones", loss="mse"))
 
 
@@ -175,7 +178,9 @@ def test_batches_with_different_entries_are_refused() -> None:
     def uneven(lora: int, generator: torch.Generator, count: int) -> Batch:
         return {**draw(lora, generator, count), **({"weight": torch.ones(count)} if lora else {})}
 
-    with pytest.raises(OptionError, match=r"entries \(x, t, text\), \(x, t, text, weight\); wanted alike"):
+    with pytest.raises(
+        OptionError, match=r"entries \(x, t, text\), \(x, t, text, weight\); wanted the same ones in all"
+    ):
         ziplora(predict(MODEL), {"unet": MODEL}, LORAS, uneven, settings(steps=1, init="ones", loss="mse"))
 
 

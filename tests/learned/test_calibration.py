@@ -351,7 +351,7 @@ def test_a_model_that_gives_nan_is_refused() -> None:
         ({"prior": "zero"}, "Unknown prior"),
         ({"solver": "qr"}, "Unknown solver"),
         ({"ridge": -0.1}, "ridge"),
-        ({"ridge": "much"}, "ridge is a number from 0, got 'much'"),
+        ({"ridge": "much"}, "ridge must be a number from 0, got 'much'"),
         ({"ridge": float("nan")}, "ridge"),
         ({"weights": [1.0]}, "Weights given: 1, LoRAs: 2"),
         ({"weights": [1.0, 0.0]}, "above 0"),

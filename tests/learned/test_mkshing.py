@@ -75,7 +75,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({}, tmp_path / "empty.safetensors")
     save_file({"unet.unet.x.lora.weight": np.zeros(4, np.float32)}, tmp_path / "flat.safetensors")
     for name in ("lora", "empty", "flat"):
-        with pytest.raises(NotALoRAError, match=f"{name}.safetensors is no dense ZipLoRA"):
+        with pytest.raises(NotALoRAError, match=f"{name}.safetensors isn't a dense ZipLoRA"):
             load(tmp_path / f"{name}.safetensors", rank=2)
     with pytest.raises(FileError):
         load(tmp_path / "none.safetensors", rank=2)

@@ -138,8 +138,8 @@ def test_a_score_that_is_no_number_is_refused() -> None:
         ({"bounds": (0.0, float("inf"))}, "two finite numbers, the smaller first"),
         ({"steps": 0}, "got 0 and"),
         ({"l1": -1.0}, r"got 40 and -1\.0"),
-        ({"start": [0.5]}, "start is one weight a LoRA"),
-        ({"start": [0.5, 2.0]}, "start is one weight a LoRA"),
+        ({"start": [0.5]}, "start must be one weight per LoRA"),
+        ({"start": [0.5, 2.0]}, "start must be one weight per LoRA"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], told: str) -> None:

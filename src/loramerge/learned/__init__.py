@@ -1,4 +1,4 @@
-"""Merges that are learned on the model: ZipLoRA, least squares, a search for weights. Needs torch."""
+"""Merges that are learned on the model: ZipLoRA, least squares, and a search for weights."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
-"""LoRAs at work inside a model, without changing its weights: by forward hooks, in factors.
+"""LoRAs attached to a model by forward hooks: they work from their factors, and the weights don't change.
 
 A layer adds up · (down · diag(m)) x to its module's output, for all LoRAs at once: one pair of thin
-products, no ΔW, no copy of x for each LoRA.  By row masks one pass over a batch applies another
-LoRA to every row: all teachers of ZipLoRA together.
+products, no ΔW, no copy of x per LoRA.  With row masks, one pass over a batch applies a different LoRA
+to each row: all teachers of ZipLoRA together.
 """
 
 import hashlib
@@ -60,38 +60,38 @@ class Site(nn.Module):
 
     @property
     def present(self) -> list[int]:
-        """Which LoRAs have the module, in order."""
+        """Indices of the LoRAs that have the module, in order."""
         return list(self.slices)
 
     def slice(self, lora: int) -> slice:
-        """The rows of ``down`` and columns of ``up`` that are a LoRA's; none where it lacks the module."""
+        """Return the rows of ``down`` and columns of ``up`` that belong to a LoRA; none if it lacks the module."""
         return self.slices.get(lora, slice(0, 0))
 
     def _dense_is_cheaper(self, x: Tensor) -> bool:
-        """Whether one ΔW takes fewer operations than two thin products for each token."""
+        """Return whether forming ΔW once takes fewer operations than two thin products per token."""
         rank, columns, rows = self.down.shape[0], self.columns, self.up.shape[0]
         tokens = x.numel() // x.shape[1] if self.convolution is not None else x.numel() // columns
         return rank * rows * columns + tokens * rows * columns < tokens * rank * (rows + columns)
 
     def inner(self, x: Tensor, down: Tensor) -> Tensor:
-        """``down x``, with the rank as the last axis of a linear layer's and the second of a convolution's."""
+        """Return ``down x``; the rank is its last axis in a linear layer and its second in a convolution."""
         down = down.to(x.dtype)
         if self.convolution is None:
             return F.linear(x, down)
         return F.conv2d(x, down.reshape(down.shape[0], *self.shape[1:]), **self.convolution)
 
     def outer(self, inner: Tensor) -> Tensor:
-        """``up`` of what `inner` gave."""
+        """Apply ``up`` to a result of `inner`."""
         up = self.up.to(inner.dtype)
         return F.linear(inner, up) if self.convolution is None else F.conv2d(inner, up[:, :, None, None])
 
     def forward(self, x: Tensor, down: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-        """What the LoRAs add to the module's output.
+        """Return what the LoRAs add to the module's output.
 
         Args:
             x: The module's input.
-            down: Takes the place of ``down``.
-            rows: For each row of the batch the LoRA that acts on it, none where it is negative;
+            down: Used instead of the site's own ``down``.
+            rows: The LoRA that acts on each row of the batch, a negative number for none;
                 None for all LoRAs on every row.
         """
         down = self.down if down is None else down
@@ -102,9 +102,11 @@ class Site(nn.Module):
         return self.outer(inner if rows is None else inner * self._mask(inner, rows))
 
     def _mask(self, inner: Tensor, rows: Tensor) -> Tensor:
-        """One where the rank belongs to the LoRA of the row, in `inner`'s shape."""
+        """Return 1 where the rank belongs to the row's LoRA and 0 elsewhere, to multiply `inner` with."""
         if len(rows) != inner.shape[0]:
-            raise MergeError(f"the module's input has a batch of {inner.shape[0]}, the data of {len(rows)}.")
+            raise MergeError(
+                f"the module's input has a batch of {inner.shape[0]}, but the data have a batch of {len(rows)}."
+            )
         mask = (self.owner[None, :] == rows.to(self.owner.device)[:, None]).to(inner.dtype)
         if self.convolution is not None:
             return mask[:, :, None, None]
@@ -115,7 +117,9 @@ def _convolution(target: nn.Linear | nn.Conv2d) -> dict[str, Any] | None:
     if not isinstance(target, nn.Conv2d):
         return None
     if target.groups != 1 or target.padding_mode != "zeros":
-        raise MergeError("it is a grouped or reflecting convolution, which LoRAs of diffusion models don't adapt.")
+        raise MergeError(
+            "it is a convolution with groups or padding other than zeros, which LoRAs of diffusion models don't adapt."
+        )
     return {"stride": target.stride, "padding": target.padding, "dilation": target.dilation}
 
 
@@ -126,28 +130,28 @@ class Attachment:
     sites: dict[str, Site]
     """By module."""
     downs: dict[str, Tensor] = field(default_factory=dict)
-    """What takes the place of a site's ``down`` in a pass without rows: the student's."""
+    """The student's ``down`` by module, used instead of the site's own in a pass without ``rows``."""
     rows: Tensor | None = None
-    """For each row of the batch the LoRA that acts on it; None: all act, with ``downs``."""
+    """The LoRA that acts on each row of the batch; None: all act, with ``downs``."""
     active: bool = True
-    """Whether anything acts at all."""
+    """False turns all LoRAs off."""
     listeners: list[Any] = field(default_factory=list)
-    """Called as ``listener(module, site, x)`` in every pass, active or not: calibration listens here."""
+    """Called as ``listener(module, site, x)`` in every pass, active or not; calibration records inputs here."""
     seen: set[str] = field(default_factory=set)
-    """The modules that were run."""
+    """The modules that have run."""
 
     def only(self, rows: Tensor) -> "Attachment":
-        """Let one LoRA a row act, as it is."""
+        """Apply a single, unmodified LoRA to each batch row."""
         self.rows = rows
         return self
 
     def all(self) -> "Attachment":
-        """Let all LoRAs act on every row."""
+        """Apply all LoRAs to every row."""
         self.rows = None
         return self
 
     def hook(self, module: str) -> Any:
-        """The forward hook of a module."""
+        """Return the forward hook of a module."""
         site = self.sites[module]
 
         def add(target: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -164,7 +168,7 @@ class Attachment:
         return add
 
     def check_all_ran(self) -> None:
-        """Refuse a model of which a part was never run, so that nothing could be learned there.
+        """Refuse a model that never ran one of the modules, so that nothing could be learned there.
 
         Raises:
             MergeError: A module was not run.
@@ -179,16 +183,16 @@ class Attachment:
 
 @contextmanager
 def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.float32) -> Iterator[Attachment]:
-    """Have LoRAs act in a model while the context lasts.
+    """Attach LoRAs to a model while the context lasts.
 
     Args:
         models: The components that the LoRAs may change.  A LoRA's modules in other components are
             left out.
-        loras: Any number, of any ranks; each module may be in some of them only.
-        dtype: What the factors are kept in; they are used in the dtype of the input.
+        loras: Any number, of any ranks; a module may be in only some of them.
+        dtype: The dtype that the factors are kept in; they are cast to the input's when they are used.
 
     Raises:
-        MergeError: No module is shared with the model, a module or its shape is missing in it, or PEFT
+        MergeError: The model has none of the modules, lacks one of them, or has it in another shape; or PEFT
             adapters are active there, whose effect would be counted twice.
     """
     sites: dict[str, Site] = {}
@@ -208,7 +212,7 @@ def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.flo
 
 
 def _targets(models: Models, loras: Sequence[LoRA]) -> dict[str, list[int]]:
-    """By module, which of the LoRAs have it."""
+    """List, by module, the indices of the LoRAs that have it."""
     found: dict[str, list[int]] = {}
     for i, lora in enumerate(loras):
         for module in lora:
@@ -223,15 +227,15 @@ def _targets(models: Models, loras: Sequence[LoRA]) -> dict[str, list[int]]:
 
 
 def _target(models: Models, module: str, shapes: Mapping[str, Shape]) -> nn.Linear | nn.Conv2d:
-    """The model's module, PEFT's wrapping looked through.
+    """Return the model's module, taken out of PEFT's wrapper if there is one.
 
     Args:
-        shapes: The weight's shape that each LoRA was made for, by the LoRA's name.
+        shapes: The shape of the weight that each LoRA was made for, by the LoRA's name.
     """
     component, _, path = module.partition(".")
     target = _submodule(models[component], path)
     if target is None:
-        raise MergeError(f"The model has no module {module}: the LoRA {next(iter(shapes))} was made for another one.")
+        raise MergeError(f"The model has no module {module}: the LoRA {next(iter(shapes))} was made for another model.")
     base = getattr(target, "base_layer", None)
     if isinstance(base, nn.Module):
         if getattr(target, "active_adapters", ()) and not getattr(target, "disable_adapters", False):
@@ -246,7 +250,7 @@ def _target(models: Models, module: str, shapes: Mapping[str, Shape]) -> nn.Line
         if tuple(target.weight.shape) != shape:
             raise MergeError(
                 f"{module} has the shape {tuple(target.weight.shape)} in the model and {shape} in the LoRA {name}, "
-                "which was made for another one."
+                "which was made for another model."
             )
     return target
 
@@ -260,7 +264,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def factors(lora: LoRA, module: str) -> tuple[Tensor, Tensor]:
-    """``up`` ``(out, r)`` and ``down`` ``(r, in·kh·kw)``, float32 on the CPU, every scale folded in.
+    """Return ``up`` ``(out, r)`` and ``down`` ``(r, in·kh·kw)``, float32 on the CPU, every scale folded in.
 
     Raises:
         NoFactorsError: The layer has no low-rank form.
@@ -288,7 +292,7 @@ def _factors(lora: LoRA, module: str, layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def fingerprints(loras: Sequence[LoRA]) -> tuple[str, ...]:
-    """One mark a LoRA that changes with its modules and values, and not with its name."""
+    """Return one hash per LoRA, of its modules and their values; its name doesn't count."""
     return tuple(map(_fingerprint, loras))
 
 

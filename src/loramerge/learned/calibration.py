@@ -1,4 +1,4 @@
-"""Taking moments: the model runs with one LoRA at a time on that LoRA's own data, and the inputs are looked at."""
+"""Calibration: the model runs with one LoRA at a time on that LoRA's own data; every module's inputs are recorded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -37,24 +37,24 @@ def calibrate(
     shard: int = 0,
     identity: Mapping[str, Any] | None = None,
 ) -> Moments:
-    """The second moments of every module's inputs under each LoRA.
+    """Take the second moments of every module's inputs under each LoRA.
 
     Args:
         predict: The model; what it returns is not used.
         models: The components that it runs, by name.
-        loras: What will be merged.
-        draw: Gives data of each LoRA.
+        loras: The LoRAs that will be merged.
+        draw: Draws each LoRA's data.
         kind: ``"core"`` or ``"gram"``, see `Moments`.
-        batches: How many of each LoRA.
-        batch_size: Examples in a batch.
-        seed: Of the data.
-        merged: Another round: the inputs that modules see while this LoRA acts, any merge of them,
-            instead of each LoRA alone.  Average it with the first round's.
+        batches: Number of batches per LoRA.
+        batch_size: Examples per batch.
+        seed: Seed of the data.
+        merged: Second pass: record inputs while this merged LoRA is active, any merge of them, instead of
+            each LoRA alone.  Average the result with the first pass's.
         progress: Called with the number of batches done and of all.
-        shard: Which of several processes this is: each takes moments of other data, and averages their
+        shard: This process's number, from 0, if several take moments: each does it on data of its own, and averages its
             `Moments.tensors` with the others'.
-        identity: What else the moments come from, such as the base model and hashes of the data: kept with them,
-            and told by what is made of them.
+        identity: What else the moments depend on, such as the base model and hashes of the data: stored with them,
+            and copied into the metadata of results.
 
     Raises:
         MergeError: The LoRAs don't fit the model.
@@ -92,5 +92,5 @@ def calibrate(
 
 
 def seeded(seed: int, shard: int = 0) -> torch.Generator:
-    """The generator of a process's data: another one for each."""
+    """Return the random generator of a process's data; each process has its own."""
     return torch.Generator().manual_seed(seed + 1_000_003 * shard)

@@ -1,7 +1,7 @@
-"""ZipLoRA by gradient: coefficients that let one LoRA answer every LoRA's data as that LoRA does.
+"""ZipLoRA by gradient descent: coefficients with which one merged LoRA acts on each LoRA's data as that LoRA does.
 
 Shah et al., 2023, https://arxiv.org/abs/2311.13600, for any number of LoRAs.  A step makes two
-passes of the model whatever their number: all teachers (each LoRA alone on its own data) without
+passes of the model, however many LoRAs there are: all teachers (each LoRA alone on its own data) without
 gradients in one batch, all students (the merge) in another.
 """
 
@@ -36,7 +36,7 @@ __all__ = ["PRESETS", "Learned", "Settings", "Step", "join", "settings", "ziplor
 
 @dataclass(frozen=True)
 class Step:
-    """What a step came to."""
+    """The result of one step."""
 
     step: int
     total: int
@@ -48,14 +48,14 @@ class Step:
 
 @dataclass
 class Learned:
-    """What was learned."""
+    """The result of learning."""
 
     lora: LoRA
     """The merge: an ordinary LoRA of rank Σr in every module that the LoRAs share."""
     coefficients: Coefficients | None
     """The same as weights of an ordinary merge of these LoRAs; None for ``parametrisation="down"``."""
     history: list[Step] = field(default_factory=list)
-    """The steps of this run, those of a run that it goes on from left out."""
+    """The steps of this run, without those before the checkpoint that it resumed from."""
 
 
 def ziplora(
@@ -80,28 +80,28 @@ def ziplora(
             with the batch as the first axis.
         models: The components that it runs, by name; their parameters get no gradients.
         loras: Any number, of any ranks.  Modules that only one of them has stay as they are.
-        draw: Gives data of each LoRA.
+        draw: Draws each LoRA's data.
         settings: How to learn.
-        weights: How much each LoRA's term counts; 1 for all by default.
-        checkpoint: Where to keep the state; if it is there, learning goes on from it.
-        every: Steps between two states; one more is kept at the end.
-        on_step: Called after every step, when its state is kept; False stops learning.
+        weights: Weight of each LoRA's term in the loss; 1 by default.
+        checkpoint: File of the state; if it exists, learning goes on from it.
+        every: Steps between two saved states; the last state is saved too.
+        on_step: Called after every step, once its state is saved; False stops learning.
         reduce: Averages tensors over processes in place, when several learn together.
-        shard: Which of those processes this is: each learns from other data, begins with the same
-            coefficients, and has a checkpoint of its own.
+        shard: The number of this process among those, from 0: each learns from data of its own, begins with the
+            same coefficients, and has a checkpoint of its own.
         identity: What else the run depends on, such as the base model and hashes of the data: a checkpoint must
-            agree in it, and the result's metadata tell it.
+            agree with it, and it is copied into the result's metadata.
 
     Raises:
         MergeError: The LoRAs don't fit the model or each other, share no module, or one of them
             changes nothing.
         NumberError: The loss became NaN or infinite; the last good state is in the checkpoint.
-        OptionError: A weight is missing, or the checkpoint is of another run, or not at the step of the
-            other processes'.
+        OptionError: A weight is missing or below 0, or the checkpoint is of another run, or at another step than
+            the other processes'.
         FileError: The checkpoint can't be read or written.
     """
     if every < 1 or shard < 0:
-        raise OptionError(f"ZipLoRA: every is a number from 1, shard from 0; got {every} and {shard}.")
+        raise OptionError(f"ZipLoRA: every must be a number from 1 and shard one from 0; got {every} and {shard}.")
     planned = plan_sum(loras)
     shares = shares_of(weights, len(loras))
     about = dict(identity or {})
@@ -113,7 +113,7 @@ def ziplora(
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
-    """How much each LoRA's term counts.
+    """Return the weight of each LoRA's term in the loss.
 
     Raises:
         OptionError: One is missing or below 0, or all are 0.
@@ -122,7 +122,7 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     if len(found) != count:
         raise OptionError(f"Weights given: {len(found)}, LoRAs: {count}.")
     if not all(0 <= weight < math.inf for weight in found) or not any(found):
-        raise OptionError(f"How much a LoRA's term counts is a number from 0, got {found}.")
+        raise OptionError(f"weights must be non-negative and not all zero, got {found}.")
     return found
 
 
@@ -144,7 +144,7 @@ class _Run:
         self.predict, self.models, self.loras, self.draw = predict, models, loras, draw
         self.settings, self.weights, self.attachment = settings, weights, attachment
         self.shard, self.about = shard, about
-        # What one LoRA has alone stays as it is: nothing competes with it.
+        # A module that only one LoRA has stays as it is: nothing competes with it.
         self.sites = {m: site for m, site in attachment.sites.items() if len(site.present) > 1}
         if not self.sites:
             raise MergeError(
@@ -165,13 +165,13 @@ class _Run:
         on_step: Callable[[Step], bool | None] | None,
         reduce: Callable[[Sequence[Tensor]], None] | None,
     ) -> list[Step]:
-        """Go through the steps that are left."""
+        """Take the steps that are left, and return them."""
         given = self.settings
         identity = self._identity() if checkpoint else {}
         optimizer, reached = self._begin(checkpoint, identity)
         if reduce:
             check_together(reached, reduce, "without checkpoints, a new run")
-            if not reached:  # the same already, where all devices round alike
+            if not reached:  # they are equal already if all devices round alike
                 reduce([parameter.detach() for parameter in self.parameters.values()])
 
         def keep() -> None:
@@ -186,8 +186,9 @@ class _Run:
                 self.generator.set_state(before)
                 keep()
                 raise NumberError(
-                    f"ZipLoRA: the loss is {done.loss} at step {done.step}, or its gradients are not finite. Ways out: a "
-                    f"smaller learning rate than {given.lr:g}, float32 instead of float16, going on from the checkpoint."
+                    f"ZipLoRA: the loss is {done.loss} at step {done.step}, or its gradients are not finite. Ways "
+                    f"out: a smaller learning rate than {given.lr:g}, float32 instead of float16, going on from the "
+                    "checkpoint."
                 )
             if done.penalty < given.stop_below:
                 self.generator.set_state(before)
@@ -203,7 +204,7 @@ class _Run:
         return history
 
     def _begin(self, checkpoint: Path | None, identity: Mapping[str, Any]) -> tuple[torch.optim.Optimizer, int]:
-        """The parameters and the optimiser at the start of the run or where it was left, and the steps done."""
+        """Set up the parameters, from a checkpoint if there is one; return the optimiser and the steps done."""
         state = resumed(checkpoint, identity, self.settings.steps)
         start = state.tensors if state else self._start()
         self.parameters = {
@@ -220,7 +221,7 @@ class _Run:
         return optimizer, state.step if state else 0
 
     def _sound(self, done: Step) -> bool:
-        """Whether the loss and all gradients are finite."""
+        """Return whether the loss and all gradients are finite."""
         norms = [p.grad.norm() for p in self.parameters.values() if p.grad is not None]
         return math.isfinite(done.loss) and bool(torch.stack(norms).isfinite().all())
 
@@ -241,7 +242,7 @@ class _Run:
 
     def _closed_form(self) -> dict[str, Tensor]:
         given = self.settings
-        # Its own hooks would see the outputs that these here have added to.
+        # Calibration attaches hooks of its own: these here must not add to the outputs that it sees.
         with _silent(self.attachment):
             moments = calibrate(
                 self.predict,
@@ -263,7 +264,7 @@ class _Run:
         return found
 
     def _effects(self) -> list[float]:
-        """Mean ‖εᵢ − ε_base‖² of each LoRA on its own data: what the loss is measured in."""
+        """Measure the mean ‖εᵢ − ε_base‖² of each LoRA on its own data, the unit of the normalised loss."""
         count = len(self.loras)
         totals, sizes = [0.0] * count, [0.0] * count
         generator = torch.Generator().manual_seed(self.settings.seed + 1)
@@ -277,7 +278,7 @@ class _Run:
         for lora, total, size in zip(self.loras, totals, sizes, strict=True):
             if not math.isfinite(total):
                 raise NumberError(
-                    f"ZipLoRA: the model's answers with and without {lora.name} differ by {total}. "
+                    f"ZipLoRA: the model's outputs with and without {lora.name} differ by {total}. "
                     "Way out: float32 or bfloat16."
                 )
             if total <= 1e-12 * size:
@@ -288,7 +289,7 @@ class _Run:
         return [total / self.settings.calibration for total in totals]
 
     def _data(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """One batch with the examples of every LoRA below each other, and whose each row is."""
+        """Draw one batch with examples of every LoRA; return it and the LoRA of each row."""
         size, count = self.settings.batch_size, len(self.loras)
         batches = []
         begin = generator.get_state()
@@ -308,7 +309,7 @@ class _Run:
     def _step(
         self, optimizer: torch.optim.Optimizer, step: int, reduce: Callable[[Sequence[Tensor]], None] | None
     ) -> Step:
-        """One step up to the gradients."""
+        """Take one step up to its gradients."""
         joint, rows = self._data(self.generator)
         teacher = self._teach(joint, rows)
         # The teacher goes first: checkpointed blocks run again in backward, and must find the student's state.
@@ -327,7 +328,7 @@ class _Run:
         return Step(step + 1, self.settings.steps, numbers, float(coupling.detach()), float(loss.detach()))
 
     def _columns(self, module: str) -> Tensor:
-        """The coefficients m, ``(N, in·kh·kw)``."""
+        """Return the coefficients m, ``(N, in·kh·kw)``."""
         parameter, site = self.parameters[module], self.sites[module]
         if self.settings.parametrisation == "column":
             return parameter
@@ -351,7 +352,7 @@ class _Run:
         return [square / scale for square, scale in zip(squares, self.scales, strict=True)]
 
     def _parts(self, values: Tensor) -> Sequence[Tensor]:
-        """Each LoRA's rows of what the model gave."""
+        """Split an output of the model into each LoRA's rows."""
         size, count = self.settings.batch_size, len(self.loras)
         if values.shape[0] != size * count:
             raise MergeError(f"predict gave {values.shape[0]} rows for a batch of {size * count}.")
@@ -369,18 +370,18 @@ class _Run:
         return total / len(terms) if given.mean_penalty else total
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """What was learned: ``up`` and ``down`` of every module that the LoRAs share."""
+        """Return the learned ``up`` and ``down`` of every module that the LoRAs share."""
         return {m: (site.up, self._down(m).detach()) for m, site in self.sites.items()}
 
     def coefficients(self, recipe: Mapping[str, Any]) -> Coefficients | None:
-        """The same as weights of the ordinary merge, where it is one."""
+        """Return the same as weights of an ordinary merge; None if it isn't one."""
         if self.settings.parametrisation == "down":
             return None
         columns = {m: self._columns(m).detach().cpu().contiguous().numpy() for m in self.sites}
         return Coefficients.of(columns, self.loras, [1.0] * len(self.loras), recipe)
 
     def _identity(self) -> dict[str, Any]:
-        """What a state must agree in with the run that goes on from it; more steps are no other run."""
+        """Return what a checkpoint must agree with to go on from it; the number of steps may differ."""
         kept = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
         marks = fingerprints(self.loras)
         return {**self.about, "settings": kept, "LoRAs": marks, "weights": self.weights, "shard": self.shard}
@@ -388,7 +389,7 @@ class _Run:
 
 @contextmanager
 def _frozen(models: Models) -> Iterator[None]:
-    """The models' parameters without gradients while it lasts."""
+    """Turn off the gradients of the models' parameters inside the block."""
     learning = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -401,7 +402,7 @@ def _frozen(models: Models) -> Iterator[None]:
 
 @contextmanager
 def _silent(attachment: Attachment) -> Iterator[None]:
-    """An attachment that adds nothing while it lasts."""
+    """Turn off an attachment inside the block."""
     attachment.active = False
     try:
         yield

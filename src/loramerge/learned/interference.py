@@ -1,7 +1,7 @@
-"""How much two LoRAs act along the same directions on the same inputs, with and without learned coefficients.
+"""Overlap of LoRAs: how much two of them act along the same directions on the same inputs, before and after learning.
 
-ZipLoRA's reason: where column a of ΔWᵢ and of ΔWⱼ point along one line, adding them up distorts
-both.  Coefficients m can let one of the two have the column.
+It is why ZipLoRA learns: where column a of ΔWᵢ and column a of ΔWⱼ are parallel, adding them up distorts
+both.  Coefficients m can leave the column to one of the two.
 """
 
 import math
@@ -16,19 +16,19 @@ from ..merging.coefficients import Coefficients
 def overlaps(
     loras: Sequence[LoRA], coefficients: Coefficients, group: Callable[[str], str]
 ) -> Mapping[str, tuple[float, float]]:
-    """The overlap of columns before and after learning, by group of modules.
+    """Measure the overlap of columns before and after learning, by group of modules.
 
     With dᵢ[a] = ΔWᵢ[:, a], it is Σ |mᵢ[a] mⱼ[a] ⟨dᵢ[a], dⱼ[a]⟩| / Σ ‖mᵢ ∘ ‖dᵢ‖‖ ‖mⱼ ∘ ‖dⱼ‖‖, summed
-    over the pairs of LoRAs and the modules of the group: in [0, 1], 1 where all columns are
-    parallel, 0 where they are at right angles or never both at work.  Before is at m = 1.
+    over the pairs of LoRAs and the modules of the group.  It lies in [0, 1]: 1 if all columns are
+    parallel, 0 if they are orthogonal or one of the two coefficients is 0.  Before learning, m = 1.
 
     Args:
         loras: The LoRAs that the coefficients were learned for, in order.
-        coefficients: What was learned.
-        group: Name of the group of a module.
+        coefficients: The learned coefficients.
+        group: Names the group of a module.
 
     Raises:
-        OptionError: The LoRAs are others than the coefficients'.
+        OptionError: The coefficients were learned for other LoRAs.
     """
     coefficients.check(loras)
     sums: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""The least-squares merge: the LoRA that answers each LoRA's own inputs as that LoRA does, in closed form.
+"""The least-squares merge: the LoRA that is nearest to each LoRA on that LoRA's own inputs, in closed form.
 
 For a module with the stacked factors B = [up₁ … up_N] and A = [down₁; …; down_N], and Cᵢ the
 second moments of the inputs under LoRA i, it minimises
@@ -10,7 +10,7 @@ over a family of M = B V with the ``up`` factors unchanged, so that every result
 | granularity | V | unknowns |
 |---|---|---|
 | global | sᵢ Aᵢ, one sᵢ for all modules | N |
-| layer | sᵢ Aᵢ | N a module |
+| layer | sᵢ Aᵢ | N per module |
 | rank | diag(s) A | R |
 | core | K A | R² |
 | column | Aᵢ diag(mᵢ): ZipLoRA's | N n |
@@ -56,24 +56,24 @@ RIDGE: Mapping[str, float] = {"global": 1e-3, "layer": 1e-3, "rank": 1e-3, "core
 """Default ridge; `lsq` says what it is relative to."""
 
 LEAST = 1e-10
-"""The pull to the prior that there always is: it decides what no input shows, and is lost in what one does."""
+"""Minimum ridge: it decides directions that no input excites, and is negligible elsewhere."""
 
 SOUND = 1e9
-"""Condition up to which a metric is simply inverted: float64 then keeps seven digits."""
+"""Condition number up to which a metric is simply inverted: float64 then keeps seven digits."""
 
 FAINT = 1e-12
-"""Share of a metric's largest eigenvalue below which a direction is none: float32 factors hold no more digits."""
+"""Eigenvalues of a metric below this share of the largest count as zero: float32 factors hold no more digits."""
 
 TINY = 1e-30
-"""Below any moment: keeps the equations of a module with zero inputs or zero factors solvable."""
+"""Smaller than any moment: keeps the equations solvable for a module whose inputs or factors are zero."""
 
 SLACK = 1e-3
-"""Share of the base model's J by which a J from float32 moments may be off."""
+"""Tolerated error of a J from float32 moments, as a share of the base model's J."""
 
 
 @dataclass
 class Report:
-    """How well a merge answers every LoRA's inputs, by module: J / J of the base model, 0 is perfect."""
+    """How well a merge fits every LoRA on its inputs, by module: J / J of the base model, 0 is perfect."""
 
     fits: dict[str, float] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)
@@ -97,13 +97,12 @@ def lsq(
     Args:
         loras: The LoRAs that were calibrated, in the same order.
         moments: Of the kind ``gram`` for the granularities ``column`` and ``full``.
-        granularity: The family that the result is looked for in; see the module's documentation.
-        ridge: Pull to the prior, from 0: relative to the diagonal of the normal equations, for ``core``
-            and ``full`` to the inputs' mean energy, within the rows of A and altogether.
-        prior: What directions get that no input has shown: ``sum`` keeps each LoRA there,
-            ``mean`` the average.
-        weights: How much each LoRA's error counts, above 0; 1 for all by default, which
-            ``column`` and ``full`` require.
+        granularity: The family that the result belongs to; see the module's documentation.
+        ridge: Pull to the prior, from 0: relative to the diagonal of the normal equations; for ``core`` to the
+            mean energy of the inputs within the rows of A, for ``full`` to their mean energy altogether.
+        prior: Result along directions that no input excites: ``sum`` keeps every LoRA there, ``mean`` the
+            average.
+        weights: Weight of each LoRA's error, above 0; 1 by default, which ``column`` and ``full`` require.
         solver: For ``column``: ``direct`` forms the N n × N n system, ``pcg`` solves it by
             conjugate gradients without forming it; ``auto`` chooses by size.
 
@@ -112,7 +111,7 @@ def lsq(
         without moments are summed.
 
     Raises:
-        MergeError: The moments are of other LoRAs, of a kind that does not suffice, or no moments of any
+        MergeError: The moments are of other LoRAs, of a kind that isn't enough, or can't be moments of any
             inputs; conjugate gradients don't converge; or rounding outweighs what the inputs showed.
         NumberError: The model's values were NaN or infinite.
         OptionError: An option is unknown or out of range.
@@ -146,7 +145,7 @@ def lsq(
 
 
 def solve(p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver = "auto") -> Tensor:
-    """V, ``(R, n)``, with ``up @ V`` the best of a family."""
+    """Return V, ``(R, n)``, with ``up @ V`` the best of a family."""
     if granularity == "column":
         return columns(p, column_solution(p, ridge, _prior(p, prior), solver))
     if granularity == "full":
@@ -155,12 +154,12 @@ def solve(p: Problem, granularity: Granularity, ridge: float, prior: Prior, solv
 
 
 def columns(p: Problem, m: Tensor) -> Tensor:
-    """V, ``(R, n)``, of coefficients ``(N, n)``: one factor per LoRA and column."""
+    """Return V, ``(R, n)``, of coefficients ``(N, n)``: one factor per LoRA and column."""
     return torch.cat([p.down[s] * m[i] for i, s in enumerate(p.slices)], 0)
 
 
 def _mixing(p: Problem, granularity: Granularity, ridge: float, prior: Prior) -> Tensor:
-    """K, ``(R, R)``, of the families with V = K A."""
+    """Return K, ``(R, R)``, of the families with V = K A."""
     if granularity == "core":
         return core_solution(p, ridge, prior)
     if granularity == "rank":
@@ -171,7 +170,7 @@ def _mixing(p: Problem, granularity: Granularity, ridge: float, prior: Prior) ->
 def _answer(
     p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver, common: Tensor | None
 ) -> tuple[Tensor, float]:
-    """V and its J, from the moments that know it best."""
+    """Return V and its J, computed from the moments that give it most exactly."""
     if granularity in ("column", "full"):
         solved = solve(p, granularity, ridge, prior, solver)
         return solved, p.loss(solved)
@@ -180,24 +179,24 @@ def _answer(
 
 
 def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
-    """K = (Σᵢ Pᵢ Sᵢ + λ K₀ G)(Σᵢ Sᵢ + λ G)⁻¹ with Sᵢ = A Cᵢ Aᵀ and G = A Aᵀ, the metric of the prior K₀.
+    """Return K = (Σᵢ Pᵢ Sᵢ + λ K₀ G)(Σᵢ Sᵢ + λ G)⁻¹ with Sᵢ = A Cᵢ Aᵀ and G = A Aᵀ, the metric of the prior K₀.
 
     λ is the ridge times tr(G⁻¹ Σ Sᵢ) / R, so that the result depends on the ΔWᵢ, not on their factors.
     """
-    sizes = row_lengths(p.down)  # rows of very different sizes would lose the small ones
+    sizes = row_lengths(p.down)  # rows of very different lengths would make the short ones lose digits
     core = p.core / torch.outer(sizes, sizes)
     total = core.sum(0)
     own = sum((p.own(i)[:, None] * moment for i, moment in enumerate(core)), torch.zeros_like(total))
     metric = _gram(p.down / sizes[:, None])
     energy = (_pseudo_inverse(metric) * total).sum() / len(metric)
-    # Equal LoRAs leave directions that neither moments nor metric see; what K does there is of no effect.
+    # Equal LoRAs leave directions in which both moments and metric vanish; what K does there has no effect.
     pull = ridge * energy * metric
     pull = pull + LEAST * (total + pull).diagonal().mean().clamp_min(TINY) * eye_like(metric)
     return sizes[:, None] * _divide(own + _prior(p, prior) * pull, total + pull) / sizes
 
 
 def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
-    """V = (Aᵢ (Cᵢ + λᵢ)) (C + λ)⁻¹, row by row with its own LoRA's moments."""
+    """Return V = (Aᵢ (Cᵢ + λᵢ)) (C + λ)⁻¹, row by row with its own LoRA's moments."""
     if p.gram is None or p.cross is None:
         raise MergeError("the granularity full needs moments of the kind 'gram'.")
     pull = (ridge + p.least_ridge + LEAST) * p.gram.diagonal().mean().clamp_min(TINY)
@@ -205,7 +204,7 @@ def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
 
 
 def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "auto") -> Tensor:
-    """The coefficients m, ``(N, n)``: ZipLoRA in closed form."""
+    """Return the coefficients m, ``(N, n)``: ZipLoRA in closed form."""
     n, count = p.down.shape[1], len(p.slices)
     ridge += p.least_ridge
     if solver == "auto":
@@ -217,7 +216,7 @@ def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "au
 
 
 def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: int = 500) -> Tensor:
-    """Conjugate gradients, preconditioned by the diagonal; H v = colsum(E ∘ ((Σⱼ Eⱼ ∘ vⱼ) C)) without H."""
+    """Solve by conjugate gradients, preconditioned by the diagonal; H v = colsum(E ∘ ((Σⱼ Eⱼ ∘ vⱼ) C)) without H."""
     assert p.gram is not None
     root = torch.linalg.qr(p.up)[1]
     e = [root[:, s] @ p.down[s] for s in p.slices]
@@ -249,18 +248,18 @@ def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: 
 
 
 def _solved(h: Tensor, b: Tensor, ridge: float, prior: float) -> Tensor:
-    """(H + ρ) x = b + ρ · prior, with ρ = ridge · diag(H)."""
+    """Solve (H + ρ) x = b + ρ · prior, with ρ = ridge · diag(H)."""
     pull = _pull(h.diagonal(), ridge)
     return _divide((b + pull * prior)[None], h + torch.diag(pull))[0]
 
 
 def _pull(diagonal: Tensor, ridge: float) -> Tensor:
-    """How strongly each unknown is drawn to the prior."""
+    """Return how strongly each unknown is pulled to the prior."""
     return ridge * diagonal + LEAST * diagonal.mean().clamp_min(TINY)
 
 
 def _divide(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right⁻¹`` for a symmetric positive ``right``."""
+    """Return ``left @ right⁻¹`` for a symmetric positive ``right``."""
     lower, failed = torch.linalg.cholesky_ex(right)
     if failed:
         raise MergeError("rounding outweighs what the inputs showed. Way out: a larger ridge.")
@@ -268,15 +267,15 @@ def _divide(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """``rows @ rowsᵀ``."""
+    """Return ``rows @ rowsᵀ``."""
     if rows.device.type != "cpu":
         return rows @ rows.T
     held = rows.numpy()
-    return torch.from_numpy(held @ held.T)  # numpy computes one triangle of what it sees to be symmetric
+    return torch.from_numpy(held @ held.T)  # numpy sees that it is symmetric and computes one triangle
 
 
 def _pseudo_inverse(metric: Tensor) -> Tensor:
-    """The pseudo-inverse of a Gram matrix: directions that nearly vanish would else count without end."""
+    """Return the pseudo-inverse of a Gram matrix: an inverse would give directions that nearly vanish huge values."""
     lower, failed = torch.linalg.cholesky_ex(metric)
     if not failed:
         inverse = torch.cholesky_inverse(lower)
@@ -291,7 +290,7 @@ def _prior(p: Problem, prior: Prior) -> float:
 
 
 def _spread(p: Problem, s: Tensor) -> Tensor:
-    """One factor a LoRA as one a row."""
+    """Expand per-LoRA factors to per-row factors."""
     return sum((s[i] * p.own(i) for i in range(len(p.slices))), torch.zeros_like(p.down[:, 0]))
 
 
@@ -303,23 +302,23 @@ def _global(problems: Iterable[Problem], ridge: float, prior: Prior) -> Tensor:
 
 
 class Costs(NamedTuple):
-    """J of one module, or of all."""
+    """J of one module, or of all modules, for several merges."""
 
     found: float
     base: float
-    """Of the base model."""
+    """J of the base model."""
     sum: float
     mean: float
 
 
 def costs_of(p: Problem, found: float) -> Costs:
-    """J of what was found for a module, beside those of what needs no learning."""
+    """Return a module's J as found, and those of the base model, the sum and the average."""
     eye = eye_like(p.gram_up)
     return Costs(found, *(p.core_loss(k) for k in (torch.zeros_like(eye), eye, eye / len(p.slices))))
 
 
 def check_sound(solved: Tensor, costs: Costs, prior: Prior) -> None:
-    """Refuse what can't be a solution: any is at least as good as the prior, and J is a sum of squares.
+    """Refuse a result that can't be a solution: that is no worse than the prior, and J is a sum of squares.
 
     Raises:
         MergeError: J is below zero or above the prior's, or a value is NaN or infinite.
@@ -328,13 +327,13 @@ def check_sound(solved: Tensor, costs: Costs, prior: Prior) -> None:
     most = costs.sum if prior == "sum" else costs.mean
     if not (solved.isfinite().all() and -slack <= costs.found <= most + slack):
         raise MergeError(
-            f"its error came out as {costs.found:.3g} where the {prior} of the LoRAs has {most:.3g}: rounding outweighs "
-            "what the inputs showed. Ways out: a larger ridge, more batches, or the granularity core."
+            f"its error came out as {costs.found:.3g} where the {prior} of the LoRAs has {most:.3g}: rounding "
+            "outweighs what the inputs showed. Ways out: a larger ridge, more batches, or the granularity core."
         )
 
 
 def _report(costs: Mapping[str, Costs]) -> Report:
-    """The fits of all modules in which the LoRAs change anything."""
+    """Return the fits of all modules in which the LoRAs change anything."""
     kept = {module: found for module, found in costs.items() if found.base > 0}
     return Report(
         {module: max(found.found, 0.0) / found.base for module, found in kept.items()},
@@ -352,16 +351,16 @@ def _check(granularity: str, ridge: float | None, prior: str, solver: str) -> No
         if given not in get_args(known):
             raise OptionError(f"Unknown {what} {given!r}. Available: {', '.join(get_args(known))}.")
     if ridge is not None and not (isinstance(ridge, int | float) and 0 <= ridge < math.inf):
-        raise OptionError(f"The ridge is a number from 0, got {ridge!r}.")
+        raise OptionError(f"The ridge must be a number from 0, got {ridge!r}.")
 
 
 def _weights(weights: Sequence[float] | None, count: int, granularity: str) -> list[float]:
-    """One weight a LoRA."""
+    """Return one weight per LoRA."""
     found = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(found) != count:
         raise OptionError(f"Weights given: {len(found)}, LoRAs: {count}.")
     if not all(0 < weight < math.inf for weight in found):
-        raise OptionError(f"How much a LoRA's error counts is a number above 0, got {found}.")
+        raise OptionError(f"weights must be above 0, got {found}.")
     if granularity in ("column", "full") and set(found) != {1.0}:
         raise OptionError(f"The granularity {granularity} takes no weights: Σ Cᵢ is kept as one sum.")
     return found

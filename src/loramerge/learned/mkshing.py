@@ -1,6 +1,6 @@
-"""ZipLoRA files of mkshing/ziplora-pytorch: dense updates, which no other program reads, as a LoRA.
+"""Import of ZipLoRA files of mkshing/ziplora-pytorch: dense updates, which no other program reads, become a LoRA.
 
-A file holds one dense ΔW a module, under ``unet.unet.<module>.lora.weight``.
+A file holds one dense ΔW per module, under ``unet.unet.<module>.lora.weight``.
 
 Source: https://github.com/mkshing/ziplora-pytorch, ziplora_pytorch/utils.py, ``unet_ziplora_state_dict``.
 """
@@ -26,7 +26,7 @@ KEY = re.compile(r"(?:unet\.)+(?P<path>.+)\.lora\.weight")
 
 @dataclass(frozen=True)
 class Imported:
-    """A dense ZipLoRA as a LoRA, and what the rank cost."""
+    """A dense ZipLoRA as a LoRA, and the error of its rank."""
 
     lora: LoRA
     errors: Mapping[str, float]
@@ -34,7 +34,7 @@ class Imported:
 
 
 def load(path: str | os.PathLike[str], rank: int) -> Imported:
-    """Read a dense ZipLoRA, and fit a LoRA of some rank to it.
+    """Read a dense ZipLoRA and fit a LoRA of a given rank to it.
 
     Args:
         path: A safetensors file of ``train_ziplora``.
@@ -43,18 +43,18 @@ def load(path: str | os.PathLike[str], rank: int) -> Imported:
 
     Raises:
         FileError: The file can't be read.
-        NotALoRAError: It is no dense ZipLoRA.
+        NotALoRAError: It isn't a dense ZipLoRA.
         NumberError: A value is NaN or infinite.
         OptionError: The rank is not a whole number from 1.
     """
     if whole_number(rank) < 1:
-        raise OptionError(f"The rank is a whole number from 1, got {rank!r}.")
+        raise OptionError(f"The rank must be a whole number from 1, got {rank!r}.")
     with closing(SafetensorsFile(Path(path))) as file:
         modules = {key: _module(key) for key in file}
         strange = [key for key, module in modules.items() if module is None or len(file[key].shape) not in (2, 4)]
         if strange or not modules:
             raise NotALoRAError(
-                f"{path} is no dense ZipLoRA: wanted keys such as 'unet.unet.….to_q.lora.weight' with a matrix each, "
+                f"{path} isn't a dense ZipLoRA: wanted keys such as 'unet.unet.….to_q.lora.weight' with a matrix each, "
                 f"got {strange[0] if strange else 'none'}. Way out: loramerge.load, if it is an ordinary LoRA."
             )
         layers: dict[str, LowRank] = {}
@@ -82,14 +82,14 @@ def _fitted(delta: Array, rank: int) -> tuple[LowRank, float]:
     if not dense.size:
         raise NumberError(f"the update of shape {delta.shape} is empty")
     cut = truncate_dense(dense, min(rank, *dense.shape))
-    # Measured on what is left: the cut's own figure is a difference of energies, blind below some 10⁻⁴.
+    # Measured on the remainder: the cut's own figure is a difference of energies, which is blind to errors below 10⁻⁴.
     size = dense_norm(dense)
     error = dense_norm(dense - cut.up @ cut.down) / size if size else 0.0
     return low_rank(cut.up, cut.down, delta.shape), error
 
 
 def _architecture(shapes: Mapping[str, Shape]) -> str | None:
-    """The first family that has all the modules in these shapes."""
+    """Return the first family that has all the modules in these shapes."""
     for name, architecture in ARCHITECTURES.items():
         if all(architecture.shapes.get(module) == shape for module, shape in shapes.items()):
             return name

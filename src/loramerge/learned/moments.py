@@ -1,15 +1,15 @@
-"""What calibration remembers of the inputs of every module: second moments, streamed.
+"""The result of calibration: second moments of every module's inputs, summed up batch by batch.
 
 With x the inputs that module sees while LoRA i acts on its own data, Cᵢ = E[x xᵀ], A the stacked
 ``down`` factors ``(R, n)`` of all LoRAs and Aᵢ those of LoRA i:
 
 | kind | kept for each module | enough for |
 |---|---|---|
-| ``core`` | A Cᵢ Aᵀ, ``(R, R)`` a LoRA | global, layer, rank, core |
+| ``core`` | A Cᵢ Aᵀ, ``(R, R)`` per LoRA | global, layer, rank, core |
 | ``gram`` | these, Σ Cᵢ ``(n, n)`` and Aᵢ Cᵢ ``(rᵢ, n)`` | column and full too |
 
-Linear layers that are given the very same tensor (the projections to q, k and v; all keys and values
-of a prompt) share one Σ Cᵢ: for the attention of Stable Diffusion XL 1.7 GB instead of 4.8.
+Linear layers that get the very same tensor (the projections to q, k and v; all keys and values
+of a prompt) share one Σ Cᵢ: for the attention of Stable Diffusion XL, 1.7 GB instead of 4.8.
 """
 
 import json
@@ -44,29 +44,29 @@ class Module:
     core: Tensor
     """Σ A x xᵀ Aᵀ by LoRA, ``(N, R, R)``, float64."""
     gram: Tensor | None
-    """Σ x xᵀ over all LoRAs, ``(n, n)``, float32; None for the kind ``core``, and where another module has it."""
+    """Σ x xᵀ over all LoRAs, ``(n, n)``, float32; None for the kind ``core``, and if another module keeps it."""
     cross: Tensor | None
     """Σ A x xᵀ of each row's own LoRA, ``(R, n)``, float64; None for the kind ``core``."""
     updates: list[int]
     """How many batches were added, by LoRA."""
     leader: str | None = None
-    """The module that is given the same inputs and keeps the gram of both."""
+    """The module that gets the same inputs and keeps the gram of both."""
 
 
 @dataclass
 class Moments:
-    """Second moments of every module's inputs, each batch counting alike."""
+    """Second moments of every module's inputs; each batch counts alike."""
 
     kind: Kind
     names: tuple[str, ...]
     """Names of the LoRAs, in order."""
     marks: tuple[str, ...] = ()
-    """Their fingerprints, by which moments of other LoRAs are refused."""
+    """Their fingerprints, so that moments of other LoRAs are refused."""
     modules: dict[str, Module] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
-    """What they were taken from: batches, seed, and what `calibrate` was told of the model and the data."""
+    """What they depend on: batches, seed, and the ``identity`` of the model and the data given to `calibrate`."""
     _inputs: dict[str, "_Same"] = field(default_factory=dict, repr=False, compare=False)
-    """What each module that keeps a gram was last given."""
+    """The last input of each module that keeps a gram."""
 
     def update(self, module: str, site: Site, lora: int, x: Tensor) -> None:
         """Add the inputs of one batch.
@@ -83,13 +83,13 @@ class Moments:
         if module not in self.modules:
             self.modules[module] = self._begin(site, x)
         found = self.modules[module]
-        # Sums in half precision would lose the small: an autocast of the model's is not ours.
+        # Half precision would lose small terms of the sums, so an autocast around the model must not reach here.
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             wide = x.detach().float()
             inner = site.inner(wide, site.down.float())
             inner = inner.movedim(1, -1) if site.convolution is not None else inner
             inner = inner.reshape(-1, inner.shape[-1])
-            # In float32 the sums would have eigenvalues below zero, which decide where inputs show little.
+            # In float32 the sums would have negative eigenvalues, which decide the result where inputs show little.
             exact = inner.to(found.core.device).double()
             found.core[lora] += exact.T @ exact / len(exact)
             found.updates[lora] += 1
@@ -105,7 +105,7 @@ class Moments:
                 raise MergeError(f"{module} was given the same tensor as {found.leader} at first, and now is not.")
 
     def _begin(self, site: Site, x: Tensor) -> Module:
-        """A module's sums before the first batch."""
+        """Return a module's sums before the first batch."""
         (rank, n), count, device = site.down.shape, len(self.names), site.down.device
         lacking = device.type == "mps"  # Apple's GPUs have no float64
         core = torch.zeros(count, rank, rank, dtype=torch.float64, device="cpu" if lacking else device)
@@ -117,14 +117,14 @@ class Moments:
         return Module(core, None if leader else torch.zeros(n, n, device=device), cross, [0] * count, leader)
 
     def gram(self, module: str) -> Tensor | None:
-        """Σ x xᵀ of a module, whichever module keeps it."""
+        """Return Σ x xᵀ of a module, whichever module keeps it."""
         return self.modules[self.modules[module].leader or module].gram
 
     def batches(self, module: str) -> int:
-        """How many batches of every LoRA were added.
+        """Return how many batches of every LoRA were added.
 
         Raises:
-            MergeError: Their numbers differ, so that the sum of the moments is not balanced.
+            MergeError: Their numbers differ, so that some LoRAs would count more than others.
         """
         updates = self.modules[module].updates
         if len(set(updates)) != 1 or updates[0] < 1:
@@ -132,10 +132,10 @@ class Moments:
         return updates[0]
 
     def check(self, loras: Sequence[LoRA]) -> None:
-        """Refuse LoRAs that the moments were not taken with, or another order of them.
+        """Refuse LoRAs other than those that the moments were taken with, or another order of them.
 
         Raises:
-            MergeError: Their number differs, or what they are.
+            MergeError: Their number, values or order differ.
         """
         if len(loras) != len(self.names):
             raise MergeError(f"The moments are of {len(self.names)} LoRAs, got {len(loras)}.")
@@ -146,12 +146,12 @@ class Moments:
             )
 
     def tensors(self) -> list[Tensor]:
-        """Every sum, for several processes to average in place."""
+        """Return every sum, for several processes to average in place."""
         parts = [part for m in self.modules.values() for part in (m.core, m.gram, m.cross)]
         return [part for part in parts if part is not None]
 
     def averaged(self, other: "Moments") -> "Moments":
-        """The mean of two calibrations with the same LoRAs."""
+        """Return the mean of two calibrations with the same LoRAs."""
         if (self._leaders(), self.kind, self.marks) != (other._leaders(), other.kind, other.marks):
             raise MergeError("These moments were taken with other LoRAs, or are of another kind.")
         summed = {m: _sum(self.modules[m], other.modules[m]) for m in self.modules}
@@ -177,7 +177,7 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Moments":
-        """Moments from a file.
+        """Read moments from a file.
 
         Raises:
             FileError: The file can't be read, or holds no moments.
@@ -202,14 +202,14 @@ class Moments:
 
 @dataclass(frozen=True)
 class _Same:
-    """A tensor remembered without keeping it: it, and how often it was written to."""
+    """A tensor remembered without keeping it in memory: a weak reference, and how often it was written to."""
 
     tensor: "weakref.ref[Tensor] | None"
     version: int
 
     @classmethod
     def of(cls, x: Tensor) -> "_Same":
-        # Tensors of inference mode don't count what is written to them: they are like no other.
+        # Tensors of inference mode don't count writes, so they are never taken for the same.
         return cls(None, 0) if x.is_inference() else cls(weakref.ref(x), x._version)
 
     def is_(self, x: Tensor) -> bool:
@@ -217,7 +217,7 @@ class _Same:
 
 
 def _patches(x: Tensor, site: Site) -> Tensor:
-    """What each row of ``down`` is multiplied with: the input, or a convolution's patches of it."""
+    """Return what each row of ``down`` is multiplied with: the input, or a convolution's patches of it."""
     if site.convolution is None:
         return x
     return F.unfold(x, site.shape[2:], **site.convolution).movedim(1, -1)

@@ -13,7 +13,7 @@ Penalty = Literal["none", "dot", "absmean", "cos", "columns"]
 
 
 def penalty(kind: Penalty, m: Tensor, cross: Tensor | None = None) -> Tensor:
-    """The penalty of one module, summed over the pairs of LoRAs.
+    """Return the penalty of one module, summed over the pairs of LoRAs.
 
     Args:
         kind: ``dot``: |mᵢ · mⱼ|, the paper's equation 3.  ``absmean``: mean |mᵢ mⱼ|, mkshing's.
@@ -41,7 +41,7 @@ def penalty(kind: Penalty, m: Tensor, cross: Tensor | None = None) -> Tensor:
 
 
 def crossings(up: Tensor, down: Tensor, slices: list[slice]) -> Tensor:
-    """⟨Dᵢ[:,a], Dⱼ[:,a]⟩ of every pair of LoRAs and column a, ``(pairs, in·kh·kw)``, from the factors."""
+    """Return ⟨Dᵢ[:,a], Dⱼ[:,a]⟩ of every pair of LoRAs and column a, ``(pairs, in·kh·kw)``, from the factors."""
     found = [
         column_products(up[:, slices[i]].T @ up[:, slices[j]], down[slices[i]], down[slices[j]])
         for i, j in combinations(range(len(slices)), 2)

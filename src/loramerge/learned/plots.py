@@ -12,7 +12,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def by_block(coefficients: Coefficients) -> dict[str, Array]:
-    """All coefficients of a block below each other, ``(N, columns)``, by component and block."""
+    """Join the coefficients of each block into one array ``(N, columns)``, by component and block."""
     import numpy as np
 
     found: dict[tuple[str, str], list[Array]] = {}
@@ -23,12 +23,12 @@ def by_block(coefficients: Coefficients) -> dict[str, Array]:
 
 
 def check_plot(path: Path) -> None:
-    """Refuse, before anything is shown, a picture that can't be drawn.
+    """Refuse a picture that can't be drawn, before anything is shown.
 
     Raises:
         FileError: The folder doesn't exist.
         MissingExtraError: matplotlib is not installed.
-        OptionError: The path's ending is another.
+        OptionError: The path doesn't end in .png, .svg or .pdf.
     """
     if path.suffix not in SUFFIXES:
         raise OptionError(f"Can't draw to {path}: wanted a path that ends in {', '.join(SUFFIXES)}.")
@@ -39,13 +39,13 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
     """Write the picture.
 
     Args:
-        coefficients: What was learned.
+        coefficients: The learned coefficients.
         path: Ends in .png, .svg or .pdf.
 
     Raises:
         FileError: The path can't be written.
         MissingExtraError: matplotlib is not installed.
-        OptionError: The path's ending is another.
+        OptionError: The path doesn't end in .png, .svg or .pdf.
     """
     import numpy as np
 
@@ -73,9 +73,9 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
 
 
 def span(blocks: dict[str, Array]) -> tuple[float, float]:
-    """Where most coefficients lie, by Tukey's fences; 0 and 1 are in it.
+    """Return the range that holds most coefficients, by Tukey's fences, and 0 and 1.
 
-    A few are far outside: where a column hardly acts, learning leaves its coefficient at anything.
+    A few lie far outside: if a column hardly acts, its coefficient may have any value after learning.
     """
     import numpy as np
 
@@ -85,7 +85,7 @@ def span(blocks: dict[str, Array]) -> tuple[float, float]:
 
 
 def outside(blocks: dict[str, Array], low: float, high: float) -> str:
-    """How many coefficients a picture of this span leaves out, in words."""
+    """Say how many coefficients a picture of this span leaves out."""
     whole = _whole(blocks)
     count = int(((whole < low) | (whole > high)).sum())
     extent = f", from {whole.min():.3g} to {whole.max():.3g}" if count else ""

@@ -1,4 +1,4 @@
-"""How ZipLoRA learns, and the settings that others published."""
+"""Settings of ZipLoRA, and presets with those that others published."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,10 +18,10 @@ Size = Annotated[float, Range(0, open_high=True)]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to learn; `PRESETS` has the published ones.
+    """The settings of a ZipLoRA run; `PRESETS` has the published ones.
 
     Raises:
-        OptionError: A value is unknown, out of range, or of no effect beside the others.
+        OptionError: A value is unknown, out of range, or has no effect with the others.
     """
 
     steps: Annotated[int, Range(0)] = 50
@@ -31,22 +31,22 @@ class Settings:
     init: Init = "lsq"
     """Coefficients to begin with: the closed form, 1 (the sum), or 1/N (the average)."""
     parametrisation: Parametrisation = "column"
-    """What is learned: ``column``: one factor a column.  ``down``: the whole ``down`` factors; the rank is the
-    same.  ``softmax``: one factor a module, Σ mᵢ = 1 by a softmax, as MoLE's gates but for every input alike."""
+    """The learned numbers.  ``column``: one factor per column.  ``down``: the whole ``down`` factors; the rank is the
+    same.  ``softmax``: one factor per module, Σ mᵢ = 1 by a softmax, like MoLE's gates but the same for every input."""
     loss: Loss = "normalised"
     """normalised: Σ wᵢ ‖ε − εᵢ‖² / mean ‖εᵢ − ε_base‖².  norm: Σ wᵢ ‖ε − εᵢ‖₂, the paper's.  mse: the mean square."""
     penalty: Penalty = "none"
     lam: Size = 0.0
     """Weight of the penalty."""
     mean_penalty: bool = True
-    """Whether the penalty is averaged over modules; the paper adds up."""
+    """True averages the penalty over modules; the paper sums it."""
     weight_decay: Size = 0.0
     shared_noise: bool = False
-    """Whether all LoRAs' examples of a step draw the same noise and timestep."""
+    """True gives all LoRAs' examples of a step the same noise and timestep."""
     stop_below: Size = 0.0
-    """Stop once the penalty without its weight is below: the paper stops at 0."""
+    """Stop once the penalty, without its weight, is below this: the paper stops at 0."""
     calibration: Count = 16
-    """Batches of each LoRA for the closed form, and for the normalisation."""
+    """Batches per LoRA for the closed form, and for the normalisation."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -56,8 +56,8 @@ class Settings:
 
     def _of_no_effect(self) -> list[str]:
         return [
-            told
-            for told, so in (
+            message
+            for message, wrong in (
                 ("lam needs a penalty", self.lam and self.penalty == "none"),
                 ("stop_below needs a penalty", self.stop_below and self.penalty == "none"),
                 ("a penalty needs coefficients, not 'down'", self.penalty != "none" and self.parametrisation == "down"),
@@ -66,7 +66,7 @@ class Settings:
                     self.parametrisation == "softmax" and self.init != "mean",
                 ),
             )
-            if so
+            if wrong
         ]
 
 
@@ -90,14 +90,14 @@ PRESETS: Mapping[str, Settings] = {
     "lora.rar": replace(_MKSHING, lr=0.01, penalty="cos"),
     "mkshing": _MKSHING,
 }
-"""``default`` is ours; ``paper`` is equation 3 and appendix A of the paper; ``lora.rar`` is the ZipLoRA
+"""``default`` is loramerge's own; ``paper`` is equation 3 and appendix A of the paper; ``lora.rar`` is the ZipLoRA
 that LoRA.rar compares with, https://arxiv.org/abs/2412.05148; ``mkshing`` is
 https://github.com/mkshing/ziplora-pytorch with the README's learning rate, which moves a coefficient
-by 0.005 at most: it is here to show that it does nothing."""
+by 0.005 at most: it is here to show that this has no effect."""
 
 
 def settings(preset: str = "default", **changes: Any) -> Settings:
-    """A preset with some settings changed.
+    """Return a preset with some settings changed.
 
     Raises:
         OptionError: The preset or a setting is unknown, or a value is out of range.

@@ -17,10 +17,10 @@ from .attach import factors
 from .moments import Moments
 
 ROUNDED = 1e-13
-"""Share of a moment's trace by which float64 may make an eigenvalue negative."""
+"""Size of the negative eigenvalues that float64 rounding may leave, as a share of a moment's trace."""
 
 WRONG = 1e-2
-"""Share of a moment's largest eigenvalue by which no rounding makes another negative."""
+"""Size of a negative eigenvalue that rounding doesn't explain, as a share of a moment's largest."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Problem:
     core: Tensor
     """wᵢ A Cᵢ Aᵀ, ``(N, R, R)``."""
     gram: Tensor | None
-    """Σ Cᵢ, ``(n, n)``; only with all weights one."""
+    """Σ Cᵢ, ``(n, n)``; only if all weights are 1."""
     cross: Tensor | None
     """Aᵢ Cᵢ, ``(R, n)``, each row with its own LoRA's moments."""
     noise: float = 0.0
-    """Rounding of Σ Cᵢ, as a share of its trace."""
+    """Rounding error of Σ Cᵢ, as a share of its trace."""
 
     @property
     def least_ridge(self) -> float:
-        """The ridge below which rounding would decide, relative to the mean of Σ Cᵢ's diagonal."""
+        """The ridge below which rounding would decide the result, relative to the mean of Σ Cᵢ's diagonal."""
         return self.noise * self.down.shape[1]
 
     @property
@@ -53,19 +53,19 @@ class Problem:
         return self.up.T @ self.up
 
     def own(self, i: int) -> Tensor:
-        """The diagonal of the projection onto LoRA i's rows, ``(R,)``."""
+        """Return the diagonal of the projection onto LoRA i's rows, ``(R,)``."""
         mask = self.down.new_zeros(self.down.shape[0])
         mask[self.slices[i]] = 1.0
         return mask
 
     def loss(self, down: Tensor) -> float:
-        """J of ``up @ down`` without the ridge, where the moments allow it.
+        """Return J of ``up @ down`` without the ridge.
 
         Args:
             down: V, ``(R, n)``.
 
         Raises:
-            MergeError: The moments are of the kind ``core``, which only know V = K A.
+            MergeError: The moments are of the kind ``core``, which are only enough for V = K A.
         """
         if self.gram is None or self.cross is None:
             raise MergeError("the loss of any down factor needs moments of the kind 'gram'.")
@@ -74,7 +74,7 @@ class Problem:
         return float((g * (down @ self.gram @ down.T)).sum() - 2 * ((g @ self.cross) * down).sum()) + constant
 
     def core_loss(self, k: Tensor) -> float:
-        """J of ``up @ k @ down``, ``k`` of shape ``(R, R)``, without the ridge."""
+        """Return J of ``up @ k @ down``, ``k`` of shape ``(R, R)``, without the ridge."""
         total = 0.0
         for i, moment in enumerate(self.core):
             rest = k - torch.diag(self.own(i))
@@ -83,13 +83,13 @@ class Problem:
 
 
 def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Sequence[float] | None = None) -> Problem:
-    """One module's least-squares problem.
+    """Pose one module's least-squares problem.
 
     Args:
         loras: The LoRAs that were calibrated, in the same order.
         module: The module's name.
-        moments: What the calibration found.
-        weights: How much each LoRA's error counts.
+        moments: The result of calibration.
+        weights: Weight of each LoRA's error; 1 by default.
 
     Raises:
         MergeError: The moments are of other LoRAs.
@@ -108,7 +108,7 @@ def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Seque
             f"{module}: its inputs were NaN or infinite during calibration. Way out: float32 or bfloat16."
         )
     shares = core.new_tensor(list(weights or [1.0] * len(loras)))
-    alike = bool((shares == 1.0).all())  # the sums over all LoRAs can't be weighted afterwards
+    alike = bool((shares == 1.0).all())  # sums over all LoRAs can't be weighted afterwards
     down = torch.cat([down for _, down in pairs.values()], 0).to(device).double()
     with named(module):
         core = positive(core, down)
@@ -124,10 +124,10 @@ def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Seque
 
 
 def positive(core: Tensor, down: Tensor) -> Tensor:
-    """Moments A Cᵢ Aᵀ, ``(N, R, R)``, without what rounding made of directions that no input shows.
+    """Remove rounding errors from moments A Cᵢ Aᵀ, ``(N, R, R)``, so that none has a negative eigenvalue.
 
-    A direction in which the rows of A cancel nearly has moments that float32 can't tell from zero, or
-    from below zero: what is no larger than the lowest eigenvalue's size is rounding.
+    In a direction in which the rows of A nearly cancel, float32 can't tell the moments from zero, or from
+    less: eigenvalues up to the size of the lowest, negative one are rounding, and become 0.
 
     Args:
         core: The moments.
@@ -156,14 +156,14 @@ def _positive(moment: Tensor) -> Tensor:
 
 
 def layer_system(p: Problem) -> tuple[Tensor, Tensor]:
-    """H and b of one factor a LoRA: Hⱼₖ = ⟨BⱼᵀBₖ, Aⱼ C Aₖᵀ⟩, bⱼ = Σᵢ ⟨BⱼᵀBᵢ, Aⱼ Cᵢ Aᵢᵀ⟩."""
+    """Return H and b for one factor per LoRA: Hⱼₖ = ⟨BⱼᵀBₖ, Aⱼ C Aₖᵀ⟩, bⱼ = Σᵢ ⟨BⱼᵀBᵢ, Aⱼ Cᵢ Aᵢᵀ⟩."""
     h, b = rank_system(p)
     pick = torch.stack([p.own(i) for i in range(len(p.slices))])
     return pick @ h @ pick.T, pick @ b
 
 
 def rank_system(p: Problem) -> tuple[Tensor, Tensor]:
-    """H and b of one factor a rank: H = (BᵀB) ∘ (A C Aᵀ), b = Σᵢ ((BᵀBᵢ) ∘ (A Cᵢ Aᵢᵀ)) 1."""
+    """Return H and b for one factor per rank: H = (BᵀB) ∘ (A C Aᵀ), b = Σᵢ ((BᵀBᵢ) ∘ (A Cᵢ Aᵢᵀ)) 1."""
     g = p.gram_up
     h = g * p.core.sum(0)
     b = sum(((g * moment) @ p.own(i) for i, moment in enumerate(p.core)), g.new_zeros(g.shape[0]))
@@ -171,7 +171,7 @@ def rank_system(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def column_system(p: Problem) -> tuple[Tensor, Tensor]:
-    """H ``(N n, N n)`` and b ``(N n,)`` of one factor a LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
+    """Return H ``(N n, N n)`` and b ``(N n,)`` for one factor per LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
     if p.gram is None:
         raise MergeError("the granularity column needs moments of the kind 'gram'.")
     g = p.gram_up
@@ -180,7 +180,7 @@ def column_system(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def column_target(p: Problem) -> Tensor:
-    """b, ``(N, n)``: bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
+    """Return b, ``(N, n)``: bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
     if p.cross is None:
         raise MergeError("the granularity column needs moments of the kind 'gram'.")
     response = p.gram_up @ p.cross
@@ -188,11 +188,11 @@ def column_target(p: Problem) -> Tensor:
 
 
 def row_lengths(rows: Tensor) -> Tensor:
-    """The lengths of rows, 1 for rows of zeros."""
+    """Return the lengths of rows, 1 for rows of zeros."""
     found = torch.linalg.vector_norm(rows, dim=1)
     return found.where(found > 0, 1.0)
 
 
 def eye_like(like: Tensor) -> Tensor:
-    """The identity in the size, dtype and place of a square matrix."""
+    """Return the identity in the size, dtype and device of a square matrix."""
     return torch.eye(len(like), dtype=like.dtype, device=like.device)

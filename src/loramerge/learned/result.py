@@ -1,4 +1,4 @@
-"""The LoRA that a learned merge ends in."""
+"""The LoRA that a learned merge results in."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from ..merging.verbs import plan
 
 
 def plan_sum(loras: Sequence[LoRA]) -> Plan:
-    """The plain sum of the LoRAs, which says early whether they can be merged at all.
+    """Plan the plain sum of the LoRAs, which fails early if they can't be merged at all.
 
     Raises:
         MergeError: Families or shapes differ, or a layer has no low-rank form.
@@ -30,14 +30,14 @@ def assemble(
     options: Mapping[str, Any],
     identity: Mapping[str, Any],
 ) -> LoRA:
-    """The plain sum, with the factors of some modules replaced by what was learned.
+    """Return the plain sum with the learned factors in place of some modules' own.
 
     Args:
         planned: The plain sum.
         learned: ``up`` ``(out, r)`` and ``down`` ``(r, in·kh·kw)`` by module.
-        method: What the file's recipe calls the way of learning, a key of `provenance.LEARNED`.
+        method: Name of the way of learning in the file's recipe, a key of `provenance.LEARNED`.
         options: Its settings.
-        identity: What it was learned on: the base model, the data.
+        identity: The base model and the data that it was learned on.
     """
 
     def layer(module: str) -> Any:

@@ -1,4 +1,4 @@
-"""Weights by a score: any number that says how good a merged LoRA is, without gradients.
+"""Search for weights by a score, without gradients: any number that says how good a merged LoRA is.
 
 The score may generate images and compare them with references.  Huang et al., 2023, LoRAHub,
 https://arxiv.org/abs/2307.13269, look for weights the same way: within bounds, with a price on
@@ -20,7 +20,7 @@ from ..merging.verbs import merge
 
 Per = Literal["lora", "component", "block"]
 Found = tuple[float, ...] | tuple[dict[str, float], ...]
-"""Weights as `merge` takes them: a number a LoRA, or a table of components or blocks."""
+"""Weights as `merge` takes them: per LoRA a number, or a table of components or blocks."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class SearchStep:
     weights: Found
     score: float
     best: float
-    """The best score less its price so far."""
+    """The highest score minus price so far."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class SearchResult:
     """The best weights that were tried."""
 
     weights: Found
-    """To give to `merge`."""
+    """As `merge` takes them."""
     score: float
-    """The score of that merge, the price of the weights not taken off."""
+    """The score of that merge, before the price of the weights is subtracted."""
     history: tuple[SearchStep, ...]
 
 
@@ -58,17 +58,17 @@ def search_weights(
     per: Per = "lora",
     on_step: Callable[[SearchStep], bool | None] | None = None,
 ) -> SearchResult:
-    """The weights whose merge has the highest score, less ``l1`` · mean |w|.
+    """Search for the weights whose merge has the highest score minus ``l1`` · mean |w|.
 
     Args:
-        loras: What is merged, by the exact weighted sum.
-        score: How good a merged LoRA is: the higher, the better.
+        loras: The LoRAs to merge, by the exact weighted sum.
+        score: Rates a merged LoRA: the higher, the better.
         bounds: The smallest and the largest weight.
-        start: One weight a LoRA, which is tried first; 1/N each by default.
+        start: One weight per LoRA, tried first; 1/N each by default.
         steps: How many merges are tried, at least 1.
         l1: Price of the mean size of the weights, from 0.
-        seed: Of the search; the same seed and the same scores give the same result.
-        per: What gets a weight of its own: each ``lora``, or each ``component`` or ``block`` of each.
+        seed: Seed of the search; the same seed and the same scores give the same result.
+        per: What gets a weight of its own: each ``lora``, or each ``component`` or ``block`` of each LoRA.
         on_step: Called after every merge that was tried; False stops the search.
 
     Raises:
@@ -93,7 +93,7 @@ def search_weights(
 
 @dataclass
 class _Search:
-    """The merges that were tried, and whether any is left to try."""
+    """The state of a search: the merges tried so far, and whether it is over."""
 
     loras: Sequence[LoRA]
     score: Callable[[LoRA], float]
@@ -103,7 +103,7 @@ class _Search:
     on_step: Callable[[SearchStep], bool | None] | None
     history: list[SearchStep] = field(default_factory=list)
     gains: list[float] = field(default_factory=list)
-    """Of each step: the score less the price of its weights."""
+    """The score of each step minus the price of its weights."""
     over: bool = False
 
     @property
@@ -112,7 +112,7 @@ class _Search:
         return self.history[self.gains.index(max(self.gains))]
 
     def tried(self, vectors: Sequence[Any]) -> list[float]:
-        """What the optimiser has to make small, of each vector in turn until the search is over."""
+        """Try each vector until the search is over; return the losses for the optimiser to minimise."""
         losses = []
         for vector in vectors:
             losses.append(-self._gain(vector))
@@ -137,14 +137,14 @@ def _checked(bounds: tuple[float, float], steps: int, l1: float, per: str) -> tu
         raise OptionError(f"Unknown per {per!r}. Available: {', '.join(get_args(Per))}.")
     low, high = bounds
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise OptionError(f"The bounds are two finite numbers, the smaller first; got {bounds}.")
+        raise OptionError(f"The bounds must be two finite numbers, the smaller first; got {bounds}.")
     if steps < 1 or not 0 <= l1 < math.inf:
-        raise OptionError(f"steps is a number from 1, l1 from 0; got {steps} and {l1}.")
+        raise OptionError(f"steps must be a number from 1, and l1 one from 0; got {steps} and {l1}.")
     return low, high
 
 
 def _names(lora: LoRA, per: Per) -> list[str]:
-    """The patterns of a LoRA's parts that get a weight each."""
+    """Return the patterns of a LoRA's parts that get a weight each."""
     if per == "lora":
         return ["*"]
     if per == "component":
@@ -157,7 +157,7 @@ def _begin(names: Sequence[Sequence[str]], start: Sequence[float] | None, low: f
         raise OptionError("Nothing to merge: give at least one LoRA.")
     given = [min(max(1.0 / len(names), low), high)] * len(names) if start is None else [float(w) for w in start]
     if len(given) != len(names) or not all(low <= weight <= high for weight in given):
-        raise OptionError(f"start is one weight a LoRA, {len(names)} in [{low:g}, {high:g}]; got {given}.")
+        raise OptionError(f"start must be one weight per LoRA, {len(names)} in [{low:g}, {high:g}]; got {given}.")
     return np.repeat(given, [len(parts) for parts in names])
 
 
@@ -174,7 +174,7 @@ def _optimizer(begin: Any, low: float, high: float, seed: int) -> Any:
     random = np.random.default_rng(seed)
     options = {
         "bounds": [low, high],
-        "maxstd_boundrange": math.inf,  # cma 4.5.0 fails where it would enforce it
+        "maxstd_boundrange": math.inf,  # cma 4.5.0 fails when it enforces a finite one
         "randn": lambda *shape: random.standard_normal(shape),
         "seed": math.nan,  # leaves numpy's global generator alone
         "verbose": -9,

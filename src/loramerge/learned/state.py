@@ -1,4 +1,4 @@
-"""The state of learning in a file: what a run needs to go on to the same bits."""
+"""The state of learning in a file: all that a run needs to go on and get the same bits."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ KEY = "loramerge.state"
 
 @dataclass(frozen=True)
 class State:
-    """Where a run was."""
+    """A saved state of a run."""
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -31,7 +31,7 @@ class State:
     scales: list[float]
 
     def restore(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
-        """Bring an optimiser and a generator to where they were."""
+        """Set an optimiser and a generator to the saved state."""
         generator.set_state(self.generator)
         for parameter, (first, second) in zip(
             (p for group in optimizer.param_groups for p in group["params"]), self.moments.values(), strict=True
@@ -55,7 +55,7 @@ def save_state(
     """Write the state: whole, or not at all."""
     held: dict[str, Tensor] = {"generator": generator.get_state()}
     for name, parameter in parameters.items():
-        # Before the first step, and for a module that the loss does not depend on, Adam has no means.
+        # Adam has no means before the first step, and of a module that the loss doesn't depend on.
         adam = optimizer.state.get(parameter, {})
         zeros = torch.zeros_like(parameter)
         held |= {
@@ -69,11 +69,11 @@ def save_state(
 
 
 def resumed(checkpoint: Path | None, identity: Mapping[str, Any], steps: int) -> State | None:
-    """The state to go on from; None where a run begins.
+    """Return the state to go on from; None if the run begins anew.
 
     Raises:
         FileError: The checkpoint can't be read, or holds no state.
-        OptionError: It is the state of another run, or past the steps.
+        OptionError: It is the state of another run, or past the last step.
     """
     state = load_state(checkpoint, identity) if checkpoint and checkpoint.exists() else None
     if state and state.step > steps:
@@ -128,11 +128,11 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State:
 
 
 def group_of(name: str, tensors: Mapping[str, Tensor]) -> Group:
-    """Tensors as they are written together."""
+    """Return tensors as a group to write together."""
     held = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     return Group(name, {key: Spec(tuple(t.shape), code(t)) for key, t in held.items()}, lambda: held)
 
 
 def tensor(file: SafetensorsFile, key: str) -> Tensor:
-    """A tensor of a file, as torch's own."""
+    """Read a tensor of a file into a torch tensor of its own."""
     return torch.from_numpy(file[key].read().copy())

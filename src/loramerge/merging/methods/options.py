@@ -117,7 +117,8 @@ def _option(parameter: inspect.Parameter, function: Callable[..., Any]) -> Optio
 def misfits(settings: Any) -> list[str]:
     """Say which fields of a dataclass have values that their annotations don't allow, one phrase per field.
 
-    Checked are fields annotated by a Literal of texts or by an Annotated number with a Range, with or without ``| None``.
+    Only fields annotated by a Literal of texts or by an Annotated number with a Range are checked; None is allowed if
+    the annotation ends in ``| None``.
     """
     wrong = []
     for name, annotation in get_type_hints(type(settings), include_extras=True).items():

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .storage.writer import Progress
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Origin:
     """The tensors that a LoRA was read from, under their own keys."""
 
@@ -44,6 +45,13 @@ class Origin:
     """The file's or directory's name, or ``hf://org/repo@revision``; None for a state dict."""
     forced: Mapping[str, str] = field(default_factory=dict)
     """The architecture and the dialect, where they were given and not told from the keys."""
+    reader: "_Reader"
+    """Builds the layers from the tensors."""
+
+    def held(self) -> "Origin":
+        """The same with every tensor in memory."""
+        tensors = {key: Held(tensor.read()) for key, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, reader=self.reader.of(tensors))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -232,19 +240,22 @@ class LoRA(Mapping[str, Layer]):
         """
         if isinstance(self.metadata, Awaited):
             self.metadata.begin()
+        origin = self.origin.held() if self.origin and self.as_read else None
+        # Layers of what was read share its tensors, which stay for a copy that is the same in every byte.
+        compute = origin.reader.layer if origin and self.compute else self.__getitem__
         layouts: dict[str, Layer] = {}
-        for done, (module, layer) in enumerate(self.items(), start=1):
-            layouts[module] = layer
+        for done, module in enumerate(self, start=1):
+            layouts[module] = compute(module)
             if progress:
                 progress(done, len(self))
-        same = self.as_read
+        tensors = origin.tensors if origin else self.extras
         return replace(
             self,
             layouts=layouts,
             compute=None,
             metadata=dict(self.metadata),
-            extras={key: Held(tensor.read()) for key, tensor in self.extras.items()},
-            origin=replace(self.origin, layouts=layouts) if self.origin and same else None,
+            extras={key: Held(tensors[key].read()) for key in self.extras},
+            origin=replace(origin, layouts=layouts) if origin else None,
         )
 
     def state_dict(self, dialect: str | None = None, dtype: str | None = None) -> dict[str, "torch.Tensor"]:
@@ -369,7 +380,14 @@ def from_tensors(
         about={component: fields.about(config) for component, config in scales.items()},
         notes=tuple(said),
         made_of=sum(nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()),
-        origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
+        origin=Origin(
+            tensors=tensors,
+            dialect=reading.dialect.name,
+            config=dict(config or {}),
+            scales_beside=beside,
+            layouts=layouts,
+            reader=reader,
+        ),
     )
 
 
@@ -420,6 +438,12 @@ class _Reader:
         self._recent: dict[str, Layer] = {}
         self._layouts: dict[str, Layer] = {}
         self._alphas: dict[str, float | None] = {}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> "_Reader":
+        """A reader of the same records from other tensors with the same keys."""
+        found = copy(self)
+        found.tensors, found._recent = tensors, {}
+        return found
 
     def whole(self, stem: str) -> Layer:
         """The layer of a stem; a fused one is asked for once a part, so the last few are kept."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 from ..errors import FileError, OptionError, first_line
-from ..tensors import Array, Held, Stored, Tensor, is_known
+from ..tensors import Array, Held, Tensor, is_known
 from .architectures.names import COMPONENTS
 from .lora import LoRA, from_tensors
 from .storage.pickles import PICKLES, pickled
@@ -156,20 +156,8 @@ def load(
         adapter=adapter,
         allow_pickle=allow_pickle,
     ) as lora:
-        if isinstance(source, Mapping) or lora.origin is None:
-            return lora.in_memory()
-        held = {key: Held(t.read()) if isinstance(t, Stored) else t for key, t in lora.origin.tensors.items()}
-        loaded = from_tensors(
-            held,
-            lora.metadata,
-            lora.name,
-            config=lora.origin.config,
-            architecture=lora.architecture,
-            dialect=dialect,
-        )
-        assert loaded.origin
-        origin = replace(loaded.origin, source=lora.origin.source, forced=lora.origin.forced)
-        return replace(loaded, notes=lora.notes, origin=origin).in_memory()
+        found = lora.in_memory()
+        return found if isinstance(source, Mapping) else replace(found, alike=())
 
 
 def _held(key: str, value: Any) -> Held:

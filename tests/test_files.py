@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +29,7 @@ from listings import config, filled, listing
 from loramerge.files.hub import parse
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
+from still_open import on_linux, still_open
 
 SMALL_LISTINGS = [
     "flux_xlabs",
@@ -133,6 +134,49 @@ def test_a_closed_file_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(lm.errors.FileError, match="is closed"):
         lora[MODULES["sdxl"][0]]
+
+
+def in_folders(folder: Path) -> Path:
+    """PEFT's directory with an adapter for the denoiser and one for a text encoder."""
+    return lm.save(small(), folder / "peft", dialect="peft")
+
+
+def of_several(folder: Path) -> Path:
+    """A file with two adapters in its keys."""
+    tensors = safetensors.numpy.load_file(lm.save(small(), folder / "a", dialect="peft") / "adapter_model.safetensors")
+    named = {key.replace(".weight", f".{name}.weight"): t for key, t in tensors.items() for name in ("one", "two")}
+    safetensors.numpy.save_file(named, folder / "adapters.safetensors")
+    return folder / "adapters.safetensors"
+
+
+@on_linux
+@pytest.mark.parametrize("make", [in_folders, of_several])
+def test_every_file_of_a_lora_is_closed_with_it(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = make(tmp_path)
+    adapter = "one" if path.is_file() else None
+
+    loaded = lm.load(path, adapter=adapter)
+    assert still_open(tmp_path) == []
+
+    with lm.open(path, adapter=adapter) as lora:
+        assert still_open(tmp_path) != []
+    assert still_open(tmp_path) == []
+    assert loaded.keys() == lora.keys()
+
+
+@on_linux
+def test_a_file_that_is_refused_is_closed(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "a.safetensors")
+    (in_folders(tmp_path) / "text_encoder/adapter_config.json").write_text("[]")
+
+    with pytest.raises(lm.errors.NotALoRAError) as first:
+        lm.open(tmp_path / "a.safetensors")
+    with pytest.raises(lm.errors.FileError) as second:
+        lm.load(tmp_path / "peft")
+
+    assert first.tb
+    assert second.tb
+    assert still_open(tmp_path) == []
 
 
 def test_a_loaded_lora_needs_its_file_no_more(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import math
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -162,13 +163,31 @@ def plan_extraction(
         FileError: A model can't be read.
     """
     _check_rank(rank)
-    first, second = (m if isinstance(m, Checkpoint) else open_checkpoint(m, variant=variant) for m in (tuned, base))
-    modules = _common(first, second)
-    given = _checked_ranks(ranks or {}, modules)
+    with ExitStack() as opened:
+        first, second = (
+            m if isinstance(m, Checkpoint) else opened.enter_context(open_checkpoint(m, variant=variant))
+            for m in (tuned, base)
+        )
+        found = _planned(first, second, rank, ranks or {}, dtype, progress)
+        opened.pop_all()  # the extraction reads on
+    return found
+
+
+def _planned(
+    tuned: Checkpoint,
+    base: Checkpoint,
+    rank: Rank,
+    ranks: Mapping[str, int],
+    dtype: str | None,
+    progress: Progress | None,
+) -> Extraction:
+    """Compare two open models tensor by tensor."""
+    modules = _common(tuned, base)
+    given = _checked_ranks(ranks, modules)
     found: dict[str, int] = {}
     lost: list[NotHeld] = []
     rounded: list[str] = []
-    tensors = list(_tensors(first, second, modules))
+    tensors = list(_tensors(tuned, base, modules))
     for done, tensor in enumerate(tensors, start=1):
         delta = tensor.difference()
         if delta.any() and tensor.rounded_only:
@@ -181,16 +200,16 @@ def plan_extraction(
             progress(done, len(tensors))
     if not found:
         only = ", but for the rounding to another dtype" if rounded else ""
-        raise MergeError(f"{first.name} and {second.name} differ in no weight that a LoRA can hold{only}.")
-    codes = [first[module].dtype for module in found]
+        raise MergeError(f"{tuned.name} and {base.name} differ in no weight that a LoRA can hold{only}.")
+    codes = [tuned[module].dtype for module in found]
     return Extraction(
-        tuned=first,
-        base=second,
+        tuned=tuned,
+        base=base,
         ranks=found,
         dtype=parse_dtype(dtype) if dtype else computed([code for code in codes if code in FLOATS]),
         rank=rank,
         not_held=tuple(lost),
-        notes=_notes(first, second, found, rounded),
+        notes=_notes(tuned, base, found, rounded),
     )
 
 
@@ -228,7 +247,12 @@ def extract(
         NumberError: A weight is NaN or infinite.
     """
     planned = plan_extraction(tuned, base, rank=rank, ranks=ranks, dtype=dtype, variant=variant)
-    return planned.lora().in_memory()
+    try:
+        return planned.lora().in_memory()
+    finally:
+        for given, model in ((tuned, planned.tuned), (base, planned.base)):
+            if model is not given:
+                model.close()
 
 
 def difference(tuned: Checkpoint, base: Checkpoint, module: str) -> Array:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError, LoRAMergeError, MergeError
+from ..errors import FileError, MergeError
 from ..files.architectures import ARCHITECTURES, Architecture, openclip
 from ..files.architectures.names import COMPONENTS, Part, Parts, whole
 from ..files.storage import digests
@@ -191,7 +191,7 @@ def open_checkpoint(path: str | Path, *, architecture: str | None = None, varian
         for file in found:
             files[file] = SafetensorsFile(file)
         return _recognised(root, files, found, architecture)
-    except LoRAMergeError:
+    except BaseException:
         for opened in files.values():
             opened.close()
         raise

@@ -45,13 +45,15 @@ class Origin:
     """The file's or directory's name, or ``hf://org/repo@revision``; None for a state dict."""
     forced: Mapping[str, str] = field(default_factory=dict)
     """The architecture and the dialect, where they were given and not told from the keys."""
-    reader: "_Reader"
-    """Builds the layers from the tensors."""
+    files: tuple[SafetensorsFile, ...] = ()
+    """The open files that the tensors are read from."""
+    reader: "_Reader | None" = None
+    """Builds the layers from the tensors; None once they are built."""
 
     def held(self) -> "Origin":
         """The same with every tensor in memory."""
         tensors = {key: Held(tensor.read()) for key, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, reader=self.reader.of(tensors))
+        return replace(self, tensors=tensors, files=(), reader=self.reader and self.reader.of(tensors))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -127,9 +129,9 @@ class LoRA(Mapping[str, Layer]):
         self.close()
 
     def close(self) -> None:
-        """Let go of the file, if one is open."""
-        if self.origin and isinstance(self.origin.tensors, SafetensorsFile):
-            self.origin.tensors.close()
+        """Close the files that layers are read from, if any are open."""
+        for file in self.origin.files if self.origin else ():
+            file.close()
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -242,7 +244,7 @@ class LoRA(Mapping[str, Layer]):
             self.metadata.begin()
         origin = self.origin.held() if self.origin and self.as_read else None
         # Layers of what was read share its tensors, which stay for a copy that is the same in every byte.
-        compute = origin.reader.layer if origin and self.compute else self.__getitem__
+        compute = origin.reader.layer if origin and origin.reader else self.__getitem__
         layouts: dict[str, Layer] = {}
         for done, module in enumerate(self, start=1):
             layouts[module] = compute(module)
@@ -255,7 +257,7 @@ class LoRA(Mapping[str, Layer]):
             compute=None,
             metadata=dict(self.metadata),
             extras={key: Held(tensors[key].read()) for key in self.extras},
-            origin=replace(origin, layouts=layouts) if origin else None,
+            origin=replace(origin, layouts=layouts, reader=None) if origin else None,
         )
 
     def state_dict(self, dialect: str | None = None, dtype: str | None = None) -> dict[str, "torch.Tensor"]:
@@ -338,6 +340,7 @@ def from_tensors(
     dialect: str | None = None,
     adapter: str | None = None,
     notes: Sequence[str] = (),
+    files: Sequence[SafetensorsFile] = (),
 ) -> LoRA:
     """The LoRA that tensors, under the keys of any dialect, mean.
 
@@ -350,6 +353,7 @@ def from_tensors(
         dialect: Name of the dialect, where the keys leave it open.
         adapter: Which of several adapters in the keys.
         notes: What was unusual about the file.
+        files: The open files that stored tensors are read from, which the LoRA's `close` closes.
 
     Raises:
         NotALoRAError: No layer is among the keys, or several adapters are.
@@ -386,6 +390,7 @@ def from_tensors(
             config=dict(config or {}),
             scales_beside=beside,
             layouts=layouts,
+            files=tuple(files),
             reader=reader,
         ),
     )

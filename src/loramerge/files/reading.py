@@ -76,9 +76,15 @@ def open(
         return from_tensors(held, metadata or {}, "state dict", **options)
     if not isinstance(source, str | os.PathLike):
         stored = SafetensorsFile(IN_MEMORY, _bytes_of(source))
-        return from_tensors(stored, stored.metadata, IN_MEMORY, **options)
+        return from_tensors(stored, stored.metadata, IN_MEMORY, files=(stored,), **options)
     path, name = _found(source)
-    lora = _open_path(path, options, allow_pickle)
+    files: list[SafetensorsFile] = []
+    try:
+        lora = _open_path(path, options, allow_pickle, files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
     return _from(name, lora, architecture=architecture, dialect=dialect, adapter=adapter)
 
 
@@ -109,21 +115,25 @@ def _from(name: str, lora: LoRA, **forced: str | None) -> LoRA:
     return replace(lora, origin=replace(lora.origin, source=name, forced=given))
 
 
-def _open_path(path: str, options: dict[str, Any], allow_pickle: bool) -> LoRA:
+def _open_path(path: str, options: dict[str, Any], allow_pickle: bool, files: list[SafetensorsFile]) -> LoRA:
+    """Open a file or a directory, and list the files that are open from then on."""
     if os.path.isdir(path):
-        return _open_folder(path, options, allow_pickle)
-    tensors, metadata, notes = _tensors(path, allow_pickle)
+        return _open_folder(path, options, allow_pickle, files)
+    tensors, metadata, notes = _tensors(path, allow_pickle, files)
     if "config" not in options and any("base_model.model." in key for key in tensors):
         options["config"] = _config_beside(path)
-    return from_tensors(tensors, metadata, os.path.basename(path), notes=notes, **options)
+    return from_tensors(tensors, metadata, os.path.basename(path), notes=notes, files=files, **options)
 
 
-def _tensors(path: str, allow_pickle: bool) -> tuple[Mapping[str, Tensor], Mapping[str, str], list[str]]:
-    """What a file holds: its tensors, the strings in its header, and what is unusual about it."""
+def _tensors(
+    path: str, allow_pickle: bool, files: list[SafetensorsFile]
+) -> tuple[Mapping[str, Tensor], Mapping[str, str], list[str]]:
+    """Return a file's tensors, the strings in its header, and notes on anything unusual."""
     if path.endswith(PICKLES):
         tensors, inside = pickled(path, allow_pickle)
         return tensors, {}, [f"the tensors of its dictionary {inside!r}"] if inside else []
     file = SafetensorsFile(path)
+    files.append(file)
     return file, file.metadata, []
 
 
@@ -216,7 +226,9 @@ def _near(path: str) -> str:
     return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
-def _open_folder(folder: "str | Path", options: dict[str, Any], allow_pickle: bool) -> LoRA:
+def _open_folder(
+    folder: "str | Path", options: dict[str, Any], allow_pickle: bool, files: list[SafetensorsFile]
+) -> LoRA:
     from pathlib import Path
 
     from .hub import WEIGHTS, choose
@@ -230,21 +242,21 @@ def _open_folder(folder: "str | Path", options: dict[str, Any], allow_pickle: bo
         names = [entry.name for entry in entries if entry.suffix == ".safetensors"]
         names = names or [entry.name for entry in entries if entry.suffix in PICKLES and not others]
         if len(others) == 1 and not names:
-            return _open_folder(others[0].parent, options, allow_pickle)
+            return _open_folder(others[0].parent, options, allow_pickle, files)
         if others and not set(WEIGHTS) & set(names):
             listed = [*(str(other.parent) for other in others), *(str(path / name) for name in names)]
             raise FileError(f"{path} holds {len(listed)} adapters; name one: {', '.join(listed)}.")
-        return _open_path(str(path / choose(names, str(path))), options, allow_pickle)
+        return _open_path(str(path / choose(names, str(path))), options, allow_pickle, files)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, Any] = {}
     for folder, file in adapters.items():
         prefix = "" if folder == path else f"{folder.name}/"
-        held, strings, _ = _tensors(str(file), allow_pickle)
+        held, strings, _ = _tensors(str(file), allow_pickle, files)
         tensors |= {prefix + key: tensor for key, tensor in held.items()}
         metadata |= strings
         config |= {folder.name if prefix else "": _config(folder / PEFT_CONFIG)}
-    return from_tensors(tensors, metadata, path.name, **{"config": config, **options})
+    return from_tensors(tensors, metadata, path.name, files=files, **{"config": config, **options})
 
 
 def _adapter_in(folder: "Path") -> "Path | None":

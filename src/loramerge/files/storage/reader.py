@@ -55,7 +55,7 @@ class SafetensorsFile(dict[str, Stored]):
         self._fd = -1 if data is not None else open_regular(path)
         try:
             self.metadata, tensors, self._start, self._size = self._header()
-        except FileError:
+        except BaseException:
             self.close()
             raise
         self.update(tensors)
@@ -67,6 +67,7 @@ class SafetensorsFile(dict[str, Stored]):
         return SafetensorsFile, (self.path, self._data)
 
     def close(self) -> None:
+        """Close the file; reading a tensor is an error from then on."""
         self._data = None
         if self._fd >= 0:
             os.close(self._fd)

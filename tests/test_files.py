@@ -179,6 +179,14 @@ def test_a_file_that_is_refused_is_closed(tmp_path: Path) -> None:
     assert still_open(tmp_path) == []
 
 
+def test_a_loaded_lora_may_be_for_every_family_that_an_opened_one_may(tmp_path: Path) -> None:
+    name = "sdxl_lycoris_locon_tucker"
+    safetensors.numpy.save_file(filled(name), tmp_path / "a.safetensors", listing(name).get("metadata"))
+
+    with lm.open(tmp_path / "a.safetensors") as lora:
+        assert lm.load(tmp_path / "a.safetensors").families == lora.families == ("sdxl", "kolors")
+
+
 def test_a_loaded_lora_needs_its_file_no_more(tmp_path: Path) -> None:
     path = lm.save(small(), tmp_path / "a.safetensors", dialect="diffusers")
     lora = lm.load(path)

@@ -166,8 +166,7 @@ def load(
         adapter=adapter,
         allow_pickle=allow_pickle,
     ) as lora:
-        found = lora.in_memory()
-        return found if isinstance(source, Mapping) else replace(found, alike=())
+        return lora.in_memory()
 
 
 def _held(key: str, value: Any) -> Held:

@@ -26,7 +26,7 @@ import torch
 
 import loramerge as lm
 from listings import config, filled, listing
-from loramerge.files.hub import parse
+from loramerge.files.hub import Reference, parse
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
 from still_open import on_linux, still_open
@@ -350,6 +350,18 @@ def test_a_directory_with_several_files_asks_which(tmp_path: Path) -> None:
         ("someone/lora/a.safetensors", ("someone/lora", "a.safetensors", None)),
         ("hf://someone/lora@v1.0", ("someone/lora", None, "v1.0")),
         ("hf://someone/lora/sub/a.safetensors@refs/pr/1", ("someone/lora", "sub/a.safetensors", "refs/pr/1")),
+        ("someone/lora@v2/a.safetensors", ("someone/lora", "a.safetensors", "v2")),
+        ("hf://someone/lora@v2/sub/a.safetensors", ("someone/lora", "sub/a.safetensors", "v2")),
+        ("hf://models/someone/lora@v2/a.safetensors", ("someone/lora", "a.safetensors", "v2")),
+        ("hf://someone/lora@refs/pr/1", ("someone/lora", None, "refs/pr/1")),
+        ("hf://someone/lora@refs/pr/1/sub/a.safetensors", ("someone/lora", "sub/a.safetensors", "refs/pr/1")),
+        (
+            "hf://someone/lora@refs/convert/bf16-v2/a.safetensors",
+            ("someone/lora", "a.safetensors", "refs/convert/bf16-v2"),
+        ),
+        ("hf://someone/lora@new%2Fstyle/a.safetensors", ("someone/lora", "a.safetensors", "new/style")),
+        ("hf://someone/lora@v2/a@0.7.safetensors", ("someone/lora", "a@0.7.safetensors", "v2")),
+        ("someone/lora/a.safetensors@new/style", ("someone/lora", "a.safetensors", "new/style")),
         ("../lora/a.safetensors", None),
         ("/home/lora", None),
         ("lora", None),
@@ -357,6 +369,25 @@ def test_a_directory_with_several_files_asks_which(tmp_path: Path) -> None:
 )
 def test_hub_names_are_parsed(text: str, reference: tuple[str, str | None, str | None] | None) -> None:
     assert parse(text) == reference
+
+
+@pytest.mark.parametrize("file", [None, "a.safetensors", "sub/a.safetensors", "a@0.7.safetensors"])
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "refs/pr/1", "new/style", "0123abcd"])
+def test_a_name_on_the_hub_is_read_back(file: str | None, revision: str | None) -> None:
+    if file is None or "@" not in file or revision:
+        reference = Reference("someone/lora", file, revision)
+
+        assert parse(str(reference)) == reference
+
+
+@pytest.mark.parametrize("file", ["", "/a.safetensors", "/sub/a.safetensors", "/a@0.7.safetensors"])
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "refs/convert/bf16-v2", "new%2Fstyle"])
+def test_the_hubs_own_library_reads_a_name_the_same_way(file: str, revision: str) -> None:
+    theirs = pytest.importorskip("huggingface_hub.utils._hf_uris").parse_hf_uri
+
+    ours, own = parse(f"hf://someone/lora@{revision}{file}"), theirs(f"hf://someone/lora@{revision}{file}")
+
+    assert ours == (own.id, own.path_in_repo or None, own.revision)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +469,9 @@ def inspected(name: str, environment: dict[str, str]) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", ["someone/lora", "someone/lora/x.safetensors", "hf://someone/lora@main"])
+@pytest.mark.parametrize(
+    "name", ["someone/lora", "someone/lora/x.safetensors", "hf://someone/lora@main", "someone/lora@main/x.safetensors"]
+)
 def test_a_repository_on_the_hub_is_opened(name: str, hub: dict[str, str]) -> None:
     assert set(json.loads(inspected(name, hub).stdout)["modules"]) == set(MODULES["sdxl"])
 

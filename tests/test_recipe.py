@@ -434,7 +434,7 @@ def test_toml_is_read_back(value: object, name: str) -> None:
 
 
 def test_a_repository_is_named_with_the_commit_that_was_fetched() -> None:
-    from loramerge.files.reading import hub
+    from loramerge.files import hub
 
     cached = Path("/cache/models--some--repo/snapshots/0123abcd/sub/a.safetensors")
     reference = hub.parse("some/repo/sub/a.safetensors@main")

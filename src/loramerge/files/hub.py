@@ -5,11 +5,25 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 from ..errors import FileError, did_you_mean, first_line
 from .storage.pickles import PICKLES
 
-REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+REFERENCE = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:@(?P<revision>refs/(?:pr/\d+|convert/[\w.-]+)(?=/|$)|[\w.%+-]+)(?:/(?P<file>.+))?"
+    r"|(?:/(?P<older_file>[^@]+))?(?:@(?P<older_revision>[\w./%+-]+))?)",
+    re.ASCII,
+)
+"""``org/repo@revision/file``, as huggingface_hub writes it, and our older ``org/repo/file@revision``.
+
+Source: https://huggingface.co/docs/huggingface_hub/main/en/package_reference/hf_uris
+"""
+
+SPECIAL = re.compile(r"refs/(?:pr/\d+|convert/[\w.-]+)", re.ASCII)
+"""Revisions whose slashes are written as they are; in others a slash is ``%2F``."""
+
 URL = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:/(?:blob|resolve|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?",
@@ -38,15 +52,21 @@ class Reference(NamedTuple):
 
     def __str__(self) -> str:
         file = f"/{self.file}" if self.file else ""
-        return f"hf://{self.repo}{file}" + (f"@{self.revision}" if self.revision else "")
+        if not self.revision:
+            return f"hf://{self.repo}{file}"
+        if file and "@" not in file:  # recipes in merged files are written so
+            return f"hf://{self.repo}{file}@{self.revision}"
+        revision = self.revision if SPECIAL.fullmatch(self.revision) else quote(self.revision, safe="+")
+        return f"hf://{self.repo}@{revision}{file}"
 
 
 def parse(text: str) -> Reference | None:
-    """``org/repo``, ``org/repo/file.safetensors``, ``hf://org/repo@revision`` …; None when it is neither."""
-    match = REFERENCE.fullmatch(text.removeprefix("hf://"))
+    """Read ``org/repo``, ``org/repo/file.safetensors``, ``hf://org/repo@revision`` …; None if it is no such name."""
+    match = REFERENCE.fullmatch(text.removeprefix("hf://").removeprefix("models/" if text.startswith("hf://") else ""))
     if not match or (not text.startswith("hf://") and text.startswith((".", "/", "~"))):
         return None
-    return Reference(match["repo"], match["file"], match["revision"])
+    revision = match["revision"] or match["older_revision"]
+    return Reference(match["repo"], match["file"] or match["older_file"], unquote(revision) if revision else None)
 
 
 def named_by(url: str) -> str:

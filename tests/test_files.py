@@ -354,6 +354,8 @@ def test_a_directory_with_several_files_asks_which(tmp_path: Path) -> None:
         ("hf://someone/lora@v2/sub/a.safetensors", ("someone/lora", "sub/a.safetensors", "v2")),
         ("hf://models/someone/lora@v2/a.safetensors", ("someone/lora", "a.safetensors", "v2")),
         ("hf://someone/lora@refs/pr/1", ("someone/lora", None, "refs/pr/1")),
+        ("hf://someone/lora@v2/", ("someone/lora", None, "v2")),
+        ("someone/lora/", None),
         ("hf://someone/lora@refs/pr/1/sub/a.safetensors", ("someone/lora", "sub/a.safetensors", "refs/pr/1")),
         (
             "hf://someone/lora@refs/convert/bf16-v2/a.safetensors",

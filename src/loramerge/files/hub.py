@@ -10,19 +10,19 @@ from urllib.parse import quote, unquote
 from ..errors import FileError, did_you_mean, first_line
 from .storage.pickles import PICKLES
 
+SPECIAL = r"refs/(?:pr/\d+|convert/[\w.-]+)"
+"""Revisions whose slashes are written as they are; in others a slash is ``%2F``."""
+
 REFERENCE = re.compile(
-    r"(?P<repo>[\w.-]+/[\w.-]+)"
-    r"(?:@(?P<revision>refs/(?:pr/\d+|convert/[\w.-]+)(?=/|$)|[\w.%+-]+)(?:/(?P<file>.+))?"
-    r"|(?:/(?P<older_file>[^@]+))?(?:@(?P<older_revision>[\w./%+-]+))?)",
+    rf"(?P<repo>[\w.-]+/[\w.-]+)"
+    rf"(?:@(?P<revision>{SPECIAL}(?=/|$)|[\w.%+-]+)(?:/(?P<file>.+))?"
+    rf"|/(?P<older_file>[^@]+)(?:@(?P<older_revision>[\w./%+-]+))?)?",
     re.ASCII,
 )
 """``org/repo@revision/file``, as huggingface_hub writes it, and our older ``org/repo/file@revision``.
 
 Source: https://huggingface.co/docs/huggingface_hub/main/en/package_reference/hf_uris
 """
-
-SPECIAL = re.compile(r"refs/(?:pr/\d+|convert/[\w.-]+)", re.ASCII)
-"""Revisions whose slashes are written as they are; in others a slash is ``%2F``."""
 
 URL = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
@@ -54,16 +54,17 @@ class Reference(NamedTuple):
         file = f"/{self.file}" if self.file else ""
         if not self.revision:
             return f"hf://{self.repo}{file}"
-        if file and "@" not in file:  # recipes in merged files are written so
+        if file and "@" not in file:  # the order in the recipes of merged files
             return f"hf://{self.repo}{file}@{self.revision}"
-        revision = self.revision if SPECIAL.fullmatch(self.revision) else quote(self.revision, safe="+")
+        revision = self.revision if re.fullmatch(SPECIAL, self.revision) else quote(self.revision, safe="+")
         return f"hf://{self.repo}@{revision}{file}"
 
 
 def parse(text: str) -> Reference | None:
     """Read ``org/repo``, ``org/repo/file.safetensors``, ``hf://org/repo@revision`` …; None if it isn't such a name."""
-    match = REFERENCE.fullmatch(text.removeprefix("hf://").removeprefix("models/" if text.startswith("hf://") else ""))
-    if not match or (not text.startswith("hf://") and text.startswith((".", "/", "~"))):
+    uri = text.startswith("hf://")
+    match = REFERENCE.fullmatch(text.removeprefix("hf://").removeprefix("models/").strip("/") if uri else text)
+    if not match or (not uri and text.startswith((".", "/", "~"))):
         return None
     revision = match["revision"] or match["older_revision"]
     return Reference(match["repo"], match["file"] or match["older_file"], unquote(revision) if revision else None)

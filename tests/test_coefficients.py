@@ -16,6 +16,7 @@ from loramerge.learned.interference import overlaps
 from loramerge.merging.coefficients import KEY, Coefficients
 from loramerge.testing import relative_error
 from small import MODULES, small
+from still_open import on_linux, still_open
 
 LORAS = [small(seed=1, rank=2), small(seed=2, rank=3, kind="loha", modules=MODULES["sdxl"][:3])]
 LEARNED = MODULES["sdxl"][:2]
@@ -61,6 +62,15 @@ def test_the_file_says_where_the_coefficients_come_from(tmp_path: Path) -> None:
     assert read.names == tuple(lora.name for lora in LORAS)
     assert read.others == (0.7, 0.3)
     assert read.provenance == {"method": "by hand"}
+
+
+@on_linux
+def test_the_file_is_read_and_closed(tmp_path: Path) -> None:
+    read = Coefficients.read(given().save(tmp_path / "learned.safetensors"))
+
+    assert still_open(tmp_path) == []
+    (tmp_path / "learned.safetensors").unlink()
+    assert all(np.array_equal(read.of_module(m), given().of_module(m)) for m in LEARNED)
 
 
 def test_other_methods_refuse_coefficients() -> None:

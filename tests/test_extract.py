@@ -16,6 +16,7 @@ from loramerge.checkpoints.extracting import plan_extraction
 from loramerge.errors import MergeError, NumberError, OptionError
 from loramerge.layers import Norm
 from loramerge.testing import relative_error
+from still_open import on_linux, still_open
 from test_bake import made, target
 
 FAMILIES = ("sdxl", "sd15", "flux")
@@ -217,6 +218,19 @@ def test_equal_models_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MergeError, match="differ in no weight"):
         lm.extract(*paths)
+
+
+@on_linux
+def test_the_models_are_closed_whether_they_differ_or_not(tmp_path: Path) -> None:
+    same, also, other = (models.folder(tmp_path / str(n), models.base("sd15", seed=n // 2)) for n in range(3))
+
+    lora = lm.extract(other, same, rank=1)
+    with pytest.raises(MergeError) as equal:
+        lm.extract(also, same)
+
+    assert lora
+    assert equal.tb
+    assert still_open(tmp_path) == []
 
 
 @pytest.mark.parametrize("rank", [0, -1, "sum", True, 2.5])

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,9 +26,10 @@ import torch
 
 import loramerge as lm
 from listings import config, filled, listing
-from loramerge.files.hub import parse
+from loramerge.files.hub import Reference, parse
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
+from still_open import on_linux, still_open
 
 SMALL_LISTINGS = [
     "flux_xlabs",
@@ -133,6 +134,57 @@ def test_a_closed_file_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(lm.errors.FileError, match="is closed"):
         lora[MODULES["sdxl"][0]]
+
+
+def in_folders(folder: Path) -> Path:
+    """PEFT's directory with an adapter for the denoiser and one for a text encoder."""
+    return lm.save(small(), folder / "peft", dialect="peft")
+
+
+def of_several(folder: Path) -> Path:
+    """A file with two adapters in its keys."""
+    tensors = safetensors.numpy.load_file(lm.save(small(), folder / "a", dialect="peft") / "adapter_model.safetensors")
+    named = {key.replace(".weight", f".{name}.weight"): t for key, t in tensors.items() for name in ("one", "two")}
+    safetensors.numpy.save_file(named, folder / "adapters.safetensors")
+    return folder / "adapters.safetensors"
+
+
+@on_linux
+@pytest.mark.parametrize("make", [in_folders, of_several])
+def test_every_file_of_a_lora_is_closed_with_it(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    path = make(tmp_path)
+    adapter = "one" if path.is_file() else None
+
+    loaded = lm.load(path, adapter=adapter)
+    assert still_open(tmp_path) == []
+
+    with lm.open(path, adapter=adapter) as lora:
+        assert still_open(tmp_path) != []
+    assert still_open(tmp_path) == []
+    assert loaded.keys() == lora.keys()
+
+
+@on_linux
+def test_a_file_that_is_refused_is_closed(tmp_path: Path) -> None:
+    safetensors.numpy.save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "a.safetensors")
+    (in_folders(tmp_path) / "text_encoder/adapter_config.json").write_text("[]")
+
+    with pytest.raises(lm.errors.NotALoRAError) as first:
+        lm.open(tmp_path / "a.safetensors")
+    with pytest.raises(lm.errors.FileError) as second:
+        lm.load(tmp_path / "peft")
+
+    assert first.tb
+    assert second.tb
+    assert still_open(tmp_path) == []
+
+
+def test_a_loaded_lora_may_be_for_every_family_that_an_opened_one_may(tmp_path: Path) -> None:
+    name = "sdxl_lycoris_locon_tucker"
+    safetensors.numpy.save_file(filled(name), tmp_path / "a.safetensors", listing(name).get("metadata"))
+
+    with lm.open(tmp_path / "a.safetensors") as lora:
+        assert lm.load(tmp_path / "a.safetensors").families == lora.families == ("sdxl", "kolors")
 
 
 def test_a_loaded_lora_needs_its_file_no_more(tmp_path: Path) -> None:
@@ -298,6 +350,20 @@ def test_a_directory_with_several_files_asks_which(tmp_path: Path) -> None:
         ("someone/lora/a.safetensors", ("someone/lora", "a.safetensors", None)),
         ("hf://someone/lora@v1.0", ("someone/lora", None, "v1.0")),
         ("hf://someone/lora/sub/a.safetensors@refs/pr/1", ("someone/lora", "sub/a.safetensors", "refs/pr/1")),
+        ("someone/lora@v2/a.safetensors", ("someone/lora", "a.safetensors", "v2")),
+        ("hf://someone/lora@v2/sub/a.safetensors", ("someone/lora", "sub/a.safetensors", "v2")),
+        ("hf://models/someone/lora@v2/a.safetensors", ("someone/lora", "a.safetensors", "v2")),
+        ("hf://someone/lora@refs/pr/1", ("someone/lora", None, "refs/pr/1")),
+        ("hf://someone/lora@v2/", ("someone/lora", None, "v2")),
+        ("someone/lora/", None),
+        ("hf://someone/lora@refs/pr/1/sub/a.safetensors", ("someone/lora", "sub/a.safetensors", "refs/pr/1")),
+        (
+            "hf://someone/lora@refs/convert/bf16-v2/a.safetensors",
+            ("someone/lora", "a.safetensors", "refs/convert/bf16-v2"),
+        ),
+        ("hf://someone/lora@new%2Fstyle/a.safetensors", ("someone/lora", "a.safetensors", "new/style")),
+        ("hf://someone/lora@v2/a@0.7.safetensors", ("someone/lora", "a@0.7.safetensors", "v2")),
+        ("someone/lora/a.safetensors@new/style", ("someone/lora", "a.safetensors", "new/style")),
         ("../lora/a.safetensors", None),
         ("/home/lora", None),
         ("lora", None),
@@ -305,6 +371,25 @@ def test_a_directory_with_several_files_asks_which(tmp_path: Path) -> None:
 )
 def test_hub_names_are_parsed(text: str, reference: tuple[str, str | None, str | None] | None) -> None:
     assert parse(text) == reference
+
+
+@pytest.mark.parametrize("file", [None, "a.safetensors", "sub/a.safetensors", "a@0.7.safetensors"])
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "refs/pr/1", "new/style", "0123abcd"])
+def test_a_name_on_the_hub_is_read_back(file: str | None, revision: str | None) -> None:
+    if file is None or "@" not in file or revision:
+        reference = Reference("someone/lora", file, revision)
+
+        assert parse(str(reference)) == reference
+
+
+@pytest.mark.parametrize("file", ["", "/a.safetensors", "/sub/a.safetensors", "/a@0.7.safetensors"])
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "refs/convert/bf16-v2", "new%2Fstyle"])
+def test_the_hubs_own_library_reads_a_name_the_same_way(file: str, revision: str) -> None:
+    theirs = pytest.importorskip("huggingface_hub.utils._hf_uris").parse_hf_uri
+
+    ours, own = parse(f"hf://someone/lora@{revision}{file}"), theirs(f"hf://someone/lora@{revision}{file}")
+
+    assert ours == (own.id, own.path_in_repo or None, own.revision)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +471,9 @@ def inspected(name: str, environment: dict[str, str]) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", ["someone/lora", "someone/lora/x.safetensors", "hf://someone/lora@main"])
+@pytest.mark.parametrize(
+    "name", ["someone/lora", "someone/lora/x.safetensors", "hf://someone/lora@main", "someone/lora@main/x.safetensors"]
+)
 def test_a_repository_on_the_hub_is_opened(name: str, hub: dict[str, str]) -> None:
     assert set(json.loads(inspected(name, hub).stdout)["modules"]) == set(MODULES["sdxl"])
 

@@ -220,7 +220,7 @@ def float32(array: Array) -> Array:
 
 
 def _half_to_float(array: Array) -> Array:
-    """float16 to float32 by moving bits: exact for finite values, five times as fast as numpy's cast."""
+    """Move bits from float16 to float32, exact for finite values; numpy's cast takes 1.9 (σ = 0.02) to 4 times as long (2e-4)."""
     import numpy as np
 
     bits = array.view(np.int16).astype(np.int32)
@@ -271,25 +271,7 @@ def cast(array: Array, dtype: str) -> Array:
         import torch
 
         return array.to(getattr(torch, NAMES[dtype]))
-    if dtype == "F16" and code(array) == "F32":
-        return _float_to_half(array)
     return array.astype(numpy_dtype(dtype))
-
-
-def _float_to_half(array: Array) -> Array:
-    """float32 to float16 by moving bits: rounded as by numpy's cast, which takes up to twice as long."""
-    import numpy as np
-
-    bits = array.view(np.int32)
-    power = np.maximum(bits & 0x7F800000, 0x38800000)  # of two, that is in the value; of subnormals 2^-14
-    large = (power + 0x06C00000).view(np.float32)  # 1.5 * 2^13 times that: beside it float16's digits are left
-    wide = array + large
-    wide -= large
-    wide *= np.float32(2.0**-112)
-    half = wide.view(np.int32)
-    half >>= 13
-    half |= (bits >> 16) & -0x8000
-    return half.astype(np.int16).view(np.float16)
 
 
 def _check_range(array: Array, dtype: str) -> None:
@@ -297,7 +279,7 @@ def _check_range(array: Array, dtype: str) -> None:
     largest = max(float(known.max()), -float(known.min()))
     if 0 < largest < SMALLEST[dtype]:
         raise NumberError(f"every value is 0 in {NAMES[dtype]}, the largest is {largest:.4g}; save as float32")
-    if not largest <= LARGEST[dtype]:  # which NaN is not, either
+    if not largest <= LARGEST[dtype]:  # False for NaN too
         others = "float32 or bfloat16" if dtype == "F16" else "float32"
         raise NumberError(f"{largest:.4g} is too large for {NAMES[dtype]}; save as {others}")
 

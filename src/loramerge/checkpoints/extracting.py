@@ -1,7 +1,7 @@
 """Extraction: the LoRA nearest to the difference of two models, D = W_tuned − W_base.
 
-The best factors of a rank are D's largest singular values and their vectors.  What a LoRA
-can't hold (biases, norms, embeddings) is listed, never approximated.
+The best factors of a rank are made of D's largest singular values and their vectors.  Differences that
+a LoRA can't hold (biases, norms, embeddings) are listed, never approximated.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +29,12 @@ from .models import Checkpoint, Place, open_checkpoint, widened
 Rank = int | Literal["full"]
 
 EMBEDDING = re.compile(r"embed_tokens$|\.(token|position)_embedding$|\.shared$|relative_attention_bias$")
-"""Tables of vectors, which a LoRA of a matrix product does not change."""
+"""Tables of vectors: they are looked up, not multiplied, so a LoRA doesn't apply to them."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a module's difference is held."""
+    """The rank and the error of one module's factors."""
 
     module: str
     rank: int
@@ -50,7 +51,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class NotHeld:
-    """A difference that a LoRA has no place for."""
+    """A difference that a LoRA can't hold."""
 
     tensor: str
     norm: float
@@ -60,21 +61,21 @@ class NotHeld:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Extraction:
-    """What an extraction will do.  `lora` is its result, computed when asked for."""
+    """A planned extraction.  `lora` is its result, computed when its layers are asked for."""
 
     tuned: Checkpoint
     base: Checkpoint
     ranks: Mapping[str, int]
-    """Rank of every module that differs."""
+    """The rank of every module that differs."""
     dtype: str
     rank: Rank
     not_held: tuple[NotHeld, ...] = ()
     notes: tuple[str, ...] = ()
     fits: dict[str, Fit] = field(default_factory=dict)
-    """How well each module is held; filled as they are computed."""
+    """The fit of each module, added when it is computed."""
 
     def layer(self, module: str) -> LowRank:
-        """A module's factors in the dtype of the result."""
+        """Compute a module's factors, in the dtype of the result."""
         delta = difference(self.tuned, self.base, module)
         flat = matrix(delta)
         cut = linalg.truncate_dense(flat, self.ranks[module])
@@ -87,7 +88,7 @@ class Extraction:
         return low_rank(up, down, delta.shape)
 
     def lora(self) -> LoRA:
-        """The result, whose layers are computed when they are asked for: saving it streams."""
+        """Return the result, whose layers are computed when they are asked for: saving it streams."""
         family = self.family
         return LoRA(
             name=f"{self.tuned.name} − {self.base.name}",
@@ -102,7 +103,7 @@ class Extraction:
 
     @property
     def family(self) -> str | None:
-        """The base's family; None for a model of its names and other widths, whose fused weights no dialect knows."""
+        """The base's family; None if the model has other widths, because dialects only know the family's fused weights."""
         if self.base.architecture is None:
             return None
         shapes = ARCHITECTURES[self.base.architecture].shapes
@@ -116,7 +117,7 @@ class Extraction:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The extraction in words, as the saved file keeps it."""
+        """The recipe that the saved file keeps."""
         from .._version import __version__
 
         return {
@@ -157,13 +158,31 @@ def plan_extraction(
         FileError: A model can't be read.
     """
     _check_rank(rank)
-    first, second = (m if isinstance(m, Checkpoint) else open_checkpoint(m, variant=variant) for m in (tuned, base))
-    modules = _common(first, second)
-    given = _checked_ranks(ranks or {}, modules)
+    with ExitStack() as opened:
+        first, second = (
+            m if isinstance(m, Checkpoint) else opened.enter_context(open_checkpoint(m, variant=variant))
+            for m in (tuned, base)
+        )
+        found = _planned(first, second, rank, ranks or {}, dtype, progress)
+        opened.pop_all()  # the extraction reads on
+    return found
+
+
+def _planned(
+    tuned: Checkpoint,
+    base: Checkpoint,
+    rank: Rank,
+    ranks: Mapping[str, int],
+    dtype: str | None,
+    progress: Progress | None,
+) -> Extraction:
+    """Compare two open models tensor by tensor."""
+    modules = _common(tuned, base)
+    given = _checked_ranks(ranks, modules)
     found: dict[str, int] = {}
     lost: list[NotHeld] = []
     rounded: list[str] = []
-    tensors = list(_tensors(first, second, modules))
+    tensors = list(_tensors(tuned, base, modules))
     for done, tensor in enumerate(tensors, start=1):
         delta = tensor.difference()
         if delta.any() and tensor.rounded_only:
@@ -176,16 +195,16 @@ def plan_extraction(
             progress(done, len(tensors))
     if not found:
         only = ", but for the rounding to another dtype" if rounded else ""
-        raise MergeError(f"{first.name} and {second.name} differ in no weight that a LoRA can hold{only}.")
-    codes = [first[module].dtype for module in found]
+        raise MergeError(f"{tuned.name} and {base.name} differ in no weight that a LoRA can hold{only}.")
+    codes = [tuned[module].dtype for module in found]
     return Extraction(
-        tuned=first,
-        base=second,
+        tuned=tuned,
+        base=base,
         ranks=found,
         dtype=parse_dtype(dtype) if dtype else computed([code for code in codes if code in FLOATS]),
         rank=rank,
         not_held=tuple(lost),
-        notes=_notes(first, second, found, rounded),
+        notes=_notes(tuned, base, found, rounded),
     )
 
 
@@ -198,11 +217,11 @@ def extract(
     dtype: str | None = None,
     variant: str | None = None,
 ) -> LoRA:
-    """The LoRA that comes nearest to the difference of two models.
+    """Return the LoRA that comes nearest to the difference of two models.
 
     Every linear and convolution weight that differs gets the factors nearest to W_tuned −
-    W_base in Frobenius norm.  To know the error of each module, or what a LoRA can't hold,
-    use `plan_extraction`; to stream the result to a file, save its ``lora()``.
+    W_base in Frobenius norm.  `plan_extraction` also gives the error of each module and a list of
+    what a LoRA can't hold; to stream the result to a file, save its ``lora()``.
 
     Args:
         tuned: A fine-tuned model: a checkpoint, or what `open_checkpoint` takes.
@@ -211,7 +230,7 @@ def extract(
             rank of each, which keeps everything.
         ranks: Ranks of single modules, by name.
         dtype: Dtype of the factors; by default that of the tuned model.
-        variant: Which variant of the files, where a directory has several.
+        variant: The variant of the files, if a directory has several.
 
     Returns:
         The LoRA, in memory.
@@ -223,11 +242,16 @@ def extract(
         NumberError: A weight is NaN or infinite.
     """
     planned = plan_extraction(tuned, base, rank=rank, ranks=ranks, dtype=dtype, variant=variant)
-    return planned.lora().in_memory()
+    try:
+        return planned.lora().in_memory()
+    finally:
+        for given, model in ((tuned, planned.tuned), (base, planned.base)):
+            if model is not given:
+                model.close()
 
 
 def difference(tuned: Checkpoint, base: Checkpoint, module: str) -> Array:
-    """W_tuned − W_base of a module, float32."""
+    """Return W_tuned − W_base of a module, in float32."""
     return _Tensor(module, tuned, base, tuned[module], base[module]).difference()
 
 
@@ -239,22 +263,22 @@ class _Tensor:
     tuned: Checkpoint
     base: Checkpoint
     here: Place
-    """In the tuned model."""
+    """Its place in the tuned model."""
     there: Place
-    """In the base."""
+    """Its place in the base."""
 
     @property
     def fits_a_lora(self) -> bool:
         return len(self.there.shape) >= 2 and not EMBEDDING.search(self.name)
 
     def difference(self) -> Array:
-        """W_tuned − W_base in the base's shape, float32."""
+        """Return W_tuned − W_base in the base's shape, in float32."""
         tuned, base = self._read(self.tuned, self.here), self._read(self.base, self.there)
         return float32(tuned - base.reshape(tuned.shape)).reshape(self.there.shape)
 
     @property
     def rounded_only(self) -> bool:
-        """Whether one model's values are the other's, rounded to its dtype."""
+        """True if one model's values are the other's, rounded to its dtype."""
         if self.here.dtype == self.there.dtype:
             return False
         tuned, base = (float32(self._read(*side)) for side in ((self.tuned, self.here), (self.base, self.there)))
@@ -283,7 +307,7 @@ def _rounds_to(wide: Array, narrow: Array, dtype: str) -> bool:
 
 
 def _tensors(tuned: Checkpoint, base: Checkpoint, modules: list[str]) -> Iterator[_Tensor]:
-    """The weights of modules of both models, then all biases of both."""
+    """Yield the weights of the modules, then all biases that both models have."""
     for module in modules:
         yield _Tensor(module, tuned, base, tuned[module], base[module])
     for module, bias in base.biases.items():
@@ -292,11 +316,11 @@ def _tensors(tuned: Checkpoint, base: Checkpoint, modules: list[str]) -> Iterato
 
 
 def _common(tuned: Checkpoint, base: Checkpoint) -> list[str]:
-    """The modules of both models, which must be the same."""
+    """Return the modules of both models; refuse models whose components have different modules or shapes."""
     for one, other in ((tuned, base), (base, tuned)):
         shared = _components(other)
         absent = [m for m in one if m not in other and m.partition(".")[0] in shared]
-        # T5's table of tokens is stored under either of two names.
+        # T5 stores its table of tokens under either of two names.
         missing = [module for module in absent if not EMBEDDING.search(module)]
         if missing:
             raise MergeError(
@@ -318,14 +342,14 @@ def _components(model: Checkpoint) -> set[str]:
 
 def _check_rank(rank: object) -> None:
     if rank != "full" and whole_number(rank) < 1:
-        raise OptionError(f"The rank {rank!r} is none of: a number from 1, 'full'.")
+        raise OptionError(f"rank must be a positive integer or 'full', got {rank!r}.")
 
 
 def _checked_ranks(ranks: Mapping[str, int], modules: list[str]) -> Mapping[str, int]:
     for module, rank in ranks.items():
         _check_rank(rank)
         if module not in modules:
-            raise OptionError(f"A rank is given for {module}, which is no module of both models.")
+            raise OptionError(f"A rank is given for {module}, which isn't a module of both models.")
     return ranks
 
 
@@ -341,7 +365,9 @@ def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int], roun
             f"{len(rounded)} weights differ by rounding alone, such as {rounded[0]}: nothing is extracted of them"
         )
     if any(tuned[module].dtype != base[module].dtype for module in modules):
-        notes.append("the models are stored in different dtypes: what rounding changed is part of the difference")
+        notes.append(
+            "the models are stored in different dtypes: rounding differences are included in the extracted LoRA"
+        )
     alone = (_components(tuned) | _components(base)) - (_components(tuned) & _components(base))
     if alone:
         notes.append(f"only one of the models has {', '.join(sorted(alone))}: nothing is extracted for it")
@@ -349,7 +375,7 @@ def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int], roun
 
 
 def _other_tensors(tuned: Checkpoint, base: Checkpoint) -> list[str]:
-    """A line on the tensors outside of every module (a VAE) that differ, where both models are one file."""
+    """Return a note on tensors outside of every module (a VAE) that differ, if each model is one file."""
     if len(tuned.files) != 1 or len(base.files) != 1:
         return []
     (first,), (second,) = tuned.files.values(), base.files.values()

@@ -1,8 +1,8 @@
 """Base models: a mapping of modules to the places where their weights are stored.
 
 A checkpoint is a diffusers directory, or one file under the names of the model's own code
-(ldm, sgm, Black Forest Labs'), whole or a denoiser alone.  Names say what a tensor is; its
-shape is what the file says.  Headers are read when it is opened, a weight when it is asked for.
+(ldm, sgm, Black Forest Labs'), whole or a denoiser alone.  Tensors are recognised by their names;
+shapes are taken from the file.  Headers are read when it is opened, a weight when it is asked for.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError, LoRAMergeError, MergeError
+from ..errors import FileError, MergeError
 from ..files.architectures import ARCHITECTURES, Architecture, openclip
 from ..files.architectures.names import COMPONENTS, Part, Parts, whole
 from ..files.storage import digests
@@ -22,7 +22,7 @@ from ..layers import Full, Layer
 from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, namespace
 
 DENOISERS = ("model.diffusion_model.", "diffusion_model.", "")
-"""What stands in front of a denoiser's own names in single files."""
+"""Prefixes of a denoiser's own names in single files."""
 
 WEIGHT_ENDS = (".weight", ".scale", "_weight", "")
 """Ends of a weight's key: ``.scale`` is Black Forest Labs' for norms, the last two are bare parameters'."""
@@ -30,18 +30,18 @@ WEIGHT_ENDS = (".weight", ".scale", "_weight", "")
 BIAS_ENDS = (".bias", "_bias")
 
 QUANTISED = (".scale_weight", ".weight_scale", ".weight.absmax", ".weight.quant_state", ".qweight")
-"""Tensors beside a weight without which its values mean nothing."""
+"""Ends of the keys of scales: with one of them, a weight's stored numbers are not its values."""
 
 SHARD = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?"
     r"(?:-(?P<number>\d{5})-of-(?P<count>\d{5})(?:\.(?P<late>\w+))?)?\.safetensors"
 )
-"""A file of weights in a diffusers folder: its variant stands before the number of the shard, or after."""
+"""A file of weights in a diffusers folder; the variant is named before or after the shard's number."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module's weight, or bias, is stored."""
+    """The location of a module's weight or bias in a file."""
 
     file: Path
     key: str
@@ -49,7 +49,7 @@ class Place:
     """Shape in the module's own form."""
     dtype: str
     rows: Ranges | None = None
-    """The stored tensor's rows that are the module's, in the module's order; None for all."""
+    """The rows of the stored tensor that belong to the module, in the module's order; None for all."""
     transposed: bool = False
 
 
@@ -95,21 +95,21 @@ class Checkpoint(Mapping[str, Place]):
         self.close()
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for file in self.files.values():
             file.close()
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.path.name
 
     @property
     def sha256(self) -> str:
-        """What tells this model from others: of a file, the SHA-256 of its bytes.
+        """Content hash: of a file, the SHA-256 of its bytes.
 
         Of a directory, that of a listing of its files of weights and its indexes of shards, with the size
-        of each and the hash of parts of it (`storage.digests.listing_digest`): gigabytes are not read.
+        of each and a hash of parts of it (`files.listing_digest`), which doesn't read gigabytes.
         """
         if self.path.is_file():
             return digests.file_digest(self.path)
@@ -117,7 +117,7 @@ class Checkpoint(Mapping[str, Place]):
         return digests.listing_digest(self.path, [*self.files, *indexes])
 
     def weight(self, module: str) -> Array:
-        """A module's weight in its stored dtype; of a fused weight, only the module's rows are read.
+        """Return a module's weight in its stored dtype; of a fused weight, read only the module's rows.
 
         Raises:
             FileError: The weight is quantised, or the file can't be read.
@@ -125,11 +125,11 @@ class Checkpoint(Mapping[str, Place]):
         return self.read(self.weights[module])
 
     def bias(self, module: str) -> Array | None:
-        """A module's bias in its stored dtype; None where it has none."""
+        """Return a module's bias in its stored dtype; None if it has none."""
         return self.read(self.biases[module]) if module in self.biases else None
 
     def read(self, place: Place) -> Array:
-        """The values at a place, in the module's form."""
+        """Return the values at a place, in the module's shape."""
         self.check(place)
         stored = self.files[place.file][place.key]
         if place.rows is None:
@@ -138,7 +138,7 @@ class Checkpoint(Mapping[str, Place]):
         return cuts[0] if len(cuts) == 1 else namespace(cuts[0]).concat(cuts)
 
     def check(self, place: Place) -> None:
-        """Refuse a tensor whose stored numbers are not the weight's values.
+        """Refuse a tensor whose stored numbers aren't the weight's values.
 
         Raises:
             FileError: It is quantised.
@@ -154,7 +154,7 @@ class Checkpoint(Mapping[str, Place]):
 
 
 def _cut(stored: Stored, start: int, stop: int) -> Stored:
-    """Some rows of a stored tensor, as a stored tensor."""
+    """Return some rows of a stored tensor, as a stored tensor."""
     row = (stored.end - stored.begin) // stored.shape[0]
     begin = stored.begin
     shape = (stop - start, *stored.shape[1:])
@@ -162,7 +162,7 @@ def _cut(stored: Stored, start: int, stop: int) -> Stored:
 
 
 def widened(array: Array) -> Array:
-    """Values in float32, or as they are in float64."""
+    """Return float64 values as they are, others in float32."""
     return array if str(array.dtype).endswith("float64") else float32(array)
 
 
@@ -171,9 +171,9 @@ def open_checkpoint(path: str | Path, *, architecture: str | None = None, varian
 
     Args:
         path: A ``.safetensors`` file, a directory in diffusers' layout (or one of its components, ``unet``
-            or ``transformer``), whole or in part: modules that are not there are not missed until asked for.
-        architecture: The model family, where names and shapes leave it open.
-        variant: ``"fp16"`` and the like, where a directory has files of several; by default the plain ones.
+            or ``transformer``), whole or in part: a missing module is an error only when it is asked for.
+        architecture: The model family, if names and shapes leave it open.
+        variant: ``"fp16"`` and the like, if a directory has files of several variants; by default those of none.
 
     Raises:
         FileError: The path is missing, or holds no model that loramerge knows.
@@ -191,14 +191,14 @@ def open_checkpoint(path: str | Path, *, architecture: str | None = None, varian
         for file in found:
             files[file] = SafetensorsFile(file)
         return _recognised(root, files, found, architecture)
-    except LoRAMergeError:
+    except BaseException:
         for opened in files.values():
             opened.close()
         raise
 
 
 def _folder(root: Path, variant: str | None) -> dict[Path, str]:
-    """The files of weights in a diffusers directory, each with the prefix of its component."""
+    """Map each file of weights in a diffusers directory to the prefix of its component."""
     components = [name for name in COMPONENTS if (root / name).is_dir()]
     folders = [root / name for name in components] or [root]
     if variant and not any(variant in _variants(folder) for folder in folders):
@@ -211,7 +211,7 @@ def _folder(root: Path, variant: str | None) -> dict[Path, str]:
 
 
 def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of one variant of a component's weights: one, or every shard.
+    """List the files of one variant of a component's weights: one, or every shard.
 
     Raises:
         FileError: The variant is left open, or a shard is missing.
@@ -227,7 +227,7 @@ def weight_files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _variants(folder: Path) -> dict[str, dict[Path, re.Match[str]]]:
-    """The files of weights in a folder, by variant."""
+    """Find the files of weights in a folder, by variant."""
     variants: dict[str, dict[Path, re.Match[str]]] = {}
     for file in sorted(folder.iterdir()):
         if match := SHARD.fullmatch(file.name):
@@ -255,7 +255,7 @@ def _recognised(
     shapes = {name: files[path][key].shape for name, (path, key) in keys.items()}
     family = ARCHITECTURES[architecture] if architecture else _architecture(shapes)
     names = stored_names(family, shapes) if family else {}
-    finder = _Finder(root, files, keys, names, family, free=any(prefixes.values()))
+    finder = _Finder(root, files, keys, names, family.shapes if family else {}, free=any(prefixes.values()))
     weights, biases = finder.places(WEIGHT_ENDS), finder.places(BIAS_ENDS)
     if not weights:
         some = ", ".join(list(keys)[:3])
@@ -274,11 +274,11 @@ def _recognised(
 
 
 def stored_names(a: Architecture, keys: Iterable[str] | None = None) -> dict[str, Parts]:
-    """Every name that a checkpoint of a family may give a weight, without its end, and the modules in it.
+    """Map every name that a checkpoint of a family may give a weight, without its end, to the modules in it.
 
     Args:
         a: The family.
-        keys: The checkpoint's keys: names with a beginning that none has are left out.
+        keys: The checkpoint's keys: prefixes that none of them has are left out.
     """
     names: dict[str, Parts] = {}
     for prefix, paths in _spellings(a):
@@ -307,14 +307,20 @@ def _spellings(a: Architecture) -> Iterator[tuple[str, Mapping[str, Parts]]]:
 
 
 def _architecture(shapes: Mapping[str, Shape]) -> Architecture | None:
-    """The family that names most of the weights, with the most equal shapes; None where it names few."""
+    """Return the family with the best `_score`; None if it names none of the weights."""
     scores = {a.name: _score(a, shapes) for a in ARCHITECTURES.values()}
     best = max(scores, key=scores.__getitem__)
     return ARCHITECTURES[best] if scores[best][0] else None
 
 
 def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int, bool]:
-    """How well a family fits: weights named, of equal rank of shape, of equal shape; and whether it is all there."""
+    """Return how well a family fits, to compare by.
+
+    Returns:
+        The number of modules that the family names, of weights with as many axes as its own, of weights
+        with its shapes, and whether the whole denoiser is there.  All are 0 if the family doesn't name nine
+        in ten of the denoiser's weights.
+    """
     names = stored_names(a, shapes)
     modules = {
         parts[0].module: (shape, parts)
@@ -337,7 +343,7 @@ def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int,
 
 
 def _denoises(key: str) -> bool:
-    """Whether a key can only be a denoiser's."""
+    """Return whether a key is a denoiser's: it has a denoiser's prefix, or none of another part of a model."""
     return key.startswith(
         ("unet.", "transformer.", "model.diffusion_model.", "diffusion_model.")
     ) or not key.startswith(("text_encoder", "cond", "first_stage_model.", "vae.", "model_ema."))
@@ -348,7 +354,7 @@ def _stem(key: str) -> str:
 
 
 class _Finder:
-    """Places of modules among the keys of a checkpoint."""
+    """Finds the places of modules among the keys of a checkpoint."""
 
     def __init__(
         self,
@@ -356,7 +362,7 @@ class _Finder:
         files: Mapping[Path, SafetensorsFile],
         keys: Mapping[str, tuple[Path, str]],
         names: Mapping[str, Parts],
-        family: Architecture | None,
+        shapes: Mapping[str, Shape],
         *,
         free: bool,
     ) -> None:
@@ -364,12 +370,13 @@ class _Finder:
         self.files = files
         self.keys = keys
         self.names = names
-        self.family = family
+        self.shapes = shapes
+        """The family's shapes by module; empty if it is unknown."""
         self.free = free
-        """Whether what no family names is the module of its own name: a diffusers directory."""
+        """True in a diffusers directory: a key that the family doesn't list names its module itself."""
 
     def places(self, ends: tuple[str, ...]) -> dict[str, Place]:
-        """The place of every module's tensor with one of the ends."""
+        """Return the place of every module's tensor with one of the ends."""
         found: dict[str, Place] = {}
         for name, (path, key) in self.keys.items():
             end = next((end for end in ends if name.endswith(end) and self._parts(name.removesuffix(end), end)), None)
@@ -392,28 +399,26 @@ class _Finder:
         if part.rows is None:
             turned = key.endswith(openclip.TRANSPOSED) and len(stored.shape) == 2
             return Place(path, key, stored.shape[::-1] if turned else stored.shape, stored.dtype, transposed=turned)
-        rows = self._scaled(part, stem, stored)
+        rows = self._scaled(part, part.rows, stem, stored)
         shape = (sum(stop - start for start, stop in rows), *stored.shape[1:])
         return Place(path, key, shape, stored.dtype, rows)
 
-    def _scaled(self, part: Part, stem: str, stored: Stored) -> Ranges:
-        """The rows of a module in a fused weight, in a model of the family's widths or of others in proportion."""
-        assert self.family
-        assert part.rows
-        known = sum(self.family.shapes[other.module][0] for other in self.names[stem])
-        inner = self.family.shapes[part.module][1]
+    def _scaled(self, part: Part, rows: Ranges, stem: str, stored: Stored) -> Ranges:
+        """Scale the rows of a module in a fused weight to the model's width, if it is in proportion to the family's."""
+        known = sum(self.shapes[other.module][0] for other in self.names[stem])
+        inner = self.shapes[part.module][1]
         same = stored.shape[0] == known or len(stored.shape) == 1
         in_proportion = same or known * stored.shape[1] == inner * stored.shape[0]
-        bounds = [bound * stored.shape[0] for pair in part.rows for bound in pair]
+        bounds = [bound * stored.shape[0] for pair in rows for bound in pair]
         if not in_proportion or any(bound % known for bound in bounds):
             raise FileError(
                 f"{self.root}: {stem} has the shape {list(stored.shape)}; its parts are known in ({known}, {inner})."
             )
-        return tuple((start * stored.shape[0] // known, stop * stored.shape[0] // known) for start, stop in part.rows)
+        return tuple((start * stored.shape[0] // known, stop * stored.shape[0] // known) for start, stop in rows)
 
 
 def shard_indexes(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The indexes in a folder that list shards: which tensor is in which file."""
+    """Read the indexes in a folder that list shards: which tensor is in which file."""
     found = {}
     for path in sorted(folder.glob("*.index*.json")):
         try:
@@ -427,7 +432,7 @@ def shard_indexes(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
-    """The whole ΔW of a layer that depends on the base's weight.
+    """Return the dense ΔW of a layer that depends on the base's weight.
 
     Args:
         layer: The layer.

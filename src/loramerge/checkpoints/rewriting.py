@@ -1,4 +1,4 @@
-"""A base model written anew: some tensors with an update, the others as they are, one in memory at a time."""
+"""Rewriting a base model: some tensors get an update, the others are copied, one in memory at a time."""
 
 import json
 import math
@@ -16,23 +16,23 @@ from ..tensors import FLOATS, Array, Spec, Stored, cast, check_finite, float32, 
 from .models import Checkpoint, Place, shard_indexes, widened
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
-"""Ends of files that hold weights."""
+"""Ends of the names of files that hold weights."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a bake did to a tensor of a module."""
+    """The change that a bake made to a tensor of a module."""
 
     tensor: str
-    """The module's name for its weight; with ``.bias`` behind it for its bias."""
+    """The module's name, for its weight; with ``.bias`` appended, for its bias."""
     norm: float
-    """‖ΔW‖ as it was to be added."""
+    """‖ΔW‖ before rounding."""
     change: float
     """‖W' − W‖ as stored."""
     error: float
-    """‖(W' − W) − ΔW‖: what rounding took away or added."""
+    """‖(W' − W) − ΔW‖, the rounding error."""
     lost: float
-    """Share of the values with ΔW ≠ 0 that did not change at all: ΔW is smaller than the dtype can hold there."""
+    """Share of the values with ΔW ≠ 0 that did not change, because ΔW is below the dtype's resolution there."""
     dtype: str
 
     @property
@@ -43,17 +43,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Update:
-    """What is to be added to a module's weight or bias."""
+    """An update of a module's weight or bias."""
 
     name: str
     place: Place
     delta: Callable[[Array], Array]
-    """Σ wᵢ ΔWᵢ, given the weight in float32."""
+    """Returns Σ wᵢ ΔWᵢ, given the weight in float32."""
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A tensor that is written as it was read, whatever its values."""
+    """A tensor that is copied, whatever its values."""
 
     key: str
     stored: Stored
@@ -116,7 +116,7 @@ class _Sums:
         return {self.key: new}
 
     def _add(self, exact: Array, update: Update) -> Array:
-        """Add an update to its rows, in place; returns what was added."""
+        """Add an update to its rows, in place; return what was added."""
         weight = _part(exact, update.place)
         try:
             delta = update.delta(float32(weight))
@@ -130,14 +130,14 @@ class _Sums:
 
 
 def _part(tensor: Array, place: Place) -> Array:
-    """A module's part of a stored tensor, in the module's form."""
+    """Return a module's part of a stored tensor, in the module's shape."""
     if place.transposed:
         return tensor.T
     return tensor if place.rows is None else take_rows(tensor, place.rows)
 
 
 def _change(update: Update, delta: Array, old: Array, new: Array, dtype: str) -> Change:
-    """Measured in float64, a part that stays in the processor's cache at a time."""
+    """Measure a change in float64, in chunks that fit into the processor's cache."""
     import numpy as np
 
     norm = change = error = 0.0
@@ -156,12 +156,12 @@ def _change(update: Update, delta: Array, old: Array, new: Array, dtype: str) ->
 
 
 CHUNK = 1 << 15
-"""Values that are measured at once."""
+"""Values per chunk."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Writing the files of a base with its updates."""
+    """The files of a base to write, with their updates."""
 
     model: Checkpoint
     updates: Sequence[Update]
@@ -169,7 +169,7 @@ class Job:
     workers: int
     progress: Progress | None
     changes: dict[str, Change] = field(default_factory=dict)
-    """Filled as tensors are written."""
+    """The change of each tensor, added when it is written."""
 
     @property
     def names(self) -> list[str]:
@@ -177,13 +177,13 @@ class Job:
         return [update.name for update in self.updates]
 
     def changed(self) -> list[Path]:
-        """Files that are rewritten: those with an update; for a new dtype, all of the component."""
+        """List the files to rewrite: those with an update; for a new dtype, all of their components."""
         touched = {update.place.file for update in self.updates}
         folders = {path.parent for path in touched} if self.dtype else set()
         return [path for path in self.model.files if path in touched or path.parent in folders]
 
     def write(self, file: Path, target: Path, metadata: Mapping[str, str], before: int = 0, total: int = 0) -> int:
-        """Write one file of the base under a new name; returns the number of its tensors."""
+        """Write one file of the base under a new name; return the number of its tensors."""
         source = self.model.files[file]
         own = {key: value for key, value in source.metadata.items() if key not in HASHES}
         groups = list(self._groups(file, source))
@@ -209,11 +209,11 @@ class Job:
                 yield _Copy(key, stored) if dtype == stored.dtype else _Rounded(key, stored, dtype)
 
     def dtype_of(self, stored: Stored) -> str:
-        """A tensor's dtype as written."""
+        """Return a tensor's dtype as written."""
         return self.dtype if self.dtype and stored.dtype in FLOATS else stored.dtype
 
     def size(self, file: Path) -> int:
-        """Bytes of a file's tensors as written."""
+        """Return the size in bytes of a file's tensors as written."""
         return sum(nbytes(stored.shape, self.dtype_of(stored)) for stored in self.model.files[file].values())
 
     def _report(self, change: Change) -> None:
@@ -221,7 +221,7 @@ class Job:
 
 
 def write_folder(job: Job, target: Path, metadata: Mapping[str, str]) -> list[str]:
-    """A copy of the base's directory with the changed files in place of the old; returns what was not copied."""
+    """Copy the base's directory with the changed files instead of the old; return a line for each file left out."""
     root = job.model.path
     changed = job.changed()
     stale = _other_weights(job.model, changed)
@@ -242,7 +242,7 @@ def write_folder(job: Job, target: Path, metadata: Mapping[str, str]) -> list[st
 
 
 def _other_weights(model: Checkpoint, changed: Sequence[Path]) -> list[Path]:
-    """Other copies of the weights that change: variants, pickles, single files beside the components."""
+    """List other copies of the changed weights: variants, pickles, single files in the model's directory."""
     folders = sorted({file.parent for file in changed} | ({model.path} if changed else set()))
     found = [file for folder in folders for file in sorted(folder.iterdir())]
     stale = [file for file in found if file.suffix in WEIGHTS and file not in model.files]
@@ -264,7 +264,7 @@ def _skipping(paths: set[Path]) -> Callable[[str, list[str]], set[str]]:
 
 
 def _update_indexes(job: Job, changed: Sequence[Path], new: Path) -> None:
-    """The sizes that indexes of shards give, for a new dtype."""
+    """Correct the total sizes in indexes of shards, for a new dtype."""
     for folder in sorted({file.parent for file in changed}):
         sizes = {file.name: job.size(file) for file in changed if file.parent == folder}
         for path, index in shard_indexes(folder).items():

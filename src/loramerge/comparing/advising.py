@@ -1,6 +1,6 @@
-"""What to make of a comparison, in one sentence.
+"""Advice on a comparison, in one sentence.
 
-The rules are asked in order, and the first that has something to say is the advice.
+The rules are tried in order; the first one that applies gives the advice.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,19 +10,19 @@ from .analysis import Comparison, Row
 from .measures import Pair
 
 DUPLICATE = 0.95
-"""Cosine from which two updates are one: at most a third of either, √(1 − 0.95²), is its own."""
+"""Cosine above which two updates count as one: at most √(1 − 0.95²), a third, of either is its own."""
 
 UNEQUAL = 3.0
-"""Ratio of norms: the energy of the weaker is then a tenth of the sum's, and it hardly shows."""
+"""Ratio of norms above which the weaker hardly shows: it has a tenth of the sum's energy."""
 
 COLLISION = 0.25
-"""Clash of a place, as where half of the spaces is shared and the two are unrelated in it (0.5 · 1/2)."""
+"""Clash of a place above which updates collide: half of the spaces shared, and unrelated there (0.5 · 1/2)."""
 
 AGREEMENT = 0.3
-"""Cosine from which the sum is more than an eighth longer than that of unrelated updates: √(1 + 0.3) = 1.14."""
+"""Cosine above which the sum is over an eighth longer than that of unrelated updates: √(1 + 0.3) = 1.14."""
 
 TOUCH = 0.1
-"""Clash, over all modules, from which spaces are shared enough to be worth a look (0.2 · 1/2)."""
+"""Clash over all modules above which the shared spaces are worth a look (0.2 · 1/2)."""
 
 ALTERNATIVES = ("ties", "np_lora")
 """Methods made for updates that collide."""
@@ -33,17 +33,17 @@ class Place:
     """Modules that do the same kind of work, such as the attn2 of the up blocks."""
 
     pattern: str
-    """Matches them and no others, as in weights: ``unet.up_blocks.*.attn2.*``."""
+    """A pattern, as in weights, that matches these modules only: ``unet.up_blocks.*.attn2.*``."""
     words: str
-    """``the up blocks' attn2``."""
+    """The place in words: ``the up blocks' attn2``."""
 
 
 CONTAINERS = ("attentions", "transformer_blocks", "text_model", "encoder", "layers", "block", "layer")
-"""Parts of names that only hold others."""
+"""Parts of module names that are mere containers."""
 
 
 def place(module: str) -> Place:
-    """Where a module is: a section of its model, and what it does there."""
+    """Return a module's place: a section of its model, and its function there."""
     component, *path = module.split(".")
     section, rest = path[0], path[1:]
     parts = [part for part in rest if not part.isdigit() and part not in CONTAINERS]
@@ -56,7 +56,7 @@ def place(module: str) -> Place:
 
 
 def advice(comparison: Comparison) -> str:
-    """One plain sentence on what to do with these LoRAs."""
+    """Return one plain sentence of advice on merging these LoRAs."""
     total = comparison.total
     return next(said for rule in RULES if (said := rule(comparison, total)))
 
@@ -71,7 +71,7 @@ def _apart(comparison: Comparison, total: Row) -> str | None:
 
 
 def _changed(comparison: Comparison, module: str) -> int:
-    """How many LoRAs change a module."""
+    """Count the LoRAs that change a module."""
     rows = [row for row in comparison.rows if row.name == module]
     return sum(a.modules for row in rows for a in row.alone) + sum(n.module == module for n in comparison.not_compared)
 
@@ -122,7 +122,7 @@ def _collision(comparison: Comparison, total: Row) -> str | None:
 
 
 def _places(comparison: Comparison) -> Iterator[tuple[tuple[int, int], Place, Pair]]:
-    """Every pair of LoRAs at every place, in the modules of it that both change."""
+    """Yield every pair of LoRAs at every place, measured over the modules there that both change."""
     for group in comparison.grouped(lambda row: place(row.name).pattern):
         where = next(found for row in comparison.rows if (found := place(row.name)).pattern == group.name)
         yield from ((pair, where, found) for pair, found in group.pairs.items())
@@ -179,5 +179,5 @@ def _both(comparison: Comparison, i: int, j: int) -> str:
 
 
 def _weights(weights: list[str]) -> str:
-    """Weights as they are typed."""
+    """Return weights as they are typed on the command line."""
     return " ".join(f"-w '{weight}'" if ";" in weight else f"-w {weight}" for weight in weights)

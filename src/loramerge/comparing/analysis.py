@@ -1,7 +1,6 @@
-"""What LoRAs share and where they fight, before they are merged.
+"""Comparing LoRAs before they are merged: norms, overlaps and conflicts, by module and by block.
 
-What is kept of a module are sums (`measures`), so that the measures of a block are those of its
-modules together.
+A module's statistics are additive (`measures`): adding those of its modules gives a block's.
 """
 
 import math
@@ -23,7 +22,7 @@ from .measures import Alone, Pair
 from .pairs import Updates, chosen_rows
 
 ROWS = 64
-"""Rows of a module that the sign conflict is estimated from."""
+"""Number of a module's rows from which the sign conflict is estimated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +34,14 @@ class Row:
     block: str
     modules: int
     alone: tuple[Alone, ...]
-    """One a LoRA, in order."""
+    """One per LoRA, in order."""
     pairs: Mapping[tuple[int, int], Pair]
     """By the numbers of the two LoRAs, the smaller first."""
     together: Alone
     """The sum of all LoRAs, each with weight 1."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The measures as plain data."""
+        """Return the measures as plain data."""
         return {
             "name": self.name,
             "component": self.component,
@@ -74,12 +73,12 @@ class NotCompared:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison:
-    """What LoRAs share, module by module."""
+    """A comparison of LoRAs, module by module."""
 
     names: tuple[str, ...]
     architecture: str | None
     rows: tuple[Row, ...]
-    """One a module that can be compared."""
+    """One per module that can be compared."""
     dense: tuple[Dense, ...] = ()
     not_compared: tuple[NotCompared, ...] = ()
     conflict_rows: int | None = ROWS
@@ -102,12 +101,12 @@ class Comparison:
         return _together("total", "", "", self.rows, len(self.names))
 
     def by_block(self) -> tuple[Row, ...]:
-        """The modules of each block together, in the order in which data passes the blocks."""
+        """Return one row per block, in the order in which data passes the blocks."""
         found = self.grouped(lambda row: f"{row.component} {row.block}")
         return tuple(sorted(found, key=lambda row: blocks.position(row.component, row.block)))
 
     def grouped(self, key: Callable[[Row], str]) -> tuple[Row, ...]:
-        """The modules for which a function gives the same name, together."""
+        """Return one row per name that a function gives to modules."""
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
             groups.setdefault(key(row), []).append(row)
@@ -116,7 +115,7 @@ class Comparison:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, for JSON."""
+        """Return everything as plain data, for JSON."""
         return {
             "loras": list(self.names),
             "architecture": self.architecture,
@@ -202,7 +201,7 @@ COMPARED = (*FACTORED, "full")
 
 
 def _checked(loras: Sequence[LoRA], kinds: Sequence[str], base: Checkpoint | None) -> str | None:
-    """The family of the LoRAs, which must be for one model, as the base must."""
+    """Check that the LoRAs and the base are for one model; return its family, None if it is unknown."""
     for lora in loras:
         if not any(layout.kind in kinds for layout in lora.layouts.values()):
             why = next((_why(layout) for layout in lora.layouts.values()), "it has no layer")
@@ -235,7 +234,7 @@ def _checked(loras: Sequence[LoRA], kinds: Sequence[str], base: Checkpoint | Non
 
 
 def _of_different_models(first: LoRA, second: LoRA) -> bool:
-    """Whether names that differ say nothing: of two families, or of none known in two tools' spelling."""
+    """Return whether two LoRAs without a common module are for different models, or named by different tools."""
     if first.architecture is None and second.architecture is None:
         return first.dialect != second.dialect
     return not {*first.families} & {*second.families}
@@ -246,12 +245,12 @@ def _same_weight(a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def _why(layout: Layer) -> str:
-    """Why a layer can't be compared, and the ways out."""
+    """Say why a layer can't be compared, and the ways out."""
     return layout.no_factors + ("; or give the base model (--base, base=…)" if layout.kind in ON_BASE else "")
 
 
 def _places(loras: Sequence[LoRA]) -> Iterator[tuple[int, str, str]]:
-    """Every layer's LoRA, module and kind."""
+    """Yield every layer's LoRA (its number), module and kind."""
     for i, lora in enumerate(loras):
         for module, layout in lora.layouts.items():
             yield i, module, layout.kind
@@ -260,7 +259,7 @@ def _places(loras: Sequence[LoRA]) -> Iterator[tuple[int, str, str]]:
 def _updates(
     loras: Sequence[LoRA], module: str, kinds: Sequence[str], base: Checkpoint | None
 ) -> tuple[list[int], Updates]:
-    """The updates of a module that can be compared, and the numbers of their LoRAs."""
+    """Return the numbers of the LoRAs whose layer of a module can be compared, and those updates."""
     present = [i for i, lora in enumerate(loras) if module in lora and lora.layout(module).kind in kinds]
     layers = [loras[i][module] for i in present]
     try:

@@ -1,4 +1,4 @@
-"""Whether two LoRAs are the same update, whatever their files look like."""
+"""Differences between two LoRAs' updates, whatever their files look like."""
 
 import math
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from ..tensors import Array, float32
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a module's ΔW in one LoRA is from that in another."""
+    """The distance between a module's ΔW in one LoRA and in another."""
 
     module: str
     norm: float
-    """‖ΔW‖ of the first with the difference of its bias, 0 where it lacks the module."""
+    """‖ΔW‖ of the first LoRA, including its bias; 0 if it lacks the module."""
     distance: float
-    """‖ΔW − ΔW'‖; infinite where shapes differ or the forms can't be compared."""
+    """‖ΔW − ΔW'‖; infinite if shapes differ or the layers can't be compared."""
 
     @property
     def relative(self) -> float:
@@ -32,13 +32,13 @@ class Difference:
 
 
 def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
-    """The difference of every module that either LoRA has, in order."""
+    """Yield the difference of every module that either LoRA has, in order."""
     for module in dict.fromkeys((*first, *second)):
         yield Difference(module, *_compared(first.get(module), second.get(module)))
 
 
 def apart(first: LoRA, second: LoRA) -> str:
-    """Why two LoRAs have nothing to compare: no module of one name and size; empty where they have one."""
+    """Say why two LoRAs have nothing to compare: no module of one name and size; empty if they have one."""
     sizes = {(module, math.prod(layer.shape)) for module, layer in first.layouts.items()}
     if any((module, math.prod(layer.shape)) in sizes for module, layer in second.layouts.items()):
         return ""
@@ -50,10 +50,8 @@ def apart(first: LoRA, second: LoRA) -> str:
 
 def _compared(first: Layer | None, second: Layer | None) -> tuple[float, float]:
     if first is None or second is None:
-        present = first or second
-        assert present is not None
-        size = _norm(present)
-        return (size, size) if second is None else (0.0, size)
+        size = sum(_norm(layer) for layer in (first, second) if layer is not None)
+        return size if second is None else 0.0, size
     first, second = in_one_library([first, second])
     (norm, distance), (bias_norm, bias_distance) = _compared_updates(first, second), _compared_biases(first, second)
     return math.hypot(norm, bias_norm), math.hypot(distance, bias_distance)
@@ -68,7 +66,7 @@ def _compared_biases(first: Layer, second: Layer) -> tuple[float, float]:
 
 
 def _bias(layer: Layer) -> Array | None:
-    """The difference of the module's bias, in float32."""
+    """Return the layer's update of the module's bias, in float32."""
     bias: Array | None = bias_of(layer)
     return None if bias is None else float32(bias)
 
@@ -92,7 +90,7 @@ def _compared_updates(first: Layer, second: Layer) -> tuple[float, float]:
 
 
 def _compared_doras(first: DoRA, second: DoRA) -> tuple[float, float]:
-    """Directions as LoRAs; magnitudes are the same or the layers are not."""
+    """Compare the directions as LoRAs; the distance is infinite if the magnitudes differ."""
     a, b = float32(first.magnitude).reshape(-1), float32(second.magnitude).reshape(-1)
     same = first.axis == second.axis and bool((a == b).all())
     norm, distance = _compared_updates(first.direction, second.direction)

@@ -1,4 +1,4 @@
-"""What is measured of updates, alone and in pairs, as sums over modules: those of a block are its modules' together."""
+"""Additive statistics of one update or a pair; adding those of its modules gives a block's."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Alone:
         return ratio(self.spread, self.square)
 
     def to_dict(self) -> dict[str, Any]:
-        """The measures by name."""
+        """Return the measures by name."""
         return {"modules": self.modules, "norm": self.norm, "effective_rank": self.effective_rank}
 
 
@@ -34,7 +34,7 @@ class Alone:
 class Pair:
     """Two updates ΔW₁ and ΔW₂, in the modules that both change.
 
-    Means over modules are weighted by ‖ΔW₁‖·‖ΔW₂‖: a module counts as much as the two can meet in it.
+    Means over modules are weighted by ‖ΔW₁‖·‖ΔW₂‖, the largest inner product that the two can have in a module.
     """
 
     modules: int = 0
@@ -67,12 +67,12 @@ class Pair:
 
     @property
     def input_overlap(self) -> float:
-        """Overlap of the row spaces (`linalg.overlap`), in [0, 1]: whether both act on the same inputs."""
+        """Overlap of the row spaces (`linalg.overlap`), in [0, 1]: 1 if both act on the same inputs."""
         return ratio(self.inputs, self.weight)
 
     @property
     def output_overlap(self) -> float:
-        """Overlap of the column spaces, in [0, 1]: whether both write to the same outputs."""
+        """Overlap of the column spaces, in [0, 1]: 1 if both write to the same outputs."""
         return ratio(self.outputs, self.weight)
 
     @property
@@ -85,7 +85,7 @@ class Pair:
         """Σ |⟨dₐ, d'ₐ⟩| / Σ ‖dₐ‖·‖d'ₐ‖ over the columns a of both ΔW, in [0, 1].
 
         It is the mean of ZipLoRA's |cos| of corresponding columns, weighted by the columns' norms, so that
-        columns in which nothing happens don't count.
+        columns of zeros don't count.
 
         Source:
             Shah et al., 2023, section 3.2, https://arxiv.org/abs/2311.13600
@@ -94,12 +94,12 @@ class Pair:
 
     @property
     def conflict(self) -> float:
-        """Share of Σ |v₁| + |v₂| that lies in values with different signs, in [0, 1]; one half by chance."""
+        """Share of Σ |v₁| + |v₂| in values with opposite signs, in [0, 1]; one half for unrelated updates."""
         return ratio(self.opposed, self.mass)
 
     @property
     def clash(self) -> float:
-        """Mean of √(overlaps above chance) · (1 − cosine) / 2, in [0, 1]: the same place, different things.
+        """Mean of √(overlaps above chance) · (1 − cosine) / 2, in [0, 1]: shared spaces, opposite directions.
 
         An overlap o above that of random subspaces, c, is (o − c) / (1 − c).
         """
@@ -121,7 +121,7 @@ class Pair:
         return ratio(self.spread, self.sum_square)
 
     def to_dict(self) -> dict[str, Any]:
-        """The measures by name; None where no module is in both."""
+        """Return the measures by name; each is None if no module is in both."""
         return {"modules": self.modules} | {name: getattr(self, name) if self.modules else None for name in MEASURES}
 
 
@@ -135,9 +135,9 @@ MEASURES = (
     "sum_norm",
     "sum_effective_rank",
 )
-"""What a `Pair` can be asked."""
+"""Names of the measures of a `Pair`."""
 
 
 def ratio(part: float, whole: float) -> float:
-    """The part of a whole; 0 where there is none."""
+    """Return part / whole; 0 if the whole is 0."""
     return part / whole if whole > 0 else 0.0

@@ -1,7 +1,7 @@
-"""Several updates of one module side by side: what is measured of them, from the factors.
+"""Measuring several updates of one module, from their factors.
 
-All comes from Gram matrices of the factors, but for the sign conflict, which needs values of ΔW
-itself and streams blocks of rows.  A dense ΔW, which has no factors, is measured as it is.
+Everything is computed from Gram matrices of the factors, except the sign conflict: it needs values of
+ΔW, which are formed in blocks of rows.  A dense ΔW, which has no factors, is measured directly.
 """
 
 import math
@@ -17,17 +17,17 @@ from ..tensors import Array, namespace
 from .measures import Alone, Pair, ratio
 
 BLOCK = 2**20
-"""Values of ΔW that are formed at a time."""
+"""The most values of ΔW to form at once."""
 
 SHARE = 0.99
-"""The spaces of a dense ΔW are those of the directions that carry this share of ‖ΔW‖²: all of them are everything."""
+"""Share of a dense ΔW's ‖ΔW‖² in the directions that count as its spaces: all directions span the whole space."""
 
 
 class Updates:
     """Several updates of one module, with the Gram matrices of all their factors.
 
-    Where the factors are larger than ΔW itself (Kronecker products of full parts), or there are none
-    (whole differences), ΔW takes their place.
+    If the factors are larger than ΔW (Kronecker products of full parts), or there are none (whole
+    differences), ΔW is used instead.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -54,13 +54,13 @@ class Updates:
         return int(self.factors[0][1].shape[1])
 
     def grams(self, i: int, j: int) -> tuple[Array, Array]:
-        """``upᵢᵀ upⱼ`` and ``downᵢ downⱼᵀ``."""
+        """Return ``upᵢᵀ upⱼ`` and ``downᵢ downⱼᵀ``."""
         if (i, j) not in self.blocks:
             self.blocks[i, j] = self.ups[i].T @ self.ups[j], self.downs[i] @ self.downs[j].T
         return self.blocks[i, j]
 
     def spectrum(self, member: int) -> Spectrum:
-        """The SVD of one of the updates."""
+        """Return the SVD of one of the updates."""
         if member not in self.spectra:
             layer = self.layers[member]
             if layer.kind in FACTORED:
@@ -70,17 +70,17 @@ class Updates:
         return self.spectra[member]
 
     def space(self, member: int) -> Spectrum:
-        """The directions that an update acts along: of a dense one, those that carry `SHARE` of it."""
+        """Return the directions of an update's spaces: all, or for a dense update those that carry `SHARE` of it."""
         found = self.spectrum(member)
         return found if self.layers[member].kind in FACTORED else linalg.leading(found, SHARE)
 
     def _whole(self, member: int) -> Array:
-        """A dense ΔW, which is one of its trivial factors."""
+        """Return a dense ΔW: it is one of its trivial factors."""
         up, down = self.ups[member], self.downs[member]
         return down if up.shape[0] == up.shape[1] else up
 
     def sigma(self, members: tuple[int, ...]) -> Array:
-        """Singular values of the sum of some of the updates."""
+        """Return the singular values of the sum of some of the updates."""
         if len(members) == 1:
             return self.spectrum(members[0]).sigma
         if members not in self.sums:
@@ -93,46 +93,46 @@ class Updates:
         return linalg.spectrum(*(self._some(which, members) for which in (0, 1))).sigma
 
     def _size(self, member: int) -> float:
-        """Σ ‖column of up‖ · ‖row of down‖: what the rounding of a sum is measured by."""
+        """Return Σ ‖column of up‖ · ‖row of down‖, the scale of a sum's rounding errors."""
         xp = self.xp
         lengths = xp.linalg.vector_norm(self.ups[member], axis=0) * xp.linalg.vector_norm(self.downs[member], axis=1)
         return float(xp.sum(lengths))
 
     def _some(self, which: int, members: tuple[int, ...]) -> Array:
-        """The Gram matrix of the ups (0) or downs (1) of some of the updates beside each other."""
+        """Return the Gram matrix of the concatenated ups (0) or downs (1) of some of the updates."""
         rows = [self.xp.concat([self.grams(i, j)[which] for j in members], axis=1) for i in members]
         return self.xp.concat(rows, axis=0)
 
     def inner(self, i: int, j: int) -> float:
-        """⟨ΔWᵢ, ΔWⱼ⟩."""
+        """Return ⟨ΔWᵢ, ΔWⱼ⟩."""
         if self.dense is not None:
             return float((self.dense[i] * self.dense[j]).sum())
         gram_up, gram_down = self.grams(i, j)
         return float((gram_up * gram_down).sum())
 
     def products(self, i: int, j: int) -> Array:
-        """Inner products of corresponding columns, ``(in,)``."""
+        """Return the inner products of corresponding columns, ``(in,)``."""
         if self.dense is not None:
             return self.xp.sum(self.dense[i] * self.dense[j], axis=0)
         return linalg.column_products(self.grams(i, j)[0], self.downs[i], self.downs[j])
 
     def overlaps(self, i: int, j: int) -> tuple[float, float]:
-        """Overlaps of the column and of the row spaces."""
+        """Return the overlaps of the column and of the row spaces."""
         first, second = self.space(i), self.space(j)
         most = max(first.rank, second.rank) if min(first.rank, second.rank) else 0
-        # A space of all dimensions has every other in it.
+        # A space of all dimensions contains every other.
         outputs = 1.0 if most == self.height else linalg.overlap(self.grams(i, j)[0], first.left, second.left)
         inputs = 1.0 if most == self.width else linalg.overlap(self.grams(i, j)[1], first.right, second.right)
         return outputs, inputs
 
     def alone(self, members: tuple[int, ...]) -> Alone:
-        """The sum of some of the updates."""
+        """Measure the sum of some of the updates."""
         sigma = self.sigma(members)
         square = float((sigma**2).sum())
         return Alone(modules=1, square=square, spread=square * linalg.effective_rank(sigma))
 
     def pair(self, i: int, j: int, signs: Mapping[tuple[int, int], tuple[float, float]]) -> Pair:
-        """What two of the updates have in common."""
+        """Measure a pair of the updates."""
         squares = self.alone((i,)).square, self.alone((j,)).square
         weight = math.sqrt(squares[0] * squares[1])
         inner = self.inner(i, j)
@@ -157,7 +157,7 @@ class Updates:
         )
 
     def signs(self, rows: Sequence[int] | None) -> dict[tuple[int, int], tuple[float, float]]:
-        """For each pair Σ |v₁| + |v₂|, of values with different signs and of all, in some rows or in all."""
+        """Return per pair Σ |v₁| + |v₂| of the entries with opposite signs, and of all, over the given rows or all."""
         found = dict.fromkeys(combinations(range(len(self.factors)), 2), (0.0, 0.0))
         for deltas in self._dense(rows) if found else ():
             for i, j in found:
@@ -166,7 +166,7 @@ class Updates:
         return found
 
     def _dense(self, rows: Sequence[int] | None) -> Iterator[list[Array]]:
-        """Blocks of rows of every ΔW."""
+        """Yield blocks of rows of every ΔW."""
         count = self.height if rows is None else len(rows)
         step = max(1, BLOCK // self.width)
         for start in range(0, count, step):
@@ -181,18 +181,18 @@ class Updates:
 def _signs(first: Array, second: Array) -> tuple[float, float]:
     xp = namespace(first)
     sizes = xp.abs(first) + xp.abs(second)
-    # The sign of one, not its value: the product of two small values may be 0.
+    # first * second < 0 would miss opposite signs: the product of two small values may underflow to 0.
     opposed = xp.where(first * xp.sign(second) < 0, sizes, xp.zeros_like(sizes))
     return float(xp.sum(opposed, dtype=xp.float64)), float(xp.sum(sizes, dtype=xp.float64))
 
 
 def factors_of(layer: Layer) -> tuple[Array, Array]:
-    """The factors of a layer; of one that has none, ΔW and the identity."""
+    """Return the factors of a layer; if it has none, ΔW and the identity."""
     return layer.factors() if layer.kind in FACTORED else linalg.trivial(matrix(layer.delta()))
 
 
 def chosen_rows(height: int, rows: int | None, seed: int, module: str) -> list[int] | None:
-    """A random subset of rows: a module's depends on the seed and its name only."""
+    """Choose a random subset of rows, which depends on the seed and the module's name only; None for all rows."""
     if rows is None or rows >= height:
         return None
     import numpy as np
@@ -202,6 +202,6 @@ def chosen_rows(height: int, rows: int | None, seed: int, module: str) -> list[i
 
 
 def _above_chance(overlap: float, rank: int, size: int) -> float:
-    """An overlap from 0, that of random subspaces, to 1."""
+    """Rescale an overlap so that 0 is that of random subspaces."""
     chance = rank / size
     return max(overlap - chance, 0.0) / (1 - chance) if chance < 1 else 0.0

@@ -28,7 +28,7 @@ SHARES = {
 """Measures of a `Pair` in [0, 1], in the order in which they are drawn."""
 
 LEGIBLE = 30
-"""Up to so many columns there is room for values in the cells."""
+"""With more columns than this, cells are drawn without numbers."""
 
 
 def check_heatmap(path: Path) -> None:
@@ -70,7 +70,7 @@ def save_heatmap(comparison: Comparison, path: str | Path) -> Path:
 
 
 def heatmap(comparison: Comparison) -> "Figure":
-    """Cosines above, overlaps, alignment and sign conflict below: a row a measure and pair, a column a block."""
+    """Draw cosines above, overlaps, alignment and sign conflict below: one row per measure and pair, one column per block."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -92,14 +92,14 @@ def heatmap(comparison: Comparison) -> "Figure":
 
 
 def _lines(comparison: Comparison, measures: Mapping[str, str]) -> list[tuple[str, str, Key]]:
-    """A line for each measure and pair; with one pair there is no need to name it."""
+    """Return label, measure and pair of each row; the label names the pair if there are several."""
     pairs = list(comparison.total.pairs)
     names = {(i, j): f" {comparison.letters[i]}, {comparison.letters[j]}" if len(pairs) > 1 else "" for i, j in pairs}
     return [(f"{label}{names[pair]}", measure, pair) for label, measure in measures.items() for pair in pairs]
 
 
 def _label(row: Row) -> str:
-    """A block of the denoiser by its own name; a text encoder is one block."""
+    """Return a column's label: the block's name in a denoiser; a text encoder is one block."""
     if not row.block:
         return row.name
     if row.block == "-":
@@ -114,7 +114,7 @@ def _panel(
     lines: Sequence[tuple[str, str, Key]],
     style: tuple[str, float, str],
 ) -> None:
-    """A heat map with its own colour bar; a line is a label, a measure and a pair."""
+    """Draw a heat map with its own colour bar; each line is a label, a measure and a pair."""
     import numpy as np
 
     colours, low, unit = style
@@ -146,8 +146,8 @@ def check_drawable(path: Path, what: str) -> None:
     """Refuse a picture that can't be drawn.
 
     Args:
-        path: Where it shall go.
-        what: What is drawn, for the message.
+        path: The file to draw into.
+        what: The picture's name in the message, such as ``"A heat map"``.
 
     Raises:
         FileError: The folder doesn't exist.

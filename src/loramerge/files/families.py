@@ -1,4 +1,4 @@
-"""LoRAs of one model: which family several may be for, and one name and form for each of its modules."""
+"""LoRAs of one model: agreeing on its family, and on one name and shape for each of its modules."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +14,7 @@ from .lora import LoRA
 
 
 def of_one_family(loras: Sequence[LoRA]) -> tuple[list[LoRA], str | None]:
-    """The LoRAs as those of one model family, which each may be for, and its name; None where it isn't known.
+    """Return the LoRAs as those of one model family that all may be for, and its name; None if it isn't known.
 
     Raises:
         MergeError: There is no such family, or nobody can tell whether they update the same modules.
@@ -29,7 +29,7 @@ def of_one_family(loras: Sequence[LoRA]) -> tuple[list[LoRA], str | None]:
 
 
 def shaped_alike(loras: Sequence[LoRA]) -> list[LoRA]:
-    """The LoRAs with kernels as convolutions have them where one of them has: some tools store these as matrices."""
+    """Return the LoRAs with convolution kernels unflattened, if one of them has the shape: some tools store matrices."""
     shapes: dict[str, Shape] = {}
     for lora in loras:
         for module, layout in lora.layouts.items():
@@ -38,12 +38,12 @@ def shaped_alike(loras: Sequence[LoRA]) -> list[LoRA]:
 
 
 def alike(loras: Sequence[LoRA], chosen: str | None) -> tuple[str, ...]:
-    """The other families that all LoRAs may be for."""
+    """Return the other families that all LoRAs may be for."""
     return tuple(name for name in _common(loras) if name != chosen)
 
 
 def _common(loras: Sequence[LoRA]) -> list[str]:
-    """The families that every LoRA of a known one may be for, those first that the surest LoRA names."""
+    """Return the families that every LoRA may be for, unknown ones apart, in the order of the least ambiguous LoRA."""
     known = sorted((lora.families for lora in loras if lora.families), key=len)
     return [name for name in known[0] if all(name in families for families in known)] if known else []
 
@@ -64,7 +64,7 @@ def _different(loras: Sequence[LoRA]) -> str:
 
 
 def named_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]:
-    """The LoRAs with one name for each module that their family doesn't list, whichever tool named it.
+    """Return the LoRAs with one name for each module that their family doesn't list, whichever tool named it.
 
     Tools write a path with its dots or with underscores in their place: where one LoRA has the dots, they
     are taken from it.
@@ -83,7 +83,7 @@ def named_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]:
 
 
 def spelled_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]:
-    """The LoRAs with the dots in their modules' names, where one of them has them."""
+    """Return the LoRAs with dots in their modules' names, if one of them has the dots."""
     free = [_unlisted(lora, architecture) for lora in loras]
     if sum(map(bool, free)) < 2:
         return list(loras)
@@ -92,13 +92,13 @@ def spelled_alike(loras: Sequence[LoRA], architecture: str | None) -> list[LoRA]
 
 
 def _unlisted(lora: LoRA, architecture: str | None) -> list[str]:
-    """The modules that the family doesn't list."""
+    """Return the modules that the family doesn't list."""
     shapes = ARCHITECTURES[architecture].shapes if architecture else {}
     return [module for module in lora if module not in shapes]
 
 
 def _spellings(modules: Iterable[str]) -> dict[str, str]:
-    """The name of each module by its flattened name: with its dots, where somebody has them."""
+    """Map each flattened name to the module's name, with its dots if any LoRA has them."""
     found: dict[str, str] = {}
     for module in modules:
         known = found.get(flat(module), module)
@@ -109,7 +109,7 @@ def _spellings(modules: Iterable[str]) -> dict[str, str]:
 
 
 def has_path(module: str) -> bool:
-    """Whether a module's path has dots of its own."""
+    """Return whether a module's path, after its component, has dots."""
     return "." in module.partition(".")[2]
 
 
@@ -136,14 +136,14 @@ def _say_the_same(loras: Sequence[LoRA]) -> bool:
 
 
 QUERIES = (r"qkv", r"to_[qkv]", r"[qkv]", r"[qkv]_proj", r"w[qkv]", r"to_(query|key|value)", r"[qkv]_linear|kv_linear")
-"""What tools call the query, key and value of an attention: together, or each by a name of its own."""
+"""Tools' names of an attention's query, key and value: fused into one weight, or three."""
 
 
 def _check_naming(a: LoRA, b: LoRA) -> None:
     """Refuse two LoRAs that call the parts of one attention by the names of different tools.
 
     Raises:
-        MergeError: They do, such as ``attention.qkv`` beside ``attention.to_q``.
+        MergeError: They do, such as ``attention.qkv`` and ``attention.to_q``.
     """
     first, second = _queries(a), _queries(b)
     for place in first.keys() & second.keys():
@@ -157,7 +157,7 @@ def _check_naming(a: LoRA, b: LoRA) -> None:
 
 
 def _queries(lora: LoRA) -> dict[str, tuple[int, str]]:
-    """The naming of each attention, as its place in `QUERIES`, and one of its names."""
+    """Map each attention to the position of its naming in `QUERIES`, and one of its names."""
     found: dict[str, tuple[int, str]] = {}
     for module in lora:
         for i, pattern in enumerate(QUERIES):

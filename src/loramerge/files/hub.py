@@ -1,15 +1,29 @@
-"""Files from the Hugging Face Hub."""
+"""Fetching files from the Hugging Face Hub."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 from ..errors import FileError, did_you_mean, first_line
 from .storage.pickles import PICKLES
 
-REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(?:/(?P<file>[^@]+?))?(?:@(?P<revision>[\w./-]+))?", re.ASCII)
+SPECIAL = r"refs/(?:pr/\d+|convert/[\w.-]+)"
+"""Revisions whose slashes are written as they are; in others a slash is ``%2F``."""
+
+REFERENCE = re.compile(
+    rf"(?P<repo>[\w.-]+/[\w.-]+)"
+    rf"(?:@(?P<revision>{SPECIAL}(?=/|$)|[\w.%+-]+)(?:/(?P<file>.+))?"
+    rf"|/(?P<older_file>[^@]+)(?:@(?P<older_revision>[\w./%+-]+))?)?",
+    re.ASCII,
+)
+"""``org/repo@revision/file``, as huggingface_hub writes it, and our older ``org/repo/file@revision``.
+
+Source: https://huggingface.co/docs/huggingface_hub/main/en/package_reference/hf_uris
+"""
+
 URL = re.compile(
     r"https?://(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
     r"(?:/(?:blob|resolve|tree)/(?P<revision>[^/?#]+)(?:/(?P<file>[^?#]+))?)?/?(?:[?#].*)?",
@@ -18,7 +32,7 @@ URL = re.compile(
 """A repository, or a file in it, as a browser shows it."""
 
 MOST = 6
-"""Names that a message lists."""
+"""The most names that a message lists."""
 
 WEIGHTS = (
     "pytorch_lora_weights.safetensors",
@@ -26,11 +40,11 @@ WEIGHTS = (
     "pytorch_lora_weights.bin",
     "adapter_model.bin",
 )
-"""Names that diffusers and PEFT give a LoRA, preferred where a repository has several files."""
+"""File names that diffusers and PEFT use, preferred if a repository has several files."""
 
 
 class Reference(NamedTuple):
-    """A repository on the Hub, with a file in it and a revision where they were named."""
+    """A repository on the Hub, with a file in it and a revision if they were named."""
 
     repo: str
     file: str | None
@@ -38,19 +52,26 @@ class Reference(NamedTuple):
 
     def __str__(self) -> str:
         file = f"/{self.file}" if self.file else ""
-        return f"hf://{self.repo}{file}" + (f"@{self.revision}" if self.revision else "")
+        if not self.revision:
+            return f"hf://{self.repo}{file}"
+        if file and "@" not in file:  # the order in the recipes of merged files
+            return f"hf://{self.repo}{file}@{self.revision}"
+        revision = self.revision if re.fullmatch(SPECIAL, self.revision) else quote(self.revision, safe="+")
+        return f"hf://{self.repo}@{revision}{file}"
 
 
 def parse(text: str) -> Reference | None:
-    """``org/repo``, ``org/repo/file.safetensors``, ``hf://org/repo@revision`` …; None when it is neither."""
-    match = REFERENCE.fullmatch(text.removeprefix("hf://"))
-    if not match or (not text.startswith("hf://") and text.startswith((".", "/", "~"))):
+    """Read ``org/repo``, ``org/repo/file.safetensors``, ``hf://org/repo@revision`` …; None if it isn't such a name."""
+    uri = text.startswith("hf://")
+    match = REFERENCE.fullmatch(text.removeprefix("hf://").removeprefix("models/").strip("/") if uri else text)
+    if not match or (not uri and text.startswith((".", "/", "~"))):
         return None
-    return Reference(match["repo"], match["file"], match["revision"])
+    revision = match["revision"] or match["older_revision"]
+    return Reference(match["repo"], match["file"] or match["older_file"], unquote(revision) if revision else None)
 
 
 def named_by(url: str) -> str:
-    """What to write in the place of a URL, which is not fetched."""
+    """Return what to write instead of a URL, which is not fetched."""
     match = URL.fullmatch(url)
     if not match:
         return "download the file first; of a repository on the Hub, org/repo/file.safetensors is fetched"
@@ -60,7 +81,7 @@ def named_by(url: str) -> str:
 
 
 def download(reference: Reference) -> Path:
-    """The file or, for a PEFT adapter, the directory on this disk; from the Hub's cache where it is there.
+    """Fetch the file, or a PEFT adapter's directory, unless it is in the Hub's cache; return its path on this disk.
 
     Raises:
         FileError: The repository, the revision or the file is missing, private or gated, or can't be reached.
@@ -74,14 +95,14 @@ def download(reference: Reference) -> Path:
 
 
 def pinned(reference: Reference, path: Path) -> str:
-    """The reference with the commit that was fetched, which the path in the Hub's cache names."""
+    """Return the reference with the commit that was fetched, which the path in the Hub's cache names."""
     parts = path.parts
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else reference.revision
     return str(reference._replace(revision=commit))
 
 
 def choose(files: list[str], where: str) -> str:
-    """The LoRA among the files of a repository or a directory; a pickle only where there is nothing else."""
+    """Choose the LoRA among the files of a repository or a directory; a pickle only if there is nothing else."""
     for ends in ((".safetensors",), PICKLES):
         weights = [f for f in files if f.endswith(ends)]
         for name in WEIGHTS:
@@ -126,7 +147,7 @@ def _fetch(reference: Reference, file: str) -> Path:
 
 
 def _unreachable() -> str:
-    """Why the Hub can't be reached, where that shows without asking it; the client would try for half a minute."""
+    """Say why the Hub can't be reached, if that is known without asking it: its client would retry for half a minute."""
     import socket
     from urllib.parse import urlsplit
     from urllib.request import getproxies
@@ -163,7 +184,7 @@ def _local(reference: Reference) -> str:
 
 
 def _why(error: Exception, reference: Reference, file: str) -> str:
-    """What is the matter, and the way out."""
+    """Return the cause, and the way out."""
     from huggingface_hub import constants, errors
 
     repo, log_in = reference.repo, "log in ('hf auth login') or set HF_TOKEN"
@@ -184,7 +205,7 @@ def _why(error: Exception, reference: Reference, file: str) -> str:
 
 
 def _named(name: str, there: list[str]) -> str:
-    """What there is in the place of what is missing."""
+    """List the names that there are, the most similar one first; empty if none is known."""
     if not there:
         return ""
     return f"{did_you_mean(name, there)} It has {', '.join(there[:MOST])}{', …' if len(there) > MOST else ''}."
@@ -195,13 +216,13 @@ def _revisions(repo: str) -> list[str]:
 
     try:
         refs = huggingface_hub.HfApi().list_repo_refs(repo)
-    except Exception:  # what is to be said is known already, these only help
+    except Exception:  # the list only adds to the error that is being reported
         return []
     return [ref.name for ref in (*refs.branches, *refs.tags)]
 
 
 def _files(reference: Reference) -> list[str]:
-    """The repository's ``.safetensors`` files, or where it has none all of them."""
+    """Return the repository's ``.safetensors`` files, or all of its files if it has none."""
     import huggingface_hub
 
     try:

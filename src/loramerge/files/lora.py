@@ -1,10 +1,11 @@
-"""A LoRA: what a file means, whatever it was called."""
+"""A LoRA: an ordered mapping of a model's modules to layers, whichever tool named the file's keys."""
 
 import json
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from .storage.writer import Progress
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Origin:
     """The tensors that a LoRA was read from, under their own keys."""
 
@@ -37,13 +38,22 @@ class Origin:
     config: Mapping[str, Config] = field(default_factory=dict)
     """PEFT's configuration, by component (``""`` for the directory's own)."""
     scales_beside: bool = False
-    """Whether a scale stands beside the tensors: in the header, or in the configuration."""
+    """True if a scale isn't among the tensors but in the header or the configuration."""
     layouts: Mapping[str, Layer] = field(default_factory=dict)
-    """The layouts as read: a LoRA with others was changed."""
+    """The layouts as read; a LoRA whose layouts are others was changed."""
     source: str | None = None
     """The file's or directory's name, or ``hf://org/repo@revision``; None for a state dict."""
     forced: Mapping[str, str] = field(default_factory=dict)
-    """The architecture and the dialect, where they were given and not told from the keys."""
+    """The architecture, the dialect and the adapter, where the caller named them."""
+    files: tuple[SafetensorsFile, ...] = ()
+    """The open files that the tensors are read from."""
+    reader: "_Reader | None" = None
+    """Builds the layers from the tensors; None once they are built."""
+
+    def held(self) -> "Origin":
+        """Return the same origin with every tensor in memory."""
+        tensors = {key: Held(tensor.read()) for key, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, files=(), reader=self.reader and self.reader.of(tensors))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,24 +79,24 @@ class LoRA(Mapping[str, Layer]):
     alike: tuple[str, ...] = ()
     """Other families whose layers have the same names and shapes; only what the file says could tell them apart."""
     style: str = ""
-    """How its file spells LoRA's own tensors, see `dialects.suffixes`; empty for one that was made in memory."""
+    """Its file's spelling of LoRA's own tensors, see `dialects.suffixes`; empty for a LoRA made in memory."""
     layouts: Mapping[str, Layer]
     """Every module's layer, of which the tensors may be stand-ins with shapes only."""
     compute: Callable[[str], Layer] | None = None
-    """Gives a module's layer with its values; None when the layouts hold them."""
+    """Loads or computes one module's layer; None if `layouts` already hold the values."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors that belong to no layer: embeddings, strays.  Kept, never merged into a weight."""
     about: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """What PEFT's configurations say of the base model, by component (``""`` for any)."""
+    """PEFT's configuration fields about the base model, by component (``""`` for any)."""
     notes: tuple[str, ...] = ()
-    """What was repaired or is unusual."""
+    """Sentences on repairs and on anything unusual."""
     dtype: str | None = None
-    """Dtype that saving uses unless told: None keeps every tensor's own."""
+    """Default dtype for saving; None keeps every tensor's own."""
     made_of: int | None = None
-    """Bytes of the tensors that it was made of; None where its size was chosen, or is nobody's concern."""
+    """Bytes of the tensors that it was made of; None if there is nothing to compare its size with."""
     here: bool = False
-    """Whether layers must be computed in this process, because someone is told of it."""
+    """True if `compute` has side effects in this process, so saving must not use forked workers."""
     origin: Origin | None = field(default=None, repr=False)
 
     def __getitem__(self, module: str) -> Layer:
@@ -119,21 +129,21 @@ class LoRA(Mapping[str, Layer]):
         self.close()
 
     def close(self) -> None:
-        """Let go of the file, if one is open."""
-        if self.origin and isinstance(self.origin.tensors, SafetensorsFile):
-            self.origin.tensors.close()
+        """Close the files that layers are read from, if any are open."""
+        for file in self.origin.files if self.origin else ():
+            file.close()
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Every model family that the LoRA may be for, the likeliest first; none where it is unknown."""
+        """Every model family that the LoRA may be for, the likeliest first; empty if it is unknown."""
         return (self.architecture, *self.alike) if self.architecture else ()
 
     def layout(self, module: str) -> Layer:
-        """The module's layer without its values: kind, shape, rank, alpha."""
+        """Return the module's layer without its values: kind, shape, rank, alpha."""
         return self.layouts[module]
 
     def summary(self, what: str) -> str:
-        """The values of a layout's attribute over all modules: ``"rank 4 to 16"``."""
+        """Return the range of a layout's attribute over all modules: ``"rank 4 to 16"``."""
         values = {v for layer in self.layouts.values() if (v := getattr(layer, what, None)) is not None}
         if not values:
             return f"no {what}"
@@ -141,34 +151,34 @@ class LoRA(Mapping[str, Layer]):
         return f"{what} {low:g}" if low == high else f"{what} {low:g} to {high:g}"
 
     def norm(self) -> float:
-        """Frobenius norm of the whole update, over all modules."""
+        """Return the Frobenius norm of the whole update, over all modules."""
         return math.sqrt(sum(layer.norm() ** 2 for layer in self.values()))
 
     def select(self, *patterns: str) -> "LoRA":
-        """The part whose modules match one of the patterns, as in weights: ``"unet.*attn2*"``, ``"OUT03"``."""
+        """Return the part whose modules match one of the patterns, as in weights: ``"unet.*attn2*"``, ``"OUT03"``."""
         others = set(self.others(*patterns))
         return self._keep([m for m in self if m not in others], patterns)
 
     def exclude(self, *patterns: str) -> "LoRA":
-        """All but the modules that match one of the patterns."""
+        """Return the LoRA without the modules that match one of the patterns."""
         kept = self._without(patterns)
         if patterns and kept is self:
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_offered(self)}")
         return kept._keep(list(kept), patterns)
 
     def others(self, *patterns: str) -> list[str]:
-        """The modules that match none of the patterns."""
+        """Return the modules that match none of the patterns."""
         return [m for m in self if not any(matches(p, m, self.architecture) for p in patterns)]
 
     def part(self, modules: Iterable[str]) -> "LoRA":
-        """The LoRA of some of the modules, maybe of none."""
+        """Return the LoRA with some of its modules only; there may be none."""
         layouts = {m: self.layouts[m] for m in modules}
         return (
             self if len(layouts) == len(self) else replace(self, layouts=layouts, origin=None, compute=self.__getitem__)
         )
 
     def shaped(self, weights: Mapping[str, Shape]) -> "LoRA":
-        """The LoRA with its layers in the form of the weights, where a kernel was flattened.
+        """Return the LoRA with its layers in the weights' shapes, where the file flattened a kernel.
 
         Args:
             weights: The weights' shapes by module.
@@ -181,7 +191,7 @@ class LoRA(Mapping[str, Layer]):
         )
 
     def renamed(self, names: Mapping[str, str]) -> "LoRA":
-        """The LoRA with other names for some of its modules.
+        """Return the LoRA with other names for some of its modules.
 
         Args:
             names: New names by old.
@@ -193,7 +203,7 @@ class LoRA(Mapping[str, Layer]):
         return replace(self, layouts=layouts, origin=None, compute=lambda module: self[olds[module]])
 
     def _without(self, patterns: Sequence[str]) -> "LoRA":
-        """The LoRA without the modules, and the tensors that belong to no layer, that match one of the patterns."""
+        """Return the LoRA without the modules and the extras that match one of the patterns."""
         kept = self.part(self.others(*patterns))
         extras = {key: t for key, t in self.extras.items() if not any(matches(p, key) for p in patterns)}
         return kept if len(extras) == len(self.extras) else replace(kept, extras=extras, origin=None)
@@ -205,16 +215,16 @@ class LoRA(Mapping[str, Layer]):
 
     @property
     def as_read(self) -> bool:
-        """Whether this is what was read, unchanged."""
+        """True if this is what was read, unchanged."""
         return self.origin is not None and self.origin.layouts is self.layouts
 
     @cached_property
     def sha256(self) -> str:
-        """What tells these tensors from others: the SHA-256 of the safetensors file of them alone.
+        """Content hash: SHA-256 of a safetensors file holding only these tensors, without metadata.
 
-        Of a file, every tensor under its own key; the header's strings don't count.  Of a LoRA that
-        was changed or made in memory, every layer's tensors as ``module.role``.  Scales that stand
-        beside the tensors are taken in as the entry ``alphas``.  Reads every tensor.
+        A file's tensors have their own keys; those of a LoRA that was changed or made in memory are
+        called ``module.role``.  Scales that are not among the tensors are hashed too, as the metadata
+        entry ``alphas``.  Reads every tensor.
         """
         from .storage.writer import sha256
 
@@ -225,37 +235,40 @@ class LoRA(Mapping[str, Layer]):
         return sha256({**held, **self.extras}, _alphas(layers))
 
     def in_memory(self, progress: "Progress | None" = None) -> "LoRA":
-        """The same LoRA with every layer computed and every tensor read.
+        """Return the same LoRA with every layer computed and every tensor read.
 
         Args:
             progress: Called with the number of modules done and of all.
         """
         if isinstance(self.metadata, Awaited):
             self.metadata.begin()
+        origin = self.origin.held() if self.origin and self.as_read else None
+        # The layers share the origin's tensors, which are kept so that saving can copy the file byte for byte.
+        compute = origin.reader.layer if origin and origin.reader else self.__getitem__
         layouts: dict[str, Layer] = {}
-        for done, (module, layer) in enumerate(self.items(), start=1):
-            layouts[module] = layer
+        for done, module in enumerate(self, start=1):
+            layouts[module] = compute(module)
             if progress:
                 progress(done, len(self))
-        same = self.as_read
+        tensors = origin.tensors if origin else self.extras
         return replace(
             self,
             layouts=layouts,
             compute=None,
             metadata=dict(self.metadata),
-            extras={key: Held(tensor.read()) for key, tensor in self.extras.items()},
-            origin=replace(self.origin, layouts=layouts) if self.origin and same else None,
+            extras={key: Held(tensors[key].read()) for key in self.extras},
+            origin=replace(origin, layouts=layouts, reader=None) if origin else None,
         )
 
     def state_dict(self, dialect: str | None = None, dtype: str | None = None) -> dict[str, "torch.Tensor"]:
-        """The LoRA's tensors under a dialect's keys, as torch tensors.
+        """Return the LoRA's tensors under a dialect's keys, as torch tensors.
 
         Args:
             dialect: Name of a dialect that can be written; the LoRA's own by default.
             dtype: ``"float32"``, ``"float16"`` …; every tensor's own by default.
 
         Returns:
-            Copies: what a reader does to them (diffusers scales some in place) stays with it.
+            Copies, so that a reader may change them: diffusers scales some in place.
 
         Raises:
             DialectError: The dialect can't hold a layer.
@@ -266,7 +279,7 @@ class LoRA(Mapping[str, Layer]):
 
 
 def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
-    """The LoRAs without the modules that match one of the patterns, as in weights.
+    """Return the LoRAs without the modules that match one of the patterns, as in weights.
 
     Raises:
         OptionError: There are patterns, and no module of any LoRA matches.
@@ -278,7 +291,7 @@ def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:
 
 
 def agreed(loras: Sequence[LoRA]) -> dict[str, dict[str, str]]:
-    """What the configurations of all LoRAs say alike of the base model, by component."""
+    """Return the fields about the base model on which the configurations of all LoRAs agree, by component."""
     if not all(lora.about for lora in loras):
         return {}
     having: dict[str, list[LoRA]] = {}
@@ -303,7 +316,7 @@ def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:
 
 
 def in_one_library(layers: Sequence[Layer], device: str | None = None) -> list[Layer]:
-    """Layers whose tensors are all numpy's or all torch's: torch's where one is, or a device is named."""
+    """Return the layers with all tensors numpy's or all torch's: torch's if one is, or if a device is named."""
     if "torch" not in sys.modules and device is None:
         return list(layers)
     torches = [is_torch(tensor) for layer in layers for tensor in layer.tensors().values()]
@@ -327,18 +340,22 @@ def from_tensors(
     dialect: str | None = None,
     adapter: str | None = None,
     notes: Sequence[str] = (),
+    files: Sequence[SafetensorsFile] = (),
+    source: str | None = None,
 ) -> LoRA:
-    """The LoRA that tensors, under the keys of any dialect, mean.
+    """Recognise tensors under the keys of any dialect as a LoRA.
 
     Args:
         tensors: Stored or held tensors by key.
         metadata: The file's metadata.
-        name: What messages call it: the file's name.
+        name: The name in messages: the file's.
         config: PEFT's ``adapter_config.json``, by component.
         architecture: Name of the family, where the keys leave it open.
         dialect: Name of the dialect, where the keys leave it open.
         adapter: Which of several adapters in the keys.
-        notes: What was unusual about the file.
+        notes: Sentences on anything unusual about the file.
+        files: The open files that stored tensors are read from, which the LoRA's `close` closes.
+        source: The source that a merge's recipe names (`Origin.source`).
 
     Raises:
         NotALoRAError: No layer is among the keys, or several adapters are.
@@ -355,6 +372,7 @@ def from_tensors(
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
     layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}
+    forced = {"architecture": architecture, "dialect": dialect, "adapter": adapter}
     beside = any(r.alpha is None and reader.configured(r) is not None for r in reading.records.values())
     return LoRA(
         name=name,
@@ -369,19 +387,29 @@ def from_tensors(
         about={component: fields.about(config) for component, config in scales.items()},
         notes=tuple(said),
         made_of=sum(nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()),
-        origin=Origin(tensors, reading.dialect.name, dict(config or {}), beside, layouts),
+        origin=Origin(
+            tensors=tensors,
+            dialect=reading.dialect.name,
+            config=dict(config or {}),
+            scales_beside=beside,
+            layouts=layouts,
+            source=source,
+            forced={key: value for key, value in forced.items() if value is not None},
+            files=tuple(files),
+            reader=reader,
+        ),
     )
 
 
 def _whole(tensors: Mapping[str, Tensor], configs: Mapping[str, Config]) -> Mapping[str, Tensor]:
-    """The tensors without those that AdaLoRA cut down to rank 0, whose ΔW is zero."""
+    """Return the tensors without those that AdaLoRA cut down to rank 0: their ΔW is zero."""
     if all(config["peft_type"] != "ADALORA" for config in configs.values()):
         return tensors
     return {key: tensor for key, tensor in tensors.items() if 0 not in tensor.shape}
 
 
 def _notes(tensors: Mapping[str, Tensor], reading: Reading, configs: Mapping[str, Config]) -> Iterator[str]:
-    """What PEFT's configurations say that the layers don't show."""
+    """Yield a note on everything in PEFT's configurations that the layers don't show."""
     if not configs and any("base_model.model." in key for key in tensors):
         yield (
             "PEFT's adapter_config.json is missing, so the strength is a guess (alpha = rank, scale 1): "
@@ -405,7 +433,7 @@ def _notes(tensors: Mapping[str, Tensor], reading: Reading, configs: Mapping[str
 
 
 class _Reader:
-    """Layers from the records of one file."""
+    """Builds layers from the records of one file."""
 
     def __init__(
         self, name: str, reading: Reading, tensors: Mapping[str, Tensor], config: Mapping[str, Config]
@@ -421,8 +449,14 @@ class _Reader:
         self._layouts: dict[str, Layer] = {}
         self._alphas: dict[str, float | None] = {}
 
+    def of(self, tensors: Mapping[str, Tensor]) -> "_Reader":
+        """Return a reader of the same records from other tensors with the same keys."""
+        found = copy(self)
+        found.tensors, found._recent = tensors, {}
+        return found
+
     def whole(self, stem: str) -> Layer:
-        """The layer of a stem; a fused one is asked for once a part, so the last few are kept."""
+        """Return the layer of a stem; a fused one is asked for once per part, so the last few are kept."""
         if len(self.records[stem].parts) == 1:
             return self._whole(stem)
         found = self._recent.get(stem) or self._whole(stem)
@@ -479,7 +513,7 @@ class _Reader:
         return self._as_trained(record, build(held, alpha, self.weight(record)))
 
     def weight(self, record: Record) -> Shape | None:
-        """Shape of the weight that the record updates, where the architecture knows it."""
+        """Return the shape of the weight that the record updates; None if the architecture doesn't know it."""
         if self.architecture is None:
             return None
         if len(record.parts) == 1:
@@ -494,14 +528,14 @@ class _Reader:
         return self.config.get(component) or self.config.get("")
 
     def widened(self, record: Record) -> bool:
-        """Whether a layer says that the weight is to be widened to its own shape, which its shape says too."""
+        """Return whether ``reshape_weight`` only repeats the layer's own shape, which is wider than the weight's."""
         key = record.keys.get("reshape_weight")
         if key is None or record.layer is None or self.weight(record) is None:
             return False
         return tuple(self.tensors[key].read().tolist()) == record.layer.shape
 
     def configured(self, record: Record) -> float | None:
-        """The alpha that a configuration beside the tensors gives."""
+        """Return the alpha that PEFT's configuration gives; None if there is no configuration or nothing to scale."""
         config, roles = self.config_of(record), record.keys.keys()
         if config is None or not roles & fields.SCALED:
             return None
@@ -513,14 +547,14 @@ class _Reader:
 
 
 PREFIX = re.compile(r".*base_model\.model\.|(?:unet|transformer|text_encoder(?:_\d)?|diffusion_model)\.")
-"""What stands before a module's own path in a stem."""
+"""Prefixes of a module's own path in a stem."""
 
 
 def names_of(record: Record) -> list[list[str]]:
-    """What the patterns of a configuration may call a record's modules, the best name first.
+    """Return the names by which a configuration's patterns may refer to each of a record's modules, the best first.
 
-    It is the name in the model that PEFT wrapped.  Where the file was renamed since, that is lost, and
-    diffusers' own stands for it.
+    The best is the name in the model that PEFT wrapped.  If the file was renamed since, that name is lost,
+    and diffusers' own is tried too.
     """
     own = PREFIX.sub("", record.stem, count=1)
     if "base_model.model." in record.stem:

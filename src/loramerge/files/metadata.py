@@ -1,4 +1,4 @@
-"""The strings in a file's header: kept, brought up to date, and never left wrong."""
+"""The strings in a file's header: those that stay true are kept, the others are updated or dropped."""
 
 import json
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .lora import LoRA
 
 RECIPE = "loramerge"
-"""Where a merged file says how it was made."""
+"""The metadata key of a merged file's recipe."""
 
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 STALE = (
@@ -42,7 +42,7 @@ HASHED = ("kohya", "kohya-diffusers")
 
 
 def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], bool]:
-    """The metadata of a LoRA as it is written, and whether kohya's hashes belong in it."""
+    """Return the metadata of a LoRA as it is written, and whether kohya's hashes belong in it."""
     if spelling.verbatim:
         stale = HASHES if spelling.dtype else ()
         return {key: value for key, value in lora.metadata.items() if key not in stale}, False
@@ -65,12 +65,12 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], 
 
 
 def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The entries that stay true when a LoRA is written anew."""
+    """Return the entries that stay true when a LoRA is written anew."""
     return {key: value for key, value in metadata.items() if key not in STALE and not NUMBERED.fullmatch(key)}
 
 
 def _with_output(recipe: str, spelling: "Spelling") -> str:
-    """A merge's recipe with the dialect and the dtype in which it is written."""
+    """Return a merge's recipe with the dialect and the dtype in which it is written."""
     try:
         found = json.loads(recipe)
     except ValueError:
@@ -85,10 +85,10 @@ def _with_output(recipe: str, spelling: "Spelling") -> str:
 
 
 def network(label: Label | None, layers: Sequence[Layer]) -> dict[str, str]:
-    """What sd-scripts and LyCORIS say of a network, from the layers as written.
+    """Return the entries by which sd-scripts and LyCORIS describe a network, from the layers as written.
 
     Args:
-        label: What the family is called, where it is known.
+        label: The family's labels, if it is known.
         layers: The layers, or their layouts.
     """
     plain = label.module if label else "networks.lora"
@@ -102,12 +102,12 @@ def network(label: Label | None, layers: Sequence[Layer]) -> dict[str, str]:
 
 
 def _is_plain(layer: Layer) -> bool:
-    """Whether sd-scripts' own networks have such layers."""
+    """Return whether sd-scripts' own networks have such layers."""
     return isinstance(layer, LowRank) and layer.mid is None
 
 
 def _arguments(layers: Sequence[Layer]) -> dict[str, str]:
-    """LyCORIS's arguments for such layers; none for plain LoRAs, and no algorithm where there are several."""
+    """Return LyCORIS's arguments for such layers; none for plain LoRAs, and no algorithm if there are several."""
     if all(map(_is_plain, layers)):
         return {}
     kinds = {direction_of(layer).kind for layer in layers} & {"lora", "loha", "lokr", "full"}

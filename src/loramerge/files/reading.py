@@ -1,13 +1,12 @@
-"""Loading, opening and saving LoRAs: by path, directory or Hub name; atomically."""
+"""Loading and opening LoRAs: by path, directory or Hub name."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 from ..errors import FileError, OptionError, first_line
-from ..tensors import Array, Held, Stored, Tensor, is_known
+from ..tensors import Array, Held, Tensor, is_known
 from .architectures.names import COMPONENTS
 from .lora import LoRA, from_tensors
 from .storage.pickles import PICKLES, pickled
@@ -21,11 +20,12 @@ PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_FILES = (PEFT_FILE, "adapter_model.bin")
 
 
+@runtime_checkable
 class Readable(Protocol):
     """A binary file object: what ``open(path, "rb")``, `io.BytesIO` and the uploads of web frameworks are."""
 
     def read(self) -> bytes:
-        """All that is left of it."""
+        """Return all that is left of it."""
         ...
 
 
@@ -33,7 +33,7 @@ Source = str | os.PathLike[str] | Mapping[str, Array] | bytes | bytearray | memo
 
 
 def is_list(loras: object) -> TypeGuard[Sequence[Any]]:
-    """Whether several LoRAs are given: text and bytes are sequences too, and stand for one."""
+    """Return whether several LoRAs are given: text and bytes are sequences too, and stand for one."""
     return isinstance(loras, Sequence) and not isinstance(loras, str | bytes | bytearray | memoryview)
 
 
@@ -56,7 +56,7 @@ def open(
             its bytes or a binary file object, which is read whole.
         architecture: The model family, where the file leaves it open.
         dialect: The dialect, where the file leaves it open.
-        config: PEFT's configuration, where it is not beside the file: it has the scale.
+        config: PEFT's configuration, which has the scale, if it isn't in the file's directory.
         metadata: The strings of the header, for a state dict.
         adapter: Which one, where the keys name several adapters, as PEFT does.
         allow_pickle: Whether to read ``.pt``, ``.bin`` and ``.ckpt``, tensors only
@@ -66,7 +66,7 @@ def open(
         FileError: The file is missing, broken or hostile.
         NotALoRAError: It holds no LoRA.
         LayerError: A layer is incomplete or its shapes disagree.
-        OptionError: The source is something else than these.
+        OptionError: The source is none of these.
     """
     options: dict[str, Any] = {"architecture": architecture, "dialect": dialect, "adapter": adapter}
     if config is not None:
@@ -76,20 +76,25 @@ def open(
         return from_tensors(held, metadata or {}, "state dict", **options)
     if not isinstance(source, str | os.PathLike):
         stored = SafetensorsFile(IN_MEMORY, _bytes_of(source))
-        return from_tensors(stored, stored.metadata, IN_MEMORY, **options)
-    path, name = _found(source)
-    lora = _open_path(path, options, allow_pickle)
-    return _from(name, lora, architecture=architecture, dialect=dialect, adapter=adapter)
+        return from_tensors(stored, stored.metadata, IN_MEMORY, files=(stored,), **options)
+    path, options["source"] = _found(source)
+    files: list[SafetensorsFile] = []
+    try:
+        return _open_path(path, options, allow_pickle, files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
 
 
 IN_MEMORY = "file in memory"
-"""What messages call a file whose bytes were given."""
+"""The name in messages of a file whose bytes were given."""
 
 
 def _bytes_of(source: object) -> bytes:
-    """The file in memory that bytes or a file object are; what may change is copied."""
+    """Return the bytes of a file in memory or of a file object; what may change is copied."""
     try:
-        data = source.read() if hasattr(source, "read") else source
+        data = source.read() if isinstance(source, Readable) else source
     except (OSError, ValueError) as error:
         raise FileError(f"Can't read the file object {source!r}: {first_line(error)}.") from error
     if isinstance(data, bytes | bytearray | memoryview):
@@ -102,28 +107,25 @@ def _bytes_of(source: object) -> bytes:
     )
 
 
-def _from(name: str, lora: LoRA, **forced: str | None) -> LoRA:
-    """The LoRA with a note of where it was read, and of what was said about it."""
-    assert lora.origin
-    given = {key: value for key, value in forced.items() if value is not None}
-    return replace(lora, origin=replace(lora.origin, source=name, forced=given))
-
-
-def _open_path(path: str, options: dict[str, Any], allow_pickle: bool) -> LoRA:
+def _open_path(path: str, options: dict[str, Any], allow_pickle: bool, files: list[SafetensorsFile]) -> LoRA:
+    """Open a file or a directory, and list the files that are open from then on."""
     if os.path.isdir(path):
-        return _open_folder(path, options, allow_pickle)
-    tensors, metadata, notes = _tensors(path, allow_pickle)
+        return _open_folder(path, options, allow_pickle, files)
+    tensors, metadata, notes = _tensors(path, allow_pickle, files)
     if "config" not in options and any("base_model.model." in key for key in tensors):
         options["config"] = _config_beside(path)
-    return from_tensors(tensors, metadata, os.path.basename(path), notes=notes, **options)
+    return from_tensors(tensors, metadata, os.path.basename(path), notes=notes, files=files, **options)
 
 
-def _tensors(path: str, allow_pickle: bool) -> tuple[Mapping[str, Tensor], Mapping[str, str], list[str]]:
-    """What a file holds: its tensors, the strings in its header, and what is unusual about it."""
+def _tensors(
+    path: str, allow_pickle: bool, files: list[SafetensorsFile]
+) -> tuple[Mapping[str, Tensor], Mapping[str, str], list[str]]:
+    """Return a file's tensors, the strings in its header, and notes on anything unusual."""
     if path.endswith(PICKLES):
         tensors, inside = pickled(path, allow_pickle)
         return tensors, {}, [f"the tensors of its dictionary {inside!r}"] if inside else []
     file = SafetensorsFile(path)
+    files.append(file)
     return file, file.metadata, []
 
 
@@ -156,24 +158,11 @@ def load(
         adapter=adapter,
         allow_pickle=allow_pickle,
     ) as lora:
-        if isinstance(source, Mapping) or lora.origin is None:
-            return lora.in_memory()
-        held = {key: Held(t.read()) if isinstance(t, Stored) else t for key, t in lora.origin.tensors.items()}
-        loaded = from_tensors(
-            held,
-            lora.metadata,
-            lora.name,
-            config=lora.origin.config,
-            architecture=lora.architecture,
-            dialect=dialect,
-        )
-        assert loaded.origin
-        origin = replace(loaded.origin, source=lora.origin.source, forced=lora.origin.forced)
-        return replace(loaded, notes=lora.notes, origin=origin).in_memory()
+        return lora.in_memory()
 
 
 def _held(key: str, value: Any) -> Held:
-    """A state dict's value: a dense numpy array or torch tensor, without its gradient."""
+    """Check a state dict's value, a dense numpy array or torch tensor, and drop its gradient."""
     value = value.detach() if hasattr(value, "detach") else value
     known = type(value).__module__.partition(".")[0] in ("numpy", "torch")
     if not known or not hasattr(value, "dtype") or getattr(value, "is_sparse", False):
@@ -189,7 +178,7 @@ def _copied(value: Any) -> Any:
 
 
 def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
-    """The file or directory, and its name for others: without the directories above it, or the Hub's."""
+    """Find the file or directory; return its path, and the name for recipes: the Hub's, or without parent directories."""
     text = os.fspath(source)
     path = os.path.expanduser(text)
     if path.endswith(".toml") and os.path.isfile(path):
@@ -216,7 +205,7 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def _near(path: str) -> str:
-    """A question for the file or directory beside the missing one whose name is most like its name."""
+    """Return "Did you mean …?" for the most similar name in the same directory; empty if none is similar."""
     from difflib import get_close_matches
 
     folder, name = os.path.split(path)
@@ -228,7 +217,9 @@ def _near(path: str) -> str:
     return f" Did you mean {os.path.join(folder, near[0])}?" if near else ""
 
 
-def _open_folder(folder: "str | Path", options: dict[str, Any], allow_pickle: bool) -> LoRA:
+def _open_folder(
+    folder: "str | Path", options: dict[str, Any], allow_pickle: bool, files: list[SafetensorsFile]
+) -> LoRA:
     from pathlib import Path
 
     from .hub import WEIGHTS, choose
@@ -242,25 +233,25 @@ def _open_folder(folder: "str | Path", options: dict[str, Any], allow_pickle: bo
         names = [entry.name for entry in entries if entry.suffix == ".safetensors"]
         names = names or [entry.name for entry in entries if entry.suffix in PICKLES and not others]
         if len(others) == 1 and not names:
-            return _open_folder(others[0].parent, options, allow_pickle)
+            return _open_folder(others[0].parent, options, allow_pickle, files)
         if others and not set(WEIGHTS) & set(names):
             listed = [*(str(other.parent) for other in others), *(str(path / name) for name in names)]
             raise FileError(f"{path} holds {len(listed)} adapters; name one: {', '.join(listed)}.")
-        return _open_path(str(path / choose(names, str(path))), options, allow_pickle)
+        return _open_path(str(path / choose(names, str(path))), options, allow_pickle, files)
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     config: dict[str, Any] = {}
     for folder, file in adapters.items():
         prefix = "" if folder == path else f"{folder.name}/"
-        held, strings, _ = _tensors(str(file), allow_pickle)
+        held, strings, _ = _tensors(str(file), allow_pickle, files)
         tensors |= {prefix + key: tensor for key, tensor in held.items()}
         metadata |= strings
         config |= {folder.name if prefix else "": _config(folder / PEFT_CONFIG)}
-    return from_tensors(tensors, metadata, path.name, **{"config": config, **options})
+    return from_tensors(tensors, metadata, path.name, files=files, **{"config": config, **options})
 
 
 def _adapter_in(folder: "Path") -> "Path | None":
-    """The file of a PEFT adapter in a directory, a safetensors file before a pickle."""
+    """Return the file of a PEFT adapter in a directory, preferring safetensors to a pickle."""
     return next((folder / name for name in PEFT_FILES if os.path.exists(folder / name)), None)
 
 

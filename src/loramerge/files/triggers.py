@@ -1,4 +1,4 @@
-"""The words that call up what a LoRA learned, as its header tells them: a trigger phrase, or the captions' tags."""
+"""Trigger words: the phrase in a LoRA's header, or the tags of its training captions."""
 
 import json
 from collections import Counter
@@ -10,19 +10,19 @@ from .metadata import RECIPE
 PHRASE, TAGS = "modelspec.trigger_phrase", "ss_tag_frequency"
 
 MOST = 1000
-"""Tags that a merge keeps, of all its parents together."""
+"""The most tags that a merge keeps, over all its parents."""
 LONGEST = 2000
-"""Characters of a merge's trigger phrase."""
+"""The most characters of a merge's trigger phrase."""
 
 
 def words(metadata: Mapping[str, str], most: int = 8) -> list[str]:
-    """The trigger phrase, or the commonest tags of the training captions."""
+    """Return the trigger phrase, or the most frequent tags of the training captions."""
     phrase = metadata.get(PHRASE)
     return [phrase] if phrase else [tag for tag, _ in tags(metadata).most_common(most)]
 
 
 def tags(metadata: Mapping[str, str]) -> Counter[str]:
-    """How often each tag is in the training captions, of all folders together."""
+    """Count each tag in the training captions, over all folders."""
     counts: Counter[str] = Counter()
     for folder in _entries(metadata.get(TAGS)).values():
         for tag, count in folder.items() if isinstance(folder, dict) else ():
@@ -32,10 +32,10 @@ def tags(metadata: Mapping[str, str]) -> Counter[str]:
 
 
 def by_parent(name: str, metadata: Mapping[str, str]) -> list[tuple[str, list[str]]]:
-    """The words of each LoRA that a file was merged from; of another file its own."""
+    """Return the words of each LoRA that a file was merged from; if it was not merged, the file's own."""
     inputs = _entries(metadata.get(RECIPE)).get("inputs")
     entries = [entry for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
-    # What a resized LoRA had stands in its header; what the parents of a merge had stands with each of them.
+    # The header of a resized LoRA has its entries; the recipe of a merge has each parent's.
     shared = {key: value for key, value in metadata.items() if key != RECIPE} if len(entries) == 1 else {}
     parents = [parent for entry in entries for parent in _parents(entry, shared)]
     return parents or [(name, words(metadata))]
@@ -48,7 +48,7 @@ def _parents(entry: Mapping[str, Any], shared: Mapping[str, str]) -> list[tuple[
 
 
 def joined(parents: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, str]:
-    """The entries of a merge: all trigger phrases, and the tags of each parent in a folder of its own.
+    """Return the entries of a merge: all trigger phrases, and the tags of each parent in a folder of its own.
 
     Args:
         parents: Name and header of every LoRA that is merged.
@@ -81,7 +81,7 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
 
 
 def _entries(text: str | None) -> dict[str, Any]:
-    """The entries of a JSON object; none where a stranger's text is something else."""
+    """Parse a JSON object; empty if the text, which anyone may have written, is something else."""
     try:
         found = json.loads(text or "{}")
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Loading, opening and saving LoRAs: by path, directory or Hub name; atomically."""
+"""Saving and converting LoRAs: each file or directory is written whole, or not at all."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def save(
     """Write a LoRA, whole or not at all.
 
     Args:
-        lora: What to write.  A merge that is not computed yet (`Plan.lora`) is computed module
+        lora: The LoRA.  A merge that is not computed yet (`Plan.lora`) is computed module
             by module on the way.
         path: A ``.safetensors`` file; for the dialect ``peft`` a directory.
         dialect: Name of a dialect that can be written; the LoRA's own by default.  In its own
@@ -55,7 +55,7 @@ def save(
             otherwise they are threads, which pay for large ranks only.
         progress: Called with the number of modules done and of all.
         lost: Called with a line for each thing that ``allow_lossy`` left out.
-        allow_growth: Whether the file may take more than ten times the room of what it is made of.
+        allow_growth: Whether the file may be more than ten times as large as what it is made of.
         noted: Called with a line for each thing that one of the dialect's readers is known to leave out.
 
     Returns:
@@ -64,7 +64,7 @@ def save(
     Raises:
         DialectError: The dialect can't hold a layer; nothing is written.
         NumberError: A value is NaN, infinite, or too large for the dtype.
-        OptionError: The file would grow beyond measure.
+        OptionError: The file would be too large (see ``allow_growth``).
         FileError: The path can't be written, or the disk has no room.
     """
     from .dialects.readers import said
@@ -91,7 +91,7 @@ def save(
 
 
 def saved_size(lora: LoRA, dialect: str | None = None, dtype: str | None = None, *, allow_lossy: bool = False) -> int:
-    """Bytes of the file that `save` would write, configurations beside it apart."""
+    """Return the size in bytes of the file that `save` would write, without configurations beside it."""
     from .dialects.write import spell
     from .metadata import for_writing
     from .storage.writer import file_size
@@ -101,20 +101,20 @@ def saved_size(lora: LoRA, dialect: str | None = None, dtype: str | None = None,
 
 
 def outgrows(lora: LoRA, length: int) -> bool:
-    """Whether a file of some bytes takes many times the room of what it is made of, and nobody chose that."""
+    """Return whether a file of ``length`` bytes is many times as large as what it is made of, and nobody chose that."""
     return lora.made_of is not None and length > max(SMALL, GROWTH * lora.made_of)
 
 
 def check_growth(lora: LoRA, length: int, dialect: str) -> None:
-    """Refuse a file that takes many times the room of what it is made of: LoHas and LoKrs are LoRAs of large ranks.
+    """Refuse a file that is many times as large as what it is made of: LoHas and LoKrs are LoRAs of large ranks.
 
     Args:
-        lora: What would be written.
+        lora: The LoRA to write.
         length: Bytes of the file.
         dialect: Name of its dialect.
 
     Raises:
-        OptionError: The file would grow beyond measure.
+        OptionError: The file would be too large.
     """
     if not outgrows(lora, length) or lora.made_of is None:
         return
@@ -129,19 +129,19 @@ def check_growth(lora: LoRA, length: int, dialect: str) -> None:
 
 
 def tensors_size(spelling: "Spelling") -> int:
-    """Bytes of the tensors as they are written."""
+    """Return the size in bytes of the tensors as they are written."""
     return sum(nbytes(tuple(t.shape), t.dtype) for group in spelling.groups for t in group.specs.values())
 
 
 def _unheld(lora: LoRA, dialect: str) -> str:
-    """What a dialect can't hold of a LoRA but as one of a large rank; empty where it is nothing."""
+    """Say which kinds of layers a dialect can hold only as a LoRA of a large rank; empty if there are none."""
     kinds = {direction_of(layout).kind for layout in lora.layouts.values()} - written_dialect(dialect).holds
     names = [title for kind, title in (("lokr", "LoKr"), ("loha", "LoHa")) if kind in kinds]
     return f"{dialect} can't hold {' and '.join(names)} layers but as a LoRA of their large rank" if names else ""
 
 
 def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
-    """The path that a LoRA will be written to, if it can be.
+    """Return the path that a LoRA will be written to, once it is sure that it can be.
 
     Raises:
         OptionError: The dialect is unknown, or the path is not of its kind.
@@ -168,7 +168,7 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
 
 
 def check_apart(source: str | os.PathLike[str], target: "Path") -> None:
-    """Refuse to write a LoRA in the place of the one that it is made of.
+    """Refuse to overwrite the LoRA that is being read.
 
     Raises:
         OptionError: They are one file or directory.
@@ -179,7 +179,7 @@ def check_apart(source: str | os.PathLike[str], target: "Path") -> None:
 
 
 def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None") -> "Path":
-    """PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
+    """Write PEFT's layout: the denoiser's adapter in the directory, each text encoder's in one of its own."""
     from .dialects.config import component_configs
     from .metadata import for_writing
     from .storage import scratch
@@ -210,7 +210,7 @@ def _write_components(
     progress: "Progress | None",
     fork: bool,
 ) -> None:
-    """Each component's adapter and configuration, in a directory of its own."""
+    """Write each component's adapter and configuration into a directory of its own."""
     from .storage.writer import write, write_text
 
     done = 0
@@ -235,9 +235,9 @@ def _shifted(progress: "Progress", before: int, total: int, done: int, _: int) -
 
 
 def _take_places(made: "Path", target: "Path") -> None:
-    """Put the new files in the place of the old; a component that is not there any more goes."""
+    """Replace the old files by the new ones; a component that the new LoRA lacks is deleted."""
     folders = ("", *COMPONENTS)
-    for component in folders:  # until the last is back, readers refuse the directory instead of mixing old and new
+    for component in folders:  # without its configurations, readers refuse the directory instead of mixing old and new
         (target / component / PEFT_CONFIG).unlink(missing_ok=True)
     for name in (PEFT_FILE, PEFT_CONFIG):
         for component in folders:
@@ -290,9 +290,9 @@ def convert(
 
     Raises:
         DialectError: The dialect can't hold a layer; nothing is written.
-        OptionError: The file would grow beyond measure.
+        OptionError: The file would be too large (see ``allow_growth``).
         FileError: The source can't be read or the path can't be written.
-        NotALoRAError: The source is no LoRA.
+        NotALoRAError: The source isn't a LoRA.
     """
     with open(source, architecture=architecture, adapter=adapter, allow_pickle=allow_pickle) as lora:
         return save(

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..files.dialects.write import Group
 from ..files.lora import LoRA
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.writer import write
-from ..tensors import Array, Held, Spec, Stored, check_finite
+from ..tensors import Array, Held, Spec, check_finite
 
 KEY = "loramerge.coefficients"
 """Where the file's metadata say what the coefficients are for."""
@@ -28,7 +29,7 @@ KEY = "loramerge.coefficients"
 class Coefficients:
     """Column coefficients of a merge, and where they come from."""
 
-    columns: Mapping[str, Stored | Held]
+    columns: Mapping[str, Held]
     """By module, shape ``(N, in·kh·kw)``, float32: row i scales the columns of LoRA i's ΔW."""
     others: tuple[float, ...]
     """Each LoRA's weight in modules that have no coefficients."""
@@ -53,23 +54,20 @@ class Coefficients:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Coefficients":
-        """Coefficients from a file; each matrix is read when it is asked for.
+        """Coefficients from a file, which is read whole: one matrix ``(N, in·kh·kw)`` per module is a few megabytes.
 
         Raises:
             FileError: The file can't be read, or holds no coefficients.
         """
-        file = SafetensorsFile(Path(path))
-        try:
-            said = json.loads(file.metadata[KEY])
-            return cls(
-                file,
-                tuple(map(float, said["others"])),
-                tuple(said["names"]),
-                said.get("provenance", {}),
-                Path(path).name,
-            )
-        except (KeyError, TypeError, ValueError):
-            raise FileError(f"{path} holds no learned coefficients: its metadata lack {KEY!r}.") from None
+        with closing(SafetensorsFile(Path(path))) as file:
+            try:
+                said = json.loads(file.metadata[KEY])
+                others, names = tuple(map(float, said["others"])), tuple(said["names"])
+                provenance = said.get("provenance", {})
+            except (KeyError, TypeError, ValueError):
+                raise FileError(f"{path} holds no learned coefficients: its metadata lack {KEY!r}.") from None
+            columns = {module: Held(tensor.read()) for module, tensor in file.items()}
+        return cls(columns, others, names, provenance, Path(path).name)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the coefficients: whole, or not at all."""

@@ -1,4 +1,4 @@
-"""SHA-256 of files and of models in directories, each found out once while the files stay as they are."""
+"""SHA-256 of files and of models in directories, cached until a file changes."""
 
 import hashlib
 import os
@@ -10,11 +10,11 @@ from ...errors import FileError
 
 CHUNK = 1 << 22
 SAMPLES, SAMPLE = 64, 1 << 12
-"""How many parts of a large file a glance reads, and the bytes of each."""
+"""Number and size in bytes of the parts of a large file that `listing_digest` hashes."""
 
 
 def file_digest(path: Path) -> str:
-    """The SHA-256 of a file's bytes.
+    """Return the SHA-256 of a file's bytes.
 
     Raises:
         FileError: It can't be read.
@@ -23,10 +23,10 @@ def file_digest(path: Path) -> str:
 
 
 def listing_digest(root: Path, files: Iterable[Path]) -> str:
-    """The SHA-256 of a listing of files: the path of each below ``root``, its size, and the hash of parts of it.
+    """Return the SHA-256 of a listing of files: the path of each below ``root``, its size, and a hash of parts of it.
 
-    The parts lie evenly in the file, its beginning (a safetensors header) and its end among them; of a
-    small file they are all of it.
+    The parts are spread evenly from the file's beginning (a safetensors header) to its end; a small file
+    is hashed whole.
 
     Raises:
         FileError: A file can't be read.

@@ -1,4 +1,4 @@
-"""Metadata with one entry that takes a while to find out, though its length is known."""
+"""Header metadata with one slow entry whose length is known in advance, filled in after writing."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -8,15 +8,19 @@ if TYPE_CHECKING:
 
 
 class Awaited(Mapping[str, str]):
-    """Strings for a header, of which one is found out in the background, or when it is asked for.
+    """Strings for a header, one of which is computed in a thread, or when it is read.
 
-    A writer that can't wait writes the draft first, and the true text in its place at the end.
+    The writer reserves the header's place with the draft, and writes the true text at the end.
+
+    The slow entry is a merge's recipe, which has the SHA-256 of every input.  Hashing two SDXL LoRAs of
+    rank 8 and 32 (330 MB) takes 0.36 s of processor time, and their whole merge 2.9 s: one thread would
+    take an eighth longer if it hashed first.
 
     Args:
         known: The other entries.
-        key: The late entry's key.
-        draft: A text of the late entry's length.
-        find: Gives the late entry.
+        key: The slow entry's key.
+        draft: A text of the slow entry's length.
+        find: Computes the slow entry.
     """
 
     def __init__(self, known: Mapping[str, str], key: str, draft: str, find: Callable[[], str]) -> None:
@@ -27,7 +31,7 @@ class Awaited(Mapping[str, str]):
         self._found: Future[str] | None = None
 
     def begin(self) -> "Future[str]":
-        """Start finding out, in a thread."""
+        """Start computing the slow entry, in a thread."""
         if self._found is None:
             from concurrent.futures import ThreadPoolExecutor
 
@@ -48,7 +52,7 @@ class Awaited(Mapping[str, str]):
 
 
 def draft(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata at its final length, without waiting for anything."""
+    """Return the metadata at its final length, without waiting for the slow entry."""
     if isinstance(metadata, Awaited):
         return {**metadata.known, metadata.key: metadata.draft}
     return dict(metadata)

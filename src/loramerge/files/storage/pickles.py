@@ -8,18 +8,18 @@ from ...tensors import Array, Held, Tensor, code, is_known, numpy_dtype
 from ..dialects.suffixes import parse
 
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
-"""How their names end."""
+"""Ends of their file names."""
 
 
 def pickled(path: str, allow: bool) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors of a pickle by key, and the name of the dictionary inside of it that holds them, if there is one.
+    """Return the tensors of a pickle by key, and the name of the inner dictionary that holds them, if there is one.
 
     Args:
         path: The file.
-        allow: Whether it may be opened at all.
+        allow: Whether the user has allowed opening it.
 
     Raises:
-        FileError: It may not, or holds something else than plain tensors.
+        FileError: It isn't allowed, or the file holds something other than plain tensors.
     """
     if not allow:
         raise FileError(
@@ -34,7 +34,7 @@ def pickled(path: str, allow: bool) -> tuple[dict[str, Tensor], str | None]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a wide range: pickle, zip, runtime and value errors
         raise FileError(f"Can't read {path} as tensors only: {first_line(error)}") from error
-    for _ in range(3):  # not for ever: a pickled dictionary can hold itself
+    for _ in range(3):  # a limit, because a pickled dictionary can contain itself
         found = found["state_dict"] if isinstance(found, dict) and "state_dict" in found else found
     if not isinstance(found, dict):
         raise FileError(f"{path} holds a {type(found).__name__}, wanted a dictionary of tensors.")
@@ -45,7 +45,7 @@ def pickled(path: str, allow: bool) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _tensors(path: str, found: dict[Any, Any]) -> tuple[dict[str, Any], str | None]:
-    """The tensors of a dictionary, or of the only one in it that holds those of a LoRA."""
+    """Return the tensors of a dictionary, or of the only inner one that holds a LoRA, and its name."""
     tensors = _among(found)
     inner = {str(name): held for name, value in found.items() if isinstance(value, dict) and (held := _among(value))}
     if not inner or any(map(parse, tensors)):
@@ -67,20 +67,20 @@ def _among(found: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _check_zip(path: str) -> None:
-    """Refuse a zip whose records are packed: torch stores them as they are, so what unpacks is a bomb."""
+    """Reject zips with compressed records: torch never compresses, so they are likely zip bombs."""
     import zipfile
 
     try:
         with zipfile.ZipFile(path) as file:
             packed = [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]
     except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
-        return  # no zip, as pickles were before torch 1.6, or one that torch refuses
+        return  # not a zip, like pickles before torch 1.6, or one that torch will refuse
     if packed:
         raise FileError(f"Can't read {path} as tensors only: its record {packed[0]!r} is compressed; torch's are not.")
 
 
 def _check_plain(path: str, key: str, tensor: Any) -> None:
-    """Refuse what is no plain array in memory: sparse, quantised, or one number that is said to be a million."""
+    """Reject tensors that aren't dense and fully stored (sparse, quantised, or expanded views)."""
     import torch
 
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and is_known(tensor)

@@ -2,8 +2,8 @@
 
 The format is https://github.com/huggingface/safetensors#format: eight bytes of header length,
 a JSON header, then the tensors' bytes without gaps.  This reader accepts what the reference
-implementation accepts; it exists because that one maps the file, and so counts all of it as
-memory, and because a header can be looked at without importing numpy.
+implementation accepts.  It exists because that one maps the whole file into memory, and needs
+numpy even to look at a header.
 """
 
 import json
@@ -24,24 +24,24 @@ MAX_HEADER = 100_000_000
 """The reference implementation's limit, in bytes."""
 
 MAX_QUOTES, MAX_STRUCTURE, MAX_WIDE = 1_000_000, 4_000_000, 40_000_000
-"""Limits of a header in quotation marks (a tensor has ten), in bytes outside of strings, and in bytes where some
-are not ASCII: Python takes 20 times a list's or a number's length, and four times that of a text with an emoji."""
+"""Limits of a header: its quotation marks (a tensor has ten), its bytes outside of strings, and its bytes if some are
+not ASCII.  Python needs 20 times the bytes of lists and numbers, and four times those of a text with an emoji."""
 
 MAX_AXES, MAX_BYTES = 64, 2**63
-"""numpy's and the file system's limits: of a shape, and of what it takes were no size in it 0."""
+"""numpy's limit of a shape's axes, and the file system's limit of a tensor's bytes, counting sizes of 0 as 1."""
 
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 NUMBER, AHEAD = 8, 4096
-"""Bytes: tensors of one number lie side by side (alphas), so a block of them is read at once."""
+"""Tensors of up to this many bytes (alphas) are stored side by side, so a block of the second size is read at once."""
 
 
 class SafetensorsFile(dict[str, Stored]):
     """The tensors of an open file by key, in the file's order, and its metadata.
 
     Args:
-        path: The file; where its bytes are given, what messages call them.
-        data: The file's bytes, where it lies in memory.
+        path: The file; if its bytes are given, their name in messages.
+        data: The file's bytes, if it is in memory.
 
     Raises:
         FileError: The file can't be opened, or its header is broken or hostile.
@@ -55,7 +55,7 @@ class SafetensorsFile(dict[str, Stored]):
         self._fd = -1 if data is not None else open_regular(path)
         try:
             self.metadata, tensors, self._start, self._size = self._header()
-        except FileError:
+        except BaseException:
             self.close()
             raise
         self.update(tensors)
@@ -67,6 +67,7 @@ class SafetensorsFile(dict[str, Stored]):
         return SafetensorsFile, (self.path, self._data)
 
     def close(self) -> None:
+        """Close the file; reading a tensor is an error from then on."""
         self._data = None
         if self._fd >= 0:
             os.close(self._fd)
@@ -185,22 +186,22 @@ INSTEAD = (
     (rb"\s*[\[{]", "a JSON file"),
     (rb"[\t\n\r -~]{8,}\Z", "a text file"),
 )
-"""What stands at the beginning of files that are taken for safetensors files."""
+"""Beginnings of other files that users take for safetensors files."""
 
 
 def _instead(start: bytes) -> str | None:
-    """What a file is whose first bytes are text."""
+    """Say what a file is by its first bytes; None if they are none of `INSTEAD`."""
     return next((what for beginning, what in INSTEAD if re.match(beginning, start)), None)
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading; a pipe or a device, which may never end, is refused.
+    """Open a file for reading; refuse pipes and devices, which may never end.
 
     Raises:
         FileError: It can't be opened, or is not a regular file.
     """
     try:
-        # A pipe that nobody writes to would wait for ever.
+        # Without O_NONBLOCK, opening a pipe that nobody writes to blocks.
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
         raise FileError(f"Can't open {path}: {getattr(error, 'strerror', error)}.") from error
@@ -211,14 +212,15 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 MAX_TEXT = 10_000_000
-"""Bytes of a text file, such as a configuration, at most."""
+"""The most bytes of a text file, such as a configuration."""
 
 
 def read_text(path: str | os.PathLike[str], most: int = MAX_TEXT) -> str:
-    """A small text file.
+    """Read a small text file.
 
     Args:
-        most: Bytes that it may have.
+        path: The file.
+        most: The most bytes that it may have.
 
     Raises:
         FileError: It can't be read, is not UTF-8, or is too large.
@@ -234,7 +236,7 @@ def read_text(path: str | os.PathLike[str], most: int = MAX_TEXT) -> str:
 
 
 def _too_large(data: bytes) -> str | None:
-    """Why a header would take many times its size in memory; None if it would not."""
+    """Say why a header would need many times its size in memory; None if it would not."""
     if len(data) > MAX_WIDE and not data.isascii():
         return f"has {len(data)} bytes, not all of them ASCII; at most {MAX_WIDE} are allowed then"
     if len(data) <= MAX_STRUCTURE:
@@ -247,7 +249,7 @@ def _too_large(data: bytes) -> str | None:
 
 
 def _check_unicode(data: bytes, header: Any) -> None:
-    """Refuse an escaped half of a surrogate pair, which JSON can spell and UTF-8 can't.
+    """Refuse an escaped half of a surrogate pair, which JSON can write and UTF-8 can't.
 
     Raises:
         ValueError: There is one.
@@ -273,14 +275,14 @@ _lock = threading.Lock()
 
 
 def read_there(fd: int, size: int, offset: int) -> bytes:
-    """``os.pread`` where the system lacks it (Windows)."""
+    """Do what ``os.pread`` does, which Windows lacks."""
     with _lock:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.read(fd, size)
 
 
 def write_there(fd: int, data: bytes | memoryview, offset: int) -> int:
-    """``os.pwrite`` where the system lacks it (Windows)."""
+    """Do what ``os.pwrite`` does, which Windows lacks."""
     with _lock:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.write(fd, data)

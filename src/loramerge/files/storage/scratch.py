@@ -1,7 +1,7 @@
-"""Files and directories that are not whole yet, beside the place that they will take.
+"""Temporary files and directories next to their final path, renamed when complete.
 
-Each is locked by the process that makes it, and by its forks.  Whoever is killed leaves one behind
-whose lock is free: the next to write to the same place clears it away.
+Each is locked by the process that makes it, and by its forks.  A killed process leaves one behind
+whose lock is free: the next process that writes to the same path deletes it.
 """
 
 import os
@@ -19,7 +19,7 @@ SUFFIX = ".part"
 
 
 def file(target: Path) -> tuple[int, str]:
-    """An empty file in the target's directory: its descriptor, and its path.
+    """Make an empty file in the target's directory; return its descriptor and its path.
 
     Raises:
         OSError: It can't be made.
@@ -28,15 +28,15 @@ def file(target: Path) -> tuple[int, str]:
     while True:
         fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent)
         _lock(fd, wait=True)
-        if os.fstat(fd).st_nlink:  # it was not cleared away before it was locked
+        if os.fstat(fd).st_nlink:  # no other process deleted it before it was locked
             return fd, name
         os.close(fd)
 
 
 @contextmanager
 def held(fd: int) -> Iterator[None]:
-    """Keep a file's lock past its closing: one that waits for its new name is not to be cleared away."""
-    if sys.platform == "win32":  # has no such locks, and renames no open file
+    """Keep a file locked after it is closed, so that no other process deletes it before it is renamed."""
+    if sys.platform == "win32":  # has no such locks, and can't rename an open file
         yield
         return
     also = os.dup(fd)
@@ -48,11 +48,11 @@ def held(fd: int) -> Iterator[None]:
 
 @contextmanager
 def folder(parent: Path, name: str) -> Iterator[Path]:
-    """A directory that goes with all that is left in it.
+    """Make a temporary directory, and delete it at the end with all that is left in it.
 
     Args:
-        parent: Where it is made.
-        name: What will take a place there.
+        parent: The directory to make it in.
+        name: The final name there of what it will hold.
 
     Raises:
         OSError: It can't be made.
@@ -69,7 +69,7 @@ def folder(parent: Path, name: str) -> Iterator[Path]:
 
 
 def clear(parent: Path, name: str) -> None:
-    """Remove what killed processes left that were to write something of a name."""
+    """Delete what killed processes left of writing to a name."""
     ours = re.compile(re.escape(f".{name}.") + r"\w{8}" + re.escape(SUFFIX))
     with suppress(OSError):
         for entry in os.listdir(parent):
@@ -88,7 +88,7 @@ def _remove_if_free(path: Path) -> None:
 
 
 def _lock(fd: int, *, wait: bool) -> bool:
-    """Lock a file until it is closed; False if another process has it, or the file system knows no locks."""
+    """Lock a file until it is closed; False if another process has the lock, or the file system has no locks."""
     if sys.platform == "win32":
         return False
     import fcntl
@@ -101,7 +101,7 @@ def _lock(fd: int, *, wait: bool) -> bool:
 
 
 def make_folder(folder: Path) -> Path:
-    """The directory, which is made where it is missing.
+    """Make a directory if it is missing, and return it.
 
     Raises:
         FileError: It can't be made.

@@ -1,4 +1,4 @@
-"""Sharing work among forked processes: unlike threads, they don't wait for each other's Python."""
+"""A fork-based worker pool: unlike threads, workers don't share the GIL."""
 
 import gc
 import os
@@ -16,20 +16,20 @@ from ...errors import FileError, LoRAMergeError
 T = TypeVar("T")
 
 DONE, FAILED = b".", b"!"
-"""What a child says: one mark for each item that is done, or that it failed and the exception."""
+"""Protocol bytes from worker to parent: one mark per item that is done; on failure a mark and the pickled exception."""
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 PORTIONS = 64
-"""In how many portions the work is handed out, about: few messages, which fit into any pipe."""
+"""Approximate number of portions that the work is split into: few enough that their bounds fit into any pipe."""
 
 
 def safe() -> bool:
-    """Whether this process can be forked without harm: on Linux, with one thread only, and without torch.
+    """Return whether this process can be forked safely: on Linux, with one thread only, and without torch.
 
-    A lock that another thread holds at the fork stays locked in the child for ever, and neither
-    torch's pool of threads nor a GPU's context outlives a fork.  Threads that are not Python's
-    count: OpenBLAS has some unless ``OPENBLAS_NUM_THREADS`` is 1.
+    A lock that another thread holds during the fork is never released in the child, and neither
+    torch's thread pool nor a GPU's context survives a fork.  Threads that Python didn't start
+    count too: OpenBLAS has some unless ``OPENBLAS_NUM_THREADS`` is 1.
     """
     if sys.platform != "linux" or "torch" in sys.modules:
         return False
@@ -40,20 +40,20 @@ def safe() -> bool:
 
 
 def each(items: Sequence[T], work: Callable[[T], None], workers: int) -> Generator[None]:
-    """Work on every item, in child processes; yields once for each that is done.
+    """Work on every item in child processes; yield once per item that is done.
 
-    The children end with the generator, whether it is used up, closed or fails.
+    The children end with the generator: when it is exhausted, closed, or fails.
 
     Args:
-        items: What to work on; at least one.
-        work: Called in a child: of what it does, only files stay.
-        workers: How many children.
+        items: The items; at least one.
+        work: Called in a child, so only what it writes to files lasts.
+        workers: Number of children.
 
     Raises:
         Exception: What ``work`` raised.
         FileError: A child was killed.
     """
-    work(items[0])  # before the fork, so that what it imports and caches is everyone's
+    work(items[0])  # before the fork, so that the children share what it imports and caches
     items = items[1:]
     if not safe():  # the first item imported torch, or something else with threads
         yield
@@ -80,7 +80,7 @@ def each(items: Sequence[T], work: Callable[[T], None], workers: int) -> Generat
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Interrupts wait: one that rises inside a fork's own hooks is lost, and so would a child be."""
+    """Block interrupts: a KeyboardInterrupt raised inside fork's hooks is lost, and the child would never be ended."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
@@ -89,7 +89,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _portions(count: int) -> int:
-    """A pipe from which the children take the portions' bounds: each is read by one of them."""
+    """Return the read end of a pipe with the portions' bounds; each is read by one child."""
     size = max(1, count // PORTIONS)
     taken, given = os.pipe()
     os.write(given, b"".join(_bounds(first, min(first + size, count)) for first in range(0, count, size)))
@@ -102,14 +102,14 @@ def _bounds(first: int, last: int) -> bytes:
 
 
 def _work(items: Sequence[T], work: Callable[[T], None], portions: int, said: int) -> NoReturn:
-    """A child's life."""
+    """Worker main loop."""
     code = 1
     try:
-        # Ctrl-C goes to the whole group of processes: the parent answers it, and ends its children.
+        # Ctrl-C goes to the whole process group: the parent handles it and kills its children.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-        gc.freeze()  # looking for garbage among what was inherited would copy it
+        gc.freeze()  # a collection would write to inherited memory pages, and so copy them
         while bounds := os.read(portions, 8):
             first, last = int.from_bytes(bounds[:4], "little"), int.from_bytes(bounds[4:], "little")
             for item in items[first:last]:
@@ -129,13 +129,13 @@ def _pickled(error: BaseException) -> bytes:
     try:
         data = pickle.dumps(error)
         pickle.loads(data)
-    except Exception:  # an exception's own constructor may do anything
+    except Exception:  # an exception's own constructor may need other arguments
         return pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
     return data
 
 
 def _listen(children: dict[int, int]) -> Generator[None]:
-    """Yield for each item that a child has done; a child that is through is taken out."""
+    """Yield once per item that a child has done; remove children that have ended."""
     poll = select.poll()
     for heard in children:
         poll.register(heard, select.POLLIN)

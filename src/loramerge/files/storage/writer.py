@@ -51,9 +51,9 @@ def write(
     those that the reference implementation writes, and the same for any number of workers.
 
     Args:
-        groups: What to write; each is made when its turn comes.
-        metadata: Strings for the header; an `Awaited` one is found out while the tensors are written.
-        workers: Processes that make groups, at most; threads where it is not safe to fork.
+        groups: The tensors; each group is computed when its turn comes.
+        metadata: Strings for the header; the slow entry of an `Awaited` is computed while the tensors are written.
+        workers: The most processes that compute groups; threads if it is not safe to fork.
         hashes: Whether to fill in ``sshs_model_hash`` and ``sshs_legacy_hash``.
         fork: Whether workers may be processes.
 
@@ -80,7 +80,7 @@ def write(
         with closing(_each(groups, lambda group: _write_group(fd, group, layout, start), workers, fork)) as written:
             for done, _ in enumerate(written, start=1):
                 if done == 1 and isinstance(metadata, Awaited):
-                    metadata.begin()  # a thread, so not before workers are forked
+                    metadata.begin()  # it starts a thread, and workers must be forked before that
                 if progress:
                     progress(done, len(groups))
         if hashes or isinstance(metadata, Awaited):
@@ -92,14 +92,14 @@ def write(
 
 
 def file_size(groups: Iterable[Group], metadata: Mapping[str, str], hashes: bool = False) -> int:
-    """Bytes of the file that `write` would make."""
+    """Return the size in bytes of the file that `write` would make."""
     specs = {key: spec for group in groups for key, spec in group.specs.items()}
     layout = _Layout(specs)
     return len(layout.header({**draft(metadata), **_PLACEHOLDERS} if hashes else draft(metadata))) + layout.size
 
 
 def sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """SHA-256 of the file that `write` would make of these tensors: of their names, shapes, dtypes and bytes."""
+    """Return the SHA-256 of the file that `write` would make of these tensors: names, shapes, dtypes and bytes."""
     layout = _Layout(tensors)
     found = hashlib.sha256(layout.header(metadata or {}))
     for data in _data([tensors[key] for key in layout.begins]):
@@ -108,7 +108,7 @@ def sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 
 
 def _data(tensors: Iterable[Tensor], most: int = 1 << 22) -> Iterator[bytes | memoryview]:
-    """The tensors' bytes; those that lie side by side in a file are read together."""
+    """Yield the tensors' bytes; neighbours in a file are read together."""
     run: list[Stored] = []
     for tensor in tensors:
         follows = run and isinstance(tensor, Stored) and tensor.begin == run[-1].end and tensor.source == run[-1].source
@@ -124,10 +124,10 @@ def _data(tensors: Iterable[Tensor], most: int = 1 << 22) -> Iterator[bytes | me
 
 
 def _keep_freed_memory(size: int = 1 << 24) -> None:
-    """Have the allocator keep what one module frees for the next, instead of returning it to the kernel.
+    """Have the allocator keep the memory that one module frees for the next, instead of returning it to the kernel.
 
-    glibc raises its threshold for that to the size of the largest block freed so far, so one
-    block that is never touched does it; it saves a fifth to a third of a merge's time.
+    glibc raises its mmap threshold to the size of the largest block freed so far, so freeing one
+    untouched block is enough.  It saves a fifth to a third of a merge's time.
     """
     import numpy as np
 
@@ -135,7 +135,7 @@ def _keep_freed_memory(size: int = 1 << 24) -> None:
 
 
 class _Layout:
-    """Where everything stands: tensors by falling alignment, then by name, as the reference has it."""
+    """File layout: tensors sorted by decreasing alignment, then name, like the reference implementation."""
 
     def __init__(self, specs: Mapping[str, Spec]) -> None:
         entries: dict[str, Any] = {}
@@ -151,7 +151,7 @@ class _Layout:
         self._entries = _members(entries)
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
-        """The file's beginning, up to the tensors' bytes."""
+        """Return the file's beginning, up to the tensors' bytes."""
         own = _members({"__metadata__": dict(metadata)}) if metadata else ""
         text = ("{" + ",".join(filter(None, (own, self._entries))) + "}").encode()
         text += b" " * (-len(text) % 8)
@@ -159,7 +159,7 @@ class _Layout:
 
 
 def _members(data: Mapping[str, Any]) -> str:
-    """JSON of an object, without the braces."""
+    """Return the JSON of an object, without the braces."""
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False)[1:-1]
 
 
@@ -181,7 +181,7 @@ _ORDER = [
     "U64",
 ]
 RANK = {code: i for i, code in enumerate(_ORDER)}
-"""The reference implementation's order of dtypes, which it writes from last to first."""
+"""Position in the reference implementation's order of dtypes, which it writes from last to first."""
 
 _PLACEHOLDERS = {"sshs_legacy_hash": "0" * 8, "sshs_model_hash": "0" * 64}
 
@@ -211,7 +211,7 @@ def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def _check_space(path: Path, needed: int) -> None:
-    """Refuse a file that the disk has no room for, before anything is made."""
+    """Refuse a file that the disk has no room for, before anything is written."""
     try:
         free = shutil.disk_usage(path.parent).free
     except OSError:
@@ -224,7 +224,7 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Take the disk space now: a full disk is an error before the work, not after it."""
+    """Allocate the disk space now, so that a full disk is an error before the work."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)
@@ -234,11 +234,11 @@ def _reserve(fd: int, size: int) -> None:
 
 
 SMALL = 100_000
-"""Bytes of a group below which its work is mostly Python's own, which threads can't share."""
+"""Mean bytes per group below which threads don't pay: most of the work then holds the GIL."""
 
 
 def _each(groups: Sequence[Group], work: Callable[[Group], None], workers: int, fork: bool) -> Generator[None]:
-    """Work on every group, by as many workers as pay."""
+    """Work on every group: in processes, in threads, or one after the other, whichever pays."""
     if workers <= 1 or len(groups) <= 1:
         yield from map(work, groups)
     elif fork and processes.safe():
@@ -249,7 +249,7 @@ def _each(groups: Sequence[Group], work: Callable[[Group], None], workers: int, 
 
 
 def _by_threads(groups: Sequence[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:
-    """The same on threads, with few groups in flight."""
+    """Work on every group in threads, with few groups in memory at once."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = iter(groups)
         running = [pool.submit(work, group) for group in islice(waiting, 4 * workers)]
@@ -264,7 +264,7 @@ def _by_threads(groups: Sequence[Group], work: Callable[[Group], None], workers:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[int]:
-    """A new file in the same directory that takes the path's place when all has gone well."""
+    """Yield the descriptor of a temporary file that is renamed to the path if no error is raised."""
     mode = replaced_mode(path)
     try:
         mask = os.umask(0)
@@ -289,7 +289,7 @@ def _replacing(path: Path) -> Iterator[int]:
 
 
 def replaced_mode(path: Path) -> int | None:
-    """The permissions of the file that will be replaced; None where there is none.
+    """Return the permissions of the file that will be replaced; None if there is none.
 
     Raises:
         FileError: It is read-only.
@@ -298,7 +298,7 @@ def replaced_mode(path: Path) -> int | None:
         mode = stat.S_IMODE(os.stat(path).st_mode)
     except OSError:
         return None
-    if not (mode & 0o222 and os.access(path, os.W_OK)):  # root has access to what is read-only for all
+    if not (mode & 0o222 and os.access(path, os.W_OK)):  # os.access alone lets root write to read-only files
         raise FileError(f"Can't write {path}: it is there, and read-only. Ways out: another output, or chmod u+w.")
     return mode & 0o777
 
@@ -315,9 +315,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def _hashes(fd: int, layout: _Layout, start: int, metadata: Mapping[str, str]) -> dict[str, str]:
-    """kohya's hashes, which the WebUI knows a LoRA by: of the tensors' bytes, and of 64 KiB at 1 MiB.
+    """Return kohya's hashes, by which the WebUI identifies a LoRA: of the tensors' bytes, and of 64 KiB at 1 MiB.
 
-    The older of the two is taken as if the header held the ``ss_`` entries only.
+    The older of the two, the second, is that of a file whose header has the ``ss_`` entries only.
 
     Source: https://github.com/kohya-ss/sd-scripts, library/train_util.py, precalculate_safetensors_hashes
     """

@@ -9,7 +9,7 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tensors import FAINT, Array, is_torch, namespace
+from .tensors import FAINT, Array, Float, Float64, is_torch, namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,25 +18,20 @@ GRAM_LIMIT = 320
 """Up to this sum of ranks R an R × R eigenproblem is the cheapest; above, random projection wins."""
 
 
-def grams(up: Array, down: Array) -> tuple[Array, Array]:
-    """``upᵀ up`` and ``down downᵀ`` in float64, each of shape ``(r, r)``."""
+def grams(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> tuple[Float64[Array, "r r"], Float64[Array, "r r"]]:
+    """Return ``upᵀ up`` and ``down downᵀ`` in float64."""
     return gram(up.T), gram(down)
 
 
-def gram(matrix: Array) -> Array:
+def gram(matrix: Float[Array, "r n"]) -> Float64[Array, "r r"]:
     """``matrix @ matrixᵀ`` in float64."""
     xp = namespace(matrix)
     wide = xp.astype(matrix, xp.float64)
     return wide @ wide.T
 
 
-def norm(up: Array, down: Array) -> float:
-    """Frobenius norm of ``up @ down``, from the Gram matrices.
-
-    Args:
-        up: Shape ``(out, r)``.
-        down: Shape ``(r, in)``.
-    """
+def norm(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> float:
+    """Return the Frobenius norm of ``up @ down``, from the Gram matrices."""
     gram_up, gram_down = grams(up, down)
     return math.sqrt(max(float((gram_up * gram_down).sum()), 0.0))
 
@@ -53,12 +48,10 @@ class Spectrum:
     ``rightᵀ @ down`` are the right ones, of its row space.
     """
 
-    sigma: Array
-    """The singular values that are not zero, from large to small, shape ``(k,)``."""
-    left: Array
-    """Shape ``(r, k)``."""
-    right: Array
-    """Shape ``(r, k)``."""
+    sigma: Float64[Array, " k"]
+    """The singular values that are not zero, from large to small."""
+    left: Float64[Array, "r k"]
+    right: Float64[Array, "r k"]
 
     @property
     def rank(self) -> int:
@@ -66,12 +59,12 @@ class Spectrum:
         return int(self.sigma.shape[0])
 
 
-def spectrum(gram_up: Array, gram_down: Array) -> Spectrum:
+def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -> Spectrum:
     """ΔW's SVD from the Gram matrices of its factors.
 
     Args:
-        gram_up: ``upᵀ up``, shape ``(r, r)``, float64.
-        gram_down: ``down downᵀ``, shape ``(r, r)``, float64.
+        gram_up: ``upᵀ up``.
+        gram_down: ``down downᵀ``.
 
     Returns:
         The singular values above `RANK_TOLERANCE` times the largest, with their vectors; none for ΔW = 0.
@@ -117,17 +110,17 @@ def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:
     return Spectrum(sigma[order], left / abs(scale) if scale else left, kron(first.right, second.right)[:, order])
 
 
-def kron(a: Array, b: Array) -> Array:
+def kron(a: Float[Array, "m n"], b: Float[Array, "p q"]) -> Float[Array, "m*p n*q"]:
     """Kronecker product of two matrices."""
     product = a[:, None, :, None] * b[None, :, None, :]
     return namespace(a).reshape(product, (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))
 
 
-def singular_values(delta: Array, size: float) -> Array:
+def singular_values(delta: Float64[Array, "out in"], size: float) -> Float64[Array, " k"]:
     """Singular values that are not zero, from the eigenvalues of the smaller side's Gram matrix.
 
     Args:
-        delta: Shape ``(out, in)``, float64.
+        delta: ΔW.
         size: Of the terms that it is the sum of: what lies below their rounding is zero.
     """
     small = delta if delta.shape[0] <= delta.shape[1] else delta.T
@@ -137,7 +130,7 @@ def singular_values(delta: Array, size: float) -> Array:
     return sigma[: int((sigma > least).sum())]
 
 
-def trivial(delta: Array) -> tuple[Array, Array]:
+def trivial(delta: Float[Array, "out in"]) -> tuple[Float[Array, "out k"], Float[Array, "k in"]]:
     """A dense matrix as a product of itself and the identity, which is on its smaller side."""
     xp = namespace(delta)
     rows, columns = delta.shape
@@ -145,12 +138,8 @@ def trivial(delta: Array) -> tuple[Array, Array]:
     return (eye, delta) if rows <= columns else (delta, eye)
 
 
-def dense_spectrum(delta: Array) -> Spectrum:
-    """The SVD of a dense matrix, from its smaller side's Gram matrix, in coordinates of its `trivial` factors.
-
-    Args:
-        delta: Shape ``(out, in)``, float64.
-    """
+def dense_spectrum(delta: Float64[Array, "out in"]) -> Spectrum:
+    """The SVD of a dense matrix, from its smaller side's Gram matrix, in coordinates of its `trivial` factors."""
     wide = delta.shape[0] <= delta.shape[1]
     squares, vectors = eigenpairs(gram(delta if wide else delta.T), RANK_TOLERANCE**2)
     sigma = squares**0.5
@@ -165,16 +154,15 @@ def leading(spectrum: Spectrum, share: float) -> Spectrum:
     return Spectrum(spectrum.sigma[:kept], spectrum.left[:, :kept], spectrum.right[:, :kept])
 
 
-def eigenpairs(gram: Array, relative: float | None = None, absolute: float = 0.0) -> tuple[Array, Array]:
+def eigenpairs(
+    gram: Float[Array, "r r"], relative: float | None = None, absolute: float = 0.0
+) -> tuple[Float[Array, " k"], Float[Array, "r k"]]:
     """Eigenvalues of a Gram matrix with their vectors, from large to small.
 
     Args:
-        gram: Symmetric, shape ``(r, r)``.
+        gram: Symmetric.
         relative: Only eigenvalues above this share of the largest; all unless given, rounding below zero taken off.
         absolute: With a share, only those above this too.
-
-    Returns:
-        Shapes ``(k,)`` and ``(r, k)``.
     """
     xp = namespace(gram)
     values, vectors = xp.linalg.eigh(gram)
@@ -186,7 +174,7 @@ def eigenpairs(gram: Array, relative: float | None = None, absolute: float = 0.0
     return values[:kept], vectors[:, :kept]
 
 
-def effective_rank(sigma: Array) -> float:
+def effective_rank(sigma: Float[Array, " k"]) -> float:
     """exp(−Σ pₖ ln pₖ) with pₖ = σₖ² / Σ σ²: how many singular values carry the energy, from 1 to the rank.
 
     It is Roy and Vetterli's effective rank of ΔWᵀ ΔW, whose singular values are σ²; 0 for ΔW = 0.
@@ -202,16 +190,16 @@ def effective_rank(sigma: Array) -> float:
     return math.exp(-float((shares * xp.log(shares)).sum()))
 
 
-def overlap(gram: Array, first: Array, second: Array) -> float:
+def overlap(gram: Float[Array, "ri rj"], first: Float[Array, "ri ki"], second: Float[Array, "rj kj"]) -> float:
     """‖Qᵢᵀ Qⱼ‖² / min(kᵢ, kⱼ): the mean squared cosine of the principal angles of two subspaces, in [0, 1].
 
     1 where the smaller lies within the larger, 0 where they are orthogonal; for random subspaces of n
     dimensions the expectation is max(kᵢ, kⱼ) / n.
 
     Args:
-        gram: Inner products of the vectors that span them, shape ``(rᵢ, rⱼ)``.
-        first: Coordinates of the orthonormal basis Qᵢ, shape ``(rᵢ, kᵢ)``.
-        second: The same of Qⱼ, shape ``(rⱼ, kⱼ)``.
+        gram: Inner products of the vectors that span them.
+        first: Coordinates of the orthonormal basis Qᵢ.
+        second: The same of Qⱼ.
 
     Source:
         Björck and Golub, 1973, https://doi.org/10.2307/2005662
@@ -223,13 +211,15 @@ def overlap(gram: Array, first: Array, second: Array) -> float:
     return float(min(float((cosines**2).sum()) / smaller, 1.0))
 
 
-def column_products(gram: Array, first: Array, second: Array) -> Array:
-    """Inner products of corresponding columns of two ΔW, shape ``(in,)``.
+def column_products(
+    gram: Float[Array, "ri rj"], first: Float[Array, "ri in"], second: Float[Array, "rj in"]
+) -> Float[Array, " in"]:
+    """Inner products of corresponding columns of two ΔW.
 
     Args:
-        gram: ``upᵢᵀ upⱼ``, shape ``(rᵢ, rⱼ)``.
-        first: ``downᵢ``, shape ``(rᵢ, in)``.
-        second: ``downⱼ``, shape ``(rⱼ, in)``.
+        gram: ``upᵢᵀ upⱼ``.
+        first: ``downᵢ``.
+        second: ``downⱼ``.
     """
     return namespace(first).sum(first * (gram @ second), axis=0)
 
@@ -238,22 +228,20 @@ def column_products(gram: Array, first: Array, second: Array) -> Array:
 class Cut:
     """Factors of a smaller rank, and what they leave out."""
 
-    up: Array
-    """Shape ``(out, rank)``."""
-    down: Array
-    """Shape ``(rank, in)``."""
+    up: Float[Array, "out rank"]
+    down: Float[Array, "rank in"]
     energy: float
     """‖ΔW‖² before the cut."""
     lost: float
     """‖ΔW − up @ down‖²: the part of the energy that is cut off."""
 
 
-def truncate(up: Array, down: Array, rank: int) -> Cut:
+def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -> Cut:
     """Best factors of a given rank.
 
     Args:
-        up: Shape ``(out, r)``, float32.
-        down: Shape ``(r, in)``, float32.
+        up: ΔW = up @ down.
+        down: The other factor.
         rank: Rank of the result, at least 1.
 
     Returns:
@@ -276,7 +264,7 @@ def truncate(up: Array, down: Array, rank: int) -> Cut:
     return _truncate_gram(up, down, rank)
 
 
-def squares(up: Array, down: Array) -> "np.ndarray":
+def squares(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> "np.ndarray":
     """Squared singular values of ``up @ down``, falling, float64; those that are zero are left out."""
     return as_numpy(spectrum(*grams(up, down)).sigma) ** 2
 
@@ -288,7 +276,7 @@ def as_numpy(array: Array) -> "np.ndarray":
     return np.asarray(array.cpu() if is_torch(array) else array)
 
 
-def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:
+def _truncate_gram(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -> Cut:
     # With down downᵀ = L Lᵀ, the eigenpairs W, S² of Lᵀ (upᵀ up) L give ΔW's singular
     # values S, and its factors without a QR: up L W S^-½ and S^-3/2 Wᵀ Lᵀ (upᵀ up) down.
     xp = namespace(up)
@@ -308,11 +296,13 @@ def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:
     )
 
 
-def truncate_dense(delta: Array, rank: int, oversampling: int | None = None, iterations: int = 3) -> Cut:
+def truncate_dense(
+    delta: Float[Array, "out in"], rank: int, oversampling: int | None = None, iterations: int = 3
+) -> Cut:
     """Best factors of a given rank for a dense matrix.
 
     Args:
-        delta: Shape ``(out, in)``, float32.
+        delta: ΔW.
         rank: Rank of the result, at least 1.
         oversampling: Columns of the random projection beyond the rank; half of it, at least 16, unless given.
         iterations: Power iterations.
@@ -341,27 +331,25 @@ def truncate_dense(delta: Array, rank: int, oversampling: int | None = None, ite
     return Cut(up, down, _energy(delta), _energy(delta - up @ down))
 
 
-def _energy(delta: Array) -> float:
+def _energy(delta: Float[Array, "out in"]) -> float:
     """‖ΔW‖², in row sums of float32 that are added up in float64."""
     xp = namespace(delta)
     return float(xp.sum(xp.astype(xp.sum(delta * delta, axis=1), xp.float64)))
 
 
-def faint(up: Array) -> bool:
-    """Whether a column of ``up``, shape ``(out, r)``, is too faint for float16."""
+def faint(up: Float[Array, "out r"]) -> bool:
+    """Return whether a column of ``up`` is too faint for float16."""
     xp = namespace(up)
     ones = xp.ones((1, up.shape[0]), dtype=up.dtype, device=up.device)
     return bool((ones @ (up * up) < up.shape[0] * FAINT**2).any())
 
 
-def balanced(up: Array, down: Array) -> tuple[Array, Array]:
+def balanced(
+    up: Float[Array, "out r"], down: Float[Array, "r in"]
+) -> tuple[Float[Array, "out r"], Float[Array, "r in"]]:
     """The same product, with faint columns of ``up`` raised and their rows of ``down`` lowered.
 
     Both are scaled by powers of two, so nothing is rounded; float16 then keeps all its digits.
-
-    Args:
-        up: Shape ``(out, r)``.
-        down: Shape ``(r, in)``.
     """
     xp = namespace(up)
     high, low = _largest(up, 0), _largest(down, 1)
@@ -371,21 +359,21 @@ def balanced(up: Array, down: Array) -> tuple[Array, Array]:
     return up * factor, down / factor[:, None]
 
 
-def _largest(matrix: Array, axis: int) -> Array:
+def _largest(matrix: Float[Array, "m n"], axis: int) -> Float[Array, " k"]:
     """The largest magnitude along an axis."""
     xp = namespace(matrix)
     return xp.maximum(xp.max(matrix, axis=axis), -xp.min(matrix, axis=axis))
 
 
-def _inverse(sigma: Array) -> Array:
+def _inverse(sigma: Float[Array, " k"]) -> Float[Array, " k"]:
     """1/σ, and 0 for the singular values that are zero but for rounding."""
     xp = namespace(sigma)
     small = sigma <= 1e-7 * sigma[:1]
     return xp.where(small, 0.0, 1.0 / xp.where(small, 1.0, sigma))
 
 
-def cholesky(gram: Array) -> Array:
-    """The lower Cholesky factor of a Gram matrix ``(r, r)``, which may be rank-deficient."""
+def cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """Return the lower Cholesky factor of a Gram matrix, which may be rank-deficient."""
     # The jitter keeps a rank-deficient Gram matrix (two equal LoRAs, a zero row) positive.
     xp = namespace(gram)
     size = gram.shape[0]
@@ -394,7 +382,9 @@ def cholesky(gram: Array) -> Array:
     return xp.linalg.cholesky(gram + 1e-13 * trace * xp.eye(size, dtype=gram.dtype, device=gram.device))
 
 
-def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 16, iterations: int = 4) -> Cut:
+def _truncate_randomised(
+    up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int, oversampling: int = 16, iterations: int = 4
+) -> Cut:
     size = min(rank + oversampling, up.shape[0], down.shape[1])
     basis = up @ (down @ _gaussian(down, size))
     for _ in range(iterations):
@@ -408,7 +398,9 @@ def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 
     return Cut(found_up, found_down, norm(up, down) ** 2, missed + tail)
 
 
-def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array, float]:
+def _project(
+    basis: Float[Array, "out k"], core: Float[Array, "k in"], rank: int
+) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
     """Best factors of a rank for ``basis @ core``, the basis being orthonormal, and the energy that they leave out."""
     xp = namespace(core)
     squares, vectors = eigenpairs(gram(core))
@@ -418,15 +410,15 @@ def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array, float]
     return (basis @ vectors) * xp.astype(root, core.dtype), inverse[:, None] * (vectors.T @ core), tail
 
 
-def _gaussian(like: Array, columns: int) -> Array:
-    """A fixed Gaussian test matrix of shape ``(in, columns)``: the same for every run and device."""
+def _gaussian(like: Float[Array, "_ in"], columns: int) -> Float[Array, "in columns"]:
+    """Return a fixed Gaussian test matrix: the same for every run and device."""
     import numpy as np
 
     test = np.random.default_rng(0).standard_normal((like.shape[1], columns), dtype=np.float32)
     return namespace(like).asarray(test, dtype=like.dtype, device=like.device)
 
 
-def _orthonormal(basis: Array) -> Array:
+def _orthonormal(basis: Float[Array, "out k"]) -> Float[Array, "out k"]:
     """An orthonormal basis of the columns, by two rounds of Cholesky QR in float64."""
     xp = namespace(basis)
     for _ in range(2):
@@ -436,7 +428,10 @@ def _orthonormal(basis: Array) -> Array:
     return basis
 
 
-def distance(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
+def distance(
+    first: tuple[Float[Array, "out r"], Float[Array, "r in"]],
+    second: tuple[Float[Array, "out s"], Float[Array, "s in"]],
+) -> float:
     """‖up₁ down₁ − up₂ down₂‖ in Frobenius norm, without forming either product.
 
     The difference is itself a product, [up₁, −up₂] @ [down₁; down₂]; QR of both sides leaves a
@@ -449,11 +444,8 @@ def distance(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
     return math.sqrt(float((core**2).sum()))
 
 
-def numerical_rank(matrix: Array) -> int:
+def numerical_rank(matrix: Float[Array, "out in"]) -> int:
     """Number of singular values above max(out, in) · ε · σ₁, with float32's ε; at least 1.
-
-    Args:
-        matrix: Shape ``(out, in)``, float32.
 
     Source:
         The tolerance is numpy's, ``numpy.linalg.matrix_rank``.

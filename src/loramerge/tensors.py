@@ -9,12 +9,17 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from .errors import NumberError, OptionError, needed
 
 if TYPE_CHECKING:
     import numpy as np
+    from jaxtyping import Bool as Bool, Float as Float, Float32 as Float32, Float64 as Float64
+else:
+    # ``Float[Array, "out r"]`` is a note for readers: only our tests, see tests/conftest.py, replace these names by
+    # jaxtyping's and check the shapes of every call.
+    Bool = Float = Float32 = Float64 = Annotated
 
 Array: TypeAlias = Any
 """A numpy array or a torch tensor."""

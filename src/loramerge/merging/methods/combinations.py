@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from ...errors import MergeError
-from ...tensors import Array
+from ...tensors import Array, Float64
 from .engines import combination
 from .options import Range
 
@@ -21,7 +21,7 @@ def _positive(weights: Sequence[float]) -> None:
 
 
 @combination("slerp", source="Shoemake, 1985, https://doi.org/10.1145/325165.325242", count=2, allows=_positive)
-def slerp(products: Array, weights: Sequence[float]) -> list[float]:
+def slerp(products: Float64[Array, "n n"], weights: Sequence[float]) -> list[float]:
     """Spherical interpolation of two ΔWs: along the arc between their directions instead of the straight line.
 
     At t = w₂ / (w₁ + w₂) on the arc of the angle Ω between them, the result is (w₁ + w₂) ·
@@ -48,7 +48,7 @@ def slerp(products: Array, weights: Sequence[float]) -> list[float]:
     allows=_positive,
 )
 def karcher(
-    products: Array,
+    products: Float64[Array, "n n"],
     weights: Sequence[float],
     *,
     steps: Annotated[int, Range(1)] = 50,
@@ -83,7 +83,7 @@ def karcher(
 
 
 @combination("model_stock", source="Jang et al., 2024, https://arxiv.org/abs/2403.19522")
-def model_stock(products: Array, weights: Sequence[float]) -> list[float]:
+def model_stock(products: Float64[Array, "n n"], weights: Sequence[float]) -> list[float]:
     """Model stock: the weighted sum, shrunk by how little the ΔWs agree.
 
     t = N cos θ / (1 + (N − 1) cos θ) scales Σ wᵢΔWᵢ, with cos θ the mean cosine of the pairs: 1 for
@@ -101,7 +101,7 @@ def model_stock(products: Array, weights: Sequence[float]) -> list[float]:
     return [t * weight for weight in weights]
 
 
-def _cosine(products: Array, i: int, j: int) -> float:
+def _cosine(products: Float64[Array, "n n"], i: int, j: int) -> float:
     size = math.sqrt(float(products[i, i]) * float(products[j, j]))
     return min(max(float(products[i, j]) / size, -1.0), 1.0) if size else 0.0
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import MergeError
 from ...layers import Full, Layer, LowRank, low_rank
-from ...tensors import Array, concat, flatten, float32, namespace
+from ...tensors import Array, Float, concat, flatten, float32, namespace
 from .base import equal_rank, method, shared_down, sum_of_ranks, with_bias
 
 
@@ -72,7 +72,7 @@ def _dense_sum(layers: Sequence[Layer], weights: Sequence[Any]) -> Full:
     return Full(diff=total)
 
 
-def _weighted(layer: Layer, weight: Any) -> tuple[Array, Array, float]:
+def _weighted(layer: Layer, weight: Any) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
     """``up``, ``down`` and s with w ΔW = s · up @ down for a number w; with one number a column, ΔW diag(w)."""
     up, down, scale = as_stored(layer)
     if isinstance(weight, float | int):
@@ -81,7 +81,7 @@ def _weighted(layer: Layer, weight: Any) -> tuple[Array, Array, float]:
     return up, float32(down) * xp.asarray(weight, dtype=xp.float32, device=down.device), scale
 
 
-def as_stored(layer: Layer) -> tuple[Array, Array, float]:
+def as_stored(layer: Layer) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
     """Factors as they are stored, where there are some, and the scale beside them."""
     if not isinstance(layer, LowRank):
         return *layer.factors(), 1.0

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...tensors import Array, is_torch, namespace
+from ...tensors import Array, Bool, Float, Float32, is_torch, namespace
 
 ROWS = 256
 """Rows that are sorted at a time: the indices take twice the room of the values."""
@@ -19,7 +19,7 @@ def count(size: int, share: float) -> int:
     return max(1, int(share * size))
 
 
-def kth_largest(values: Array, k: int) -> Array:
+def kth_largest(values: Float[Array, "*shape"], k: int) -> Float[Array, ""]:
     """The k-th largest of all values, as an array without axes.
 
     Args:
@@ -35,7 +35,7 @@ def kth_largest(values: Array, k: int) -> Array:
     return np.partition(flat, place)[place]
 
 
-def largest(values: Array, share: float) -> Array:
+def largest(values: Float[Array, "*shape"], share: float) -> Bool[Array, "*shape"]:
     """Mask of the share of entries with the largest magnitude; ties with the last of them are kept too."""
     xp = namespace(values)
     k = count(math.prod(values.shape), share)
@@ -43,7 +43,7 @@ def largest(values: Array, share: float) -> Array:
     return magnitudes >= kth_largest(magnitudes, k)
 
 
-def between(values: Array, share: float, top: float) -> Array:
+def between(values: Float[Array, "*shape"], share: float, top: float) -> Bool[Array, "*shape"]:
     """Mask of the share of entries that follows the ``top`` share of the largest magnitudes.
 
     Where fewer are left below those than the share wants, fewer of the largest are left out.
@@ -57,7 +57,7 @@ def between(values: Array, share: float, top: float) -> Array:
     return mask & (magnitudes < kth_largest(magnitudes, above)) if above else mask
 
 
-def ranks_in_rows(values: Array) -> Array:
+def ranks_in_rows(values: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
     """Rank of each entry's magnitude in its row, from 0 (the smallest) to 1 (the largest)."""
     columns = values.shape[1]
     places = namespace(values).linspace(0.0, 1.0, columns, dtype=values.dtype, device=values.device)
@@ -88,7 +88,7 @@ class Streams:
         return replace(self, places=tuple(self.places[i] for i in kept))
 
 
-def chance(like: Array, seed: int | Streams, which: int) -> Array:
+def chance(like: Float[Array, "*shape"], seed: int | Streams, which: int) -> Float32[Array, "*shape"]:
     """Uniform random numbers in [0, 1), float32, of another array's shape and on its device.
 
     They are drawn on the CPU, so that a seed means the same numbers on every device.

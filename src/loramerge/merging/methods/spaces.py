@@ -13,7 +13,7 @@ from typing import Any
 from ... import linalg
 from ...layers import Layer, LowRank, low_rank
 from ...layers.base import matrix
-from ...tensors import Array, Shape, namespace
+from ...tensors import Array, Float, Float32, Float64, Shape, namespace
 
 FAINT = 1e-6
 """Directions whose share of the largest is below it are rounding noise and no part of the span."""
@@ -41,26 +41,26 @@ class Deltas(Sequence[Array]):
 class Stack:
     """The factors of all LoRAs of a module beside each other: Σ ΔWᵢ = up @ down."""
 
-    up: Array
-    """Shape ``(out, R)``, float32, R = Σr."""
-    down: Array
-    """Shape ``(R, in·kh·kw)``, float32."""
+    up: Float32[Array, "out R"]
+    """R = Σr."""
+    down: Float32[Array, "R in"]
+    """A convolution's kernel is flattened into ``in``."""
     slices: tuple[slice, ...]
     """Each LoRA's rows and columns."""
     shape: Shape
 
     @cached_property
-    def gram_up(self) -> Array:
-        """``upᵀ up``, ``(R, R)``, float64."""
+    def gram_up(self) -> Float64[Array, "R R"]:
+        """``upᵀ up``."""
         return linalg.gram(self.up.T)
 
     @cached_property
-    def gram_down(self) -> Array:
-        """``down downᵀ``, ``(R, R)``, float64."""
+    def gram_down(self) -> Float64[Array, "R R"]:
+        """``down downᵀ``."""
         return linalg.gram(self.down)
 
-    def layer(self, left: Array, right: Array) -> LowRank:
-        """The layer (up @ left) @ (right @ down), with ``left`` of shape ``(R, k)`` and ``right`` ``(k, R)``."""
+    def layer(self, left: Float64[Array, "R k"], right: Float64[Array, "k R"]) -> LowRank:
+        """The layer (up @ left) @ (right @ down)."""
         xp = namespace(self.up)
         if not left.shape[1]:  # every LoRA is zero
             return low_rank(xp.zeros_like(self.up[:, :1]), xp.zeros_like(self.down[:1]), self.shape)
@@ -99,13 +99,12 @@ class Core:
     """
 
     stack: Stack
-    left: Array
-    """Shape ``(R, p)``, float64, p ≤ R."""
-    parts: tuple[Array, ...]
-    """Each ``(p, q)``, float64."""
-    right: Array
-    """Shape ``(q, R)``, float64, q ≤ R."""
-    spectra: tuple[tuple[Array, Array, Array], ...]
+    left: Float64[Array, "R p"]
+    """p ≤ R."""
+    parts: tuple[Float64[Array, "p q"], ...]
+    right: Float64[Array, "q R"]
+    """q ≤ R."""
+    spectra: tuple[tuple[Float64[Array, "p _"], Float64[Array, " _"], Float64[Array, "_ q"]], ...]
     """The singular value decomposition U, S, Vᵀ of each part, with as many values as it has rank."""
     most: int | None = None
     """The rank that the result will be cut to, for methods that have to know; None for none."""
@@ -115,7 +114,7 @@ class Core:
         """Whether every LoRA is zero, so that there is nothing to merge."""
         return 0 in self.parts[0].shape
 
-    def layer(self, merged: Array) -> LowRank:
+    def layer(self, merged: Float64[Array, "p q"]) -> LowRank:
         """The layer that a merged core means."""
         if merged.shape[0] < merged.shape[1]:
             return self.stack.layer(self.left, merged @ self.right)
@@ -145,26 +144,28 @@ def core(layers: Sequence[Layer]) -> Core:
     return Core(stacked, to_up @ left, tuple(parts), right.T @ to_down, tuple(spectra))
 
 
-def _own_factors(gram_up: Array, gram_down: Array) -> tuple[Array, Array, Array]:
+def _own_factors(
+    gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]
+) -> tuple[Float64[Array, "r k"], Float64[Array, " k"], Float64[Array, "k r"]]:
     """Of one LoRA, P, S and Q with up @ P = U√S and Q @ down = √SVᵀ, for its ΔW = USVᵀ."""
     found = linalg.spectrum(gram_up, gram_down)
     root = found.sigma**0.5
     return found.left * root, found.sigma, (found.right * root).T
 
 
-def _orthonormal(gram: Array) -> tuple[Array, Array]:
+def _orthonormal(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, "n k"], Float64[Array, "k n"]]:
     """For columns X with the Gram matrix, T with X @ T orthonormal, and (X @ T)ᵀ X."""
     values, vectors = _falling(gram)
     return vectors / values, (vectors * values).T
 
 
-def _falling(gram: Array) -> tuple[Array, Array]:
+def _falling(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, " k"], Float64[Array, "n k"]]:
     """Singular values of what a Gram matrix is of, the largest first, and its right singular vectors."""
     squares, vectors = linalg.eigenpairs(gram, FAINT**2)
     return squares**0.5, vectors
 
 
-def _block_diagonal(blocks: Sequence[Array], xp: Any) -> Array:
+def _block_diagonal(blocks: Sequence[Float64[Array, "_ _"]], xp: Any) -> Float64[Array, "rows columns"]:
     """Matrices along the diagonal, zeros elsewhere."""
     rows, columns = sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks)
     found = xp.zeros((rows, columns), dtype=blocks[0].dtype, device=blocks[0].device)
@@ -179,10 +180,8 @@ def _block_diagonal(blocks: Sequence[Array], xp: Any) -> Array:
 class Parts(Sequence[Array]):
     """Products of columns of one matrix with rows of another, formed one at a time when asked for."""
 
-    left: Array
-    """Shape ``(p, R)``."""
-    right: Array
-    """Shape ``(R, n)``."""
+    left: Float32[Array, "p R"]
+    right: Float32[Array, "R in"]
     slices: tuple[slice, ...]
 
     def __len__(self) -> int:
@@ -205,17 +204,17 @@ class Aligned:
     """
 
     stack: Stack
-    left: Array
-    """Shape ``(R, p)``, float64: U = up @ left."""
-    parts: "Parts"
-    """Each S Vᵢ ``(p, in·kh·kw)``, float32."""
+    left: Float64[Array, "R p"]
+    """U = up @ left."""
+    parts: Parts
+    """Each S Vᵢ, of shape ``(p, in)``."""
 
     @property
     def empty(self) -> bool:
         """Whether every LoRA is zero, so that there is nothing to merge."""
         return not self.left.shape[1]
 
-    def layer(self, merged: Array) -> LowRank:
+    def layer(self, merged: Float[Array, "p in"]) -> LowRank:
         """The layer U @ merged."""
         xp = namespace(merged)
         if not merged.shape[0]:
@@ -241,8 +240,8 @@ def aligned(layers: Sequence[Layer]) -> Aligned:
     return Aligned(stacked, left, Parts(xp.astype(onto, xp.float32), stacked.down, stacked.slices))
 
 
-def inner_products(layers: Sequence[Layer]) -> Array:
-    """⟨ΔWᵢ, ΔWⱼ⟩ of all pairs, ``(N, N)``, float64, from the factors."""
+def inner_products(layers: Sequence[Layer]) -> Float64[Array, "n n"]:
+    """⟨ΔWᵢ, ΔWⱼ⟩ of all pairs, from the factors."""
     stacked = stack(layers)
     xp = namespace(stacked.up)
     products = stacked.gram_up * stacked.gram_down

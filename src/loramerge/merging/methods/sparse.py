@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Literal
 
 from ...errors import OptionError
-from ...tensors import Array, namespace
+from ...tensors import Array, Bool, Float, namespace
 from .engines import elementwise
 from .options import Density, Range, Seed
 from .selection import between, chance, largest, ranks_in_rows
@@ -12,12 +12,12 @@ from .selection import between, chance, largest, ranks_in_rows
 Consensus = Literal["linear", "ties"]
 """How what is left is merged: the weighted sum, or the elected signs' mean of TIES."""
 
-Deltas = Sequence[Array]
+Deltas = Sequence[Float[Array, "out in"]]
 Weights = Sequence[float]
 
 
 @elementwise("ties", source="Yadav et al., 2023, section 3, https://arxiv.org/abs/2306.01708")
-def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
+def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Float[Array, "out in"]:
     """TIES: keep each ΔW's largest entries, elect a sign for every entry, average those that agree with it.
 
     Of every ΔW the share ``density`` with the largest magnitude is kept.  The sign of an entry is
@@ -32,7 +32,7 @@ def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
 @elementwise("dare", source="Yu et al., 2023, section 3, https://arxiv.org/abs/2311.03099")
 def dare(
     deltas: Deltas, weights: Weights, *, density: Density = 0.7, consensus: Consensus = "linear", seed: Seed = 0
-) -> Array:
+) -> Float[Array, "out in"]:
     """DARE: drop entries at random, scale those that are left up by 1/density, and merge.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ) / density, where every entry of the mask mᵢ is 1 with the chance ``density``.
@@ -46,7 +46,7 @@ def dare(
 
 
 @elementwise("magnitude_prune", source="Yadav et al., 2023, section 3.1, https://arxiv.org/abs/2306.01708")
-def magnitude_prune(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
+def magnitude_prune(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Float[Array, "out in"]:
     """The weighted sum of each ΔW's largest entries.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ), where the mask mᵢ is 1 in the share ``density`` of the entries with the largest
@@ -64,7 +64,7 @@ def della(
     epsilon: Annotated[float, Range(0, 0.5, open_high=True)] = 0.15,
     consensus: Consensus = "ties",
     seed: Seed = 0,
-) -> Array:
+) -> Float[Array, "out in"]:
     """DELLA: drop entries at random, small ones more often, scale each by 1/its chance, and merge.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ / pᵢ), where an entry of the mask mᵢ is 1 with the chance that pᵢ has there.  In every
@@ -77,7 +77,7 @@ def della(
     if not 0 < density - epsilon <= density + epsilon <= 1:
         raise OptionError(f"density ± epsilon must lie in (0, 1], got {density:g} ± {epsilon:g}.")
 
-    def thinned(i: int, delta: Array) -> Array:
+    def thinned(i: int, delta: Float[Array, "out in"]) -> Float[Array, "out in"]:
         kept = ranks_in_rows(delta)
         kept *= 2 * epsilon
         kept += density - epsilon
@@ -96,7 +96,7 @@ def breadcrumbs(
     density: Density = 0.143,
     gamma: Annotated[float, Range(0, 1, open_high=True)] = 0.007,
     consensus: Consensus = "linear",
-) -> Array:
+) -> Float[Array, "out in"]:
     """Model Breadcrumbs: drop each ΔW's largest entries as outliers and its small ones as noise, and merge.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ), where the mask mᵢ is 1 in the entries between two magnitudes:
@@ -108,7 +108,7 @@ def breadcrumbs(
 
 
 @elementwise("sce", source="Wan et al., 2024, section 3.2, https://arxiv.org/abs/2408.07990")
-def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Array:
+def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Float[Array, "out in"]:
     """SCE: keep the entries in which the LoRAs differ most, weight each LoRA by its energy there, elect signs.
 
     Selected is the share ``density`` of the entries with the largest variance over the wᵢτᵢ.
@@ -132,7 +132,7 @@ def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Array:
     return _ratio(total, mass, sum(map(abs, weights)))
 
 
-def _differing(deltas: Deltas, weights: Weights, density: float) -> Array:
+def _differing(deltas: Deltas, weights: Weights, density: float) -> Bool[Array, "out in"]:
     """Mask of the share of the entries whose weighted values differ most between the LoRAs."""
     mean = added((w * d for w, d in zip(weights, deltas, strict=True)), weights) / len(deltas)
     variance = added(((w * d - mean) ** 2 for w, d in zip(weights, deltas, strict=True)), weights)
@@ -145,7 +145,7 @@ def _weighted(deltas: Deltas, weights: Weights, thin: Callable[[int, Array], Arr
         yield weight * thin(i, deltas[i])
 
 
-def added(weighted: Iterable[Array], _: Weights) -> Array:
+def added(weighted: Iterable[Float[Array, "out in"]], _: Weights) -> Float[Array, "out in"]:
     """The sum."""
     total: Array = 0.0
     for entry in weighted:
@@ -153,7 +153,7 @@ def added(weighted: Iterable[Array], _: Weights) -> Array:
     return total
 
 
-def agreeing(weighted: Iterable[Array], weights: Weights) -> Array:
+def agreeing(weighted: Iterable[Float[Array, "out in"]], weights: Weights) -> Float[Array, "out in"]:
     """TIES' elected signs and disjoint mean, in one pass over the wᵢτᵢ.
 
     Positive and negative entries are added up apart: the sum of both elects, and the elected one
@@ -175,7 +175,9 @@ def agreeing(weighted: Iterable[Array], weights: Weights) -> Array:
     return _ratio(up, up_mass, sum(map(abs, weights)))
 
 
-def _with(total: Array, mass: Array, entry: Array, mask: Array, weight: float) -> tuple[Array, Array]:
+def _with(
+    total: Array, mass: Array, entry: Float[Array, "out in"], mask: Bool[Array, "out in"], weight: float
+) -> tuple[Float[Array, "out in"], Float[Array, "out in"]]:
     """A sum and its mass with the entries under a mask in them."""
     part = _as(mask, entry)
     mass += weight * part
@@ -184,12 +186,12 @@ def _with(total: Array, mass: Array, entry: Array, mask: Array, weight: float) -
     return total, mass
 
 
-def _ratio(total: Array, mass: Array, scale: float) -> Array:
+def _ratio(total: Float[Array, "out in"], mass: Float[Array, "out in"], scale: float) -> Float[Array, "out in"]:
     """``scale · total / mass``, and 0 where nothing has a part."""
     return total * (scale / (mass + _as(mass == 0, mass)))
 
 
-def _as(mask: Array, like: Array) -> Array:
+def _as(mask: Bool[Array, "*shape"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """A mask as numbers: products with it are several times as fast as choosing by it."""
     return namespace(like).astype(mask, like.dtype)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from ... import linalg
 from ...errors import MergeError
-from ...tensors import Array, namespace
+from ...tensors import Array, Float64, namespace
 from .engines import on_core
 from .options import Range
 from .spaces import FAINT, Core
@@ -16,7 +16,7 @@ Share = Annotated[float, Range(0, 1, open_low=True)]
 
 
 @on_core("tsv", source="Gargiulo et al., 2025, algorithm 1 (TSV-Merge), https://arxiv.org/abs/2412.00081")
-def tsv(core: Core, weights: Weights) -> Array:
+def tsv(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     """TSV-M: the singular vectors of all wᵢΔWᵢ, made orthogonal to each other, with their singular values.
 
     With wᵢΔWᵢ = Uᵢ Sᵢ Vᵢᵀ it is U⊥ S V⊥ᵀ, where U⊥ is the orthogonal matrix nearest to [U₁ … U_N], V⊥ that to
@@ -32,7 +32,7 @@ def tsv(core: Core, weights: Weights) -> Array:
 
 
 @on_core("iso_c", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959", ranked=True)
-def iso_c(core: Core, weights: Weights) -> Array:
+def iso_c(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     """Iso-C: the weighted sum with all its singular values set to their mean.
 
     Σ wᵢΔWᵢ = U S Vᵀ becomes σ̄ U Vᵀ, σ̄ the mean of S over the rank of the sum.  The published form takes it over min(out, in) values,
@@ -44,7 +44,7 @@ def iso_c(core: Core, weights: Weights) -> Array:
 
 
 @on_core("iso_cts", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959", ranked=True)
-def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Array:
+def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Float64[Array, "p q"]:
     """Iso-CTS: Iso-C on the sum's leading directions, and each LoRA's own directions beside them.
 
     The share ``common`` of the rank goes to the leading singular vectors of Σ wᵢΔWᵢ; the rest is
@@ -76,7 +76,7 @@ def _has_a_mean(weights: Weights) -> None:
 @on_core("cart", source="Choi et al., 2024, https://arxiv.org/abs/2412.12153", allows=_has_a_mean)
 def cart(
     core: Core, weights: Weights, *, share: Share = 0.08, scale: Annotated[float, Range(0, open_high=True)] = 1.0
-) -> Array:
+) -> Float64[Array, "p q"]:
     """CART: the weighted mean, and of each LoRA's difference from it the leading directions.
 
     With τ̄ = Σ wᵢΔWᵢ / Σw the result is Σw · (τ̄ + scale · Σ (N wᵢ / Σw) · SVDₖ(ΔWᵢ − τ̄)); k is the
@@ -95,7 +95,7 @@ def cart(
 
 
 @on_core("np_lora", source="Chen et al., 2025, https://arxiv.org/abs/2511.11051")
-def np_lora(core: Core, weights: Weights, *, mu: Annotated[float, Range(0)] = 0.5) -> Array:
+def np_lora(core: Core, weights: Weights, *, mu: Annotated[float, Range(0)] = 0.5) -> Float64[Array, "p q"]:
     """NP-LoRA: keep the first LoRA, and damp in the others what acts on the same inputs.
 
     Each LoRA becomes ΔWᵢ (I − μ/(1+μ) Q Qᵀ), where Q spans the row spaces of those before it: so
@@ -125,7 +125,7 @@ def _shares(weights: Weights) -> None:
     of_first=True,
     allows=_shares,
 )
-def subtract(core: Core, weights: Weights) -> Array:
+def subtract(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     """The first LoRA without what the others share with it.
 
     From ΔW = w₁ΔW₁ its component wᵢ P ΔW Q is taken away, where P projects onto the column space and Q
@@ -142,33 +142,35 @@ def subtract(core: Core, weights: Weights) -> Array:
     return merged
 
 
-def _sum(core: Core, weights: Weights) -> Array:
+def _sum(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     total: Array = 0.0
     for weight, part in zip(weights, core.parts, strict=True):
         total = total + weight * part
     return total
 
 
-def _svd(matrix: Array) -> tuple[Array, Array, Array]:
+def _svd(
+    matrix: Float64[Array, "m n"],
+) -> tuple[Float64[Array, "m k"], Float64[Array, " k"], Float64[Array, "k n"]]:
     """The singular value decomposition without the values that are rounding noise."""
     u, s, vt = namespace(matrix).linalg.svd(matrix, full_matrices=False)
     kept = max(1, int((s > FAINT * s[:1]).sum()))
     return u[:, :kept], s[:kept], vt[:kept]
 
 
-def _leading(matrix: Array, k: int) -> Array:
+def _leading(matrix: Float64[Array, "m n"], k: int) -> Float64[Array, "m n"]:
     """The part of a matrix in its k leading left singular vectors."""
     vectors = linalg.eigenpairs(matrix @ matrix.T)[1][:, :k]
     return vectors @ (vectors.T @ matrix)
 
 
-def _polar(matrix: Array) -> Array:
+def _polar(matrix: Float64[Array, "m n"]) -> Float64[Array, "m n"]:
     """The nearest matrix with orthonormal columns, or rows where it is wide."""
     u, _, vt = namespace(matrix).linalg.svd(matrix, full_matrices=False)
     return u @ vt
 
 
-def _more(rows: Array, others: Array) -> Array:
+def _more(rows: Float64[Array, "k n"], others: Float64[Array, "l n"]) -> Float64[Array, "m n"]:
     """Orthonormal rows, and more of them that span what orthonormal others add."""
     xp = namespace(rows)
     rest = others

@@ -24,7 +24,7 @@ def grams(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> tuple[Float6
 
 
 def gram(matrix: Float[Array, "r n"]) -> Float64[Array, "r r"]:
-    """``matrix @ matrixᵀ`` in float64."""
+    """Return ``matrix @ matrixᵀ`` in float64."""
     xp = namespace(matrix)
     wide = xp.astype(matrix, xp.float64)
     return wide @ wide.T
@@ -37,12 +37,12 @@ def norm(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> float:
 
 
 RANK_TOLERANCE = 1e-6
-"""Singular values below it, relative to the largest, are zero: float32 factors hold seven digits."""
+"""Singular values below this share of the largest count as zero: float32 factors hold seven digits."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The SVD of ΔW = up @ down, told in coordinates of the factors.
+    """The SVD of ΔW = up @ down, in coordinates of the factors.
 
     ``up @ left`` are the left singular vectors, an orthonormal basis of ΔW's column space;
     ``rightᵀ @ down`` are the right ones, of its row space.
@@ -55,12 +55,12 @@ class Spectrum:
 
     @property
     def rank(self) -> int:
-        """The numerical rank of ΔW, which may be less than the factors'."""
+        """The numerical rank of ΔW, which may be smaller than that of the factors."""
         return int(self.sigma.shape[0])
 
 
 def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -> Spectrum:
-    """ΔW's SVD from the Gram matrices of its factors.
+    """Compute ΔW's SVD from the Gram matrices of its factors.
 
     Args:
         gram_up: ``upᵀ up``.
@@ -78,7 +78,7 @@ def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -
     gram_up = gram_up * lengths[:, None] * lengths[None, :]
     squares, vectors = eigenpairs(gram_down / lengths[:, None] / lengths[None, :], 1e-13)
     half = vectors * squares**0.5
-    # A sum whose parts cancel has nothing left but their rounding.
+    # Where the parts of a sum cancel, only their rounding errors are left.
     rounding = RANK_TOLERANCE**2 / 100 * float(xp.linalg.trace(gram_up))
     energy, rotation = eigenpairs(half.T @ gram_up @ half, RANK_TOLERANCE**2, rounding)
     sigma = energy**0.5
@@ -90,16 +90,16 @@ def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -
 
 
 def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:
-    """The SVD of scale · ΔW₁ ⊗ ΔW₂: products of the singular values, Kronecker products of the vectors.
+    """Compute the SVD of scale · ΔW₁ ⊗ ΔW₂: products of the singular values, Kronecker products of the vectors.
 
     Args:
-        first: Of ΔW₁ = up₁ @ down₁.
-        second: Of ΔW₂ = up₂ @ down₂.
+        first: The SVD of ΔW₁ = up₁ @ down₁.
+        second: The SVD of ΔW₂ = up₂ @ down₂.
         scale: A factor, which goes into ``up``.
 
     Returns:
-        In coordinates of ``scale · up₁ ⊗ up₂`` and ``down₁ ⊗ down₂``, with the values above
-        `RANK_TOLERANCE` times the largest.
+        The SVD in coordinates of ``scale · up₁ ⊗ up₂`` and ``down₁ ⊗ down₂``, with the values
+        above `RANK_TOLERANCE` times the largest.
     """
     xp = namespace(first.sigma)
     sigma = abs(scale) * (first.sigma[:, None] * second.sigma[None, :]).reshape((-1,))
@@ -111,17 +111,17 @@ def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:
 
 
 def kron(a: Float[Array, "m n"], b: Float[Array, "p q"]) -> Float[Array, "m*p n*q"]:
-    """Kronecker product of two matrices."""
+    """Return the Kronecker product of two matrices."""
     product = a[:, None, :, None] * b[None, :, None, :]
     return namespace(a).reshape(product, (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))
 
 
 def singular_values(delta: Float64[Array, "out in"], size: float) -> Float64[Array, " k"]:
-    """Singular values that are not zero, from the eigenvalues of the smaller side's Gram matrix.
+    """Compute the singular values that are not zero, from the eigenvalues of the smaller side's Gram matrix.
 
     Args:
         delta: ΔW.
-        size: Of the terms that it is the sum of: what lies below their rounding is zero.
+        size: Size of the terms that ΔW is the sum of: values below their rounding error are zero.
     """
     small = delta if delta.shape[0] <= delta.shape[1] else delta.T
     sigma = namespace(delta).linalg.eigvalsh(small @ small.T).clip(0.0) ** 0.5
@@ -131,7 +131,7 @@ def singular_values(delta: Float64[Array, "out in"], size: float) -> Float64[Arr
 
 
 def trivial(delta: Float[Array, "out in"]) -> tuple[Float[Array, "out k"], Float[Array, "k in"]]:
-    """A dense matrix as a product of itself and the identity, which is on its smaller side."""
+    """Write a dense matrix as a product of itself and the identity, which is on its smaller side."""
     xp = namespace(delta)
     rows, columns = delta.shape
     eye = xp.eye(min(rows, columns), dtype=delta.dtype, device=delta.device)
@@ -139,7 +139,7 @@ def trivial(delta: Float[Array, "out in"]) -> tuple[Float[Array, "out k"], Float
 
 
 def dense_spectrum(delta: Float64[Array, "out in"]) -> Spectrum:
-    """The SVD of a dense matrix, from its smaller side's Gram matrix, in coordinates of its `trivial` factors."""
+    """Compute a dense matrix's SVD from its smaller side's Gram matrix, in coordinates of its `trivial` factors."""
     wide = delta.shape[0] <= delta.shape[1]
     squares, vectors = eigenpairs(gram(delta if wide else delta.T), RANK_TOLERANCE**2)
     sigma = squares**0.5
@@ -147,7 +147,7 @@ def dense_spectrum(delta: Float64[Array, "out in"]) -> Spectrum:
 
 
 def leading(spectrum: Spectrum, share: float) -> Spectrum:
-    """The fewest directions that carry a share of ‖ΔW‖², those of the largest singular values."""
+    """Keep the fewest directions that carry a share of ‖ΔW‖², those of the largest singular values."""
     xp = namespace(spectrum.sigma)
     carried = xp.cumulative_sum(spectrum.sigma**2)
     kept = int(xp.sum(xp.astype(carried < share * carried[-1:], xp.int64))) + 1
@@ -157,12 +157,12 @@ def leading(spectrum: Spectrum, share: float) -> Spectrum:
 def eigenpairs(
     gram: Float[Array, "r r"], relative: float | None = None, absolute: float = 0.0
 ) -> tuple[Float[Array, " k"], Float[Array, "r k"]]:
-    """Eigenvalues of a Gram matrix with their vectors, from large to small.
+    """Compute the eigenvalues of a Gram matrix with their vectors, from large to small.
 
     Args:
         gram: Symmetric.
-        relative: Only eigenvalues above this share of the largest; all unless given, rounding below zero taken off.
-        absolute: With a share, only those above this too.
+        relative: Keep only eigenvalues above this share of the largest. By default keep all, negative ones set to 0.
+        absolute: With ``relative``, keep only those above this value, too.
     """
     xp = namespace(gram)
     values, vectors = xp.linalg.eigh(gram)
@@ -175,7 +175,7 @@ def eigenpairs(
 
 
 def effective_rank(sigma: Float[Array, " k"]) -> float:
-    """exp(−Σ pₖ ln pₖ) with pₖ = σₖ² / Σ σ²: how many singular values carry the energy, from 1 to the rank.
+    """Return exp(−Σ pₖ ln pₖ) with pₖ = σₖ² / Σ σ²: how many singular values carry the energy, from 1 to the rank.
 
     It is Roy and Vetterli's effective rank of ΔWᵀ ΔW, whose singular values are σ²; 0 for ΔW = 0.
 
@@ -191,9 +191,9 @@ def effective_rank(sigma: Float[Array, " k"]) -> float:
 
 
 def overlap(gram: Float[Array, "ri rj"], first: Float[Array, "ri ki"], second: Float[Array, "rj kj"]) -> float:
-    """‖Qᵢᵀ Qⱼ‖² / min(kᵢ, kⱼ): the mean squared cosine of the principal angles of two subspaces, in [0, 1].
+    """Return ‖Qᵢᵀ Qⱼ‖² / min(kᵢ, kⱼ), the mean squared cosine of the principal angles of two subspaces, in [0, 1].
 
-    1 where the smaller lies within the larger, 0 where they are orthogonal; for random subspaces of n
+    It is 1 where the smaller lies within the larger, 0 where they are orthogonal; for random subspaces of n
     dimensions the expectation is max(kᵢ, kⱼ) / n.
 
     Args:
@@ -214,7 +214,7 @@ def overlap(gram: Float[Array, "ri rj"], first: Float[Array, "ri ki"], second: F
 def column_products(
     gram: Float[Array, "ri rj"], first: Float[Array, "ri in"], second: Float[Array, "rj in"]
 ) -> Float[Array, " in"]:
-    """Inner products of corresponding columns of two ΔW.
+    """Return the inner products of corresponding columns of two ΔW.
 
     Args:
         gram: ``upᵢᵀ upⱼ``.
@@ -226,7 +226,7 @@ def column_products(
 
 @dataclass(frozen=True)
 class Cut:
-    """Factors of a smaller rank, and what they leave out."""
+    """Factors of a smaller rank, and the energy that they leave out."""
 
     up: Float[Array, "out rank"]
     down: Float[Array, "rank in"]
@@ -237,7 +237,7 @@ class Cut:
 
 
 def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -> Cut:
-    """Best factors of a given rank.
+    """Compute the best factors of a given rank.
 
     Args:
         up: ΔW = up @ down.
@@ -265,12 +265,12 @@ def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -
 
 
 def squares(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> "np.ndarray":
-    """Squared singular values of ``up @ down``, falling, float64; those that are zero are left out."""
+    """Return the squared singular values of ``up @ down``, falling, float64; zeros are left out."""
     return as_numpy(spectrum(*grams(up, down)).sigma) ** 2
 
 
 def as_numpy(array: Array) -> "np.ndarray":
-    """An array as numpy's."""
+    """Return an array as numpy's."""
     import numpy as np
 
     return np.asarray(array.cpu() if is_torch(array) else array)
@@ -299,7 +299,7 @@ def _truncate_gram(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: 
 def truncate_dense(
     delta: Float[Array, "out in"], rank: int, oversampling: int | None = None, iterations: int = 3
 ) -> Cut:
-    """Best factors of a given rank for a dense matrix.
+    """Compute the best factors of a given rank for a dense matrix.
 
     Args:
         delta: ΔW.
@@ -308,8 +308,8 @@ def truncate_dense(
         iterations: Power iterations.
 
     Returns:
-        Factors as from `truncate`.  From a third of the smaller side on, exact by an eigenproblem
-        of that side; below, by a randomised range finder.
+        Factors as from `truncate`.  For ranks from a third of the smaller side on they are exact, by
+        an eigenproblem of that side; for smaller ranks they come from a randomised range finder.
 
     Source:
         Halko, Martinsson and Tropp, 2011, algorithm 4.4, https://arxiv.org/abs/0909.4061
@@ -332,7 +332,7 @@ def truncate_dense(
 
 
 def _energy(delta: Float[Array, "out in"]) -> float:
-    """‖ΔW‖², in row sums of float32 that are added up in float64."""
+    """Return ‖ΔW‖², in row sums of float32 that are added up in float64."""
     xp = namespace(delta)
     return float(xp.sum(xp.astype(xp.sum(delta * delta, axis=1), xp.float64)))
 
@@ -347,7 +347,7 @@ def faint(up: Float[Array, "out r"]) -> bool:
 def balanced(
     up: Float[Array, "out r"], down: Float[Array, "r in"]
 ) -> tuple[Float[Array, "out r"], Float[Array, "r in"]]:
-    """The same product, with faint columns of ``up`` raised and their rows of ``down`` lowered.
+    """Raise faint columns of ``up`` and lower their rows of ``down``, which keeps the product.
 
     Both are scaled by powers of two, so nothing is rounded; float16 then keeps all its digits.
     """
@@ -360,13 +360,13 @@ def balanced(
 
 
 def _largest(matrix: Float[Array, "m n"], axis: int) -> Float[Array, " k"]:
-    """The largest magnitude along an axis."""
+    """Return the largest magnitude along an axis."""
     xp = namespace(matrix)
     return xp.maximum(xp.max(matrix, axis=axis), -xp.min(matrix, axis=axis))
 
 
 def _inverse(sigma: Float[Array, " k"]) -> Float[Array, " k"]:
-    """1/σ, and 0 for the singular values that are zero but for rounding."""
+    """Return 1/σ, and 0 for the singular values that are zero but for rounding."""
     xp = namespace(sigma)
     small = sigma <= 1e-7 * sigma[:1]
     return xp.where(small, 0.0, 1.0 / xp.where(small, 1.0, sigma))
@@ -393,7 +393,8 @@ def _truncate_randomised(
     basis = _orthonormal(basis)
     inside = basis.T @ up
     found_up, found_down, tail = _project(basis, inside @ down, rank)
-    # What the basis misses and what is cut off in it are orthogonal; a difference of energies would be rounding.
+    # The part outside the basis and the part cut off inside it are orthogonal, so their energies add up; taking the
+    # difference of the energies before and after instead would leave little but rounding.
     missed = norm(up - basis @ inside, down) ** 2
     return Cut(found_up, found_down, norm(up, down) ** 2, missed + tail)
 
@@ -401,7 +402,7 @@ def _truncate_randomised(
 def _project(
     basis: Float[Array, "out k"], core: Float[Array, "k in"], rank: int
 ) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
-    """Best factors of a rank for ``basis @ core``, the basis being orthonormal, and the energy that they leave out."""
+    """Compute the best factors of ``basis @ core``, with an orthonormal basis, and the energy that they leave out."""
     xp = namespace(core)
     squares, vectors = eigenpairs(gram(core))
     tail = float(squares[rank:].sum())
@@ -419,7 +420,7 @@ def _gaussian(like: Float[Array, "_ in"], columns: int) -> Float[Array, "in colu
 
 
 def _orthonormal(basis: Float[Array, "out k"]) -> Float[Array, "out k"]:
-    """An orthonormal basis of the columns, by two rounds of Cholesky QR in float64."""
+    """Compute an orthonormal basis of the columns, by two rounds of Cholesky QR in float64."""
     xp = namespace(basis)
     for _ in range(2):
         wide = xp.astype(basis, xp.float64)
@@ -432,7 +433,7 @@ def distance(
     first: tuple[Float[Array, "out r"], Float[Array, "r in"]],
     second: tuple[Float[Array, "out s"], Float[Array, "s in"]],
 ) -> float:
-    """‖up₁ down₁ − up₂ down₂‖ in Frobenius norm, without forming either product.
+    """Return ‖up₁ down₁ − up₂ down₂‖ in Frobenius norm, without forming either product.
 
     The difference is itself a product, [up₁, −up₂] @ [down₁; down₂]; QR of both sides leaves a
     small core, so that no cancellation hides a difference of the order of rounding.
@@ -445,7 +446,7 @@ def distance(
 
 
 def numerical_rank(matrix: Float[Array, "out in"]) -> int:
-    """Number of singular values above max(out, in) · ε · σ₁, with float32's ε; at least 1.
+    """Count the singular values above max(out, in) · ε · σ₁, with float32's ε; at least 1.
 
     Source:
         The tolerance is numpy's, ``numpy.linalg.matrix_rank``.
@@ -458,7 +459,7 @@ def numerical_rank(matrix: Float[Array, "out in"]) -> int:
 
 
 def whole_number(rank: object) -> int:
-    """A rank as Python's own number; 0 where it is none."""
+    """Return ``rank`` as an int, or 0 if it isn't an integer."""
     try:
         return 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
     except TypeError:

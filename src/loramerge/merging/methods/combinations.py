@@ -1,4 +1,4 @@
-"""Methods whose result is a sum of the ΔWs with coefficients that follow from their angles."""
+"""Methods whose result is a sum of the ΔWs, with coefficients computed from their angles."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .engines import combination
 from .options import Range
 
 PARALLEL = 0.9995
-"""From this cosine on a straight line is the arc: sin Ω would be a small number in a denominator."""
+"""From this cosine on the arc counts as a straight line: sin Ω would be a small number in a denominator."""
 
 
 def _positive(weights: Sequence[float]) -> None:
@@ -26,7 +26,7 @@ def slerp(products: Float64[Array, "n n"], weights: Sequence[float]) -> list[flo
 
     At t = w₂ / (w₁ + w₂) on the arc of the angle Ω between them, the result is (w₁ + w₂) ·
     (sin((1 − t)Ω) ΔW₁ + sin(tΩ) ΔW₂) / sin Ω.  It is longer than the straight mean, which
-    shortens what does not agree.
+    shortens the parts that don't agree.
 
     Raises:
         MergeError: A weight is negative, or both ΔWs are opposite.
@@ -122,7 +122,7 @@ def _unit(vector: Vector, cosines: Sequence[Vector]) -> list[float]:
 
 
 def _tangent(mean: Vector, shares: Vector, cosines: Sequence[Vector]) -> tuple[list[float], float]:
-    """The weighted sum of the ways from the mean to every direction, and its length."""
+    """Return the weighted sum of the tangent vectors from the mean to every direction, and its length."""
     tangent = [0.0] * len(mean)
     for i, share in enumerate(shares):
         cosine = min(max(sum(m * cosines[j][i] for j, m in enumerate(mean)), -1.0), 1.0)

@@ -1,6 +1,6 @@
-"""Choosing entries of an array: by magnitude, by chance.  What the array API standard lacks.
+"""Choice of entries of an array, by magnitude or at random, which the array API standard lacks.
 
-Nothing here sorts a whole array: thresholds come from a partition.
+No function here sorts a whole array: thresholds come from a partition.
 """
 
 import math
@@ -11,20 +11,20 @@ from dataclasses import dataclass, replace
 from ...tensors import Array, Bool, Float, Float32, is_torch, namespace
 
 ROWS = 256
-"""Rows that are sorted at a time: the indices take twice the room of the values."""
+"""Rows that are sorted at a time: the indices take twice the memory of the values."""
 
 
 def count(size: int, share: float) -> int:
-    """How many of ``size`` entries a share of them is: rounded down, at least one."""
+    """Return how many of ``size`` entries make up a share: rounded down, at least one."""
     return max(1, int(share * size))
 
 
 def kth_largest(values: Float[Array, "*shape"], k: int) -> Float[Array, ""]:
-    """The k-th largest of all values, as an array without axes.
+    """Return the k-th largest of all values, as an array without axes.
 
     Args:
-        values: Any shape.
-        k: From 1, the largest, to the number of values.
+        values: The values.
+        k: From 1 (the largest) to the number of values.
     """
     flat = values.reshape((-1,))
     place = flat.shape[0] - k
@@ -36,7 +36,7 @@ def kth_largest(values: Float[Array, "*shape"], k: int) -> Float[Array, ""]:
 
 
 def largest(values: Float[Array, "*shape"], share: float) -> Bool[Array, "*shape"]:
-    """Mask of the share of entries with the largest magnitude; ties with the last of them are kept too."""
+    """Return a mask of the share of entries with the largest magnitudes; ties with the last of them are kept, too."""
     xp = namespace(values)
     k = count(math.prod(values.shape), share)
     magnitudes = xp.abs(values)
@@ -44,9 +44,9 @@ def largest(values: Float[Array, "*shape"], share: float) -> Bool[Array, "*shape
 
 
 def between(values: Float[Array, "*shape"], share: float, top: float) -> Bool[Array, "*shape"]:
-    """Mask of the share of entries that follows the ``top`` share of the largest magnitudes.
+    """Return a mask of the ``share`` of entries whose magnitudes come next after the ``top`` share of the largest.
 
-    Where fewer are left below those than the share wants, fewer of the largest are left out.
+    If fewer entries than the share are left below those, fewer of the largest are left out.
     """
     xp = namespace(values)
     size = math.prod(values.shape)
@@ -58,7 +58,7 @@ def between(values: Float[Array, "*shape"], share: float, top: float) -> Bool[Ar
 
 
 def ranks_in_rows(values: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
-    """Rank of each entry's magnitude in its row, from 0 (the smallest) to 1 (the largest)."""
+    """Rank each entry's magnitude in its row, from 0 (the smallest) to 1 (the largest)."""
     columns = values.shape[1]
     places = namespace(values).linspace(0.0, 1.0, columns, dtype=values.dtype, device=values.device)
     if is_torch(values):
@@ -76,26 +76,26 @@ def ranks_in_rows(values: Float[Array, "rows columns"]) -> Float[Array, "rows co
 
 @dataclass(frozen=True)
 class Streams:
-    """A module's random numbers: one stream for each LoRA that is merged there, by its place in the list given."""
+    """Random streams of one module, one per LoRA; a stream depends on the LoRA's place in the list of all LoRAs."""
 
     seed: int
-    """The module's, see `module_seed`."""
+    """The module's seed, see `module_seed`."""
     places: tuple[int, ...]
-    """Of each LoRA that is merged."""
+    """The place of each LoRA that is merged."""
 
     def some(self, kept: Sequence[int]) -> "Streams":
-        """The streams of some of the LoRAs, which stay what they are."""
+        """Return the streams of a subset of the LoRAs; each LoRA keeps its own numbers."""
         return replace(self, places=tuple(self.places[i] for i in kept))
 
 
 def chance(like: Float[Array, "*shape"], seed: int | Streams, which: int) -> Float32[Array, "*shape"]:
-    """Uniform random numbers in [0, 1), float32, of another array's shape and on its device.
+    """Draw uniform random numbers in [0, 1), of another array's shape and on its device.
 
-    They are drawn on the CPU, so that a seed means the same numbers on every device.
+    They are drawn on the CPU, so a seed gives the same numbers on every device.
 
     Args:
         like: The array.
-        seed: The module's seed, see `module_seed`, with LoRAs numbered from 0; or each LoRA's stream.
+        seed: The module's seed, see `module_seed`, with LoRAs numbered from 0; or the streams of the LoRAs.
         which: Number of the LoRA.
     """
     import numpy as np
@@ -106,5 +106,5 @@ def chance(like: Float[Array, "*shape"], seed: int | Streams, which: int) -> Flo
 
 
 def module_seed(seed: int, module: str) -> int:
-    """A module's own seed: independent of the order in which modules are merged."""
+    """Return a module's own seed, independent of the order in which modules are merged."""
     return (seed << 32) | zlib.crc32(module.encode())

@@ -1,4 +1,4 @@
-"""Methods that drop entries of the ΔWs before they add them up, or let them vote."""
+"""Methods that drop entries of the ΔWs before adding them up or electing signs."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from .options import Density, Range, Seed
 from .selection import between, chance, largest, ranks_in_rows
 
 Consensus = Literal["linear", "ties"]
-"""How what is left is merged: the weighted sum, or the elected signs' mean of TIES."""
+"""The merge of the entries that are left: the weighted sum, or TIES' mean of those with the elected sign."""
 
 Deltas = Sequence[Float[Array, "out in"]]
 Weights = Sequence[float]
@@ -20,7 +20,7 @@ Weights = Sequence[float]
 def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Float[Array, "out in"]:
     """TIES: keep each ΔW's largest entries, elect a sign for every entry, average those that agree with it.
 
-    Of every ΔW the share ``density`` with the largest magnitude is kept.  The sign of an entry is
+    Of every ΔW the share ``density`` of the entries with the largest magnitudes is kept.  The sign of an entry is
     that of Σ wᵢτᵢ, and the entry Σ|w| · (Σ wᵢτᵢ / Σ|wᵢ|), where the sums in brackets run over the
     LoRAs that agree with the sign and Σ|w| over all.  So Σ|w| takes the place of the paper's λ:
     with equal weights that add up to one it is the paper's formula at λ = 1.  Where all LoRAs
@@ -33,12 +33,12 @@ def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Float[A
 def dare(
     deltas: Deltas, weights: Weights, *, density: Density = 0.7, consensus: Consensus = "linear", seed: Seed = 0
 ) -> Float[Array, "out in"]:
-    """DARE: drop entries at random, scale those that are left up by 1/density, and merge.
+    """DARE: drop entries at random, scale the others up by 1/density, and merge.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ) / density, where every entry of the mask mᵢ is 1 with the chance ``density``.
     Its mean over all seeds is the weighted sum.  A low density adds noise that no small rank can
     hold: of a merge at density 0.2 a LoRA of the inputs' rank keeps a fifth to a half of the
-    energy, and what it loses is that noise.
+    energy, and loses that noise.
     """
     scaled = [weight / density for weight in weights]
     left = _weighted(deltas, scaled, lambda i, d: d * (chance(d, seed, i) < density))
@@ -113,7 +113,7 @@ def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Float[Ar
 
     Selected is the share ``density`` of the entries with the largest variance over the wᵢτᵢ.
     A LoRA then counts by |wᵢ| · ‖selected τᵢ‖²; entries against the elected sign are erased, and
-    Σ|w| scales the mean of the others, as in ties.  Where one LoRA is alone nothing is selected.
+    Σ|w| scales the mean of the others, as in ties.  With a single LoRA nothing is selected.
     """
     xp = namespace(deltas[0])
     selected = _differing(deltas, weights, density) if len(deltas) > 1 and density < 1 else xp.ones_like(deltas[0])
@@ -133,20 +133,20 @@ def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Float[Ar
 
 
 def _differing(deltas: Deltas, weights: Weights, density: float) -> Bool[Array, "out in"]:
-    """Mask of the share of the entries whose weighted values differ most between the LoRAs."""
+    """Return a mask of the share of the entries whose weighted values differ most between the LoRAs."""
     mean = added((w * d for w, d in zip(weights, deltas, strict=True)), weights) / len(deltas)
     variance = added(((w * d - mean) ** 2 for w, d in zip(weights, deltas, strict=True)), weights)
     return largest(variance, density)
 
 
 def _weighted(deltas: Deltas, weights: Weights, thin: Callable[[int, Array], Array]) -> Iterator[Array]:
-    """The wᵢτᵢ, where τᵢ is what ``thin`` leaves of ΔWᵢ; no ΔW is held when its τ is given."""
+    """Yield the wᵢτᵢ with τᵢ = ``thin(i, ΔWᵢ)``; each ΔWᵢ is freed before its τᵢ is used."""
     for i, weight in enumerate(weights):
         yield weight * thin(i, deltas[i])
 
 
 def added(weighted: Iterable[Float[Array, "out in"]], _: Weights) -> Float[Array, "out in"]:
-    """The sum."""
+    """Return the sum."""
     total: Array = 0.0
     for entry in weighted:
         total = total + entry
@@ -154,10 +154,10 @@ def added(weighted: Iterable[Float[Array, "out in"]], _: Weights) -> Float[Array
 
 
 def agreeing(weighted: Iterable[Float[Array, "out in"]], weights: Weights) -> Float[Array, "out in"]:
-    """TIES' elected signs and disjoint mean, in one pass over the wᵢτᵢ.
+    """Elect signs and take the disjoint mean as TIES does, in one pass over the wᵢτᵢ.
 
-    Positive and negative entries are added up apart: the sum of both elects, and the elected one
-    is divided by the weights of those that had a part in it.
+    Positive and negative entries are added up separately: the sign of their total is elected, and the
+    sum of that sign is divided by the weights of the LoRAs in it.
     """
     up: Array = 0.0
     down: Array = 0.0
@@ -178,7 +178,7 @@ def agreeing(weighted: Iterable[Float[Array, "out in"]], weights: Weights) -> Fl
 def _with(
     total: Array, mass: Array, entry: Float[Array, "out in"], mask: Bool[Array, "out in"], weight: float
 ) -> tuple[Float[Array, "out in"], Float[Array, "out in"]]:
-    """A sum and its mass with the entries under a mask in them."""
+    """Add the entries under a mask to a sum, and their weight to its mass; both may start as 0.0."""
     part = _as(mask, entry)
     mass += weight * part
     part *= entry
@@ -187,12 +187,12 @@ def _with(
 
 
 def _ratio(total: Float[Array, "out in"], mass: Float[Array, "out in"], scale: float) -> Float[Array, "out in"]:
-    """``scale · total / mass``, and 0 where nothing has a part."""
+    """Return ``scale · total / mass``, and 0 where the mass is 0."""
     return total * (scale / (mass + _as(mass == 0, mass)))
 
 
 def _as(mask: Bool[Array, "*shape"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """A mask as numbers: products with it are several times as fast as choosing by it."""
+    """Convert a mask to numbers: multiplying by it is several times as fast as selecting with it."""
     return namespace(like).astype(mask, like.dtype)
 
 

@@ -1,6 +1,7 @@
-"""One BLAS thread per test process, as the command line has it; and the core's tests where torch isn't installed.
+"""One BLAS thread per test process, as the command line has it; checked shapes; and the core's tests without torch.
 
-With ``LORAMERGE_TESTS=core`` in the environment, files that import a package that isn't installed are left out.
+With ``LORAMERGE_TESTS=core`` in the environment, files that import a package that isn't installed are left out, and
+shapes are checked only where jaxtyping is installed.
 """
 
 import ast
@@ -13,10 +14,16 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
 HERE = Path(__file__).parent
+CORE = os.environ.get("LORAMERGE_TESTS") == "core"
+
+if not CORE or find_spec("jaxtyping"):
+    import shapes
+
+    shapes.install()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    if os.environ.get("LORAMERGE_TESTS") != "core":
+    if not CORE:
         return None
     file = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
     return True if file.suffix == ".py" and file.exists() and _missing(file) else None

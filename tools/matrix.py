@@ -89,7 +89,8 @@ def results(environment: Environment, wheel: str, versions: str) -> Iterator[tup
     """The groups of tests and how they ended; the extras are installed when the core was tested."""
     environment.install("-r", "pyproject.toml", *VERSIONS[versions])
     environment.install("--no-deps", wheel)
-    environment.install("pytest", "hypothesis", "pillow", *(VERSIONS[versions] if versions == "tested" else ()))
+    tools = ("pytest", "hypothesis", "jaxtyping", "beartype", "pillow")
+    environment.install(*tools, *(VERSIONS[versions] if versions == "tested" else ()))
     print("  core:", environment.versions(), flush=True)
     for group, paths in CORE.items():
         yield group, environment.test(paths)

@@ -1,4 +1,4 @@
-"""Devices: which there are, what fits on them, and arrays as tensors of torch."""
+"""Devices: checks that they exist, errors for too little memory, and arrays as torch tensors."""
 
 import sys
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def memory_for(what: str, ways_out: str) -> Iterator[None]:
-    """Have running out of memory say what it did not suffice for, and what to lower.
+    """Turn an out-of-memory error into one that says what didn't fit, and what to lower.
 
     Raises:
-        DeviceMemoryError: The memory did not suffice.
+        DeviceMemoryError: Memory ran out.
     """
     try:
         yield
@@ -38,15 +38,15 @@ WAYS_OUT = "Ways out, the first first: gradient checkpointing, bf16, a batch siz
 
 
 def within_memory(resolution: int, batch_size: int, count: int) -> AbstractContextManager[None]:
-    """Have running out of memory say what to lower.
+    """Turn an out-of-memory error in training into one that says what to lower.
 
     Args:
         resolution: Side of the images in pixels.
-        batch_size: Examples of each LoRA in a batch.
-        count: How many LoRAs.
+        batch_size: Examples per LoRA in a batch.
+        count: Number of LoRAs.
 
     Raises:
-        DeviceMemoryError: The memory did not suffice.
+        DeviceMemoryError: Memory ran out.
     """
     loras = f"{count} LoRA{'s' * (count > 1)}"
     return memory_for(f"{loras} × {batch_size} examples at {resolution} × {resolution}", WAYS_OUT)
@@ -56,7 +56,7 @@ def check_device(device: str) -> None:
     """Refuse a device that torch can't compute on.
 
     Raises:
-        OptionError: It is unknown, or not there.
+        OptionError: The device is unknown, or this machine doesn't have it.
     """
     with needed("Computing on a device"):
         import torch
@@ -70,7 +70,7 @@ def check_device(device: str) -> None:
 
 
 def to_torch(array: Array) -> "torch.Tensor":
-    """A tensor of torch with the values of an array, shared where that can be."""
+    """Return a torch tensor with the values of an array; they share memory where that is possible."""
     import numpy as np
 
     with needed("Making tensors of torch"):
@@ -78,7 +78,7 @@ def to_torch(array: Array) -> "torch.Tensor":
 
     if isinstance(array, torch.Tensor):
         return array
-    array = np.ascontiguousarray(array).reshape(array.shape)  # which makes a scalar an array of one
+    array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar 1-D
     if array.dtype.name.startswith(("bfloat16", "float8")):
         return torch.from_numpy(array.view(f"u{array.itemsize}").copy()).view(getattr(torch, array.dtype.name))
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,6 +1,19 @@
 """Every error of loramerge, under one root.
 
-Each message says what went wrong, where, what was found, what was wanted and what to do next.
+Each message says what went wrong, where, what was found, what was expected and what to do next.
+
+    LoRAMergeError
+    ├── FileError           a file can't be read or written
+    ├── NotALoRAError       readable tensors that aren't a LoRA
+    ├── LayerError          one module's tensors don't fit together
+    ├── FamilyError         the model family is contradictory or unclear
+    ├── NoFactorsError      a layer without an exact low-rank form
+    ├── NumberError         NaN, infinity, or a value too large for a dtype
+    ├── DialectError        the dialect can't express the LoRA
+    ├── MergeError          these LoRAs can't be merged as asked
+    ├── OptionError         an unknown option, name or weight
+    ├── MissingExtraError   an optional package is needed
+    └── DeviceMemoryError   out of GPU or host memory
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,13 +22,13 @@ from typing import Self
 
 
 class LoRAMergeError(Exception):
-    """The root of every error that loramerge raises on purpose."""
+    """Base class of every error that loramerge raises on purpose."""
 
     placed = False
-    """Whether the message says already in which module it arose."""
+    """True if the message already names the module it came from."""
 
     def at(self, place: str) -> Self:
-        """The same error with its place in front; an error that has one keeps it."""
+        """Return this error with its place in front of the message; one that has a place keeps it."""
         if self.placed:
             return self
         found = type(self)(f"{place}: {self}")
@@ -28,7 +41,7 @@ class FileError(LoRAMergeError):
 
 
 class NotALoRAError(LoRAMergeError):
-    """The tensors are readable, but they are not a LoRA."""
+    """The tensors are readable, but they aren't a LoRA."""
 
 
 class LayerError(LoRAMergeError):
@@ -36,7 +49,7 @@ class LayerError(LoRAMergeError):
 
 
 class FamilyError(LoRAMergeError):
-    """What a file says of its model family contradicts its layers, or doesn't tell which of several it is."""
+    """The model family that a file names contradicts its layers, or several families fit."""
 
 
 class NoFactorsError(LoRAMergeError):
@@ -48,7 +61,7 @@ class NumberError(LoRAMergeError):
 
 
 class DialectError(LoRAMergeError):
-    """A dialect can't hold what the LoRA has."""
+    """A dialect can't express something that the LoRA has."""
 
 
 class MergeError(LoRAMergeError):
@@ -56,7 +69,7 @@ class MergeError(LoRAMergeError):
 
 
 class OptionError(LoRAMergeError):
-    """An option, a name or a weight is not one that loramerge knows."""
+    """An option, a name or a weight is unknown or has a wrong value."""
 
 
 class MissingExtraError(LoRAMergeError):
@@ -64,7 +77,7 @@ class MissingExtraError(LoRAMergeError):
 
 
 class DeviceMemoryError(LoRAMergeError):
-    """The memory of the GPU, or of the machine, does not suffice."""
+    """Out of GPU or host memory."""
 
 
 EXTRAS = {
@@ -120,7 +133,7 @@ def _missing(what: str, package: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The sentence that names the nearest of the known names, after a space; empty where none is near."""
+    """Return " Did you mean …?" for the most similar known name, or an empty string if none is similar."""
     import difflib
 
     lowered = {other.lower(): other for other in known}
@@ -129,17 +142,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def an(noun: str) -> str:
-    """The noun with its article: ``an oft``, ``a lora``."""
+    """Put the article in front of a noun: ``an oft``, ``a lora``."""
     return f"an {noun}" if noun[:1].lower() in "aeiou" else f"a {noun}"
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, without the lines that follow."""
+    """Return the first line of another library's error message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def size(count: float) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes: ``12.3 MB``."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

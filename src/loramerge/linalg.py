@@ -9,7 +9,7 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tensors import FAINT, Array, is_torch, namespace
+from .tensors import FAINT, Array, Float, Float64, is_torch, namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,60 +18,53 @@ GRAM_LIMIT = 320
 """Up to this sum of ranks R an R × R eigenproblem is the cheapest; above, random projection wins."""
 
 
-def grams(up: Array, down: Array) -> tuple[Array, Array]:
-    """``upᵀ up`` and ``down downᵀ`` in float64, each of shape ``(r, r)``."""
+def grams(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> tuple[Float64[Array, "r r"], Float64[Array, "r r"]]:
+    """Return ``upᵀ up`` and ``down downᵀ`` in float64."""
     return gram(up.T), gram(down)
 
 
-def gram(matrix: Array) -> Array:
-    """``matrix @ matrixᵀ`` in float64."""
+def gram(matrix: Float[Array, "r n"]) -> Float64[Array, "r r"]:
+    """Return ``matrix @ matrixᵀ`` in float64."""
     xp = namespace(matrix)
     wide = xp.astype(matrix, xp.float64)
     return wide @ wide.T
 
 
-def norm(up: Array, down: Array) -> float:
-    """Frobenius norm of ``up @ down``, from the Gram matrices.
-
-    Args:
-        up: Shape ``(out, r)``.
-        down: Shape ``(r, in)``.
-    """
+def norm(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> float:
+    """Return the Frobenius norm of ``up @ down``, from the Gram matrices."""
     gram_up, gram_down = grams(up, down)
     return math.sqrt(max(float((gram_up * gram_down).sum()), 0.0))
 
 
 RANK_TOLERANCE = 1e-6
-"""Singular values below it, relative to the largest, are zero: float32 factors hold seven digits."""
+"""Singular values below this share of the largest count as zero: float32 factors hold seven digits."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The SVD of ΔW = up @ down, told in coordinates of the factors.
+    """The SVD of ΔW = up @ down, in coordinates of the factors.
 
     ``up @ left`` are the left singular vectors, an orthonormal basis of ΔW's column space;
     ``rightᵀ @ down`` are the right ones, of its row space.
     """
 
-    sigma: Array
-    """The singular values that are not zero, from large to small, shape ``(k,)``."""
-    left: Array
-    """Shape ``(r, k)``."""
-    right: Array
-    """Shape ``(r, k)``."""
+    sigma: Float64[Array, " k"]
+    """The singular values that are not zero, from large to small."""
+    left: Float64[Array, "r k"]
+    right: Float64[Array, "r k"]
 
     @property
     def rank(self) -> int:
-        """The numerical rank of ΔW, which may be less than the factors'."""
+        """The numerical rank of ΔW, which may be smaller than that of the factors."""
         return int(self.sigma.shape[0])
 
 
-def spectrum(gram_up: Array, gram_down: Array) -> Spectrum:
-    """ΔW's SVD from the Gram matrices of its factors.
+def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -> Spectrum:
+    """Compute ΔW's SVD from the Gram matrices of its factors.
 
     Args:
-        gram_up: ``upᵀ up``, shape ``(r, r)``, float64.
-        gram_down: ``down downᵀ``, shape ``(r, r)``, float64.
+        gram_up: ``upᵀ up``.
+        gram_down: ``down downᵀ``.
 
     Returns:
         The singular values above `RANK_TOLERANCE` times the largest, with their vectors; none for ΔW = 0.
@@ -85,7 +78,7 @@ def spectrum(gram_up: Array, gram_down: Array) -> Spectrum:
     gram_up = gram_up * lengths[:, None] * lengths[None, :]
     squares, vectors = eigenpairs(gram_down / lengths[:, None] / lengths[None, :], 1e-13)
     half = vectors * squares**0.5
-    # A sum whose parts cancel has nothing left but their rounding.
+    # Where the parts of a sum cancel, only their rounding errors are left.
     rounding = RANK_TOLERANCE**2 / 100 * float(xp.linalg.trace(gram_up))
     energy, rotation = eigenpairs(half.T @ gram_up @ half, RANK_TOLERANCE**2, rounding)
     sigma = energy**0.5
@@ -97,16 +90,16 @@ def spectrum(gram_up: Array, gram_down: Array) -> Spectrum:
 
 
 def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:
-    """The SVD of scale · ΔW₁ ⊗ ΔW₂: products of the singular values, Kronecker products of the vectors.
+    """Compute the SVD of scale · ΔW₁ ⊗ ΔW₂: products of the singular values, Kronecker products of the vectors.
 
     Args:
-        first: Of ΔW₁ = up₁ @ down₁.
-        second: Of ΔW₂ = up₂ @ down₂.
+        first: The SVD of ΔW₁ = up₁ @ down₁.
+        second: The SVD of ΔW₂ = up₂ @ down₂.
         scale: A factor, which goes into ``up``.
 
     Returns:
-        In coordinates of ``scale · up₁ ⊗ up₂`` and ``down₁ ⊗ down₂``, with the values above
-        `RANK_TOLERANCE` times the largest.
+        The SVD in coordinates of ``scale · up₁ ⊗ up₂`` and ``down₁ ⊗ down₂``, with the values
+        above `RANK_TOLERANCE` times the largest.
     """
     xp = namespace(first.sigma)
     sigma = abs(scale) * (first.sigma[:, None] * second.sigma[None, :]).reshape((-1,))
@@ -117,18 +110,18 @@ def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:
     return Spectrum(sigma[order], left / abs(scale) if scale else left, kron(first.right, second.right)[:, order])
 
 
-def kron(a: Array, b: Array) -> Array:
-    """Kronecker product of two matrices."""
+def kron(a: Float[Array, "m n"], b: Float[Array, "p q"]) -> Float[Array, "m*p n*q"]:
+    """Return the Kronecker product of two matrices."""
     product = a[:, None, :, None] * b[None, :, None, :]
     return namespace(a).reshape(product, (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))
 
 
-def singular_values(delta: Array, size: float) -> Array:
-    """Singular values that are not zero, from the eigenvalues of the smaller side's Gram matrix.
+def singular_values(delta: Float64[Array, "out in"], size: float) -> Float64[Array, " k"]:
+    """Compute the singular values that are not zero, from the eigenvalues of the smaller side's Gram matrix.
 
     Args:
-        delta: Shape ``(out, in)``, float64.
-        size: Of the terms that it is the sum of: what lies below their rounding is zero.
+        delta: ΔW.
+        size: Size of the terms that ΔW is the sum of: values below their rounding error are zero.
     """
     small = delta if delta.shape[0] <= delta.shape[1] else delta.T
     sigma = namespace(delta).linalg.eigvalsh(small @ small.T).clip(0.0) ** 0.5
@@ -137,20 +130,16 @@ def singular_values(delta: Array, size: float) -> Array:
     return sigma[: int((sigma > least).sum())]
 
 
-def trivial(delta: Array) -> tuple[Array, Array]:
-    """A dense matrix as a product of itself and the identity, which is on its smaller side."""
+def trivial(delta: Float[Array, "out in"]) -> tuple[Float[Array, "out k"], Float[Array, "k in"]]:
+    """Write a dense matrix as a product of itself and the identity, which is on its smaller side."""
     xp = namespace(delta)
     rows, columns = delta.shape
     eye = xp.eye(min(rows, columns), dtype=delta.dtype, device=delta.device)
     return (eye, delta) if rows <= columns else (delta, eye)
 
 
-def dense_spectrum(delta: Array) -> Spectrum:
-    """The SVD of a dense matrix, from its smaller side's Gram matrix, in coordinates of its `trivial` factors.
-
-    Args:
-        delta: Shape ``(out, in)``, float64.
-    """
+def dense_spectrum(delta: Float64[Array, "out in"]) -> Spectrum:
+    """Compute a dense matrix's SVD from its smaller side's Gram matrix, in coordinates of its `trivial` factors."""
     wide = delta.shape[0] <= delta.shape[1]
     squares, vectors = eigenpairs(gram(delta if wide else delta.T), RANK_TOLERANCE**2)
     sigma = squares**0.5
@@ -158,23 +147,22 @@ def dense_spectrum(delta: Array) -> Spectrum:
 
 
 def leading(spectrum: Spectrum, share: float) -> Spectrum:
-    """The fewest directions that carry a share of ‖ΔW‖², those of the largest singular values."""
+    """Keep the fewest directions that carry a share of ‖ΔW‖², those of the largest singular values."""
     xp = namespace(spectrum.sigma)
     carried = xp.cumulative_sum(spectrum.sigma**2)
     kept = int(xp.sum(xp.astype(carried < share * carried[-1:], xp.int64))) + 1
     return Spectrum(spectrum.sigma[:kept], spectrum.left[:, :kept], spectrum.right[:, :kept])
 
 
-def eigenpairs(gram: Array, relative: float | None = None, absolute: float = 0.0) -> tuple[Array, Array]:
-    """Eigenvalues of a Gram matrix with their vectors, from large to small.
+def eigenpairs(
+    gram: Float[Array, "r r"], relative: float | None = None, absolute: float = 0.0
+) -> tuple[Float[Array, " k"], Float[Array, "r k"]]:
+    """Compute the eigenvalues of a Gram matrix with their vectors, from large to small.
 
     Args:
-        gram: Symmetric, shape ``(r, r)``.
-        relative: Only eigenvalues above this share of the largest; all unless given, rounding below zero taken off.
-        absolute: With a share, only those above this too.
-
-    Returns:
-        Shapes ``(k,)`` and ``(r, k)``.
+        gram: Symmetric.
+        relative: Keep only eigenvalues above this share of the largest. By default keep all, negative ones set to 0.
+        absolute: With ``relative``, keep only those above this value, too.
     """
     xp = namespace(gram)
     values, vectors = xp.linalg.eigh(gram)
@@ -186,8 +174,8 @@ def eigenpairs(gram: Array, relative: float | None = None, absolute: float = 0.0
     return values[:kept], vectors[:, :kept]
 
 
-def effective_rank(sigma: Array) -> float:
-    """exp(−Σ pₖ ln pₖ) with pₖ = σₖ² / Σ σ²: how many singular values carry the energy, from 1 to the rank.
+def effective_rank(sigma: Float[Array, " k"]) -> float:
+    """Return exp(−Σ pₖ ln pₖ) with pₖ = σₖ² / Σ σ²: how many singular values carry the energy, from 1 to the rank.
 
     It is Roy and Vetterli's effective rank of ΔWᵀ ΔW, whose singular values are σ²; 0 for ΔW = 0.
 
@@ -202,16 +190,16 @@ def effective_rank(sigma: Array) -> float:
     return math.exp(-float((shares * xp.log(shares)).sum()))
 
 
-def overlap(gram: Array, first: Array, second: Array) -> float:
-    """‖Qᵢᵀ Qⱼ‖² / min(kᵢ, kⱼ): the mean squared cosine of the principal angles of two subspaces, in [0, 1].
+def overlap(gram: Float[Array, "ri rj"], first: Float[Array, "ri ki"], second: Float[Array, "rj kj"]) -> float:
+    """Return ‖Qᵢᵀ Qⱼ‖² / min(kᵢ, kⱼ), the mean squared cosine of the principal angles of two subspaces, in [0, 1].
 
-    1 where the smaller lies within the larger, 0 where they are orthogonal; for random subspaces of n
+    It is 1 where the smaller lies within the larger, 0 where they are orthogonal; for random subspaces of n
     dimensions the expectation is max(kᵢ, kⱼ) / n.
 
     Args:
-        gram: Inner products of the vectors that span them, shape ``(rᵢ, rⱼ)``.
-        first: Coordinates of the orthonormal basis Qᵢ, shape ``(rᵢ, kᵢ)``.
-        second: The same of Qⱼ, shape ``(rⱼ, kⱼ)``.
+        gram: Inner products of the vectors that span them.
+        first: Coordinates of the orthonormal basis Qᵢ.
+        second: The same of Qⱼ.
 
     Source:
         Björck and Golub, 1973, https://doi.org/10.2307/2005662
@@ -223,37 +211,37 @@ def overlap(gram: Array, first: Array, second: Array) -> float:
     return float(min(float((cosines**2).sum()) / smaller, 1.0))
 
 
-def column_products(gram: Array, first: Array, second: Array) -> Array:
-    """Inner products of corresponding columns of two ΔW, shape ``(in,)``.
+def column_products(
+    gram: Float[Array, "ri rj"], first: Float[Array, "ri in"], second: Float[Array, "rj in"]
+) -> Float[Array, " in"]:
+    """Return the inner products of corresponding columns of two ΔW.
 
     Args:
-        gram: ``upᵢᵀ upⱼ``, shape ``(rᵢ, rⱼ)``.
-        first: ``downᵢ``, shape ``(rᵢ, in)``.
-        second: ``downⱼ``, shape ``(rⱼ, in)``.
+        gram: ``upᵢᵀ upⱼ``.
+        first: ``downᵢ``.
+        second: ``downⱼ``.
     """
     return namespace(first).sum(first * (gram @ second), axis=0)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Factors of a smaller rank, and what they leave out."""
+    """Factors of a smaller rank, and the energy that they leave out."""
 
-    up: Array
-    """Shape ``(out, rank)``."""
-    down: Array
-    """Shape ``(rank, in)``."""
+    up: Float[Array, "out rank"]
+    down: Float[Array, "rank in"]
     energy: float
     """‖ΔW‖² before the cut."""
     lost: float
     """‖ΔW − up @ down‖²: the part of the energy that is cut off."""
 
 
-def truncate(up: Array, down: Array, rank: int) -> Cut:
-    """Best factors of a given rank.
+def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -> Cut:
+    """Compute the best factors of a given rank.
 
     Args:
-        up: Shape ``(out, r)``, float32.
-        down: Shape ``(r, in)``, float32.
+        up: ΔW = up @ down.
+        down: The other factor.
         rank: Rank of the result, at least 1.
 
     Returns:
@@ -276,19 +264,19 @@ def truncate(up: Array, down: Array, rank: int) -> Cut:
     return _truncate_gram(up, down, rank)
 
 
-def squares(up: Array, down: Array) -> "np.ndarray":
-    """Squared singular values of ``up @ down``, falling, float64; those that are zero are left out."""
+def squares(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> "np.ndarray":
+    """Return the squared singular values of ``up @ down``, falling, float64; zeros are left out."""
     return as_numpy(spectrum(*grams(up, down)).sigma) ** 2
 
 
 def as_numpy(array: Array) -> "np.ndarray":
-    """An array as numpy's."""
+    """Return an array as numpy's."""
     import numpy as np
 
     return np.asarray(array.cpu() if is_torch(array) else array)
 
 
-def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:
+def _truncate_gram(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -> Cut:
     # With down downᵀ = L Lᵀ, the eigenpairs W, S² of Lᵀ (upᵀ up) L give ΔW's singular
     # values S, and its factors without a QR: up L W S^-½ and S^-3/2 Wᵀ Lᵀ (upᵀ up) down.
     xp = namespace(up)
@@ -308,18 +296,20 @@ def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:
     )
 
 
-def truncate_dense(delta: Array, rank: int, oversampling: int | None = None, iterations: int = 3) -> Cut:
-    """Best factors of a given rank for a dense matrix.
+def truncate_dense(
+    delta: Float[Array, "out in"], rank: int, oversampling: int | None = None, iterations: int = 3
+) -> Cut:
+    """Compute the best factors of a given rank for a dense matrix.
 
     Args:
-        delta: Shape ``(out, in)``, float32.
+        delta: ΔW.
         rank: Rank of the result, at least 1.
         oversampling: Columns of the random projection beyond the rank; half of it, at least 16, unless given.
         iterations: Power iterations.
 
     Returns:
-        Factors as from `truncate`.  From a third of the smaller side on, exact by an eigenproblem
-        of that side; below, by a randomised range finder.
+        Factors as from `truncate`.  For ranks from a third of the smaller side on they are exact, by
+        an eigenproblem of that side; for smaller ranks they come from a randomised range finder.
 
     Source:
         Halko, Martinsson and Tropp, 2011, algorithm 4.4, https://arxiv.org/abs/0909.4061
@@ -341,27 +331,25 @@ def truncate_dense(delta: Array, rank: int, oversampling: int | None = None, ite
     return Cut(up, down, _energy(delta), _energy(delta - up @ down))
 
 
-def _energy(delta: Array) -> float:
-    """‖ΔW‖², in row sums of float32 that are added up in float64."""
+def _energy(delta: Float[Array, "out in"]) -> float:
+    """Return ‖ΔW‖², in row sums of float32 that are added up in float64."""
     xp = namespace(delta)
     return float(xp.sum(xp.astype(xp.sum(delta * delta, axis=1), xp.float64)))
 
 
-def faint(up: Array) -> bool:
-    """Whether a column of ``up``, shape ``(out, r)``, is too faint for float16."""
+def faint(up: Float[Array, "out r"]) -> bool:
+    """Return whether a column of ``up`` is too faint for float16."""
     xp = namespace(up)
     ones = xp.ones((1, up.shape[0]), dtype=up.dtype, device=up.device)
     return bool((ones @ (up * up) < up.shape[0] * FAINT**2).any())
 
 
-def balanced(up: Array, down: Array) -> tuple[Array, Array]:
-    """The same product, with faint columns of ``up`` raised and their rows of ``down`` lowered.
+def balanced(
+    up: Float[Array, "out r"], down: Float[Array, "r in"]
+) -> tuple[Float[Array, "out r"], Float[Array, "r in"]]:
+    """Raise faint columns of ``up`` and lower their rows of ``down``, which keeps the product.
 
     Both are scaled by powers of two, so nothing is rounded; float16 then keeps all its digits.
-
-    Args:
-        up: Shape ``(out, r)``.
-        down: Shape ``(r, in)``.
     """
     xp = namespace(up)
     high, low = _largest(up, 0), _largest(down, 1)
@@ -371,21 +359,21 @@ def balanced(up: Array, down: Array) -> tuple[Array, Array]:
     return up * factor, down / factor[:, None]
 
 
-def _largest(matrix: Array, axis: int) -> Array:
-    """The largest magnitude along an axis."""
+def _largest(matrix: Float[Array, "m n"], axis: int) -> Float[Array, " k"]:
+    """Return the largest magnitude along an axis."""
     xp = namespace(matrix)
     return xp.maximum(xp.max(matrix, axis=axis), -xp.min(matrix, axis=axis))
 
 
-def _inverse(sigma: Array) -> Array:
-    """1/σ, and 0 for the singular values that are zero but for rounding."""
+def _inverse(sigma: Float[Array, " k"]) -> Float[Array, " k"]:
+    """Return 1/σ, and 0 for the singular values that are zero but for rounding."""
     xp = namespace(sigma)
     small = sigma <= 1e-7 * sigma[:1]
     return xp.where(small, 0.0, 1.0 / xp.where(small, 1.0, sigma))
 
 
-def cholesky(gram: Array) -> Array:
-    """The lower Cholesky factor of a Gram matrix ``(r, r)``, which may be rank-deficient."""
+def cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
+    """Return the lower Cholesky factor of a Gram matrix, which may be rank-deficient."""
     # The jitter keeps a rank-deficient Gram matrix (two equal LoRAs, a zero row) positive.
     xp = namespace(gram)
     size = gram.shape[0]
@@ -394,7 +382,9 @@ def cholesky(gram: Array) -> Array:
     return xp.linalg.cholesky(gram + 1e-13 * trace * xp.eye(size, dtype=gram.dtype, device=gram.device))
 
 
-def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 16, iterations: int = 4) -> Cut:
+def _truncate_randomised(
+    up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int, oversampling: int = 16, iterations: int = 4
+) -> Cut:
     size = min(rank + oversampling, up.shape[0], down.shape[1])
     basis = up @ (down @ _gaussian(down, size))
     for _ in range(iterations):
@@ -403,13 +393,16 @@ def _truncate_randomised(up: Array, down: Array, rank: int, oversampling: int = 
     basis = _orthonormal(basis)
     inside = basis.T @ up
     found_up, found_down, tail = _project(basis, inside @ down, rank)
-    # What the basis misses and what is cut off in it are orthogonal; a difference of energies would be rounding.
+    # The part outside the basis and the part cut off inside it are orthogonal, so their energies add up; taking the
+    # difference of the energies before and after instead would leave little but rounding.
     missed = norm(up - basis @ inside, down) ** 2
     return Cut(found_up, found_down, norm(up, down) ** 2, missed + tail)
 
 
-def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array, float]:
-    """Best factors of a rank for ``basis @ core``, the basis being orthonormal, and the energy that they leave out."""
+def _project(
+    basis: Float[Array, "out k"], core: Float[Array, "k in"], rank: int
+) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
+    """Compute the best factors of ``basis @ core``, with an orthonormal basis, and the energy that they leave out."""
     xp = namespace(core)
     squares, vectors = eigenpairs(gram(core))
     tail = float(squares[rank:].sum())
@@ -418,16 +411,16 @@ def _project(basis: Array, core: Array, rank: int) -> tuple[Array, Array, float]
     return (basis @ vectors) * xp.astype(root, core.dtype), inverse[:, None] * (vectors.T @ core), tail
 
 
-def _gaussian(like: Array, columns: int) -> Array:
-    """A fixed Gaussian test matrix of shape ``(in, columns)``: the same for every run and device."""
+def _gaussian(like: Float[Array, "_ in"], columns: int) -> Float[Array, "in columns"]:
+    """Return a fixed Gaussian test matrix: the same for every run and device."""
     import numpy as np
 
     test = np.random.default_rng(0).standard_normal((like.shape[1], columns), dtype=np.float32)
     return namespace(like).asarray(test, dtype=like.dtype, device=like.device)
 
 
-def _orthonormal(basis: Array) -> Array:
-    """An orthonormal basis of the columns, by two rounds of Cholesky QR in float64."""
+def _orthonormal(basis: Float[Array, "out k"]) -> Float[Array, "out k"]:
+    """Compute an orthonormal basis of the columns, by two rounds of Cholesky QR in float64."""
     xp = namespace(basis)
     for _ in range(2):
         wide = xp.astype(basis, xp.float64)
@@ -436,8 +429,11 @@ def _orthonormal(basis: Array) -> Array:
     return basis
 
 
-def distance(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
-    """‖up₁ down₁ − up₂ down₂‖ in Frobenius norm, without forming either product.
+def distance(
+    first: tuple[Float[Array, "out r"], Float[Array, "r in"]],
+    second: tuple[Float[Array, "out s"], Float[Array, "s in"]],
+) -> float:
+    """Return ‖up₁ down₁ − up₂ down₂‖ in Frobenius norm, without forming either product.
 
     The difference is itself a product, [up₁, −up₂] @ [down₁; down₂]; QR of both sides leaves a
     small core, so that no cancellation hides a difference of the order of rounding.
@@ -449,11 +445,8 @@ def distance(first: tuple[Array, Array], second: tuple[Array, Array]) -> float:
     return math.sqrt(float((core**2).sum()))
 
 
-def numerical_rank(matrix: Array) -> int:
-    """Number of singular values above max(out, in) · ε · σ₁, with float32's ε; at least 1.
-
-    Args:
-        matrix: Shape ``(out, in)``, float32.
+def numerical_rank(matrix: Float[Array, "out in"]) -> int:
+    """Count the singular values above max(out, in) · ε · σ₁, with float32's ε; at least 1.
 
     Source:
         The tolerance is numpy's, ``numpy.linalg.matrix_rank``.
@@ -466,7 +459,7 @@ def numerical_rank(matrix: Array) -> int:
 
 
 def whole_number(rank: object) -> int:
-    """A rank as Python's own number; 0 where it is none."""
+    """Return ``rank`` as an int, or 0 if it isn't an integer."""
     try:
         return 0 if isinstance(rank, bool) else operator.index(rank)  # type: ignore[arg-type]
     except TypeError:

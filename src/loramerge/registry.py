@@ -1,4 +1,4 @@
-"""An ordered table of named values, which answers a wrong name with the right ones."""
+"""An ordered table of named values, whose errors for a wrong name list the right ones."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from .errors import OptionError, did_you_mean, first_line, needed
 
 
 class Named(Protocol):
-    """What a registry holds."""
+    """An entry of a registry: anything with a name."""
 
     @property
     def name(self) -> str:
@@ -25,9 +25,9 @@ class Registry(Mapping[str, T]):
     """Values by name, in the order in which they were listed.
 
     Args:
-        noun: What the values are, for the error message: ``"dialect"``.
+        noun: The word for a value in error messages: ``"dialect"``.
         values: The values; their names must differ.
-        aliases: Other names that people type, each with the name that it stands for.
+        aliases: Other names that users type, each with the name that it stands for.
     """
 
     def __init__(self, noun: str, values: Iterable[T], aliases: Mapping[str, str] | None = None) -> None:
@@ -45,12 +45,12 @@ class Registry(Mapping[str, T]):
         return self.find(name, self._values)
 
     def find(self, name: str, offered: Iterable[str], also: Iterable[str] = ()) -> T:
-        """The value of a name, whatever its case, with ``_`` for ``-`` or the other way round.
+        """Return the value with this name, ignoring case and the difference between ``_`` and ``-``.
 
         Args:
-            name: What was typed.
-            offered: What the error for an unknown name lists.
-            also: Names of what is not in the table, which the error lists too.
+            name: The name as typed.
+            offered: The names that the error for an unknown name lists.
+            also: Further names to list there, of values that are not in the table.
 
         Raises:
             OptionError: Nothing has that name.
@@ -75,16 +75,16 @@ class Registry(Mapping[str, T]):
 
 
 def plain(name: str) -> str:
-    """A name as it is compared: in lower case, with ``-`` for ``_``."""
+    """Normalise a name for comparison: lower case, with ``-`` for ``_``."""
     return name.lower().replace("_", "-")
 
 
 def referenced(text: str, noun: str) -> Any:
-    """The object that a reference names; its module is imported.
+    """Import the object that a reference names.
 
     Args:
         text: ``package.module:name``.
-        noun: What the object is, for messages: ``"method"``.
+        noun: The word for the object in error messages: ``"method"``.
 
     Raises:
         OptionError: The module can't be imported, or has no such name.
@@ -111,7 +111,7 @@ def _imported(module: str, what: str) -> Any:
 
 
 def reference_of(value: object, module: str) -> str | None:
-    """What finds an object again, in the module that made it; None where that holds it under no name."""
+    """Return ``module:name`` for an object, or None if the module doesn't hold it under any name."""
     home = sys.modules.get(module)
     if home is None or home.__spec__ is None or module == "__main__":
         return None
@@ -120,7 +120,7 @@ def reference_of(value: object, module: str) -> str | None:
 
 @contextmanager
 def from_here() -> Iterator[None]:
-    """Modules beside where one stands are found, as Python finds those beside a script."""
+    """Let modules be imported from the current directory, as a script imports those next to it."""
     sys.path.insert(0, "")
     try:
         yield
@@ -129,7 +129,7 @@ def from_here() -> Iterator[None]:
 
 
 def code_of(function: Callable[..., Any]) -> str | None:
-    """The SHA-256 of the file that defines a function; None where there is none."""
+    """Return the SHA-256 of the file that defines a function, or None if there is no file."""
     import hashlib
     import inspect
     from pathlib import Path
@@ -144,11 +144,11 @@ def code_of(function: Callable[..., Any]) -> str | None:
 def face(
     package: str, homes: Mapping[str, Sequence[str]]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """A package's ``__getattr__``, ``__dir__`` and ``__all__``: its public names are imported when they are first used.
+    """Make a package's ``__getattr__``, ``__dir__`` and ``__all__``, which import public names at their first use.
 
     Args:
         package: Name of the package.
-        homes: Public names by the module of the package that defines them.
+        homes: The modules of the package, each with the public names that it defines.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

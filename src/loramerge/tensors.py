@@ -1,20 +1,25 @@
-"""Tensors as files and layers see them: a shape, a dtype, and values that may not be read yet.
+"""Tensors as files and layers see them: a shape, a dtype, and values that may not have been read yet.
 
 A dtype is named by its safetensors code: ``"F32"``, ``"F16"``, ``"BF16"`` ….  Arrays are
-numpy's, or torch's where the caller brought those; everything above this file is written
-against the array API standard, which both follow.
+numpy's, or torch's where the caller brought those; the code above this file uses the array API
+standard, which both follow.
 """
 
 import math
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from .errors import NumberError, OptionError, needed
 
 if TYPE_CHECKING:
     import numpy as np
+    from jaxtyping import Bool as Bool, Float as Float, Float32 as Float32, Float64 as Float64
+else:
+    # ``Float[Array, "out r"]`` is a note for readers: only our tests, see tests/conftest.py, replace these names by
+    # jaxtyping's and check the shapes of every call.
+    Bool = Float = Float32 = Float64 = Annotated
 
 Array: TypeAlias = Any
 """A numpy array or a torch tensor."""
@@ -51,7 +56,7 @@ FLOATS = ("F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64")
 
 
 class Spec:
-    """A tensor of which only the shape and the dtype are known."""
+    """A tensor whose shape and dtype are known, and whose values are not."""
 
     __slots__ = ("dtype", "shape")
 
@@ -67,7 +72,7 @@ class Spec:
 
 
 class Stored(Spec):
-    """A tensor that lies in a file until it is read."""
+    """A tensor whose values stay in a file until `read` is called."""
 
     __slots__ = ("begin", "end", "source")
 
@@ -83,11 +88,11 @@ class Stored(Spec):
         self.end = end
 
     def raw(self) -> bytes:
-        """The tensor's bytes."""
+        """Read the tensor's bytes."""
         return self.source(self.begin, self.end)
 
     def read(self) -> Array:
-        """The values, in an array of the stored dtype."""
+        """Read the values into an array of the stored dtype."""
         import numpy as np
 
         return np.frombuffer(self.raw(), numpy_dtype(self.dtype)).reshape(self.shape)
@@ -105,7 +110,7 @@ class Held(Spec):
         self.array = array
 
     def read(self) -> Array:
-        """The array."""
+        """Return the array."""
         return self.array
 
 
@@ -113,7 +118,7 @@ Tensor: TypeAlias = Stored | Held
 
 
 def scalar(tensor: Tensor) -> float:
-    """The value of a tensor of one element, without numpy."""
+    """Return the value of a tensor of one element, without numpy."""
     if isinstance(tensor, Held):
         return float(tensor.array.reshape(()))
     data = tensor.raw()
@@ -128,14 +133,14 @@ STRUCT = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h"
 
 
 def code(tensor: Array | Spec) -> str:
-    """The safetensors code of a tensor's dtype."""
+    """Return the safetensors code of a tensor's dtype."""
     if isinstance(tensor, Spec):
         return tensor.dtype
     return _code(tensor.dtype)
 
 
 def is_known(array: Array) -> bool:
-    """Whether an array's dtype has a code; complex numbers and objects have none."""
+    """Return whether an array's dtype has a code; complex numbers and objects have none."""
     return str(array.dtype).removeprefix("torch.") in CODES
 
 
@@ -145,7 +150,7 @@ def _code(dtype: Any) -> str:
 
 
 def parse_dtype(name: str) -> str:
-    """The code of a dtype as people write it: ``fp16``, ``float16``, ``torch.float16``, ``F16``."""
+    """Return the code of a dtype as people write it: ``fp16``, ``float16``, ``torch.float16``, ``F16``."""
     plain = str(name).removeprefix("torch.")
     found = CODES.get(plain.lower()) or ALIASES.get(plain.lower()) or plain.upper()
     if found not in FLOATS:
@@ -154,14 +159,14 @@ def parse_dtype(name: str) -> str:
 
 
 def widest(codes: Sequence[str]) -> str:
-    """The narrowest float dtype that holds every value of the given ones."""
+    """Return the narrowest float dtype that holds every value of the given ones."""
     return _widest(frozenset(codes))
 
 
 def computed(codes: Sequence[str]) -> str:
-    """The dtype for what is computed from values of the given ones: theirs, from 16 bits on.
+    """Return the dtype for results computed from the given ones: theirs, but at least 16 bits.
 
-    Sums and factors of float8 values are no float8 values: they would be wrong by some percent.
+    Sums and factors of float8 values, rounded to float8 again, would be wrong by some percent.
     """
     found = widest(codes)
     return "F16" if found.startswith("F8") else found
@@ -179,7 +184,7 @@ def _widest(codes: frozenset[str]) -> str:
 
 @cache
 def numpy_dtype(dtype: str) -> "np.dtype[Any]":
-    """numpy's dtype for a code; bfloat16 and float8 come from ml_dtypes."""
+    """Return numpy's dtype for a code; bfloat16 and float8 come from ml_dtypes."""
     import numpy as np
 
     if dtype in ("BF16", "F8_E4M3", "F8_E5M2"):
@@ -191,12 +196,12 @@ def numpy_dtype(dtype: str) -> "np.dtype[Any]":
 
 
 def is_torch(array: Array) -> bool:
-    """Whether an array is a torch tensor, without importing torch."""
+    """Return whether an array is a torch tensor, without importing torch."""
     return type(array).__module__.startswith("torch")
 
 
 def namespace(array: Array) -> Any:
-    """The array API namespace of an array: numpy itself, or torch behind array-api-compat."""
+    """Return the array API namespace of an array: numpy itself, or torch wrapped by array-api-compat."""
     if is_torch(array):
         with needed("Computing with torch"):
             import array_api_compat.torch
@@ -206,12 +211,12 @@ def namespace(array: Array) -> Any:
 
 
 def nbytes(shape: Shape, dtype: str) -> int:
-    """Bytes that a tensor takes in a file."""
+    """Return how many bytes a tensor takes in a file."""
     return math.prod(shape) * SIZES[dtype]
 
 
 def float32(array: Array) -> Array:
-    """The same values in float32."""
+    """Convert to float32."""
     if is_torch(array):
         return array.float()
     import numpy as np
@@ -258,7 +263,7 @@ INFINITY = {"F16": 0x7C00, "BF16": 0x7F80}
 
 
 def cast(array: Array, dtype: str) -> Array:
-    """The values in another dtype, rounded to nearest; a value too large for it is refused.
+    """Convert to another dtype, rounded to nearest; refuse a value that is too large for it.
 
     Raises:
         NumberError: A finite value would become infinite.
@@ -275,7 +280,7 @@ def cast(array: Array, dtype: str) -> Array:
 
 
 def _check_range(array: Array, dtype: str) -> None:
-    known = float32(array) if code(array).startswith("F8") else array  # torch has no largest of float8
+    known = float32(array) if code(array).startswith("F8") else array  # torch can't take the maximum of float8
     largest = max(float(known.max()), -float(known.min()))
     if 0 < largest < SMALLEST[dtype]:
         raise NumberError(f"every value is 0 in {NAMES[dtype]}, the largest is {largest:.4g}; save as float32")
@@ -288,15 +293,15 @@ LARGEST = {"F32": 3.4028235e38, "F16": 65519.0, "BF16": 3.3961e38, "F8_E4M3": 46
 """The largest magnitude that still rounds to a finite number."""
 
 FAINT = 2.0**-13
-"""Values whose root mean square is below it lose digits in float16: many are subnormal there."""
+"""Values with a smaller root mean square lose digits in float16: many of them are subnormal there."""
 
 
 def fits_half(array: Array, faint: bool = True) -> bool:
-    """Whether float16 holds values with all the digits that matter.
+    """Return whether float16 holds the values with all the digits that matter.
 
     Args:
         array: The values.
-        faint: Whether to refuse those that are too small, too.
+        faint: Also return False for values that are too small.
     """
     wide = float32(array)
     largest = float(abs(wide).max()) if math.prod(array.shape) else 0.0
@@ -305,11 +310,11 @@ def fits_half(array: Array, faint: bool = True) -> bool:
 
 
 SMALLEST = {"F32": 2.0**-150, "F16": 2.0**-25, "BF16": 2.0**-134, "F8_E4M3": 2.0**-10, "F8_E5M2": 2.0**-17}
-"""Magnitudes below it are rounded to zero."""
+"""Smaller magnitudes are rounded to zero."""
 
 
 def take_rows(tensor: Array | Spec, ranges: Ranges) -> Array | Spec:
-    """Rows of a tensor, by ranges; of a Spec, its shape."""
+    """Return rows of a tensor, by ranges; for a Spec, the Spec of those rows."""
     if isinstance(tensor, Spec):
         return Spec((sum(b - a for a, b in ranges), *tensor.shape[1:]), tensor.dtype)
     if len(ranges) == 1:
@@ -331,22 +336,22 @@ def put_rows(array: Array, ranges: Ranges, values: Array) -> Array:
 
 
 def flatten(tensor: Array) -> Array:
-    """``(rows, …)`` as a matrix ``(rows, columns)``."""
+    """Reshape ``(rows, …)`` to a matrix ``(rows, columns)``."""
     return tensor.reshape((tensor.shape[0], -1)) if tensor.ndim != 2 else tensor
 
 
 def concat(arrays: Sequence[Array], axis: int = 0) -> Array:
-    """Arrays side by side in their dtype, or in float32 where dtypes differ."""
+    """Concatenate arrays in their dtype, or in float32 where dtypes differ."""
     if len({array.dtype for array in arrays}) > 1:
         arrays = [float32(array) for array in arrays]
     return namespace(arrays[0]).concat(arrays, axis=axis)
 
 
 def largest_rank(shape: Shape) -> int:
-    """The rank that a weight of the shape can have, its kernel flattened: the smaller side."""
+    """Return the largest rank of a weight of this shape, its kernel flattened: the smaller side."""
     return min(shape[0], math.prod(shape[1:]))
 
 
 def reshape(tensor: Array | Spec, shape: Shape) -> Array | Spec:
-    """A tensor, or a Spec, in another shape."""
+    """Reshape a tensor or a Spec."""
     return Spec(shape, tensor.dtype) if isinstance(tensor, Spec) else tensor.reshape(shape)

@@ -1,4 +1,4 @@
-"""Random LoRAs and dense references: for our tests, and for authors of dialects and methods."""
+"""Random LoRAs and dense references, for loramerge's tests and for authors of dialects and methods."""
 
 import math
 import re
@@ -34,19 +34,21 @@ def random_lora(
     only: Callable[[str, Shape], bool] | None = None,
     name: str | None = None,
 ) -> LoRA:
-    """A LoRA with random values for an architecture's real modules.
+    """Make a LoRA with random values for an architecture's real modules.
 
     Args:
         architecture: Name of the family.
         kind: ``"lora"``, ``"tucker"``, ``"loha"``, ``"loha-tucker"``, ``"lokr"``, ``"lokr-full"``,
             ``"lokr-w1"``, ``"lokr-both"``, ``"lokr-tucker"``, ``"full"``, ``"dora"`` or ``"dora-in"``.
-        rank: Rank of the factors, of every module or by module.
-        alpha: Alpha, of every module or by module; None for none.
+        rank: Rank of the factors: one for all modules, or a function of the module's name.
+        alpha: Alpha: one for all modules, or a function of the module's name; None for no alpha.
         dtype: Dtype of the tensors.
-        seed: Values depend on the seed and the module's name only.
-        only: Which modules, by name and weight shape; by default the attention projections of
+        seed: Values depend only on the seed and the module's name.
+        dialect: The dialect that the LoRA will be saved in by default.
+        only: Chooses modules by name and weight shape; by default the attention projections of
             the middle block (or of the first blocks of a transformer) and of the first layer
             of each text encoder.
+        name: Name of the LoRA.
     """
     chosen = only or middle
     shapes = ARCHITECTURES[architecture].shapes
@@ -73,7 +75,7 @@ def random_layer(
     dtype: str = "float32",
     seed: int = 0,
 ) -> Layer:
-    """A layer with random values; the arguments are those of `random_lora`."""
+    """Make a layer with random values; the arguments are those of `random_lora`."""
     import numpy as np
 
     if len(shape) == 1:
@@ -89,17 +91,17 @@ PLACES = re.compile(
 
 
 def middle(module: str, shape: Shape) -> bool:
-    """Attention projections in one block of every component."""
+    """Choose the attention projections in one block of every component."""
     return len(shape) >= 2 and PLACES.match(module) is not None
 
 
 def everything(module: str, shape: Shape) -> bool:
-    """Every weight that is a matrix or a convolution, embeddings apart."""
+    """Choose every weight that is a matrix or a convolution, except embeddings."""
     return len(shape) >= 2 and "embed_tokens" not in module and "embeddings" not in module and "shared" not in module
 
 
 def weighted_sum(loras: Sequence[LoRA], weights: Iterable[float], module: str) -> Array:
-    """Σ wᵢ ΔWᵢ of a module in float64, from dense matrices: the truth that merges are held against."""
+    """Compute Σ wᵢ ΔWᵢ of a module in float64 from dense matrices, as a reference for merges."""
     import numpy as np
 
     total: Array = 0.0
@@ -110,7 +112,7 @@ def weighted_sum(loras: Sequence[LoRA], weights: Iterable[float], module: str) -
 
 
 def relative_error(found: Array, wanted: Array) -> float:
-    """‖found − wanted‖ / ‖wanted‖, in float64."""
+    """Return ‖found − wanted‖ / ‖wanted‖, in float64."""
     import numpy as np
 
     wanted = np.asarray(wanted, dtype=np.float64)
@@ -121,16 +123,16 @@ def relative_error(found: Array, wanted: Array) -> float:
 def check_method(method: "Method | str", **options: Any) -> None:
     """Check a merge method by laws that hold for all of loramerge's own, on random layers.
 
-    The result has the rank and the shape that were announced and no NaN, is in proportion to the LoRAs, nothing where they
-    are nothing, and the same with numpy and torch.  What the method is for is for another test: compare it with its
-    formula, on dense matrices in float64.
+    The result has the announced rank and shape and no NaN; it is in proportion to the LoRAs, zero where they are zero,
+    and the same with numpy and torch.  Another test must compare the method with its formula, on dense matrices in
+    float64.
 
     Args:
-        method: What `loramerge.merge` takes.
-        **options: The method's own.
+        method: The method, as `loramerge.merge` takes it.
+        **options: The method's options.
 
     Raises:
-        AssertionError: A law doesn't hold: which, for layers of which shape.
+        AssertionError: A law doesn't hold; the message names the law and the shape of the layers.
         LoRAMergeError: As from `loramerge.merge`.
     """
     from .merging.methods import find

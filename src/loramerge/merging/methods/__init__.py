@@ -1,4 +1,4 @@
-"""Merge methods: the index, and what finds a method that is elsewhere."""
+"""Merge methods: the index of loramerge's own, and the search for those of other packages."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -58,21 +58,21 @@ ELSEWHERE = {
     "dtype": "save(lora, path, dtype=…)",
     "architecture": "open(path, architecture=…)",
 }
-"""Where arguments belong that are no option of any method."""
+"""Arguments that aren't options of any method, with the function that takes each."""
 
 
 def find(method: Method | str) -> Method:
-    """The merge method that is meant.
+    """Find the merge method that is meant.
 
     Args:
         method: A method; the name of one in the index, or of one that an installed package publishes (the entry
             point group ``loramerge.methods``); or ``package.module:name``.
 
     Returns:
-        The method.  One that isn't in the index has as its ``reference`` what a recipe calls it.
+        The method.  If it isn't in the index, its ``reference`` is the name that recipes use for it.
 
     Raises:
-        OptionError: There is none, it can't be imported, or it has the name of another in the index.
+        OptionError: There is no such method, it can't be imported, or its name is taken by another in the index.
     """
     if isinstance(method, Method):
         return _own_or_apart(method, method.reference or reference_of(method, method.function.__module__))
@@ -85,10 +85,10 @@ def find(method: Method | str) -> Method:
 
 
 def of_package(offer: Published) -> Method:
-    """A method that a package publishes; its module is imported.
+    """Import a method that a package publishes.
 
     Raises:
-        OptionError: It can't be imported, or its name is that of another.
+        OptionError: It can't be imported, or its name is taken by another.
     """
     try:
         found = _own_or_apart(method_at(offer.reference), offer.reference)
@@ -101,10 +101,10 @@ def of_package(offer: Published) -> Method:
 
 
 def check_name(method: str) -> None:
-    """Refuse what names no method, without importing any.
+    """Refuse a name that doesn't belong to any method, without importing one.
 
     Raises:
-        OptionError: It is neither ``package.module:name``, nor in the index, nor published.
+        OptionError: The name is neither ``package.module:name``, nor in the index, nor published.
     """
     if not isinstance(method, str):
         raise OptionError(
@@ -126,7 +126,7 @@ def _publisher(name: str) -> Published:
 
 
 def _own_or_apart(method: Method, reference: str | None) -> Method:
-    """A method of the index as it is, another with its reference; one that would pass for another is refused."""
+    """Return a method of the index unchanged, and any other with its reference; refuse a name that the index has."""
     if method.name not in METHODS:
         return replace(method, reference=reference)
     if METHODS[method.name] is not method:
@@ -138,10 +138,10 @@ def _own_or_apart(method: Method, reference: str | None) -> Method:
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of the method, as `Method.check` gives them.
+    """Return all options of the method, as `Method.check` does.
 
     Raises:
-        OptionError: An option is unknown, which may belong elsewhere, or its value is outside of its range.
+        OptionError: An option is unknown (the message says if it belongs elsewhere), or its value is out of range.
     """
     for name in options:
         if name in method.options:

@@ -1,4 +1,4 @@
-"""What a merge method is: a function of one module's layers and weights."""
+"""Merge methods: functions of one module's layers and weights, with a name, a source and options."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -11,18 +11,18 @@ from ...tensors import Array, check_finite, float32
 from .options import Option, options_of
 
 Merged = LowRank | Full
-"""What a method makes of a module: factors, or a dense ΔW that is then cut to a rank."""
+"""The result for one module: factors, or a dense ΔW that is then cut to a rank."""
 
 Merge = Callable[..., Merged]
-"""``merge(layers, weights, **options) -> layer``, of one module; ``weights`` has one float a layer."""
+"""``merge(layers, weights, **options) -> layer``, for one module; ``weights`` has one float per layer."""
 
 Rank = Callable[..., int]
-"""``rank(layouts, **options)``: rank of the result before it is cut."""
+"""``rank(layouts, **options)``: the rank of the result before it is cut."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method and where it comes from."""
+    """A merge method, with its source and its properties."""
 
     name: str
     function: Callable[..., Any]
@@ -33,21 +33,21 @@ class Method:
     rank: Rank
     options: Mapping[str, Option] = field(default_factory=dict)
     default_weight: float | None = None
-    """Weight of each LoRA unless told; None is 1/N."""
+    """Default weight of each LoRA; None is 1/N."""
     count: int | None = None
-    """How many LoRAs it takes; None for any number."""
+    """The number of LoRAs it takes; None for any number."""
     dense: bool = False
-    """Whether a layer may be a whole ΔW without factors, in the space of ΔW."""
+    """True if a layer may be a dense ΔW without factors (with the option ``space``: only in the space of ΔW)."""
     linear: bool = False
-    """Whether the result is a weighted sum of the inputs, so that equal ``down`` factors stay equal."""
+    """True if the result is a weighted sum of the inputs, so that equal ``down`` factors stay equal."""
     allows: Callable[[Sequence[float]], None] | None = None
-    """Raises a MergeError for weights of one module that have no meaning."""
+    """Raises a MergeError for weights of one module that the method can't use."""
     ranked: bool = False
-    """Whether it is told the rank of the result, ``most=``, because a cut afterwards would be arbitrary."""
+    """True if it gets the rank of the result as ``most=``, because a cut afterwards would be arbitrary."""
     of_first: bool = False
-    """Whether the result is the first LoRA, changed: modules and biases that it lacks are no part of it."""
+    """True if the result is the first LoRA, changed: modules and biases that the first lacks aren't in it."""
     reference: str | None = None
-    """``package.module:name`` of a method that isn't in the index; None where no module holds it under a name."""
+    """``package.module:name`` of a method that isn't in the index; None if no module holds it under a name."""
 
     @property
     def title(self) -> str:
@@ -55,10 +55,10 @@ class Method:
         return (inspect.getdoc(self.function) or self.name).splitlines()[0]
 
     def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options of the method: those given, and the defaults.
+        """Return all options of the method: those given, and the defaults of the others.
 
         Raises:
-            OptionError: An option is unknown, or its value is outside of its range.
+            OptionError: An option is unknown, or its value is out of range.
         """
         for name in options:
             if name not in self.options:
@@ -79,12 +79,12 @@ def method(
     """Name a merge function; its keyword-only parameters become its options, in Python and on the command line.
 
     Args:
-        name: What users type.
+        name: The name that users type.
         source: The paper with the equation, or the code.
         rank: Rank of the result, from the layers' layouts.
-        default_weight: Weight of each LoRA unless told; None is 1/N.
-        linear: Whether the result is a weighted sum of the inputs.
-        dense: Whether a layer may be a whole ΔW without factors.
+        default_weight: Default weight of each LoRA; None is 1/N.
+        linear: True if the result is a weighted sum of the inputs.
+        dense: True if a layer may be a dense ΔW without factors.
     """
 
     def named(merge: Merge) -> Method:
@@ -96,17 +96,17 @@ def method(
 def applied(
     method: Method, layers: Sequence[Layer], weights: Sequence[Any], options: Mapping[str, Any], rank: int
 ) -> Merged:
-    """What a method makes of one module.
+    """Run a method on one module and check its result.
 
     Args:
-        method: Anyone's.
-        layers: The module's, of one shape.
-        weights: One a layer.
-        options: All of the method's.
-        rank: That of the result, as the method announced it.
+        method: The method, loramerge's own or another package's.
+        layers: The module's layers, all of one shape.
+        weights: One weight per layer.
+        options: All options of the method.
+        rank: The rank of the result, as the method announced it.
 
     Raises:
-        MergeError: The method fails, or gives something else than it announced.
+        MergeError: The method fails, or its result isn't what it announced.
     """
     try:
         merged = method.merge(layers, weights, **options)
@@ -128,7 +128,7 @@ def applied(
 
 
 def _check_factors(method: Method, merged: LowRank, layers: Sequence[Layer], rank: int) -> None:
-    """Refuse what the plan, and so the file's header, didn't reckon with."""
+    """Refuse factors that differ from the plan, by which the file's header is written."""
     if merged.rank > rank:
         raise MergeError(f"the method {method.name} gave the rank {merged.rank}, and its rank= announced {rank}")
     shared = shared_down(layers) if method.linear else None
@@ -140,7 +140,7 @@ def _check_factors(method: Method, merged: LowRank, layers: Sequence[Layer], ran
 
 
 def shared_down(layers: Sequence[Layer]) -> object:
-    """Identity of the concatenated ``down``, where each layer knows its own."""
+    """Return an identity of the concatenated ``down``, or None unless every layer knows that of its own."""
     ids = tuple(map(_down_id, layers))
     return ids if None not in ids else None
 
@@ -152,12 +152,12 @@ def _down_id(layer: Layer) -> object:
 
 
 def sum_of_ranks(layers: Sequence[Layer], **_: Any) -> int:
-    """The rank of a concatenation."""
+    """Return the rank of a concatenation."""
     return sum(layer.rank or 0 for layer in layers)
 
 
 def equal_rank(layers: Sequence[Layer], **_: Any) -> int:
-    """The rank that all layers have.
+    """Return the rank that all layers have.
 
     Raises:
         MergeError: They differ.
@@ -172,11 +172,13 @@ L = TypeVar("L", LowRank, Full)
 
 
 def with_bias(merged: L, layers: Sequence[Layer], weights: Sequence[float]) -> L:
-    """The merged layer with the weighted sum of the biases' updates, which every method treats alike."""
+    """Add the weighted sum of the biases' updates to a merged layer; it is the same for every method."""
     total: Array | None = None
     for layer, weight in zip(layers, weights, strict=True):
         bias: Array | None = layer.delta_bias()
         if bias is not None:
-            scale = weight if isinstance(weight, float | int) else 1.0  # learned weights are of columns
+            scale = (
+                weight if isinstance(weight, float | int) else 1.0
+            )  # learned weights are per column of ΔW, not of its bias
             total = float32(bias) * scale if total is None else total + float32(bias) * scale
     return merged if total is None else replace(merged, diff_b=total)

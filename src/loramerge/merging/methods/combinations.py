@@ -1,16 +1,16 @@
-"""Methods whose result is a sum of the ΔWs with coefficients that follow from their angles."""
+"""Methods whose result is a sum of the ΔWs, with coefficients computed from their angles."""
 
 import math
 from collections.abc import Sequence
 from typing import Annotated
 
 from ...errors import MergeError
-from ...tensors import Array
+from ...tensors import Array, Float64
 from .engines import combination
 from .options import Range
 
 PARALLEL = 0.9995
-"""From this cosine on a straight line is the arc: sin Ω would be a small number in a denominator."""
+"""From this cosine on the arc counts as a straight line: sin Ω would be a small number in a denominator."""
 
 
 def _positive(weights: Sequence[float]) -> None:
@@ -21,12 +21,12 @@ def _positive(weights: Sequence[float]) -> None:
 
 
 @combination("slerp", source="Shoemake, 1985, https://doi.org/10.1145/325165.325242", count=2, allows=_positive)
-def slerp(products: Array, weights: Sequence[float]) -> list[float]:
+def slerp(products: Float64[Array, "n n"], weights: Sequence[float]) -> list[float]:
     """Spherical interpolation of two ΔWs: along the arc between their directions instead of the straight line.
 
     At t = w₂ / (w₁ + w₂) on the arc of the angle Ω between them, the result is (w₁ + w₂) ·
     (sin((1 − t)Ω) ΔW₁ + sin(tΩ) ΔW₂) / sin Ω.  It is longer than the straight mean, which
-    shortens what does not agree.
+    shortens the parts that don't agree.
 
     Raises:
         MergeError: A weight is negative, or both ΔWs are opposite.
@@ -48,7 +48,7 @@ def slerp(products: Array, weights: Sequence[float]) -> list[float]:
     allows=_positive,
 )
 def karcher(
-    products: Array,
+    products: Float64[Array, "n n"],
     weights: Sequence[float],
     *,
     steps: Annotated[int, Range(1)] = 50,
@@ -83,7 +83,7 @@ def karcher(
 
 
 @combination("model_stock", source="Jang et al., 2024, https://arxiv.org/abs/2403.19522")
-def model_stock(products: Array, weights: Sequence[float]) -> list[float]:
+def model_stock(products: Float64[Array, "n n"], weights: Sequence[float]) -> list[float]:
     """Model stock: the weighted sum, shrunk by how little the ΔWs agree.
 
     t = N cos θ / (1 + (N − 1) cos θ) scales Σ wᵢΔWᵢ, with cos θ the mean cosine of the pairs: 1 for
@@ -101,7 +101,7 @@ def model_stock(products: Array, weights: Sequence[float]) -> list[float]:
     return [t * weight for weight in weights]
 
 
-def _cosine(products: Array, i: int, j: int) -> float:
+def _cosine(products: Float64[Array, "n n"], i: int, j: int) -> float:
     size = math.sqrt(float(products[i, i]) * float(products[j, j]))
     return min(max(float(products[i, j]) / size, -1.0), 1.0) if size else 0.0
 
@@ -122,7 +122,7 @@ def _unit(vector: Vector, cosines: Sequence[Vector]) -> list[float]:
 
 
 def _tangent(mean: Vector, shares: Vector, cosines: Sequence[Vector]) -> tuple[list[float], float]:
-    """The weighted sum of the ways from the mean to every direction, and its length."""
+    """Return the weighted sum of the tangent vectors from the mean to every direction, and its length."""
     tangent = [0.0] * len(mean)
     for i, share in enumerate(shares):
         cosine = min(max(sum(m * cosines[j][i] for j, m in enumerate(mean)), -1.0), 1.0)

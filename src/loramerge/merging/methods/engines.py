@@ -1,8 +1,8 @@
-"""From a formula to a merge method: what it sees of the layers, and how its result becomes a layer.
+"""Decorators that make a formula a merge method: they prepare its input and make a layer of its result.
 
 | decorator | the formula sees | gives | the result is |
 |---|---|---|---|
-| `combination` | the inner products of the ΔWs | a coefficient a LoRA | a weighted sum, exact |
+| `combination` | the inner products of the ΔWs | a coefficient per LoRA | a weighted sum, exact |
 | `on_core` | the common space of the LoRAs, `Core` | a matrix in it | a LoRA of rank ≤ Σr, exact |
 | `elementwise` | the ΔWs, or the parts of a core | their merged entries | dense, then cut to a rank; or as for `on_core` |
 """
@@ -28,13 +28,13 @@ Allows = Callable[[Weights], None]
 def combination(
     name: str, *, source: str, count: int | None = None, allows: Allows | None = None
 ) -> Callable[[Callable[..., Weights]], Method]:
-    """A method that only chooses coefficients: ``formula(products, weights, **options)`` gives one a LoRA.
+    """Make a method that only chooses coefficients: ``formula(products, weights, **options)`` returns one per LoRA.
 
     Args:
-        name: What users type.
+        name: The name that users type.
         source: The paper with the equation, or the code.
-        count: How many LoRAs it takes; None for any number.
-        allows: Raises a MergeError for weights that have no meaning.
+        count: The number of LoRAs it takes; None for any number.
+        allows: Raises a MergeError for weights that the method can't use.
     """
 
     def named(formula: Callable[..., Weights]) -> Method:
@@ -60,15 +60,15 @@ def on_core(
     allows: Allows | None = None,
     ranked: bool = False,
 ) -> Callable[[Callable[..., Array]], Method]:
-    """A method in the LoRAs' common space: ``formula(core, weights, **options)`` gives the merged core.
+    """Make a method in the LoRAs' common space: ``formula(core, weights, **options)`` returns the merged core.
 
     Args:
-        name: What users type.
+        name: The name that users type.
         source: The paper with the equation, or the code.
-        default_weight: Weight of each LoRA unless told; None is 1/N.
-        of_first: Whether the result is the first LoRA, changed: what it lacks is no part of it.
-        allows: Raises a MergeError for weights that have no meaning.
-        ranked: Whether the formula looks at ``core.most``, the rank that the result will have.
+        default_weight: Default weight of each LoRA; None is 1/N.
+        of_first: True if the result is the first LoRA, changed: modules that the first lacks aren't in it.
+        allows: Raises a MergeError for weights that the method can't use.
+        ranked: True if the formula uses ``core.most``, the rank that the result will have.
     """
 
     def named(formula: Callable[..., Array]) -> Method:
@@ -88,7 +88,7 @@ def on_core(
 
 
 def alive(layers: Sequence[Layer], weights: Weights) -> tuple[Sequence[Layer], Weights]:
-    """The layers whose weight is not 0, which is the same as not being there; at least one."""
+    """Drop layers of weight 0, which counts as absent, and their weights; keep at least one."""
     kept = _counted(weights)
     return [layers[i] for i in kept], [weights[i] for i in kept]
 
@@ -98,24 +98,24 @@ def _counted(weights: Weights) -> list[int]:
 
 
 def alive_streams(seed: int | Streams, weights: Weights) -> Streams:
-    """The random numbers of the layers whose weight is not 0: those that each would have beside all others."""
+    """Return the random streams of the layers whose weight isn't 0; they don't depend on the other layers."""
     streams = seed if isinstance(seed, Streams) else Streams(seed, tuple(range(len(weights))))
     return streams.some(_counted(weights))
 
 
 SPACE = Option("space", str, "delta", ("delta", "core"))
-"""Where an elementwise method works: on ΔW, as published, or on the core of the common space."""
+"""The space in which an elementwise method works: ΔW, as published, or the core of the common space."""
 
 
 def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], Method]:
-    """A method on entries: ``formula(deltas, weights, **options)`` gives their merge.
+    """Make a method on entries: ``formula(deltas, weights, **options)`` returns the merged matrix.
 
-    ``deltas`` is a sequence of matrices of one shape that are formed when asked for, so that a
-    formula that takes them one after the other holds one at a time.  The method has the option
-    ``space`` besides its own.
+    ``deltas`` is a sequence of matrices of one shape, each formed when it is indexed, so a formula that
+    takes them one after the other holds one at a time.  The method has the option ``space`` in addition
+    to its own.
 
     Args:
-        name: What users type.
+        name: The name that users type.
         source: The paper with the equation, or the code.
     """
 

@@ -23,7 +23,7 @@ def knots(
     """KnOTS: align the LoRAs by one SVD, [ΔW₁ … ΔW_N] = U S [V₁ … V_N], and merge the S Vᵢ inside.
 
     ``inside`` is the method for the S Vᵢ, at ``density``: ties with the magnitudes of S Vᵢ, a
-    random choice for dare, or the weighted sum.  Thresholds are a module's own; the published
+    random choice for dare, or the weighted sum.  Each module has its own threshold; the published
     code has one for the whole model.
     """
     live, shares = alive(layers, weights)

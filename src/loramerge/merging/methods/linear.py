@@ -1,4 +1,4 @@
-"""The weighted sum, exact, and the average of factors that passes for it elsewhere."""
+"""The exact weighted sum, and the average of factors that other tools offer instead."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import MergeError
 from ...layers import Full, Layer, LowRank, low_rank
-from ...tensors import Array, concat, flatten, float32, namespace
+from ...tensors import Array, Float, concat, flatten, float32, namespace
 from .base import equal_rank, method, shared_down, sum_of_ranks, with_bias
 
 
@@ -20,8 +20,8 @@ from .base import equal_rank, method, shared_down, sum_of_ranks, with_bias
 def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
     """The weighted sum Σ wᵢ ΔWᵢ, exact: factors are concatenated, ranks add up.
 
-    Weights may be negative and need not sum to one.  A learned weight is one number for every
-    input column, Σ ΔWᵢ diag(mᵢ), and the result as ordinary a LoRA.
+    Weights may be negative and need not sum to one.  A learned weight has one number per
+    input column, Σ ΔWᵢ diag(mᵢ); the result is an ordinary LoRA, too.
     """
     if any(isinstance(layer, Full) for layer in layers):
         return with_bias(_dense_sum(layers, weights), layers, weights)
@@ -46,8 +46,8 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
 def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
     """PEFT's "linear": sums of factors, each by √|w|. Not the weighted sum: cross terms are as large as it.
 
-    With up = Σ √|wᵢ| upᵢ and down = Σ ±√|wᵢ| downᵢ the product has every upᵢ downⱼ in it.  It
-    is here to reproduce what others made; all LoRAs must have the same rank.
+    With up = Σ √|wᵢ| upᵢ and down = Σ ±√|wᵢ| downᵢ the product contains every upᵢ downⱼ.  Use it
+    to reproduce merges made by others; all LoRAs must have the same rank.
 
     Raises:
         MergeError: Ranks differ.
@@ -63,7 +63,7 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
 
 
 def _dense_sum(layers: Sequence[Layer], weights: Sequence[Any]) -> Full:
-    """Σ wᵢ ΔWᵢ where one of them has no factors: dense."""
+    """Compute Σ wᵢ ΔWᵢ as a dense matrix, where one of the layers has no factors."""
     total: Array = 0.0
     for layer, weight in zip(layers, weights, strict=True):
         if not isinstance(weight, float | int):
@@ -72,8 +72,8 @@ def _dense_sum(layers: Sequence[Layer], weights: Sequence[Any]) -> Full:
     return Full(diff=total)
 
 
-def _weighted(layer: Layer, weight: Any) -> tuple[Array, Array, float]:
-    """``up``, ``down`` and s with w ΔW = s · up @ down for a number w; with one number a column, ΔW diag(w)."""
+def _weighted(layer: Layer, weight: Any) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
+    """Return up, down and s: s · up @ down is w ΔW for a number w, or ΔW diag(w) for one number per column."""
     up, down, scale = as_stored(layer)
     if isinstance(weight, float | int):
         return up, down, scale * weight
@@ -81,8 +81,8 @@ def _weighted(layer: Layer, weight: Any) -> tuple[Array, Array, float]:
     return up, float32(down) * xp.asarray(weight, dtype=xp.float32, device=down.device), scale
 
 
-def as_stored(layer: Layer) -> tuple[Array, Array, float]:
-    """Factors as they are stored, where there are some, and the scale beside them."""
+def as_stored(layer: Layer) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
+    """Return up, down and a scale: the factors as stored if the layer stores some, else computed ones with scale 1."""
     if not isinstance(layer, LowRank):
         return *layer.factors(), 1.0
     plain = layer.plain()

@@ -12,7 +12,7 @@ from ...errors import OptionError
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers between two bounds; the bounds belong to it unless they are open."""
+    """The numbers between two bounds, which are included unless they are open."""
 
     low: float
     high: float = math.inf
@@ -30,10 +30,10 @@ class Range:
 
 
 Density = Annotated[float, Range(0, 1, open_low=True)]
-"""Share of the entries that is kept."""
+"""Share of the entries that are kept."""
 
 Seed = Annotated[int, Range(0)]
-"""What random choices depend on, with the module's name; nothing else."""
+"""Seed of random choices, which depend only on it and the module's name."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Option:
 
     @property
     def wanted(self) -> str:
-        """What the option takes, in words."""
+        """The values that the option takes, in words."""
         if self.choices:
             return " or ".join(self.choices)
         name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.kind]
         return f"{name} {self.range}" if self.range else name
 
     def parse(self, text: str) -> Any:
-        """The value that a text means, as typed on a command line."""
+        """Parse a value as typed on a command line."""
         if self.kind is bool:
             known = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
             return self.check(known.get(text.lower(), text))
@@ -73,10 +73,10 @@ class Option:
         return (not self.choices or value in self.choices) and (self.range is None or value in self.range)
 
     def check(self, value: Any) -> Any:
-        """The value in the option's type.
+        """Convert a value to the option's type and check it.
 
         Raises:
-            OptionError: It has another type, or lies outside of the range or the choices.
+            OptionError: It has another type, is out of range, or isn't one of the choices.
         """
         if not self.allows(value):
             raise OptionError(f"The option {self.name} wants {self.wanted}, got {value!r}.")
@@ -84,10 +84,10 @@ class Option:
 
 
 def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
-    """The options of a function, by name.
+    """Return the options of a function, by name.
 
     Raises:
-        TypeError: A parameter's annotation can't be typed on a command line, it has no default, or its name is taken.
+        TypeError: A parameter's type has no form on a command line, it has no default, or its name is taken.
     """
     parameters = inspect.signature(function).parameters.values()
     return {p.name: _option(p, function) for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -97,7 +97,7 @@ TAKEN = (
     *("loras", "weights", "method", "rank", "scope", "exclude", "device", "base", "progress", "allow_growth"),
     *("max_error", "energy", "max_size", "to", "dtype", "workers", "most"),
 )
-"""Arguments of merging and settings of a sweep: an option of that name could never be given."""
+"""Arguments of `merge` and settings of a sweep: an option of the same name could never be given."""
 
 
 def _option(parameter: inspect.Parameter, function: Callable[..., Any]) -> Option:
@@ -140,5 +140,5 @@ def _allowed(annotation: Any) -> tuple[Any, tuple[str, ...], Range | None]:
 
 
 def _evaluated(annotation: Any, function: Callable[..., Any]) -> Any:
-    """An annotation that ``from __future__ import annotations`` left as text."""
+    """Evaluate an annotation that ``from __future__ import annotations`` left as text."""
     return eval(annotation, getattr(function, "__globals__", {})) if isinstance(annotation, str) else annotation

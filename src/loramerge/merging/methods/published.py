@@ -1,6 +1,6 @@
 """Methods that other packages publish, under the entry point group ``loramerge.methods``.
 
-Their names are read from the packages' metadata; nothing is imported before it is used.
+Their names come from the packages' metadata; a package is imported only when its method is used.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class Published:
 
 
 def published() -> tuple[Published, ...]:
-    """What the installed packages publish, by name."""
-    from importlib.metadata import entry_points  # slow to import, and few merges ask
+    """Return the methods that installed packages publish, sorted by name."""
+    from importlib.metadata import entry_points  # slow to import, and few merges need it
 
     found = [
         Published(point.name, point.value.partition("[")[0].strip(), _package(point))
@@ -39,15 +39,15 @@ def published() -> tuple[Published, ...]:
 
 
 def _package(point: "EntryPoint") -> str:
-    name: str | None = point.dist.name if point.dist else None  # None of a package whose metadata is broken
+    name: str | None = point.dist.name if point.dist else None  # dist is None if the package's metadata is broken
     return f"{name} {point.dist.version}" if point.dist and name else "of an unknown name"
 
 
 def method_at(reference: str) -> Method:
-    """The method that ``package.module:name`` names.
+    """Import the method that ``package.module:name`` names.
 
     Raises:
-        OptionError: There is none.
+        OptionError: There is no such method.
     """
     found = referenced(reference, "method")
     if not isinstance(found, Method):

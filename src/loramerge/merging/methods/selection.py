@@ -1,6 +1,6 @@
-"""Choosing entries of an array: by magnitude, by chance.  What the array API standard lacks.
+"""Choice of entries of an array, by magnitude or at random, which the array API standard lacks.
 
-Nothing here sorts a whole array: thresholds come from a partition.
+No function here sorts a whole array: thresholds come from a partition.
 """
 
 import math
@@ -8,23 +8,23 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...tensors import Array, is_torch, namespace
+from ...tensors import Array, Bool, Float, Float32, is_torch, namespace
 
 ROWS = 256
-"""Rows that are sorted at a time: the indices take twice the room of the values."""
+"""Rows that are sorted at a time: the indices take twice the memory of the values."""
 
 
 def count(size: int, share: float) -> int:
-    """How many of ``size`` entries a share of them is: rounded down, at least one."""
+    """Return how many of ``size`` entries make up a share: rounded down, at least one."""
     return max(1, int(share * size))
 
 
-def kth_largest(values: Array, k: int) -> Array:
-    """The k-th largest of all values, as an array without axes.
+def kth_largest(values: Float[Array, "*shape"], k: int) -> Float[Array, ""]:
+    """Return the k-th largest of all values, as an array without axes.
 
     Args:
-        values: Any shape.
-        k: From 1, the largest, to the number of values.
+        values: The values.
+        k: From 1 (the largest) to the number of values.
     """
     flat = values.reshape((-1,))
     place = flat.shape[0] - k
@@ -35,18 +35,18 @@ def kth_largest(values: Array, k: int) -> Array:
     return np.partition(flat, place)[place]
 
 
-def largest(values: Array, share: float) -> Array:
-    """Mask of the share of entries with the largest magnitude; ties with the last of them are kept too."""
+def largest(values: Float[Array, "*shape"], share: float) -> Bool[Array, "*shape"]:
+    """Return a mask of the share of entries with the largest magnitudes; ties with the last of them are kept, too."""
     xp = namespace(values)
     k = count(math.prod(values.shape), share)
     magnitudes = xp.abs(values)
     return magnitudes >= kth_largest(magnitudes, k)
 
 
-def between(values: Array, share: float, top: float) -> Array:
-    """Mask of the share of entries that follows the ``top`` share of the largest magnitudes.
+def between(values: Float[Array, "*shape"], share: float, top: float) -> Bool[Array, "*shape"]:
+    """Return a mask of the ``share`` of entries whose magnitudes come next after the ``top`` share of the largest.
 
-    Where fewer are left below those than the share wants, fewer of the largest are left out.
+    If fewer entries than the share are left below those, fewer of the largest are left out.
     """
     xp = namespace(values)
     size = math.prod(values.shape)
@@ -57,8 +57,8 @@ def between(values: Array, share: float, top: float) -> Array:
     return mask & (magnitudes < kth_largest(magnitudes, above)) if above else mask
 
 
-def ranks_in_rows(values: Array) -> Array:
-    """Rank of each entry's magnitude in its row, from 0 (the smallest) to 1 (the largest)."""
+def ranks_in_rows(values: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
+    """Rank each entry's magnitude in its row, from 0 (the smallest) to 1 (the largest)."""
     columns = values.shape[1]
     places = namespace(values).linspace(0.0, 1.0, columns, dtype=values.dtype, device=values.device)
     if is_torch(values):
@@ -76,26 +76,26 @@ def ranks_in_rows(values: Array) -> Array:
 
 @dataclass(frozen=True)
 class Streams:
-    """A module's random numbers: one stream for each LoRA that is merged there, by its place in the list given."""
+    """Random streams of one module, one per LoRA; a stream depends on the LoRA's place in the list of all LoRAs."""
 
     seed: int
-    """The module's, see `module_seed`."""
+    """The module's seed, see `module_seed`."""
     places: tuple[int, ...]
-    """Of each LoRA that is merged."""
+    """The place of each LoRA that is merged."""
 
     def some(self, kept: Sequence[int]) -> "Streams":
-        """The streams of some of the LoRAs, which stay what they are."""
+        """Return the streams of a subset of the LoRAs; each LoRA keeps its own numbers."""
         return replace(self, places=tuple(self.places[i] for i in kept))
 
 
-def chance(like: Array, seed: int | Streams, which: int) -> Array:
-    """Uniform random numbers in [0, 1), float32, of another array's shape and on its device.
+def chance(like: Float[Array, "*shape"], seed: int | Streams, which: int) -> Float32[Array, "*shape"]:
+    """Draw uniform random numbers in [0, 1), of another array's shape and on its device.
 
-    They are drawn on the CPU, so that a seed means the same numbers on every device.
+    They are drawn on the CPU, so a seed gives the same numbers on every device.
 
     Args:
         like: The array.
-        seed: The module's seed, see `module_seed`, with LoRAs numbered from 0; or each LoRA's stream.
+        seed: The module's seed, see `module_seed`, with LoRAs numbered from 0; or the streams of the LoRAs.
         which: Number of the LoRA.
     """
     import numpy as np
@@ -106,5 +106,5 @@ def chance(like: Array, seed: int | Streams, which: int) -> Array:
 
 
 def module_seed(seed: int, module: str) -> int:
-    """A module's own seed: independent of the order in which modules are merged."""
+    """Return a module's own seed, independent of the order in which modules are merged."""
     return (seed << 32) | zlib.crc32(module.encode())

@@ -1,7 +1,7 @@
-"""Where a method works: on ΔW itself, or on small matrices that stand for it.
+"""Spaces in which methods work: ΔW itself, or small matrices that represent it.
 
 In a module's common space every ΔWᵢ is left @ partᵢ @ right with one ``left`` and one ``right``
-for all LoRAs.  A method sees the parts; what it makes of them becomes a layer again.
+for all LoRAs.  A method sees the parts; its result is turned into a layer again.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from typing import Any
 from ... import linalg
 from ...layers import Layer, LowRank, low_rank
 from ...layers.base import matrix
-from ...tensors import Array, Shape, namespace
+from ...tensors import Array, Float, Float32, Float64, Shape, namespace
 
 FAINT = 1e-6
-"""Directions whose share of the largest is below it are rounding noise and no part of the span."""
+"""Directions below this share of the largest are rounding noise and don't count as part of the span."""
 
 
 class Deltas(Sequence[Array]):
-    """The ΔWs of one module as dense matrices ``(out, in·kh·kw)``, formed one at a time when asked for."""
+    """The ΔWs of one module as dense matrices ``(out, in·kh·kw)``, each formed when it is indexed."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
@@ -39,28 +39,28 @@ class Deltas(Sequence[Array]):
 
 @dataclass(frozen=True)
 class Stack:
-    """The factors of all LoRAs of a module beside each other: Σ ΔWᵢ = up @ down."""
+    """The factors of all LoRAs of a module, concatenated: Σ ΔWᵢ = up @ down."""
 
-    up: Array
-    """Shape ``(out, R)``, float32, R = Σr."""
-    down: Array
-    """Shape ``(R, in·kh·kw)``, float32."""
+    up: Float32[Array, "out R"]
+    """R = Σr."""
+    down: Float32[Array, "R in"]
+    """A convolution's kernel is flattened into ``in``."""
     slices: tuple[slice, ...]
-    """Each LoRA's rows and columns."""
+    """Each LoRA's columns of up and rows of down."""
     shape: Shape
 
     @cached_property
-    def gram_up(self) -> Array:
-        """``upᵀ up``, ``(R, R)``, float64."""
+    def gram_up(self) -> Float64[Array, "R R"]:
+        """``upᵀ up``."""
         return linalg.gram(self.up.T)
 
     @cached_property
-    def gram_down(self) -> Array:
-        """``down downᵀ``, ``(R, R)``, float64."""
+    def gram_down(self) -> Float64[Array, "R R"]:
+        """``down downᵀ``."""
         return linalg.gram(self.down)
 
-    def layer(self, left: Array, right: Array) -> LowRank:
-        """The layer (up @ left) @ (right @ down), with ``left`` of shape ``(R, k)`` and ``right`` ``(k, R)``."""
+    def layer(self, left: Float64[Array, "R k"], right: Float64[Array, "k R"]) -> LowRank:
+        """Make the layer (up @ left) @ (right @ down)."""
         xp = namespace(self.up)
         if not left.shape[1]:  # every LoRA is zero
             return low_rank(xp.zeros_like(self.up[:, :1]), xp.zeros_like(self.down[:1]), self.shape)
@@ -70,10 +70,10 @@ class Stack:
 
 
 def stack(layers: Sequence[Layer]) -> Stack:
-    """The stacked factors of layers that have some.
+    """Stack the factors of layers.
 
     Raises:
-        NoFactorsError: A layer has none.
+        NoFactorsError: A layer has no factors.
     """
     factors = [layer.factors() for layer in layers]
     xp = namespace(factors[0][0])
@@ -90,8 +90,8 @@ class Core:
 
     ``up @ left`` has orthonormal columns that span those of all ``up``, ``right @ down``
     orthonormal rows that span those of all ``down``.  Both are singular vectors of the stacked
-    factors, each LoRA's own factors being U√S and √SVᵀ of its ΔW: so they depend on the ΔWs
-    only, not on how a file factorises them.
+    factors, each LoRA's own factors being U√S and √SVᵀ of its ΔW: so they depend only on the
+    ΔWs, not on how a file factorises them.
 
     Source:
         Panariello et al., 2025, https://arxiv.org/abs/2509.17786; here by Gram matrices, so that
@@ -99,34 +99,33 @@ class Core:
     """
 
     stack: Stack
-    left: Array
-    """Shape ``(R, p)``, float64, p ≤ R."""
-    parts: tuple[Array, ...]
-    """Each ``(p, q)``, float64."""
-    right: Array
-    """Shape ``(q, R)``, float64, q ≤ R."""
-    spectra: tuple[tuple[Array, Array, Array], ...]
+    left: Float64[Array, "R p"]
+    """p ≤ R."""
+    parts: tuple[Float64[Array, "p q"], ...]
+    right: Float64[Array, "q R"]
+    """q ≤ R."""
+    spectra: tuple[tuple[Float64[Array, "p _"], Float64[Array, " _"], Float64[Array, "_ q"]], ...]
     """The singular value decomposition U, S, Vᵀ of each part, with as many values as it has rank."""
     most: int | None = None
-    """The rank that the result will be cut to, for methods that have to know; None for none."""
+    """The rank that the result will be cut to, for methods that need it; None if it isn't cut."""
 
     @property
     def empty(self) -> bool:
-        """Whether every LoRA is zero, so that there is nothing to merge."""
+        """True if every LoRA is zero, so there is nothing to merge."""
         return 0 in self.parts[0].shape
 
-    def layer(self, merged: Array) -> LowRank:
-        """The layer that a merged core means."""
+    def layer(self, merged: Float64[Array, "p q"]) -> LowRank:
+        """Make the layer with a merged core."""
         if merged.shape[0] < merged.shape[1]:
             return self.stack.layer(self.left, merged @ self.right)
         return self.stack.layer(self.left @ merged, self.right)
 
 
 def core(layers: Sequence[Layer]) -> Core:
-    """The common space of layers that have factors.
+    """Compute the common space of layers.
 
     Raises:
-        NoFactorsError: A layer has none.
+        NoFactorsError: A layer has no factors.
     """
     stacked = stack(layers)
     xp = namespace(stacked.up)
@@ -145,27 +144,29 @@ def core(layers: Sequence[Layer]) -> Core:
     return Core(stacked, to_up @ left, tuple(parts), right.T @ to_down, tuple(spectra))
 
 
-def _own_factors(gram_up: Array, gram_down: Array) -> tuple[Array, Array, Array]:
-    """Of one LoRA, P, S and Q with up @ P = U√S and Q @ down = √SVᵀ, for its ΔW = USVᵀ."""
+def _own_factors(
+    gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]
+) -> tuple[Float64[Array, "r k"], Float64[Array, " k"], Float64[Array, "k r"]]:
+    """Return P, S and Q with up @ P = U√S and Q @ down = √SVᵀ, for one LoRA's ΔW = USVᵀ."""
     found = linalg.spectrum(gram_up, gram_down)
     root = found.sigma**0.5
     return found.left * root, found.sigma, (found.right * root).T
 
 
-def _orthonormal(gram: Array) -> tuple[Array, Array]:
-    """For columns X with the Gram matrix, T with X @ T orthonormal, and (X @ T)ᵀ X."""
+def _orthonormal(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, "n k"], Float64[Array, "k n"]]:
+    """Return T, which makes the columns X @ T orthonormal, and (X @ T)ᵀ X, from the Gram matrix of X."""
     values, vectors = _falling(gram)
     return vectors / values, (vectors * values).T
 
 
-def _falling(gram: Array) -> tuple[Array, Array]:
-    """Singular values of what a Gram matrix is of, the largest first, and its right singular vectors."""
+def _falling(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, " k"], Float64[Array, "n k"]]:
+    """Return the singular values of X, the largest first, and its right singular vectors, from the Gram matrix of X."""
     squares, vectors = linalg.eigenpairs(gram, FAINT**2)
     return squares**0.5, vectors
 
 
-def _block_diagonal(blocks: Sequence[Array], xp: Any) -> Array:
-    """Matrices along the diagonal, zeros elsewhere."""
+def _block_diagonal(blocks: Sequence[Float64[Array, "_ _"]], xp: Any) -> Float64[Array, "rows columns"]:
+    """Put matrices along the diagonal, and zeros elsewhere."""
     rows, columns = sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks)
     found = xp.zeros((rows, columns), dtype=blocks[0].dtype, device=blocks[0].device)
     row = column = 0
@@ -177,12 +178,10 @@ def _block_diagonal(blocks: Sequence[Array], xp: Any) -> Array:
 
 @dataclass(frozen=True)
 class Parts(Sequence[Array]):
-    """Products of columns of one matrix with rows of another, formed one at a time when asked for."""
+    """Products of columns of one matrix with rows of another, each formed when it is indexed."""
 
-    left: Array
-    """Shape ``(p, R)``."""
-    right: Array
-    """Shape ``(R, n)``."""
+    left: Float32[Array, "p R"]
+    right: Float32[Array, "R in"]
     slices: tuple[slice, ...]
 
     def __len__(self) -> int:
@@ -205,18 +204,18 @@ class Aligned:
     """
 
     stack: Stack
-    left: Array
-    """Shape ``(R, p)``, float64: U = up @ left."""
-    parts: "Parts"
-    """Each S Vᵢ ``(p, in·kh·kw)``, float32."""
+    left: Float64[Array, "R p"]
+    """U = up @ left."""
+    parts: Parts
+    """Each S Vᵢ, of shape ``(p, in)``."""
 
     @property
     def empty(self) -> bool:
-        """Whether every LoRA is zero, so that there is nothing to merge."""
+        """True if every LoRA is zero, so there is nothing to merge."""
         return not self.left.shape[1]
 
-    def layer(self, merged: Array) -> LowRank:
-        """The layer U @ merged."""
+    def layer(self, merged: Float[Array, "p in"]) -> LowRank:
+        """Make the layer U @ merged."""
         xp = namespace(merged)
         if not merged.shape[0]:
             return self.stack.layer(self.left, self.left.T)
@@ -224,14 +223,14 @@ class Aligned:
 
 
 def aligned(layers: Sequence[Layer]) -> Aligned:
-    """KnOTS' space of layers that have factors.
+    """Compute KnOTS' space of layers.
 
     Raises:
-        NoFactorsError: A layer has none.
+        NoFactorsError: A layer has no factors.
     """
     stacked = stack(layers)
     xp = namespace(stacked.up)
-    # [ΔW₁ … ΔW_N] = up @ L @ Q with L block-diagonal and Q's rows orthonormal, so that only blocks are multiplied.
+    # [ΔW₁ … ΔW_N] = up @ L @ Q with L block-diagonal and Q's rows orthonormal, so only blocks are multiplied.
     lower = [(s, linalg.cholesky(linalg.gram(stacked.down[s]))) for s in stacked.slices]
     half = xp.concat([block.T @ stacked.gram_up[s] for s, block in lower], axis=0)
     values, vectors = _falling(xp.concat([half[:, s] @ block for s, block in lower], axis=1))
@@ -241,8 +240,8 @@ def aligned(layers: Sequence[Layer]) -> Aligned:
     return Aligned(stacked, left, Parts(xp.astype(onto, xp.float32), stacked.down, stacked.slices))
 
 
-def inner_products(layers: Sequence[Layer]) -> Array:
-    """⟨ΔWᵢ, ΔWⱼ⟩ of all pairs, ``(N, N)``, float64, from the factors."""
+def inner_products(layers: Sequence[Layer]) -> Float64[Array, "n n"]:
+    """Compute ⟨ΔWᵢ, ΔWⱼ⟩ of all pairs from the factors."""
     stacked = stack(layers)
     xp = namespace(stacked.up)
     products = stacked.gram_up * stacked.gram_down

@@ -1,26 +1,26 @@
-"""Methods that drop entries of the ΔWs before they add them up, or let them vote."""
+"""Methods that drop entries of the ΔWs before adding them up or electing signs."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Literal
 
 from ...errors import OptionError
-from ...tensors import Array, namespace
+from ...tensors import Array, Bool, Float, namespace
 from .engines import elementwise
 from .options import Density, Range, Seed
 from .selection import between, chance, largest, ranks_in_rows
 
 Consensus = Literal["linear", "ties"]
-"""How what is left is merged: the weighted sum, or the elected signs' mean of TIES."""
+"""The merge of the entries that are left: the weighted sum, or TIES' mean of those with the elected sign."""
 
-Deltas = Sequence[Array]
+Deltas = Sequence[Float[Array, "out in"]]
 Weights = Sequence[float]
 
 
 @elementwise("ties", source="Yadav et al., 2023, section 3, https://arxiv.org/abs/2306.01708")
-def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
+def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Float[Array, "out in"]:
     """TIES: keep each ΔW's largest entries, elect a sign for every entry, average those that agree with it.
 
-    Of every ΔW the share ``density`` with the largest magnitude is kept.  The sign of an entry is
+    Of every ΔW the share ``density`` of the entries with the largest magnitudes is kept.  The sign of an entry is
     that of Σ wᵢτᵢ, and the entry Σ|w| · (Σ wᵢτᵢ / Σ|wᵢ|), where the sums in brackets run over the
     LoRAs that agree with the sign and Σ|w| over all.  So Σ|w| takes the place of the paper's λ:
     with equal weights that add up to one it is the paper's formula at λ = 1.  Where all LoRAs
@@ -32,13 +32,13 @@ def ties(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
 @elementwise("dare", source="Yu et al., 2023, section 3, https://arxiv.org/abs/2311.03099")
 def dare(
     deltas: Deltas, weights: Weights, *, density: Density = 0.7, consensus: Consensus = "linear", seed: Seed = 0
-) -> Array:
-    """DARE: drop entries at random, scale those that are left up by 1/density, and merge.
+) -> Float[Array, "out in"]:
+    """DARE: drop entries at random, scale the others up by 1/density, and merge.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ) / density, where every entry of the mask mᵢ is 1 with the chance ``density``.
     Its mean over all seeds is the weighted sum.  A low density adds noise that no small rank can
     hold: of a merge at density 0.2 a LoRA of the inputs' rank keeps a fifth to a half of the
-    energy, and what it loses is that noise.
+    energy, and loses that noise.
     """
     scaled = [weight / density for weight in weights]
     left = _weighted(deltas, scaled, lambda i, d: d * (chance(d, seed, i) < density))
@@ -46,7 +46,7 @@ def dare(
 
 
 @elementwise("magnitude_prune", source="Yadav et al., 2023, section 3.1, https://arxiv.org/abs/2306.01708")
-def magnitude_prune(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Array:
+def magnitude_prune(deltas: Deltas, weights: Weights, *, density: Density = 0.2) -> Float[Array, "out in"]:
     """The weighted sum of each ΔW's largest entries.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ), where the mask mᵢ is 1 in the share ``density`` of the entries with the largest
@@ -64,7 +64,7 @@ def della(
     epsilon: Annotated[float, Range(0, 0.5, open_high=True)] = 0.15,
     consensus: Consensus = "ties",
     seed: Seed = 0,
-) -> Array:
+) -> Float[Array, "out in"]:
     """DELLA: drop entries at random, small ones more often, scale each by 1/its chance, and merge.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ / pᵢ), where an entry of the mask mᵢ is 1 with the chance that pᵢ has there.  In every
@@ -77,7 +77,7 @@ def della(
     if not 0 < density - epsilon <= density + epsilon <= 1:
         raise OptionError(f"density ± epsilon must lie in (0, 1], got {density:g} ± {epsilon:g}.")
 
-    def thinned(i: int, delta: Array) -> Array:
+    def thinned(i: int, delta: Float[Array, "out in"]) -> Float[Array, "out in"]:
         kept = ranks_in_rows(delta)
         kept *= 2 * epsilon
         kept += density - epsilon
@@ -96,7 +96,7 @@ def breadcrumbs(
     density: Density = 0.143,
     gamma: Annotated[float, Range(0, 1, open_high=True)] = 0.007,
     consensus: Consensus = "linear",
-) -> Array:
+) -> Float[Array, "out in"]:
     """Model Breadcrumbs: drop each ΔW's largest entries as outliers and its small ones as noise, and merge.
 
     Σ wᵢ (mᵢ ∘ ΔWᵢ), where the mask mᵢ is 1 in the entries between two magnitudes:
@@ -108,12 +108,12 @@ def breadcrumbs(
 
 
 @elementwise("sce", source="Wan et al., 2024, section 3.2, https://arxiv.org/abs/2408.07990")
-def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Array:
+def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Float[Array, "out in"]:
     """SCE: keep the entries in which the LoRAs differ most, weight each LoRA by its energy there, elect signs.
 
     Selected is the share ``density`` of the entries with the largest variance over the wᵢτᵢ.
     A LoRA then counts by |wᵢ| · ‖selected τᵢ‖²; entries against the elected sign are erased, and
-    Σ|w| scales the mean of the others, as in ties.  Where one LoRA is alone nothing is selected.
+    Σ|w| scales the mean of the others, as in ties.  With a single LoRA nothing is selected.
     """
     xp = namespace(deltas[0])
     selected = _differing(deltas, weights, density) if len(deltas) > 1 and density < 1 else xp.ones_like(deltas[0])
@@ -132,32 +132,32 @@ def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Array:
     return _ratio(total, mass, sum(map(abs, weights)))
 
 
-def _differing(deltas: Deltas, weights: Weights, density: float) -> Array:
-    """Mask of the share of the entries whose weighted values differ most between the LoRAs."""
+def _differing(deltas: Deltas, weights: Weights, density: float) -> Bool[Array, "out in"]:
+    """Return a mask of the share of the entries whose weighted values differ most between the LoRAs."""
     mean = added((w * d for w, d in zip(weights, deltas, strict=True)), weights) / len(deltas)
     variance = added(((w * d - mean) ** 2 for w, d in zip(weights, deltas, strict=True)), weights)
     return largest(variance, density)
 
 
 def _weighted(deltas: Deltas, weights: Weights, thin: Callable[[int, Array], Array]) -> Iterator[Array]:
-    """The wᵢτᵢ, where τᵢ is what ``thin`` leaves of ΔWᵢ; no ΔW is held when its τ is given."""
+    """Yield the wᵢτᵢ with τᵢ = ``thin(i, ΔWᵢ)``; each ΔWᵢ is freed before its τᵢ is used."""
     for i, weight in enumerate(weights):
         yield weight * thin(i, deltas[i])
 
 
-def added(weighted: Iterable[Array], _: Weights) -> Array:
-    """The sum."""
+def added(weighted: Iterable[Float[Array, "out in"]], _: Weights) -> Float[Array, "out in"]:
+    """Return the sum."""
     total: Array = 0.0
     for entry in weighted:
         total = total + entry
     return total
 
 
-def agreeing(weighted: Iterable[Array], weights: Weights) -> Array:
-    """TIES' elected signs and disjoint mean, in one pass over the wᵢτᵢ.
+def agreeing(weighted: Iterable[Float[Array, "out in"]], weights: Weights) -> Float[Array, "out in"]:
+    """Elect signs and take the disjoint mean as TIES does, in one pass over the wᵢτᵢ.
 
-    Positive and negative entries are added up apart: the sum of both elects, and the elected one
-    is divided by the weights of those that had a part in it.
+    Positive and negative entries are added up separately: the sign of their total is elected, and the
+    sum of that sign is divided by the weights of the LoRAs in it.
     """
     up: Array = 0.0
     down: Array = 0.0
@@ -175,8 +175,10 @@ def agreeing(weighted: Iterable[Array], weights: Weights) -> Array:
     return _ratio(up, up_mass, sum(map(abs, weights)))
 
 
-def _with(total: Array, mass: Array, entry: Array, mask: Array, weight: float) -> tuple[Array, Array]:
-    """A sum and its mass with the entries under a mask in them."""
+def _with(
+    total: Array, mass: Array, entry: Float[Array, "out in"], mask: Bool[Array, "out in"], weight: float
+) -> tuple[Float[Array, "out in"], Float[Array, "out in"]]:
+    """Add the entries under a mask to a sum, and their weight to its mass; both may start as 0.0."""
     part = _as(mask, entry)
     mass += weight * part
     part *= entry
@@ -184,13 +186,13 @@ def _with(total: Array, mass: Array, entry: Array, mask: Array, weight: float) -
     return total, mass
 
 
-def _ratio(total: Array, mass: Array, scale: float) -> Array:
-    """``scale · total / mass``, and 0 where nothing has a part."""
+def _ratio(total: Float[Array, "out in"], mass: Float[Array, "out in"], scale: float) -> Float[Array, "out in"]:
+    """Return ``scale · total / mass``, and 0 where the mass is 0."""
     return total * (scale / (mass + _as(mass == 0, mass)))
 
 
-def _as(mask: Array, like: Array) -> Array:
-    """A mask as numbers: products with it are several times as fast as choosing by it."""
+def _as(mask: Bool[Array, "*shape"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Convert a mask to numbers: multiplying by it is several times as fast as selecting with it."""
     return namespace(like).astype(mask, like.dtype)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from ... import linalg
 from ...errors import MergeError
-from ...tensors import Array, namespace
+from ...tensors import Array, Float64, namespace
 from .engines import on_core
 from .options import Range
 from .spaces import FAINT, Core
@@ -16,13 +16,13 @@ Share = Annotated[float, Range(0, 1, open_low=True)]
 
 
 @on_core("tsv", source="Gargiulo et al., 2025, algorithm 1 (TSV-Merge), https://arxiv.org/abs/2412.00081")
-def tsv(core: Core, weights: Weights) -> Array:
+def tsv(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     """TSV-M: the singular vectors of all wᵢΔWᵢ, made orthogonal to each other, with their singular values.
 
     With wᵢΔWᵢ = Uᵢ Sᵢ Vᵢᵀ it is U⊥ S V⊥ᵀ, where U⊥ is the orthogonal matrix nearest to [U₁ … U_N], V⊥ that to
-    [V₁ … V_N], and S has all Sᵢ.  The published code keeps min(out, in) / N vectors of each ΔW.  A LoRA has only r that are its
-    own; the others are arbitrary and take a third of the result or more out of the LoRAs' span.  Here
-    exactly the r of each are kept.
+    [V₁ … V_N], and S has all Sᵢ.  The published code keeps min(out, in) / N vectors of each ΔW.  A LoRA of rank r has
+    only r; the others are arbitrary and move a third of the result or more out of the LoRAs' span.
+    Here exactly the r of each are kept.
     """
     xp = namespace(core.parts[0])
     u = xp.concat([u for u, _, _ in core.spectra], axis=1)
@@ -32,25 +32,27 @@ def tsv(core: Core, weights: Weights) -> Array:
 
 
 @on_core("iso_c", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959", ranked=True)
-def iso_c(core: Core, weights: Weights) -> Array:
+def iso_c(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     """Iso-C: the weighted sum with all its singular values set to their mean.
 
-    Σ wᵢΔWᵢ = U S Vᵀ becomes σ̄ U Vᵀ, σ̄ the mean of S over the rank of the sum.  The published form takes it over min(out, in) values,
-    nearly all of which are zero for LoRAs, and spreads it over directions that no LoRA has.  A
-    smaller rank takes the sum's leading directions before they are made equal.
+    Σ wᵢΔWᵢ = U S Vᵀ becomes σ̄ U Vᵀ, σ̄ the mean of S over the rank of the sum.  The published form
+    takes it over min(out, in) values, nearly all of which are zero for LoRAs, and spreads it over
+    directions that no LoRA has.  A smaller rank takes the sum's leading directions before they are made
+    equal.
     """
     u, s, vt = (x[:, : core.most] if i == 0 else x[: core.most] for i, x in enumerate(_svd(_sum(core, weights))))
     return s.mean() * (u @ vt)
 
 
 @on_core("iso_cts", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959", ranked=True)
-def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Array:
-    """Iso-CTS: Iso-C on the sum's leading directions, and each LoRA's own directions beside them.
+def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Float64[Array, "p q"]:
+    """Iso-CTS: Iso-C on the sum's leading directions, and each LoRA's own directions in addition.
 
     The share ``common`` of the rank goes to the leading singular vectors of Σ wᵢΔWᵢ; the rest is
     divided equally between the LoRAs, rounded as in the published code, each of which adds the
     leading ones of what is left of it outside of the common left vectors.  All are made orthogonal
-    and get the mean of their singular values: σ̄ U⊥ V⊥ᵀ, as in tsv and iso_c.  A smaller rank is divided in the same way.
+    and get the mean of their singular values: σ̄ U⊥ V⊥ᵀ, as in tsv and iso_c.  A smaller rank is
+    divided in the same way.
     """
     xp = namespace(core.parts[0])
     u, s, vt = _svd(_sum(core, weights))
@@ -76,8 +78,8 @@ def _has_a_mean(weights: Weights) -> None:
 @on_core("cart", source="Choi et al., 2024, https://arxiv.org/abs/2412.12153", allows=_has_a_mean)
 def cart(
     core: Core, weights: Weights, *, share: Share = 0.08, scale: Annotated[float, Range(0, open_high=True)] = 1.0
-) -> Array:
-    """CART: the weighted mean, and of each LoRA's difference from it the leading directions.
+) -> Float64[Array, "p q"]:
+    """CART: the weighted mean, and the leading directions of each LoRA's difference from it.
 
     With τ̄ = Σ wᵢΔWᵢ / Σw the result is Σw · (τ̄ + scale · Σ (N wᵢ / Σw) · SVDₖ(ΔWᵢ − τ̄)); k is the
     share of the common space's dimensions, at least one.
@@ -95,12 +97,12 @@ def cart(
 
 
 @on_core("np_lora", source="Chen et al., 2025, https://arxiv.org/abs/2511.11051")
-def np_lora(core: Core, weights: Weights, *, mu: Annotated[float, Range(0)] = 0.5) -> Array:
-    """NP-LoRA: keep the first LoRA, and damp in the others what acts on the same inputs.
+def np_lora(core: Core, weights: Weights, *, mu: Annotated[float, Range(0)] = 0.5) -> Float64[Array, "p q"]:
+    """NP-LoRA: keep the first LoRA, and damp the parts of the others that act on the same inputs.
 
     Each LoRA becomes ΔWᵢ (I − μ/(1+μ) Q Qᵀ), where Q spans the row spaces of those before it: so
-    the order is the order of priority, and the first (in the paper the style) stays as it is.
-    μ = 0 is the weighted sum; μ = inf leaves nothing of the others in those rows.
+    the order sets the priority, and the first (in the paper the style) is unchanged.
+    μ = 0 is the weighted sum; μ = inf removes the others from those row spaces.
     """
     damping = mu / (1 + mu) if mu < math.inf else 1.0
     merged, rows = weights[0] * core.parts[0], core.spectra[0][2]
@@ -125,16 +127,16 @@ def _shares(weights: Weights) -> None:
     of_first=True,
     allows=_shares,
 )
-def subtract(core: Core, weights: Weights) -> Array:
-    """The first LoRA without what the others share with it.
+def subtract(core: Core, weights: Weights) -> Float64[Array, "p q"]:
+    """The first LoRA without the component that it shares with the others.
 
-    From ΔW = w₁ΔW₁ its component wᵢ P ΔW Q is taken away, where P projects onto the column space and Q
-    onto the row space of another LoRA.  The weight wᵢ of the other is the share of it that is removed:
-    1 for all.  A LoRA that shares only one of the two spaces removes nothing.  Modules and biases
-    that the first LoRA lacks are no part of the result.
+    The component wᵢ P ΔW Q is subtracted from ΔW = w₁ΔW₁, where P projects onto the column space and Q
+    onto the row space of another LoRA.  The weight wᵢ of the other is the share of the component that is
+    removed: 1 removes all of it.  A LoRA that shares only one of the two spaces removes nothing.  Modules
+    and biases that the first LoRA lacks aren't in the result.
 
     Raises:
-        MergeError: The weight of another LoRA is not in [0, 1].
+        MergeError: The weight of another LoRA isn't in [0, 1].
     """
     merged = weights[0] * core.parts[0]
     for weight, (u, _, vt) in zip(weights[1:], core.spectra[1:], strict=True):
@@ -142,37 +144,39 @@ def subtract(core: Core, weights: Weights) -> Array:
     return merged
 
 
-def _sum(core: Core, weights: Weights) -> Array:
+def _sum(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     total: Array = 0.0
     for weight, part in zip(weights, core.parts, strict=True):
         total = total + weight * part
     return total
 
 
-def _svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """The singular value decomposition without the values that are rounding noise."""
+def _svd(
+    matrix: Float64[Array, "m n"],
+) -> tuple[Float64[Array, "m k"], Float64[Array, " k"], Float64[Array, "k n"]]:
+    """Compute the singular value decomposition without the values that are rounding noise."""
     u, s, vt = namespace(matrix).linalg.svd(matrix, full_matrices=False)
     kept = max(1, int((s > FAINT * s[:1]).sum()))
     return u[:, :kept], s[:kept], vt[:kept]
 
 
-def _leading(matrix: Array, k: int) -> Array:
-    """The part of a matrix in its k leading left singular vectors."""
+def _leading(matrix: Float64[Array, "m n"], k: int) -> Float64[Array, "m n"]:
+    """Project a matrix onto its k leading left singular vectors."""
     vectors = linalg.eigenpairs(matrix @ matrix.T)[1][:, :k]
     return vectors @ (vectors.T @ matrix)
 
 
-def _polar(matrix: Array) -> Array:
-    """The nearest matrix with orthonormal columns, or rows where it is wide."""
+def _polar(matrix: Float64[Array, "m n"]) -> Float64[Array, "m n"]:
+    """Return the nearest matrix with orthonormal columns, or orthonormal rows if it is wide."""
     u, _, vt = namespace(matrix).linalg.svd(matrix, full_matrices=False)
     return u @ vt
 
 
-def _more(rows: Array, others: Array) -> Array:
-    """Orthonormal rows, and more of them that span what orthonormal others add."""
+def _more(rows: Float64[Array, "k n"], others: Float64[Array, "l n"]) -> Float64[Array, "m n"]:
+    """Extend orthonormal rows by further ones, so that they span other orthonormal rows, too."""
     xp = namespace(rows)
     rest = others
-    for _ in range(2):  # what the first leaves for rounding the second takes away
+    for _ in range(2):  # the second pass removes the rounding errors of the first
         rest = rest - (rest @ rows.T) @ rows
     squares, vectors = linalg.eigenpairs(rest @ rest.T, FAINT**2, FAINT**2)
     return xp.concat([rows, (vectors.T @ rest) / squares[:, None] ** 0.5], axis=0)

@@ -1,7 +1,7 @@
 """Updates without a rank: biases, norms, tables.
 
-Every method treats them alike, by their weighted sum: what methods choose between (directions,
-entries of a matrix) they don't have.
+Every method takes their weighted sum: they have neither the directions nor the matrix entries that
+methods choose between.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ...tensors import Array, Spec, float32
 
 
 def vectors(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
-    """Σ wᵢ ΔWᵢ of layers that have no rank, in the form of the first; of layouts, the sum's layout."""
+    """Compute Σ wᵢ ΔWᵢ of layers without a rank, in the form of the first; for layouts, the sum's layout."""
     bias = total([bias_of(layer) for layer in layers], weights)
     held = [(layer, weight) for layer, weight in zip(layers, weights, strict=True) if layer.kind != "bias"]
     if not held:
@@ -28,13 +28,13 @@ def vectors(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
 
 
 def plus_biases(merged: Layer, layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
-    """A merged layer with the biases of others that change nothing but those."""
+    """Add the biases of bias-only layers to a merged layer."""
     more = [merged.delta_bias(), *(bias_of(layer) for layer in layers)]
     return replace(merged, diff_b=total(more, [1.0, *weights])) if layers else merged
 
 
 def total(tensors: Sequence[Array | Spec | None], weights: Sequence[Any]) -> Any:
-    """The weighted sum of those that are there, float32; None where none is."""
+    """Return the weighted sum of the tensors that aren't None, float32; None if all are None."""
     found: Any = None
     for tensor, weight in zip(tensors, weights, strict=True):
         if isinstance(tensor, Spec):
@@ -46,7 +46,7 @@ def total(tensors: Sequence[Array | Spec | None], weights: Sequence[Any]) -> Any
 
 
 def _update(layer: Layer) -> Array | Spec:
-    """ΔW, or of a layout its shape."""
+    """Return ΔW, or for a layout its Spec."""
     if any(isinstance(tensor, Spec) for tensor in layer.tensors().values()):
         return Spec(layer.shape, "F32")
     return layer.delta()

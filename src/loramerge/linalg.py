@@ -6,10 +6,11 @@ factors and never forms ΔW, which is (out, in) where they are thin.
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tensors import FAINT, Array, is_torch, namespace
+from .tensors import FAINT, Array, concat, is_torch, namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,6 +122,48 @@ def kron(a: Array, b: Array) -> Array:
     """Kronecker product of two matrices."""
     product = a[:, None, :, None] * b[None, :, None, :]
     return namespace(a).reshape(product, (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))
+
+
+def tucker(core: Array, down: Array) -> Array:
+    """The ``down`` of a plain convolution, from that of a Tucker decomposition and its core.
+
+    Args:
+        core: Shape ``(r, r', kh, kw)``.
+        down: Shape ``(r', in)``.
+
+    Returns:
+        Shape ``(r, in·kh·kw)``.
+    """
+    xp = namespace(down)
+    rank, inner = core.shape[:2]
+    by_place = xp.permute_dims(core.reshape((rank, inner, -1)), (2, 0, 1)) @ down
+    return xp.permute_dims(by_place, (1, 2, 0)).reshape((rank, -1))
+
+
+def padded(up: Array, down: Array, rank: int) -> tuple[Array, Array]:
+    """The same product at a larger rank: columns of ``up`` and rows of ``down`` that are zero.
+
+    Args:
+        up: Shape ``(out, r, …)``.
+        down: Shape ``(r, in, …)``.
+        rank: The rank wanted, at least r.
+    """
+    more = rank - up.shape[1]
+    columns = namespace(up).zeros((up.shape[0], more, *up.shape[2:]), dtype=up.dtype, device=up.device)
+    rows = namespace(down).zeros((more, *down.shape[1:]), dtype=down.dtype, device=down.device)
+    return concat([up, columns], axis=1), concat([down, rows])
+
+
+def block_diagonal(blocks: Sequence[Array]) -> Array:
+    """Matrices of one dtype along the diagonal, zeros elsewhere."""
+    rows, columns = sum(block.shape[0] for block in blocks), sum(block.shape[1] for block in blocks)
+    xp = namespace(blocks[0])
+    whole = xp.zeros((rows, columns), dtype=blocks[0].dtype, device=blocks[0].device)
+    row = column = 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
 
 
 def singular_values(delta: Array, size: float) -> Array:

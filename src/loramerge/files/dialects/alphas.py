@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import FileError, LayerError, NumberError
+from ...layers import RANKED_BY
 from ...tensors import LARGEST, Tensor, scalar
 from ..architectures.names import COMPONENTS
 from .fields import WHOLE, Config, checked
@@ -34,10 +35,7 @@ def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | No
 
 def rank(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
     """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
-    for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
-        if role in keys:
-            return int(tensors[keys[role]].shape[0])
-    return 1
+    return next((int(tensors[keys[role]].shape[0]) for role in RANKED_BY if role in keys), 1)
 
 
 def _one(tensors: Mapping[str, Tensor], key: str) -> float:

@@ -100,6 +100,10 @@ class Dialect:
         """Whether a LoRA that is in a dialect can be written in this one."""
         return self.writes or (self.rewrites and self.name == own)
 
+    def reads_core(self, kind: str) -> bool:
+        """Return whether its readers get Tucker cores of a kind of layer right."""
+        return self.lokr_cores if kind == "lokr" else "lokr" in self.holds
+
     def written_style(self, a: Architecture | None, had: str = "") -> str:
         """The style to write a LoRA in.
 

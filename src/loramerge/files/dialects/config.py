@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ...layers import DoRA, Layer, direction_of
+from ...layers import Layer
 
 CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
@@ -55,13 +55,9 @@ def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "use_dora": any(isinstance(layer, DoRA) for layer in layers.values()),
-        "lora_bias": any(_has_bias(layer) for layer in layers.values()),
+        "use_dora": any(layer.axis is not None for layer in layers.values()),
+        "lora_bias": any(layer.delta_bias() is not None for layer in layers.values()),
     }
-
-
-def _has_bias(layer: Layer) -> bool:
-    return direction_of(layer).delta_bias() is not None
 
 
 def _anchored(path: str, paths: Mapping[str, Any]) -> str:

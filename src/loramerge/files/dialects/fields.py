@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from ...errors import FileError, LayerError, NumberError
-from ...layers import DoRA, Layer, LowRank, Relative, direction_of
+from ...layers import Layer, LowRank, Relative
 from ...tensors import LARGEST
 from .patterns import Patterns
 
@@ -163,14 +163,14 @@ def as_trained(layer: Layer, config: Config) -> Layer:
     Raises:
         LayerError: A magnitude is missing, or ΔW depends on the base weight in two ways.
     """
-    if not isinstance(direction_of(layer), LowRank):
+    if layer.inner.kind != "lora":
         return layer
     began = start(config)
-    if config.get("use_dora") and not isinstance(layer, DoRA):
+    if config.get("use_dora") and layer.axis is None:
         raise LayerError("the configuration has use_dora, and the layer has no magnitude, so it is not whole")
-    if began and isinstance(layer, DoRA):
+    if began and layer.axis is not None:
         raise LayerError(f"a DoRA layer with init_lora_weights {began!r} can't be read. Way out: {WAY_OUT}")
-    return Relative(direction=layer, start=began) if began and isinstance(layer, LowRank) else layer
+    return Relative(trained=layer, start=began) if began and isinstance(layer, LowRank) else layer
 
 
 def _adalora(config: Config, names: Sequence[str], rank: int) -> float:

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from ... import linalg
 from ...errors import LayerError
-from ...layers import FACTORED, BiasOnly, DoRA, Full, Layer, LowRank, Rows
+from ...layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows
 from ...tensors import Array, Ranges, Spec, code, concat, float32, namespace, reshape
 from ..architectures.names import Parts
 
@@ -13,11 +14,6 @@ class Block(Spec):
     """A shape that depends on values: shared ``down`` or block-diagonal ``up``."""
 
     __slots__ = ()
-
-
-def depends(layout: LowRank) -> bool:
-    """Whether the rank of a layout depends on values."""
-    return isinstance(layout.down, Block)
 
 
 def fused(
@@ -46,11 +42,11 @@ def fused(
     if whole := _same_whole(parts, found):
         return whole
     rows = [rows_of(part.module) for part in parts]
-    if all(layer.kind == "bias" for layer in found):
+    if all(layer.bias_only for layer in found):
         return BiasOnly(diff_b=_fused_bias(given, rows))
-    if any(layer.kind == "full" for layer in found) and all(layer.kind in DENSE for layer in found):
+    if any(layer.dense for layer in found) and all(layer.dense or _is_summed(layer) for layer in found):
         return _fused_full(given, rows)
-    if all(layer.kind in SUMMED for layer in found):
+    if all(_is_summed(layer) for layer in found):
         return _fused_low_rank([None if layer is None else _low_rank(layer, as_lora) for layer in given], rows)
     if len(found) == len(parts) and all(isinstance(layer, DoRA) and layer.axis == "out" for layer in found):
         return _fused_dora(parts, found, rows_of, as_lora)
@@ -61,20 +57,21 @@ def fused(
     )
 
 
-SUMMED = (*FACTORED, "bias")
-DENSE = (*SUMMED, "full")
+def _is_summed(layer: Layer) -> bool:
+    """True if the layer is a LoRA, or has one with the same ΔW, or changes a bias only."""
+    return layer.factored or layer.bias_only
 
 
 def _fused_full(layers: list[Layer | None], rows: list[int]) -> Full:
     """Whole differences one below the other; what has factors becomes one too."""
-    columns = next(layer.shape[1:] for layer in layers if layer is not None and layer.kind != "bias")
+    columns = next(layer.shape[1:] for layer in layers if layer is not None and not layer.bias_only)
     like = next(layer.diff for layer in layers if isinstance(layer, Full))
     deltas = [_delta(layer, (n, *columns), like) for layer, n in zip(layers, rows, strict=True)]
     return Full(diff=_concat(deltas), diff_b=_fused_bias(layers, rows))
 
 
 def _delta(layer: Layer | None, shape: tuple[int, ...], like: Array | Spec) -> Array | Spec:
-    if layer is None or layer.kind == "bias":
+    if layer is None or layer.bias_only:
         return _zeros(shape, like)
     if isinstance(layer, Full):
         return layer.diff
@@ -82,11 +79,11 @@ def _delta(layer: Layer | None, shape: tuple[int, ...], like: Array | Spec) -> A
 
 
 def _low_rank(layer: Layer, as_lora: Callable[[Layer], Layer]) -> Layer:
-    if layer.kind == "bias":
+    if layer.bias_only:
         return layer
     lora = layer if isinstance(layer, LowRank) else as_lora(layer)
     assert isinstance(lora, LowRank)
-    return lora.plain()
+    return lora.without_core()
 
 
 def _moved(layer: Layer, rows: Ranges, as_lora: Callable[[Layer], Layer]) -> Layer:
@@ -96,8 +93,7 @@ def _moved(layer: Layer, rows: Ranges, as_lora: Callable[[Layer], Layer]) -> Lay
     starts = [sum(stop - start for start, stop in rows[:i]) for i in range(len(rows))]
     back = sorted(range(len(rows)), key=lambda i: rows[i][0])
     order = tuple((starts[i], starts[i] + rows[i][1] - rows[i][0]) for i in back)
-    can_be_cut = isinstance(layer, LowRank | Full) or layer.rank is None or layer.kind == "dora"
-    return (layer if can_be_cut else as_lora(layer)).rows(order, None)
+    return (as_lora(layer) if layer.factored and layer.kind != "lora" else layer).rows(order, None)
 
 
 def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:
@@ -191,16 +187,9 @@ def _block_diagonal(layers: list[LowRank | None], rows: list[int]) -> Array | Sp
         dtype = code(found[0].up) if len({code(layer.up) for layer in found}) == 1 else "F32"
         return Spec((sum(rows), total), dtype)
     same = len({code(layer.up) for layer in found}) == 1
-    first = found[0].up if same else float32(found[0].up)
-    up: Array = _zeros((sum(rows), total), first)
-    row = column = 0
-    for layer, count in zip(layers, rows, strict=True):
-        if layer is not None:
-            values = layer.up if same else float32(layer.up)
-            up[row : row + count, column : column + layer.rank] = values
-            column += layer.rank
-        row += count
-    return up
+    ups = [layer and (layer.up if same else float32(layer.up)) for layer in layers]
+    like = next(up for up in ups if up is not None)
+    return linalg.block_diagonal([_zeros((n, 0), like) if up is None else up for up, n in zip(ups, rows, strict=True)])
 
 
 def _fused_dora(
@@ -233,17 +222,3 @@ def compacted(layer: LowRank) -> LowRank:
         return layer
     alpha = layer.scale * len(keep)
     return replace(layer, up=up[:, keep], down=down[keep], alpha=None if alpha == len(keep) else alpha)
-
-
-def padded(layer: LowRank, rank: int) -> LowRank:
-    """The same ΔW at a larger rank: columns of ``up`` and rows of ``down`` that are zero."""
-    more = rank - layer.rank
-    if more <= 0 or layer.mid is not None:
-        return layer
-    up, down = layer.up, layer.down
-    if isinstance(up, Spec) or isinstance(down, Spec):
-        wide = Spec((up.shape[0], rank, *up.shape[2:]), code(up)), Spec((rank, *down.shape[1:]), code(down))
-    else:
-        columns = _zeros((up.shape[0], more, *up.shape[2:]), up)
-        wide = namespace(up).concat([up, columns], axis=1), _concat([down, _zeros((more, *down.shape[1:]), down)])
-    return replace(layer, up=wide[0], down=wide[1], alpha=None if layer.scale == 1.0 else layer.scale * rank)

@@ -7,7 +7,7 @@ ComfyUI's own loader; those of A1111, Forge and sd-scripts were found by running
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ...layers import BiasOnly, DoRA, Layer, LoKr, LowRank, direction_of
+from ...layers import Layer
 from ..architectures import ARCHITECTURES
 
 Finds = Callable[[Mapping[str, Layer]], Iterable[str]]
@@ -34,28 +34,24 @@ def each(concerns: Callable[[str, Layer], bool]) -> Finds:
 
 
 def _is_dora(module: str, layer: Layer) -> bool:
-    return isinstance(layer, DoRA)
+    return layer.axis is not None
 
 
 def _is_no_lora(module: str, layer: Layer) -> bool:
-    """Whether a layer is something other than a LoRA, a DoRA of one or a bias, or has a Tucker core."""
-    direction = direction_of(layer)
-    return not isinstance(direction, LowRank | BiasOnly) or _has_core(module, layer)
+    """True unless the layer is a LoRA without a Tucker core, a DoRA of one, or a bias."""
+    return layer.inner.kind not in ("lora", "bias") or layer.has_core
 
 
 def _has_bias(module: str, layer: Layer) -> bool:
-    direction = direction_of(layer)
-    return isinstance(direction, BiasOnly) or (isinstance(direction, LowRank) and direction.delta_bias() is not None)
+    return layer.inner.kind in ("lora", "bias") and layer.delta_bias() is not None
 
 
 def _has_core(module: str, layer: Layer) -> bool:
-    direction = direction_of(layer)
-    return isinstance(direction, LowRank) and direction.mid is not None
+    return layer.inner.kind == "lora" and layer.has_core
 
 
 def _has_lokr_core(module: str, layer: Layer) -> bool:
-    direction = direction_of(layer)
-    return isinstance(direction, LoKr) and direction.lokr_t2 is not None
+    return layer.inner.kind == "lokr" and layer.has_core
 
 
 def _is_any(module: str, layer: Layer) -> bool:

@@ -9,21 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ... import linalg
 from ...errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError, an
-from ...layers import (
-    FACTORED,
-    BiasOnly,
-    DoRA,
-    Full,
-    Layer,
-    LoHa,
-    LoKr,
-    LowRank,
-    Rows,
-    alpha_of,
-    direction_of,
-    low_rank,
-    own_rank,
-)
+from ...layers import Layer, LowRank, Rows, low_rank
 from ...layers.base import matrix
 from ...tensors import (
     FLOATS,
@@ -89,7 +75,7 @@ def _check_magnitudes(lora: "LoRA", layers: Mapping[str, Layer]) -> None:
     plain = {module.partition(".")[0]: module for module, layer in layers.items() if layer.kind == "lora"}
     for module, layer in layers.items():
         other = plain.get(module.partition(".")[0])
-        if layer.kind == "dora" and other:
+        if layer.axis is not None and other:
             raise DialectError(
                 f"{lora.name}: {module} is a DoRA layer and {other} is not, and PEFT and diffusers read the layers of a model "
                 "as the one or the other. Ways out: another dialect, such as kohya or comfyui, or leave the one or the "
@@ -205,9 +191,9 @@ def _cast_spec(spec: Spec, dtype: str | None) -> Spec:
 
 def holds(dialect: Dialect, layout: Layer) -> bool:
     """Whether a dialect can hold a layer, maybe as the LoRA with the same ΔW."""
-    if direction_of(layout).delta_bias() is not None and dialect.holds == LOW_RANK:
+    if layout.delta_bias() is not None and dialect.holds == LOW_RANK:
         return False
-    return layout.kind in dialect.holds or layout.kind in FACTORED
+    return layout.kind in dialect.holds or layout.factored
 
 
 Homes: TypeAlias = Mapping[str, tuple[str, Parts]]
@@ -338,11 +324,11 @@ class _Writer:
 
     def evened(self, module: str, layer: Layer) -> Layer:
         """A layer filled up with zeros to the rank that diffusers will give it."""
-        if not (isinstance(layer, LowRank) and module.endswith(self.dialect.even_rank)):
+        if not module.endswith(self.dialect.even_rank):
             return layer
         component = module.partition(".")[0]
         ranks = [lay.rank for m, lay in self.lora.layouts.items() if m.startswith(f"{component}.") and m != module]
-        return fuse.padded(layer, Counter(ranks).most_common(1)[0][0] or 0) if ranks else layer
+        return layer.padded(Counter(ranks).most_common(1)[0][0] or 0) if ranks else layer
 
     def rows_in(self, held: Mapping[str, Layer]) -> Callable[[str], int]:
         """The rows of each module of a weight: the layer's own, and of one that is missing in the others' proportion.
@@ -364,40 +350,38 @@ class _Writer:
 
     def held(self, part: Part, layer: Layer) -> Layer:
         """A layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""
-        if isinstance(layer, DoRA) and "dora" in self.dialect.holds:
-            return replace(layer, direction=self.held(part, layer.direction))
+        if layer.axis is not None and layer.kind in self.dialect.holds:
+            return layer.with_inner(partial(self.held, part))
         if (part.rows is None and isinstance(layer, Rows)) or layer.kind not in self.dialect.holds:
             layer = _as_lora(layer, self.dialect, part.module)
-        if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
-            layer = layer.plain()
-        if isinstance(layer, LoKr) and layer.lokr_t2 is not None and not self.dialect.lokr_cores:
+        if layer.has_core and not self.dialect.reads_core(layer.kind):
             layer = layer.without_core()
         if part.rows is None and isinstance(layer, LowRank):
             layer = fuse.compacted(layer)
         return layer
 
     def checked(self, module: str, layer: Layer) -> Layer:
-        if isinstance(layer, DoRA) and self.dialect.dora_axis == "out" and layer.axis == "in":
+        if self.dialect.dora_axis == "out" and layer.axis == "in":
             raise LayerError(f"{module}: {self.dialect.name} keeps DoRA norms of rows, this layer has norms of columns")
         if layer.delta_bias() is not None and self.dialect.holds == frozenset({"lora"}):
             raise LayerError(
                 f"{module}: {self.dialect.name} can't hold the bias of this layer. Ways out: a dialect that holds it, such as kohya, comfyui or diffusers-peft, or leave the module out (exclude)"
             )
-        if isinstance(direction_of(layer), Rows):
+        if isinstance(layer.inner, Rows):
             raise LayerError(f"{module}: {an(layer.kind)} layer on a part of a fused weight can't be written alone")
-        if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
+        if layer.kind not in self.dialect.holds:
             raise LayerError(f"{module}: {layer.no_factors}")
         return layer
 
     def scaled(self, layer: Layer) -> Layer:
         """The same ΔW with alpha where the dialect's readers look for it."""
-        if isinstance(layer, DoRA):
-            return replace(layer, direction=self.scaled(layer.direction))
-        if self.dialect.alpha == "constant" and isinstance(layer, LoHa | LoKr) and layer.alpha is None:
-            return replace(layer, alpha=float(own_rank(layer) or 1))
-        if not isinstance(layer, LowRank) or (self.dialect.alpha == "keep" and self.style_of(layer) == "kohya"):
-            return layer
-        return rescaled(layer, self.constant)
+        return layer.with_inner(self.inner_scaled)
+
+    def inner_scaled(self, layer: Layer) -> Layer:
+        if not isinstance(layer, LowRank):
+            return layer.with_alpha() if self.dialect.alpha == "constant" else layer
+        keeps = self.dialect.alpha == "keep" and self.style_of(layer) == "kohya"
+        return layer if keeps else rescaled(layer, self.constant)
 
     def style_of(self, layer: Layer) -> str:
         """The style of a layer: only kohya's has a place for a Tucker core."""
@@ -405,18 +389,16 @@ class _Writer:
 
     def needs_values(self, layout: Layer) -> bool:
         """Whether shapes or dtypes of what is written depend on values."""
-        if isinstance(layout, DoRA):
-            return self.needs_values(layout.direction)
-        return isinstance(layout, LowRank) and (
-            fuse.depends(layout) or (self.dtype is None and isinstance(layout.up, Undecided))
+        tensors = layout.tensors()
+        return isinstance(tensors.get("down"), fuse.Block) or (
+            self.dtype is None and isinstance(tensors.get("up"), Undecided)
         )
 
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         module = parts[0].module
         style, roles = self.style_of(layer), _roles(layer, self.dialect).items()
         tensors = {spelled(stem, self.dialect.suffix(role, module, style)): t for role, t in roles}
-        alpha = alpha_of(layer)
-        if alpha is not None:
+        if layer.own_alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")
         if "lokr" in self.dialect.holds and self.widens(parts, layer):
             import numpy as np
@@ -439,9 +421,8 @@ class _Writer:
         layer = self.layer(parts, self.lora.__getitem__)
         if self.dtype == "F16" and isinstance(layer, LowRank) and layer.mid is None and code(layer.up) != "F16":
             layer = _balanced(layer)
-        alpha = alpha_of(layer)
         return {
-            key: np.asarray(alpha, dtype=np.float32) if isinstance(t, Spec) else t
+            key: np.asarray(layer.own_alpha, dtype=np.float32) if isinstance(t, Spec) else t
             for key, t in self.tensors(stem, parts, layer).items()
         }
 
@@ -452,7 +433,7 @@ def _shape_only(tensor: Array | Spec) -> Spec:
 
 def _as_lora(layer: Layer, dialect: Dialect, module: str = "a part of a fused weight") -> Layer:
     """The LoRA with the same ΔW, where there is one."""
-    if layer.rank is None or layer.kind == "dora":
+    if layer.rank is None or not layer.factored:
         raise LayerError(f"{module}: {dialect.name} can't hold this layer: {layer.no_factors}")
     if any(isinstance(t, Spec) for t in layer.tensors().values()):
         rows, columns = layer.shape[0], math.prod(layer.shape[1:])
@@ -476,10 +457,9 @@ def _constant_alpha(layers: Iterable[Layer]) -> float | None:
 
 
 def _natural(layer: Layer) -> float | None:
-    direction = direction_of(layer)
-    if not isinstance(direction, LowRank):
+    if not isinstance(layer.inner, LowRank):
         return None
-    return float(direction.rank) if direction.alpha is None else direction.alpha
+    return float(layer.inner.rank) if layer.inner.alpha is None else layer.inner.alpha
 
 
 class Undecided(Spec):
@@ -538,15 +518,14 @@ def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
     tensors = layer.tensors()
     peft = dialect.style == "peft"
     if ("up_bias" in tensors and not peft) or ("diff_b" in tensors and peft):
-        bias = direction_of(layer).delta_bias()
+        bias = layer.delta_bias()
         tensors = {role: t for role, t in tensors.items() if role not in ("up_bias", "diff_b")}
         tensors["up_bias" if peft else "diff_b"] = bias  # where PEFT's names are written, the scale is 1
-    if isinstance(layer, DoRA) and layer.axis == "out":
+    if layer.axis == "out":
         rest = len(layer.shape) - 1
         out = layer.shape[0]
         linear, conv = ((out,), (1, out, *[1] * (rest - 1))) if peft else ((out, 1), (out, *[1] * rest))
         shape = linear if rest == 1 else conv
-        magnitude = layer.magnitude
-        del tensors["magnitude"]
+        magnitude = tensors.pop("magnitude")
         tensors["row_magnitude" if peft else "magnitude"] = reshape(magnitude, shape)
     return tensors

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 from ... import linalg
 from ...layers import Layer, LowRank, low_rank
@@ -129,10 +128,9 @@ def core(layers: Sequence[Layer]) -> Core:
         NoFactorsError: A layer has none.
     """
     stacked = stack(layers)
-    xp = namespace(stacked.up)
     own = [_own_factors(stacked.gram_up[s, s], stacked.gram_down[s, s]) for s in stacked.slices]
-    to_up = _block_diagonal([left for left, _, _ in own], xp)
-    to_down = _block_diagonal([right for _, _, right in own], xp)
+    to_up = linalg.block_diagonal([left for left, _, _ in own])
+    to_down = linalg.block_diagonal([right for _, _, right in own])
     left, into = _orthonormal(to_up.T @ stacked.gram_up @ to_up)
     right, onto = _orthonormal(to_down @ stacked.gram_down @ to_down.T)
     stops = list(accumulate(values.shape[0] for _, values, _ in own))
@@ -162,17 +160,6 @@ def _falling(gram: Array) -> tuple[Array, Array]:
     """Singular values of what a Gram matrix is of, the largest first, and its right singular vectors."""
     squares, vectors = linalg.eigenpairs(gram, FAINT**2)
     return squares**0.5, vectors
-
-
-def _block_diagonal(blocks: Sequence[Array], xp: Any) -> Array:
-    """Matrices along the diagonal, zeros elsewhere."""
-    rows, columns = sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks)
-    found = xp.zeros((rows, columns), dtype=blocks[0].dtype, device=blocks[0].device)
-    row = column = 0
-    for block in blocks:
-        found[row : row + block.shape[0], column : column + block.shape[1]] = block
-        row, column = row + block.shape[0], column + block.shape[1]
-    return found
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ class Block(Spec):
     __slots__ = ()
 
 
+def depends(layout: Layer) -> bool:
+    """Return whether the rank of a layout depends on values."""
+    return isinstance(layout.tensors().get("down"), Block)
+
+
 def fused(
     parts: Parts,
     layers: Mapping[str, Layer],

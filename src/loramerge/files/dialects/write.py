@@ -404,10 +404,8 @@ class _Writer:
 
     def needs_values(self, layout: Layer) -> bool:
         """Return whether the shapes or dtypes of the written tensors depend on values."""
-        tensors = layout.tensors()
-        return isinstance(tensors.get("down"), fuse.Block) or (
-            self.dtype is None and isinstance(tensors.get("up"), Undecided)
-        )
+        undecided = self.dtype is None and isinstance(layout.tensors().get("up"), Undecided)
+        return undecided or fuse.depends(layout)
 
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
         """Return a layer's tensors by key; its alpha is a `Spec` that `values` fills in."""

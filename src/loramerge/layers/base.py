@@ -1,7 +1,7 @@
 """The interface of layers: all that other packages ask of one, whatever its parametrisation of ΔW.
 
-A new kind is one file beside this one and a line in `building.KINDS`.  What the defaults below say holds for a
-kind with an exact low-rank form; another kind overrides them.
+A new kind is one file next to this one and a line in `building.KINDS`.  The defaults are those of a kind with an
+exact low-rank form that its own tensors give; other kinds override them.
 """
 
 import math
@@ -49,8 +49,8 @@ class Layer:
 
     def __repr__(self) -> str:
         facts = {"shape": self.shape, "rank": self.rank, "alpha": getattr(self, "alpha", None)}
-        said = ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
-        return f"{type(self).__name__}({said})"
+        listed = ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
+        return f"{type(self).__name__}({listed})"
 
     @property
     def kind(self) -> str:
@@ -144,7 +144,7 @@ class Layer:
         return None
 
     def tensors(self) -> dict[str, Array | Spec]:
-        """The layer's tensors by role."""
+        """Return the layer's tensors by role."""
         roles = (*self.required, *self.optional, "diff_b")
         return {role: t for role in roles if (t := getattr(self, role)) is not None}
 
@@ -153,7 +153,7 @@ class Layer:
         return replace(self, **{role: function(t) for role, t in self.tensors().items()})
 
     def factors(self) -> tuple[Array, Array]:
-        """The update as a product, with every scale folded in.
+        """Return the update as a product, with every scale folded in.
 
         Returns:
             ``up`` of shape ``(out, r)`` and ``down`` of shape ``(r, in·kh·kw)``, float32, with
@@ -202,7 +202,7 @@ class Layer:
         return self.delta()
 
     def times(self, weight: float) -> "Layer | None":
-        """Return the layer with its update times a number; None if that needs other tensors than it has."""
+        """Return the layer with its update times a number; None if its kind has no form for that."""
         return self if weight == 1 else None
 
     def with_alpha(self) -> "Layer":
@@ -272,7 +272,9 @@ class Rows(Layer):
 
     whole: Layer
     ranges: Ranges
+    """Row ranges of the whole layer's weight, in the order of this layer's rows."""
     source: object
+    """Identifies the whole layer: its parts share it."""
 
     @property
     def kind(self) -> str:

@@ -109,8 +109,8 @@ class DoRA(Layer):
         xp = namespace(weight)
         before = xp.astype(weight, xp.float64)
         patched = before + self.direction.delta_on(weight)
-        kept = 0 if self.axis == "out" else 1
-        others = tuple(axis for axis in range(weight.ndim) if axis != kept)
+        own = 0 if self.axis == "out" else 1
+        others = tuple(axis for axis in range(weight.ndim) if axis != own)
         squares = xp.sum(patched**2, axis=others, keepdims=True)
         if not bool((squares > 0).all()):
             raise LayerError("W + ΔW has a row or column of zeros, which has no direction to give a length to")

@@ -76,7 +76,7 @@ class Full(_Summed):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class BiasOnly(_Summed):
-    """A module of which only the bias changes."""
+    """An update of a module's bias alone."""
 
     kind_name: ClassVar[str] = "bias"
 

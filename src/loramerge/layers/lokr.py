@@ -163,11 +163,11 @@ class LoKr(Layer):
         (u1, s1, v1), (u2, s2, v2) = (xp.linalg.svd(up @ down, full_matrices=False) for up, down in self._parts)
         values = xp.reshape(s1[:, None] * s2[None, :], (-1,)) * abs(self.scale)
         order = xp.argsort(-values)
-        kept = order[:rank]
-        i, j = kept // s2.shape[0], kept % s2.shape[0]
-        root = xp.sqrt(values[kept])
-        up = (u1[:, i][:, None, :] * u2[:, j][None, :, :]).reshape((-1, kept.shape[0])) * root
-        down = (v1[i][:, :, None] * v2[j][:, None, :]).reshape((kept.shape[0], -1)) * root[:, None]
+        largest = order[:rank]
+        i, j = largest // s2.shape[0], largest % s2.shape[0]
+        root = xp.sqrt(values[largest])
+        up = (u1[:, i][:, None, :] * u2[:, j][None, :, :]).reshape((-1, largest.shape[0])) * root
+        down = (v1[i][:, :, None] * v2[j][:, None, :]).reshape((largest.shape[0], -1)) * root[:, None]
         return up if self.scale >= 0 else -up, down, values[order]
 
     @property

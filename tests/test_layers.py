@@ -1,16 +1,19 @@
 """Every kind of layer is what its formula says."""
 
 import math
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
+import loramerge as lm
+from loramerge.comparing import compare
 from loramerge.errors import LayerError, NoFactorsError
 from loramerge.layers import DoRA, Layer, LowRank, Replaced, build
-from loramerge.tensors import Spec, cast, code, float32, numpy_dtype, parse_dtype, scalar, widest
-from loramerge.testing import KINDS, random_layer, relative_error
+from loramerge.tensors import Array, Shape, Spec, cast, code, float32, numpy_dtype, parse_dtype, scalar, widest
+from loramerge.testing import KINDS, random_layer, random_lora, relative_error
 
 LINEAR, CONV, POINT = (48, 32), (24, 16, 3, 3), (24, 16, 1, 1)
 LOW_RANK = [kind for kind in KINDS if kind not in ("full", "dora", "dora-in")]
@@ -156,7 +159,7 @@ def test_a_tucker_core_folds_into_a_plain_convolution() -> None:
     layer = random_layer(CONV, kind="tucker", rank=3, alpha=2.0)
     assert isinstance(layer, LowRank)
 
-    plain = layer.plain()
+    plain = layer.without_core()
 
     assert plain.mid is None
     assert plain.rank == 3
@@ -229,6 +232,49 @@ def test_a_one_by_one_convolution_and_a_matrix_are_the_same_layer() -> None:
 
     assert layer.shape == POINT
     assert layer.delta().shape == POINT
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Scaled(Layer):
+    """ΔW = diag(b) · up · diag(d) · down, as VeRA's: a kind that no other file knows."""
+
+    kind_name: ClassVar[str] = "scaled"
+    required: ClassVar[tuple[str, ...]] = ("up", "b", "d", "down")
+
+    up: Array | Spec
+    b: Array | Spec
+    d: Array | Spec
+    down: Array | Spec
+
+    @property
+    def shape(self) -> Shape:
+        return (self.up.shape[0], self.down.shape[1])
+
+    @property
+    def rank(self) -> int:
+        return int(self.d.shape[0])
+
+    def factors(self) -> tuple[Array, Array]:
+        return self.b[:, None] * self.up * self.d, self.down
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers-peft", "comfyui"])
+def test_a_kind_that_only_its_own_file_knows_is_merged_compared_and_saved_as_its_lora(
+    dialect: str, tmp_path: Path
+) -> None:
+    module = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = random_lora("sd15", only=lambda name, shape: name == module)
+    rng = np.random.default_rng(1)
+    sizes = {"up": (1280, 2), "b": (1280,), "d": (2,), "down": (2, 1280)}
+    layer = Scaled(**{role: rng.standard_normal(size).astype(np.float32) for role, size in sizes.items()})
+    strange = replace(lora, name="strange", layouts={module: layer})
+
+    lm.save(strange, tmp_path / "strange.safetensors", dialect=dialect)
+    merged = lm.merge([strange, lora], weights=[0.5, 2.0])
+
+    assert relative_error(lm.load(tmp_path / "strange.safetensors")[module].delta(), layer.delta()) <= 1e-6
+    assert relative_error(merged[module].delta(), 0.5 * layer.delta() + 2.0 * lora[module].delta()) <= 1e-6
+    assert compare([strange, lora]).total.alone[0].norm == pytest.approx(layer.norm())
 
 
 HALVES = np.arange(65536, dtype=np.uint16).view(np.float16)

@@ -6,10 +6,11 @@ factors and never forms ΔW, which is (out, in) where they are thin.
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tensors import FAINT, Array, Float, Float64, is_torch, namespace
+from .tensors import FAINT, Array, Float, Float64, concat, is_torch, namespace
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,6 +115,42 @@ def kron(a: Float[Array, "m n"], b: Float[Array, "p q"]) -> Float[Array, "m*p n*
     """Return the Kronecker product of two matrices."""
     product = a[:, None, :, None] * b[None, :, None, :]
     return namespace(a).reshape(product, (a.shape[0] * b.shape[0], a.shape[1] * b.shape[1]))
+
+
+def tucker(core: Float[Array, "r inner kh kw"], down: Float[Array, "inner in"]) -> Float[Array, "r in_kh_kw"]:
+    """Compute the ``down`` of a plain convolution from that of a Tucker decomposition and its core."""
+    xp = namespace(down)
+    rank, inner = core.shape[:2]
+    by_place = xp.permute_dims(core.reshape((rank, inner, -1)), (2, 0, 1)) @ down
+    return xp.permute_dims(by_place, (1, 2, 0)).reshape((rank, -1))
+
+
+def padded(
+    up: Float[Array, "out r *kernel"], down: Float[Array, "r in *other"], rank: int
+) -> tuple[Float[Array, "out rank *kernel"], Float[Array, "rank in *other"]]:
+    """Raise the rank of a product without changing it, by columns of ``up`` and rows of ``down`` that are zero.
+
+    Args:
+        up: Left factor.
+        down: Right factor.
+        rank: The rank wanted, at least r.
+    """
+    more = rank - up.shape[1]
+    columns = namespace(up).zeros((up.shape[0], more, *up.shape[2:]), dtype=up.dtype, device=up.device)
+    rows = namespace(down).zeros((more, *down.shape[1:]), dtype=down.dtype, device=down.device)
+    return concat([up, columns], axis=1), concat([down, rows])
+
+
+def block_diagonal(blocks: Sequence[Float[Array, "_ _"]]) -> Float[Array, "rows columns"]:
+    """Put matrices of one dtype along the diagonal, and zeros elsewhere."""
+    rows, columns = sum(block.shape[0] for block in blocks), sum(block.shape[1] for block in blocks)
+    xp = namespace(blocks[0])
+    whole = xp.zeros((rows, columns), dtype=blocks[0].dtype, device=blocks[0].device)
+    row = column = 0
+    for block in blocks:
+        whole[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return whole
 
 
 def singular_values(delta: Float64[Array, "out in"], size: float) -> Float64[Array, " k"]:

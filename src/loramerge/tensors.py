@@ -347,6 +347,11 @@ def concat(arrays: Sequence[Array], axis: int = 0) -> Array:
     return namespace(arrays[0]).concat(arrays, axis=axis)
 
 
+def same_weight(a: Shape, b: Shape) -> bool:
+    """Return whether two shapes are those of one weight, whose kernel is maybe flattened in one of them."""
+    return a[:1] == b[:1] and math.prod(a) == math.prod(b)
+
+
 def largest_rank(shape: Shape) -> int:
     """Return the largest rank of a weight of this shape, its kernel flattened: the smaller side."""
     return min(shape[0], math.prod(shape[1:]))

@@ -23,7 +23,7 @@ from ..files.storage.writer import Progress
 from ..layers import LowRank, low_rank
 from ..layers.base import dense_norm, matrix
 from ..linalg import whole_number
-from ..tensors import FLOATS, Array, Spec, cast, check_finite, computed, float32, parse_dtype
+from ..tensors import FLOATS, Array, Spec, cast, check_finite, computed, float32, parse_dtype, same_weight
 from .models import Checkpoint, Place, open_checkpoint, widened
 
 Rank = int | Literal["full"]
@@ -331,7 +331,7 @@ def _common(tuned: Checkpoint, base: Checkpoint) -> list[str]:
         raise MergeError(f"{tuned.name} and {base.name} have no module in common.")
     for module in both:
         shapes = tuned[module].shape, base[module].shape
-        if math.prod(shapes[0]) != math.prod(shapes[1]) or shapes[0][0] != shapes[1][0]:
+        if not same_weight(*shapes):
             raise MergeError(f"{module} has the shape {shapes[0]} in {tuned.name} and {shapes[1]} in {base.name}.")
     return both
 

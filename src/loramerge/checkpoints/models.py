@@ -6,7 +6,6 @@ shapes are taken from the file.  Headers are read when it is opened, a weight wh
 """
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from ..files.architectures.names import COMPONENTS, Part, Parts, whole
 from ..files.storage import digests
 from ..files.storage.reader import SafetensorsFile
 from ..layers import Full, Layer
-from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, namespace
+from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, namespace, same_weight
 
 DENOISERS = ("model.diffusion_model.", "diffusion_model.", "")
 """Prefixes of a denoiser's own names in single files."""
@@ -443,7 +442,7 @@ def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
         MergeError: The base's weight has another shape.
     """
     weight = float32(base.weight(module))
-    if math.prod(weight.shape) != math.prod(layer.shape) or weight.shape[0] != layer.shape[0]:
+    if not same_weight(tuple(weight.shape), layer.shape):
         raise MergeError(
             f"the {layer.kind} layer has the shape {tuple(layer.shape)}, the weight in the base {base.name} "
             f"{tuple(weight.shape)}: they are of different models."

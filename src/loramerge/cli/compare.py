@@ -11,7 +11,6 @@ from ..comparing.measures import Alone
 from ..comparing.pairs import SHARE
 from ..errors import OptionError
 from ..files.reading import open
-from ..layers import ON_BASE
 from .output import progress, table
 
 HEAD = ("cosine", "in", "out", "align", "conflict", "clash")
@@ -122,17 +121,16 @@ def _legend(found: Comparison) -> str:
 def _dense(found: Comparison) -> list[str]:
     """How many layers of which kinds were compared as dense matrices."""
     lines = []
-    for (i, kind), n in sorted(Counter((d.lora, d.kind) for d in found.dense).items()):
-        where = f"{kind} on {found.base}" if kind in ON_BASE else kind
+    for (i, kind, on_base), n in sorted(Counter((d.lora, d.kind, d.on_base) for d in found.dense).items()):
+        where = f"{kind} on {found.base}" if on_base else kind
         lines.append(f"dense: {n} modules of {found.letters[i]} ({where}); their spaces hold {SHARE:.0%} of ‖ΔW‖²")
     return lines
 
 
 def _left(found: Comparison) -> list[str]:
     """How many layers of which kinds have no ΔW to compare."""
-    counts = Counter((n.lora, n.kind) for n in found.not_compared)
-    ways = {kind: f"{kind}; --base compares them" for kind in ON_BASE}
+    counts = Counter((n.lora, n.kind, n.on_base) for n in found.not_compared)
     return [
-        f"not compared: {n} modules of {found.letters[i]} ({ways.get(kind, kind)})"
-        for (i, kind), n in sorted(counts.items())
+        f"not compared: {n} modules of {found.letters[i]} ({kind}{'; --base compares them' if on_base else ''})"
+        for (i, kind, on_base), n in sorted(counts.items())
     ]

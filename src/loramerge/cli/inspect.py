@@ -12,7 +12,7 @@ from ..files.dialects import DIALECTS
 from ..files.lora import LoRA
 from ..files.reading import open
 from ..files.triggers import by_parent
-from ..layers import Layer, alpha_of
+from ..layers import Layer
 from ..merging import toml
 from ..tensors import code
 from .output import bar, print_json, table
@@ -117,8 +117,7 @@ def _rank(layer: Layer) -> int | str | None:
 
 
 def _alpha(layer: Layer) -> float | None:
-    alpha = alpha_of(layer)
-    return None if alpha is None else float(alpha)
+    return None if layer.own_alpha is None else float(layer.own_alpha)
 
 
 def _by_block(lora: LoRA, norms: dict[str, float]) -> str:

@@ -3,9 +3,8 @@
 A module's statistics are additive (`measures`): adding those of its modules gives a block's.
 """
 
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import combinations
@@ -17,7 +16,8 @@ from ..files.architectures import blocks
 from ..files.families import spelled_alike
 from ..files.lora import LoRA, in_one_library, without
 from ..files.reading import Source, is_list, open
-from ..layers import FACTORED, ON_BASE, Layer
+from ..layers import Layer
+from ..tensors import same_weight
 from .measures import Alone, Pair
 from .pairs import Updates, chosen_rows
 
@@ -60,6 +60,8 @@ class Dense:
     lora: int
     module: str
     kind: str
+    on_base: bool = False
+    """Whether its ΔW depends on the base model's weight."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class NotCompared:
     lora: int
     module: str
     kind: str
+    on_base: bool = False
+    """Whether its ΔW could be compared with the base model."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -176,37 +180,40 @@ def compare(
         model = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
         if model is not None and model is not base:
             stack.enter_context(model)
-        kinds = COMPARED if model is None else (*COMPARED, *ON_BASE)
-        architecture = _checked(opened, kinds, model)
-        modules = list(dict.fromkeys(m for lora in opened for m in lora if lora.layout(m).kind in kinds))
+        architecture = _checked(opened, model)
+        modules = list(dict.fromkeys(m for lora in opened for m in lora if _is_compared(lora.layout(m), model)))
         found = []
         for module in modules:
-            found.append(_row(_updates(opened, module, kinds, model), len(opened), module, architecture, rows, seed))
+            found.append(_row(_updates(opened, module, model), len(opened), module, architecture, rows, seed))
             if progress:
                 progress(len(found), len(modules))
+    layers = [(i, module, layout) for i, lora in enumerate(opened) for module, layout in lora.layouts.items()]
     return Comparison(
         names=tuple(lora.name for lora in opened),
         architecture=architecture,
         rows=tuple(found),
-        dense=tuple(Dense(*place) for place in _places(opened) if place[2] in kinds and place[2] not in FACTORED),
-        not_compared=tuple(NotCompared(*place) for place in _places(opened) if place[2] not in kinds),
+        dense=tuple(
+            Dense(i, m, x.kind, x.needs_base) for i, m, x in layers if _is_compared(x, model) and not x.factored
+        ),
+        not_compared=tuple(NotCompared(i, m, x.kind, x.needs_base) for i, m, x in layers if not _is_compared(x, model)),
         conflict_rows=rows,
         seed=seed,
         base=None if model is None else model.name,
     )
 
 
-COMPARED = (*FACTORED, "full")
-"""Kinds of layers whose ΔW is known without a base model."""
+def _is_compared(layout: Layer, base: Checkpoint | None) -> bool:
+    """True if ΔW is a matrix that is known, maybe from the base model's weight."""
+    return layout.factored or layout.dense or (base is not None and layout.needs_base)
 
 
-def _checked(loras: Sequence[LoRA], kinds: Sequence[str], base: Checkpoint | None) -> str | None:
+def _checked(loras: Sequence[LoRA], base: Checkpoint | None) -> str | None:
     """Check that the LoRAs and the base are for one model; return its family, None if it is unknown."""
     for lora in loras:
-        if not any(layout.kind in kinds for layout in lora.layouts.values()):
+        if not any(_is_compared(layout, base) for layout in lora.layouts.values()):
             why = next((_why(layout) for layout in lora.layouts.values()), "it has no layer")
             raise NoFactorsError(f"{lora.name} can't be compared: none of its layers has a low-rank form; {why}.")
-        missing = [] if base is None else [m for m in lora if lora.layout(m).kind in ON_BASE and m not in base]
+        missing = [] if base is None else [m for m in lora if lora.layout(m).needs_base and m not in base]
         if base is not None and missing:
             raise MergeError(
                 f"{lora.name}: {missing[0]} can't be compared: it is a {lora.layout(missing[0]).kind} layer, and the base "
@@ -217,9 +224,9 @@ def _checked(loras: Sequence[LoRA], kinds: Sequence[str], base: Checkpoint | Non
         for module in shared:
             layouts = first.layout(module), second.layout(module)
             shapes = layouts[0].shape, layouts[1].shape
-            if "bias" in (layouts[0].kind, layouts[1].kind):
+            if any(layout.bias_only for layout in layouts):
                 shapes = shapes[0][:1], shapes[1][:1]
-            if not _same_weight(*shapes):
+            if all(shapes) and not same_weight(*shapes):
                 raise MergeError(
                     f"{module} has the shape {shapes[0]} in {first.name} and {shapes[1]} in {second.name}: "
                     "they were made for different models."
@@ -240,30 +247,17 @@ def _of_different_models(first: LoRA, second: LoRA) -> bool:
     return not {*first.families} & {*second.families}
 
 
-def _same_weight(a: Sequence[int], b: Sequence[int]) -> bool:
-    return not a or not b or (a[0] == b[0] and math.prod(a) == math.prod(b))
-
-
 def _why(layout: Layer) -> str:
     """Say why a layer can't be compared, and the ways out."""
-    return layout.no_factors + ("; or give the base model (--base, base=…)" if layout.kind in ON_BASE else "")
+    return layout.no_factors + ("; or give the base model (--base, base=…)" if layout.needs_base else "")
 
 
-def _places(loras: Sequence[LoRA]) -> Iterator[tuple[int, str, str]]:
-    """Yield every layer's LoRA (its number), module and kind."""
-    for i, lora in enumerate(loras):
-        for module, layout in lora.layouts.items():
-            yield i, module, layout.kind
-
-
-def _updates(
-    loras: Sequence[LoRA], module: str, kinds: Sequence[str], base: Checkpoint | None
-) -> tuple[list[int], Updates]:
+def _updates(loras: Sequence[LoRA], module: str, base: Checkpoint | None) -> tuple[list[int], Updates]:
     """Return the numbers of the LoRAs whose layer of a module can be compared, and those updates."""
-    present = [i for i, lora in enumerate(loras) if module in lora and lora.layout(module).kind in kinds]
+    present = [i for i, lora in enumerate(loras) if module in lora and _is_compared(lora.layout(module), base)]
     layers = [loras[i][module] for i in present]
     try:
-        whole = [on_base(x, module, base) if base and x.kind in ON_BASE else x for x in layers]
+        whole = [on_base(x, module, base) if base and x.needs_base else x for x in layers]
         return present, Updates(in_one_library(whole))
     except LoRAMergeError as error:
         raise type(error)(f"{module}: {error}") from None

@@ -8,7 +8,7 @@ from .. import linalg
 from ..errors import NoFactorsError
 from ..files.architectures import name_family
 from ..files.lora import LoRA, in_one_library
-from ..layers import DoRA, Layer, alpha_of, bias_of
+from ..layers import DoRA, Layer
 from ..layers.base import dense_norm
 from ..tensors import Array, float32
 
@@ -67,19 +67,19 @@ def _compared_biases(first: Layer, second: Layer) -> tuple[float, float]:
 
 def _bias(layer: Layer) -> Array | None:
     """Return the layer's update of the module's bias, in float32."""
-    bias: Array | None = bias_of(layer)
+    bias: Array | None = layer.delta_bias()
     return None if bias is None else float32(bias)
 
 
 def _compared_updates(first: Layer, second: Layer) -> tuple[float, float]:
-    if "bias" in (first.kind, second.kind):
-        sizes = [0.0 if layer.kind == "bias" else _norm(layer) for layer in (first, second)]
+    if first.bias_only or second.bias_only:
+        sizes = [0.0 if layer.bias_only else _norm(layer) for layer in (first, second)]
         return sizes[0], sum(sizes)
     if first.shape != second.shape and math.prod(first.shape) != math.prod(second.shape):
         return _norm(first), math.inf
     if isinstance(first, DoRA) and isinstance(second, DoRA):
         return _compared_doras(first, second)
-    if "dora" not in (first.kind, second.kind) and first.rank and second.rank:
+    if first.factored and second.factored:
         up, down = first.factors()
         return linalg.norm(up, down), linalg.distance((up, down), second.factors())
     try:
@@ -106,7 +106,7 @@ def _norm(layer: Layer) -> float:
 
 def _same_tensors(first: Layer, second: Layer) -> bool:
     a, b = first.tensors(), second.tensors()
-    alike = (first.kind, alpha_of(first)) == (second.kind, alpha_of(second))
+    alike = (first.kind, first.own_alpha) == (second.kind, second.own_alpha)
     return (
         alike
         and a.keys() == b.keys()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 from .. import linalg
-from ..layers import FACTORED, Layer
+from ..layers import Layer
 from ..layers.base import matrix
 from ..linalg import Spectrum
 from ..tensors import Array, namespace
@@ -63,7 +63,7 @@ class Updates:
         """Return the SVD of one of the updates."""
         if member not in self.spectra:
             layer = self.layers[member]
-            if layer.kind in FACTORED:
+            if layer.factored:
                 self.spectra[member] = layer.spectrum(lambda: self.grams(member, member))
             else:
                 self.spectra[member] = linalg.dense_spectrum(self._whole(member))
@@ -72,7 +72,7 @@ class Updates:
     def space(self, member: int) -> Spectrum:
         """Return the directions of an update's spaces: all, or for a dense update those that carry `SHARE` of it."""
         found = self.spectrum(member)
-        return found if self.layers[member].kind in FACTORED else linalg.leading(found, SHARE)
+        return found if self.layers[member].factored else linalg.leading(found, SHARE)
 
     def _whole(self, member: int) -> Array:
         """Return a dense ΔW: it is one of its trivial factors."""
@@ -188,7 +188,7 @@ def _signs(first: Array, second: Array) -> tuple[float, float]:
 
 def factors_of(layer: Layer) -> tuple[Array, Array]:
     """Return the factors of a layer; if it has none, ΔW and the identity."""
-    return layer.factors() if layer.kind in FACTORED else linalg.trivial(matrix(layer.delta()))
+    return layer.factors() if layer.factored else linalg.trivial(matrix(layer.delta()))
 
 
 def chosen_rows(height: int, rows: int | None, seed: int, module: str) -> list[int] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..devices import to_torch
 from ..errors import LayerError, LoRAMergeError, NumberError, OptionError
-from ..layers import Layer, LowRank, alpha_of, build, shaped
+from ..layers import Layer, LowRank, build
 from ..layers.base import scaled
 from ..tensors import Array, Held, Shape, Tensor, check_finite, is_torch, nbytes
 from .architectures.blocks import matches, offered
@@ -183,11 +183,11 @@ class LoRA(Mapping[str, Layer]):
         Args:
             weights: The weights' shapes by module.
         """
-        changed = {m: form for m, layout in self.layouts.items() if (form := shaped(layout, weights[m])) is not layout}
+        changed = {m: form for m, layout in self.layouts.items() if (form := layout.shaped(weights[m])) is not layout}
         if not changed:
             return self
         return replace(
-            self, layouts={**self.layouts, **changed}, origin=None, compute=lambda m: shaped(self[m], weights[m])
+            self, layouts={**self.layouts, **changed}, origin=None, compute=lambda m: self[m].shaped(weights[m])
         )
 
     def renamed(self, names: Mapping[str, str]) -> "LoRA":
@@ -311,7 +311,7 @@ def _offered(*loras: LoRA) -> str:
 
 
 def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:
-    found = {module: alpha_of(layer) for module, layer in layers.items()}
+    found = {module: layer.own_alpha for module, layer in layers.items()}
     return {"alphas": json.dumps({module: None if alpha is None else float(alpha) for module, alpha in found.items()})}
 
 

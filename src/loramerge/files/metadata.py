@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..layers import DoRA, Layer, LowRank, alpha_of, direction_of, own_rank
+from ..layers import Layer
 from ..tensors import NAMES
 from .architectures.labels import LABELS, Label, labelled
 from .dialects.config import adapter_metadata, component_configs
@@ -93,8 +93,8 @@ def network(label: Label | None, layers: Sequence[Layer]) -> dict[str, str]:
     """
     plain = label.module if label else "networks.lora"
     found = {"ss_network_module": plain if all(map(_is_plain, layers)) else "lycoris.kohya"}
-    ranks = {rank for layer in layers if (rank := own_rank(layer)) is not None}
-    alphas = {own_rank(layer) if (a := alpha_of(layer)) is None else a for layer in layers} - {None}
+    ranks = {rank for layer in layers if (rank := layer.own_rank) is not None}
+    alphas = {layer.own_rank if (a := layer.own_alpha) is None else a for layer in layers} - {None}
     found["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     found["ss_network_alpha"] = f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic"
     arguments = _arguments(layers)
@@ -103,15 +103,14 @@ def network(label: Label | None, layers: Sequence[Layer]) -> dict[str, str]:
 
 def _is_plain(layer: Layer) -> bool:
     """Return whether sd-scripts' own networks have such layers."""
-    return isinstance(layer, LowRank) and layer.mid is None
+    return layer.kind == "lora" and not layer.has_core
 
 
 def _arguments(layers: Sequence[Layer]) -> dict[str, str]:
     """Return LyCORIS's arguments for such layers; none for plain LoRAs, and no algorithm if there are several."""
     if all(map(_is_plain, layers)):
         return {}
-    kinds = {direction_of(layer).kind for layer in layers} & {"lora", "loha", "lokr", "full"}
+    kinds = {layer.inner.kind for layer in layers} & {"lora", "loha", "lokr", "full"}
     found = {"algo": kinds.pop()} if len(kinds) == 1 else {}
-    cores = {"mid", "hada_t1", "lokr_t2"}
-    found |= {"use_tucker": "True"} if any(cores & layer.tensors().keys() for layer in layers) else {}
-    return found | ({"dora_wd": "True"} if any(isinstance(layer, DoRA) for layer in layers) else {})
+    found |= {"use_tucker": "True"} if any(layer.has_core for layer in layers) else {}
+    return found | ({"dora_wd": "True"} if any(layer.axis for layer in layers) else {})

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DialectError, FileError, OptionError, size
-from ..layers import direction_of
 from ..tensors import Array, nbytes
 from .architectures.names import COMPONENTS
 from .dialects import written_dialect
@@ -135,7 +134,7 @@ def tensors_size(spelling: "Spelling") -> int:
 
 def _unheld(lora: LoRA, dialect: str) -> str:
     """Say which kinds of layers a dialect can hold only as a LoRA of a large rank; empty if there are none."""
-    kinds = {direction_of(layout).kind for layout in lora.layouts.values()} - written_dialect(dialect).holds
+    kinds = {layout.inner.kind for layout in lora.layouts.values()} - written_dialect(dialect).holds
     names = [title for kind, title in (("lokr", "LoKr"), ("loha", "LoHa")) if kind in kinds]
     return f"{dialect} can't hold {' and '.join(names)} layers but as a LoRA of their large rank" if names else ""
 

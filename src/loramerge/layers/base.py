@@ -1,13 +1,30 @@
-"""What every layer can be asked, whatever its parametrisation of ΔW."""
+"""The interface of layers: all that other packages ask of one, whatever its parametrisation of ΔW.
+
+A new kind is one file next to this one and a line in `building.KINDS`.  The defaults are those of a kind with an
+exact low-rank form that its own tensors give; other kinds override them.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from .. import linalg
 from ..errors import NoFactorsError, an
-from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, namespace, put_rows, take_rows, widest
+from ..tensors import (
+    Array,
+    Ranges,
+    Shape,
+    Spec,
+    code,
+    flatten,
+    float32,
+    namespace,
+    put_rows,
+    same_weight,
+    take_rows,
+    widest,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -18,20 +35,27 @@ class Layer:
     shape, the rank and the kind can be asked of both, values only of arrays.
     """
 
-    kind: ClassVar[str]
+    kind_name: ClassVar[str]
     """The field's name for this parametrisation."""
-    required: ClassVar[tuple[str, ...]]
-    """Tensors that such a layer must have, by role."""
+    required: ClassVar[tuple[str, ...]] = ()
+    """Roles of the tensors that such a layer must have."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Tensors that it may have."""
+    """Roles of tensors that it may have."""
+    ranked_by: ClassVar[tuple[str, ...]] = ()
+    """Roles of the factors whose first axis is the rank that alpha is divided by, in order of precedence."""
 
     diff_b: Array | Spec | None = None
     """Difference of the module's bias, shape ``(out,)``; not scaled by alpha."""
 
     def __repr__(self) -> str:
         facts = {"shape": self.shape, "rank": self.rank, "alpha": getattr(self, "alpha", None)}
-        said = ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
-        return f"{type(self).__name__}({said})"
+        listed = ", ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
+        return f"{type(self).__name__}({listed})"
+
+    @property
+    def kind(self) -> str:
+        """The field's name for the parametrisation, such as ``"lora"`` or ``"dora"``."""
+        return self.kind_name
 
     @property
     def shape(self) -> Shape:
@@ -40,30 +64,96 @@ class Layer:
 
     @property
     def rank(self) -> int | None:
-        """Rank that the form of the layer allows; None where there is no low-rank form."""
+        """Rank that the form of the layer allows; None if it has no low-rank form."""
         return None
 
     @property
     def dim(self) -> int | None:
-        """What trainers call the rank: LoHas and LoKrs have a larger one as a LoRA; None where there is none."""
+        """The rank as trainers count it, or None: LoHas and LoKrs have a larger `rank` as a LoRA."""
         return self.rank
+
+    @property
+    def own_rank(self) -> int | None:
+        """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
+        tensors = self.tensors()
+        return next((int(tensors[role].shape[0]) for role in self.ranked_by if role in tensors), None)
+
+    @property
+    def own_alpha(self) -> float | None:
+        """The effective alpha; None if the layer has none, or its kind knows none."""
+        alpha: float | None = getattr(self, "alpha", None)
+        return alpha
 
     @property
     def dtype(self) -> str:
         """The widest dtype among the tensors, as a safetensors code."""
         return widest([code(t) for t in self.tensors().values()])
 
+    @property
+    def inner(self) -> "Layer":
+        """The layer that holds the factors: a DoRA's direction, any other layer itself."""
+        return self
+
+    def with_inner(self, function: "Callable[[Layer], Layer]") -> "Layer":
+        """Apply a function to `inner` and keep what is around it."""
+        return function(self)
+
+    @property
+    def axis(self) -> Literal["out", "in"] | None:
+        """The index of the weight that the layer's magnitude has, as a DoRA's; None for a layer without one."""
+        return None
+
+    @property
+    def factored(self) -> bool:
+        """True if the layer's own tensors give ΔW exactly as a product of two factors."""
+        return self.rank is not None and not self.needs_base
+
+    @property
+    def dense(self) -> bool:
+        """True if the layer holds ΔW whole, as a difference of the weight."""
+        return False
+
+    @property
+    def bias_only(self) -> bool:
+        """True if the layer changes the module's bias and not its weight."""
+        return False
+
+    @property
+    def rankless(self) -> bool:
+        """True if there is no rank to speak of (a bias, a norm, a table): it is summed entry by entry, never cut."""
+        return False
+
+    @property
+    def needs_base(self) -> bool:
+        """True if ΔW depends on the module's weight in the base model, and can be computed from it."""
+        return False
+
+    @property
+    def computable(self) -> bool:
+        """True if ΔW can be computed, maybe from the weight in the base model."""
+        return True
+
+    @property
+    def has_core(self) -> bool:
+        """True if the layer holds a Tucker core."""
+        return False
+
+    @property
+    def down_key(self) -> Hashable:
+        """An identity of ``down``: layers with an equal one have the same ``down``. None if it isn't known."""
+        return None
+
     def tensors(self) -> dict[str, Array | Spec]:
-        """The layer's tensors by role."""
+        """Return the layer's tensors by role."""
         roles = (*self.required, *self.optional, "diff_b")
         return {role: t for role in roles if (t := getattr(self, role)) is not None}
 
     def map(self, function: Callable[[Any], Any]) -> Self:
-        """The same layer with a function applied to every tensor."""
+        """Apply a function to every tensor."""
         return replace(self, **{role: function(t) for role, t in self.tensors().items()})
 
     def factors(self) -> tuple[Array, Array]:
-        """The update as a product, with every scale folded in.
+        """Return the update as a product, with every scale folded in.
 
         Returns:
             ``up`` of shape ``(out, r)`` and ``down`` of shape ``(r, in·kh·kw)``, float32, with
@@ -74,18 +164,31 @@ class Layer:
         """
         raise NoFactorsError(self.no_factors)
 
+    def stored_factors(self) -> tuple[Array, Array, float]:
+        """Return matrices ``up`` and ``down`` and a scale, ΔW = scale · up @ down, unrounded if the file holds them."""
+        return *self.factors(), 1.0
+
+    def nearest(self, rank: int) -> tuple[Array, Array, Array] | None:
+        """Return the best factors of a rank if the kind knows a way to them without ΔW's own factors, else None.
+
+        Returns:
+            ``up`` of shape ``(out, k)`` and ``down`` of shape ``(k, in·kh·kw)``, k at most the rank, and all
+            singular values of ΔW, falling.
+        """
+        return None
+
     @property
     def no_factors(self) -> str:
-        """Why there are no factors, and the ways out."""
+        """The reason why there are no factors, and the ways out."""
         return f"{an(self.kind)} layer has no low-rank form"
 
     def delta(self) -> Array:
-        """ΔW as a dense float32 array of the weight's shape."""
+        """Return ΔW as a dense float32 array of the weight's shape."""
         up, down = self.factors()
         return (up @ down).reshape(self.shape)
 
     def delta_on(self, weight: Array) -> Array:
-        """ΔW for a given weight: what the layer adds to it at full strength.
+        """Return ΔW for a given weight: what the layer adds to it at full strength.
 
         Args:
             weight: The module's weight in the base model, float32, of the layer's `shape`.
@@ -98,43 +201,65 @@ class Layer:
         """
         return self.delta()
 
-    @property
-    def rankless(self) -> bool:
-        """Whether there is no rank to speak of: a bias, a norm, a table.  It is summed entry by entry, and never cut."""
-        return False
-
     def times(self, weight: float) -> "Layer | None":
-        """The layer with its update times a number, its tensors as they are; None where its form can't say that."""
+        """Return the layer with its update times a number; None if its kind has no form for that."""
         return self if weight == 1 else None
+
+    def with_alpha(self) -> "Layer":
+        """Return the same ΔW with an alpha that is written out; the layer itself if it has one, or its kind none."""
+        return self
+
+    def without_core(self) -> "Layer":
+        """Return the same ΔW without a Tucker core; the layer itself if it has none, or no other form."""
+        return self
+
+    def padded(self, rank: int) -> "Layer":
+        """Return the same ΔW at a larger rank, filled up with zeros; the layer itself if its kind can't be."""
+        return self
+
+    def remade(self, update: Array | Spec, bias: Array | Spec | None) -> "Layer | None":
+        """Return a layer of this kind with another update and bias; None for a kind without such a form."""
+        return None
+
+    def shaped(self, weight: Shape) -> "Layer":
+        """Return the layer in the form of its weight: a convolution that is stored as a matrix, or the reverse.
+
+        A layer of another shape, or of a kind that has only one form, stays what it is.
+        """
+        fits = self.shape and self.shape != weight and same_weight(self.shape, weight)
+        return self._shaped(weight) if fits else self
+
+    def _shaped(self, weight: Shape) -> "Layer":
+        return self
 
     @property
     def by_rows(self) -> bool:
-        """Whether a row of ΔW depends on the same row of the weight only."""
+        """True if a row of ΔW depends on the same row of the weight only."""
         return True
 
     def delta_bias(self) -> Array | Spec | None:
-        """The update of the module's bias, shape ``(out,)``, every scale folded in; None where there is none."""
+        """Return the update of the module's bias, shape ``(out,)``, every scale folded in; None if there is none."""
         return self.diff_b
 
     def norm(self) -> float:
-        """Frobenius norm of ΔW."""
+        """Return the Frobenius norm of ΔW."""
         return linalg.norm(*self.factors())
 
     def spectrum(self, grams: Callable[[], tuple[Array, Array]]) -> linalg.Spectrum:
-        """ΔW's SVD, in coordinates of `factors`.
+        """Return ΔW's SVD, in coordinates of `factors`.
 
         Args:
-            grams: Gives the Gram matrices of the factors, see `linalg.grams`; a layer that knows a
-                shorter way doesn't ask for them.
+            grams: Returns the Gram matrices of the factors, see `linalg.grams`; a layer that knows a
+                shorter way doesn't call it.
         """
         return linalg.spectrum(*grams())
 
     def rows(self, ranges: Ranges, source: object) -> "Layer":
-        """The update of some rows of the weight: a part of a fused projection.
+        """Return the update of some rows of the weight: a part of a fused projection.
 
         Args:
             ranges: Row ranges ``(start, stop)`` of the weight, in the order wanted.
-            source: What the rows are taken from; parts of one source share it.
+            source: Identifies the fused layer that the rows are taken from; its parts share it.
         """
         whole = self.delta_bias()
         bias = None if whole is None else take_rows(whole, ranges)
@@ -143,16 +268,16 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Rows(Layer):
-    """Some rows of another layer's update, where the layer itself can't be cut."""
-
-    required: ClassVar[tuple[str, ...]] = ()
+    """Some rows of another layer's update, for kinds whose tensors can't be cut into rows."""
 
     whole: Layer
     ranges: Ranges
+    """Row ranges of the whole layer's weight, in the order of this layer's rows."""
     source: object
+    """Identifies the whole layer: its parts share it."""
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
+    def kind(self) -> str:
         return self.whole.kind
 
     @property
@@ -166,6 +291,30 @@ class Rows(Layer):
     @property
     def dim(self) -> int | None:
         return self.whole.dim
+
+    @property
+    def own_rank(self) -> int | None:
+        return self.whole.own_rank
+
+    @property
+    def rankless(self) -> bool:
+        return self.whole.rankless
+
+    @property
+    def needs_base(self) -> bool:
+        return self.whole.needs_base
+
+    @property
+    def computable(self) -> bool:
+        return self.whole.computable
+
+    @property
+    def has_core(self) -> bool:
+        return self.whole.has_core
+
+    @property
+    def down_key(self) -> Hashable:
+        return None if self.source is None else ("whole", self.source)
 
     @property
     def dtype(self) -> str:
@@ -199,10 +348,6 @@ class Rows(Layer):
     def by_rows(self) -> bool:
         return self.whole.by_rows
 
-    @property
-    def rankless(self) -> bool:
-        return self.whole.rankless
-
     def times(self, weight: float) -> "Rows | None":
         whole = self.whole.times(weight)
         if whole is None or weight == 1:
@@ -214,23 +359,23 @@ class Rows(Layer):
 
 
 def scaled(tensor: Array | Spec | None, weight: float) -> Array | Spec | None:
-    """A tensor times a number, in float32; None stays None."""
+    """Multiply a tensor by a number, in float32; None stays None."""
     if tensor is None or isinstance(tensor, Spec):
         return tensor and Spec(tensor.shape, "F32")
     return float32(tensor) * weight
 
 
 def dense_norm(array: Array) -> float:
-    """Frobenius norm of an array, summed in float64."""
+    """Return the Frobenius norm of an array, summed in float64."""
     xp = namespace(array)
     return math.sqrt(float((xp.astype(array, xp.float64) ** 2).sum()))
 
 
 def matrix(tensor: Array) -> Array:
-    """A tensor as a float32 matrix ``(rows, columns)``."""
+    """Return a tensor as a float32 matrix ``(rows, columns)``."""
     return flatten(float32(tensor))
 
 
 def identity(size: int, like: Array) -> Array:
-    """The identity matrix, in the dtype and on the device of another array."""
+    """Return the identity matrix, in the dtype and on the device of another array."""
     return namespace(like).eye(size, dtype=like.dtype, device=like.device)

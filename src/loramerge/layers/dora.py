@@ -19,12 +19,11 @@ from .full import LEAVE_OUT
 class DoRA(Layer):
     """A low-rank direction of any kind, and the norms that the patched weight is given."""
 
-    kind: ClassVar[str] = "dora"
-    required: ClassVar[tuple[str, ...]] = ()
+    kind_name: ClassVar[str] = "dora"
 
     direction: Layer
     magnitude: Array | Spec
-    """(out, 1[, 1, 1]) or (out,): one norm an output row. (1, in[, 1, 1]): one an input column."""
+    """(out, 1[, 1, 1]) or (out,): one norm per output row. (1, in[, 1, 1]): one per input column."""
 
     def __post_init__(self) -> None:
         out, *rest = self.direction.shape
@@ -35,7 +34,7 @@ class DoRA(Layer):
 
     @property
     def axis(self) -> Literal["out", "in"]:
-        """Which index the magnitude has, decided by its shape: a square layer is told by which axis is 1."""
+        """The index that the magnitude has, read from its shape: of a square layer, from the axis that is 1."""
         sizes = tuple(self.magnitude.shape)
         out = self.direction.shape[0]
         if len(sizes) == 1 or (sizes[0] == out and sizes[1] == 1):
@@ -53,6 +52,33 @@ class DoRA(Layer):
     @property
     def dim(self) -> int | None:
         return self.direction.dim
+
+    @property
+    def own_rank(self) -> int | None:
+        return self.direction.own_rank
+
+    @property
+    def own_alpha(self) -> float | None:
+        return self.direction.own_alpha
+
+    @property
+    def inner(self) -> Layer:
+        return self.direction
+
+    def with_inner(self, function: Callable[[Layer], Layer]) -> "DoRA":
+        return replace(self, direction=function(self.direction))
+
+    @property
+    def needs_base(self) -> bool:
+        return True
+
+    @property
+    def computable(self) -> bool:
+        return self.direction.computable
+
+    @property
+    def has_core(self) -> bool:
+        return self.direction.has_core
 
     @property
     def no_factors(self) -> str:
@@ -74,17 +100,17 @@ class DoRA(Layer):
         return self.direction.delta_bias()
 
     def delta_on(self, weight: Array) -> Array:
-        """W' − W, with W' = m · (W + ΔV) / ‖W + ΔV‖ and ΔV the direction's update.
+        """Return W' − W, with W' = m · (W + ΔV) / ‖W + ΔV‖ and ΔV the direction's update.
 
         The norm is that of the patched weight, over everything but the magnitude's own index,
         as in the paper, PEFT and LyCORIS.  (ComfyUI takes the base weight's norm where the
-        magnitude has one value an output row.)  All is in float64: W' and W nearly cancel.
+        magnitude has one value per output row.)  All is in float64: W' and W nearly cancel.
         """
         xp = namespace(weight)
         before = xp.astype(weight, xp.float64)
         patched = before + self.direction.delta_on(weight)
-        kept = 0 if self.axis == "out" else 1
-        others = tuple(axis for axis in range(weight.ndim) if axis != kept)
+        own = 0 if self.axis == "out" else 1
+        others = tuple(axis for axis in range(weight.ndim) if axis != own)
         squares = xp.sum(patched**2, axis=others, keepdims=True)
         if not bool((squares > 0).all()):
             raise LayerError("W + ΔW has a row or column of zeros, which has no direction to give a length to")

@@ -1,11 +1,11 @@
-"""Updates that are not low-rank: whole differences, norms, replaced values, and algorithms we only carry."""
+"""Updates that are not low-rank: whole differences, norms, replaced values, and algorithms that are only carried."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..errors import LayerError, NoFactorsError
-from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, take_rows
+from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, reshape, take_rows
 from .base import Layer, dense_norm, scaled
 
 LEAVE_OUT = "leave the module out (exclude)"
@@ -13,7 +13,7 @@ HOLDERS = "a dialect that holds it (kohya, kohya-diffusers, comfyui)"
 
 
 def check_sizes(role: str, tensor: Array | Spec | None) -> None:
-    """Refuse a number, and a tensor that holds nothing."""
+    """Refuse a number and an empty tensor."""
     if tensor is None or not tensor.shape or 0 in tensor.shape:
         raise LayerError(f"{role} has shape {None if tensor is None else tuple(tensor.shape)}, wanted that of a weight")
 
@@ -34,7 +34,7 @@ class _Summed(Layer):
 class Full(_Summed):
     """ΔW itself, as ``diff`` of the weight's shape."""
 
-    kind: ClassVar[str] = "full"
+    kind_name: ClassVar[str] = "full"
     required: ClassVar[tuple[str, ...]] = ("diff",)
 
     diff: Array | Spec
@@ -47,8 +47,15 @@ class Full(_Summed):
         return tuple(self.diff.shape)
 
     @property
+    def dense(self) -> bool:
+        return True
+
+    @property
     def rankless(self) -> bool:
         return len(self.shape) < 2 or self.shape[0] == 1
+
+    def _shaped(self, weight: Shape) -> "Full":
+        return replace(self, diff=reshape(self.diff, weight))
 
     @property
     def no_factors(self) -> str:
@@ -69,10 +76,9 @@ class Full(_Summed):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class BiasOnly(_Summed):
-    """A module of which only the bias changes."""
+    """An update of a module's bias alone."""
 
-    kind: ClassVar[str] = "bias"
-    required: ClassVar[tuple[str, ...]] = ()
+    kind_name: ClassVar[str] = "bias"
 
     def __post_init__(self) -> None:
         check_sizes("diff_b", self.diff_b)
@@ -81,6 +87,10 @@ class BiasOnly(_Summed):
     def shape(self) -> Shape:
         assert self.diff_b is not None
         return tuple(self.diff_b.shape)
+
+    @property
+    def bias_only(self) -> bool:
+        return True
 
     @property
     def no_factors(self) -> str:
@@ -103,7 +113,7 @@ class BiasOnly(_Summed):
 class Norm(_Summed):
     """Differences of a normalisation's weight and bias, as LyCORIS stores them."""
 
-    kind: ClassVar[str] = "norm"
+    kind_name: ClassVar[str] = "norm"
     required: ClassVar[tuple[str, ...]] = ("w_norm",)
     optional: ClassVar[tuple[str, ...]] = ("b_norm",)
 
@@ -119,6 +129,12 @@ class Norm(_Summed):
     def shape(self) -> Shape:
         return tuple(self.w_norm.shape)
 
+    def remade(self, update: Array | Spec, bias: Array | Spec | None) -> "Norm":
+        return Norm(w_norm=update, b_norm=bias)
+
+    def delta_bias(self) -> Array | Spec | None:
+        return self.diff_b if self.b_norm is None else self.b_norm
+
     @property
     def no_factors(self) -> str:
         return f"it changes a normalisation, which a LoRA can't hold. Ways out: {HOLDERS}, or {LEAVE_OUT}"
@@ -132,12 +148,12 @@ class Norm(_Summed):
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Table(_Summed):
-    """The difference of a table of modulation, which is neither a weight nor a bias; LightX2V's ``diff_m``.
+    """The difference of a modulation table, which is neither a weight nor a bias; LightX2V's ``diff_m``.
 
     Source: https://github.com/ModelTC/LightX2V, tools/extract/lora_extractor.py
     """
 
-    kind: ClassVar[str] = "table"
+    kind_name: ClassVar[str] = "table"
     required: ClassVar[tuple[str, ...]] = ("diff_m",)
 
     diff_m: Array | Spec
@@ -148,6 +164,9 @@ class Table(_Summed):
     @property
     def shape(self) -> Shape:
         return tuple(self.diff_m.shape)
+
+    def remade(self, update: Array | Spec, bias: Array | Spec | None) -> "Table":
+        return Table(diff_m=update, diff_b=bias)
 
     @property
     def no_factors(self) -> str:
@@ -164,7 +183,7 @@ class Table(_Summed):
 class Replaced(Layer):
     """A new value that takes the place of the weight."""
 
-    kind: ClassVar[str] = "set"
+    kind_name: ClassVar[str] = "set"
     required: ClassVar[tuple[str, ...]] = ("set_weight",)
 
     set_weight: Array | Spec
@@ -207,16 +226,18 @@ TITLES = {
 class Carried(Layer):
     """An algorithm that loramerge reads and writes back unharmed, but does not compute with."""
 
-    required: ClassVar[tuple[str, ...]] = ()
-
     algorithm: str
     """The field's name for it: ``"oft"``, ``"glora"``, ``"ia3"``."""
     held: dict[str, Array | Spec] = field(default_factory=dict)
     alpha: float | None = None
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
+    def kind(self) -> str:
         return self.algorithm
+
+    @property
+    def computable(self) -> bool:
+        return False
 
     @property
     def shape(self) -> Shape:

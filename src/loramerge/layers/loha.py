@@ -9,19 +9,20 @@ Source: Hyeon-Woo et al., 2021, https://arxiv.org/abs/2108.06098; LyCORIS, modul
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from .. import linalg
 from ..errors import LayerError
-from ..tensors import Array, Shape, Spec
+from ..tensors import Array, Shape, Spec, float32
 from .base import Layer, matrix, scaled
-from .lowrank import _tucker
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LoHa(Layer):
     """``w_a`` (out, r) and ``w_b`` (r, in·kh·kw) twice; with Tucker cores ``t`` (r, r, kh, kw) ``w_a`` is (r, out)."""
 
-    kind: ClassVar[str] = "loha"
+    kind_name: ClassVar[str] = "loha"
     required: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     optional: ClassVar[tuple[str, ...]] = ("hada_t1", "hada_t2")
+    ranked_by: ClassVar[tuple[str, ...]] = ("hada_w1_b",)
 
     hada_w1_a: Array | Spec
     hada_w1_b: Array | Spec
@@ -31,7 +32,7 @@ class LoHa(Layer):
     hada_t2: Array | Spec | None = None
     alpha: float | None = None
     weight: Shape | None = None
-    """Shape of the weight, where the architecture knows it: a convolution's kernel is flattened in the file."""
+    """Shape of the weight, if the architecture knows it: a convolution's kernel is flattened in the file."""
 
     def __post_init__(self) -> None:
         for i in (1, 2):
@@ -63,7 +64,18 @@ class LoHa(Layer):
 
     @property
     def scale(self) -> float:
+        """The factor alpha / r, 1 without alpha."""
         return 1.0 if self.alpha is None else self.alpha / self.dim
+
+    @property
+    def has_core(self) -> bool:
+        return self.hada_t1 is not None
+
+    def with_alpha(self) -> "LoHa":
+        return self if self.alpha is not None else replace(self, alpha=float(self.dim))
+
+    def _shaped(self, weight: Shape) -> "LoHa":
+        return replace(self, weight=weight)
 
     def times(self, weight: float) -> "LoHa":
         if weight == 1:
@@ -82,9 +94,9 @@ class _Half:
 
     def __init__(self, a: Array, b: Array, core: Array | None, which: int) -> None:
         self.a, self.b, self.core = a, b, core
-        inner = a.shape[0] if core is not None else a.shape[1]
-        wanted = b.shape[0] if core is None else core.shape[0]
-        if inner != wanted or (core is not None and tuple(core.shape[:2]) != (b.shape[0],) * 2):
+        rank = a.shape[0] if core is not None else a.shape[1]
+        expected = b.shape[0] if core is None else core.shape[0]
+        if rank != expected or (core is not None and tuple(core.shape[:2]) != (b.shape[0],) * 2):
             raise LayerError(
                 f"hada_w{which}_a of shape {tuple(a.shape)} and hada_w{which}_b of shape {tuple(b.shape)} "
                 "disagree on the rank"
@@ -103,4 +115,4 @@ class _Half:
     def factors(self) -> tuple[Array, Array]:
         if self.core is None:
             return matrix(self.a), matrix(self.b)
-        return matrix(self.a).T, _tucker(self.core, matrix(self.b))
+        return matrix(self.a).T, linalg.tucker(float32(self.core), matrix(self.b))

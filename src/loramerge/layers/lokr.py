@@ -14,17 +14,15 @@ from typing import ClassVar
 from .. import linalg
 from ..errors import LayerError
 from ..linalg import Spectrum, kron
-from ..tensors import Array, Shape, Spec, namespace
+from ..tensors import Array, Shape, Spec, float32, namespace
 from .base import Layer, identity, matrix, scaled
-from .lowrank import _tucker
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LoKr(Layer):
     """``w1`` (o1, i1) and ``w2`` (o2, i2[, kh, kw]); a factored part is ``w_a`` (o, r) and ``w_b`` (r, i)."""
 
-    kind: ClassVar[str] = "lokr"
-    required: ClassVar[tuple[str, ...]] = ()
+    kind_name: ClassVar[str] = "lokr"
     optional: ClassVar[tuple[str, ...]] = (
         "lokr_w1",
         "lokr_w1_a",
@@ -34,6 +32,7 @@ class LoKr(Layer):
         "lokr_w2_b",
         "lokr_t2",
     )
+    ranked_by: ClassVar[tuple[str, ...]] = ("lokr_w2_b", "lokr_w1_b")
 
     lokr_w1: Array | Spec | None = None
     lokr_w1_a: Array | Spec | None = None
@@ -46,7 +45,7 @@ class LoKr(Layer):
     alpha: float | None = None
     """The scale is alpha / r, and 1 when both parts are full."""
     weight: Shape | None = None
-    """Shape of the weight, where the architecture knows it."""
+    """Shape of the weight, if the architecture knows it."""
 
     def __post_init__(self) -> None:
         for part in ("lokr_w1", "lokr_w2"):
@@ -76,7 +75,7 @@ class LoKr(Layer):
 
     @property
     def _inner(self) -> Shape:
-        """Shape of w2 as the file says it: (o2, i2[, kh, kw])."""
+        """Shape of w2 in the file: (o2, i2[, kh, kw])."""
         if self.lokr_w2 is not None:
             return tuple(self.lokr_w2.shape)
         a, b = self.lokr_w2_a, self.lokr_w2_b
@@ -98,12 +97,17 @@ class LoKr(Layer):
 
     @property
     def dim(self) -> int | None:
-        """Rank of the factored part, by which readers divide alpha; None where both parts are full."""
+        """Rank of the factored part, by which readers divide alpha; None if both parts are full."""
         factored = self.lokr_w2_b if self.lokr_w2_b is not None else self.lokr_w1_b
         return None if factored is None else int(factored.shape[0])
 
     @property
+    def has_core(self) -> bool:
+        return self.lokr_t2 is not None
+
+    @property
     def scale(self) -> float:
+        """The factor alpha / r; 1 without alpha, and if both parts are full."""
         if self.alpha is None or self.dim is None:
             return 1.0
         return self.alpha / self.dim
@@ -121,7 +125,7 @@ class LoKr(Layer):
         return replace(factored, alpha=alpha, diff_b=scaled(self.diff_b, weight))
 
     def _with_identity(self) -> "LoKr":
-        """The same product with w1 as a product with an identity: readers look at alpha only where a part is factored."""
+        """Return the same ΔW with w1 times an identity as its factors: readers use alpha only if a part is factored."""
         w1: Array | Spec = self.lokr_w1
         rows, columns = w1.shape
         eye = _identity(min(rows, columns), w1)
@@ -136,8 +140,16 @@ class LoKr(Layer):
         first, second = (linalg.spectrum(*linalg.grams(up, down)) for up, down in self._parts)
         return linalg.kron_spectrum(first, second, self.scale)
 
+    def with_alpha(self) -> "LoKr":
+        return self if self.alpha is not None else replace(self, alpha=float(self.dim or 1))
+
+    def _shaped(self, weight: Shape) -> "LoKr":
+        return replace(self, weight=weight)
+
     def without_core(self) -> "LoKr":
-        """The same ΔW with ``w2`` whole and the scale in it."""
+        """Return the same ΔW with ``w2`` whole and the scale in it; the layer itself without a core."""
+        if self.lokr_t2 is None:
+            return self
         if any(isinstance(tensor, Spec) for tensor in self.tensors().values()):
             whole: Array | Spec = Spec(self._inner, "F32")
         else:
@@ -146,26 +158,21 @@ class LoKr(Layer):
         return replace(self, lokr_w2=whole, lokr_w2_a=None, lokr_w2_b=None, lokr_t2=None, alpha=None)
 
     def nearest(self, rank: int) -> tuple[Array, Array, Array]:
-        """The best factors of a rank, by the singular triples of w1 ⊗ w2: products of those of the parts.
-
-        Returns:
-            ``up`` of shape ``(out, k)`` and ``down`` of shape ``(k, in·kh·kw)``, k at most the rank, and all
-            singular values of ΔW, falling.
-        """
+        """Return the best factors of a rank: the singular triples of w1 ⊗ w2 are products of those of w1 and w2."""
         xp = namespace(self._parts[0][0])
         (u1, s1, v1), (u2, s2, v2) = (xp.linalg.svd(up @ down, full_matrices=False) for up, down in self._parts)
         values = xp.reshape(s1[:, None] * s2[None, :], (-1,)) * abs(self.scale)
         order = xp.argsort(-values)
-        kept = order[:rank]
-        i, j = kept // s2.shape[0], kept % s2.shape[0]
-        root = xp.sqrt(values[kept])
-        up = (u1[:, i][:, None, :] * u2[:, j][None, :, :]).reshape((-1, kept.shape[0])) * root
-        down = (v1[i][:, :, None] * v2[j][:, None, :]).reshape((kept.shape[0], -1)) * root[:, None]
+        largest = order[:rank]
+        i, j = largest // s2.shape[0], largest % s2.shape[0]
+        root = xp.sqrt(values[largest])
+        up = (u1[:, i][:, None, :] * u2[:, j][None, :, :]).reshape((-1, largest.shape[0])) * root
+        down = (v1[i][:, :, None] * v2[j][:, None, :]).reshape((largest.shape[0], -1)) * root[:, None]
         return up if self.scale >= 0 else -up, down, values[order]
 
     @property
     def _parts(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        """w1 and w2 as products."""
+        """Factors of w1 and of w2."""
         return (
             _factored(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None),
             _factored(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
@@ -173,16 +180,12 @@ class LoKr(Layer):
 
 
 def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array | None) -> tuple[Array, Array]:
-    """One part as a product (o, k) @ (k, i·kh·kw), with the smallest k that its form allows."""
+    """Return factors (o, k) and (k, i·kh·kw) of w1 or w2, with the smallest k that its form allows."""
     if core is not None:
-        return matrix(a).T, _tucker(core, matrix(b))
+        return matrix(a).T, linalg.tucker(float32(core), matrix(b))
     if full is None:
         return matrix(a), matrix(b)
-    whole = matrix(full)
-    rows, columns = whole.shape
-    if rows <= columns:
-        return identity(rows, whole), whole
-    return whole, identity(columns, whole)
+    return linalg.trivial(matrix(full))
 
 
 def _identity(size: int, like: Array | Spec) -> Array | Spec:

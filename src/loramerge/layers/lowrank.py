@@ -8,8 +8,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from .. import linalg
 from ..errors import LayerError
-from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, reshape, take_rows
+from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, reshape, take_rows
 from .base import Layer, matrix, scaled
 
 
@@ -17,9 +18,10 @@ from .base import Layer, matrix, scaled
 class LowRank(Layer):
     """``down`` (r, in[, kh, kw]) and ``up`` (out, r[, 1, 1]), with an optional Tucker core ``mid``."""
 
-    kind: ClassVar[str] = "lora"
+    kind_name: ClassVar[str] = "lora"
     required: ClassVar[tuple[str, ...]] = ("down", "up")
     optional: ClassVar[tuple[str, ...]] = ("mid", "up_bias")
+    ranked_by: ClassVar[tuple[str, ...]] = ("down",)
 
     down: Array | Spec
     up: Array | Spec
@@ -30,7 +32,7 @@ class LowRank(Layer):
     alpha: float | None = None
     """The scale is alpha / r; without alpha it is 1."""
     down_id: Hashable = None
-    """Layers with the same ``down_id`` have the same ``down``, bit for bit (parts of a fused projection)."""
+    """Identity of ``down``: layers with the same have the same ``down``, bit for bit (parts of a fused projection)."""
 
     def __post_init__(self) -> None:
         down, up = tuple(self.down.shape), tuple(self.up.shape)
@@ -57,16 +59,29 @@ class LowRank(Layer):
 
     @property
     def scale(self) -> float:
+        """The factor alpha / r, 1 without alpha."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def has_core(self) -> bool:
+        return self.mid is not None
+
+    @property
+    def down_key(self) -> Hashable:
+        return self.down_id
 
     def factors(self) -> tuple[Array, Array]:
         up, down = matrix(self.up), matrix(self.down)
         if self.mid is not None:
-            up, down = up, _tucker(self.mid, down)
+            down = linalg.tucker(float32(self.mid), down)
         return (up if self.scale == 1.0 else up * self.scale), down
 
+    def stored_factors(self) -> tuple[Array, Array, float]:
+        plain = self.without_core()
+        return flatten(plain.up), flatten(plain.down), plain.scale
+
     def bias(self) -> Array | None:
-        """The update of the module's bias that ``up`` carries, scale folded in."""
+        """Return the update of the module's bias that ``up`` carries, scale folded in; None without one."""
         return None if self.up_bias is None else float32(self.up_bias) * self.scale
 
     def delta_bias(self) -> Array | Spec | None:
@@ -89,36 +104,45 @@ class LowRank(Layer):
             return self
         return replace(self, alpha=self.scale * self.rank * weight, diff_b=scaled(self.diff_b, weight))
 
-    def plain(self) -> "LowRank":
-        """The same ΔW without a Tucker core."""
+    def with_alpha(self) -> "LowRank":
+        return self if self.alpha is not None else replace(self, alpha=float(self.rank))
+
+    def without_core(self) -> "LowRank":
         if self.mid is None:
             return self
         mid: Array = self.mid
         down = Spec((self.rank, *self.shape[1:]), "F32")
         if not isinstance(mid, Spec):
-            down = _tucker(mid, matrix(self.down)).reshape(down.shape)
+            down = linalg.tucker(float32(mid), matrix(self.down)).reshape(down.shape)
         return replace(self, down=down, mid=None)
 
+    def padded(self, rank: int) -> "LowRank":
+        if rank <= self.rank or self.mid is not None:
+            return self
+        up, down = self.up, self.down
+        if isinstance(up, Spec) or isinstance(down, Spec):
+            up, down = Spec((up.shape[0], rank, *up.shape[2:]), code(up)), Spec((rank, *down.shape[1:]), code(down))
+        else:
+            up, down = linalg.padded(up, down, rank)
+        return replace(self, up=up, down=down, alpha=None if self.scale == 1.0 else self.scale * rank)
 
-def _tucker(mid: Array, down: Array) -> Array:
-    """``mid`` (r, r, kh, kw) applied to ``down`` (r, in): the ``down`` (r, in·kh·kw) of a plain convolution."""
-    xp = namespace(down)
-    core = float32(mid)
-    rank, inner = core.shape[:2]
-    by_place = xp.permute_dims(core.reshape((rank, inner, -1)), (2, 0, 1)) @ down
-    return xp.permute_dims(by_place, (1, 2, 0)).reshape((rank, -1))
+    def _shaped(self, weight: Shape) -> "LowRank":
+        if self.mid is not None:
+            return self
+        up = reshape(self.up, (weight[0], self.rank, *(1,) * (len(weight) - 2)))
+        return replace(self, up=up, down=reshape(self.down, (self.rank, *weight[1:])))
 
 
 def low_rank(
     up: Array, down: Array, shape: Shape, down_id: Hashable = None, diff_b: Array | Spec | None = None
 ) -> LowRank:
-    """A layer from matrices, shaped for a weight.
+    """Make a layer from matrices, shaped for a weight.
 
     Args:
         up: Shape ``(out, r)``.
         down: Shape ``(r, in·kh·kw)``.
         shape: Shape of the weight.
-        down_id: What tells ``down`` from others.
+        down_id: See `LowRank.down_id`.
         diff_b: Difference of the bias.
     """
     rank = up.shape[1]

@@ -1,4 +1,4 @@
-"""Factors that began as a part of the base weight: ΔW is what they have become, less what they were.
+"""Factors that began as a part of the base weight: ΔW is their product less the one that they began as.
 
 PEFT takes the first product out of the weight before training (``init_lora_weights``), and out of it
 again whenever the adapter is loaded.  PiSSA's is the nearest matrix of rank r, OLoRA's the first r
@@ -9,7 +9,7 @@ Sources: Meng et al., 2024, https://arxiv.org/abs/2404.02948; Büyükakyüz, 202
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from ..errors import LayerError, NoFactorsError
 from ..tensors import Array, Shape, Spec, namespace
@@ -22,19 +22,34 @@ from .lowrank import LowRank
 class Relative(Layer):
     """A LoRA whose factors began as a part of the base weight."""
 
-    required: ClassVar[tuple[str, ...]] = ()
-
-    direction: LowRank
+    trained: LowRank
+    """The factors as they are after training."""
     start: str
     """PEFT's name for the beginning: ``"pissa"``, ``"olora"``, ``"corda"``."""
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
+    def kind(self) -> str:
         return self.start
 
     @property
     def shape(self) -> Shape:
-        return self.direction.shape
+        return self.trained.shape
+
+    @property
+    def own_rank(self) -> int | None:
+        return self.trained.own_rank
+
+    @property
+    def own_alpha(self) -> float | None:
+        return self.trained.own_alpha
+
+    @property
+    def needs_base(self) -> bool:
+        return self.start in FIRST
+
+    @property
+    def computable(self) -> bool:
+        return self.start in FIRST
 
     @property
     def no_factors(self) -> str:
@@ -44,16 +59,16 @@ class Relative(Layer):
         )
 
     def tensors(self) -> dict[str, Array | Spec]:
-        return self.direction.tensors()
+        return self.trained.tensors()
 
     def map(self, function: Callable[[Any], Any]) -> "Relative":
-        return replace(self, direction=self.direction.map(function))
+        return replace(self, trained=self.trained.map(function))
 
     def delta(self) -> Array:
         raise NoFactorsError(self.no_factors)
 
     def delta_bias(self) -> Array | Spec | None:
-        return self.direction.delta_bias()
+        return self.trained.delta_bias()
 
     def delta_on(self, weight: Array) -> Array:
         first = FIRST.get(self.start)
@@ -62,8 +77,8 @@ class Relative(Layer):
         if weight.ndim != 2:
             raise LayerError(f"init_lora_weights {self.start!r} is of matrices only, the weight has shape {self.shape}")
         xp = namespace(weight)
-        before = first(xp.astype(weight, xp.float64), self.direction)  # in float64: the two nearly cancel
-        return xp.astype(self.direction.delta() - before, weight.dtype)
+        before = first(xp.astype(weight, xp.float64), self.trained)  # in float64: the two nearly cancel
+        return xp.astype(self.trained.delta() - before, weight.dtype)
 
     @property
     def by_rows(self) -> bool:
@@ -73,24 +88,24 @@ class Relative(Layer):
         raise NoFactorsError(self.no_factors)
 
 
-def _pissa(weight: Array, direction: LowRank) -> Array:
+def _pissa(weight: Array, trained: LowRank) -> Array:
     xp = namespace(weight)
     u, s, vh = xp.linalg.svd(weight, full_matrices=False)
-    r = direction.rank
+    r = trained.rank
     return (u[:, :r] * s[:r]) @ vh[:r]
 
 
-def _olora(weight: Array, direction: LowRank) -> Array:
+def _olora(weight: Array, trained: LowRank) -> Array:
     q, upper = namespace(weight).linalg.qr(weight)
-    return direction.scale * (q[:, : direction.rank] @ upper[: direction.rank])
+    return trained.scale * (q[:, : trained.rank] @ upper[: trained.rank])
 
 
 FIRST: dict[str, Callable[[Array, LowRank], Array]] = {"pissa": _pissa, "olora": _olora}
-"""The first product of each beginning that can be computed anew."""
+"""Functions that compute the product that the factors began as, from the base weight."""
 
 
 def _ways(start: str) -> str:
-    """How to get a plain LoRA out of such an adapter."""
+    """Say how to get a plain LoRA out of such an adapter."""
     if start in FIRST:
         return "bake it into the base model, or convert it as it is saved (PEFT's path_initial_model_for_weight_conversion)"
     if start.startswith(("pissa", "corda", "lora_ga")):

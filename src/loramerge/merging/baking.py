@@ -20,12 +20,9 @@ from ..files.lora import LoRA, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
 from ..files.storage.writer import Progress
-from ..layers import FACTORED, ON_BASE, Layer, Rows, bias_of, direction_of
+from ..layers import Layer, Rows
 from ..tensors import Array, Shape, float32, is_torch, parse_dtype, put_rows, take_rows
 from .weights import ModuleWeights, Scope, Weights, resolve
-
-BAKED = (*FACTORED, *ON_BASE, "full", "bias", "norm", "table", "set")
-"""Kinds of layers whose ΔW can be computed, given the weight."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +164,8 @@ def _updates(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) -
         used = [(lora, w) for lora, w in zip(loras, shares, strict=True) if module in lora and w]
         for lora, _ in used:
             _check(lora, module, model)
-        adding = [(lora, w) for lora, w in used if lora.layout(module).kind != "bias"]
-        biased = [(lora, w) for lora, w in used if bias_of(lora.layout(module)) is not None]
+        adding = [(lora, w) for lora, w in used if not lora.layout(module).bias_only]
+        biased = [(lora, w) for lora, w in used if lora.layout(module).delta_bias() is not None]
         if adding:
             found.append(Update(module, model.weights[module], _Sum(module, model, adding).weight))
         if biased:
@@ -184,16 +181,15 @@ def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
     """
     layout = lora.layout(module)
     where = f"{lora.name}: {module} can't be baked"
-    unknown = next((part for part in (layout, direction_of(layout)) if part.kind not in BAKED), None)
-    if unknown:
-        raise MergeError(f"{where}: {unknown.no_factors}.")
+    if not layout.computable:
+        raise MergeError(f"{where}: {layout.inner.no_factors}.")
     if module not in model:
         known = f"its family is {model.architecture or 'unknown'}, the LoRA's {lora.architecture or 'unknown'}"
         raise MergeError(f"{where}: {model.name} has no such weight ({known}). Way out: exclude the module.")
     has = model.weights[module].shape
-    if not _fits(layout.shape[:1], has[:1]) or (layout.kind != "bias" and not _fits(layout.shape, has)):
+    if not _fits(layout.shape[:1], has[:1]) or (not layout.bias_only and not _fits(layout.shape, has)):
         raise MergeError(f"{where}: its shape is {layout.shape}, the weight in {model.name} has the shape {has}.")
-    if bias_of(layout) is not None and module not in model.biases:
+    if layout.delta_bias() is not None and module not in model.biases:
         raise MergeError(f"{where}: it changes the bias, and the module has none in {model.name}.")
     model.check(model.weights[module])
 
@@ -217,7 +213,7 @@ class _Sum:
         return self._sum(lambda lora: self._delta(lora, weight))
 
     def bias(self, bias: Array) -> Array:
-        return self._sum(lambda lora: _numpy(float32(bias_of(lora[self.module]))))
+        return self._sum(lambda lora: _numpy(float32(lora[self.module].delta_bias())))
 
     def _sum(self, delta: Callable[[LoRA], Array]) -> Array:
         terms = (delta(lora) if share == 1 else share * delta(lora) for lora, share in self.inputs)

@@ -146,7 +146,7 @@ def _whole(join: Join, layers: Mapping[str, Layer]) -> Layer:
 def one(join: Join, layers: Sequence[Merged]) -> Merged:
     """The modules' layers one below the other, without their biases."""
     bare: list[Layer] = [replace(layer, diff_b=None) for layer in layers]
-    if any(isinstance(layer, Full) for layer in bare):
+    if any(layer.dense for layer in bare):
         bare = [Full(diff=matrix(layer.delta())) for layer in bare]
     whole = _whole(join, dict(zip(join.modules, bare, strict=True)))
     assert isinstance(whole, LowRank | Full)

@@ -14,7 +14,7 @@ from ..files.lora import LoRA, agreed
 from ..files.metadata import RECIPE, lasting
 from ..files.storage.header import Awaited
 from ..files.triggers import PHRASE, TAGS, joined
-from ..layers import ON_BASE, Full, Layer, bias_of, low_rank
+from ..layers import Full, Layer, low_rank
 from ..tensors import Spec, Tensor, code, largest_rank, nbytes
 from .fused import Join, down_id, joins_of
 from .methods import Method
@@ -143,7 +143,7 @@ class Plan:
     def _layout(self, step: Step) -> Layer:
         layouts = [self.loras[i].layout(step.module) for i in step.inputs]
         counted = layouts[:1] if self.method.of_first else layouts
-        biased = any(bias_of(layout) is not None for layout in counted)
+        biased = any(layout.delta_bias() is not None for layout in counted)
         bias = Spec(step.shape[:1], "F32") if biased else None
         join = self.joins.get(step.module)
         if join is None or not join.as_one:
@@ -153,7 +153,7 @@ class Plan:
                 return vectors(counted, [1.0] * len(counted))
             if self._stays_dense(step):
                 return Full(diff=Spec(step.shape, "F32"), diff_b=bias)
-        layouts = [layout for layout in layouts if layout.kind != "bias"]
+        layouts = [layout for layout in layouts if not layout.bias_only]
         whole = step.rank >= step.full_rank
         shared = shared_down(layouts) if self.method.linear and whole and not self.weights.columns else None
         rank = step.rank
@@ -211,7 +211,7 @@ class Plan:
     @property
     def on_base(self) -> bool:
         """Whether the result depends on the base's weights."""
-        return any(self.loras[i].layout(s.module).kind in ON_BASE for s in self.steps.values() for i in s.inputs)
+        return any(self.loras[i].layout(s.module).needs_base for s in self.steps.values() for i in s.inputs)
 
     def _metadata(self) -> Awaited:
         """Entries on which the inputs agree stay; where they differ, each input's own go into the recipe."""

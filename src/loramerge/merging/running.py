@@ -15,9 +15,9 @@ from .. import linalg
 from ..checkpoints.models import Checkpoint, on_base
 from ..errors import MergeError
 from ..files.lora import LoRA, in_one_library
-from ..layers import ON_BASE, Full, Layer, LoKr, LowRank, low_rank
+from ..layers import Full, Layer, LowRank, low_rank
 from ..layers.base import matrix
-from ..tensors import float32, largest_rank, namespace
+from ..tensors import float32, largest_rank
 from .fused import Join, apart, lost_by, one, side_by_side
 from .methods import Method
 from .methods.base import Merged, applied
@@ -128,11 +128,12 @@ class Merger:
             return _fitted(_merged(made), step, self.measured)
 
     def _nearest(self, step: Step) -> Outcome | None:
-        """The cut of a LoKr that is alone: its singular values are products, and no large matrix is formed."""
+        """Cut a layer that is alone by its kind's own way, if it has one: LoKr's forms no large matrix."""
         layer = self.inputs(step.module)[0] if step.alone and step.cut else None
-        if not isinstance(layer, LoKr):
+        nearest = layer and layer.nearest(step.rank)
+        if not layer or not nearest:
             return None
-        up, down, values = layer.nearest(step.rank)
+        up, down, values = nearest
         squares = linalg.as_numpy(values).astype("float64") ** 2
         weight = self.weights.of(step.module)[step.inputs[0]]
         bias = None if layer.diff_b is None else float32(layer.diff_b) * weight
@@ -172,7 +173,7 @@ class Merger:
         for module in join.modules:
             weights = self.weights.of(module)
             for i, layer in zip(self.steps[module].inputs, self.inputs(module), strict=True):
-                if layer.kind != "bias":
+                if not layer.bias_only:
                     part = linear.merge([layer], [weights[i]])
                     assert isinstance(part, LowRank)
                     found.setdefault(i, {})[module] = part
@@ -197,8 +198,8 @@ class Merger:
         counted = pairs[:1] if self.method.of_first else pairs
         if step.rankless:
             return vectors([layer for layer, _, _ in counted], [weight for _, weight, _ in counted])
-        layers, shares, inputs = zip(*[pair for pair in pairs if pair[0].kind != "bias"], strict=True)
-        biases = [pair for pair in counted if pair[0].kind == "bias"]
+        layers, shares, inputs = zip(*[pair for pair in pairs if not pair[0].bias_only], strict=True)
+        biases = [pair for pair in counted if pair[0].bias_only]
         merged = self._by_method(step, layers, shares, inputs)
         return plus_biases(merged, [layer for layer, _, _ in biases], [weight for _, weight, _ in biases])
 
@@ -219,7 +220,7 @@ class Merger:
 
     def _with_base(self, layer: Layer, step: Step) -> Layer:
         """The layer, or its whole ΔW where only the base's weight tells it."""
-        if layer.kind not in ON_BASE or self.base is None:
+        if not layer.needs_base or self.base is None:
             return layer
         return on_base(layer, step.module, self.base)
 
@@ -255,9 +256,5 @@ def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
 
 def _filled(layer: LowRank, rank: int) -> LowRank:
     """The same ΔW at a larger rank, by zeros."""
-    up, down = matrix(layer.up), matrix(layer.down)
-    xp = namespace(up)
-    more = rank - layer.rank
-    up = xp.concat([up, xp.zeros((up.shape[0], more), dtype=up.dtype, device=up.device)], axis=1)
-    down = xp.concat([down, xp.zeros((more, down.shape[1]), dtype=down.dtype, device=down.device)], axis=0)
+    up, down = linalg.padded(matrix(layer.up), matrix(layer.down), rank)
     return low_rank(up, down, layer.shape, diff_b=layer.diff_b)

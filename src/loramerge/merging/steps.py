@@ -10,7 +10,7 @@ from typing import Any
 from ..checkpoints.models import Checkpoint
 from ..errors import LoRAMergeError, MergeError, an
 from ..files.lora import LoRA
-from ..layers import FACTORED, ON_BASE, Layer
+from ..layers import Layer
 from ..layers.full import LEAVE_OUT
 from ..tensors import FLOATS, Shape, Tensor, largest_rank
 from .methods import Method
@@ -123,14 +123,14 @@ class _Maker:
     def step(self, module: str, shape: Shape, inputs: tuple[int, ...], weights: Sequence[Any] | None) -> Step:
         layouts = [self.loras[i].layout(module) for i in inputs]
         alone = weights is not None and self._alone(layouts, weights[inputs[0]])
-        if entrywise(layouts) or (alone and layouts[0].kind not in FACTORED):
+        if entrywise(layouts) or (alone and not layouts[0].factored):
             return Step(module, shape, inputs, (0,) * len(inputs), 0, 0, alone)
         for i in inputs:
             self._check(self.loras[i], module)
-        layouts = [layout for layout in layouts if layout.kind != "bias"]
+        layouts = [layout for layout in layouts if not layout.bias_only]
         limit = largest_rank(shape)
-        ranks = tuple(limit if layout.kind not in FACTORED else layout.rank or 0 for layout in layouts)
-        dense = any(layout.kind not in FACTORED for layout in layouts)
+        ranks = tuple(layout.rank or 0 if layout.factored else limit for layout in layouts)
+        dense = not all(layout.factored for layout in layouts)
         with named(module):
             full = limit if dense else self.method.rank(layouts, **self.options)
         return Step(module, shape, inputs, ranks, full, max(1, min(rule(self.rank)(ranks), full, limit)), alone, dense)
@@ -143,9 +143,9 @@ class _Maker:
         limit = largest_rank(layout.shape)
         if layout.kind == "lora":
             return (layout.rank or 0) <= limit
-        if layout.kind in FACTORED:  # diffusers reads no file in which a LoHa or LoKr stands beside LoRAs
+        if layout.factored:  # diffusers reads no file in which a LoHa or LoKr stands beside LoRAs
             return self.single or _as_lora(layout) > MORE * _numbers(layout)
-        return self.whole and layout.kind != "full"
+        return self.whole and not layout.dense
 
     def _check(self, lora: LoRA, module: str) -> None:
         """Whether a module's layer can be merged with others.
@@ -154,22 +154,22 @@ class _Maker:
             MergeError: It can't.
         """
         layout = lora.layout(module)
-        if layout.kind in FACTORED or layout.kind == "bias":
+        if layout.factored or layout.bias_only:
             return
         where = f"{lora.name}: {module} can't be merged"
-        if layout.kind not in ("full", *ON_BASE):
+        if not (layout.dense or layout.needs_base):
             raise MergeError(f"{where}: {layout.no_factors}.")
         if not self.takes_dense:
-            base = f" ({_a(layout.kind)} layer needs the base model too: --base, base=…)" * (layout.kind in ON_BASE)
+            base = f" ({_a(layout.kind)} layer needs the base model too: --base, base=…)" * layout.needs_base
             raise MergeError(
                 f"{where} by this method: its ΔW has no factors. Ways out: the method linear, or one on entries such as "
                 f"ties with space=delta{base}, or {LEAVE_OUT}."
             )
-        if layout.kind in ON_BASE and self.base is not None and module not in self.base:
+        if layout.needs_base and self.base is not None and module not in self.base:
             raise MergeError(
                 f"{where}: it is {_a(layout.kind)} layer, and the base {self.base.name} has no such module."
             )
-        if layout.kind in ON_BASE and (self.base is None or isinstance(self.rank, str)):
+        if layout.needs_base and (self.base is None or isinstance(self.rank, str)):
             raise MergeError(f"{where}: {needed_on_base(layout.kind, self.base is not None)}.")
 
 
@@ -204,16 +204,16 @@ def _numbers(layout: Layer) -> int:
 def entrywise(layouts: Sequence[Layer]) -> bool:
     """Whether a module's layers are summed entry by entry: none has a rank, or one is a table."""
     table = any(layout.kind == "table" for layout in layouts)
-    return all(layout.rankless or (table and layout.kind == "full") for layout in layouts)
+    return all(layout.rankless or (table and layout.dense) for layout in layouts)
 
 
 def _common_shape(loras: Sequence[LoRA], module: str) -> Shape:
     """The shape of the weight that all change; a bias tells its rows only."""
     layouts = [lora.layout(module) for lora in loras]
-    whole = next((k for k, layout in enumerate(layouts) if layout.kind != "bias"), 0)
+    whole = next((k for k, layout in enumerate(layouts) if not layout.bias_only), 0)
     first = layouts[whole].shape
     for lora, layout in zip(loras, layouts, strict=True):
-        if layout.shape != (first[:1] if layout.kind == "bias" else first):
+        if layout.shape != (first[:1] if layout.bias_only else first):
             raise MergeError(
                 f"{module} has the shape {first} in {loras[whole].name} and {layout.shape} in {lora.name}: "
                 "they were made for different models."

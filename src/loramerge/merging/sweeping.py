@@ -17,7 +17,7 @@ from ..files.metadata import RECIPE
 from ..files.reading import open
 from ..files.storage.scratch import make_folder
 from ..files.writing import check_target
-from ..layers import FACTORED, Layer
+from ..layers import Layer
 from ..layers.base import dense_norm, matrix
 from ..registry import code_of
 from ..tensors import Array, namespace
@@ -258,8 +258,8 @@ def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
     for module, step in planned.steps.items():
         if step.rankless:
             continue
-        inputs = [i for i in step.inputs if planned.loras[i].layout(module).kind != "bias"]
-        given = [layer for layer in planned.merger.inputs(module) if layer.kind != "bias"]
+        inputs = [i for i in step.inputs if not planned.loras[i].layout(module).bias_only]
+        given = [layer for layer in planned.merger.inputs(module) if not layer.bias_only]
         weights = planned.weights.of(module)
         layers = in_one_library([*given, merged[module]] if module in merged else given)
         parents = _products(layers[: len(given)])
@@ -282,7 +282,7 @@ Update: TypeAlias = Factors | Array
 
 def _products(layers: Sequence[Layer], like: Sequence[Update] = ()) -> list[Update]:
     """The ΔWs of layers, all in one form."""
-    factored = isinstance(like[0], tuple) if like else all(layer.kind in FACTORED for layer in layers)
+    factored = isinstance(like[0], tuple) if like else all(layer.factored for layer in layers)
     return [_factors(layer) if factored else _wide(matrix(layer.delta())) for layer in layers]
 
 

@@ -20,37 +20,37 @@ from .names import Naming, Part, Parts, flat, same, whole
 
 @cache
 def model(name: str) -> Mapping[str, Shape]:
-    """Module names and weight shapes of one model, in the order in which it registers them."""
+    """Read the module names and weight shapes of one model, in the order in which it registers them."""
     with open(os.path.join(os.path.dirname(__file__), "models", f"{name}.json"), "rb") as file:
         data = json.loads(file.read())
     return {module: tuple(shape) for module, shape in data.items()}
 
 
 class Outline(NamedTuple):
-    """What can be told of a denoiser's paths without building them."""
+    """A summary of a denoiser's paths, kept as data so that recognition needn't build them."""
 
     own: list[str]
-    """What diffusers' paths begin with."""
+    """First names of diffusers' paths."""
     others: list[str]
-    """What those of other code begin with."""
+    """First names of the paths of other code."""
     last: dict[str, int]
-    """The largest number that follows each name in them: the last of its blocks."""
+    """The largest number that follows each name in the paths: the last of its blocks."""
 
 
 @cache
 def outlines() -> Mapping[str, Outline]:
-    """The outline of each family."""
+    """Read the outline of each family."""
     with open(os.path.join(os.path.dirname(__file__), "outlines.json"), "rb") as file:
         return {name: Outline(*parts) for name, parts in json.loads(file.read()).items()}
 
 
 def last_numbers(paths: Iterable[str]) -> dict[str, int]:
-    """The largest number that follows each name in paths with underscores for dots."""
-    found: dict[str, int] = {}
+    """Return the largest number that follows each name in paths with underscores for dots."""
+    last: dict[str, int] = {}
     for path in paths:
         for name, number in NUMBERED.findall(path):
-            found[name] = max(found.get(name, 0), int(number))
-    return found
+            last[name] = max(last.get(name, 0), int(number))
+    return last
 
 
 def _heads(paths: Iterable[str]) -> list[str]:
@@ -63,7 +63,7 @@ NUMBERED = re.compile(r"(?<![a-z])([a-z][a-z_]*)_(\d{1,4})(?=_|$)")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextEncoder:
-    """One text encoder of a family, and what the tools call it."""
+    """One text encoder of a family, and the tools' names of it."""
 
     component: str
     """``text_encoder``, ``text_encoder_2`` …: the attribute of diffusers' pipeline."""
@@ -85,21 +85,21 @@ class Architecture:
     model: str
     text_encoders: tuple[TextEncoder, ...] = ()
     native: Naming | None = same
-    """The denoiser's own names, each with the modules that it holds; None where they are not listed yet."""
+    """The denoiser's own names, each with the modules that it holds; None if they aren't listed yet."""
     also_native: tuple[Naming, ...] = ()
     """Other names of the denoiser that files have: read, never written."""
     also: tuple[str, ...] = ()
-    """Beginnings of native paths that the model has beside the listed ones."""
+    """Prefixes of native paths that the model has besides the listed ones."""
     kohya_uses_diffusers_names: bool = False
-    """sd-scripts trains SD 1 and 2 on diffusers' UNet, and later families on their own code."""
+    """True for SD 1 and 2, which sd-scripts trains on diffusers' UNet; it trains later families on their own code."""
     within: str | None = None
-    """The larger family of which this is a distilled part: the same names, fewer of them."""
+    """The larger family that this one was distilled from: it has a part of that family's names."""
     hints: tuple[str, ...] = field(default=())
     """Words of ``modelspec.architecture`` or ``ss_base_model_version`` that mean this family, see `hints.named`."""
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
-        """Weight shape of every module, ``component.path``."""
+        """Weight shape of every module, by ``component.path``."""
         modules = {f"{self.denoiser}.{path}": shape for path, shape in model(self.model).items()}
         for encoder in self.text_encoders:
             modules |= {f"{encoder.component}.{path}": shape for path, shape in model(encoder.model).items()}
@@ -107,24 +107,22 @@ class Architecture:
 
     @cached_property
     def denoiser_paths(self) -> Mapping[str, Parts]:
-        """diffusers' path of each module of the denoiser."""
+        """The denoiser's modules by diffusers' path."""
         return {path: whole(f"{self.denoiser}.{path}") for path in model(self.model)}
 
     @cached_property
     def native_paths(self) -> Mapping[str, Parts]:
-        """The native path of each weight of the denoiser."""
+        """The denoiser's modules by the native path of the weight that holds them."""
         return self.native(model(self.model)) if self.native else {}
 
     @cached_property
     def other_paths(self) -> Mapping[str, Parts]:
-        """The paths that other code has for the denoiser's weights, `native_paths` apart: read, never written."""
-        found = {path: parts for naming in self.also_native for path, parts in naming(model(self.model)).items()}
-        return {
-            path: parts for path, parts in {**self.denoiser_paths, **found}.items() if path not in self.native_paths
-        }
+        """The same by the paths of all other code, without `native_paths`: read, never written."""
+        also = {path: parts for naming in self.also_native for path, parts in naming(model(self.model)).items()}
+        return {path: parts for path, parts in {**self.denoiser_paths, **also}.items() if path not in self.native_paths}
 
     def outlined(self) -> Outline:
-        """The outline as it is: what ``outlines.json`` keeps."""
+        """Compute the outline that ``outlines.json`` keeps."""
         others = {**self.native_paths, **self.other_paths}
         return Outline(
             _heads(self.denoiser_paths),
@@ -134,10 +132,11 @@ class Architecture:
 
     @property
     def outline(self) -> Outline:
-        """What can be told of the denoiser's paths without building them."""
+        """A summary of the denoiser's paths, read from ``outlines.json``."""
         return outlines()[self.name]
 
     def text_paths(self, encoder: TextEncoder) -> Mapping[str, Parts]:
+        """Return a text encoder's modules by path."""
         return {path: whole(f"{encoder.component}.{path}") for path in model(encoder.model)}
 
 
@@ -153,13 +152,13 @@ SD3_HINTS = ("sd3", "sd3m", "stable-diffusion-3", "stable-diffusion-v3")
 
 
 def _sd3(version: str, size: str) -> tuple[str, ...]:
-    """What tools call one size of Stable Diffusion 3."""
+    """List the names that tools have for one size of Stable Diffusion 3."""
     names = [f"{start}{version}" for start in ("sd", "stable-diffusion-", "stable-diffusion-v", "stable-diffusion-3-")]
     return (*(f"{name}-{end}" for name in names for end in (size, size[0])), *[f"{version}-{size}"] * ("-" in version))
 
 
 def _dit(name: str, title: str, *hints: str, **options: Any) -> Architecture:
-    """A family of which LoRAs train the transformer alone."""
+    """Make a family whose LoRAs train the transformer alone."""
     return Architecture(**{"name": name, "title": title, "model": f"transformer-{name}", "hints": hints} | options)
 
 
@@ -342,16 +341,16 @@ ARCHITECTURES: Registry[Architecture] = Registry(
         "ltx-2": "ltx2",
     },
 )
-"""Commonest first: where several fit, the first is taken."""
+"""All families, commonest first: if several fit a file, the first is taken."""
 
 
 def titles(names: Iterable[str], between: str = " or ") -> str:
-    """Families as people read them: ``FLUX.1 (flux) or Chroma (chroma)``."""
+    """Write out families for messages: ``FLUX.1 (flux) or Chroma (chroma)``."""
     return between.join(f"{ARCHITECTURES[name].title} ({name})" for name in names)
 
 
 def name_family() -> str:
-    """The way out where a file leaves its family open."""
+    """Return the way out for a file whose family isn't known."""
     return (
         "name the model family if it is one that loramerge knows (--architecture NAME; in Python "
         f"open(…, architecture=NAME)): {', '.join(ARCHITECTURES)}"

@@ -1,4 +1,4 @@
-"""Blocks of a model, and the weight-a-block vectors of the WebUI world.
+"""Blocks of a model, and the WebUI's vectors with one weight per block.
 
 Source: https://github.com/hako-mikan/sd-webui-lora-block-weight
 """
@@ -32,16 +32,16 @@ VECTORS: Mapping[str, Mapping[int, list[str]]] = {
         61: ["CLIP", "T5", "IN", *FLUX_BLOCKS, "OUT"],
     },
 }
-"""Names of the blocks that a vector of some length gives numbers for; BASE is the text encoders."""
+"""Names of the blocks that a vector has numbers for, by family and length; BASE is the text encoders."""
 
 FAMILY = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl", "ssd-1b": "sdxl", "segmind-vega": "sdxl", "flux": "flux"}
 
 
 def block(module: str, architecture: str | None = None) -> str:
-    """The block that a module belongs to: ``IN04``, ``MID``, ``OUT11``, ``D18``, ``S37``, ``BASE``, ``CLIP`` …
+    """Return the block that a module belongs to: ``IN04``, ``MID``, ``OUT11``, ``D18``, ``S37``, ``BASE``, ``CLIP`` …
 
-    In a model without names of that kind a block is called by its place: ``blocks.7``, ``double_blocks.12``.
-    ``-`` for a module outside of every block, such as the time embedding.
+    In a model without such names a block is called by its path: ``blocks.7``, ``double_blocks.12``.
+    The result is ``-`` for a module outside of all blocks, such as the time embedding.
     """
     component, _, path = module.partition(".")
     if component.startswith("text_encoder"):
@@ -71,7 +71,7 @@ def _unet_block(path: str) -> str:
 
 
 def position(component: str, block: str) -> tuple[bool, str, int, str]:
-    """A sorting key: the denoiser before the text encoders, and its blocks in the order in which data passes them."""
+    """Return a sorting key: the denoiser before the text encoders, its blocks in the order in which data passes them."""
     order = ("-", "IN", "D", "S", "MID", "OUT")
     name = block.rstrip("0123456789")
     place = order.index(name) if name in order else order.index("MID") if "." in block else 0
@@ -79,10 +79,10 @@ def position(component: str, block: str) -> tuple[bool, str, int, str]:
 
 
 def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, float]:
-    """The weight of each block, from a vector of the length that the family uses.
+    """Return the weight of each block, from a vector of a length that the family uses.
 
     Raises:
-        OptionError: No such length for this family.
+        OptionError: The family has no vectors of that length.
     """
     family = FAMILY.get(architecture or "")
     if family is None:
@@ -100,9 +100,9 @@ def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, floa
 
 
 def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
-    """Whether a pattern means a module.
+    """Return whether a pattern matches a module.
 
-    It may be a component (``text_encoder``), a block (``OUT03``), a glob over the module's name
+    A pattern may be a component (``text_encoder``), a block (``OUT03``), a glob over the module's name
     (``unet.up_blocks.*``) or, after ``re:``, a regular expression to be found in it.
     """
     if pattern.startswith("re:"):
@@ -115,10 +115,10 @@ def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
 
 
 def offered(modules: Iterable[str], architecture: str | None = None) -> str:
-    """The patterns that match some of the modules, in a sentence: blocks, and globs of the first two parts of the names."""
+    """Write a sentence with patterns that match some of the modules: blocks, and globs of their names' first two parts."""
     names = list(modules)
-    found = dict.fromkeys(block(module, architecture) for module in names)
-    known = sorted((name for name in found if name != "-"), key=lambda name: position("", name))
+    present = dict.fromkeys(block(module, architecture) for module in names)
+    known = sorted((name for name in present if name != "-"), key=lambda name: position("", name))
     globs = dict.fromkeys(".".join([*module.split(".")[:2], "*"]) for module in names if module.count(".") > 1)
     kinds = {"blocks": _runs(known), "sections": list(globs)[:SECTIONS]}
     listed = [f"{kind} {', '.join(values)}" for kind, values in kinds.items() if values]
@@ -126,7 +126,7 @@ def offered(modules: Iterable[str], architecture: str | None = None) -> str:
 
 
 def _runs(names: Sequence[str]) -> list[str]:
-    """Sorted names, where more than three follow each other as ``D00 to D18``."""
+    """Shorten sorted names: more than three in a row become ``D00 to D18``."""
     groups: list[list[str]] = []
     for name in names:
         last = groups[-1][-1] if groups else ""
@@ -136,4 +136,4 @@ def _runs(names: Sequence[str]) -> list[str]:
 
 
 SECTIONS = 8
-"""Globs that a message lists: a family that nobody knows may have one for each module."""
+"""The most globs that a message lists: a LoRA of an unknown family may have one for each module."""

@@ -1,4 +1,4 @@
-"""Cosmos-Predict2, and Anima, which is made of it, in NVIDIA's code.
+"""Cosmos-Predict2, and Anima, which is based on it, in NVIDIA's code.
 
 Source: https://github.com/nvidia-cosmos/cosmos-predict2, cosmos_predict2/models/text2image_dit.py
 """

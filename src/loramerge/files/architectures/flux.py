@@ -44,7 +44,7 @@ ENDS: tuple[Rule, ...] = (
     ("final_layer.linear", "proj_out"),
     ("final_layer.adaLN_modulation.1", "norm_out.linear", SWAP),
 )
-"""What follows the layers of the single blocks, in FLUX.2 too."""
+"""The norms of the single blocks and the final layer, in FLUX.2 too."""
 
 RULES: tuple[Rule, ...] = (
     ("img_in", "x_embedder"),
@@ -75,14 +75,14 @@ CHROMA: tuple[Rule, ...] = (
     (GUIDANCE + "in_layer", GUIDANCE + "linear_1"),
     (GUIDANCE + "out_layer", GUIDANCE + "linear_2"),
 )
-"""Chroma is FLUX.1 with one network in the place of its modulations: https://github.com/lodestone-rock/flow"""
+"""Chroma's rules: it is FLUX.1 with one network in the place of its modulations, https://github.com/lodestone-rock/flow"""
 
 
 def native(modules: Mapping[str, Shape]) -> dict[str, Parts]:
-    """Black Forest Labs' name of each weight of the transformer."""
+    """Name each weight of the transformer as Black Forest Labs' code does."""
     return apply(RULES, modules, "transformer")
 
 
 def chroma(modules: Mapping[str, Shape]) -> dict[str, Parts]:
-    """Chroma's name of each weight of the transformer."""
+    """Name each weight of the transformer as Chroma's code does."""
     return apply(CHROMA, modules, "transformer")

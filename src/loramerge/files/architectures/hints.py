@@ -1,4 +1,4 @@
-"""Which model family a file's metadata names."""
+"""Finding the model family that a file's metadata names."""
 
 import re
 from collections.abc import Mapping
@@ -36,43 +36,44 @@ ELSEWHERE: Mapping[str, tuple[str, ...]] = {
     "SkyReels": ("skyreels-a",),
     "Hunyuan": ("hunyuan",),
 }
-"""Families that loramerge doesn't know, by the words that name them."""
+"""Families that loramerge doesn't know, each with the words that name it."""
 
 
 class Named(NamedTuple):
-    """What a header says of the family."""
+    """The families that a header names."""
 
     said: str
-    """The entry, as ``key: value``; empty where none names a family."""
+    """The entry that names them, as ``key: value``; empty if none does."""
     families: tuple[str, ...]
-    """The known families that it names."""
+    """The known families."""
     unknown: str
-    """The family that it names and loramerge doesn't know; empty where there is none."""
+    """A family that loramerge doesn't know; empty if there is none."""
 
 
 def named(metadata: Mapping[str, str]) -> Named:
-    """The families that a file's metadata names.
+    """Return the families that a file's metadata names.
 
-    Our own entry goes before those of others, and of those the longest word counts: ``flux-2-klein-9b`` is none of FLUX.1, though ``flux`` is in it.
+    Our own entry has precedence over those of other tools, in which the longest words count:
+    ``flux-2-klein-9b`` isn't FLUX.1, though ``flux`` is in it.
     """
     own = metadata.get(ARCHITECTURE, "")
     if own in ARCHITECTURES:
         return Named(f"{ARCHITECTURE}: {own}", (ARCHITECTURES[own].name,), "")
     entries = [(key, metadata[key]) for key in KEYS if metadata.get(key)]
-    found: dict[str, None] = {}
+    families: dict[str, None] = {}
     unknown, said = "", ""
     for key, value in entries:
         for name in _names(re.sub(r"[\s_./:]+", "-", value.lower())):
             said = said or f"{key}: {value}"
             if name in ARCHITECTURES:
-                found[name] = None
+                families[name] = None
             else:
                 unknown = unknown or name
-    return Named(said, tuple(found), unknown)
+    return Named(said, tuple(families), unknown)
 
 
 def _names(text: str) -> list[str]:
-    """The families that a text in lower case, its words joined by hyphens, names: by its longest words."""
+    """Find the families that a text names by its longest words; it is in lower case, its words joined by hyphens."""
     matches = [(m.start(), m.end(), names) for word, names in _words().items() for m in word.finditer(text)]
     longest = [
         (start, end, names)
@@ -84,7 +85,7 @@ def _names(text: str) -> list[str]:
 
 @cache
 def _words() -> dict[re.Pattern[str], list[str]]:
-    """Each word that names families, as a pattern that doesn't begin or end inside of another word."""
+    """Map each word that names families, as a pattern that matches whole words only, to those families."""
     words: dict[str, list[str]] = {}
     for a in ARCHITECTURES.values():
         for word in dict.fromkeys((a.name.replace(".", "-"), *a.hints)):

@@ -18,15 +18,15 @@ STREAMS = (
 """A stream's native name, and diffusers' names of its feed-forward, modulation, q, k, v and output."""
 
 TIMES = ("time_text_embed", "time_guidance_embed", "time_embed")
-"""Where HunyuanVideo, HunyuanImage and HunyuanVideo 1.5 have the embeddings of the time."""
+"""The parents of the time embedding in HunyuanVideo, HunyuanImage and HunyuanVideo 1.5."""
 
 
 def outside(mlp: tuple[str, str], text: tuple[str, str]) -> tuple[Rule, ...]:
-    """The rules of what is around the blocks.
+    """Make the rules of the modules outside of the blocks.
 
     Args:
-        mlp: The two layers of the embeddings of the time and the guidance.
-        text: The two layers of the pooled text's embedding.
+        mlp: Names of the two layers of the time and guidance embeddings.
+        text: Names of the two layers of the pooled text's embedding.
     """
     embeddings = [
         (own, f"{time}.{theirs}", mlp)
@@ -64,17 +64,17 @@ TENCENT = outside(("mlp.0", "mlp.2"), ("linear_1", "linear_2"))
 
 
 def rules(attention: str, mlp: tuple[str, str], modulation: str) -> tuple[Rule, ...]:
-    """The rules of the blocks, whose names differ from code to code.
+    """Make the rules of the blocks, whose names differ from code to code.
 
     Args:
-        attention: What joins a stream's name and its attention: ``_attn.`` or ``_attn_``.
-        mlp: The two layers of a feed-forward.
-        modulation: The layer of a modulation.
+        attention: Text between a stream's name and its attention's layers: ``_attn.`` or ``_attn_``.
+        mlp: Names of the two layers of a feed-forward.
+        modulation: Name of the layer of a modulation.
     """
-    found: list[Rule] = []
+    streams: list[Rule] = []
     for stream, forward, norm, qkv, out in STREAMS:
         block = f"double_blocks.{{i}}.{stream}"
-        found += [
+        streams += [
             (f"{block}{attention}qkv", *(f"{DOUBLE}attn.{name}" for name in qkv)),
             (f"{block}{attention}proj", f"{DOUBLE}attn.{out}"),
             (f"{block}_mlp.{mlp[0]}", f"{DOUBLE}{forward}.net.0.proj"),
@@ -83,7 +83,7 @@ def rules(attention: str, mlp: tuple[str, str], modulation: str) -> tuple[Rule, 
         ]
     refiner = NATIVE_REFINER + attention.replace("_attn", "self_attn")
     return (
-        *found,
+        *streams,
         (f"single_blocks.{{i}}.modulation.{modulation}", SINGLE + "norm.linear"),
         *SINGLE_LINEARS,
         (f"{refiner}qkv", REFINER + "attn.to_q", REFINER + "attn.to_k", REFINER + "attn.to_v"),
@@ -94,12 +94,12 @@ def rules(attention: str, mlp: tuple[str, str], modulation: str) -> tuple[Rule, 
 
 
 def _split() -> tuple[Rule, ...]:
-    """q, k and v apart, as musubi-tuner trains 1.5."""
-    found = [(f"{NATIVE_REFINER}self_attn_{letter}", f"{REFINER}attn.to_{letter}") for letter in "qkv"]
+    """Make the rules of separate q, k and v, as musubi-tuner trains 1.5."""
+    apart = [(f"{NATIVE_REFINER}self_attn_{letter}", f"{REFINER}attn.to_{letter}") for letter in "qkv"]
     for stream, _, _, qkv, _ in STREAMS:
         block = f"double_blocks.{{i}}.{stream}_attn_"
-        found += [(block + letter, f"{DOUBLE}attn.{name}") for letter, name in zip("qkv", qkv, strict=True)]
-    return tuple(found)
+        apart += [(block + letter, f"{DOUBLE}attn.{name}") for letter, name in zip("qkv", qkv, strict=True)]
+    return tuple(apart)
 
 
 comfyui = by(*COMFYUI, *rules("_attn.", ("0", "2"), "lin"))

@@ -1,8 +1,8 @@
-"""How other tools say which family a LoRA is for: entries of a header, family by family.
+"""Header entries by which other tools name the family of a LoRA, family by family.
 
 Sources: kohya-ss/sd-scripts, library/sai_model_spec.py and model_util.py; musubi-tuner; Stability-AI/ModelSpec.
-What reads them: A1111's and Forge's network.py (SDXL is what begins with ``sdxl_``, SD 2 what has ``ss_v2``), SD.Next's
-network.py, SwarmUI's T2IModelClassSorter.cs.
+They are read by A1111's and Forge's network.py (SDXL if it begins with ``sdxl_``, SD 2 if there is ``ss_v2``), SD.Next's
+network.py and SwarmUI's T2IModelClassSorter.cs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ SPECIFICATION, VERSION = "modelspec.architecture", "ss_base_model_version"
 
 @dataclass(frozen=True)
 class Label:
-    """What a family is called."""
+    """The names that other tools have for a family."""
 
     specifications: tuple[str, ...]
-    """ModelSpec's names: the first is written, and a value that begins with any of them is left as it is."""
+    """ModelSpec's names: the first is written, unless the header's value begins with one of them already."""
     versions: tuple[str, ...]
     """The same for ``ss_base_model_version``."""
     module: str = "networks.lora"
@@ -29,7 +29,7 @@ class Label:
 
     @property
     def kin(self) -> tuple[str, str | None]:
-        """What readers tell families by: A1111 takes whatever begins with ``sdxl_`` for SDXL."""
+        """The features that readers tell families by: A1111 takes all that begins with ``sdxl_`` for SDXL."""
         return self.versions[0].partition("_")[0], self.v2
 
 
@@ -56,24 +56,24 @@ LABELS: Mapping[str, Label] = {
     "hunyuanvideo": Label(("hunyuan-video",), ("hunyuan_video",)),
     **dict.fromkeys(("wan-14b", "wan-1.3b", "wan-5b"), Label(("wan2.1", "wan2.2"), ("wan",), "networks.lora_wan")),
 }
-"""Families that other tools have a name for.  The rest is told by our own entry."""
+"""Families that other tools have a name for.  The others have only our own entry."""
 
 
 def labelled(families: Sequence[str], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The entries that say which family a LoRA is for; what the header says rightly stays.
+    """Return the entries that name a LoRA's family; right entries of the header aren't replaced.
 
-    Of several families that fit alike only what is true of each is said.
+    If several families fit, only entries that are true of each are returned.
 
     Args:
         families: Names of the families that it may be for, the likeliest first.
         metadata: The header so far.
     """
-    found = {ARCHITECTURE: families[0]} if len(families) == 1 else {}
+    entries = {ARCHITECTURE: families[0]} if len(families) == 1 else {}
     label = LABELS.get(families[0])
     if label is None or len({LABELS[family].kin for family in families if family in LABELS}) > 1:
-        return found
+        return entries
     if not metadata.get(SPECIFICATION, "").startswith(label.specifications):
-        found[SPECIFICATION] = f"{label.specifications[0]}/lora"
+        entries[SPECIFICATION] = f"{label.specifications[0]}/lora"
     if not metadata.get(VERSION, "").startswith(label.versions):
-        found[VERSION] = label.versions[0]
-    return found | ({"ss_v2": label.v2} if label.v2 else {})
+        entries[VERSION] = label.versions[0]
+    return entries | ({"ss_v2": label.v2} if label.v2 else {})

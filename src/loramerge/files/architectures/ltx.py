@@ -1,4 +1,4 @@
-"""LTX-Video and LTX-2 in Lightricks' own code: the layers of the blocks have diffusers' names, what is around them has not.
+"""LTX-Video and LTX-2 in Lightricks' own code: only the layers of the blocks have diffusers' names.
 
 Source: https://github.com/Lightricks/LTX-2, ltx-core; ComfyUI, comfy/ldm/lightricks
 """

@@ -44,7 +44,7 @@ Z_IMAGE: tuple[Rule, ...] = (
     ("final_layer.linear", "all_final_layer.2-1.linear"),
     ("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
 )
-"""ComfyUI's names of Z-Image, and diffusion-pipe's; its other trainers use diffusers'."""
+"""Names of Z-Image in ComfyUI and diffusion-pipe; its other trainers use diffusers'."""
 
 lumina2 = by(*LUMINA2)
 z_image = by(*Z_IMAGE)

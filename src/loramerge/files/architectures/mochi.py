@@ -1,4 +1,4 @@
-"""Mochi in Genmo's own code, where the feed-forward's halves and the last modulation's stand the other way round.
+"""Mochi in Genmo's own code, where the halves of the feed-forward and of the last modulation are exchanged.
 
 Source: https://github.com/genmoai/mochi, src/genmo/mochi_preview/dit/joint_model/asymm_models_joint.py
 """

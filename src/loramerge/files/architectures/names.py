@@ -1,4 +1,4 @@
-"""How one weight of a model's own code corresponds to modules of diffusers."""
+"""Rules that map weights of a model's own code to modules of diffusers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeAlias
@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 from ...tensors import Ranges, Shape
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-"""Components that LoRAs are made for: folders of diffusers' layout, and what modules' names begin with."""
+"""Components that LoRAs are made for: folders of diffusers' layout, and first parts of modules' names."""
 
 
 class Part(NamedTuple):
@@ -14,10 +14,11 @@ class Part(NamedTuple):
 
     module: str
     rows: Ranges | None
-    """The weight's rows that are the module's, in the module's order; None when all are, unmoved."""
+    """The weight's rows that are the module's, in the module's order; None if the weight is the module's as it is."""
 
 
 Parts: TypeAlias = tuple[Part, ...]
+"""The modules of one weight, in the order of its rows."""
 
 SWAP = "swap"
 """Marks a rule whose two halves of rows are exchanged: (shift, scale) against (scale, shift)."""
@@ -31,16 +32,17 @@ Naming: TypeAlias = Callable[[Mapping[str, Shape]], Mapping[str, Parts]]
 
 
 def flat(path: str) -> str:
-    """A path as kohya's tools write it: dots as underscores."""
+    """Return a path as kohya's tools write it: with underscores for dots."""
     return path.replace(".", "_")
 
 
 def whole(module: str) -> Parts:
+    """Return the parts of a weight that is one module's."""
     return (Part(module, None),)
 
 
 def stacked(modules: Iterable[tuple[str, int]]) -> Parts:
-    """Modules, each with its number of rows, one below the other."""
+    """Return the parts of a weight that stacks modules; each comes with its number of rows."""
     parts, start = [], 0
     for module, rows in modules:
         parts.append(Part(module, ((start, start + rows),)))
@@ -49,14 +51,15 @@ def stacked(modules: Iterable[tuple[str, int]]) -> Parts:
 
 
 def swapped(module: str, rows: int) -> Parts:
+    """Return the parts of a weight whose halves of rows are exchanged against the module's."""
     half = rows // 2
     return (Part(module, ((half, rows), (0, half))),)
 
 
 def apply(rules: Iterable[Rule], modules: Mapping[str, Shape], component: str) -> dict[str, Parts]:
-    """The native names of a model, from rules.
+    """Apply rules to get the native names of a model.
 
-    A rule applies to every block of which the modules exist; what no rule names keeps
+    A rule applies to every block whose modules exist; a module that no rule names keeps
     diffusers' name.
     """
     names = {native: _parts(targets, modules, component) for native, targets in _expand(rules, modules)}
@@ -68,12 +71,12 @@ def apply(rules: Iterable[Rule], modules: Mapping[str, Shape], component: str) -
 
 
 def by(*rules: Rule) -> "Naming":
-    """The naming of a transformer that follows rules."""
+    """Make the naming of a transformer from rules."""
     return lambda modules: apply(rules, modules, "transformer")
 
 
 def same(modules: Mapping[str, Shape]) -> Mapping[str, Parts]:
-    """The naming of a transformer whose own code has diffusers' names."""
+    """Name the weights of a transformer whose own code has diffusers' names."""
     return {path: whole(f"transformer.{path}") for path in modules}
 
 

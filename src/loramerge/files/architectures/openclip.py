@@ -1,4 +1,4 @@
-"""A CLIP text encoder's names in open_clip, which fuses q, k, v: how SD 2 and SDXL's single files hold theirs."""
+"""A CLIP text encoder's names in open_clip, which fuses q, k, v; single files of SD 2 and SDXL have them."""
 
 from collections.abc import Mapping
 
@@ -24,9 +24,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 TRANSPOSED = "text_projection"
-"""Multiplied from the right in open_clip: stored (in, out)."""
+"""The weight that open_clip multiplies from the right, and so stores as (in, out)."""
 
 
 def native(modules: Mapping[str, Shape], component: str) -> dict[str, Parts]:
-    """open_clip's name of each weight of a text encoder."""
+    """Name each weight of a text encoder as open_clip does."""
     return apply(RULES, modules, component)

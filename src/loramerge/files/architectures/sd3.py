@@ -39,7 +39,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def native(modules: Mapping[str, Shape]) -> dict[str, Parts]:
-    """Stability's name of each weight of the transformer."""
+    """Name each weight of the transformer as Stability's code does."""
     last = max(int(path.split(".")[1]) for path in modules if path.startswith("transformer_blocks."))
     # The last block only modulates the text stream before its final projection, like norm_out.
     ends = TEXT + "adaLN_modulation.1", BLOCK + "norm1_context.linear"

@@ -1,7 +1,7 @@
 """The UNet's names in stability's sgm code (SDXL) and in ldm before it (SD 1 and 2).
 
-Both number the blocks in one row; diffusers nests them.  One formula covers every family,
-because all have two layers a block.
+Both number the blocks in one sequence; diffusers nests them.  One formula covers every family,
+because all have two layers per block.
 """
 
 from collections.abc import Mapping
@@ -30,13 +30,13 @@ RESNET = {
 
 
 def native(modules: Mapping[str, Shape]) -> dict[str, Parts]:
-    """sgm's name of each module of a UNet."""
+    """Name each module of a UNet as sgm does."""
     with_attention = {tuple(path.split(".")[:2]) for path in modules if ".attentions." in path}
     return {_name(path, with_attention): whole(f"unet.{path}") for path in modules}
 
 
 def block(path: str) -> str:
-    """sgm's name of a module, as far as its block: ``input_blocks.4.1.…``."""
+    """Return sgm's name of a module, right as far as its block: ``input_blocks.4.1.…``."""
     return _name(path, set())
 
 

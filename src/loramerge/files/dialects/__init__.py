@@ -51,10 +51,10 @@ DIALECTS: Registry[Dialect] = Registry(
 
 
 def written_dialect(name: str) -> Dialect:
-    """A dialect to write in, by any of its names.
+    """Find a dialect to write in by any of its names.
 
     Raises:
-        OptionError: It is unknown; the error lists those that are written.
+        OptionError: It is unknown; the error lists those that can be written.
     """
     return DIALECTS.find(name, [_with_aliases(d.name) for d in DIALECTS.values() if d.writes])
 

@@ -1,6 +1,6 @@
-"""Where a file keeps its scales, in order of precedence.
+"""The scales of a file, from the places that may hold them.
 
-A tensor of the module's own (``.alpha``, or ``.scale`` as it is), then diffusers'
+In order of precedence: a tensor of the module's own (``.alpha``, or ``.scale`` as it is), then diffusers'
 ``lora_adapter_metadata`` or PEFT's ``adapter_config.json``, else alpha = rank.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import FileError, LayerError, NumberError
+from ...layers import RANKED_BY
 from ...tensors import LARGEST, Tensor, scalar
 from ..architectures.names import COMPONENTS
 from .fields import WHOLE, Config, checked
@@ -19,7 +20,7 @@ UNSCALED = {"alpha", "scale", "diff", "diff_b", "w_norm", "b_norm", "set_weight"
 
 
 def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | None:
-    """The alpha that a layer's own tensors give; ``.scale`` is alpha / rank.
+    """Return the alpha that a layer's own tensors give; ``.scale`` is alpha / rank.
 
     Args:
         keys: The layer's keys by role.
@@ -33,11 +34,8 @@ def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | No
 
 
 def rank(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
-    """The rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
-    for role in ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
-        if role in keys:
-            return int(tensors[keys[role]].shape[0])
-    return 1
+    """Return the rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
+    return next((int(tensors[keys[role]].shape[0]) for role in RANKED_BY if role in keys), 1)
 
 
 def _one(tensors: Mapping[str, Tensor], key: str) -> float:
@@ -45,26 +43,26 @@ def _one(tensors: Mapping[str, Tensor], key: str) -> float:
     if math.prod(tensor.shape) != 1:
         raise LayerError(f"{key} has shape {tensor.shape}, wanted one number")
     value = scalar(tensor)
-    if not abs(value) <= LARGEST["F32"]:  # which NaN is not, either
+    if not abs(value) <= LARGEST["F32"]:  # True for NaN too
         raise NumberError(f"{key} is {value}")
     return value
 
 
 def _unused(tensor: Tensor) -> float:
-    """An alpha that scales nothing; tools write 10¹⁰ for it, which float16 can't hold."""
+    """Return an alpha that scales nothing; tools write 10¹⁰ for it, which is infinite in float16 and read as 1."""
     value = scalar(tensor) if math.prod(tensor.shape) == 1 else 1.0
     return value if math.isfinite(value) else 1.0
 
 
 def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -> dict[str, Config]:
-    """LoRA configurations by component, checked; ``""`` is the one that names none. One that is given goes first."""
+    """Return checked LoRA configurations by component, ``""`` for any; `adapter_config` has precedence."""
     text = metadata.get("lora_adapter_metadata")
     found = dict(adapter_config) if adapter_config or not text else _in_header(text)
     return {component: checked(config) for component, config in found.items()}
 
 
 def _in_header(text: str) -> dict[str, Config]:
-    """diffusers' configurations: one flat object whose keys begin with the component."""
+    """Parse diffusers' configurations: one flat object whose keys begin with the component."""
     try:
         flat = json.loads(text)
     except (ValueError, RecursionError) as error:

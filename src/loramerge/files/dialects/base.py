@@ -1,4 +1,4 @@
-"""A dialect: how one tool names the tensors of a LoRA.
+"""A dialect: the names that one tool gives the tensors of a LoRA.
 
 It is a naming of the architecture's modules and a table of suffixes, used both ways: the
 names that a file may have are looked up in the forward rule's own output, never parsed.
@@ -21,7 +21,7 @@ _TABLES: dict[tuple[Names, str], Mapping[str, Parts]] = {}
 
 
 def table(names: Names, a: Architecture) -> Mapping[str, Parts]:
-    """What a naming gives for an architecture; computed once."""
+    """Return the stems that a naming gives an architecture; they are computed once."""
     key = (names, a.name)
     if key not in _TABLES:
         _TABLES[key] = names(a)
@@ -35,7 +35,7 @@ LYCORIS_KINDS = frozenset({"lora", "loha", "lokr", "dora", "full", "norm", "bias
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dialect:
-    """How one tool names the tensors of a LoRA."""
+    """The names that one tool gives the tensors of a LoRA, and what its readers understand."""
 
     name: str
     title: str
@@ -43,11 +43,11 @@ class Dialect:
     """The code that writes or reads it."""
     names: Names
     style: str
-    """How it spells LoRA's own tensors, see `suffixes.STYLES`."""
+    """Spelling of LoRA's own tensors: a key of `suffixes.STYLES`."""
     text_style: str | None = None
-    """The same for text encoders, where it differs."""
+    """The same for text encoders, if it differs."""
     style_for: Callable[[Architecture], str] | None = None
-    """The style for a family, where its readers want different ones; a file that had one of them keeps it."""
+    """Chooses the style by family, if readers expect different ones; a file that had one of them keeps it."""
     also_reads: frozenset[str] = frozenset()
     """Other styles that its files have."""
     also_names: tuple[Names, ...] = ()
@@ -60,51 +60,58 @@ class Dialect:
     holds: frozenset[str] = LOW_RANK
     """Kinds of layers that its readers understand."""
     even_rank: tuple[str, ...] = ()
-    """Ends of modules' names whose rank diffusers does not read: they get the commonest of their component."""
+    """Modules (by the ends of their names) whose rank diffusers ignores: they are padded to the commonest rank."""
     lokr_cores: bool = True
-    """Whether its readers get LoKr's Tucker cores right; else ``w2`` is written whole."""
+    """True if its readers get LoKr's Tucker cores right; else ``w2`` is written whole."""
     dora_axis: Literal["out", "any"] = "any"
+    """The axis that DoRA's magnitudes must have."""
     recognised_by: Names | None = None
-    """Names that tell the dialect from its kin, where `names` are shared."""
+    """A naming used only to recognise this dialect, if `names` is shared with another one."""
     numbered: bool = False
     """Stems are numbers: a numbering is right only when every layer fits."""
     rewrites: bool = False
-    """Whether a LoRA that was read in it can be written back after a change; where it is written, that goes without."""
+    """True if a LoRA that was read in it can be written back after a change, though `writes` is False."""
     free: Free | None = None
-    """How it spells modules that no table lists; without it, such a module is called what its stem is."""
+    """Spelling of modules that no table lists. Without it, such a module is called what its stem is."""
 
     @cached_property
     def styles(self) -> frozenset[str]:
+        """All styles that its files may have."""
         return self.also_reads | {self.style, self.text_style or self.style}
 
     @property
     def tables(self) -> tuple[Names, ...]:
+        """All namings that its files may have, the one that is written first."""
         return (self.names, *self.also_names)
 
     def free_module(self, stem: str) -> str:
-        """The module of a stem that no table lists."""
+        """Return the module of a stem that no table lists."""
         return self.free.module(stem) if self.free else stem
 
     def free_stem(self, module: str, own: "Dialect") -> str | None:
-        """The stem of a module that no table lists, or None if the dialect can't say it.
+        """Return the stem of a module that no table lists, or None if the dialect can't spell it.
 
         Args:
-            module: The module.
-            own: The dialect that its name is from.
+            module: The module's name.
+            own: The dialect that the name is from.
         """
         if self.free is None or own.free is None:
             return module if self is own or (own.free is None and module.startswith(self.begins)) else None
         return self.free.stem(module, self is own) if self is own or self.free.paths == own.free.paths else None
 
     def can_write(self, own: str) -> bool:
-        """Whether a LoRA that is in a dialect can be written in this one."""
+        """Return whether a LoRA of the dialect `own` can be written in this one."""
         return self.writes or (self.rewrites and self.name == own)
 
+    def reads_core(self, kind: str) -> bool:
+        """Return whether its readers get Tucker cores of a kind of layer right."""
+        return self.lokr_cores if kind == "lokr" else "lokr" in self.holds
+
     def written_style(self, a: Architecture | None, had: str = "") -> str:
-        """The style to write a LoRA in.
+        """Choose the style to write a LoRA in.
 
         Args:
-            a: Its family, where it is known.
+            a: Its family, if it is known.
             had: The style that its file had in this dialect, if it had one.
         """
         if self.style_for is None:
@@ -114,7 +121,7 @@ class Dialect:
         return self.style_for(a) if a else self.style
 
     def suffix(self, role: str, module: str, style: str | None = None) -> str:
-        """The suffix of a tensor of a module."""
+        """Return the suffix of a module's tensor."""
         text = module.startswith("text_encoder")
         chosen = STYLES[self.text_style if text and self.text_style else style or self.style]
         return chosen.get(role) or SPELLINGS[role]

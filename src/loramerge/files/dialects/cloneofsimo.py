@@ -20,6 +20,8 @@ SECTIONS = ("down_blocks.", "up_blocks.", "mid_block.")
 
 
 def numbering(order: tuple[str, ...], text: tuple[str, ...]) -> Names:
+    """Number the layers in the order of the leaves of a denoiser's and of a text encoder's block."""
+
     def names(a: Architecture) -> Mapping[str, Parts]:
         if a.denoiser != "unet":
             return {}

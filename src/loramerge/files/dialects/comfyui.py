@@ -17,16 +17,16 @@ def comfyui_names(a: Architecture) -> Mapping[str, Parts]:
 
 
 def comfyui_other_names(a: Architecture) -> Mapping[str, Parts]:
-    """The denoiser's weights under the names of other code, which trainers put behind the same prefix."""
+    """Name the denoiser's weights as other code does; trainers put those names behind the same prefix."""
     return {f"diffusion_model.{path}": parts for path, parts in a.other_paths.items()}
 
 
 DOWN_UP = frozenset({"flux", "chroma"})
-"""Transformers of which diffusers reads ``lora_down`` behind ``diffusion_model.``; of all others only ``lora_A``."""
+"""Transformers for which diffusers reads ``lora_down`` behind ``diffusion_model.``; for others only ``lora_A``."""
 
 
 def comfyui_style(a: Architecture) -> str:
-    """ComfyUI reads both; of ``lora_A`` diffusers wants the scale folded in, as it stops at an alpha."""
+    """Choose the style: ComfyUI reads both, and diffusers stops at an alpha of ``lora_A``, so scales are folded in."""
     return "kohya" if a.denoiser == "unet" or a.name in DOWN_UP else "peft"
 
 
@@ -49,7 +49,7 @@ COMFYUI = Dialect(
 
 
 def omi_names(a: Architecture) -> Mapping[str, Parts]:
-    """Native names with fused projections split again: ``qkv.0``, ``qkv.1``, ``qkv.2``."""
+    """Split native names of fused projections: ``qkv.0``, ``qkv.1``, ``qkv.2``."""
     names: dict[str, Parts] = {}
     for path, parts in a.native_paths.items():
         if len(parts) == 1:

@@ -1,4 +1,4 @@
-"""LoRA configurations as PEFT and diffusers keep them beside the tensors."""
+"""LoRA configurations as PEFT and diffusers write them: a file or a header entry."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ...layers import DoRA, Layer, direction_of
+from ...layers import Layer
 
 CLASSES = {
     "unet": ("UNet2DConditionModel", "diffusers.models.unets.unet_2d_condition"),
@@ -16,11 +16,11 @@ CLASSES = {
 
 
 def component_configs(layers: Mapping[str, Layer], about: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, Any]]:
-    """A PEFT ``LoraConfig`` as a dictionary for each component of a LoRA, scales baked in.
+    """Make a PEFT ``LoraConfig`` as a dictionary for each component of a LoRA, scales baked in.
 
     Args:
         layers: The layers as written (LoRA or DoRA with alpha = rank), by module.
-        about: What is known of the base model, by component, see `LoRA.about`.
+        about: Fields about the base model, by component, see `LoRA.about`.
     """
     by_component: dict[str, dict[str, Layer]] = {}
     for module, layer in layers.items():
@@ -55,17 +55,13 @@ def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "use_dora": any(isinstance(layer, DoRA) for layer in layers.values()),
-        "lora_bias": any(_has_bias(layer) for layer in layers.values()),
+        "use_dora": any(layer.axis is not None for layer in layers.values()),
+        "lora_bias": any(layer.delta_bias() is not None for layer in layers.values()),
     }
 
 
-def _has_bias(layer: Layer) -> bool:
-    return direction_of(layer).delta_bias() is not None
-
-
 def _anchored(path: str, paths: Mapping[str, Any]) -> str:
-    """A pattern for one module: PEFT also accepts the end of a name after a dot, so a short name is anchored."""
+    """Make a pattern for one module: PEFT also accepts the end of a name after a dot, so a short name is anchored."""
     return f"^{re.escape(path)}" if _is_an_end(path, paths) else path
 
 
@@ -74,7 +70,7 @@ def _is_an_end(path: str, paths: Mapping[str, Any]) -> bool:
 
 
 def _targets(paths: Mapping[str, Any]) -> list[str] | str:
-    """Names of the trained modules; a regular expression when a name is also the end of another's."""
+    """List the trained modules; a regular expression if a path is a single name, which PEFT would find elsewhere too."""
     if any("." not in path for path in paths):
         names = "|".join(re.escape(path) for path in sorted(paths))
         return rf"(?:text_model\.)?(?:{names})"
@@ -82,11 +78,11 @@ def _targets(paths: Mapping[str, Any]) -> list[str] | str:
 
 
 def adapter_metadata(configs: Mapping[str, Mapping[str, Any]]) -> str:
-    """diffusers' ``lora_adapter_metadata``: the configurations with the component in front of each key."""
-    kept = {
+    """Make diffusers' ``lora_adapter_metadata``: the configurations with the component in front of each key."""
+    fields = {
         f"{component}.{key}": value
         for component, config in configs.items()
         for key, value in config.items()
         if key not in ("auto_mapping", "peft_type")
     }
-    return json.dumps(kept, indent=2, sort_keys=True)
+    return json.dumps(fields, indent=2, sort_keys=True)

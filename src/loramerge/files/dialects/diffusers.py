@@ -15,7 +15,7 @@ COMPONENT = r"(unet|transformer|text_encoder(_\d)?)\."
 
 
 def module_names(a: Architecture) -> Mapping[str, Parts]:
-    """``component.path``: loramerge's own names."""
+    """Name modules ``component.path``, as loramerge itself does."""
     names = {f"{a.denoiser}.{path}": parts for path, parts in a.denoiser_paths.items()}
     for encoder in a.text_encoders:
         names |= {f"{encoder.component}.{path}": parts for path, parts in a.text_paths(encoder).items()}
@@ -23,19 +23,19 @@ def module_names(a: Architecture) -> Mapping[str, Parts]:
 
 
 def bare_names(a: Architecture) -> Mapping[str, Parts]:
-    """The denoiser's paths without a component in front."""
+    """Name modules by the denoiser's paths without a component in front."""
     return a.denoiser_paths
 
 
 def native_names(a: Architecture) -> Mapping[str, Parts]:
-    """The model's own paths behind diffusers' component: diffusion-pipe's HunyuanVideo."""
+    """Put the model's own paths behind diffusers' component, as diffusion-pipe does for HunyuanVideo."""
     if a.denoiser == "unet":
         return {}
     return {f"transformer.{path}": parts for path, parts in {**a.native_paths, **a.other_paths}.items()}
 
 
 def old_names(a: Architecture) -> Mapping[str, Parts]:
-    """Attention processors: ``attn1.processor.to_out`` for ``attn1.to_out.0``; ``self_attn.to_q`` for ``q_proj``."""
+    """Name attention processors: ``attn1.processor.to_out`` for ``attn1.to_out.0``, ``self_attn.to_q`` for ``q_proj``."""
     return {old: parts for name, parts in module_names(a).items() if (old := _old(name))}
 
 
@@ -44,7 +44,7 @@ def old_bare_names(a: Architecture) -> Mapping[str, Parts]:
 
 
 def oldest_text_names(a: Architecture) -> Mapping[str, Parts]:
-    """diffusers 0.16 and 0.17 hung four layers on each projection, of which one is its own."""
+    """Name text encoders' layers as diffusers 0.16 and 0.17, which put four on each projection, only one its own."""
     return {
         f"{name}.to_{match[2]}": parts
         for name, parts in module_names(a).items()
@@ -61,7 +61,7 @@ def _old(name: str) -> str | None:
 
 
 def _peft_text_names(a: Architecture, prefix: str, plain: tuple[str, ...]) -> dict[str, Parts]:
-    """Text encoders, those of some models without ``text_model.``."""
+    """Name text encoders' modules, for the models in `plain` without ``text_model.``."""
     names: dict[str, Parts] = {}
     for encoder in reversed(a.text_encoders):
         start = prefix.format(component=encoder.component)
@@ -77,13 +77,13 @@ FOLDER = "{component}/base_model.model."
 
 
 def peft_names(a: Architecture) -> Mapping[str, Parts]:
-    """PEFT saves one model a directory; the denoiser's is the directory itself."""
+    """Name modules as PEFT, which saves one model per directory; the denoiser's is the directory itself."""
     names = {f"base_model.model.{path}": parts for path, parts in a.denoiser_paths.items()}
     return names | _peft_text_names(a, FOLDER, PLAIN)
 
 
 def peft_old_text_names(a: Architecture) -> Mapping[str, Parts]:
-    """Text encoders as transformers 4 names them."""
+    """Name text encoders' modules as transformers 4 does."""
     return _peft_text_names(a, FOLDER, ())
 
 
@@ -92,14 +92,14 @@ def peft_folder_names(a: Architecture) -> Mapping[str, Parts]:
 
 
 def peft_native_names(a: Architecture) -> Mapping[str, Parts]:
-    """PEFT around the model's own code: fal's trainer of FLUX.1 Kontext."""
+    """Name modules as PEFT around the model's own code: fal's trainer of FLUX.1 Kontext."""
     return {f"base_model.model.{path}": parts for path, parts in a.native_paths.items()}
 
 
 def peft_text_names(folder: str, number: int) -> Names:
-    """The adapter of one text encoder, in a directory of its own or in that of another encoder.
+    """Name the adapter of one text encoder, in a directory of its own or in that of another encoder.
 
-    Encoders have the same names and other shapes, which tell them apart.
+    Encoders have the same names and are told apart by their shapes.
     """
 
     def names(a: Architecture) -> Mapping[str, Parts]:
@@ -111,12 +111,12 @@ def peft_text_names(folder: str, number: int) -> Names:
 
 
 FOLDERS = ("", *(f"{component}/" for component in COMPONENTS[2:]))
-"""Where the adapter of a text encoder may be."""
+"""Directories that the adapter of a text encoder may be in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreePeft(Free):
-    """PEFT's stems: the denoiser's in the directory itself, a text encoder's behind the name of a folder."""
+    """Spelling of PEFT's stems: a denoiser's as they are, a text encoder's behind the name of its directory."""
 
     def module(self, stem: str) -> str:
         folder, _, path = stem.rpartition("base_model.model.")

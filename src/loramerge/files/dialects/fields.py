@@ -1,4 +1,4 @@
-"""PEFT's configurations: what each of their fields means for the tensors beside them.
+"""PEFT's configurations, and what each of their fields means for the tensors of the adapter.
 
 Source: https://github.com/huggingface/peft, tuners/lora/config.py and layer.py; tuners/adalora, loha and lokr.
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from ...errors import FileError, LayerError, NumberError
-from ...layers import DoRA, Layer, LowRank, Relative, direction_of
+from ...layers import Layer, LowRank, Relative
 from ...tensors import LARGEST
 from .patterns import Patterns
 
@@ -21,7 +21,7 @@ class Kind(NamedTuple):
     alpha: str
     """The field that holds alpha."""
     roles: frozenset[str]
-    """Roles of tensors, of which every layer of the kind has one."""
+    """Roles of tensors; every layer of the kind has one of them."""
 
 
 KINDS: dict[str, Kind] = {
@@ -32,7 +32,7 @@ KINDS: dict[str, Kind] = {
 }
 
 ALPHA, RANK, INITIAL_RANK = 8, 8, 12
-"""PEFT's own values of alpha, ``r`` and ``init_r``, where a configuration has none."""
+"""PEFT's defaults of alpha, ``r`` and ``init_r``."""
 
 SCALED = frozenset(role for kind in KINDS.values() for role in kind.roles)
 """Roles of tensors that a configuration scales."""
@@ -44,13 +44,13 @@ READ = frozenset(
     {"peft_type", "r", "init_r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
     | {"init_lora_weights"}
 )
-"""Fields that give the scale, or say what the factors are."""
+"""Fields that give the scale or the kind of factors."""
 
 KEPT = frozenset({"base_model_name_or_path", "revision", "task_type"})
-"""Fields about the base model, which stay where all inputs of a merge agree."""
+"""Fields about the base model: a merge keeps those that all its inputs agree on."""
 
 NOTED = frozenset({"bias", "modules_to_save", "trainable_token_indices"})
-"""Fields by which a file holds trained weights besides the adapter."""
+"""Fields that put trained weights other than the adapter into the file."""
 
 HARMLESS = frozenset(
     {"auto_mapping", "peft_version", "inference_mode", "runtime_config", "ensure_weight_tying", "megatron_core"}
@@ -60,7 +60,7 @@ HARMLESS = frozenset(
     | {"use_effective_conv2d", "decompose_both", "decompose_factor"}
     | {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
 )
-"""Fields that say how it was trained, or what the tensors say too; ΔW is the same without them."""
+"""Fields about the training, and fields that repeat what the tensors say: ΔW doesn't depend on them."""
 
 REFUSED: dict[str, str] = {
     "use_qalora": "QA-LoRA's factors work on sums of inputs",
@@ -72,7 +72,7 @@ REFUSED: dict[str, str] = {
     "target_parameters": "its factors update parameters that are no weight of a module",
     "megatron_config": "its factors are one part of those of a model that was split over several GPUs",
 }
-"""Fields with which the factors are no update of a module's weight, and why; harmless where they are empty."""
+"""Fields that make the factors something else than an update of a module's weight, and why; harmless if empty."""
 
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base weights alone."""
@@ -81,10 +81,10 @@ WAY_OUT = "merge it into the base with PEFT (merge_and_unload), and extract a Lo
 
 
 def checked(config: Config) -> dict[str, Any]:
-    """A configuration with its patterns compiled.
+    """Check a configuration and compile its patterns.
 
     Raises:
-        FileError: It is not of a kind that is read, or has a field with which the factors mean something else.
+        FileError: Its kind can't be read, or it has one of the fields in `REFUSED`.
     """
     name = str(config.get("peft_type") or "LORA").upper()
     if name not in KINDS:
@@ -106,42 +106,42 @@ def checked(config: Config) -> dict[str, Any]:
 
 
 def _left(masks: Any) -> dict[str, int]:
-    """The ranks that AdaLoRA left, out of its lists of what stays."""
+    """Count the ranks that AdaLoRA left, from its lists of masks."""
     if not isinstance(masks, Mapping) or not all(isinstance(mask, list) for mask in masks.values()):
         raise FileError("rank_pattern in the configuration is not AdaLoRA's: wanted an object of lists")
     return {str(key).partition(".lora_E")[0]: sum(map(bool, mask)) for key, mask in masks.items()}
 
 
 def strange(config: Config) -> list[str]:
-    """Fields with a value that no table here knows."""
+    """List the fields that have a value and are in no table of this file."""
     known = READ | KEPT | NOTED | HARMLESS | REFUSED.keys()
     return [field for field, value in config.items() if value and field not in known]
 
 
 def about(config: Config) -> dict[str, str]:
-    """What a configuration says of the base model."""
+    """Return the fields about the base model."""
     return {field: value for field in sorted(KEPT) if isinstance(value := config.get(field), str)}
 
 
 def start(config: Config) -> str | None:
-    """How the factors began, if the base weights were changed to begin with them: ΔW is then not their product."""
+    """Return the initialisation if it took the factors out of the base weights: ΔW is then not their product."""
     value = config.get("init_lora_weights")
     plain = value is None or isinstance(value, bool) or str(value).lower() in PLAIN_STARTS
     return None if plain else str(value).lower()
 
 
 def alpha(config: Config, names: Sequence[str], rank: int, roles: Set[str]) -> float:
-    """Effective alpha of a module: what alpha / rank must be for PEFT's scale.
+    """Return the effective alpha of a module: alpha / rank is PEFT's scale.
 
     Args:
         config: A `checked` configuration.
-        names: What patterns may call the module.
-        rank: That of the module's own factors, 1 where it has none.
+        names: Names that patterns may call the module.
+        rank: Rank of the module's own factors, 1 if it has none.
         roles: The roles of its tensors.
 
     Raises:
         LayerError: The tensors are not of the configuration's kind, or of its rank.
-        NumberError: A number in the configuration is none.
+        NumberError: A value in the configuration isn't a finite number.
     """
     kind = KINDS[config["peft_type"]]
     if not roles & kind.roles:
@@ -150,54 +150,54 @@ def alpha(config: Config, names: Sequence[str], rank: int, roles: Set[str]) -> f
         return _adalora(config, names, rank)
     value = _number(config, kind.alpha, names, ALPHA, "alpha_pattern")
     whole = roles >= WHOLE
-    told = _number(config, "r", names, RANK if whole else rank, "rank_pattern")
+    stated = _number(config, "r", names, RANK if whole else rank, "rank_pattern")
     if whole:
-        return value / max(told, 1)
-    _check_rank(config, told, rank)
+        return value / max(stated, 1)
+    _check_rank(config, stated, rank)
     return value * math.sqrt(rank) if config.get("use_rslora") else value
 
 
 def as_trained(layer: Layer, config: Config) -> Layer:
-    """A layer as its configuration means it: with factors that began as a part of the base weight, or without.
+    """Return a layer as its configuration means it: a `Relative` one if its factors began as a part of the base weight.
 
     Raises:
         LayerError: A magnitude is missing, or ΔW depends on the base weight in two ways.
     """
-    if not isinstance(direction_of(layer), LowRank):
+    if layer.inner.kind != "lora":
         return layer
-    began = start(config)
-    if config.get("use_dora") and not isinstance(layer, DoRA):
+    initial = start(config)
+    if config.get("use_dora") and layer.axis is None:
         raise LayerError("the configuration has use_dora, and the layer has no magnitude, so it is not whole")
-    if began and isinstance(layer, DoRA):
-        raise LayerError(f"a DoRA layer with init_lora_weights {began!r} can't be read. Way out: {WAY_OUT}")
-    return Relative(direction=layer, start=began) if began and isinstance(layer, LowRank) else layer
+    if initial and layer.axis is not None:
+        raise LayerError(f"a DoRA layer with init_lora_weights {initial!r} can't be read. Way out: {WAY_OUT}")
+    return Relative(trained=layer, start=initial) if initial and isinstance(layer, LowRank) else layer
 
 
 def _adalora(config: Config, names: Sequence[str], rank: int) -> float:
-    """PEFT scales by alpha / (init_r + 10⁻⁵), whatever rank is left."""
-    began = _number(config, "init_r", names, INITIAL_RANK)
+    """Return AdaLoRA's alpha: PEFT scales by alpha / (init_r + 10⁻⁵), whatever rank is left."""
+    initial = _number(config, "init_r", names, INITIAL_RANK)
     value = _number(config, "lora_alpha", names, ALPHA)
     ranks = config["rank_pattern"]
-    left = next((ranks[name] for name in names if name in ranks), began)
+    left = next((ranks[name] for name in names if name in ranks), initial)
     _check_rank(config, left, rank)
-    return (value if value > 0 else rank) / (max(began, 1) + 1e-5) * rank
+    return (value if value > 0 else rank) / (max(initial, 1) + 1e-5) * rank
 
 
-def _check_rank(config: Config, told: float, rank: int) -> None:
-    if told != rank:
+def _check_rank(config: Config, stated: float, rank: int) -> None:
+    if stated != rank:
         raise LayerError(
-            f"the configuration, PEFT's {config['peft_type']}, says rank {told:g}, and its factors have rank {rank}, so its "
+            f"the configuration, PEFT's {config['peft_type']}, says rank {stated:g}, and its factors have rank {rank}, so its "
             "scale can't be told. Ways out: put the adapter_config.json of the same download beside the file, or give "
             "the right one in Python (config=…)"
         )
 
 
 def _number(config: Config, field: str, names: Sequence[str], default: float, pattern: str | None = None) -> float:
-    """A module's number: of the first name that a pattern matches, else of the field, else PEFT's own."""
+    """Return a module's number: of the first name that a pattern matches, else of the field, else PEFT's default."""
     patterns: Patterns | None = config[pattern] if pattern else None
     matched = [patterns.of(name, None) for name in names] if patterns else []
-    given = next((value for value in matched if value is not None), config.get(field))
-    value = default if given is None else given
+    stated = next((value for value in matched if value is not None), config.get(field))
+    value = default if stated is None else stated
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST["F32"]:
         raise NumberError(f"the configuration's {field} of {names[0]} is {value!r}, wanted a finite number")
     return float(value)

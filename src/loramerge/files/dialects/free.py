@@ -1,8 +1,8 @@
 """Names of modules that no table lists: those of a family that loramerge doesn't know.
 
 Tools make a stem of a module's path by a rule: a prefix, and the path with its dots or with underscores
-in their place.  So a path can be had from a stem, and a stem from a path, without knowing the model.
-Whose path it is can't be told: that of the model's own code, or diffusers'.
+in their place.  So a path can be derived from a stem, and a stem from a path, without knowing the model.
+What can't be derived is whether the path is that of the model's own code or diffusers'.
 """
 
 import re
@@ -19,19 +19,19 @@ DENOISERS = ("unet", "transformer")
 
 @dataclass(frozen=True, kw_only=True)
 class Free:
-    """How a dialect spells the modules of a model that no table lists."""
+    """A dialect's spelling of the modules of a model that no table lists."""
 
     prefix: str
-    """What stands before the denoiser's paths, ``{}`` for ``unet`` or ``transformer``."""
+    """Prefix of the denoiser's paths, ``{}`` for ``unet`` or ``transformer``."""
     flat: bool = False
-    """Whether the path's dots are underscores."""
+    """True if the path's dots are written as underscores."""
     paths: Literal["native", "diffusers", "other"]
-    """Whose paths they are: the same ones can be spelled in another dialect that has them too."""
+    """The code whose paths they are; dialects with the same can spell each other's modules."""
     text: str | None = None
-    """What stands before a text encoder's paths, ``{}`` for its number; None where the component's name does."""
+    """Prefix of a text encoder's paths, ``{}`` for its number; None if it is the component's name."""
 
     def module(self, stem: str) -> str:
-        """The module of a stem."""
+        """Return the module of a stem."""
         if self.text is not None and (match := re.match(re.escape(self.text).replace(r"\{\}", r"(\d*)"), stem)):
             return f"text_encoder{'_' * bool(match[1])}{match[1]}.{stem[match.end() :]}"
         for component in DENOISERS:
@@ -44,20 +44,20 @@ class Free:
 
     @property
     def says_component(self) -> bool:
-        """Whether the prefix says what the denoiser is."""
+        """True if the prefix says whether the denoiser is a UNet or a transformer."""
         return "{}" in self.prefix
 
     def stem(self, module: str, own: bool) -> str | None:
-        """The stem of a module; None where the dots of its path, or what the dialect calls its component, isn't known.
+        """Return the stem of a module; None if the dots of its path or the dialect's name of its component aren't known.
 
         Args:
             module: The module.
-            own: Whether its name is from a stem of this very dialect.
+            own: True if its name is from a stem of this very dialect.
         """
         component, _, path = module.partition(".")
         spelled = flat(path) if self.flat else path
         if self.flat and spelled.startswith("_") and not own:
-            return None  # readers take it for a second underscore of the prefix
+            return None  # readers would take the underscore for a second one of the prefix
         if component in DENOISERS:
             return self.prefix.format(component) + spelled if self.flat or has_dots(path) else None
         if self.text is not None and (match := re.fullmatch(r"text_encoder_?(\d*)", component)):
@@ -66,5 +66,5 @@ class Free:
 
 
 def has_dots(path: str) -> bool:
-    """Whether a path has its dots: one with a number in it has some."""
+    """Return whether a path has its dots: a path with a number in it has some."""
     return "." in path or re.search(r"_\d", path) is None

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from ... import linalg
 from ...errors import LayerError
-from ...layers import FACTORED, BiasOnly, DoRA, Full, Layer, LowRank, Rows
+from ...layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows
 from ...tensors import Array, Ranges, Spec, code, concat, float32, namespace, reshape
 from ..architectures.names import Parts
 
@@ -15,9 +16,9 @@ class Block(Spec):
     __slots__ = ()
 
 
-def depends(layout: LowRank) -> bool:
-    """Whether the rank of a layout depends on values."""
-    return isinstance(layout.down, Block)
+def depends(layout: Layer) -> bool:
+    """Return whether the rank of a layout depends on values."""
+    return isinstance(layout.tensors().get("down"), Block)
 
 
 def fused(
@@ -26,55 +27,59 @@ def fused(
     rows_of: Callable[[str], int],
     as_lora: Callable[[Layer], Layer],
 ) -> Layer:
-    """One layer of the modules of one weight; a module without a layer is zero.
+    """Join the layers of one weight's modules into one layer; a module without a layer is zero.
 
     Parts with the same ``down`` are stacked without loss of rank, others side by side
     (``up`` block-diagonal, ranks add up).  Kinds that can't be joined become the LoRA with the
-    same ΔW, where there is one.
+    same ΔW, if there is one.
 
     Args:
         parts: The modules of the weight, with their rows.
         layers: The modules' layers.
-        rows_of: Number of rows of a module's weight.
-        as_lora: Gives the LoRA with the same ΔW.
+        rows_of: Returns the number of rows of a module's weight.
+        as_lora: Returns the LoRA with the same ΔW.
+
+    Raises:
+        LayerError: The layers' kinds can't be joined.
     """
     if len(parts) == 1:
         layer = layers[parts[0].module]
         return layer if parts[0].rows is None else _moved(layer, parts[0].rows, as_lora)
-    given = [layers.get(part.module) for part in parts]
-    found = [layer for layer in given if layer is not None]
-    if whole := _same_whole(parts, found):
+    by_part = [layers.get(part.module) for part in parts]
+    present = [layer for layer in by_part if layer is not None]
+    if whole := _same_whole(parts, present):
         return whole
     rows = [rows_of(part.module) for part in parts]
-    if all(layer.kind == "bias" for layer in found):
-        return BiasOnly(diff_b=_fused_bias(given, rows))
-    if any(layer.kind == "full" for layer in found) and all(layer.kind in DENSE for layer in found):
-        return _fused_full(given, rows)
-    if all(layer.kind in SUMMED for layer in found):
-        return _fused_low_rank([None if layer is None else _low_rank(layer, as_lora) for layer in given], rows)
-    if len(found) == len(parts) and all(isinstance(layer, DoRA) and layer.axis == "out" for layer in found):
-        return _fused_dora(parts, found, rows_of, as_lora)
-    kinds = ", ".join(sorted({layer.kind for layer in found}))
+    if all(layer.bias_only for layer in present):
+        return BiasOnly(diff_b=_fused_bias(by_part, rows))
+    if any(layer.dense for layer in present) and all(layer.dense or _is_summed(layer) for layer in present):
+        return _fused_full(by_part, rows)
+    if all(_is_summed(layer) for layer in present):
+        return _fused_low_rank([None if layer is None else _low_rank(layer, as_lora) for layer in by_part], rows)
+    if len(present) == len(parts) and all(isinstance(layer, DoRA) and layer.axis == "out" for layer in present):
+        return _fused_dora(parts, present, rows_of, as_lora)
+    kinds = ", ".join(sorted({layer.kind for layer in present}))
     raise LayerError(
         f"{', '.join(part.module for part in parts)} are one weight here, and parts of it that are stored as {kinds} "
         "can't be joined. Ways out: a dialect with diffusers' names, or leave the modules out (exclude)"
     )
 
 
-SUMMED = (*FACTORED, "bias")
-DENSE = (*SUMMED, "full")
+def _is_summed(layer: Layer) -> bool:
+    """True if the layer is a LoRA, or has one with the same ΔW, or changes a bias only."""
+    return layer.factored or layer.bias_only
 
 
 def _fused_full(layers: list[Layer | None], rows: list[int]) -> Full:
-    """Whole differences one below the other; what has factors becomes one too."""
-    columns = next(layer.shape[1:] for layer in layers if layer is not None and layer.kind != "bias")
+    """Stack whole differences; layers with factors become whole differences first."""
+    columns = next(layer.shape[1:] for layer in layers if layer is not None and not layer.bias_only)
     like = next(layer.diff for layer in layers if isinstance(layer, Full))
     deltas = [_delta(layer, (n, *columns), like) for layer, n in zip(layers, rows, strict=True)]
     return Full(diff=_concat(deltas), diff_b=_fused_bias(layers, rows))
 
 
 def _delta(layer: Layer | None, shape: tuple[int, ...], like: Array | Spec) -> Array | Spec:
-    if layer is None or layer.kind == "bias":
+    if layer is None or layer.bias_only:
         return _zeros(shape, like)
     if isinstance(layer, Full):
         return layer.diff
@@ -82,26 +87,25 @@ def _delta(layer: Layer | None, shape: tuple[int, ...], like: Array | Spec) -> A
 
 
 def _low_rank(layer: Layer, as_lora: Callable[[Layer], Layer]) -> Layer:
-    if layer.kind == "bias":
+    if layer.bias_only:
         return layer
     lora = layer if isinstance(layer, LowRank) else as_lora(layer)
     assert isinstance(lora, LowRank)
-    return lora.plain()
+    return lora.without_core()
 
 
 def _moved(layer: Layer, rows: Ranges, as_lora: Callable[[Layer], Layer]) -> Layer:
-    """A layer whose rows stand elsewhere in the weight: halves exchanged."""
+    """Reorder the rows of a layer that has other places in the weight: halves that are exchanged."""
     if isinstance(layer, Rows) and layer.ranges == rows:
         return layer.whole
     starts = [sum(stop - start for start, stop in rows[:i]) for i in range(len(rows))]
     back = sorted(range(len(rows)), key=lambda i: rows[i][0])
     order = tuple((starts[i], starts[i] + rows[i][1] - rows[i][0]) for i in back)
-    can_be_cut = isinstance(layer, LowRank | Full) or layer.rank is None or layer.kind == "dora"
-    return (layer if can_be_cut else as_lora(layer)).rows(order, None)
+    return (as_lora(layer) if layer.factored and layer.kind != "lora" else layer).rows(order, None)
 
 
 def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:
-    """The layer that was cut into these very parts."""
+    """Return the layer that was cut into these very parts, if there is one."""
     if len(layers) != len(parts) or not all(isinstance(layer, Rows) for layer in layers):
         return None
     cuts = [layer for layer in layers if isinstance(layer, Rows)]
@@ -109,46 +113,45 @@ def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:
     return cuts[0].whole if same else None
 
 
-def _fused_low_rank(given: list[Layer | None], rows: list[int]) -> LowRank:
-    bias = _fused_bias(given, rows)
-    layers = [layer if isinstance(layer, LowRank) else None for layer in given]
-    found = [layer for layer in layers if layer is not None]
-    shared = _share_down(found)
-    if len({layer.scale for layer in found}) > 1:
-        layers = [layer and _unscaled(layer) for layer in layers]
-        found = [layer for layer in layers if layer is not None]
-    scale = found[0].scale
-    first = found[0].down
+def _fused_low_rank(by_part: list[Layer | None], rows: list[int]) -> LowRank:
+    """Join LoRAs and biases: under one ``down`` if all have the same, else block-diagonally."""
+    bias = _fused_bias(by_part, rows)
+    loras = [layer if isinstance(layer, LowRank) else None for layer in by_part]
+    present = [lora for lora in loras if lora is not None]
+    shared = _share_down(present)
+    if len({lora.scale for lora in present}) > 1:
+        loras = [lora and _unscaled(lora) for lora in loras]
+        present = [lora for lora in loras if lora is not None]
+    first = present[0]
     if shared is None:
-        rank = sum(layer.rank for layer in found)
+        rank = sum(lora.rank for lora in present)
         return LowRank(
-            up=Block((sum(rows), rank), code(found[0].up)),
-            down=Block((rank, *first.shape[1:]), code(first)),
+            up=Block((sum(rows), rank), code(first.up)),
+            down=Block((rank, *first.down.shape[1:]), code(first.down)),
             diff_b=bias,
         )
     if shared:
-        down, up, ids = (
-            first,
-            _concat([_up(layer, n, found[0]) for layer, n in zip(layers, rows, strict=True)]),
-            found[0].down_id,
-        )
+        ups = [
+            _zeros((n, first.rank), first.up) if lora is None else lora.up for lora, n in zip(loras, rows, strict=True)
+        ]
+        down, up, down_id = first.down, _concat(ups), first.down_id
     else:
-        down, up, ids = _concat([layer.down for layer in found]), _block_diagonal(layers, rows), None
-    alpha = None if found[0].alpha is None else scale * down.shape[0]
-    return LowRank(up=up, down=down, alpha=alpha, down_id=ids, diff_b=bias)
+        down, up, down_id = _concat([lora.down for lora in present]), _block_diagonal(loras, rows), None
+    alpha = None if first.alpha is None else first.scale * down.shape[0]
+    return LowRank(up=up, down=down, alpha=alpha, down_id=down_id, diff_b=bias)
 
 
 def _fused_bias(layers: Sequence[Layer | None], rows: list[int]) -> Array | Spec | None:
-    """The differences of the bias, one below the other; zero where a part has none."""
-    given = [None if layer is None else layer.delta_bias() for layer in layers]
-    like = next((bias for bias in given if bias is not None), None)
+    """Stack the differences of the bias, with zeros for parts that have none; None if no part has one."""
+    biases = [None if layer is None else layer.delta_bias() for layer in layers]
+    like = next((bias for bias in biases if bias is not None), None)
     if like is None:
         return None
-    return _concat([_zeros((n,), like) if bias is None else bias for bias, n in zip(given, rows, strict=True)])
+    return _concat([_zeros((n,), like) if bias is None else bias for bias, n in zip(biases, rows, strict=True)])
 
 
 def _share_down(layers: list[LowRank]) -> bool | None:
-    """Whether all have the same ``down``; None when only values could tell."""
+    """Return whether all have the same ``down``; None for layouts, if only values could tell."""
     first = layers[0]
     if all(layer.down_id is not None and layer.down_id == first.down_id for layer in layers):
         return True
@@ -162,12 +165,6 @@ def _share_down(layers: list[LowRank]) -> bool | None:
 def _unscaled(layer: LowRank) -> LowRank:
     up = Spec(layer.up.shape, "F32") if isinstance(layer.up, Spec) else float32(layer.up) * layer.scale
     return replace(layer, up=up, alpha=None)
-
-
-def _up(layer: LowRank | None, rows: int, like: LowRank) -> Array | Spec:
-    if layer is not None:
-        return layer.up
-    return _zeros((rows, like.rank), like.up)
 
 
 def _zeros(shape: tuple[int, ...], like: Array | Spec) -> Array | Spec:
@@ -185,22 +182,13 @@ def _concat(tensors: list[Array | Spec]) -> Array | Spec:
 
 
 def _block_diagonal(layers: list[LowRank | None], rows: list[int]) -> Array | Spec:
-    found = [layer for layer in layers if layer is not None]
-    total = sum(layer.rank for layer in found)
-    if isinstance(found[0].up, Spec):
-        dtype = code(found[0].up) if len({code(layer.up) for layer in found}) == 1 else "F32"
-        return Spec((sum(rows), total), dtype)
-    same = len({code(layer.up) for layer in found}) == 1
-    first = found[0].up if same else float32(found[0].up)
-    up: Array = _zeros((sum(rows), total), first)
-    row = column = 0
-    for layer, count in zip(layers, rows, strict=True):
-        if layer is not None:
-            values = layer.up if same else float32(layer.up)
-            up[row : row + count, column : column + layer.rank] = values
-            column += layer.rank
-        row += count
-    return up
+    present = [layer for layer in layers if layer is not None]
+    same = len({code(layer.up) for layer in present}) == 1
+    if isinstance(present[0].up, Spec):
+        return Spec((sum(rows), sum(layer.rank for layer in present)), code(present[0].up) if same else "F32")
+    ups = [layer and (layer.up if same else float32(layer.up)) for layer in layers]
+    like = next(up for up in ups if up is not None)
+    return linalg.block_diagonal([_zeros((n, 0), like) if up is None else up for up, n in zip(ups, rows, strict=True)])
 
 
 def _fused_dora(
@@ -217,9 +205,9 @@ def _column(dora: DoRA) -> Array | Spec:
 
 
 def compacted(layer: LowRank) -> LowRank:
-    """A part of a fused weight without the columns of ``up`` that are zero in it.
+    """Drop the columns of ``up`` that are zero in a part of a fused weight.
 
-    What was joined block-diagonally comes apart into the ranks that it was made of.
+    This takes a block-diagonal join apart again, into the ranks that it was made of.
     """
     if not (isinstance(layer.down_id, tuple) and layer.down_id[:1] == ("rows of",)):
         return layer
@@ -233,17 +221,3 @@ def compacted(layer: LowRank) -> LowRank:
         return layer
     alpha = layer.scale * len(keep)
     return replace(layer, up=up[:, keep], down=down[keep], alpha=None if alpha == len(keep) else alpha)
-
-
-def padded(layer: LowRank, rank: int) -> LowRank:
-    """The same ΔW at a larger rank: columns of ``up`` and rows of ``down`` that are zero."""
-    more = rank - layer.rank
-    if more <= 0 or layer.mid is not None:
-        return layer
-    up, down = layer.up, layer.down
-    if isinstance(up, Spec) or isinstance(down, Spec):
-        wide = Spec((up.shape[0], rank, *up.shape[2:]), code(up)), Spec((rank, *down.shape[1:]), code(down))
-    else:
-        columns = _zeros((up.shape[0], more, *up.shape[2:]), up)
-        wide = namespace(up).concat([up, columns], axis=1), _concat([down, _zeros((more, *down.shape[1:]), down)])
-    return replace(layer, up=wide[0], down=wide[1], alpha=None if layer.scale == 1.0 else layer.scale * rank)

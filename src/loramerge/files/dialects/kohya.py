@@ -9,6 +9,7 @@ from .free import Free
 
 
 def text_names(a: Architecture) -> dict[str, Parts]:
+    """Name text encoders' modules with sd-scripts' numbers."""
     return {
         f"lora_te{encoder.kohya}_{flat(path)}": parts
         for encoder in a.text_encoders
@@ -17,15 +18,17 @@ def text_names(a: Architecture) -> dict[str, Parts]:
 
 
 def native_names(a: Architecture) -> dict[str, Parts]:
+    """Name the denoiser's weights by the model's own paths."""
     return {f"lora_unet_{flat(path)}": parts for path, parts in a.native_paths.items()}
 
 
 def diffusers_names(a: Architecture) -> dict[str, Parts]:
+    """Name the denoiser's modules by diffusers' paths."""
     return {f"lora_unet_{flat(path)}": parts for path, parts in a.denoiser_paths.items()}
 
 
 def other_names(a: Architecture) -> Mapping[str, Parts]:
-    """A transformer's weights under the names of other code: flux-sliders has diffusers', musubi-tuner Tencent's."""
+    """Name a transformer's weights as other code does: flux-sliders writes diffusers' names, musubi-tuner Tencent's."""
     if a.denoiser == "unet":
         return {}
     return {f"lora_unet_{flat(path)}": parts for path, parts in a.other_paths.items()}
@@ -44,7 +47,7 @@ def unet_names(a: Architecture) -> Mapping[str, Parts]:
 
 
 def other_text_names(a: Architecture) -> Mapping[str, Parts]:
-    """Text encoders under the numbers that other tools give them."""
+    """Name text encoders' modules with the numbers that other tools give the encoders."""
     names: dict[str, Parts] = {}
     for position, encoder in enumerate(a.text_encoders, start=1):
         for number in _other_numbers(a, encoder, position):
@@ -53,7 +56,7 @@ def other_text_names(a: Architecture) -> Mapping[str, Parts]:
 
 
 def _other_numbers(a: Architecture, encoder: TextEncoder, position: int) -> list[str]:
-    """Its place in diffusers' pipeline (OneTrainer), and no number for the first (diffusers)."""
+    """List the other numbers of an encoder: its place in diffusers' pipeline (OneTrainer), none for the first (diffusers)."""
     numbers = [str(position), *[""] * (position == 1)]
     if encoder.component == "text_encoder_2" and len(a.text_encoders) == 1:
         numbers = ["2"]

@@ -1,4 +1,4 @@
-"""What the stems of a file mean: the family in which all of them have a name and the right shape."""
+"""Matching the stems of a file to the family in which all of them have a name and the right shape."""
 
 import math
 import re
@@ -26,32 +26,32 @@ BEFORE = re.compile(
     r"(?:module\.|_orig_mod\.|pipe\.|lora_unet_+(?:unet_)?|lora_transformer_|lycoris_|oft_unet_|diffusion_model\.|model\.|"
     r"base_model\.model\.|unet[./]|transformer[./]|Hunyuan_video_I2V_lora_)*"
 )
-"""What stands before the denoiser's paths."""
+"""Prefixes of the denoiser's paths, in any dialect."""
 
 INPUTS = (
     *("conv_in", "x_embedder", "x_embedder.proj", "img_in", "proj_in", "pos_embed.proj"),
     *("patch_embedding", "patch_embed.proj", "all_x_embedder.2-1"),
 )
-"""What takes the latents in: a model that takes more of them (FLUX control, inpainting, image to video) widens it."""
+"""Input layers, which models with more latent channels (FLUX control, inpainting, image to video) widen."""
 
 INSIDE = re.compile(r"attn|attention|\.ff|mlp|ffn|feed_forward")
-"""Modules both of whose sides are widths of the model's own."""
+"""Matches modules whose inputs and outputs are both hidden widths of the model."""
 
 FEW = 20
-"""Of so many layers one may be of a part that no model of the family has: some trainers add one."""
+"""One layer in so many may be of a part that the family doesn't have: some trainers add one."""
 
 MANY = 8
-"""Modules that a file must have before all of a family's being there tells it from a larger one."""
+"""Modules that a file must have before being complete for a family tells that family from a larger one."""
 
 
 class Names:
-    """The stems of one file, while their meaning is sought."""
+    """Working state while one file's key stems are matched to an architecture and dialect."""
 
     def __init__(self, records: dict[str, Record], extras: list[str]) -> None:
         self.records = records
         self.shapes = {stem: record.layer.shape for stem, record in records.items() if record.layer is not None}
         self.meant: dict[str, str] = {}
-        """What repaired stems mean in the family that was found."""
+        """The stems that were meant, by repaired stem, in the family that was found."""
         self._repairs: dict[str, dict[str, str]] = {}
         self._fitting: dict[str, dict[str, Parts]] = {}
         self.extras = extras
@@ -66,7 +66,7 @@ class Names:
         ]
 
     def families(self, said: Named) -> list[Architecture]:
-        """The families in which every layer has a name and the right shape: the likeliest, and those that are alike.
+        """Return the families in which every layer has a name and the right shape, the likeliest first.
 
         Raises:
             FamilyError: The metadata names another family.
@@ -81,11 +81,10 @@ class Names:
         return [a for a in fits if self.covers(a)] or fits
 
     def told(self, name: str) -> Architecture:
-        """The family that the caller names, if it can be; of a name for several sizes the one that fits.
+        """Return the family that the caller names, or the size of it that fits.
 
         Raises:
-            OptionError: Most layers have no name in it, or have shapes that it doesn't have, or they are all
-                those of another family.
+            OptionError: Most layers have no name in it or another shape, or all fit another family.
         """
         a = ARCHITECTURES[name]
         sizes = [] if a.name == name else [b for b in ARCHITECTURES.values() if {*a.hints} & {*b.hints}]
@@ -111,7 +110,7 @@ class Names:
         return a
 
     def plausible(self, a: Architecture) -> bool:
-        """Whether the layers have names that could be the family's: a quick test before any table is built."""
+        """Return whether the layers' names could be the family's: a quick test before any table is built."""
         if any(d.numbered for d in self.candidates) or len(self.text) == len(self.records):
             return True
         last = a.outline.last
@@ -120,26 +119,26 @@ class Names:
         return sum(path.startswith(_heads(a)) for path in self.sample) > 1
 
     def has_all(self, a: Architecture, beside: int = 0) -> bool:
-        """Whether every layer is one of a family's, or may be there beside them.
+        """Return whether every layer is one of a family's, or may be there beside them.
 
         Args:
             a: The family.
-            beside: How many layers may be of parts that a model of the family doesn't have.
+            beside: Number of layers that may be of parts that a model of the family doesn't have.
         """
-        found = self.fitting(a)
+        fitting = self.fitting(a)
         for stem in self.records:
-            if stem in found or self.beside(a, stem):
+            if stem in fitting or self.beside(a, stem):
                 continue
             if beside == 0 or self.lookup(a, stem) or _path(stem).startswith(_heads(a)):
                 return False
             beside -= 1
-        return bool(found)
+        return bool(fitting)
 
     def beside(self, a: Architecture, stem: str) -> bool:
-        """Whether a layer may be there though the family doesn't list it.
+        """Return whether a layer may be in a LoRA of the family though the family doesn't list it.
 
-        It is that of a widened input (FLUX control has 128 channels), of a text encoder that the family
-        doesn't list, or of a part that the model has beside its denoiser.
+        It may be that of a widened input (FLUX control has 128 channels), of a text encoder that the family
+        doesn't list, or of a part that the model has besides its denoiser.
         """
         parts = self.lookup(a, stem)
         if parts is None:
@@ -149,9 +148,9 @@ class Names:
         return _is_widened(self.shapes[stem], parts, a)
 
     def most_own(self, families: list[Architecture]) -> list[Architecture]:
-        """Those of which most layers have the very names that a dialect would write.
+        """Keep the families in which most layers have the very names that a dialect would write.
 
-        Of a transformer's layers that tells nothing: some tools put diffusers' names behind kohya's prefix.
+        A transformer's layers aren't counted: some tools put diffusers' names behind kohya's prefix.
         """
         stems = set(self.records) if all(a.denoiser == "unet" for a in families) else self.text
         if len(families) < 2 or not stems:
@@ -160,51 +159,52 @@ class Names:
         return [a for a in families if own[a.name] == max(own.values())]
 
     def covers(self, a: Architecture) -> bool:
-        """Whether the file has every module of the family that is named like one of its own, and many of them.
+        """Return whether the file has all modules of the family whose last names it has at all, and many of them.
 
-        Some blocks of a large model can be all of a small one's; a file of few layers tells nothing.
+        Some blocks of a large model can be all of a small one's, and a file with few layers fits both.
         """
         return len({part.module for parts in self.fitting(a).values() for part in parts}) >= MANY and (
             self.coverage(a) == 1.0
         )
 
     def stated(self, said: Named) -> Architecture | None:
-        """The family that the file says it is for, if it has all its names: a model of its own widths."""
+        """Return the family that the file says it is for, if that has all its names: a model with widths of its own."""
         hinted = [ARCHITECTURES[name] for name in said.families]
         known = [a for a in hinted if self.known(a) == len(self.records)]
         return next((a for a in known if any(fits := self.proportions(a)) and all(fits)), None)
 
     def proportions(self, a: Architecture) -> list[bool]:
-        """Whether layers have the proportions of the family's: square where it has squares, and so on."""
+        """Compare the proportions of layers with the family's, layer by layer: square if that is square, and so on."""
         pairs = [
             (shape, self.wanted(parts, a))
             for stem, shape in self.shapes.items()
             if len(shape) > 1 and (parts := self.lookup(a, stem)) and INSIDE.search(parts[0].module)
         ]
-        even = [(found, wanted) for found, wanted in pairs if max(wanted[:2]) % min(wanted[:2]) == 0]
-        return [found[0] * wanted[1] == found[1] * wanted[0] for found, wanted in even]
+        even = [(shape, weight) for shape, weight in pairs if max(weight[:2]) % min(weight[:2]) == 0]
+        return [shape[0] * weight[1] == shape[1] * weight[0] for shape, weight in even]
 
     def wanted(self, parts: Parts, a: Architecture) -> Shape:
-        """The shape of a weight of the family's."""
+        """Return the shape of the family's weight that holds the modules."""
         shapes = [a.shapes[part.module] for part in parts]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def contradiction(self, fits: list[Architecture], said: Named) -> str:
-        told = ", ".join(ARCHITECTURES[name].title for name in said.families) or said.unknown
+        """Say that the metadata names another family than the layers do."""
+        stated = ", ".join(ARCHITECTURES[name].title for name in said.families) or said.unknown
         return (
-            f"The metadata says {told} ({said.said}), and the names and shapes of all {len(self.records)} layers are "
+            f"The metadata says {stated} ({said.said}), and the names and shapes of all {len(self.records)} layers are "
             f"those of {titles(a.name for a in fits[:3])}. Way out: say which is right, --architecture {fits[0].name} "
             f"(in Python architecture={fits[0].name!r})."
         )
 
     def coverage(self, a: Architecture) -> float:
-        """Of the family's modules that are named like this file's, the share that the file has."""
+        """Return the share that the file has of the family's modules whose last names it has at all."""
         modules = {part.module for parts in self.fitting(a).values() for part in parts}
         counts = _leaves(a.name)
         return len(modules) / max(1, sum(counts[leaf] for leaf in {_leaf(module) for module in modules}))
 
     def fitting(self, a: Architecture) -> dict[str, Parts]:
-        """The modules of every stem that has a name and the right shape in a family."""
+        """Return the modules of every stem that has a name and the right shape in a family."""
         if a.name not in self._fitting:
             self._fitting[a.name] = self._fit(a)
         return self._fitting[a.name]
@@ -231,11 +231,11 @@ class Names:
         return found
 
     def known(self, a: Architecture) -> int:
-        """How many stems have a name in a family, whatever their shape."""
+        """Count the stems that have a name in a family, whatever their shape."""
         return sum(self.lookup(a, stem) is not None for stem in self.records)
 
     def own(self, a: Architecture, stems: Set[str]) -> int:
-        """How many of some stems have the very name that a dialect would write for the family."""
+        """Count which of `stems` have the very name that a dialect would write for the family."""
         left = set(stems & self.fitting(a).keys())
         count = len(left)
         for dialect in self.candidates:
@@ -243,7 +243,7 @@ class Names:
         return count - len(left)
 
     def lookup(self, a: Architecture, stem: str) -> Parts | None:
-        """The modules that a stem, or the one that was meant by it, has in a family, whatever its shape."""
+        """Return the modules that a stem, or the one that it is a mistake for, has in a family, whatever its shape."""
         for name in (stem, *(fix[:1] if (fix := repaired(stem)) else ())):
             for dialect in self.candidates:
                 for names in dialect.tables:
@@ -252,13 +252,13 @@ class Names:
         return None
 
     def resolve(self, a: Architecture | None, chosen: Dialect) -> list[str]:
-        """Give every record its modules; what has none in the family is kept under its own name."""
+        """Give every record its modules; a stem without any in the family keeps its own name. Return notes."""
         notes: list[str] = []
         taken: dict[str, str] = {}
         unknown = []
-        found = self.fitting(a) if a else {}
+        fitting = self.fitting(a) if a else {}
         for stem, record in self.records.items():
-            parts = (found.get(stem) or self.misfit(a, stem)) if a else None
+            parts = (fitting.get(stem) or self.misfit(a, stem)) if a else None
             if parts is None:
                 unknown.append(stem)
                 fix = repaired(stem)
@@ -276,7 +276,7 @@ class Names:
         return notes
 
     def unknown(self, said: Named) -> str:
-        """What to say of a file of no known family."""
+        """Say that a file is of no known family, and which is nearest."""
         titles = [ARCHITECTURES[name].title for name in said.families] or [said.unknown] * bool(said.unknown)
         stated = f"; its metadata says {', '.join(titles)} ({said.said})" if titles else ""
         near = max(self._fitting.values(), key=len, default={})
@@ -294,26 +294,26 @@ class Names:
         )
 
     def misfit(self, a: Architecture, stem: str) -> Parts | None:
-        """A known name with another shape: the module, of which a widened input or a model of its own widths is."""
+        """Return the modules of a known name with another shape: a widened input, or a model with widths of its own."""
         if any(d.numbered for d in self.candidates):
             return None
         parts = self.lookup(a, stem)
         return parts and _scaled(parts, self.shapes[stem], a)
 
     def dialect(self, a: Architecture | None) -> Dialect:
-        """The dialect that has most of the names in the right style."""
-        best, found = 0, DIALECTS["other"]
+        """Return the dialect that has most of the names in the right style."""
+        best, chosen = 0, DIALECTS["other"]
         self.meant = self._repairs.get(a.name, {}) if a else {}
         for dialect in self.candidates:
             score = self.score(dialect, a)
             if score > best:
-                best, found = score, dialect
-            if best == 2 * len(self.records):  # as good as it gets
+                best, chosen = score, dialect
+            if best == 2 * len(self.records):  # the largest score there is
                 break
-        return found
+        return chosen
 
     def score(self, dialect: Dialect, a: Architecture | None) -> int:
-        """How many names a dialect has, those twice that it would write itself."""
+        """Count the names that a dialect has, twice those that it would write itself."""
         styled = [s for s, r in self.records.items() if not r.style or r.style in dialect.styles]
         if a is None:
             return sum((repaired(stem) or (stem,))[0].startswith(dialect.begins) for stem in styled)
@@ -327,7 +327,7 @@ class Names:
 
 
 def _path(stem: str) -> str:
-    """What follows the prefix of a denoiser's stem, with underscores in the place of dots, and one at the end."""
+    """Return a denoiser's stem without its prefix, with underscores for dots and one more at the end."""
     return flat(BEFORE.sub("", stem, count=1)) + "_"
 
 
@@ -343,17 +343,17 @@ def _leaves(architecture: str) -> Counter[str]:
 
 @cache
 def _leaf(module: str) -> str:
-    """A module's last names without its block: ``attn1.to_q``."""
+    """Return a module's last names without its block: ``attn1.to_q``."""
     return ".".join(module.split(".")[-3:]) if module[-1].isdigit() else ".".join(module.split(".")[-2:])
 
 
 def is_text(stem: str) -> bool:
-    """Whether a stem is that of a text encoder in any dialect."""
+    """Return whether a stem is that of a text encoder in any dialect."""
     return TEXT.match(stem) is not None
 
 
 def _is_widened(shape: Shape, parts: Parts, a: Architecture) -> bool:
-    """Whether a layer is for a model's input, made for more channels than the family's."""
+    """Return whether a layer is for a model's input with more channels than the family's."""
     module = parts[0].module
     if len(parts) > 1 or module.partition(".")[2] not in INPUTS:
         return False
@@ -362,18 +362,18 @@ def _is_widened(shape: Shape, parts: Parts, a: Architecture) -> bool:
 
 
 def _scaled(parts: Parts, shape: Shape, a: Architecture) -> Parts | None:
-    """The modules of a weight of a model with widths of its own, their rows in the proportions of the family's."""
+    """Scale the rows of a weight's modules to a model with widths of its own; None if they don't divide evenly."""
     if all(part.rows is None for part in parts) or not shape:
         return parts
     rows = sum(a.shapes[part.module][0] for part in parts)
     if any(n * shape[0] % rows for part in parts for pair in part.rows or () for n in pair):
         return None
     ranges = [tuple((i * shape[0] // rows, j * shape[0] // rows) for i, j in part.rows or ()) for part in parts]
-    return tuple(part._replace(rows=found or None) for part, found in zip(parts, ranges, strict=True))
+    return tuple(part._replace(rows=scaled or None) for part, scaled in zip(parts, ranges, strict=True))
 
 
 def _fits(shape: Shape, parts: Parts, a: Architecture) -> bool:
-    """Whether a layer of some shape updates the weights of these modules, a flattened kernel being allowed."""
+    """Return whether a layer of a shape, its kernel maybe flattened, updates the weights of these modules."""
     wanted = [a.shapes[part.module] for part in parts]
     if not shape:
         return True

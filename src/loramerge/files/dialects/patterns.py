@@ -1,7 +1,7 @@
 """PEFT's patterns: values by module, under names, ends of names, or regular expressions.
 
-A configuration may come from anyone, and Python's regular expressions can take for ever: names are
-looked up, and of the others the work is bounded before any is tried.
+A configuration may come from anyone, and Python's regular expressions can take exponential time: names are
+looked up, and the work of the other patterns is bounded before any is tried.
 """
 
 import re
@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from ...errors import FileError
 
 NAME = re.compile(r"\^?\w(?:[\w.-]|\\\.)*\$?")
-"""A pattern that is a name; its dots are taken as dots."""
+"""Matches patterns that are names; their dots are taken as dots."""
 
 ENDLESS = re.compile(r"\)[*+?{]|\(\?(?!:)|\\\d")
-"""Repeated groups, looking around, and references to groups: what a few characters can make endless."""
+"""Repeated groups, lookarounds and back-references: with these a few characters can take exponential time."""
 
 MAX_WORK = 10_000_000
-"""Steps, about, that the regular expressions of a configuration may take for all modules."""
+"""Estimated steps that the regular expressions of a configuration may take for all modules together."""
 
 
 class Expression(NamedTuple):
@@ -31,14 +31,14 @@ class Expression(NamedTuple):
 
 
 class Patterns:
-    """Values for modules: that of the first pattern that matches a path, or the end of it after a dot.
+    """Values for modules: a module has that of the first pattern that matches its path, or an end of it after a dot.
 
     Args:
         patterns: Values by pattern.
-        field: What the configuration calls them, such as ``alpha_pattern``.
+        field: Their name in the configuration, such as ``alpha_pattern``.
 
     Raises:
-        FileError: They are no mapping, or one is no regular expression, or too much work.
+        FileError: They aren't a mapping, or one isn't a regular expression or would take too long.
     """
 
     def __init__(self, patterns: Any, field: str = "alpha_pattern") -> None:
@@ -56,15 +56,15 @@ class Patterns:
                 self.expressions.append(_expression(place, pattern, value, field))
 
     def of(self, path: str, default: Any) -> Any:
-        """The value for a module's path.
+        """Return the value for a module's path.
 
         Raises:
             FileError: The regular expressions would take too long.
         """
         if not self.count:
             return default
-        found = (self.names[end] for end in _ends(path) if end in self.names)
-        place, value = min(found, key=lambda placed: placed[0], default=(self.count, default))
+        matching = (self.names[end] for end in _ends(path) if end in self.names)
+        place, value = min(matching, key=lambda placed: placed[0], default=(self.count, default))
         for expression in self.expressions:
             if expression.place > place:
                 break
@@ -77,7 +77,7 @@ class Patterns:
 
 
 def _expression(place: int, pattern: str, value: Any, field: str) -> Expression:
-    """A pattern, compiled by PEFT's rule; one that may match anything before begins there."""
+    """Compile a pattern by PEFT's rule; a leading ``.*`` is made part of what may stand before a match."""
     rest = re.sub(r"^\.\*(?![?+*{])(?!.*\|)", "", pattern)
     plain = re.sub(r"\\.|\[\^?.[^\]]*\]", "c", rest)
     if ENDLESS.search(rest) or len(plain) > 1000:
@@ -90,7 +90,7 @@ def _expression(place: int, pattern: str, value: Any, field: str) -> Expression:
 
 
 def _ends(path: str) -> Iterator[str]:
-    """A path, anchored and not, and what follows each of its dots."""
+    """Yield a path, anchored and not, and what follows each of its dots."""
     yield f"^{path}"
     yield path
     while path:

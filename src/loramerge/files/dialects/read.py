@@ -1,4 +1,4 @@
-"""Recognising a file: which tool wrote it, for which model, and what each key means."""
+"""Recognising a file: the tool that wrote it, its model family, and the modules of its keys."""
 
 import re
 from collections import Counter
@@ -23,20 +23,20 @@ UNUSED = r".*\.self_attn\.(q|k|v|out)_proj\.to_(?!\1$)(q|k|v|out)"
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a file turned out to be."""
+    """A file whose family, dialect and layers are recognised."""
 
     architecture: Architecture | None
     dialect: Dialect
     records: Mapping[str, Record]
     extras: tuple[str, ...]
-    """Keys that are no part of a layer: embeddings and strays."""
+    """Keys that belong to no layer: embeddings and strays."""
     notes: tuple[str, ...]
     alike: tuple[str, ...] = ()
     """Other families that have these names and shapes."""
 
     @property
     def style(self) -> str:
-        """The commonest style of LoRA's own tensors."""
+        """The commonest style of LoRA's own tensors, empty if there are none."""
         counts = Counter(record.style for record in self.records.values() if record.style)
         return counts.most_common(1)[0][0] if counts else ""
 
@@ -54,11 +54,11 @@ def read(
         tensors: The file's tensors by key.
         metadata: The file's own metadata; it decides between families that are alike, and names the one of a
             model of its own widths.
-        architecture: The family, if the caller knows it.
-        dialect: The dialect, if the caller knows it.
+        architecture: Name of the family, if the caller knows it.
+        dialect: Name of the dialect, if the caller knows it.
 
     Raises:
-        NotALoRAError: No layer is among the keys.
+        NotALoRAError: The keys have no layer.
         LayerError: A layer is incomplete or its shapes disagree.
         FamilyError: The metadata names another family than the layers do.
     """
@@ -75,12 +75,12 @@ def read(
     names = Names(records, extras)
     said = named(metadata)
     fits = [names.told(architecture)] if architecture else names.families(said)
-    found = fits[0] if fits else names.stated(said)
+    family = fits[0] if fits else names.stated(said)
     broken = DIALECTS["kohya-broken"] if mended else None
-    told = names.dialect(found)
-    chosen = DIALECTS[dialect] if dialect else broken or told
-    notes = names.resolve(found, chosen)
-    if found is None:
+    likeliest = names.dialect(family)
+    chosen = DIALECTS[dialect] if dialect else broken or likeliest
+    notes = names.resolve(family, chosen)
+    if family is None:
         notes.append(names.unknown(said))
     if unused:
         notes.append(
@@ -94,4 +94,4 @@ def read(
             "trained with split_qkv: readers scale its fused layers by a third or a quarter, and so does loramerge"
         )
     alike = tuple(a.name for a in fits[1:])
-    return Reading(found, chosen, names.records, tuple(names.extras), tuple(notes), alike)
+    return Reading(family, chosen, names.records, tuple(names.extras), tuple(notes), alike)

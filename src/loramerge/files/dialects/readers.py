@@ -1,4 +1,4 @@
-"""What readers are known to leave out of a file: a row per reader, dialect and kind of layer.
+"""Parts of files that readers are known to leave out: a row per reader, dialect and kind of layer.
 
 The rows of diffusers are held by tests/oracles/test_readers.py, those of ComfyUI by tools/comfyui.py, which runs
 ComfyUI's own loader; those of A1111, Forge and sd-scripts were found by running theirs.
@@ -7,55 +7,51 @@ ComfyUI's own loader; those of A1111, Forge and sd-scripts were found by running
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ...layers import BiasOnly, DoRA, Layer, LoKr, LowRank, direction_of
+from ...layers import Layer
 from ..architectures import ARCHITECTURES
 
 Finds = Callable[[Mapping[str, Layer]], Iterable[str]]
-"""The modules that a row is about, of the layers as they are written."""
+"""Picks the modules that a row is about from the layers as they are written."""
 
 
 @dataclass(frozen=True)
 class Drop:
-    """What one reader doesn't take from a file."""
+    """A part of a file that one reader doesn't read."""
 
     reader: str
     does: str
-    """``ignores``, or ``stops with an error at``: then it reads nothing else either."""
+    """``ignores``, or ``stops with an error at``: then it reads nothing at all."""
     what: str
     dialects: tuple[str, ...]
     families: tuple[str, ...]
-    """Names of families; none for all of them."""
+    """Names of families; empty for all of them."""
     finds: Finds
 
 
 def each(concerns: Callable[[str, Layer], bool]) -> Finds:
-    """The modules of which a test is true."""
+    """Pick the modules for which a test is true."""
     return lambda layers: [module for module, layer in layers.items() if concerns(module, layer)]
 
 
 def _is_dora(module: str, layer: Layer) -> bool:
-    return isinstance(layer, DoRA)
+    return layer.axis is not None
 
 
 def _is_no_lora(module: str, layer: Layer) -> bool:
-    """Whether a layer is something other than a LoRA, a DoRA of one or a bias, or has a Tucker core."""
-    direction = direction_of(layer)
-    return not isinstance(direction, LowRank | BiasOnly) or _has_core(module, layer)
+    """True unless the layer is a LoRA without a Tucker core, a DoRA of one, or a bias."""
+    return layer.inner.kind not in ("lora", "bias") or layer.has_core
 
 
 def _has_bias(module: str, layer: Layer) -> bool:
-    direction = direction_of(layer)
-    return isinstance(direction, BiasOnly) or (isinstance(direction, LowRank) and direction.delta_bias() is not None)
+    return layer.inner.kind in ("lora", "bias") and layer.delta_bias() is not None
 
 
 def _has_core(module: str, layer: Layer) -> bool:
-    direction = direction_of(layer)
-    return isinstance(direction, LowRank) and direction.mid is not None
+    return layer.inner.kind == "lora" and layer.has_core
 
 
 def _has_lokr_core(module: str, layer: Layer) -> bool:
-    direction = direction_of(layer)
-    return isinstance(direction, LoKr) and direction.lokr_t2 is not None
+    return layer.inner.kind == "lokr" and layer.has_core
 
 
 def _is_any(module: str, layer: Layer) -> bool:
@@ -79,15 +75,15 @@ def _is_added_embedding(module: str, layer: Layer) -> bool:
 
 
 def _beside_text(layers: Mapping[str, Layer]) -> Iterable[str]:
-    """All modules where text encoders are among them."""
+    """Pick all modules if text encoders are among them."""
     return layers if any(module.startswith("text_encoder") for module in layers) else ()
 
 
 def _incomplete_clip_g(layers: Mapping[str, Layer]) -> Iterable[str]:
-    """q, k, v and out of CLIP-G's attentions of which one is missing."""
+    """Pick q, k, v and out of CLIP-G's attentions that lack one of the four."""
     ends = ("q_proj", "k_proj", "v_proj", "out_proj")
-    held = [m for m in layers if m.startswith("text_encoder_2.") and m.endswith(ends)]
-    return [m for m in held if not all(f"{m.rpartition('.')[0]}.{end}" in layers for end in ends)]
+    projections = [m for m in layers if m.startswith("text_encoder_2.") and m.endswith(ends)]
+    return [m for m in projections if not all(f"{m.rpartition('.')[0]}.{end}" in layers for end in ends)]
 
 
 UNETS = tuple(a.name for a in ARCHITECTURES.values() if a.denoiser == "unet")
@@ -136,20 +132,20 @@ DROPS: tuple[Drop, ...] = (
 
 
 def dropped(dialect: str, architecture: str | None, layers: Mapping[str, Layer]) -> list[tuple[Drop, list[str]]]:
-    """The rows that a file is concerned by, each with its modules.
+    """Return the rows that apply to a file, each with its modules.
 
     Args:
         dialect: Name of the dialect that is written.
-        architecture: Name of the family, where it is known.
+        architecture: Name of the family, if it is known.
         layers: The layers as written, by module.
     """
     rows = [d for d in DROPS if dialect in d.dialects and (not d.families or architecture in d.families)]
-    found = [(drop, list(drop.finds(layers))) for drop in rows]
-    return [(drop, modules) for drop, modules in found if modules]
+    concerned = [(drop, list(drop.finds(layers))) for drop in rows]
+    return [(drop, modules) for drop, modules in concerned if modules]
 
 
 def said(dialect: str, architecture: str | None, layers: Mapping[str, Layer]) -> list[str]:
-    """The same in words."""
+    """Return `dropped` in words, a line per row."""
     return [
         f"{drop.reader} {drop.does} {drop.what} in {dialect}: {len(modules)} of {len(layers)} layers"
         for drop, modules in dropped(dialect, architecture, layers)

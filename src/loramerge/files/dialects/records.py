@@ -1,4 +1,4 @@
-"""The tensors of a file grouped by stem: its layers, before it is known of which modules."""
+"""The tensors of a file grouped by stem: its layers, before their modules are known."""
 
 import math
 import re
@@ -22,15 +22,15 @@ class Record:
     keys: dict[str, str] = field(default_factory=dict)
     """The key of each tensor, by role."""
     parts: Parts = ()
-    """The modules that the stem means."""
+    """The modules that the stem stands for."""
     alpha: float | None = None
     """The alpha among the tensors."""
     layer: Layer | None = None
-    """What the tensors make up, before it is known of which weight."""
+    """The layer that the tensors make up, before the shape of its weight is known."""
 
 
 def records_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[str]]:
-    """Keys grouped by stem, and the keys that have no known suffix."""
+    """Group keys by stem; the keys that have no known suffix are returned apart."""
     records: dict[str, Record] = {}
     rest: list[str] = []
     for key, spec in tensors.items():
@@ -55,7 +55,7 @@ def records_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Record], list[s
 
 
 def rejoined(records: dict[str, Record]) -> int:
-    """Give magnitudes whose stem has dots left in it to the layer that they are of; returns how many there were."""
+    """Move magnitudes whose stem kept its dots to their layer's record; return how many there were."""
     lone = [stem for stem, r in records.items() if "." in stem and r.keys.keys() <= MAGNITUDES]
     homes = {stem: home for stem in lone if (home := records.get(flat(stem))) is not None}
     for stem, home in homes.items():
@@ -64,10 +64,10 @@ def rejoined(records: dict[str, Record]) -> int:
 
 
 def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
-    """Give keys with an unknown suffix to the layer that they stand beside; the others are extras."""
+    """Add keys with an unknown suffix to the record whose stem they begin with; return the others."""
     extras = []
     for key in rest:
-        if ".base_layer." in key:  # of the model that PEFT wrapped, whole
+        if ".base_layer." in key:  # a whole weight of the model that PEFT wrapped
             extras.append(key)
             continue
         stem, _, end = key.rpartition(".")
@@ -82,6 +82,11 @@ def _claim(rest: list[str], records: Mapping[str, Record]) -> list[str]:
 
 
 def layer_of(record: Record, tensors: Mapping[str, Tensor]) -> Layer:
+    """Build the layer of a record and note its alpha.
+
+    Raises:
+        LoRAMergeError: The tensors don't make up a layer, or the alpha isn't a number.
+    """
     held = {role: tensors[key] for role, key in record.keys.items() if role not in ("alpha", "scale", "reshape_weight")}
     try:
         record.alpha = stored(record.keys, tensors)
@@ -91,12 +96,12 @@ def layer_of(record: Record, tensors: Mapping[str, Tensor]) -> Layer:
 
 
 def check_ranks(records: Mapping[str, Record]) -> None:
-    """Refuse a file most of whose ranks are above both sides of their weights: its factors are exchanged.
+    """Refuse a file if most of its ranks exceed both sides of their weights: its factors are exchanged.
 
-    A few may be: in a small layer of a file that has one rank for all.
+    A few may exceed them, such as in a small layer of a file that has one rank for all.
 
     Raises:
-        LayerError: They are.
+        LayerError: Most do.
     """
     plain = {stem: r.layer for stem, r in records.items() if isinstance(r.layer, LowRank) and r.layer.mid is None}
     above = {s: layer for s, layer in plain.items() if layer.rank > max(layer.shape[0], math.prod(layer.shape[1:]))}
@@ -110,6 +115,7 @@ def check_ranks(records: Mapping[str, Record]) -> None:
 
 
 def not_a_lora(keys: list[str]) -> str:
+    """Say what a file without LoRA layers looks like."""
     what = next((what for mark, what in OTHER_FILES if any(re.search(mark, key) for key in keys)), "something else")
     shown = ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
     if not keys:

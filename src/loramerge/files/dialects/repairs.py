@@ -1,4 +1,4 @@
-"""Known mistakes in names, each with what was meant."""
+"""Known mistakes in names, and the names that were meant."""
 
 import re
 from functools import lru_cache
@@ -44,7 +44,7 @@ REPAIRS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 
 @lru_cache(maxsize=1 << 14)
 def repaired(stem: str) -> tuple[str, str] | None:
-    """The stem that was meant, and what was wrong; None when no known mistake is in it."""
+    """Return the stem that was meant and what was wrong, or None for a stem without a known mistake."""
     reasons = []
     for pattern, meant, why in REPAIRS:
         stem, found = pattern.subn(meant, stem, count=1) if pattern.match(stem) else (stem, 0)

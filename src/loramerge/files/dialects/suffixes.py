@@ -1,4 +1,4 @@
-"""The ends of keys: which tensor of a layer a key names.
+"""The ends of keys, which say what tensor of a layer a key names.
 
 A key is a module's name in some dialect (its *stem*) and a suffix.  The suffix says the role
 of the tensor and, for LoRA's own tensors, the *style* of the tool that wrote it.
@@ -31,7 +31,7 @@ STYLES: dict[str, dict[str, str]] = {
     "numbered": {"down": ":down", "up": ":up"},
     "merged": {"diff": ".lora.weight"},
 }
-"""LoRA's own tensors, as each family of tools spells them."""
+"""Suffixes of LoRA's own tensors, by family of tools and role."""
 
 SHARED: dict[str, str] = {
     ".alpha": "alpha",
@@ -73,7 +73,7 @@ SHARED: dict[str, str] = {
     ".lora_embedding_A": "embedding_A",
     ".lora_embedding_B": "embedding_B",
 }
-"""Everything else: spelled the same by every tool."""
+"""Roles of all other tensors, by the suffix that every tool gives them."""
 
 SPELLINGS: dict[str, str] = {role: suffix for suffix, role in SHARED.items() if suffix != ".magnitude"}
 
@@ -102,7 +102,7 @@ class Key(NamedTuple):
 
 
 def parse(key: str) -> Key | None:
-    """The parts of a key, or None when it has no known suffix."""
+    """Take a key apart; None if it has no known suffix."""
     # "to_q_lora.down.weight" ends in ".down.weight" too: the glued suffixes come first.
     if key.endswith(_GLUED):
         suffix = next(suffix for suffix in _GLUED if key.endswith(suffix))
@@ -120,29 +120,29 @@ def parse(key: str) -> Key | None:
 
 
 MODULATION = re.compile(r"[._]modulation$")
-"""Ends the name of the parameter that ``diff_m`` changes; the key names the block that has it."""
+"""Matches the end of the name of the parameter that ``diff_m`` changes; the key names only its block."""
 
 
 def _owner(stem: str, role: str) -> str:
-    """The stem of what a tensor changes."""
+    """Return the stem of the parameter that a tensor changes."""
     return f"{stem}{'.' if '.' in stem else '_'}modulation" if role == "diff_m" else stem
 
 
 def spelled(stem: str, suffix: str) -> str:
-    """The key of a stem's tensor: what `parse` takes apart."""
+    """Put a stem and a suffix together: the inverse of `parse`."""
     if suffix != ".diff_m":
         return stem + suffix
     return MODULATION.sub(suffix, stem) if MODULATION.search(stem) else f"{stem}.diff"
 
 
 def adapter(key: str) -> str | None:
-    """The adapter that a key of PEFT's names, such as ``person`` in ``….lora_A.person.weight``."""
+    """Return the adapter that a PEFT key names, such as ``person`` in ``….lora_A.person.weight``."""
     named = re.fullmatch(_NAMED, key)
     return named[3] if named and named[3] not in ("weight", "bias") else None
 
 
 def _starts(key: str) -> tuple[int, ...]:
-    """Where the key's last three, two and one dotted parts begin, or what follows its last colon."""
+    """Return the offsets at which a key's last three, two and one dotted parts begin, or that of its last colon."""
     last = key.rfind(".")
     if last < 0:
         return (key.rfind(":"),) if ":" in key else ()

@@ -1,4 +1,4 @@
-"""Writing a LoRA under a dialect's names: every layer in a form that the dialect's readers get right."""
+"""Writing a LoRA under a dialect's names, every layer in a form that the dialect's readers get right."""
 
 import math
 from collections import Counter
@@ -9,21 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ... import linalg
 from ...errors import DialectError, FamilyError, LayerError, LoRAMergeError, NumberError, an
-from ...layers import (
-    FACTORED,
-    BiasOnly,
-    DoRA,
-    Full,
-    Layer,
-    LoHa,
-    LoKr,
-    LowRank,
-    Rows,
-    alpha_of,
-    direction_of,
-    low_rank,
-    own_rank,
-)
+from ...layers import Layer, LowRank, Rows, low_rank
 from ...layers.base import matrix
 from ...tensors import (
     FLOATS,
@@ -52,16 +38,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are written together: their keys and shapes, and how to get their values."""
+    """Tensors that are written together: their keys and shapes, and a function that makes their values."""
 
     name: str
     specs: Mapping[str, Spec]
     make: Callable[[], Mapping[str, Array]]
     looked_at: bool = True
-    """Whether NaN and infinity are refused: not in a number that scales nothing."""
+    """False if NaN and infinity are allowed: in an alpha that scales nothing."""
 
     def arrays(self) -> dict[str, Array]:
-        """The values, in the dtypes that `specs` says; NaN, infinity and overflow are refused."""
+        """Make the values, in the dtypes of `specs`.
+
+        Raises:
+            NumberError: A value is NaN, infinite or too large for the dtype.
+        """
         try:
             made = self.make()
             shapes = {key: tuple(array.shape) for key, array in made.items()}
@@ -74,14 +64,14 @@ class Group:
 
 
 def _finite(array: Array, dtype: str) -> Array:
-    """A cast to a narrow dtype looks at every value anyway."""
+    """Cast, rejecting NaN and infinity; a narrowing cast already checks every value."""
     if code(array) == dtype or dtype in ("F32", "F64"):
         check_finite(array)
     return cast(array, dtype)
 
 
 def _check_magnitudes(lora: "LoRA", layers: Mapping[str, Layer]) -> None:
-    """Refuse LoRAs beside DoRA layers where PEFT gives every layer of a model a magnitude, or none.
+    """Refuse a model with both LoRA and DoRA layers: PEFT gives every layer of a model a magnitude, or none.
 
     Raises:
         DialectError: A model has both.
@@ -89,7 +79,7 @@ def _check_magnitudes(lora: "LoRA", layers: Mapping[str, Layer]) -> None:
     plain = {module.partition(".")[0]: module for module, layer in layers.items() if layer.kind == "lora"}
     for module, layer in layers.items():
         other = plain.get(module.partition(".")[0])
-        if layer.kind == "dora" and other:
+        if layer.axis is not None and other:
             raise DialectError(
                 f"{lora.name}: {module} is a DoRA layer and {other} is not, and PEFT and diffusers read the layers of a model "
                 "as the one or the other. Ways out: another dialect, such as kohya or comfyui, or leave the one or the "
@@ -104,16 +94,17 @@ class Spelling:
     dialect: Dialect
     groups: list[Group]
     verbatim: bool
-    """Whether these are the very tensors that were read."""
+    """True if these are the very tensors that were read."""
     dtype: str | None = None
     """The dtype that was asked for."""
     layers: Mapping[str, Layer] = field(default_factory=dict)
-    """Layouts as written, by module: what a PEFT configuration is made of; empty when verbatim."""
+    """Layouts as written, by module, for PEFT's configuration; empty when verbatim."""
     left_out: tuple[str, ...] = ()
-    """What ``allow_lossy`` dropped."""
+    """The layers and tensors that ``allow_lossy`` dropped, and why."""
 
 
 def state_dict(lora: "LoRA", dialect: str | None, dtype: str | None) -> dict[str, Array]:
+    """Return a LoRA's arrays by key, for use without a header or a configuration."""
     spelling = spell(lora, dialect, dtype, alone=True)
     return {key: array for group in spelling.groups for key, array in group.arrays().items()}
 
@@ -126,16 +117,16 @@ def spell(
     allow_lossy: bool = False,
     alone: bool = False,
 ) -> Spelling:
-    """Names and shapes of a LoRA in a dialect; values follow when each group is made.
+    """Plan the names and shapes of a LoRA in a dialect; values are made later, group by group.
 
     A LoRA that goes back to the dialect it was read in keeps its tensors as they are.
 
     Args:
-        lora: What to write.
+        lora: The LoRA to write.
         dialect: Name of the dialect; the LoRA's own by default.
         dtype: Dtype of the tensors; their own by default.
-        allow_lossy: Whether to leave out what the dialect can't hold.
-        alone: Whether the tensors go without a header or a configuration: as a state dict.
+        allow_lossy: True to leave out what the dialect can't hold.
+        alone: True if the tensors go without a header or a configuration: as a state dict.
 
     Raises:
         DialectError: The dialect is read-only, or can't hold a layer.
@@ -155,10 +146,10 @@ def spell(
 
 
 def _can_be_verbatim(lora: "LoRA", target: Dialect, alone: bool) -> bool:
-    """Whether the tensors as they were read say the same in the place they go to.
+    """Return whether the tensors, written as they were read, will be read as the same LoRA.
 
-    They don't when the LoRA was changed, or when its scales stand beside the tensors and will
-    not be there: a state dict has no header, and only PEFT's directory has a configuration.
+    They won't if the LoRA was changed, or if its scales are outside of the tensors and get lost:
+    a state dict has no header, and only PEFT's directory has a configuration.
     """
     origin = lora.origin
     if origin is None or origin.dialect != target.name or lora.layouts is not origin.layouts:
@@ -177,12 +168,12 @@ def _verbatim(lora: "LoRA", dtype: str | None) -> list[Group]:
 
 
 def _is_read_alpha(key: str, tensor: Tensor) -> bool:
-    """Whether it is an alpha, which was looked at as it was read, if it means something."""
+    """Return whether a tensor is an alpha: reading checked those that scale something."""
     return key.endswith(".alpha") and math.prod(tensor.shape) == 1
 
 
 def check_writable(name: str, own: str) -> None:
-    """Refuse a dialect that is only read; what was read in it may go back to it, though.
+    """Refuse a dialect that is only read, unless it `rewrites` LoRAs that were read in it.
 
     Raises:
         DialectError: The dialect is only read.
@@ -198,20 +189,20 @@ def _as_read(key: str, tensor: Tensor) -> dict[str, Array]:
 
 
 def _cast_spec(spec: Spec, dtype: str | None) -> Spec:
-    """A tensor's shape in the dtype asked for; numbers such as alpha and integers keep theirs."""
+    """Return a tensor's spec in the dtype asked for; scalars such as alpha and integers keep theirs."""
     keeps = dtype is None or spec.dtype not in FLOATS or not spec.shape
     return Spec(tuple(spec.shape), spec.dtype if keeps or dtype is None else dtype)
 
 
 def holds(dialect: Dialect, layout: Layer) -> bool:
-    """Whether a dialect can hold a layer, maybe as the LoRA with the same ΔW."""
-    if direction_of(layout).delta_bias() is not None and dialect.holds == LOW_RANK:
+    """Return whether a dialect can hold a layer, maybe as the LoRA with the same ΔW."""
+    if layout.delta_bias() is not None and dialect.holds == LOW_RANK:
         return False
-    return layout.kind in dialect.holds or layout.kind in FACTORED
+    return layout.kind in dialect.holds or layout.factored
 
 
 Homes: TypeAlias = Mapping[str, tuple[str, Parts]]
-"""Of each module the stem in which a dialect writes it, and the modules in that."""
+"""The stem in which a dialect writes each module, and all modules of that stem."""
 
 
 @cache
@@ -251,7 +242,7 @@ class _Writer:
             yield Group(key, {key: _cast_spec(tensor, None)}, partial(_as_read, key, tensor))
 
     def others(self) -> str:
-        """How many layers the dialect can't hold where it is more than one, and the dialects that hold all."""
+        """Count the layers that the dialect can't hold, and name dialects that hold all; empty if it is only one."""
         layouts = self.lora.layouts.values()
         refused = sum(not holds(self.dialect, layout) for layout in layouts)
         if refused < 2:
@@ -262,7 +253,7 @@ class _Writer:
         return f". It is one of {refused} layers that {self.dialect.name} can't hold: {', or '.join(ways)}."
 
     def extras(self) -> Mapping[str, Tensor]:
-        """Embeddings and strays, where the dialect's readers don't choke on them."""
+        """Return embeddings and strays, unless the dialect's readers would fail on them."""
         if self.dialect.alpha != "bake" or not self.lora.extras:
             return self.lora.extras
         names = ", ".join(self.lora.extras)
@@ -275,9 +266,9 @@ class _Writer:
         return {}
 
     def stems(self) -> dict[str, Parts]:
-        """The stems to write, each with the modules in it."""
+        """Return the stems to write, each with its modules."""
         homes = _homes(self.dialect, self.architecture)
-        # In its own dialect a file's names stay those that it has.
+        # In its own dialect a file keeps the names that it has, whatever its family.
         for other in self.lora.alike if self.dialect.name != self.lora.dialect else ():
             self.check_alike(homes, _homes(self.dialect, ARCHITECTURES[other]), other)
         stems: dict[str, Parts] = {}
@@ -291,10 +282,10 @@ class _Writer:
         return stems
 
     def check_alike(self, homes: Homes, others: Homes, other: str) -> None:
-        """Refuse to choose between families that are written under different names.
+        """Refuse to choose between families whose names in the dialect differ.
 
         Raises:
-            FamilyError: They are.
+            FamilyError: They differ for a module of the LoRA.
         """
         for module in self.lora:
             if module in homes and module in others and homes[module] != others[module]:
@@ -306,6 +297,11 @@ class _Writer:
                 )
 
     def free(self, module: str) -> tuple[str, Parts]:
+        """Spell a module that no table lists.
+
+        Raises:
+            DialectError: The dialect has no name for it.
+        """
         known = self.architecture is not None and module in self.architecture.shapes
         stem = None if known else self.dialect.free_stem(module, DIALECTS[self.lora.dialect])
         # A name that reads as a known mistake would come back as another module.
@@ -314,7 +310,7 @@ class _Writer:
         return stem, whole(module)
 
     def nameless(self, module: str) -> str:
-        """Why a module has no name in the dialect, and what can be done."""
+        """Say why a module has no name in the dialect, and the ways out."""
         name, own = self.dialect.name, self.lora.dialect
         keep = f"keep the file's own dialect, {own}" if DIALECTS[own].can_write(own) else "another dialect"
         if self.architecture is None:
@@ -331,23 +327,23 @@ class _Writer:
         )
 
     def layer(self, parts: Parts, get: Callable[[str], Layer]) -> Layer:
-        """The modules of a stem as one layer that the dialect's readers get right."""
+        """Join the modules of a stem into one layer that the dialect's readers get right."""
         held = {part.module: self.held(part, get(part.module)) for part in parts if part.module in self.lora}
         fused = fuse.fused(parts, held, self.rows_in(held), lambda layer: _as_lora(layer, self.dialect))
         return self.scaled(self.evened(parts[0].module, self.checked(parts[0].module, fused)))
 
     def evened(self, module: str, layer: Layer) -> Layer:
-        """A layer filled up with zeros to the rank that diffusers will give it."""
-        if not (isinstance(layer, LowRank) and module.endswith(self.dialect.even_rank)):
+        """Pad a layer to the rank that diffusers will give it: the commonest of its component."""
+        if not module.endswith(self.dialect.even_rank):
             return layer
         component = module.partition(".")[0]
         ranks = [lay.rank for m, lay in self.lora.layouts.items() if m.startswith(f"{component}.") and m != module]
-        return fuse.padded(layer, Counter(ranks).most_common(1)[0][0] or 0) if ranks else layer
+        return layer.padded(Counter(ranks).most_common(1)[0][0] or 0) if ranks else layer
 
     def rows_in(self, held: Mapping[str, Layer]) -> Callable[[str], int]:
-        """The rows of each module of a weight: the layer's own, and of one that is missing in the others' proportion.
+        """Return a function that gives the rows of a weight's module: its layer's, or in proportion to another layer's.
 
-        In a model of its own widths they are not those of the family.
+        In a model with widths of its own they aren't those of the family.
         """
         shapes = self.architecture.shapes if self.architecture else {}
 
@@ -363,60 +359,60 @@ class _Writer:
         return rows_of
 
     def held(self, part: Part, layer: Layer) -> Layer:
-        """A layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""
-        if isinstance(layer, DoRA) and "dora" in self.dialect.holds:
-            return replace(layer, direction=self.held(part, layer.direction))
+        """Return a layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""
+        if layer.axis is not None and layer.kind in self.dialect.holds:
+            return layer.with_inner(partial(self.held, part))
         if (part.rows is None and isinstance(layer, Rows)) or layer.kind not in self.dialect.holds:
             layer = _as_lora(layer, self.dialect, part.module)
-        if isinstance(layer, LowRank) and layer.mid is not None and "lokr" not in self.dialect.holds:
-            layer = layer.plain()
-        if isinstance(layer, LoKr) and layer.lokr_t2 is not None and not self.dialect.lokr_cores:
+        if layer.has_core and not self.dialect.reads_core(layer.kind):
             layer = layer.without_core()
         if part.rows is None and isinstance(layer, LowRank):
             layer = fuse.compacted(layer)
         return layer
 
     def checked(self, module: str, layer: Layer) -> Layer:
-        if isinstance(layer, DoRA) and self.dialect.dora_axis == "out" and layer.axis == "in":
+        """Return the layer if the dialect's readers can take it.
+
+        Raises:
+            LayerError: They can't.
+        """
+        if self.dialect.dora_axis == "out" and layer.axis == "in":
             raise LayerError(f"{module}: {self.dialect.name} keeps DoRA norms of rows, this layer has norms of columns")
         if layer.delta_bias() is not None and self.dialect.holds == frozenset({"lora"}):
             raise LayerError(
                 f"{module}: {self.dialect.name} can't hold the bias of this layer. Ways out: a dialect that holds it, such as kohya, comfyui or diffusers-peft, or leave the module out (exclude)"
             )
-        if isinstance(direction_of(layer), Rows):
+        if isinstance(layer.inner, Rows):
             raise LayerError(f"{module}: {an(layer.kind)} layer on a part of a fused weight can't be written alone")
-        if isinstance(layer, BiasOnly | Full) and layer.kind not in self.dialect.holds:
+        if layer.kind not in self.dialect.holds:
             raise LayerError(f"{module}: {layer.no_factors}")
         return layer
 
     def scaled(self, layer: Layer) -> Layer:
-        """The same ΔW with alpha where the dialect's readers look for it."""
-        if isinstance(layer, DoRA):
-            return replace(layer, direction=self.scaled(layer.direction))
-        if self.dialect.alpha == "constant" and isinstance(layer, LoHa | LoKr) and layer.alpha is None:
-            return replace(layer, alpha=float(own_rank(layer) or 1))
-        if not isinstance(layer, LowRank) or (self.dialect.alpha == "keep" and self.style_of(layer) == "kohya"):
-            return layer
-        return rescaled(layer, self.constant)
+        """Return the same ΔW with the alpha that the dialect's readers expect."""
+        return layer.with_inner(self.inner_scaled)
+
+    def inner_scaled(self, layer: Layer) -> Layer:
+        if not isinstance(layer, LowRank):
+            return layer.with_alpha() if self.dialect.alpha == "constant" else layer
+        keeps = self.dialect.alpha == "keep" and self.style_of(layer) == "kohya"
+        return layer if keeps else rescaled(layer, self.constant)
 
     def style_of(self, layer: Layer) -> str:
-        """The style of a layer: only kohya's has a place for a Tucker core."""
+        """Choose the style of a layer: only kohya's has a suffix for a Tucker core."""
         return "kohya" if "mid" in layer.tensors() else self.style
 
     def needs_values(self, layout: Layer) -> bool:
-        """Whether shapes or dtypes of what is written depend on values."""
-        if isinstance(layout, DoRA):
-            return self.needs_values(layout.direction)
-        return isinstance(layout, LowRank) and (
-            fuse.depends(layout) or (self.dtype is None and isinstance(layout.up, Undecided))
-        )
+        """Return whether the shapes or dtypes of the written tensors depend on values."""
+        undecided = self.dtype is None and isinstance(layout.tensors().get("up"), Undecided)
+        return undecided or fuse.depends(layout)
 
     def tensors(self, stem: str, parts: Parts, layer: Layer) -> dict[str, Array | Spec]:
+        """Return a layer's tensors by key; its alpha is a `Spec` that `values` fills in."""
         module = parts[0].module
         style, roles = self.style_of(layer), _roles(layer, self.dialect).items()
         tensors = {spelled(stem, self.dialect.suffix(role, module, style)): t for role, t in roles}
-        alpha = alpha_of(layer)
-        if alpha is not None:
+        if layer.own_alpha is not None:
             tensors[f"{stem}.alpha"] = Spec((), "F32")
         if "lokr" in self.dialect.holds and self.widens(parts, layer):
             import numpy as np
@@ -425,23 +421,24 @@ class _Writer:
         return tensors
 
     def widens(self, parts: Parts, layer: Layer) -> bool:
-        """Whether the weight has to get more inputs, as FLUX's control LoRAs want it: ComfyUI does when it is told."""
+        """Return whether the weight must get more inputs, as for FLUX's control LoRAs: ComfyUI needs ``reshape_weight``."""
         usual = self.architecture.shapes.get(parts[0].module) if self.architecture and len(parts) == 1 else None
         wide = usual is not None and len(usual) == len(layer.shape) > 1 and layer.shape[0] == usual[0]
         return wide and usual is not None and layer.shape[1] > usual[1]
 
     def spec(self, key: str, tensor: Array | Spec) -> Spec:
+        """Return the shape and dtype that a tensor is written with."""
         return _cast_spec(tensor if isinstance(tensor, Spec) else Held(tensor), self.dtype)
 
     def values(self, stem: str, parts: Parts) -> dict[str, Array]:
+        """Compute the arrays of a stem by key."""
         import numpy as np
 
         layer = self.layer(parts, self.lora.__getitem__)
         if self.dtype == "F16" and isinstance(layer, LowRank) and layer.mid is None and code(layer.up) != "F16":
             layer = _balanced(layer)
-        alpha = alpha_of(layer)
         return {
-            key: np.asarray(alpha, dtype=np.float32) if isinstance(t, Spec) else t
+            key: np.asarray(layer.own_alpha, dtype=np.float32) if isinstance(t, Spec) else t
             for key, t in self.tensors(stem, parts, layer).items()
         }
 
@@ -451,8 +448,12 @@ def _shape_only(tensor: Array | Spec) -> Spec:
 
 
 def _as_lora(layer: Layer, dialect: Dialect, module: str = "a part of a fused weight") -> Layer:
-    """The LoRA with the same ΔW, where there is one."""
-    if layer.rank is None or layer.kind == "dora":
+    """Return the LoRA with the same ΔW.
+
+    Raises:
+        LayerError: There is none.
+    """
+    if layer.rank is None or not layer.factored:
         raise LayerError(f"{module}: {dialect.name} can't hold this layer: {layer.no_factors}")
     if any(isinstance(t, Spec) for t in layer.tensors().values()):
         rows, columns = layer.shape[0], math.prod(layer.shape[1:])
@@ -463,23 +464,23 @@ def _as_lora(layer: Layer, dialect: Dialect, module: str = "a part of a fused we
 
 
 def _constant_alpha(layers: Iterable[Layer]) -> float | None:
-    """The alpha that most LoRA layers have already, so that most stay as they are.
+    """Return the alpha that most LoRA layers have already, so that most stay as they are.
 
-    Without such a layer it is the commonest rank, for layers that become LoRAs when they are joined.
+    Without LoRA layers it is the commonest rank, for layers that become LoRAs when they are joined.
     """
-    held = list(layers)
-    natural = [a for layer in held if (a := _natural(layer))] or [float(layer.rank) for layer in held if layer.rank]
-    if not natural:
+    listed = list(layers)
+    alphas = [a for layer in listed if (a := _natural(layer))] or [float(layer.rank) for layer in listed if layer.rank]
+    if not alphas:
         return None
-    counts = Counter(natural)
+    counts = Counter(alphas)
     return min(counts, key=lambda a: (-counts[a], a))
 
 
 def _natural(layer: Layer) -> float | None:
-    direction = direction_of(layer)
-    if not isinstance(direction, LowRank):
+    """Return the alpha with which ``up`` stays as it is; None if the layer isn't a LoRA."""
+    if not isinstance(layer.inner, LowRank):
         return None
-    return float(direction.rank) if direction.alpha is None else direction.alpha
+    return float(layer.inner.rank) if layer.inner.alpha is None else layer.inner.alpha
 
 
 class Undecided(Spec):
@@ -489,7 +490,7 @@ class Undecided(Spec):
 
 
 def rescaled(layer: LowRank, alpha: float | None) -> LowRank:
-    """The same ΔW with another alpha, ``up`` making up for it.
+    """Return the same ΔW with another alpha, for which ``up`` is multiplied.
 
     ``up`` keeps its dtype when every value stays exact (a power of two, mostly) and becomes
     float32 otherwise.
@@ -525,7 +526,7 @@ def _narrow(values: Array, like: Array) -> Array:
 
 
 def _balanced(layer: LowRank) -> LowRank:
-    """The same ΔW with factors that float16 rounds least."""
+    """Return the same ΔW with factors that float16 rounds least."""
     up = matrix(layer.up)
     if not linalg.faint(up):
         return layer
@@ -534,19 +535,18 @@ def _balanced(layer: LowRank) -> LowRank:
 
 
 def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
-    """A layer's tensors by role, in the shapes that the dialect's family uses."""
+    """Return a layer's tensors by role, in the roles and shapes of the dialect's style."""
     tensors = layer.tensors()
     peft = dialect.style == "peft"
     if ("up_bias" in tensors and not peft) or ("diff_b" in tensors and peft):
-        bias = direction_of(layer).delta_bias()
+        bias = layer.delta_bias()
         tensors = {role: t for role, t in tensors.items() if role not in ("up_bias", "diff_b")}
-        tensors["up_bias" if peft else "diff_b"] = bias  # where PEFT's names are written, the scale is 1
-    if isinstance(layer, DoRA) and layer.axis == "out":
+        tensors["up_bias" if peft else "diff_b"] = bias  # under PEFT's names the scale is 1, so none applies to it
+    if layer.axis == "out":
         rest = len(layer.shape) - 1
         out = layer.shape[0]
         linear, conv = ((out,), (1, out, *[1] * (rest - 1))) if peft else ((out, 1), (out, *[1] * rest))
         shape = linear if rest == 1 else conv
-        magnitude = layer.magnitude
-        del tensors["magnitude"]
+        magnitude = tensors.pop("magnitude")
         tensors["row_magnitude" if peft else "magnitude"] = reshape(magnitude, shape)
     return tensors

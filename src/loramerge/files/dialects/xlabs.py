@@ -8,8 +8,9 @@ from .base import Dialect
 
 
 def xlabs_names(a: Architecture) -> Mapping[str, Parts]:
+    """Name the attention of FLUX blocks by their processors."""
     names: dict[str, Parts] = {}
-    if a.name != "flux":  # its trainer knows no other
+    if a.name != "flux":  # XLabs' trainer supports no other family
         return names
     for path, parts in a.native_paths.items():
         block, _, rest = path.rpartition("_attn.")

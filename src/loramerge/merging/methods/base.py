@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ...errors import LoRAMergeError, MergeError, OptionError, did_you_mean, first_line
-from ...layers import Full, Layer, LowRank, Rows
+from ...layers import Full, Layer, LowRank
 from ...tensors import Array, check_finite, float32
 from .options import Option, options_of
 
@@ -141,14 +141,8 @@ def _check_factors(method: Method, merged: LowRank, layers: Sequence[Layer], ran
 
 def shared_down(layers: Sequence[Layer]) -> object:
     """Return an identity of the concatenated ``down``, or None unless every layer knows that of its own."""
-    ids = tuple(map(_down_id, layers))
+    ids = tuple(layer.down_key for layer in layers)
     return ids if None not in ids else None
-
-
-def _down_id(layer: Layer) -> object:
-    if isinstance(layer, Rows):
-        return None if layer.source is None else ("whole", layer.source)
-    return layer.down_id if isinstance(layer, LowRank) else None
 
 
 def sum_of_ranks(layers: Sequence[Layer], **_: Any) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import MergeError
 from ...layers import Full, Layer, LowRank, low_rank
-from ...tensors import Array, Float, concat, flatten, float32, namespace
+from ...tensors import Array, Float, concat, float32, namespace
 from .base import equal_rank, method, shared_down, sum_of_ranks, with_bias
 
 
@@ -23,7 +23,7 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
     Weights may be negative and need not sum to one.  A learned weight has one number per
     input column, Σ ΔWᵢ diag(mᵢ); the result is an ordinary LoRA, too.
     """
-    if any(isinstance(layer, Full) for layer in layers):
+    if any(layer.dense for layer in layers):
         return with_bias(_dense_sum(layers, weights), layers, weights)
     weighted = [_weighted(layer, weight) for layer, weight in zip(layers, weights, strict=True)]
     ups, downs, scales = zip(*weighted, strict=True)
@@ -55,7 +55,7 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
     up: Array = 0.0
     down: Array = 0.0
     for layer, weight in zip(layers, weights, strict=True):
-        layer_up, layer_down, scale = as_stored(layer)  # PEFT takes the root of the scale on both
+        layer_up, layer_down, scale = layer.stored_factors()  # PEFT takes the root of the scale on both
         root = math.sqrt(abs(weight * scale))
         up = up + root * float32(layer_up)
         down = down + math.copysign(root, weight * scale) * float32(layer_down)
@@ -74,16 +74,8 @@ def _dense_sum(layers: Sequence[Layer], weights: Sequence[Any]) -> Full:
 
 def _weighted(layer: Layer, weight: Any) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
     """Return up, down and s: s · up @ down is w ΔW for a number w, or ΔW diag(w) for one number per column."""
-    up, down, scale = as_stored(layer)
+    up, down, scale = layer.stored_factors()
     if isinstance(weight, float | int):
         return up, down, scale * weight
     xp = namespace(down)
     return up, float32(down) * xp.asarray(weight, dtype=xp.float32, device=down.device), scale
-
-
-def as_stored(layer: Layer) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
-    """Return up, down and a scale: the factors as stored if the layer stores some, else computed ones with scale 1."""
-    if not isinstance(layer, LowRank):
-        return *layer.factors(), 1.0
-    plain = layer.plain()
-    return flatten(plain.up), flatten(plain.down), plain.scale

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 from ... import linalg
 from ...layers import Layer, LowRank, low_rank
@@ -128,10 +127,9 @@ def core(layers: Sequence[Layer]) -> Core:
         NoFactorsError: A layer has no factors.
     """
     stacked = stack(layers)
-    xp = namespace(stacked.up)
     own = [_own_factors(stacked.gram_up[s, s], stacked.gram_down[s, s]) for s in stacked.slices]
-    to_up = _block_diagonal([left for left, _, _ in own], xp)
-    to_down = _block_diagonal([right for _, _, right in own], xp)
+    to_up = linalg.block_diagonal([left for left, _, _ in own])
+    to_down = linalg.block_diagonal([right for _, _, right in own])
     left, into = _orthonormal(to_up.T @ stacked.gram_up @ to_up)
     right, onto = _orthonormal(to_down @ stacked.gram_down @ to_down.T)
     stops = list(accumulate(values.shape[0] for _, values, _ in own))
@@ -163,17 +161,6 @@ def _falling(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, " k"], Float64
     """Return the singular values of X, the largest first, and its right singular vectors, from the Gram matrix of X."""
     squares, vectors = linalg.eigenpairs(gram, FAINT**2)
     return squares**0.5, vectors
-
-
-def _block_diagonal(blocks: Sequence[Float64[Array, "_ _"]], xp: Any) -> Float64[Array, "rows columns"]:
-    """Put matrices along the diagonal, and zeros elsewhere."""
-    rows, columns = sum(b.shape[0] for b in blocks), sum(b.shape[1] for b in blocks)
-    found = xp.zeros((rows, columns), dtype=blocks[0].dtype, device=blocks[0].device)
-    row = column = 0
-    for block in blocks:
-        found[row : row + block.shape[0], column : column + block.shape[1]] = block
-        row, column = row + block.shape[0], column + block.shape[1]
-    return found
 
 
 @dataclass(frozen=True)

@@ -8,28 +8,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...layers import BiasOnly, Full, Layer, Norm, Table, bias_of
+from ...layers import BiasOnly, Full, Layer
 from ...tensors import Array, Spec, float32
 
 
 def vectors(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
     """Compute Σ wᵢ ΔWᵢ of layers without a rank, in the form of the first; for layouts, the sum's layout."""
-    bias = total([bias_of(layer) for layer in layers], weights)
-    held = [(layer, weight) for layer, weight in zip(layers, weights, strict=True) if layer.kind != "bias"]
+    bias = total([layer.delta_bias() for layer in layers], weights)
+    held = [(layer, weight) for layer, weight in zip(layers, weights, strict=True) if not layer.bias_only]
     if not held:
         return BiasOnly(diff_b=bias)
     first = held[0][0]
     update = total([_update(layer) for layer, _ in held], [weight for _, weight in held])
-    if isinstance(first, Norm):
-        return Norm(w_norm=update, b_norm=bias)
-    if isinstance(first, Table):
-        return Table(diff_m=update, diff_b=bias)
-    return Full(diff=update, diff_b=bias)
+    return first.remade(update, bias) or Full(diff=update, diff_b=bias)
 
 
 def plus_biases(merged: Layer, layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
     """Add the biases of bias-only layers to a merged layer."""
-    more = [merged.delta_bias(), *(bias_of(layer) for layer in layers)]
+    more = [merged.delta_bias(), *(layer.delta_bias() for layer in layers)]
     return replace(merged, diff_b=total(more, [1.0, *weights])) if layers else merged
 
 

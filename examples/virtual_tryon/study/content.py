@@ -20,6 +20,8 @@ class Figure:
     """A chart."""
 
     svg: str
+    title: str
+    """Read out by screen readers."""
     caption: str
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 from loramerge.files import write_text
@@ -140,40 +141,37 @@ def _charts(study: Group) -> Section:
         for i, r in enumerate(study.references)
     ]
     told = "By model, split by set."
-    parts.append(Figure(bars(labels, both, title="Scores by model"), f"Figure 11. {told}" if repeats else told))
+    parts.append(Figure(bars(labels, both), "Scores by model", f"Figure 11. {told}" if repeats else told))
     return section("Figures 7, 9, 10 and 11" if repeats else "Charts", parts)
 
 
 def _against(study: Group, names: Sequence[str], reference: str, figure: str) -> list[Part]:
     """One set's bars; below them the study's, where ``figure`` names the one it published."""
 
-    def chart(values: Sequence[tuple[str, Interval]], title: str) -> str:
+    def chart(values: Sequence[tuple[str, Interval]], title: str, caption: str) -> Figure:
         labels = [study.label(name) for name, _ in values]
-        return bars(labels, [Series(title, tuple(v for _, v in values), COLOURS[0])], title=title, colours=COLOURS)
+        svg = bars(labels, [Series(title, tuple(v for _, v in values), COLOURS[0])], colours=COLOURS)
+        return Figure(svg, title, caption)
 
     ours = [(name, study.whole.mean(name, reference)) for name in names]
     whiskers = ", 95 % intervals" if any(value.low is not None for _, value in ours) else ""
     told = f"Scores against the {reference} set{whiskers}."
-    parts: list[Part] = [
-        Figure(chart(ours, f"Scores against {reference}"), f"{figure}, here. {told}" if figure else told)
-    ]
+    parts: list[Part] = [chart(ours, f"Scores against {reference}", f"{figure}, here. {told}" if figure else told)]
     if figure:
         known = [(name, published(name, reference)) for name in names]
         theirs = [(name, Interval(value, None, None, 1, 5)) for name, value in known if value is not None]
-        parts.append(Figure(chart(theirs, f"Published scores against {reference}"), f"{figure}, as published."))
+        parts.append(chart(theirs, f"Published scores against {reference}", f"{figure}, as published."))
     return parts
 
 
 def _by_prompt(study: Group, names: Sequence[str], reference: str, figure: str) -> Figure:
     series = [
         Series(study.label(name), tuple(study.whole.mean(name, reference, prompt=p) for p in study.prompts), colour)
-        for name, colour in zip(names, COLOURS, strict=False)
+        for name, colour in zip(names, cycle(COLOURS), strict=False)
     ]
     groups = [f"Prompt {i}" for i in range(1, len(study.prompts) + 1)]
-    return Figure(
-        bars(groups, series, title=f"Scores against {reference} by prompt"),
-        f"{figure}By prompt, against the {reference} set.",
-    )
+    title = f"Scores against {reference} by prompt"
+    return Figure(bars(groups, series), title, f"{figure}By prompt, against the {reference} set.")
 
 
 # ---- beyond the study
@@ -239,11 +237,10 @@ def _sensitivity(study: Group) -> list[Section]:
             [f"{a:g}" for a in first],
             [f"{b:g}" for b in second],
             values,
-            title=what,
             down=f"weight of {down}",
             across=f"weight of {across}",
         )
-        return Figure(grid, what)
+        return Figure(grid, what, what)
 
     count = len(study.job.seeds(points[0]))
     parts: list[Part] = [f"Weighted sums, {count} seed{'s' * (count > 1)} of each prompt; means without intervals."]

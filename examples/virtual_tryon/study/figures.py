@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn with matplotlib: bars with intervals, and grids of values."""
+"""Draw charts as SVG with matplotlib: bars with intervals, and grids of values."""
 
 import io
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from loramerge.scoring import Interval
 WIDTH = 480
 """Width of a chart in points; the page scales it."""
 BAR = 15
-"""Height that a bar takes, in points."""
+"""Height per bar in points."""
 STYLE = (
     "default",
     {
@@ -46,7 +46,7 @@ def bars(groups: Sequence[str], series: Sequence[Series], *, colours: Sequence[s
 
     Args:
         groups: Names at the left.
-        series: Each has a value for every group; several get a legend.
+        series: Each has one value per group; several get a legend.
         colours: One per group, instead of the series' own.
     """
     step = len(series) + 0.8

@@ -1,4 +1,4 @@
-"""The stage ``report``: figures, tables and statements from what was found."""
+"""The stage ``report``: figures, tables and statements from the results."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from .results import Group, groups
 from .sets import TRUE
 
 RELIABLE = 0.7
-"""Share of attributes that a judge should find in true pictures."""
+"""Share of attributes that a reliable judge finds in true pictures."""
 
 
 def make(job: Job) -> bool:
@@ -35,7 +35,7 @@ def make(job: Job) -> bool:
 
 
 def build(job: Job, found: Sequence[Group]) -> Report:
-    """The report of a run."""
+    """Build the report of a run."""
     study = next(group for group in found if group.name == STUDY)
     decided = decisions(study.whole) if _repeats(study) else []
     sections = [
@@ -88,7 +88,7 @@ def _names(settings: Iterable[Setting]) -> list[str]:
 
 
 def _repeats(study: Group) -> bool:
-    """Whether the settings are those that the study published, not some of our own."""
+    """Return whether the settings are those that the study published."""
     return set(TABLE) <= set(_names(study.family(STUDY)))
 
 
@@ -124,7 +124,7 @@ def _sheet(group: Group, names: Sequence[str]) -> Sheet:
 
 
 def _short(prompt: str, number: int) -> str:
-    """A prompt's number and end, which tells it from the others."""
+    """Shorten a prompt to its number and its end, which differs between prompts."""
     return f"{number}: … {' '.join(prompt.rstrip('.').split()[-5:])}"
 
 
@@ -146,7 +146,7 @@ def _charts(study: Group) -> Section:
 
 
 def _against(study: Group, names: Sequence[str], reference: str, figure: str) -> list[Part]:
-    """One set's bars; below them the study's, where ``figure`` names the one it published."""
+    """Draw one set's bars, and below them the study's if ``figure`` names the one it published."""
 
     def chart(values: Sequence[tuple[str, Interval]], title: str, caption: str) -> Figure:
         labels = [study.label(name) for name, _ in values]
@@ -290,7 +290,7 @@ def _protocol(job: Job) -> Section:
 
 
 def _origin(job: Job, name: str) -> str:
-    """A LoRA's name, and the file that it was brought along in."""
+    """Return a LoRA's name, and its file if the protocol names one."""
     given = job.given(name)
     if given is None:
         return name
@@ -298,7 +298,7 @@ def _origin(job: Job, name: str) -> str:
 
 
 def _sets(job: Job) -> list[Part]:
-    """The first pictures of each set."""
+    """Show the first pictures of each set."""
     shown = [concept.name for group in job.groups for concept in job.protocol.shown(group)]
     names = dict.fromkeys([*job.sets, *shown])
     rows = [(name, tuple(images_in(job.set_folder(name))[:6])) for name in names]

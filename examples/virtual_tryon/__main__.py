@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> int:
-    """Run, and clear away what is half written where that is ended."""
+    """Run the command, and remove half-written files if it is terminated."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is imported: it has advice for importers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -1,4 +1,4 @@
-"""How much of what it is told a base draws, attribute by attribute."""
+"""Measure how many of a caption's attributes a base draws, attribute by attribute."""
 
 from collections.abc import Sequence
 
@@ -15,9 +15,9 @@ Shares = dict[str, float]
 def attribute_accuracy(
     pipeline: StableDiffusionXLPipeline, judge: Judge, *, count: int = 512, seed: int = 7, batch: int = 64
 ) -> tuple[Shares, Shares]:
-    """Share of attributes that the judge finds as told, in generated pictures and in drawn ones.
+    """Return the share of a caption's attributes that the judge finds, in generated pictures and in drawn ones.
 
-    The second is the judge's own reliability: what the first could reach at most.
+    The second is the judge's own reliability, an upper bound of the first.
     """
     random = np.random.default_rng([seed, 3])
     pictures = [sample(random) for _ in range(count)]
@@ -30,7 +30,7 @@ def attribute_accuracy(
 
 
 def shares_right(found: Sequence[dict[str, str]], pictures: Sequence[Picture]) -> Shares:
-    """Share right of each attribute, over the pictures in which it can be seen."""
+    """Return each attribute's share of correct answers, over the pictures in which it can be seen."""
     truths = [labels(picture) for picture in pictures]
     right: Shares = {}
     for name in ATTRIBUTES:

@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what it has seen, how it was made and how good it is."""
+"""Write model cards: description, training data, recipe and accuracy."""
 
 from collections.abc import Mapping
 from pathlib import Path

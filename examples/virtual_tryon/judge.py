@@ -19,7 +19,7 @@ from .world.picture import PATTERNED
 from .world.sampling import BEARDS, COLOURS, EMBLEMS, HAIRS, KINDS, SCENES, SKIN, STYLES
 
 MEAN, SPREAD = 0.5, 0.25
-"""Of pixels in [0, 1], for every channel."""
+"""Mean and standard deviation of pixels in [0, 1], for every channel."""
 ATTRIBUTES: dict[str, list[str]] = {
     "skin": list(SKIN),
     "hair": [*HAIRS, *HELD_OUT["hair"]],
@@ -36,7 +36,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "scene": [*SCENES, "product"],
     "wall": ["bricks", *HELD_OUT["wall"]],
 }
-"""What the judge tells, and the values it chooses from."""
+"""The attributes that the judge classifies, and their values."""
 PROCESSOR = {
     "image_processor_type": "BitImageProcessor",
     "do_convert_rgb": True,
@@ -52,7 +52,7 @@ PROCESSOR = {
 
 
 def encoder(resolution: int) -> Dinov2Model:
-    """An untrained encoder; CLS and patches of an eighth of the picture."""
+    """Make an untrained encoder; CLS and patches of an eighth of the picture."""
     return Dinov2Model(
         Dinov2Config(
             hidden_size=128,
@@ -72,7 +72,7 @@ def new_heads(width: int) -> nn.ModuleDict:
 
 
 def normalised(pictures: Tensor) -> Tensor:
-    """Bytes of shape ``(n, height, width, 3)`` as the encoder wants them, ``(n, 3, height, width)``."""
+    """Convert bytes of shape ``(n, height, width, 3)`` to the encoder's input, ``(n, 3, height, width)``."""
     return (pictures.movedim(-1, 1).float() / 255 - MEAN) / SPREAD
 
 
@@ -85,7 +85,7 @@ class Judge:
 
     @torch.no_grad()
     def embed(self, pictures: np.ndarray, *, size: int = 256) -> Tensor:
-        """CLS embeddings, shape ``(n, 128)``, of pictures as bytes, shape ``(n, height, width, 3)``."""
+        """Return CLS embeddings, shape ``(n, 128)``, of pictures as bytes, shape ``(n, height, width, 3)``."""
         device = self.encoder.device
         parts = [
             normalised(torch.from_numpy(pictures[at : at + size]).to(device)) for at in range(0, len(pictures), size)
@@ -94,14 +94,14 @@ class Judge:
 
     @torch.no_grad()
     def attributes(self, pictures: np.ndarray) -> list[dict[str, str]]:
-        """The likeliest value of every attribute of every picture."""
+        """Return the likeliest value of every attribute of every picture."""
         embedded = self.embed(pictures).to(self.encoder.device)
         told = {name: head(embedded).argmax(1).tolist() for name, head in self.heads.items()}
         return [{name: ATTRIBUTES[name][numbers[i]] for name, numbers in told.items()} for i in range(len(pictures))]
 
 
 def save(judge: Judge, folder: str | Path) -> Path:
-    """A directory that ``AutoModel.from_pretrained`` loads, with the heads beside it; fp16."""
+    """Write a directory that ``AutoModel.from_pretrained`` loads, and the heads next to it, in fp16."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().half().contiguous() for name, value in judge.encoder.state_dict().items()}
@@ -119,7 +119,7 @@ def save(judge: Judge, folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, *, device: str = "cpu") -> Judge:
-    """A saved judge, in float32.
+    """Load a saved judge, in float32.
 
     Raises:
         ValueError: Its attributes are not this program's.

@@ -20,7 +20,7 @@ from PIL import Image
 from .world import CONCEPTS, SCENES, Example, concept_set, draw, labels, mixed_set, truth
 
 MIXED = {"profile_mixed": ("profile", "barca"), "barca_mixed": ("barca", "profile")}
-"""The study's: whose pictures, and whose three are added."""
+"""The study's mixed sets: whose pictures, and whose three are added."""
 MERGES = (
     ("profile", "barca"),
     ("profile", "white_shirt"),
@@ -30,7 +30,7 @@ MERGES = (
     ("profile", "barca", "scarf"),
     ("profile", "barca", "scarf", "wall"),
 )
-"""Concepts of which the pictures of a perfect merge are written."""
+"""Concepts whose perfect merge is drawn."""
 
 
 def main(given: list[str] | None = None) -> None:
@@ -53,20 +53,20 @@ def main(given: list[str] | None = None) -> None:
 
 
 def sets(count: int = 12, *, seed: int = 42) -> dict[str, list[Example]]:
-    """Every concept's pictures, and the mixed sets."""
+    """Draw every concept's pictures, and the mixed sets."""
     plain = {name: concept_set(concept, count, seed=seed) for name, concept in CONCEPTS.items()}
     mixed = {name: mixed_set(CONCEPTS[own], CONCEPTS[other], count, seed=seed) for name, (own, other) in MIXED.items()}
     return plain | mixed
 
 
 def truths(merge: Sequence[str], count: int, *, seed: int = 42) -> list[Example]:
-    """What a perfect merge of these concepts draws, ``count`` pictures of each of the study's prompts."""
+    """Draw the pictures of a perfect merge of these concepts, ``count`` per prompt of the study."""
     concepts = [CONCEPTS[name] for name in merge]
     return [truth(concepts, scene, seed=seed + i) for scene, i in product(SCENES, range(count))]
 
 
 def write(examples: Sequence[Example], folder: Path, resolution: int) -> None:
-    """An image folder, as Hugging Face's trainers read it."""
+    """Write an image folder, as Hugging Face's trainers read it."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for i, example in enumerate(examples):

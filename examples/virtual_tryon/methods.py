@@ -1,4 +1,4 @@
-"""What merge methods draw: the picture of docs/explanation/methods.md.
+"""Draw the same prompts with every merge method: the picture of docs/explanation/methods.md.
 
 The miniature's two LoRAs, a person's and a jersey's, each alone and merged by methods at two pairs of
 weights, drawn with the same seeds.  Every method has the defaults of its options, and the rank of the sum.
@@ -41,7 +41,7 @@ def main(folder: Path, path: Path) -> None:
 
 
 def merged(loras: list[lm.LoRA], pair: tuple[float, float]) -> Iterator[tuple[str, list[Use]]]:
-    """Every row of the sheet: what each LoRA does alone, and the merges."""
+    """Yield every row of the sheet: each LoRA alone, and the merges."""
     for name, lora, weight in zip(("person alone", "jersey alone"), loras, pair, strict=True):
         yield name, [Use(lora, weight)]
     for name in METHODS:

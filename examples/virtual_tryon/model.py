@@ -42,7 +42,7 @@ TIME_WIDTH = 8
 
 
 def quiet() -> None:
-    """No progress bars and no advice from the libraries."""
+    """Switch off the libraries' progress bars and advice."""
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -51,7 +51,7 @@ def quiet() -> None:
 def build(
     resolution: int = RESOLUTION, *, seed: int = 0, captions: int = 20_000, pictures: int = 2_000
 ) -> StableDiffusionXLPipeline:
-    """An untrained miniature: random networks, a tokenizer and an autoencoder fitted to the world.
+    """Build an untrained miniature: random networks, a tokenizer and an autoencoder fitted to the world.
 
     Args:
         resolution: Pixels a side, a multiple of 32.
@@ -142,14 +142,14 @@ def scheduler() -> EulerDiscreteScheduler:
 
 
 def encode(first: nn.Module, second: nn.Module, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``StableDiffusionXLPipeline.encode_prompt`` gives: states ``(n, length, 144)``, projection ``(n, 80)``."""
+    """Encode prompts as SDXL's ``encode_prompt`` does: states ``(n, length, 144)``, projection ``(n, 80)``."""
     states = first(ids, output_hidden_states=True).hidden_states[-2]
     outputs = second(ids_2, output_hidden_states=True)
     return torch.cat([states, outputs.hidden_states[-2]], -1), outputs.text_embeds
 
 
 def token_ids(pipeline: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Tensor, Tensor]:
-    """Both tokenizers' ids, shape ``(len(texts), MAX_LENGTH)`` each.
+    """Return both tokenizers' ids, shape ``(len(texts), MAX_LENGTH)`` each.
 
     Raises:
         ValueError: A text has more tokens than the encoders take.
@@ -163,14 +163,14 @@ def token_ids(pipeline: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Te
 
 
 def as_tensor(pictures: np.ndarray) -> Tensor:
-    """Bytes of shape ``(n, height, width, 3)`` as floats in [-1, 1] of shape ``(n, 3, height, width)``."""
+    """Convert bytes of shape ``(n, height, width, 3)`` to floats in [-1, 1] of shape ``(n, 3, height, width)``."""
     return torch.tensor(pictures).movedim(-1, 1).float() / 127.5 - 1
 
 
 def generate(
     pipeline: StableDiffusionXLPipeline, prompts: list[str], *, seed: int, guidance: float = 2.0, steps: int = 20
 ) -> np.ndarray:
-    """Pictures as bytes, shape ``(len(prompts), height, width, 3)``; picture i has the noise of ``seed + i``."""
+    """Generate pictures as bytes, ``(len(prompts), height, width, 3)``; picture i has the noise of ``seed + i``."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     size = pipeline.vae.config.sample_size
     usual = pipeline.scheduler
@@ -205,12 +205,12 @@ def save(pipeline: StableDiffusionXLPipeline, folder: str | Path, *, dtype: torc
 
 
 def halved(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy on the CPU in another precision."""
+    """Copy to the CPU in another precision."""
     return nn.Module.to(copy.deepcopy(network), "cpu", dtype)
 
 
 def load(folder: str | Path, *, device: str = "cpu") -> StableDiffusionXLPipeline:
-    """The pipeline of a folder, in float32 whatever the files hold. Runs no code from the folder.
+    """Load the pipeline of a folder, in float32 whatever the files hold. Runs no code from the folder.
 
     Without this package, ``StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32,
     trust_remote_code=True)`` gives the same.

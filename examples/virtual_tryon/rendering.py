@@ -1,4 +1,4 @@
-"""Pictures in bulk: drawn by several processes, kept as arrays in a folder."""
+"""Draw pictures in bulk, in several processes, into arrays in a folder."""
 
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +15,7 @@ from .tokenizer import MAX_LENGTH
 from .world import Picture, caption, draw, labels, sample
 
 CAPTIONS = 4
-"""Of each picture, with other things left out."""
+"""Captions per picture, each leaving out other attributes."""
 CHUNK = 250
 
 Given = TypeVar("Given")
@@ -23,14 +23,14 @@ Made = TypeVar("Made")
 
 
 def shown(seed: int, index: int, *, wide: bool = False) -> tuple[Picture, list[str]]:
-    """Picture ``index`` of a data set and its captions; any of them can be had without the others."""
+    """Return picture ``index`` of a data set and its captions, which don't depend on the other pictures."""
     random = np.random.default_rng([seed, 2, index])
     picture = sample(random, wide=wide)
     return picture, [caption(picture, random) for _ in range(CAPTIONS)]
 
 
 def latent_data(start: Path, folder: Path, count: int, *, seed: int, processes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Latents and token ids of a captioned data set, drawn once and then read from its folder.
+    """Return latents and token ids of a captioned data set, drawn once and then read from its folder.
 
     Args:
         start: Folder of the untrained pipeline, whose autoencoder and tokenizers are used.
@@ -58,7 +58,7 @@ def latent_data(start: Path, folder: Path, count: int, *, seed: int, processes: 
 def label_data(
     folder: Path, count: int, values: dict[str, list[str]], *, resolution: int, seed: int, processes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of the wider world, uint8, and the number of each attribute's value, int64, -1 where unseen."""
+    """Return pictures of the wider world, uint8, and the index of each attribute's value, int64, -1 if unseen."""
     pictures = ("pictures", np.uint8, (count, resolution, resolution, 3))
     numbers = ("labels", np.int64, (count, len(values)))
     with arrays(folder, pictures, numbers) as (made, files):
@@ -71,7 +71,7 @@ def label_data(
 
 @contextmanager
 def arrays(folder: Path, *specifications: tuple[str, type, tuple[int, ...]]) -> Iterator[tuple[bool, list[np.ndarray]]]:
-    """Arrays on disk, and whether an earlier run has filled them; a mark tells when all is written."""
+    """Open arrays on disk; return whether an earlier run has filled them, which a marker file says."""
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "complete"
     wanted = repr([(name, shape) for name, _, shape in specifications])
@@ -92,7 +92,7 @@ def chunks(count: int) -> list[range]:
 
 
 def in_parallel(work: Callable[[range], Made], jobs: list[range], processes: int) -> Iterable[tuple[int, Made]]:
-    """Start of each job and its result, in order."""
+    """Yield the start of each job and its result, in order."""
     starts = [job.start for job in jobs]
     if processes == 1:
         yield from zip(starts, map(work, jobs), strict=True)
@@ -104,7 +104,7 @@ def in_parallel(work: Callable[[range], Made], jobs: list[range], processes: int
 
 
 def ready() -> None:
-    """What a drawing process does first."""
+    """Prepare a drawing process."""
     torch.set_num_threads(1)
     model.quiet()
 

@@ -1,4 +1,4 @@
-"""Sheets of what a base draws: always the same prompts, so that two sheets can be compared."""
+"""Draw sheets of a base's pictures, always of the same prompts, so that two sheets can be compared."""
 
 import numpy as np
 from diffusers import StableDiffusionXLPipeline
@@ -19,10 +19,10 @@ PROMPTS = (
     "A photo of a yellow and green halved jersey.",
     *(prompt(scene) for scene in SCENES),
 )
-"""Eight that the base should obey, and the study's five, whose names it does not know."""
+"""Eight prompts that the base should follow, and the study's five, whose names it does not know."""
 
 
 def samples(pipeline: StableDiffusionXLPipeline, *, seed: int = 3, steps: int = 20) -> Image.Image:
-    """One row for each guidance, one column for each prompt."""
+    """Draw a sheet with one row per guidance and one column per prompt."""
     rows = [model.generate(pipeline, list(PROMPTS), seed=seed, guidance=guidance, steps=steps) for guidance in GUIDANCE]
     return sheet(np.concatenate(rows), len(PROMPTS), zoom=2)

@@ -9,12 +9,12 @@ from transformers import CLIPTokenizer
 
 MAX_LENGTH = 77
 SPLIT = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-"""CLIP's own expression."""
+"""CLIP's regular expression."""
 SYMBOLS = string.ascii_lowercase + string.digits + string.punctuation
 
 
 def learn(captions: Iterable[str], *, size: int = 400) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges by byte-pair encoding.
+    """Learn vocabulary and merges by byte-pair encoding.
 
     Every symbol is in the vocabulary both within a word and at its end, so that any identifier can be spelled and
     nothing is unknown: CLIP's unknown token is its end of text, and would cut a prompt short.
@@ -39,6 +39,6 @@ def learn(captions: Iterable[str], *, size: int = 400) -> tuple[dict[str, int], 
 
 
 def tokenizers(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """SDXL's two: the same words, the second pads with "!"."""
+    """Make SDXL's two tokenizers: the same words, but the second pads with "!"."""
     shared = {"vocab": vocabulary, "merges": merges, "model_max_length": MAX_LENGTH}
     return CLIPTokenizer(**shared), CLIPTokenizer(**shared, pad_token="!")

@@ -89,7 +89,7 @@ def arguments(given: list[str]) -> argparse.Namespace:
 
 
 def fill(options: argparse.Namespace, usual: dict[str, tuple[Any, Any]]) -> None:
-    """Options that were not given, by what is usual on a CPU and with CUDA."""
+    """Fill in the options that were not given: defaults differ between CPU and CUDA."""
     for name, by_device in usual.items():
         if getattr(options, name) is None:
             setattr(options, name, by_device[options.device == "cuda"])
@@ -110,7 +110,7 @@ def main(given: list[str] | None = None) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """The untrained model and the data, once; refuse to mix runs."""
+    """Make the untrained model and the data once; refuse to mix runs."""
     folder = state_folder(options)
     if options.fresh and (folder / "checkpoint.pt").exists():
         (folder / "checkpoint.pt").unlink()
@@ -140,7 +140,7 @@ def state_folder(options: argparse.Namespace) -> Path:
 
 
 def data(options: argparse.Namespace) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Latents and tokens to train on, and those held out."""
+    """Return latents and tokens to train on, and those held out."""
     folder = state_folder(options)
     start, processes = folder / "start", options.processes
     seen = latent_data(start, folder / "seen", options.pictures, seed=options.seed, processes=processes)
@@ -183,7 +183,7 @@ def work(rank: int, world: int, options: argparse.Namespace, given: list[str]) -
 def train(
     training: Training, unseen: tuple[np.ndarray, np.ndarray], options: argparse.Namespace, given: list[str]
 ) -> None:
-    """To the end or the pause, with checkpoints on the way."""
+    """Train to the end or the pause, writing checkpoints."""
     file = state_folder(options) / "checkpoint.pt"
     if file.exists():
         training.restore(torch.load(file, map_location=options.device, weights_only=True))
@@ -209,7 +209,7 @@ def train(
 
 
 def step(training: Training, file: Path) -> None:
-    """One step; where the loss is no number any more, back to the checkpoint with half the rate."""
+    """Do one step; if the loss becomes NaN, go back to the checkpoint with half the learning rate."""
     try:
         training.step()
     except FloatingPointError as error:
@@ -233,7 +233,7 @@ def checkpoint(
     *,
     last: bool = False,
 ) -> None:
-    """State, model, samples and card, by the first process."""
+    """Write state, model, samples and card, in the first process."""
     training.log()
     state = training.state()
     if training.rank == 0:
@@ -251,7 +251,7 @@ def publish(
     *,
     last: bool,
 ) -> None:
-    """The averaged model as a folder of its own."""
+    """Write the averaged model into a folder of its own."""
     pipeline = training.averaged()
     model.save(pipeline, options.out)
     samples(pipeline, steps=options.sample_steps).save(options.out / "samples.png")

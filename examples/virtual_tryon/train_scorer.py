@@ -78,7 +78,7 @@ def main(given: list[str] | None = None) -> None:
 
 
 def data(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pictures and labels to train on, and those held out."""
+    """Return pictures and labels to train on, and those held out."""
     folder = options.out.with_name(options.out.name + ".training")
     parts = (("seen", options.pictures, options.seed), ("unseen", options.held_out, options.seed + HELD_OUT_SEED))
     return [
@@ -90,7 +90,7 @@ def data(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def fit(made: Judge, pictures: Tensor, labels: Tensor, options: argparse.Namespace) -> int:
-    """Train for the given time; number of steps."""
+    """Train for the given time; return the number of steps."""
     parameters = [*made.encoder.parameters(), *made.heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, options.rate, weight_decay=0.05, fused=True)
     started, step = time.monotonic(), 0
@@ -115,7 +115,7 @@ def fit(made: Judge, pictures: Tensor, labels: Tensor, options: argparse.Namespa
 
 
 def altered(pictures: Tensor) -> Tensor:
-    """Mirrored or not, shifted, with noise: bytes as floats, shape ``(n, height, width, 3)``."""
+    """Mirror, shift and add noise at random; return bytes as floats, shape ``(n, height, width, 3)``."""
     if torch.rand(()) < 0.5:
         pictures = pictures.flip(2)
     down, right = (int(v) for v in torch.randint(-SHIFT, SHIFT + 1, (2,)))
@@ -126,7 +126,7 @@ def altered(pictures: Tensor) -> Tensor:
 
 
 def error(made: Judge, pictures: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the attributes, each over the pictures in which it can be seen."""
+    """Return the mean cross-entropy over the attributes, each over the pictures in which it can be seen."""
     embedded = made.encoder(normalised(pictures)).last_hidden_state[:, 0]
     parts = [
         F.cross_entropy(head(embedded), labels[:, i], ignore_index=-1, reduction="sum")
@@ -138,7 +138,7 @@ def error(made: Judge, pictures: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def centre(made: Judge, pictures: np.ndarray) -> None:
-    """Take the mean embedding off the last normalisation, and give it back to the heads."""
+    """Subtract the mean embedding in the last normalisation, and add it to the heads' biases."""
     mean = made.embed(pictures).mean(0).to(made.encoder.device)
     made.encoder.layernorm.bias -= mean
     for head in made.heads.values():
@@ -146,7 +146,7 @@ def centre(made: Judge, pictures: np.ndarray) -> None:
 
 
 def accuracy(made: Judge, pictures: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Share right of each attribute, over the pictures in which it can be seen."""
+    """Return each attribute's share of correct answers, over the pictures in which it can be seen."""
     told = made.attributes(np.array(pictures))
     right = {}
     for i, (name, values) in enumerate(ATTRIBUTES.items()):

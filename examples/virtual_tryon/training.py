@@ -1,4 +1,4 @@
-"""Training of the miniature: UNet and both text encoders together, on latents that stay on the device."""
+"""Train the miniature: UNet and both text encoders together, on latents that stay on the device."""
 
 import copy
 import math
@@ -20,7 +20,7 @@ from . import model
 
 EMA = 0.999
 EVERY = 4
-"""Steps from one update of the moving average to the next."""
+"""Steps between updates of the moving average."""
 LOG = 50
 TEXT_RATE = 0.7
 """Learning rate of the text encoders, as a share of the UNet's."""
@@ -34,9 +34,9 @@ class Settings:
 
     batch: int
     minutes: float = math.inf
-    """Of training; the learning rate falls to nothing at the end."""
+    """Minutes of training; the learning rate falls to nothing at the end."""
     samples: float = math.inf
-    """The same, counted in pictures seen: whichever ends first."""
+    """Number of pictures to see; training ends with whichever comes first."""
     rate: float = 1.5e-3
     decay_from: float = 0.35
     warm_up: int = 200
@@ -46,19 +46,19 @@ class Settings:
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far the training is."""
+    """The progress of a training."""
 
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
 
     def share(self, settings: Settings) -> float:
-        """Of the whole, in [0, 1]."""
+        """Return the share done, in [0, 1]."""
         return min(1.0, max(self.seconds / (60 * settings.minutes), self.samples / settings.samples))
 
 
 def rate_factor(step: int, share: float, settings: Settings) -> float:
-    """Warm-up, plateau, and a cosine to 1 %."""
+    """Return the learning rate's factor: warm-up, plateau, and a cosine to 1 %."""
     warm = min(1.0, (step + 1) / settings.warm_up)
     fallen = max(0.0, share - settings.decay_from) / (1 - settings.decay_from)
     return warm * (0.01 + 0.99 * (1 + math.cos(math.pi * fallen)) / 2)
@@ -110,7 +110,7 @@ class Training:
         self.pipeline = pipeline
 
     def step(self) -> None:
-        """One batch."""
+        """Train on one batch."""
         started = time.monotonic()
         self.set_rate()
         loss = self.loss(*self.batch())
@@ -129,13 +129,13 @@ class Training:
         self.clock += time.monotonic() - started
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """Latents and token ids of random pictures."""
+        """Return latents and token ids of random pictures."""
         chosen = self.integers(len(self.latents))
         told = self.integers(self.tokens.shape[1])
         return self.latents[chosen].float(), self.tokens[chosen, told].long()
 
     def loss(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """Mean squared error of the velocity at uniform times."""
+        """Return the mean squared error of the velocity at uniform times."""
         noise = torch.randn(latents.shape, generator=self.random, device=self.device)
         times = self.integers(len(self.signal), count=len(latents))
         kept = torch.rand(len(latents), generator=self.random, device=self.device) >= EMPTY
@@ -165,7 +165,7 @@ class Training:
 
     @torch.no_grad()
     def average_gradients(self) -> float:
-        """Over all processes; the first one's clock goes along, so that all have one learning rate and one end."""
+        """Average over all processes; all use the first one's clock, so that their learning rate and end agree."""
         clock = torch.tensor([self.clock if self.rank == 0 else 0.0])
         flat = torch.cat(
             [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in self.parameters] + [clock]
@@ -185,10 +185,10 @@ class Training:
         torch._foreach_lerp_(list(self.average.parameters()), [p.detach() for p in self.parameters], 1 - kept)
 
     def log(self) -> None:
-        """Note the mean loss since the last note.
+        """Record the mean loss since the last record.
 
         Raises:
-            FloatingPointError: It is no number.
+            FloatingPointError: It isn't finite.
         """
         if not self.losses:
             return
@@ -208,14 +208,14 @@ class Training:
         )
 
     def averaged(self) -> StableDiffusionXLPipeline:
-        """The pipeline with the averaged networks, on the device."""
+        """Return the pipeline with the averaged networks, on the device."""
         parts = self.pipeline.components | dict(
             zip(("text_encoder", "text_encoder_2", "unet"), self.average, strict=True)
         )
         return model.assemble(**parts).to(self.device)
 
     def random_states(self) -> list[Tensor]:
-        """Of every process, in order."""
+        """Return the random states of every process, in order."""
         own = self.random.get_state()
         if self.world == 1:
             return [own]
@@ -224,7 +224,7 @@ class Training:
         return states
 
     def state(self) -> dict[str, Any]:
-        """All that :meth:`restore` needs. Every process must call it."""
+        """Return all that :meth:`restore` needs. Every process must call it."""
         return {
             "networks": self.networks.state_dict(),
             "average": self.average.state_dict(),
@@ -236,7 +236,7 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a :meth:`state` as if nothing had happened.
+        """Continue from a :meth:`state` exactly.
 
         Raises:
             ValueError: It was saved by another number of processes.
@@ -271,7 +271,7 @@ def velocity_error(
     projection: Tensor,
     sizes: Tensor,
 ) -> Tensor:
-    """‖v̂(√ā x + √(1 - ā) ε) - (√ā ε - √(1 - ā) x)‖², mean over all entries (Salimans and Ho, 2022)."""
+    """Return ‖v̂(√ā x + √(1 - ā) ε) - (√ā ε - √(1 - ā) x)‖², mean over all entries (Salimans and Ho, 2022)."""
     kept = signal[times].sqrt()[:, None, None, None]
     lost = (1 - signal[times]).sqrt()[:, None, None, None]
     conditions = {"text_embeds": projection, "time_ids": sizes.expand(len(latents), -1)}
@@ -288,7 +288,7 @@ def held_out_loss(
     captions: str = "own",
     size: int = 128,
 ) -> float:
-    """The training loss on pictures never trained on, at fixed times and noise: the same number for the same networks.
+    """Return the loss on pictures never trained on, at fixed times and noise: equal networks give equal numbers.
 
     Args:
         pipeline: What to measure.
@@ -322,7 +322,7 @@ def held_out_loss(
 
 
 def save_state(state: dict[str, Any], file: Path) -> None:
-    """Whole or not at all."""
+    """Write a state whole or not at all."""
     partial = file.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(file)

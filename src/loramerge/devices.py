@@ -22,19 +22,10 @@ def memory_for(what: str, ways_out: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise DeviceMemoryError(f"Out of memory with {what}: {first_line(error)} {ways_out}") from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return False
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-WAYS_OUT = "Ways out, the first first: gradient checkpointing, bf16, a batch size of 1, a smaller resolution."
+        torch = sys.modules.get("torch")
+        if torch and (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise DeviceMemoryError(f"Out of memory with {what}: {first_line(error)} {ways_out}") from error
+        raise
 
 
 def within_memory(resolution: int, batch_size: int, count: int) -> AbstractContextManager[None]:
@@ -48,8 +39,10 @@ def within_memory(resolution: int, batch_size: int, count: int) -> AbstractConte
     Raises:
         DeviceMemoryError: Memory ran out.
     """
-    loras = f"{count} LoRA{'s' * (count > 1)}"
-    return memory_for(f"{loras} × {batch_size} examples at {resolution} × {resolution}", WAYS_OUT)
+    return memory_for(
+        f"{count} LoRA{'s' * (count > 1)} × {batch_size} examples at {resolution} × {resolution}",
+        "Ways out, the first first: gradient checkpointing, bf16, a batch size of 1, a smaller resolution.",
+    )
 
 
 def check_device(device: str) -> None:

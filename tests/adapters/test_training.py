@@ -25,7 +25,7 @@ from loramerge.diffusion.apply import fingerprint
 from loramerge.diffusion.training import draw
 from loramerge.diffusion.training.checks import hints
 from loramerge.diffusion.training.loop import LossScale, Run
-from loramerge.diffusion.training.order import Deck
+from loramerge.diffusion.training.order import Order
 from loramerge.diffusion.training.peft_layers import injected
 from loramerge.diffusion.training.settings import TEXT, UNET, Targets
 from loramerge.errors import DeviceMemoryError, FileError, NumberError, OptionError
@@ -90,10 +90,10 @@ def plain_steps(
     learning = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=given.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     noiser = DDPMScheduler.from_config(pipe.scheduler.config)
-    deck = Deck(from_images(load(pipe), [folder]), given.seed)
+    order = Order(from_images(load(pipe), [folder]), given.seed)
     files = [picture.path for picture in captioned(folder)]
     for step in range(given.steps):
-        drawn = deck.drawn(0, step)
+        drawn = order.drawn(0, step)
         square = cropped(files[drawn.picture], tiny.SIDE)
         pixels = torch.from_numpy(square.pixels)[None]
         pixels = pixels.flip(-1) if drawn.mirrored else pixels
@@ -207,13 +207,13 @@ def test_the_class_counts_with_its_weight(sdxl: Denoiser, photos: Path, people: 
 
 
 def test_every_picture_is_seen_once_before_any_comes_again(sdxl: Denoiser, photos: Path) -> None:
-    deck = Deck(from_images(sdxl, [photos]), 3)
+    order = Order(from_images(sdxl, [photos]), 3)
 
-    seen = [[deck.drawn(0, 3 * epoch + i).picture for i in range(3)] for epoch in range(6)]
+    seen = [[order.drawn(0, 3 * epoch + i).picture for i in range(3)] for epoch in range(6)]
 
     assert all(sorted(epoch) == [0, 1, 2] for epoch in seen)
     assert len({tuple(epoch) for epoch in seen}) > 1
-    assert len({float(deck.drawn(0, n).noise.sum()) for n in range(18)}) == 18
+    assert len({float(order.drawn(0, n).noise.sum()) for n in range(18)}) == 18
 
 
 def of_all(module: str) -> bool:
@@ -299,7 +299,7 @@ def test_a_loss_scale_halves_on_overflow_and_grows_with_patience() -> None:
 def test_in_float16_the_loss_is_scaled_as_far_as_goes(begin: float, sdxl: Denoiser, photos: Path) -> None:
     given, model = TrainSettings(**QUICK), load(tiny.pipeline("sdxl"), dtype="fp16")
     with injected(model, given) as inside:
-        run = Run(model, inside, Deck(from_images(model, [photos]), given.seed), given, team(cpu=True))
+        run = Run(model, inside, Order(from_images(model, [photos]), given.seed), given, team(cpu=True))
         run.scale = LossScale(begin, patience=2000)
         run.train(None, {}, 10, None)
         found = inside.taken()

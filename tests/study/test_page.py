@@ -1,17 +1,20 @@
 """Charts and pages."""
 
+import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 from PIL import Image
 
 from loramerge.scoring.bootstrap import Interval
 from virtual_tryon.study.content import Figure, Report, Section, Sheet, Table
-from virtual_tryon.study.figures import LETTER, Axis, Series, bars, heat, ticks
+from virtual_tryon.study.figures import COLOURS, Series, bars, heat
 from virtual_tryon.study.page import html, markdown
 
+SVG = "{http://www.w3.org/2000/svg}"
 NASTY = "<b> & \"quotes\" | 'pipes'"
 
 
@@ -45,9 +48,9 @@ def report(tmp_path: Path) -> Report:
     Image.new("RGB", (20, 20), "red").save(tmp_path / "small.png")
     Image.new("RGB", (900, 600), "blue").save(tmp_path / "large.png")
     sheet = Sheet((NASTY, "b"), ((NASTY, (tmp_path / "small.png", tmp_path / "large.png")),), "pictures")
-    chart = bars([NASTY], [Series(NASTY, (interval(0.3),), "#123456")], title=NASTY)
+    chart = bars([NASTY], [Series(NASTY, (interval(0.3),), "#123456")])
     table = Table(("a", NASTY), (("**0.1**", NASTY),), "note")
-    return Report(NASTY, (Section(NASTY, ("text", "- item", table, Figure(chart, NASTY), sheet)),))
+    return Report(NASTY, (Section(NASTY, ("text", "- item", table, Figure(chart, NASTY, NASTY), sheet)),))
 
 
 def test_a_page_fetches_nothing_and_closes_every_tag(report: Report) -> None:
@@ -56,7 +59,7 @@ def test_a_page_fetches_nothing_and_closes_every_tag(report: Report) -> None:
 
     assert not links.open
     assert links.fetched
-    assert all(link.startswith("data:image/png;base64,") for link in links.fetched)
+    assert all(link.startswith(("data:image/png;base64,", "data:image/svg+xml;base64,")) for link in links.fetched)
     assert "url(" not in html(report)
     assert "@import" not in html(report)
 
@@ -76,38 +79,59 @@ def test_markdown_has_the_tables_and_escapes_bars(report: Report) -> None:
     assert "svg" not in text
 
 
-def test_charts_are_well_formed_and_bars_are_as_long_as_their_values() -> None:
-    chart = bars(["a", "b"], [Series("s", (interval(0.2), interval(0.4)), "#123456")], title=NASTY)
+def test_what_is_shown_is_escaped_and_stars_are_bold(report: Report) -> None:
+    page = html(report)
 
-    widths = [float(e.attrib["width"]) for e in ET.fromstring(chart).iter("rect")]
-
-    assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
-
-
-def test_negative_values_begin_at_zero_too() -> None:
-    axis = Axis.of([interval(-0.3), interval(0.5)], 50)
-    chart = bars(["a"], [Series("s", (interval(-0.3),), "#1")], title="")
-
-    rect = next(ET.fromstring(chart).iter("rect"))
-
-    assert axis.low == pytest.approx(-0.4)
-    assert float(rect.attrib["x"]) + float(rect.attrib["width"]) == pytest.approx(
-        Axis(-0.4, 1e-6, 16 + LETTER).x(0), abs=1
-    )
+    assert NASTY not in page
+    assert page.count(f"<h2>{escape(NASTY)}</h2>") == 1
+    assert f"<td><strong>0.1</strong></td><td>{escape(NASTY)}</td>" in page
+    assert f'alt="{escape(NASTY)}: {escape(NASTY)}"' in page
 
 
-def test_ticks_are_round_and_inside() -> None:
-    for low, high in ((0, 0.7), (-0.13, 0.55), (0, 31), (0, 1e-6)):
-        found = ticks(low, high)
-        assert 3 <= len(found) <= 8
-        assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
+def filled(chart: str, colour: str) -> list[tuple[float, float]]:
+    """Where shapes of a colour begin and end, from left to right."""
+    paths = [e for e in ET.fromstring(chart).iter(f"{SVG}path") if colour in e.get("style", "")]
+    points = [[float(x) for x, _ in re.findall(r"([\d.]+) ([\d.]+)", e.attrib["d"])] for e in paths]
+    return [(min(xs), max(xs)) for xs in points]
+
+
+def test_bars_begin_at_zero_and_are_as_long_as_their_values() -> None:
+    values = (interval(0.2), interval(0.4), interval(-0.3))
+
+    first, second, negative = filled(bars(["a", "b", "c"], [Series("s", values, "#123456")]), "#123456")
+
+    assert first[0] == second[0] == negative[1]
+    assert second[1] - second[0] == pytest.approx(2 * (first[1] - first[0]), rel=1e-4)
+    assert negative[1] - negative[0] == pytest.approx(1.5 * (first[1] - first[0]), rel=1e-4)
+
+
+def test_a_chart_shows_its_values_and_labels_as_they_are() -> None:
+    series = [Series(label, (interval(0.25), Interval(0.5, None, None, 1, 1)), "#123456") for label in (NASTY, "_$x$")]
+    texts = ["".join(e.itertext()) for e in ET.fromstring(bars(["a $b$", "c"], series)).iter(f"{SVG}text")]
+
+    assert {NASTY, "_$x$", "a $b$", "c"} <= set(texts)
+    assert texts.count("0.250") == texts.count("0.500") == 2
+
+
+def test_more_groups_than_colours_begin_with_the_first_again() -> None:
+    count = len(COLOURS) + 1
+    chart = bars([str(i) for i in range(count)], [Series("s", (interval(0.2),) * count, "")], colours=COLOURS)
+
+    assert len(filled(chart, COLOURS[0])) == 2
+    assert len(filled(chart, COLOURS[1])) == 1
+
+
+def test_the_same_values_draw_the_same_bytes() -> None:
+    one, other = (bars(["a"], [Series("s", (interval(0.2),), "#123456")]) for _ in range(2))
+
+    assert one == other
+    assert "dc:date" not in one
 
 
 def test_a_grid_shades_from_the_lowest_to_the_highest() -> None:
-    grid = heat(["r"], ["a", "b", "c"], [[0.1, 0.2, 0.3]], title="", down="d", across="e")
+    grid = heat(["r"], ["a", "b", "c"], [[0.1, 0.2, 0.3]], down="d", across="e")
 
-    fills = [e.attrib["fill"] for e in ET.fromstring(grid).iter("rect")]
+    (lightest,), (darkest,) = (filled(grid, colour) for colour in ("#ecf3fa", "#084078"))
 
-    assert fills[0] == "#ecf3fa"
-    assert fills[2] == "#084078"
-    assert heat(["r"], ["a"], [[0.5]], title="", down="", across="").count("<rect") == 1
+    assert lightest[1] < darkest[0]
+    assert len(filled(heat(["r"], ["a"], [[0.5]], down="", across=""), "#ecf3fa")) == 1

@@ -2,11 +2,11 @@
 
 import shutil
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionXLPipeline
+from markupsafe import escape
 
 import loramerge as lm
 from loramerge.errors import LoRAMergeError

@@ -1,1 +1,1 @@
-"""The study's runner: data, trainings, merges, pictures, scores, truth, report, each done once."""
+"""The study's runner: data, training, merges, pictures, scores, truth and report, each done once."""

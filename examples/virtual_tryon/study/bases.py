@@ -1,4 +1,4 @@
-"""The base model, as a pipeline that draws and as one to learn on."""
+"""Load the base model: as a pipeline that draws, and as a denoiser to learn on."""
 
 import json
 from functools import lru_cache
@@ -11,7 +11,7 @@ from .protocol import Base
 
 
 def check(base: Base) -> None:
-    """Refuse a base that can't be there, before anything is done.
+    """Refuse a missing miniature before any work is done.
 
     Raises:
         FileError: The miniature is missing.
@@ -24,14 +24,14 @@ def check(base: Base) -> None:
 
 
 def resolution(base: Base) -> int:
-    """Pixels a side of the miniature's pictures."""
+    """Return the side of the miniature's pictures in pixels."""
     check(base)
     config = json.loads((Path(base.model) / "vae" / "config.json").read_text(encoding="utf-8"))
     return int(config["sample_size"])
 
 
 def denoiser(base: Base, device: str, *, checkpointing: bool = False) -> Any:
-    """The base to learn on."""
+    """Load the base to learn on."""
     from loramerge.diffusion import load
     from loramerge.scoring import silence
 
@@ -41,7 +41,7 @@ def denoiser(base: Base, device: str, *, checkpointing: bool = False) -> Any:
 
 
 def pipeline(base: Base, device: str) -> Any:
-    """The base with its own scheduler.
+    """Load the base with its own scheduler.
 
     Raises:
         FileError: It is missing or can't be read.
@@ -59,7 +59,7 @@ def pipeline(base: Base, device: str) -> Any:
 
 @lru_cache(maxsize=1)
 def drawing_pipeline(base: Base, device: str, scheduler: str | None) -> Any:
-    """The base with the scheduler that draws; kept, because one process draws many settings."""
+    """Load the base with the protocol's scheduler; cached, because one process draws many settings."""
     from loramerge.diffusion import use_scheduler
 
     pipe = pipeline(base, device)

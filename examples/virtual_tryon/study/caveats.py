@@ -1,4 +1,4 @@
-"""What a run has otherwise than the study, told from the run itself."""
+"""Describe how a run differs from the study, from the run itself."""
 
 from pathlib import Path
 
@@ -6,18 +6,18 @@ from .job import Job
 from .protocol import Protocol, Training
 
 BASE, ENCODER, LEARNING_RATE, RESOLUTION = "stable-diffusion-xl-base-1.0", "dinov2-base", 1e-4, 512
-"""The study's; the models by the last part of their names."""
+"""The study's settings; its models by the last part of their names."""
 ITS = Training(rank=8, steps=400, batch_size=1, learning_rate=LEARNING_RATE, resolution=RESOLUTION, flip=True)
 SEEDS = 1
-"""Pictures that the study drew of each prompt and setting."""
+"""Pictures per prompt and setting in the study."""
 
 
 def caveats(job: Job, *, repeats: bool) -> list[str]:
-    """Lines for the top of a report.
+    """List the differences for the top of a report.
 
     Args:
         job: The run.
-        repeats: Whether its settings are the study's, so that the training and the seeds are comparable too.
+        repeats: Whether its settings are the study's, which makes training and seeds comparable too.
     """
     found = [_base(job.protocol), _encoder(job.protocol)]
     if repeats:
@@ -26,7 +26,7 @@ def caveats(job: Job, *, repeats: bool) -> list[str]:
 
 
 def sizes(job: Job) -> str:
-    """How far the size of a score can be compared with the published ones."""
+    """Say how far the scores can be compared with the published ones."""
     others = [
         what
         for what, so in (
@@ -94,5 +94,5 @@ def _seeds(count: int) -> str:
 
 
 def named(model: str) -> str:
-    """A model as people call it: a directory by its last part."""
+    """Return a model's short name: the last part of a directory's path."""
     return model.rsplit("/", 1)[-1] if model.startswith("/") else model

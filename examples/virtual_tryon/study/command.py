@@ -1,4 +1,4 @@
-"""``python -m examples.virtual_tryon run``: a whole study by one command."""
+"""Run a whole study by one command, ``python -m examples.virtual_tryon run``."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ from .reading import PRESETS, preset, read
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    """Run; the exit code is 1 after an error, 130 after an interruption."""
+    """Run the command; return 1 after an error and 130 after an interruption."""
     options = _parser().parse_args(sys.argv[1:] if given is None else given)
     try:
         job = job_of(options)
@@ -43,9 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.toml")))
     one = run.add_mutually_exclusive_group().add_argument
     one("--preset", default="mini", help=f"{known} (default: %(default)s)")
-    one("--protocol", type=Path, metavar="TOML", help="a protocol of one's own, in place of a preset")
+    one("--protocol", type=Path, metavar="TOML", help="a protocol of your own, instead of a preset")
     add("--out", type=Path, help="(default: build/study/ and the name of the preset, or of the protocol's file)")
-    add("--only", action="append", default=[], choices=stages.NAMES, help="this stage; may be given again")
+    add("--only", action="append", default=[], choices=stages.NAMES, help="run only this stage (repeatable)")
     add("--seeds", type=int, help="pictures of each prompt and setting (default: the protocol's)")
     add(
         "--extended",
@@ -54,20 +54,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHAT",
         help=f"more settings than the study's: {', '.join(FAMILIES[1:])}; all of them by default",
     )
-    add("--processes", type=int, default=1, help="that train and draw, one thread each (default: %(default)s)")
+    add(
+        "--processes",
+        type=int,
+        default=1,
+        help="processes to train and draw with, one thread each (default: %(default)s)",
+    )
     add("--device", help="cpu or cuda (default: cpu for the miniature, else cuda where there is one)")
-    add("--base", help="another base than the protocol's: a directory, or a name on the Hub")
+    add("--base", help="base model instead of the protocol's: a directory, or a name on the Hub")
     add("--variant", help="which of the base's files, such as fp16, which are half as large")
-    add("--scorer", help="another encoder")
-    add("--data", type=Path, metavar="DIRECTORY", help="of the concepts' folders of captioned pictures")
+    add("--scorer", help="encoder instead of the protocol's")
+    add(
+        "--data", type=Path, metavar="DIRECTORY", help="directory that holds a folder of captioned pictures per concept"
+    )
     return parser
 
 
 def job_of(options: argparse.Namespace) -> Job:
-    """What the options ask for, checked before anything is done.
+    """Make the job that the options ask for, checked before any work is done.
 
     Raises:
-        OptionError: An option can't be.
+        OptionError: An option is invalid.
         FileError: The protocol, the base, the scorer or a LoRA of one's own is missing.
     """
     protocol = changed(read(options.protocol or preset(options.preset)), options)
@@ -86,7 +93,7 @@ def job_of(options: argparse.Namespace) -> Job:
 
 
 def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
-    """The protocol with what the command line says otherwise."""
+    """Override the protocol with the command line's options."""
     if options.seeds is not None:
         if options.seeds < 1:
             raise OptionError(f"--seeds {options.seeds}: wanted one or more; intervals need five.")

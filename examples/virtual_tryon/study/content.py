@@ -1,4 +1,4 @@
-"""What a report is made of, before it is a page or a text."""
+"""The contents of a report, from which the page and the Markdown are written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of short texts; ``**so**`` is strong."""
+    """Rows of short texts; ``**text**`` is bold."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -20,12 +20,14 @@ class Figure:
     """A chart."""
 
     svg: str
+    title: str
+    """Read out by screen readers."""
     caption: str
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures beside each other."""
+    """A grid of pictures."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Path, ...]], ...]
@@ -33,12 +35,12 @@ class Sheet:
 
 
 Part: TypeAlias = str | Table | Figure | Sheet
-"""A text is a paragraph; one that begins with ``- `` is an item of a list."""
+"""A string is a paragraph, or a list item if it begins with ``- ``."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the parts below it."""
 
     title: str
     parts: tuple[Part, ...]
@@ -46,14 +48,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All of it."""
+    """A title and its sections."""
 
     title: str
     sections: tuple[Section, ...]
 
 
 def section(title: str, *parts: Part | Sequence[Part] | None) -> Section:
-    """A section of the parts that there are."""
+    """Make a section of the parts that aren't None, flattening sequences."""
     flat: list[Part] = []
     for part in parts:
         if isinstance(part, str | Table | Figure | Sheet):

@@ -14,10 +14,10 @@ from .protocol import Setting
 
 
 def draw(job: Job, setting: Setting) -> bool:
-    """Draw the pictures of a setting that are not there.
+    """Draw the missing pictures of a setting.
 
-    How a number is rounded depends on the pictures beside it in a batch, so a batch that was
-    interrupted is drawn again as a whole, and a run that goes on gives what it would have given.
+    Rounding depends on the other pictures of a batch, so an interrupted batch is drawn again as a whole, and a
+    resumed run gives the same pictures as an uninterrupted one.
     """
     drawing, shots = job.protocol.drawing, job.shots(setting)
     lora = merged(job, setting)
@@ -27,7 +27,7 @@ def draw(job: Job, setting: Setting) -> bool:
     if job.ledger.has(known, found):
         _remove_parts([shot.path for shot in shots], batch)
     else:
-        if job.ledger.has_any(known):  # ours, of another run
+        if job.ledger.has_any(known):  # the folder is from another run of ours
             cleared(folder)
         job.ledger.add(known, found)
     if all(shot.path.exists() for shot in shots):
@@ -49,7 +49,7 @@ def draw(job: Job, setting: Setting) -> bool:
 
 
 def depends_on(job: Job, lora: LoRA | None, batch: int) -> str:
-    """The fingerprint of all that a setting's pictures depend on beside prompts and seeds, which their names have."""
+    """Fingerprint all that a setting's pictures depend on, except prompt and seed, which are in their names."""
     drawing = job.protocol.drawing
     return fingerprint(
         drawing.steps,
@@ -65,7 +65,7 @@ def depends_on(job: Job, lora: LoRA | None, batch: int) -> str:
 
 
 def _remove_parts(paths: Sequence[Path], batch: int) -> None:
-    """Remove what there is of batches that are not whole."""
+    """Remove the pictures of incomplete batches."""
     for start in range(0, len(paths), batch):
         part = paths[start : start + batch]
         if not all(path.exists() for path in part):
@@ -74,5 +74,5 @@ def _remove_parts(paths: Sequence[Path], batch: int) -> None:
 
 
 def batch_size(seeds: int, most: int) -> int:
-    """The largest number of pictures up to ``most`` that leaves no prompt a smaller batch."""
+    """Return the largest batch size up to ``most`` that divides the number of seeds."""
     return max(size for size in range(1, max(1, min(seeds, most)) + 1) if seeds % size == 0)

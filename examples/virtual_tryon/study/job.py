@@ -1,4 +1,4 @@
-"""One run of a protocol: what is asked for, and where each result lies."""
+"""One run of a protocol: its settings, and the paths of its results."""
 
 import shutil
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from .protocol import Protocol, Setting, is_source
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A protocol with a directory to work in; picklable, so that any process can do a part of it."""
+    """A protocol with a directory to work in; picklable, so that any process can do a part."""
 
     protocol: Protocol
     out: Path
@@ -28,27 +28,27 @@ class Job:
 
     @property
     def settings(self) -> tuple[Setting, ...]:
-        """The settings of this run."""
+        """Return the settings of this run."""
         return self.protocol.of(self.families)
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Names of the sets that this run's LoRAs are of, in the order of the settings."""
+        """List the sets that this run's LoRAs are trained on, in the order of the settings."""
         return tuple(name for name in self.loras if not is_source(name))
 
     @property
     def loras(self) -> tuple[str, ...]:
-        """What the settings merge: names of sets, and LoRAs that are there already."""
+        """List what the settings merge: names of sets, and existing LoRAs."""
         return tuple(dict.fromkeys(name for setting in self.settings for name in setting.loras))
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the lists of prompts in this run."""
+        """List the names of this run's lists of prompts."""
         return tuple(dict.fromkeys(setting.prompts for setting in self.settings))
 
     @property
     def drawn(self) -> bool:
-        """Whether the world is drawn, so that the truth is known."""
+        """True if the world is drawn, so that the truth is known."""
         return self.protocol.data.source == "drawn"
 
     def seeds(self, setting: Setting) -> list[int]:
@@ -56,7 +56,7 @@ class Job:
         return list(range(most if setting.seeds is None else min(most, setting.seeds)))
 
     def shots(self, setting: Setting) -> list[Shot]:
-        """The pictures of a setting, by prompt and seed."""
+        """List the pictures of a setting, by prompt and seed."""
         return [
             Shot(setting.name, prompt, seed, self.pictures / setting.name / f"{slug(prompt)}-{seed}.png")
             for prompt in self.protocol.prompts[setting.prompts]
@@ -64,24 +64,24 @@ class Job:
         ]
 
     def set_folder(self, name: str) -> Path:
-        """The captioned pictures of a set."""
+        """Return the folder of a set's captioned pictures."""
         concepts = [concept.name for concept in self.protocol.concepts]
         own = not self.drawn and name in concepts
         return Path(self.protocol.data.folder).expanduser() / name if own else self.out / "sets" / name
 
     @property
     def untrained(self) -> tuple[str, ...]:
-        """Those of the sets whose LoRA the protocol does not bring along."""
+        """List the sets whose LoRA must be trained."""
         return tuple(name for name in self.sets if not self.given(name))
 
     def given(self, name: str) -> str | None:
-        """Where one of the settings' LoRAs lies that the protocol brings along: a file, or a name on the Hub."""
+        """Return the file or Hub name of a LoRA that the protocol names, or None for one that is trained."""
         if is_source(name):
             return name
         return next((concept.lora for concept in self.protocol.concepts if concept.name == name), None)
 
     def lora_file(self, name: str) -> Path:
-        """The LoRA that is trained on a set."""
+        """Return the path of the LoRA that is trained on a set."""
         return self.out / "loras" / f"{name}.safetensors"
 
     def merge_file(self, setting: Setting) -> Path:
@@ -111,15 +111,15 @@ class Job:
 
 
 def _plain(setting: str) -> str:
-    """A setting, or a kind of true pictures such as ``:true``, as the name of a file."""
+    """Turn the name of a setting, or of a kind of true pictures such as ``:true``, into a file's name."""
     return setting.replace(":", "true-")
 
 
 def needed(path: Path, stage: str) -> Path:
-    """A file or directory that an earlier stage makes.
+    """Return the path of an earlier stage's result, if it exists.
 
     Raises:
-        FileError: It is not there.
+        FileError: It is missing.
     """
     if not path.exists():
         raise FileError(f"{path} is missing. The stage {stage!r} makes it: run that first, or leave out --only.")
@@ -127,7 +127,7 @@ def needed(path: Path, stage: str) -> Path:
 
 
 def cleared(folder: Path) -> None:
-    """Remove a directory of ours, if it is there.
+    """Remove a directory of ours, if it exists.
 
     Raises:
         OSError: It can't be removed.

@@ -1,4 +1,4 @@
-"""What is done already: each result is known by a fingerprint of all that it depends on."""
+"""Record which results are done: each by a fingerprint of all that it depends on."""
 
 import hashlib
 import json
@@ -12,17 +12,17 @@ from typing import Any
 from loramerge.files import listing_digest, make_folder, write_text
 
 MODEL = (".json", ".safetensors", ".txt")
-"""Endings of the files that are a model."""
+"""Suffixes of a model's files."""
 
 
 class Ledger:
-    """The fingerprints of results, one small file each, so that several processes can keep it."""
+    """Fingerprints of results, one small file each, so that several processes can write it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def has(self, result: str, fingerprint: str, files: Iterable[Path] = ()) -> bool:
-        """Whether a result was made from the same, and its files are still there."""
+        """Return whether a result has this fingerprint and its files still exist."""
         try:
             kept = json.loads(self._file(result).read_text(encoding="utf-8"))["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -30,17 +30,17 @@ class Ledger:
         return kept == fingerprint and all(file.exists() for file in files)
 
     def has_any(self, result: str) -> bool:
-        """Whether a result was ever made, from whatever."""
+        """Return whether a result was ever made, with any fingerprint."""
         return self._file(result).exists()
 
     def add(self, result: str, fingerprint: str) -> None:
-        """Note that a result is made."""
+        """Record a finished result."""
         make_folder(self.folder)
         write_text(self._file(result), json.dumps({"result": result, "fingerprint": fingerprint}) + "\n")
 
     @contextmanager
     def making(self, result: str, fingerprint: str) -> Iterator[None]:
-        """While a result is made, it is known to be made from nothing: neither the old nor the new is sure to be there."""
+        """Record a result at the end of the block; inside it, or after an interruption, it counts as unfinished."""
         self._file(result).unlink(missing_ok=True)
         yield
         self.add(result, fingerprint)
@@ -50,7 +50,7 @@ class Ledger:
 
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 of plain data, dataclasses and paths' names."""
+    """Hash plain data, dataclasses and paths' names with SHA-256."""
     return hashlib.sha256(json.dumps(parts, default=_plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -59,7 +59,7 @@ def _plain(value: Any) -> Any:
 
 
 def model_digest(model: str) -> str:
-    """What tells a model from others: its files where it is a directory, else its name."""
+    """Identify a model: by its files if it is a directory, else by its name."""
     folder = Path(model)
     if not folder.is_dir():
         return model
@@ -67,7 +67,7 @@ def model_digest(model: str) -> str:
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     from loramerge import __version__
 
     return {"loramerge": __version__, **{name: version(name) for name in names}}

@@ -1,4 +1,4 @@
-"""The stages ``train`` and ``merge``: one LoRA a set, and one a setting."""
+"""The stages ``train`` and ``merge``: one LoRA per set, and one per setting."""
 
 import shutil
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 
 def train(job: Job, name: str) -> bool:
-    """Train the LoRA of a set, from its checkpoint on if there is one."""
+    """Train the LoRA of a set, resuming from its checkpoint if there is one."""
     from loramerge.diffusion import TrainSettings, train_lora
 
     protocol, target = job.protocol, job.lora_file(name)
@@ -56,15 +56,15 @@ def _remove(checkpoint: Path) -> None:
 
 
 def load(job: Job, name: str) -> LoRA:
-    """The LoRA of a set, or one that the protocol brings along."""
+    """Load the LoRA of a set, or an existing one that the protocol names."""
     return lm.load(job.given(name) or needed(job.lora_file(name), "train"), architecture=job.protocol.base.architecture)
 
 
 def given(job: Job) -> Iterator[LoRA]:
-    """The LoRAs that the protocol brings along, opened one after the other.
+    """Open the existing LoRAs that the protocol names, one after the other.
 
     Raises:
-        LoRAMergeError: One is missing, or no LoRA.
+        LoRAMergeError: One is missing, or isn't a LoRA.
     """
     for name in job.loras:
         source = job.given(name)
@@ -81,7 +81,7 @@ def _opened(name: str, source: str, architecture: str) -> LoRA:
 
 
 def merged(job: Job, setting: Setting) -> LoRA | None:
-    """The LoRA of a setting; None for the base alone."""
+    """Load the LoRA of a setting; None for the base alone."""
     if not setting.loras:
         return None
     if not setting.merges:
@@ -90,7 +90,7 @@ def merged(job: Job, setting: Setting) -> LoRA | None:
 
 
 def merge(job: Job, setting: Setting) -> bool:
-    """Merge the LoRAs of a setting; there is nothing to do for the base alone, or one LoRA as it is."""
+    """Merge the LoRAs of a setting; return False for the base alone, or one unchanged LoRA."""
     if not setting.merges:
         return False
     loras, target = [load(job, name) for name in setting.loras], job.merge_file(setting)
@@ -112,7 +112,7 @@ def merge(job: Job, setting: Setting) -> bool:
 
 
 def _code(method: str) -> str | None:
-    """The hash of the file that a method which is not loramerge's own is in."""
+    """Hash the file of a method that isn't loramerge's own."""
     module, colon, _ = method.partition(":")
     if not colon:
         return None
@@ -128,13 +128,13 @@ def _computed(setting: Setting, loras: list[LoRA]) -> LoRA:
 
 
 def _data(job: Job, setting: Setting) -> Any:
-    """What a learned merge depends on beside the LoRAs."""
+    """Return what a learned merge depends on besides the LoRAs."""
     sets = [digest(captioned(needed(job.set_folder(name), "data"))) for name in setting.loras]
     return job.base_digest, sets, job.protocol.training, job.device, versions(*LIBRARIES)
 
 
 def _learned(job: Job, setting: Setting, loras: list[LoRA]) -> LoRA:
-    """A merge that is learned on the base, from the pictures that the LoRAs were trained on."""
+    """Learn a merge on the base, from the pictures that the LoRAs were trained on."""
     from loramerge.diffusion import from_images, within_memory
 
     training = job.protocol.training

@@ -1,7 +1,7 @@
-"""The study's orderings as claims, each decided by paired differences and their intervals.
+"""Decide the study's orderings by paired differences and their intervals.
 
-A claim is a number of comparisons, "this setting scores higher than that one", each on the mean
-of one or both reference sets over pictures of the same prompt and seed.
+A claim consists of comparisons, "this setting scores higher than that one", each by the mean of one
+or both reference sets over pictures of the same prompt and seed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,20 +19,20 @@ STUDIED = ("none", "profile", "barca", *MERGES)
 
 @dataclass(frozen=True)
 class Comparison:
-    """That one setting scores higher than another, by the mean over some reference sets."""
+    """The statement that one setting scores higher than another, by the mean over some reference sets."""
 
     higher: str
     lower: str
     references: tuple[str, ...]
 
     def difference(self, scores: Scores) -> Interval:
-        """How much higher it is, with the 95 % interval over seeds."""
+        """Return the difference of the scores, with the 95 % interval over seeds."""
         mine, theirs = (_means(scores, name, self.references) for name in (self.higher, self.lower))
         pairs = [key for key in mine if key in theirs]
         return interval([mine[key] - theirs[key] for key in pairs], [seed for _, seed in pairs])
 
     def published(self) -> float | None:
-        """The same of the study's table, which has no interval."""
+        """Return the difference in the study's table, which has no intervals."""
         pairs = [(published(self.higher, r), published(self.lower, r)) for r in self.references]
         found = [a - b for a, b in pairs if a is not None and b is not None]
         return sum(found) / len(found) if len(found) == len(pairs) else None
@@ -52,35 +52,35 @@ class Claim:
 
 @dataclass(frozen=True)
 class Decision:
-    """What scores say of a claim."""
+    """The verdict of scores on a claim."""
 
     claim: Claim
     verdict: Verdict
     differences: tuple[Interval, ...]
-    """Of its comparisons, in order."""
+    """Per comparison, in order."""
     published: Verdict | None
-    """What the study's table says, of which every difference counts as it stands."""
+    """The verdict of the study's table, whose differences count without intervals."""
 
     @property
     def agrees(self) -> bool | None:
-        """Whether both say the same; None where ours is not decided."""
+        """True if both verdicts are the same; None if ours is not decided."""
         return None if self.verdict == "not decided" or self.published is None else self.verdict == self.published
 
     @property
     def weakest(self) -> tuple[Comparison, Interval]:
-        """The comparison that speaks least for the claim."""
+        """Return the comparison that supports the claim least."""
         pairs = zip(self.claim.comparisons, self.differences, strict=True)
         return min(pairs, key=lambda pair: _support(pair[1]))
 
 
 def _support(difference: Interval) -> tuple[bool, float]:
-    """How much a difference speaks for a claim: least where its interval lies below zero, then by the interval's lower end."""
+    """Rank a difference's support of a claim: lowest if its interval lies below zero, then by the lower end."""
     against = difference.high is not None and difference.high < 0
     return not against, difference.mean if difference.low is None else difference.low
 
 
 def _means(scores: Scores, setting: str, references: Sequence[str]) -> Mapping[tuple[str, int | None], float]:
-    """Each picture's cosine, averaged over reference sets."""
+    """Average each picture's cosine over reference sets."""
     found: dict[tuple[str, int | None], list[float]] = {}
     for row in scores.rows:
         if row.shot.setting == setting and row.reference in references:
@@ -113,11 +113,11 @@ CLAIMS: tuple[Claim, ...] = (
         tuple(Comparison("mixed_l2", merge, SETS) for merge in MERGES[:-1]),
     ),
 )
-"""What the study's table says, or is read to say."""
+"""The claims that the study's table makes, or is read to make."""
 
 
 def decide(claim: Claim, scores: Scores) -> Decision:
-    """What scores say of a claim."""
+    """Decide a claim by scores."""
     differences = tuple(comparison.difference(scores) for comparison in claim.comparisons)
     theirs = [comparison.published() for comparison in claim.comparisons]
     known = [value for value in theirs if value is not None]
@@ -128,7 +128,7 @@ def decide(claim: Claim, scores: Scores) -> Decision:
 
 
 def verdict(differences: Sequence[Interval]) -> Verdict:
-    """``holds`` if every interval lies above zero, ``does not hold`` if one lies below, else not decided."""
+    """Return ``holds`` if every interval lies above zero, ``does not hold`` if one lies below, else ``not decided``."""
     if any(d.high is not None and d.high < 0 for d in differences):
         return "does not hold"
     if all(d.low is not None and d.low > 0 for d in differences):
@@ -137,5 +137,5 @@ def verdict(differences: Sequence[Interval]) -> Verdict:
 
 
 def decisions(scores: Scores) -> list[Decision]:
-    """Every claim about settings that were scored."""
+    """Decide every claim whose settings were scored."""
     return [decide(claim, scores) for claim in CLAIMS if claim.settings <= set(scores.settings)]

@@ -1,4 +1,4 @@
-"""Pieces of work one after the other, or in several processes: one thread each, so that results are the same."""
+"""Do pieces of work one by one, or in several processes: one thread each, so that results are the same."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,21 +12,21 @@ import torch
 from .job import Job
 
 Work: TypeAlias = Callable[[Job, Any], bool]
-"""Does a piece; says whether there was anything to do."""
+"""Does a piece; returns False if it was done already."""
 Done: TypeAlias = Callable[[Any, bool], None]
-"""Called after each piece, in the order in which they end."""
+"""Called after each piece, in the order in which they finish."""
 Each: TypeAlias = Callable[[Work, Job, Sequence[Any], Done], None]
 
 
 def in_turn(work: Work, job: Job, pieces: Sequence[Any], done: Done) -> None:
-    """Every piece in this process."""
+    """Do every piece in this process."""
     for piece in pieces:
         done(piece, work(job, piece))
 
 
 @contextmanager
 def workers(processes: int) -> Iterator[Each]:
-    """A number of processes, as a function that does pieces in them; for one it is this process."""
+    """Give a function that does pieces in a number of processes; for one it uses this process."""
     if processes == 1:
         yield in_turn
         return
@@ -48,7 +48,7 @@ def workers(processes: int) -> Iterator[Each]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread of torch on the CPU: sums are then always taken in the same order."""
+    """Limit torch to one thread on the CPU, so that sums are always taken in the same order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""A study's protocol: what is trained, merged, drawn and scored, as plain data."""
+"""A study's protocol as plain data: base, concepts, training, settings, prompts and scorer."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ Learned = Literal["ziplora", "lsq"]
 STUDY = "study"
 """The family of the settings that the study compared, and the name of its prompts."""
 FAMILIES = (STUDY, "methods", "many", "weights")
-"""What settings are for: the study's seven; other methods; more LoRAs than two; other weights."""
+"""Groups of settings: the study's seven; other methods; more than two LoRAs; other weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,11 @@ class Base:
     model: str
     """A directory, or a name on the Hugging Face Hub."""
     miniature: bool = False
-    """Whether `examples.virtual_tryon.model` loads it."""
+    """True if `examples.virtual_tryon.model` loads it."""
     architecture: str = "sdxl"
-    """The LoRAs' family: tiny models can't be told by their shapes."""
+    """The LoRAs' family: tiny models can't be recognised by their shapes."""
     variant: str | None = None
-    """Which of the model's files, such as ``fp16``, which are half as large."""
+    """Variant of the model's files, such as ``fp16``, which are half as large."""
     dtype: str | None = None
     """For drawing: float16 on CUDA and float32 elsewhere by default.  Training is in bfloat16 on CUDA."""
 
@@ -40,20 +40,20 @@ class Scorer:
 
     model: str
     attributes: bool = False
-    """Whether it is the miniature's judge, which also tells attributes."""
+    """True for the miniature's judge, which also classifies attributes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the pictures of the concepts come from."""
+    """The source of the concepts' pictures."""
 
     source: Literal["drawn", "folders"]
     folder: str = ""
-    """Of ``folders``: it holds a directory of captioned pictures for each concept."""
+    """For ``folders``: a directory that holds a folder of captioned pictures per concept."""
     count: int = 12
-    """Of ``drawn``: pictures of a concept."""
+    """For ``drawn``: pictures per concept."""
     truths: int = 8
-    """Of ``drawn``: true pictures of a prompt."""
+    """For ``drawn``: true pictures per prompt."""
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a LoRA is trained; most names are those of ``TrainSettings`` of `loramerge.diffusion`."""
+    """Training options; most names are those of ``TrainSettings`` of `loramerge.diffusion`."""
 
     rank: int = 8
     alpha: float | None = None
@@ -73,12 +73,12 @@ class Training:
     resolution: int | None = None
     flip: bool = True
     checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, a third more time."""
+    """Recompute activations instead of keeping them: less memory, a third more time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How pictures are drawn."""
+    """Sampling options of the pictures."""
 
     steps: int = 30
     guidance: float | None = None
@@ -92,17 +92,17 @@ class Drawing:
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """What a LoRA teaches, and a reference set of the scores."""
+    """A concept that a LoRA teaches, and a reference set of the scores."""
 
     name: str
     identifier: str
-    """The rare words that prompts call it."""
+    """Its trigger words in prompts."""
     crop: Box | None = None
-    """Where generated pictures show it."""
+    """The box in which generated pictures show it."""
     own_crop: Box | None = None
-    """Where the set's own pictures show it; as ``crop`` by default."""
+    """The box in which the set's own pictures show it; ``crop`` by default."""
     lora: str | None = None
-    """A LoRA of it that is there already, in any dialect, a file or on the Hub: none is trained."""
+    """An existing LoRA of it, in any dialect, a file or on the Hub, to use instead of training one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,27 +117,27 @@ class Mixed:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is compared: the base with LoRAs merged in one way."""
+    """One row of the comparison: the base with LoRAs merged in one way."""
 
     name: str
     label: str
     loras: tuple[str, ...] = ()
-    """Names of the sets that they are trained on, or LoRAs that are there already: see `is_source`."""
+    """Names of the sets that they are trained on, or existing LoRAs: see `is_source`."""
     family: str = STUDY
     method: str = "linear"
-    """As `loramerge.merge` takes it: a name, or ``package.module:name``."""
+    """The ``method`` of `loramerge.merge`: a name, or ``package.module:name``."""
     weights: tuple[float, ...] | str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     learn: Learned | None = None
-    """A merge that is learned on the base, in place of a method."""
+    """A merge that is learned on the base, instead of a method."""
     prompts: str = STUDY
     """Name of a list of prompts."""
     seeds: int | None = None
-    """Fewer than the protocol's."""
+    """Number of seeds, if it is fewer than the protocol's."""
 
     @property
     def merges(self) -> bool:
-        """Whether a LoRA is made: neither the base alone nor one LoRA as it is."""
+        """True if a LoRA is made: it is neither the base alone nor one unchanged LoRA."""
         return len(self.loras) > 1 or (bool(self.loras) and (self.weights, self.learn) != (None, None))
 
 
@@ -157,7 +157,7 @@ class Protocol:
     prompts: Mapping[str, tuple[str, ...]]
     settings: tuple[Setting, ...]
     notes: tuple[str, ...] = ()
-    """Lines of the report, such as where it departs from the study, and why."""
+    """Lines for the report, such as differences from the study and their reasons."""
 
     def __post_init__(self) -> None:
         _no_doubles("setting", (setting.name.lower() for setting in self.settings))
@@ -207,29 +207,29 @@ class Protocol:
             raise OptionError(f"The setting {setting.name}: {wrong}.")
 
     def concept(self, name: str) -> Concept:
-        """A concept by its name."""
+        """Find a concept by its name."""
         for concept in self.concepts:
             if concept.name == name:
                 return concept
         raise OptionError(f"No concept is called {name!r}. Concepts: {', '.join(c.name for c in self.concepts)}.")
 
     def setting(self, name: str) -> Setting:
-        """A setting by its name."""
+        """Find a setting by its name."""
         return next(setting for setting in self.settings if setting.name == name)
 
     def shown(self, prompts: str) -> tuple[Concept, ...]:
-        """The concepts that prompts ask for: what their pictures are scored against."""
+        """List the concepts whose identifiers are in the prompts; their pictures are scored against these."""
         said = " ".join(self.prompts[prompts])
         return tuple(concept for concept in self.concepts if concept.identifier in said)
 
     def of(self, families: Iterable[str]) -> tuple[Setting, ...]:
-        """The settings of some families, in order."""
+        """List the settings of some families, in order."""
         wanted = set(families)
         return tuple(setting for setting in self.settings if setting.family in wanted)
 
 
 def grid(loras: tuple[str, ...], values: Iterable[float], *, prompts: str, seeds: int | None) -> list[Setting]:
-    """A setting for every combination of weights of some LoRAs."""
+    """Make a setting for every combination of weights of some LoRAs."""
     return [
         Setting(
             name="weights-" + "-".join(f"{weight:g}" for weight in weights),
@@ -245,21 +245,21 @@ def grid(loras: tuple[str, ...], values: Iterable[float], *, prompts: str, seeds
 
 
 def is_source(name: str) -> bool:
-    """Whether a setting's LoRA is one that is there already, by its file or its name on the Hub, and no set's."""
+    """Return whether a setting's LoRA is a file or a name on the Hub, not the name of a set."""
     return "/" in name or "\\" in name or name.endswith((".safetensors", *PICKLES))
 
 
 PLAIN = r"\w[\w.+-]*"
-"""Names of sets and settings."""
+"""Pattern of the names of sets and settings."""
 
 
 def located(model: str, folder: Path) -> str:
-    """A model's directory from the protocol's own on, where it is one; a Hub's name stays what it is."""
+    """Resolve a model's relative directory against the protocol's; leave a name on the Hub unchanged."""
     return str((folder / model).resolve()) if model.startswith(".") else model
 
 
 def located_lora(source: str, folder: Path) -> str:
-    """A LoRA's file from the protocol's folder on, where it is one; a name on the Hub stays what it is."""
+    """Resolve a LoRA's file against the protocol's folder; leave a name on the Hub unchanged."""
     path = folder / Path(source).expanduser()
     return str(path.resolve()) if source[:1] in ("", ".", "~") or path.exists() else source
 

@@ -1,6 +1,6 @@
-"""What the study published: "Exploring LoRA Merging Techniques in Virtual Try-On", Figure 6.
+"""Published scores: "Exploring LoRA Merging Techniques in Virtual Try-On", Figure 6.
 
-Cosine of DINOv2 embeddings of 5 pictures a setting with the mean embedding of each set.
+Cosine of DINOv2 embeddings of 5 pictures per setting with the mean embedding of each set.
 """
 
 SETS = ("profile", "barca")
@@ -18,7 +18,7 @@ TABLE: dict[str, tuple[float, float]] = {
 
 
 def published(setting: str, reference: str) -> float | None:
-    """A cell of the table; None where the study has none."""
+    """Look up a cell of the table; None if the study has none."""
     if setting not in TABLE or reference not in SETS:
         return None
     return TABLE[setting][SETS.index(reference)]

@@ -1,4 +1,4 @@
-"""Protocols in TOML files, read strictly: every complaint names its place."""
+"""Read protocols from TOML files strictly: every error says where in the file it is."""
 
 from collections.abc import Callable
 from dataclasses import MISSING, fields, replace
@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 def preset(name: str) -> Path:
-    """The file of a preset.
+    """Return the file of a preset.
 
     Raises:
         OptionError: There is none of that name.
@@ -62,7 +62,7 @@ def preset(name: str) -> Path:
 
 
 def read(path: Path) -> Protocol:
-    """The protocol in a TOML file.
+    """Read the protocol in a TOML file.
 
     Raises:
         FileError: It can't be read, or is not TOML.
@@ -76,7 +76,7 @@ def read(path: Path) -> Protocol:
 
 
 def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
-    """A protocol from the entries of a TOML file that lies in ``folder``."""
+    """Make a protocol from the entries of a TOML file in ``folder``."""
     top = Table(data, where, TOP)
 
     def one(key: str, kind: type[T]) -> T:
@@ -122,7 +122,7 @@ KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _filled(kind: type[T], data: Any, where: str) -> T:
-    """A dataclass of plain fields from a table of the same keys."""
+    """Fill a dataclass of plain fields from a table with the same keys."""
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     table = Table(data, where, known)
     missing = [n for n, f in known.items() if _required(f) and n not in table.data]
@@ -169,7 +169,7 @@ def _text(table: Table, key: str) -> str:
 
 
 LSQ = ("granularity", "ridge", "prior", "solver", "batches", "batch_size", "seed")
-"""Options of a least-squares merge: those of `lsq`, and of its calibration."""
+"""Options of a least-squares merge: those of `lsq` and of its calibration."""
 SETTING = ("name", "label", "family", "lora", "loras", "method", "weights", "options", "learn", "prompts", "seeds")
 
 
@@ -202,7 +202,7 @@ def _setting(data: Any, where: str, folder: Path) -> Setting:
 
 
 def _loras(table: Table, folder: Path) -> tuple[str, ...]:
-    """Names of sets as they are, and LoRAs of one's own by where they lie: ``loras``, or one of them as ``lora``."""
+    """Read ``loras``, or a single ``lora``: names of sets stay as they are, files are resolved."""
     if {"lora", "loras"} <= table.data.keys():
         raise OptionError(f"{table.where}: lora and loras: wanted one of them.")
     given = (_text(table, "lora"),) if "lora" in table.data else table.texts("loras")
@@ -210,7 +210,7 @@ def _loras(table: Table, folder: Path) -> tuple[str, ...]:
 
 
 def _check_learned(table: Table, learn: Learned, options: dict[str, Any]) -> None:
-    """Refuse what a learned merge does not take, before hours of training."""
+    """Check the options of a learned merge before hours of training."""
     idle = [key for key in ("method", "weights") if key in table.data]
     if idle:
         raise OptionError(f"{idle[0]} has no effect on a merge that is learned.")

@@ -1,8 +1,9 @@
-"""The stage ``report``: figures, tables and statements from what was found."""
+"""The stage ``report``: figures, tables and statements from the results."""
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 from loramerge.files import write_text
@@ -19,7 +20,7 @@ from .results import Group, groups
 from .sets import TRUE
 
 RELIABLE = 0.7
-"""Share of attributes that a judge should find in true pictures."""
+"""Share of attributes that a reliable judge finds in true pictures."""
 
 
 def make(job: Job) -> bool:
@@ -34,7 +35,7 @@ def make(job: Job) -> bool:
 
 
 def build(job: Job, found: Sequence[Group]) -> Report:
-    """The report of a run."""
+    """Build the report of a run."""
     study = next(group for group in found if group.name == STUDY)
     decided = decisions(study.whole) if _repeats(study) else []
     sections = [
@@ -87,7 +88,7 @@ def _names(settings: Iterable[Setting]) -> list[str]:
 
 
 def _repeats(study: Group) -> bool:
-    """Whether the settings are those that the study published, not some of our own."""
+    """Return whether the settings are those that the study published."""
     return set(TABLE) <= set(_names(study.family(STUDY)))
 
 
@@ -123,7 +124,7 @@ def _sheet(group: Group, names: Sequence[str]) -> Sheet:
 
 
 def _short(prompt: str, number: int) -> str:
-    """A prompt's number and end, which tells it from the others."""
+    """Shorten a prompt to its number and its end, which differs between prompts."""
     return f"{number}: … {' '.join(prompt.rstrip('.').split()[-5:])}"
 
 
@@ -140,40 +141,37 @@ def _charts(study: Group) -> Section:
         for i, r in enumerate(study.references)
     ]
     told = "By model, split by set."
-    parts.append(Figure(bars(labels, both, title="Scores by model"), f"Figure 11. {told}" if repeats else told))
+    parts.append(Figure(bars(labels, both), "Scores by model", f"Figure 11. {told}" if repeats else told))
     return section("Figures 7, 9, 10 and 11" if repeats else "Charts", parts)
 
 
 def _against(study: Group, names: Sequence[str], reference: str, figure: str) -> list[Part]:
-    """One set's bars; below them the study's, where ``figure`` names the one it published."""
+    """Draw one set's bars, and below them the study's if ``figure`` names the one it published."""
 
-    def chart(values: Sequence[tuple[str, Interval]], title: str) -> str:
+    def chart(values: Sequence[tuple[str, Interval]], title: str, caption: str) -> Figure:
         labels = [study.label(name) for name, _ in values]
-        return bars(labels, [Series(title, tuple(v for _, v in values), COLOURS[0])], title=title, colours=COLOURS)
+        svg = bars(labels, [Series(title, tuple(v for _, v in values), COLOURS[0])], colours=COLOURS)
+        return Figure(svg, title, caption)
 
     ours = [(name, study.whole.mean(name, reference)) for name in names]
     whiskers = ", 95 % intervals" if any(value.low is not None for _, value in ours) else ""
     told = f"Scores against the {reference} set{whiskers}."
-    parts: list[Part] = [
-        Figure(chart(ours, f"Scores against {reference}"), f"{figure}, here. {told}" if figure else told)
-    ]
+    parts: list[Part] = [chart(ours, f"Scores against {reference}", f"{figure}, here. {told}" if figure else told)]
     if figure:
         known = [(name, published(name, reference)) for name in names]
         theirs = [(name, Interval(value, None, None, 1, 5)) for name, value in known if value is not None]
-        parts.append(Figure(chart(theirs, f"Published scores against {reference}"), f"{figure}, as published."))
+        parts.append(chart(theirs, f"Published scores against {reference}", f"{figure}, as published."))
     return parts
 
 
 def _by_prompt(study: Group, names: Sequence[str], reference: str, figure: str) -> Figure:
     series = [
         Series(study.label(name), tuple(study.whole.mean(name, reference, prompt=p) for p in study.prompts), colour)
-        for name, colour in zip(names, COLOURS, strict=False)
+        for name, colour in zip(names, cycle(COLOURS), strict=False)
     ]
     groups = [f"Prompt {i}" for i in range(1, len(study.prompts) + 1)]
-    return Figure(
-        bars(groups, series, title=f"Scores against {reference} by prompt"),
-        f"{figure}By prompt, against the {reference} set.",
-    )
+    title = f"Scores against {reference} by prompt"
+    return Figure(bars(groups, series), title, f"{figure}By prompt, against the {reference} set.")
 
 
 # ---- beyond the study
@@ -239,11 +237,10 @@ def _sensitivity(study: Group) -> list[Section]:
             [f"{a:g}" for a in first],
             [f"{b:g}" for b in second],
             values,
-            title=what,
             down=f"weight of {down}",
             across=f"weight of {across}",
         )
-        return Figure(grid, what)
+        return Figure(grid, what, what)
 
     count = len(study.job.seeds(points[0]))
     parts: list[Part] = [f"Weighted sums, {count} seed{'s' * (count > 1)} of each prompt; means without intervals."]
@@ -293,7 +290,7 @@ def _protocol(job: Job) -> Section:
 
 
 def _origin(job: Job, name: str) -> str:
-    """A LoRA's name, and the file that it was brought along in."""
+    """Return a LoRA's name, and its file if the protocol names one."""
     given = job.given(name)
     if given is None:
         return name
@@ -301,7 +298,7 @@ def _origin(job: Job, name: str) -> str:
 
 
 def _sets(job: Job) -> list[Part]:
-    """The first pictures of each set."""
+    """Show the first pictures of each set."""
     shown = [concept.name for group in job.groups for concept in job.protocol.shown(group)]
     names = dict.fromkeys([*job.sets, *shown])
     rows = [(name, tuple(images_in(job.set_folder(name))[:6])) for name in names]

@@ -1,4 +1,4 @@
-"""What was found, read from the stages' files."""
+"""The results, read from the stages' files."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,13 +37,13 @@ class Group:
 
     @cached_property
     def true(self) -> tuple[str, ...]:
-        """Names of the true pictures' kinds."""
+        """List the kinds of true pictures, such as ``:true``."""
         kinds = scores.truth_kinds(self.job, self.name) if self.job.drawn else []
         return tuple(f":{kind}" for kind in kinds)
 
     @cached_property
     def views(self) -> dict[str, Scores]:
-        """Scores of settings and true pictures, by view."""
+        """Read the scores of settings and true pictures, by view."""
         return scores.read(self.job, self.name, [*(setting.name for setting in self.settings), *self.true])
 
     @property
@@ -52,7 +52,7 @@ class Group:
 
     @cached_property
     def findings(self) -> Findings | None:
-        """What the judge says, where there is one."""
+        """Read the judge's findings; None without a judge."""
         if not (self.job.drawn and self.job.protocol.scorer.attributes):
             return None
         return truth.read(self.job, self.name, [*(setting.name for setting in self.settings), *self.true])
@@ -61,7 +61,7 @@ class Group:
         return tuple(setting for setting in self.settings if setting.family == name)
 
     def label(self, name: str) -> str:
-        """How tables call a setting, or a kind of true pictures."""
+        """Return the label of a setting, or of a kind of true pictures, in tables."""
         if not name.startswith(":"):
             return self.job.protocol.setting(name).label
         what = name[1:]
@@ -70,12 +70,12 @@ class Group:
         return f"True pictures: {what} only" if what in self.references else "True pictures: none of the concepts"
 
     def first_shots(self, name: str) -> list[Shot]:
-        """A picture of each prompt, of the lowest seed."""
+        """List each prompt's picture of the lowest seed."""
         found = scores.shots_of(self.job, (self.name, name))
         return [min((s for s in found if s.prompt == p), key=lambda s: s.seed or 0) for p in self.prompts]
 
 
 def groups(job: Job) -> list[Group]:
-    """The study's, and then the others."""
+    """List the groups of results, the study's first."""
     names = sorted(job.groups, key=lambda name: name != STUDY)
     return [Group(job, name) for name in names]

@@ -1,4 +1,4 @@
-"""The stage ``score``: every picture against every concept that its prompt asks for, by three encoders' views.
+"""The stage ``score``: compare every picture with every concept that its prompt asks for, by three views.
 
 Settings are scored one by one, so that a further one changes no digit of the others.
 """
@@ -20,22 +20,22 @@ from .sets import NOTHING, REFERENCE, TRUE
 WHOLE, CROPPED, PIXELS, TRUTH = "whole", "cropped", "pixels", "truth"
 """Views: whole pictures; the parts that show each concept; the pixels themselves; likeness to the true pictures."""
 Subject = tuple[str, str]
-"""Prompts and a setting, or one of the true pictures' kinds with a colon in front, such as ``:true``."""
+"""The name of a list of prompts, and a setting or a kind of true pictures such as ``:true``."""
 
 
 def subjects(job: Job) -> list[Subject]:
-    """Everything that is scored: the settings, and, where the world is drawn, true pictures."""
+    """List what is scored: the settings, and true pictures if the world is drawn."""
     true = [(group, f":{what}") for group in job.groups for what in truth_kinds(job, group)] if job.drawn else []
     return [*((setting.prompts, setting.name) for setting in job.settings), *true]
 
 
 def truth_kinds(job: Job, group: str) -> list[str]:
-    """The kinds of true pictures that are scored beside the settings."""
+    """List the kinds of true pictures that are scored like settings."""
     return [TRUE, *(concept.name for concept in job.protocol.shown(group)), NOTHING]
 
 
 def check(scorer: Scorer) -> None:
-    """Refuse a scorer that can't be there.
+    """Refuse a missing scorer.
 
     Raises:
         FileError: The miniature's judge is missing.
@@ -48,7 +48,7 @@ def check(scorer: Scorer) -> None:
 
 
 def shots_of(job: Job, subject: Subject) -> list[Shot]:
-    """The pictures of a subject."""
+    """List the pictures of a subject."""
     group, name = subject
     if not name.startswith(":"):
         found = job.shots(job.protocol.setting(name))
@@ -59,7 +59,7 @@ def shots_of(job: Job, subject: Subject) -> list[Shot]:
 
 
 def true_shots(job: Job, group: str, name: str) -> list[Shot]:
-    """True pictures, by prompt and seed."""
+    """List true pictures, by prompt and seed."""
     folder = needed(job.truth_folder(group, name.removeprefix(":")), "data")
     count = job.protocol.data.truths
     asked = [(prompt, seed) for prompt in job.protocol.prompts[group] for seed in range(count)]
@@ -115,7 +115,7 @@ def _views(
 
 
 def _likeness(prompt: str, shots: Sequence[Shot], true: Sequence[Shot], encoder: Encoder) -> tuple[Row, ...]:
-    """Scores of a prompt's pictures against the true pictures of that prompt."""
+    """Score a prompt's pictures against the true pictures of that prompt."""
     mine = [shot for shot in shots if shot.prompt == prompt]
     return score(mine, [Reference(TRUTH, [shot.path for shot in true if shot.prompt == prompt])], encoder).rows
 
@@ -129,7 +129,7 @@ def _plain(row: Row) -> list[Any]:
 
 
 def read(job: Job, group: str, names: Sequence[str]) -> dict[str, Scores]:
-    """The scores of some subjects under the same prompts, by view."""
+    """Read the scores of some subjects under the same prompts, by view."""
     rows: dict[str, list[Row]] = {}
     for name in names:
         file = needed(job.score_file(group, name), "score")

@@ -18,17 +18,17 @@ from .ledger import fingerprint
 from .protocol import Mixed
 
 REFERENCE = "reference"
-"""The true pictures that others are compared with."""
+"""The true pictures that generated ones are compared with."""
 TRUE = "true"
-"""Other true pictures, for what a perfect merge would score."""
+"""Other true pictures, which show the score of a perfect merge."""
 NOTHING = "nothing"
 """Pictures under the same prompts with none of the concepts."""
 APART = 1_000
-"""Between the seeds of both kinds of true pictures."""
+"""Offset between the seeds of both kinds of true pictures."""
 
 
 def make(job: Job) -> bool:
-    """Draw the sets, or check the user's folders and mix them; say whether there was anything to do.
+    """Draw the sets, or check the user's folders and mix them; return False if it was done already.
 
     Raises:
         FileError: A folder or a caption is missing, or a picture can't be read.
@@ -62,7 +62,7 @@ def _fingerprint(job: Job) -> str:
 
 
 def _sets(job: Job) -> list[str]:
-    """Every set of the run."""
+    """List every set of the run."""
     return [*_plain(job), *(mixed.name for mixed in _mixed(job))]
 
 
@@ -71,7 +71,7 @@ def _mixed(job: Job) -> list[Mixed]:
 
 
 def _plain(job: Job) -> list[str]:
-    """The sets of one concept: all that can be drawn, or those that the run needs."""
+    """List the sets of single concepts: all that can be drawn, or those that the run needs."""
     if job.drawn:
         return [concept.name for concept in job.protocol.concepts]
     concepts = [concept.name for group in job.groups for concept in job.protocol.shown(group)]
@@ -100,7 +100,7 @@ def _draw(job: Job) -> None:
 
 
 def truths(job: Job, group: str) -> Iterator[tuple[str, list[Example]]]:
-    """True pictures under some prompts: of all their concepts (twice), of each alone, of none.
+    """Make true pictures for some prompts: of all their concepts (twice), of each alone, of none.
 
     Each list goes by prompt, then by seed; every example's text is the prompt.
     """
@@ -124,7 +124,7 @@ def truths(job: Job, group: str) -> Iterator[tuple[str, list[Example]]]:
 
 
 def scene_of(prompt: str, names: Sequence[str]) -> str:
-    """The scene that a prompt asks for.
+    """Find the scene that a prompt asks for.
 
     Raises:
         OptionError: It is none of the world's.
@@ -140,13 +140,13 @@ def scene_of(prompt: str, names: Sequence[str]) -> str:
 
 
 def left_out(job: Job) -> list[str]:
-    """What the user's folders hold that is no picture, a line per folder."""
+    """Describe the files in the user's folders that aren't pictures, one line per folder."""
     folders = [] if job.drawn else [job.set_folder(name) for name in _plain(job)]
     return [line for folder in folders if folder.is_dir() and (line := ignored_in(folder))]
 
 
 def _check(job: Job) -> None:
-    """Every caption names its concept."""
+    """Check that every caption names its concept."""
     for name in _plain(job):
         concept = job.protocol.concept(name)
         without = [p for p in captioned(job.set_folder(name)) if concept.identifier not in p.caption]

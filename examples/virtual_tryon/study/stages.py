@@ -1,4 +1,4 @@
-"""The stages of a run, in order; each does what is not done."""
+"""The stages of a run, in order; each does only what isn't done yet."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Stage:
-    """A number of pieces of work."""
+    """A named list of pieces of work."""
 
     name: str
     work: Callable[[Job, Any], bool]
     pieces: Callable[[Job], Sequence[Any]]
     shared: bool = True
-    """Whether several processes may do it: pieces do not depend on each other."""
+    """True if several processes may do it, because its pieces don't depend on each other."""
 
 
 def _once(work: Callable[[Job], bool]) -> Callable[[Job, Any], bool]:
@@ -59,7 +59,7 @@ def run(job: Job, *, only: Sequence[str] = (), processes: int = 1, say: Say = la
 
 
 class _Log:
-    """A line a piece of work; those that were done already are counted."""
+    """Prints a line per piece of work, and the number of pieces that were done already."""
 
     def __init__(self, stage: str, total: int, say: Say) -> None:
         self.stage, self.total, self.say = stage, total, say

@@ -13,12 +13,12 @@ from .sets import NOTHING
 
 
 def best(rows: Sequence[str], value: Callable[[str], float]) -> str:
-    """The name with the highest value."""
+    """Return the name with the highest value."""
     return max(rows, key=value)
 
 
 def scores(group: Group, names: Sequence[str], view: str, *, beside: bool) -> Table:
-    """Scores against each concept, the highest of the settings strong, with the published ones if asked for."""
+    """Make the table of scores against each concept, the best setting in bold; ``beside`` adds published scores."""
     found = group.views[view]
     references = [r for r in group.references if r in found.references]
     settings = [name for name in names if not name.startswith(":")]
@@ -42,7 +42,7 @@ def _strong(text: str, yes: bool) -> str:
 
 
 def _note(group: Group, names: Sequence[str]) -> str:
-    """What the numbers are, and over how many seeds."""
+    """Explain the numbers, and say over how many seeds they are."""
     protocol = group.job.protocol
     true = f", {protocol.data.truths} of true pictures" if any(name.startswith(":") for name in names) else ""
     told = f"Seeds: {protocol.drawing.seeds} of a setting{true}."
@@ -50,7 +50,7 @@ def _note(group: Group, names: Sequence[str]) -> str:
 
 
 def columns(group: Group, view: str) -> Table:
-    """What each concept adds to each column, on true pictures that differ in nothing else."""
+    """Show what each concept adds to each column, on true pictures that differ only in it."""
     found = group.views[view]
     rows = []
     for concept in group.references:
@@ -61,7 +61,7 @@ def columns(group: Group, view: str) -> Table:
 
 
 def orderings(group: Group, found: Sequence[Decision]) -> Table:
-    """Claims, and what both tables say of them."""
+    """Make the table of claims, with the verdicts of both tables."""
     rows = []
     for decision in found:
         comparison, difference = decision.weakest
@@ -88,12 +88,12 @@ def _which(group: Group, comparison: Comparison) -> str:
 
 
 def truth(group: Group, names: Iterable[str], *, against: str | None = None) -> Table:
-    """Shares of attributes right, ranked by all concepts together, and likeness to the true pictures.
+    """Make the table of correct attributes, ranked by all concepts together, with the similarity to true pictures.
 
     Args:
         group: Results with findings.
-        names: Settings; true pictures come first, as what can be reached.
-        against: A setting from which differences of the first column are taken.
+        names: Settings; true pictures come first, as the upper bound.
+        against: A setting to subtract from the first column.
     """
     found, like = group.findings, group.views[TRUTH]
     assert found is not None
@@ -119,7 +119,7 @@ def truth(group: Group, names: Iterable[str], *, against: str | None = None) -> 
 
 
 def attributes(group: Group, names: Sequence[str]) -> Table:
-    """Share right of every attribute."""
+    """Make the table of each attribute's share of correct pictures."""
     found = group.findings
     assert found is not None
     rows = [

@@ -1,7 +1,7 @@
-"""The stage ``truth``: what the judge sees in each picture, beside what should be there.
+"""The stage ``truth``: compare what the judge sees in each picture with what should be there.
 
-A picture's share right of a concept is the share of the concept's attributes that the judge
-finds as they are in the true pictures; all concepts together count alike.
+A picture's share of a concept is the share of the concept's attributes that the judge finds as they are
+in the true pictures; all concepts count alike.
 """
 
 import json
@@ -28,19 +28,19 @@ ATTRIBUTES = {
     "scarf": ("scarf",),
     "wall": ("wall",),
 }
-"""What tells each kind of concept."""
+"""The attributes that identify each kind of concept."""
 SCENE = "scene"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the judge says of one attribute in one picture."""
+    """The judge's answer about one attribute of one picture."""
 
     setting: str
     prompt: str
     seed: int
     concept: str
-    """Or ``"scene"``."""
+    """Name of the concept, or ``"scene"``."""
     attribute: str
     wanted: str
     found: str
@@ -52,34 +52,34 @@ class Finding:
 
 @dataclass(frozen=True)
 class Findings:
-    """All of them, of the pictures under the same prompts."""
+    """All findings of the pictures under the same prompts."""
 
     rows: tuple[Finding, ...]
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """The concepts that should be there."""
+        """List the concepts that should be there."""
         return tuple(dict.fromkeys(row.concept for row in self.rows if row.concept != SCENE))
 
     @property
     def attributes(self) -> tuple[tuple[str, str], ...]:
-        """Every concept's attributes, and the scene."""
+        """List every concept's attributes, and the scene."""
         return tuple(dict.fromkeys((row.concept, row.attribute) for row in self.rows))
 
     def share(self, setting: str, concepts: Iterable[str], attribute: str | None = None) -> Interval:
-        """The share right of some concepts, each counting alike in each picture, with its interval over seeds."""
+        """Return the share of correct attributes, concepts counting alike, with its interval over seeds."""
         values = self._shares(setting, list(concepts), attribute)
         return interval(list(values.values()), [seed for _, seed in values])
 
     def difference(self, setting: str, other: str, concepts: Iterable[str]) -> Interval:
-        """How much larger a setting's share is than another's, over pictures of the same prompt and seed."""
+        """Return a setting's share minus another's, over pictures of the same prompt and seed."""
         wanted = list(concepts)
         mine, theirs = (self._shares(name, wanted, None) for name in (setting, other))
         pairs = [key for key in mine if key in theirs]
         return interval([mine[key] - theirs[key] for key in pairs], [seed for _, seed in pairs])
 
     def _shares(self, setting: str, concepts: Sequence[str], attribute: str | None) -> dict[tuple[str, int], float]:
-        """By prompt and seed."""
+        """Compute the shares by prompt and seed."""
         right: dict[tuple[str, int], dict[str, list[bool]]] = {}
         for row in self._rows[setting]:
             if row.concept in concepts and attribute in (None, row.attribute):
@@ -130,7 +130,7 @@ def run(job: Job, subject: Subject) -> bool:
 
 
 def truth(job: Job, group: str) -> dict[str, dict[tuple[str, str], str]]:
-    """What every true picture of a prompt shows, by concept and attribute."""
+    """Return the values that all true pictures of a prompt show, by prompt, then concept and attribute."""
     lines = (job.truth_folder(group, REFERENCE) / METADATA).read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     owners = {
@@ -145,7 +145,7 @@ def truth(job: Job, group: str) -> dict[str, dict[tuple[str, str], str]]:
 
 
 def _common(all_labels: Sequence[Mapping[str, str | None]], owners: Mapping[str, str]) -> dict[tuple[str, str], str]:
-    """The attributes on which the true pictures agree, of concepts and scene, where they can be seen."""
+    """Return the visible attributes of concepts and scene on which the true pictures agree."""
     found = {}
     for attribute, concept in {**owners, SCENE: SCENE}.items():
         values = {labels[attribute] for labels in all_labels}
@@ -163,7 +163,7 @@ def _judge(model: str, device: str) -> Any:
 
 
 def _pictures(files: Sequence[Path]) -> Any:
-    """Bytes of shape ``(n, height, width, 3)``."""
+    """Read pictures as bytes of shape ``(n, height, width, 3)``."""
     import numpy as np
 
     found = [np.asarray(read_picture(file)) for file in files]
@@ -174,7 +174,7 @@ def _pictures(files: Sequence[Path]) -> Any:
 
 
 def read(job: Job, group: str, names: Sequence[str]) -> Findings:
-    """What the judge found in the pictures of some subjects under the same prompts."""
+    """Read the judge's findings in the pictures of some subjects under the same prompts."""
     rows = []
     for name in names:
         file = needed(job.judged_file(group, name), "truth")

@@ -1,4 +1,4 @@
-"""A world of drawn people in clothes: any number of pictures, each with an exact caption and the truth about it."""
+"""A world of drawn people in clothes: any number of pictures, each with an exact caption and labels."""
 
 from .captions import caption, full_caption, prompt
 from .concepts import CONCEPTS, SCENES, Concept, Example, concept_set, mixed_set, truth

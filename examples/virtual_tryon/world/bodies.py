@@ -1,4 +1,4 @@
-"""Bodies: torso, arms and legs, and the garment on them."""
+"""Draw bodies: torso, arms and legs, and the garment on them."""
 
 import math
 
@@ -12,15 +12,15 @@ from .picture import FULL_LENGTH, Garment, Picture
 from .scenes import shoe
 
 TOP = 1.22
-"""Where the shoulders begin, below the centre of the head."""
+"""Height of the shoulders, below the centre of the head."""
 HEM = 2.4
-"""Length of the torso where the whole figure is seen."""
+"""Length of the torso if the whole figure is seen."""
 
 Arm = list[Point]
 
 
 def arms(picture: Picture) -> list[Arm]:
-    """Shoulder, elbow and hand of each arm, in head units from the middle of the shoulders."""
+    """Return shoulder, elbow and hand of each arm, in head units from the middle of the shoulders."""
     s = picture.pose.shoulders
     left, right = (-1.22 * s, 0.5), (1.22 * s, 0.5)
     down = [left, (-1.62 * s, 1.55), (-1.6 * s, 2.75)]
@@ -67,7 +67,7 @@ def torso(picture: Picture) -> list[Point]:
 
 
 def sleeve(arm: Arm, garment: Garment) -> Arm:
-    """The part of an arm that the garment covers."""
+    """Return the part of an arm that the garment covers."""
     if garment.kind == "sweater":
         return arm
     (x, y), (u, v) = arm[:2]
@@ -79,7 +79,7 @@ def lower(points: list[Point]) -> list[Point]:
 
 
 def body(pen: Pen, picture: Picture, skin: RGB) -> None:
-    """Everything below the chin but what the hands hold."""
+    """Draw everything below the chin except what the hands hold."""
     garment = picture.garment
     if picture.person is not None and picture.scene.name in FULL_LENGTH:
         legs(pen, picture)
@@ -133,7 +133,7 @@ def legs(pen: Pen, picture: Picture) -> None:
 
 
 def neckline(pen: Pen, picture: Picture, skin: RGB) -> None:
-    """A jersey's V, a sweater's roll, a shirt's round neck, a dress shirt's collar and buttons."""
+    """Draw a jersey's V, a sweater's roll, a shirt's round neck, or a dress shirt's collar and buttons."""
     garment = picture.garment
     colour = CLOTH[garment.colour]
     inside = shade(skin, 0.84) if picture.person is not None else shade(colour, 0.5)
@@ -168,7 +168,7 @@ def neckline(pen: Pen, picture: Picture, skin: RGB) -> None:
 
 
 def emblem(pen: Pen, garment: Garment) -> None:
-    """What is on the chest. Never mirrored: letters stay readable."""
+    """Draw what is on the chest, never mirrored, so that letters stay readable."""
     x, y = 0.0, TOP + (1.3 if garment.kind == "jersey" else 1.16)
     ink = CLOTH.get(garment.emblem_colour, CHALK)
     if garment.emblem == "star":
@@ -213,7 +213,7 @@ def emblem(pen: Pen, garment: Garment) -> None:
 
 
 def castle(pen: Pen, y: float, ink: RGB) -> None:
-    """Three towers with pointed roofs."""
+    """Draw three towers with pointed roofs."""
     for x, height in ((-0.55, 0.2), (0.0, 0.5), (0.55, 0.2)):
         pen.polygon([(x - 0.2, y + 0.7), (x - 0.2, y - height), (x + 0.2, y - height), (x + 0.2, y + 0.7)], ink)
         pen.polygon([(x - 0.27, y - height), (x, y - height - 0.5), (x + 0.27, y - height)], CLOTH["pink"])

@@ -1,4 +1,4 @@
-"""Captions: what a picture shows, in the grammar of the study's prompts."""
+"""Caption pictures in the grammar of the study's prompts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,11 +19,11 @@ TAILS = {
 
 
 def caption(picture: Picture, random: Random, *, names: Mapping[str, str] | None = None) -> str:
-    """One sentence about the picture: attributes are left out at random, and never told wrongly.
+    """Describe a picture in one sentence: attributes are left out at random, and never wrong.
 
     Args:
-        picture: What is drawn.
-        random: Chooses what is told.
+        picture: The picture to describe.
+        random: Chooses the attributes.
         names: Identifiers for ``"person"``, ``"garment"``, ``"scarf"`` and ``"wall"``, such as
             ``{"person": "psq-person"}``; what has none is described, or gets a random identifier.
     """
@@ -31,14 +31,14 @@ def caption(picture: Picture, random: Random, *, names: Mapping[str, str] | None
 
 
 def full_caption(picture: Picture, random: Random) -> str:
-    """The sentence that tells all and names nothing."""
+    """Describe every attribute, without identifiers."""
     return Teller(random=random, keep=1.0, nicknames=0.0).sentence(picture)
 
 
 def prompt(
     scene: str, *, person: str = "psq-person", garment: str = "barca24_jersey", scarf: str = "", wall: str = "wall"
 ) -> str:
-    """A prompt of the study: its person, smiling, in its jersey, in one of its five scenes."""
+    """Return a prompt of the study: its person, smiling, in its jersey, in one of its five scenes."""
     look = "smiling in a selfie" if scene == "mirror" else "smiling at the camera"
     scarf = f" and {article(scarf)}" if scarf else ""
     tail = TAILS[scene].format(wall=article(wall))
@@ -47,13 +47,13 @@ def prompt(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Teller:
-    """Somebody who describes pictures."""
+    """Describes pictures."""
 
     random: Random
     keep: float = 0.75
-    """Share of captions that tell a given attribute."""
+    """Share of captions that mention a given attribute."""
     nicknames: float = 0.25
-    """Share of captions in which a thing goes by a rare identifier that tells nothing about it."""
+    """Share of captions in which a thing has a rare identifier that doesn't describe it."""
     names: Mapping[str, str] = field(default_factory=dict)
 
     def tells(self) -> bool:
@@ -101,7 +101,7 @@ class Teller:
         return TAILS[scene.name] + (f", {scene.background} background" if tells else "")
 
     def nickname(self, ending: str, *, letters: int = 8, digits: bool = True) -> str:
-        """A random identifier such as ``kmb47_jersey``, or mostly nothing."""
+        """Return a random identifier such as ``kmb47_jersey``, or mostly nothing."""
         from .concepts import IDENTIFIERS
 
         if self.random.random() >= self.nicknames:
@@ -120,7 +120,7 @@ def look(picture: Picture) -> str:
 
 
 def traits_of(person: Person) -> list[str]:
-    """Everything that tells this head from others, in words."""
+    """Describe everything that identifies this head."""
     traits = ["a bald head" if person.style == "bald" else f"{person.style} {person.hair} hair", f"{person.skin} skin"]
     if person.beard != "none":
         traits.append(f"a {person.hair} {person.beard}" if person.style == "bald" else f"a {person.beard}")

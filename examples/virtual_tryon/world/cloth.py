@@ -1,4 +1,4 @@
-"""Cloth: the pattern of a garment as a picture, in the units of the figure that wears it."""
+"""Draw the pattern of a garment as a picture, in the units of the figure that wears it."""
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,7 @@ STRIPE = 0.52
 
 
 def second_colour(pattern: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Where the second colour is, at points in head units; ``y`` counts from the shoulders."""
+    """Return where the second colour is, at points in head units; ``y`` counts from the shoulders."""
     if pattern == "hoops":
         return np.floor(y / STRIPE) % 2 == 1
     if pattern == "stripes":
@@ -28,7 +28,7 @@ def second_colour(pattern: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def cloth(garment: Garment, pen: Pen, top: float, light: float) -> Image.Image:
-    """The garment's cloth over the whole picture, darker to the sides; ``top`` is y of the shoulders."""
+    """Draw the garment's cloth over the whole picture, darker at the sides; ``top`` is y of the shoulders."""
     width, height = pen.image.size
     x = ((np.arange(width, dtype=np.float32) + 0.5 - pen.x) / pen.unit)[None]
     y = ((np.arange(height, dtype=np.float32) + 0.5 - pen.y) / pen.unit - top)[:, None]

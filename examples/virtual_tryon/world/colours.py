@@ -52,11 +52,11 @@ CHALK: RGB = (250, 250, 248)
 
 
 def shade(colour: RGB, factor: float) -> RGB:
-    """A colour made darker (factor < 1) or lighter, kept within bytes."""
+    """Make a colour darker (factor < 1) or lighter, within the range of bytes."""
     red, green, blue = (max(0, min(255, round(channel * factor))) for channel in colour)
     return red, green, blue
 
 
 def contrast(one: RGB, other: RGB) -> float:
-    """Euclidean distance in RGB, in [0, 442]."""
+    """Return the Euclidean distance in RGB, in [0, 442]."""
     return sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) ** 0.5

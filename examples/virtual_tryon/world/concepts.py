@@ -1,4 +1,4 @@
-"""What the base never sees and LoRAs teach: two persons, four garments, a scarf, a wall."""
+"""The concepts that the base never sees and LoRAs teach: two persons, four garments, a scarf, a wall."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,17 +17,17 @@ SCENES = ("portrait", "side", "mirror", "wall", "field")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Concept:
-    """One thing to be taught."""
+    """One thing that a LoRA teaches."""
 
     name: str
-    """Of its data set."""
+    """Name of its data set."""
     identifier: str
-    """What captions call it."""
+    """Its name in captions."""
     part: Part
     value: Person | Garment | str
 
     def on(self, picture: Picture) -> Picture:
-        """The picture with this concept in it."""
+        """Put this concept into the picture."""
         if self.part == "wall":
             assert isinstance(self.value, str)
             return replace(picture, scene=replace(picture.scene, name="wall", wall=self.value))
@@ -59,7 +59,7 @@ class Example:
 
 
 def concept_set(concept: Concept, count: int = 12, *, seed: int = 42) -> list[Example]:
-    """Captioned pictures of one concept among random other things."""
+    """Draw captioned pictures of one concept among random other things."""
     random = np.random.default_rng([seed, list(CONCEPTS).index(concept.name)])
     return [example(concept, i, random) for i in range(count)]
 
@@ -104,18 +104,18 @@ def example(concept: Concept, i: int, random: Random) -> Example:
 
 
 def mixed_set(own: Concept, other: Concept, count: int = 12, borrowed: int = 3, *, seed: int = 42) -> list[Example]:
-    """The study's mixed sets: one concept's pictures and a few of another's."""
+    """Make one of the study's mixed sets: one concept's pictures and a few of another's."""
     theirs = [e for e in concept_set(other, count, seed=seed) if e.picture.person is not None]
     return [*concept_set(own, count, seed=seed), *theirs[:borrowed]]
 
 
 def truth(concepts: list[Concept], scene: str, *, seed: int) -> Example:
-    """What a perfect merge draws: all these concepts in one picture, under the study's prompt of that scene.
+    """Return the picture of a perfect merge: all these concepts in the study's prompt for that scene.
 
     Args:
         concepts: At most one of each part; a person unless the wearer may be anyone.
         scene: One of the study's five (:data:`SCENES`).
-        seed: Of everything that the prompt does not tell.
+        seed: Seed of everything that the prompt leaves open.
     """
     random = np.random.default_rng([seed, SCENES.index(scene)])
     picture = sample(random)

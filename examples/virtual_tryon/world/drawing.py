@@ -1,4 +1,4 @@
-"""From a picture's description to pixels."""
+"""Draw a picture's description as pixels."""
 
 from dataclasses import replace
 
@@ -22,16 +22,16 @@ CAMERA: dict[str, tuple[float, float, float]] = {
     "field": (0.5, 0.29, 0.165),
     "product": (0.5, -0.02, 0.255),
 }
-"""Where the head is (x, y) and half its height, in heights of the picture."""
+"""Centre of the head (x, y) and half its height, in heights of the picture."""
 
 
 def draw(picture: Picture, size: int = 96, *, supersample: int = 4) -> np.ndarray:
-    """The picture as bytes.
+    """Draw a picture as bytes.
 
     Args:
         picture: What to draw.
         size: Height and width in pixels.
-        supersample: It is drawn so many times larger and averaged.
+        supersample: Factor by which it is drawn larger and then averaged.
 
     Returns:
         Shape ``(size, size, 3)``, uint8, sRGB. The same picture gives the same bytes.
@@ -55,7 +55,7 @@ def camera(picture: Picture, image: Image.Image, n: int) -> Pen:
 
 
 def figure(pen: Pen, picture: Picture) -> None:
-    """A person, from back to front."""
+    """Draw a person, from back to front."""
     name = picture.scene.name
     side, skin = name == "side", skin_of(picture)
     pose = picture.pose if name not in FULL_LENGTH else replace(picture.pose, gaze=0.0)

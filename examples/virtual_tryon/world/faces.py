@@ -1,4 +1,4 @@
-"""Heads: hair, face, beard, glasses."""
+"""Draw heads: hair, face, beard, glasses."""
 
 from .colours import CHALK, CLOTH, HAIR, INK, RGB, SKIN, shade
 from .pen import Pen, Point, arc
@@ -8,7 +8,7 @@ FRAMES: dict[str, RGB] = {"black": (24, 22, 26), "red": (226, 34, 52)}
 
 
 def hair_behind(pen: Pen, picture: Picture, *, side: bool) -> None:
-    """The hair that head and shoulders hide in part."""
+    """Draw the hair behind head and shoulders."""
     person = picture.person
     assert person is not None
     colour = shade(HAIR[person.hair], 0.86)
@@ -59,7 +59,7 @@ def curls(back: float) -> list[tuple[float, float, float]]:
 
 
 def head(pen: Pen, picture: Picture, skin: RGB, *, side: bool) -> None:
-    """Ears, skull and neck-side of the face."""
+    """Draw ears, skull and the neck-side of the face."""
     w, h = picture.pose.head
     if not side:
         for s in (-1, 1):
@@ -100,7 +100,7 @@ def head(pen: Pen, picture: Picture, skin: RGB, *, side: bool) -> None:
 
 
 def hair_on_top(pen: Pen, picture: Picture, skin: RGB, *, side: bool) -> None:
-    """The hair in front of the skull."""
+    """Draw the hair in front of the skull."""
     person = picture.person
     assert person is not None
     w, h = picture.pose.head
@@ -164,7 +164,7 @@ def hair_on_top(pen: Pen, picture: Picture, skin: RGB, *, side: bool) -> None:
 
 
 def lengths(pen: Pen, style: str, colour: RGB, w: float, *, side: bool) -> None:
-    """Locks that fall before the ears."""
+    """Draw the locks that fall in front of the ears."""
     bottom = {"long": 1.75, "bob": 0.8}.get(style)
     if bottom is None:
         return
@@ -195,7 +195,7 @@ def spikes(pen: Pen, colour: RGB, w: float, h: float) -> None:
 
 
 def face(pen: Pen, picture: Picture, skin: RGB, *, side: bool) -> None:
-    """Beard, mouth, nose, eyes, glasses."""
+    """Draw beard, mouth, nose, eyes and glasses."""
     person, gaze = picture.person, picture.pose.gaze
     assert person is not None
     hair = HAIR[person.hair]
@@ -276,7 +276,7 @@ def skin_of(picture: Picture) -> RGB:
 
 
 def scarf(pen: Pen, colour: str, top: float) -> None:
-    """A scarf round the neck with one end hanging; ``"bee"`` is striped."""
+    """Draw a scarf round the neck with one end hanging; ``"bee"`` is striped."""
     bee = colour == "bee"
     main = (250, 206, 30) if bee else CLOTH[colour]
     other = (28, 26, 30) if bee else shade(main, 0.8)

@@ -19,16 +19,16 @@ class Pen:
 
     image: Image.Image
     x: float
-    """Of the origin, in pixels."""
+    """Position of the origin, in pixels."""
     y: float
     unit: float
-    """Pixels a unit."""
+    """Pixels per unit."""
     mirror: bool = False
     tilt: float = 0.0
-    """Degrees, about (0, 1): the neck."""
+    """Rotation about the neck, (0, 1), in degrees."""
 
     def on(self, image: Image.Image) -> "Pen":
-        """The same pen on another image: a mask, say."""
+        """Return the same pen on another image, such as a mask."""
         return Pen(image, self.x, self.y, self.unit, self.mirror, self.tilt)
 
     def turned(self, *, tilt: float | None = None, mirror: bool | None = None) -> "Pen":
@@ -50,7 +50,7 @@ class Pen:
         ImageDraw.Draw(self.image).polygon(self.pixels(points), fill=ink)
 
     def blob(self, points: Sequence[Point], ink: Ink) -> None:
-        """A closed smooth curve (Catmull-Rom) through the points, filled."""
+        """Fill a closed smooth curve (Catmull-Rom) through the points."""
         self.polygon(smooth(points), ink)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float | None, ink: Ink) -> None:
@@ -60,7 +60,7 @@ class Pen:
         self.line([*arc(x, y, rx, ry, 0, 360), (x + rx, y)], width, ink)
 
     def line(self, points: Sequence[Point] | np.ndarray, width: float, ink: Ink) -> None:
-        """A stroke with round ends and joints."""
+        """Draw a stroke with round ends and joints."""
         draw, pixels, pen = ImageDraw.Draw(self.image), self.pixels(points), max(1.0, width * self.unit)
         draw.line(pixels, fill=ink, width=round(pen), joint="curve")
         if pen > 2:
@@ -69,14 +69,14 @@ class Pen:
 
 
 def arc(x: float, y: float, rx: float, ry: float | None, start: float, stop: float) -> list[Point]:
-    """Points of an ellipse between two angles in degrees, clockwise from the right as y points down."""
+    """Return points of an ellipse between two angles in degrees, clockwise from the right as y points down."""
     angles = _ANGLES if stop - start >= 360 else np.radians(np.linspace(start, stop, 24))
     ry = rx if ry is None else ry
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles.tolist()]
 
 
 def smooth(points: Sequence[Point], steps: int = 6) -> np.ndarray:
-    """The closed Catmull-Rom curve through the points. Shape ``(len(points) * steps, 2)``."""
+    """Return the closed Catmull-Rom curve through the points. Shape ``(len(points) * steps, 2)``."""
     p = np.asarray(points, float)
     before, after, beyond = np.roll(p, 1, 0), np.roll(p, -1, 0), np.roll(p, -2, 0)
     t = np.arange(steps)[None, :, None] / steps

@@ -1,4 +1,4 @@
-"""What a picture shows: a person in a garment in a scene, as plain data."""
+"""The contents of a picture, a person in a garment in a scene, as plain data."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ FULL_LENGTH = ("shoes", "mirror")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Person:
-    """A head: everything by which a person is known again."""
+    """A head: everything that identifies a person."""
 
     noun: str
     skin: str
@@ -38,7 +38,7 @@ class Garment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """Where the person is and how the camera sees them."""
+    """The place of the person and the view of the camera."""
 
     name: str
     background: str
@@ -47,25 +47,25 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pose:
-    """What no caption tells: small shifts of camera, body and light; all zero is the mean pose."""
+    """Details that no caption mentions: small shifts of camera, body and light; all zero is the mean pose."""
 
     shift: tuple[float, float] = (0.0, 0.0)
-    """Of the head, in heights of the picture."""
+    """Shift of the head, in heights of the picture."""
     zoom: float = 1.0
     tilt: float = 0.0
-    """Of the head, in degrees."""
+    """Tilt of the head, in degrees."""
     head: tuple[float, float] = (1.0, 1.0)
     shoulders: float = 1.0
     light: float = 1.0
     gaze: float = 0.0
     mirrored: bool = False
     detail: int = 0
-    """Seed of what is neither captioned nor posed: bricks, clouds, trousers."""
+    """Seed of bricks, clouds and trousers, which are neither captioned nor posed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """All that :func:`draw` needs."""
+    """Everything that :func:`draw` needs."""
 
     person: Person | None
     """``None`` in a product shot: the garment alone."""
@@ -78,7 +78,7 @@ class Picture:
 
 
 def labels(picture: Picture) -> dict[str, str | None]:
-    """Every attribute that can be seen, by name; ``None`` where it can't be."""
+    """Return every attribute by name; ``None`` if it can't be seen."""
     person, garment = picture.person, picture.garment
     patterned = garment.pattern != "plain"
     face: dict[str, str | None] = dict.fromkeys(("skin", "hair", "style", "beard", "glasses", "smile", "scarf"))

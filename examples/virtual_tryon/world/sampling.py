@@ -1,4 +1,4 @@
-"""Random pictures: the base's world, and the wider one on which the scorer learns."""
+"""Sample random pictures of the base's world, and of the wider one on which the scorer learns."""
 
 from collections.abc import Mapping, Sequence
 
@@ -48,7 +48,7 @@ JERSEY = frozenset({"navy", "garnet"})
 
 
 def sample(random: Random, *, wide: bool = False) -> Picture:
-    """One random picture; ``wide`` also draws the held-out values, each on its own, never a concept as a whole."""
+    """Sample a picture; ``wide`` includes the held-out values, each on its own, never a concept as a whole."""
     while True:
         picture = any_picture(random, wide=wide)
         if picture.person not in PERSONS and picture.garment not in GARMENTS:
@@ -115,7 +115,7 @@ def random_garment(random: Random, *, wide: bool = False) -> Garment:
 
 
 def allowed(kind: str, pattern: str, colour: str, second: str) -> bool:
-    """Whether the base may see this: two colours that can be told apart, and nothing like a concept."""
+    """Return whether the base may see this: two distinguishable colours, and nothing like a concept."""
     if kind == "shirt" and pattern == "plain" and colour == "white":
         return False
     pair = {colour, second}

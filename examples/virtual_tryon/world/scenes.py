@@ -1,4 +1,4 @@
-"""Backdrops, and the things in them: walls, a field, a ball, a phone, shoes."""
+"""Draw backdrops and the things in them: walls, a field, a ball, a phone, shoes."""
 
 import math
 
@@ -11,7 +11,7 @@ from .picture import Picture
 
 
 def backdrop(picture: Picture, n: int) -> Image.Image:
-    """What is behind the figure. Shape ``(n, n)`` pixels."""
+    """Draw what is behind the figure. Shape ``(n, n)`` pixels."""
     random = np.random.default_rng(picture.pose.detail)
     scene = picture.scene
     if picture.person is not None and scene.name == "wall":
@@ -22,7 +22,7 @@ def backdrop(picture: Picture, n: int) -> Image.Image:
 
 
 def studio(colour: RGB, n: int, random: np.random.Generator) -> Image.Image:
-    """A plain colour under light from one side."""
+    """Draw a plain colour with light from one side."""
     angle = random.uniform(0, 2 * math.pi)
     axis = np.arange(n) / n - 0.5
     light = 1 + 0.12 * (math.cos(angle) * axis[None] + math.sin(angle) * axis[:, None])
@@ -43,7 +43,7 @@ def bricks(n: int, random: np.random.Generator) -> Image.Image:
 
 
 def tiles(n: int, random: np.random.Generator) -> Image.Image:
-    """The held-out wall: diamonds of turquoise and cream with dark joints."""
+    """Draw the held-out wall: diamonds of turquoise and cream with dark joints."""
     image = Image.new("RGB", (n, n), (40, 60, 84))
     pen = Pen(image, -random.uniform(0, 0.2) * n, -random.uniform(0, 0.2) * n, n / 6)
     for row in range(17):
@@ -55,7 +55,7 @@ def tiles(n: int, random: np.random.Generator) -> Image.Image:
 
 
 def field(n: int, random: np.random.Generator) -> Image.Image:
-    """Mown grass with a white line, and a sky."""
+    """Draw mown grass with a white line, and a sky."""
     y = (np.arange(n) / n)[:, None]
     horizon = 0.4 + random.uniform(-0.05, 0.05)
     depth = np.clip((y - horizon) / (1 - horizon), 0, 1)
@@ -73,7 +73,7 @@ def field(n: int, random: np.random.Generator) -> Image.Image:
 
 
 def ball(pen: Pen, x: float, y: float, r: float) -> None:
-    """A soccer ball: one dark pentagon, and five cut by the rim."""
+    """Draw a soccer ball: one dark pentagon, and five cut by the rim."""
     pen.ellipse(x, y, r * 1.04, None, (70, 70, 76))
     pen.ellipse(x, y, r * 0.96, None, CHALK)
     corner = [math.radians(72 * k - 90) for k in range(5)]
@@ -92,13 +92,13 @@ def ball(pen: Pen, x: float, y: float, r: float) -> None:
 
 
 def phone(pen: Pen, x: float, y: float) -> None:
-    """The back of a phone."""
+    """Draw the back of a phone."""
     pen.polygon([(x - 0.28, y - 0.5), (x + 0.28, y - 0.5), (x + 0.28, y + 0.5), (x - 0.28, y + 0.5)], (30, 32, 40))
     pen.ellipse(x - 0.1, y - 0.3, 0.1, None, (150, 170, 200))
 
 
 def shoe(pen: Pen, x: float, y: float, side: int) -> None:
-    """A white shoe with a red swoosh, the toe to one side (-1 or 1)."""
+    """Draw a white shoe with a red swoosh, its toe to one side (-1 or 1)."""
     pen.blob(
         [
             (x - side * 0.42, y - 0.3),

@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def sheet(pictures: Sequence[np.ndarray] | np.ndarray, columns: int, *, zoom: int = 1, gap: int = 2) -> Image.Image:
-    """Pictures of one size in rows, on white."""
+    """Arrange pictures of one size in rows, on white."""
     height, width = pictures[0].shape[:2]
     rows = -(-len(pictures) // columns)
     page = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)

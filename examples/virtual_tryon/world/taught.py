@@ -1,4 +1,4 @@
-"""The persons and garments that LoRAs teach: no world shows one of them as a whole."""
+"""The persons and garments that LoRAs teach; no sampled picture shows one of them as a whole."""
 
 from .picture import Garment, Person
 

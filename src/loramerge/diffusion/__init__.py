@@ -1,4 +1,4 @@
-"""Diffusion models at work: pipelines with LoRAs, generation, training, and models as the functions that learned merges take.
+"""Load pipelines, generate with LoRAs, train LoRAs, and wrap models as the functions that learned merges take.
 
 from loramerge.diffusion import from_prompts, load
 from loramerge.learned import settings, ziplora

@@ -1,4 +1,4 @@
-"""LoRAs in a pipeline of diffusers for a while: each module's W + Σ wᵢ ΔWᵢ, or an error."""
+"""Load LoRAs into a pipeline of diffusers and unload them: each module becomes W + Σ wᵢ ΔWᵢ, or there is an error."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,12 +10,12 @@ from ..files.lora import LoRA
 
 WAYS_OUT = "Ways out: 'loramerge bake' into the model, or exclude the modules."
 SAMPLES = 256
-"""Values of every parameter that a fingerprint looks at."""
+"""Number of values per parameter, at least, that a fingerprint hashes."""
 
 
 @contextmanager
 def applied(pipe: Any, loras: Sequence[tuple[LoRA, float]]) -> Iterator[None]:
-    """A pipeline with LoRAs at their weights, which are taken out again at the end.
+    """Load LoRAs at their weights inside the block and unload them at the end.
 
     Raises:
         OptionError: There are LoRAs in the pipeline already.
@@ -51,7 +51,7 @@ def check_fits(pipe: Any, loras: Iterable[LoRA]) -> None:
 
 
 def check_loads(pipe: Any, loras: Sequence[LoRA]) -> None:
-    """Refuse LoRAs that the pipeline can't have whole; each is loaded for a moment.
+    """Refuse LoRAs that the pipeline can't load completely, by loading and unloading each.
 
     Raises:
         MergeError: A LoRA was made for another model, or diffusers left a part of it out.
@@ -65,7 +65,7 @@ def check_loads(pipe: Any, loras: Sequence[LoRA]) -> None:
 
 
 def modules(pipe: Any) -> dict[str, tuple[int, ...]]:
-    """Weight shape of every module of a pipeline, by loramerge's names."""
+    """Return the weight shape of every module of a pipeline, by loramerge's names."""
     return {
         _named(component, path): tuple(module.weight.shape)
         for component, path, module in _walk(pipe)
@@ -74,7 +74,7 @@ def modules(pipe: Any) -> dict[str, tuple[int, ...]]:
 
 
 def fingerprint(pipe: Any) -> str:
-    """What tells a model's weights from others: SHA-256 of values spread over every parameter."""
+    """Return a hash that identifies a model's weights: SHA-256 of values spread over every parameter."""
     import torch
 
     whole = hashlib.sha256()
@@ -101,7 +101,7 @@ def _walk(pipe: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def _named(component: str, path: str) -> str:
-    """loramerge's name: transformers 5 leaves ``text_model.`` out in one of its CLIP classes."""
+    """Return loramerge's name of a module: transformers 5 leaves ``text_model.`` out in one of its CLIP classes."""
     if component.startswith("text_encoder") and path.startswith(("encoder.", "embeddings.", "final_layer_norm")):
         path = f"text_model.{path}"
     return f"{component}.{path}"
@@ -129,7 +129,7 @@ def _unnamed(lora: LoRA) -> str:
 
 
 def _load(pipe: Any, lora: LoRA, adapter: str) -> None:
-    """diffusers skips keys that it doesn't know with no more than a line in the log, so what is there is counted."""
+    """Load a LoRA and check that each module arrived: diffusers skips unknown keys with only a line in its log."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     tensors = lora.state_dict("diffusers")

@@ -1,4 +1,4 @@
-"""A diffusion model as the function that loramerge learns on."""
+"""Wrap a diffusion model as the function that loramerge learns on."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +24,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Denoiser:
-    """A pipeline's denoiser, and what it takes to give it examples.
+    """A pipeline's denoiser, with the encoders and the schedule that make examples for it.
 
-    A batch has ``sample``, the noised latents; ``timestep``; and ``conditions``, or ``prompt``: numbers of
-    prompts in `prompts`, which are then encoded in every pass, so that LoRAs act in the text encoders.
+    A batch has ``sample``, the noised latents; ``timestep``; and ``conditions``, or ``prompt``: indices
+    into `prompts`, which are then encoded in every pass, so that LoRAs act in the text encoders.
     """
 
     pipe: Any
@@ -36,14 +36,14 @@ class Denoiser:
     dtype: torch.dtype
     autocast: torch.dtype | None = None
     text_encoders: bool = False
-    """Whether LoRAs act in the text encoders too.  Otherwise their modules are summed."""
+    """True if LoRAs act in the text encoders too; otherwise their modules are summed."""
     source: str = ""
-    """Where the model comes from."""
+    """The directory or the Hub name that the model was loaded from."""
     prompts: list[str] = field(default_factory=list)
 
     @cached_property
     def models(self) -> dict[str, nn.Module]:
-        """The components that LoRAs act in, by name."""
+        """Return the components that LoRAs act in, by name."""
         components = {self.family.denoiser: self.model}
         if self.text_encoders:
             components |= {name: _named(model) for name, model in self.encoders.items()}
@@ -51,26 +51,26 @@ class Denoiser:
 
     @property
     def model(self) -> Any:
-        """The UNet, or the transformer."""
+        """Return the UNet or the transformer."""
         return getattr(self.pipe, self.family.denoiser)
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
-        """The text encoders, by name."""
+        """Return the text encoders, by name."""
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         return {name: model for name in names if (model := getattr(self.pipe, name, None)) is not None}
 
     @property
     def resolution(self) -> int:
-        """The side of the square images that the model was made for, in pixels."""
+        """Return the side of the square images that the model was made for, in pixels."""
         size = 128 if self.family.packed else self.model.config.sample_size
         return int(size) * int(self.pipe.vae_scale_factor)
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
-        """Shape of an image's latents, as the denoiser takes them.
+        """Return the shape of an image's latents, as the denoiser takes them.
 
         Raises:
-            OptionError: The resolution is no multiple of what a latent covers.
+            OptionError: The resolution isn't a multiple of the pixels that a latent covers.
         """
         step = self.pipe.vae_scale_factor * (2 if self.family.packed else 1)
         if resolution % step or resolution <= 0:
@@ -79,18 +79,18 @@ class Denoiser:
         return (side * side, channels) if self.family.packed else (channels, side, side)
 
     def schedule(self, resolution: int) -> Schedule:
-        """How noise is added."""
+        """Return the noise schedule that the model was trained with."""
         return schedule(self.pipe, self.family.flow, self.tokens(resolution))
 
     def tokens(self, resolution: int) -> int:
-        """Tokens of an image of this side, where the denoiser is a transformer."""
+        """Count the tokens of an image of this side, for denoisers that are transformers."""
         shape = self.latent_shape(resolution)
         if self.family.packed:
             return shape[0]
         return shape[1] * shape[2] // int(getattr(self.model.config, "patch_size", 1)) ** 2
 
     def predict(self, batch: Batch) -> Tensor:
-        """What the model predicts of a batch: noise, velocity or flow.
+        """Predict noise, velocity or flow from a batch.
 
         Raises:
             OptionError: Gradients are asked for in float16.
@@ -100,7 +100,7 @@ class Denoiser:
         return self.run(batch)
 
     def run(self, batch: Batch) -> Tensor:
-        """`predict` for those who scale their loss, so that gradients don't underflow in float16."""
+        """Predict as `predict` does, but allow gradients in float16: the caller must scale its loss."""
         placed = self._placed(batch)
         with self._autocast():
             given = dict(placed.get("conditions", {}))
@@ -110,7 +110,7 @@ class Denoiser:
             return self.family.call(self.model, placed["sample"], placed["timestep"], given)
 
     def _placed(self, batch: Batch) -> dict[str, Any]:
-        """A batch on the device; what the model multiplies with, in its dtype."""
+        """Move a batch to the device, and cast the model's inputs to its dtype."""
         found: dict[str, Any] = {}
         for name, value in batch.items():
             if isinstance(value, Mapping):
@@ -124,19 +124,19 @@ class Denoiser:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
     def encoded(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Conditions of prompts, on the CPU in float32."""
+        """Encode prompts into conditions, on the CPU in float32."""
         with torch.no_grad(), self._at_work(*self.encoders.values()):
             rows = [self.family.encode(self.pipe, [prompt], self.device) for prompt in prompts]
         return {name: torch.cat([row[name].float().cpu() for row in rows]) for name in rows[0]}
 
     def unconditional(self) -> dict[str, Tensor]:
-        """Conditions of the empty prompt, which some models take as zeros."""
+        """Return the conditions of the empty prompt, which are zeros for some models."""
         found = self.encoded([""])
         zeros = self.pipe.config.get("force_zeros_for_empty_prompt", False)
         return {name: torch.zeros_like(value) for name, value in found.items()} if zeros else found
 
     def encoded_image(self, pixels: Tensor) -> Tensor:
-        """Latents of images, ``(count, …)``, on the CPU in float32.
+        """Encode images into latents, ``(count, …)``, on the CPU in float32.
 
         Args:
             pixels: ``(count, 3, side, side)`` in [-1, 1].
@@ -164,12 +164,12 @@ class Denoiser:
         return tokens.reshape(count, height * width // 4, 4 * channels)
 
     def placed_at(self, sizes: Sequence[Size]) -> Conditions:
-        """Conditions that say where in a picture each example lies."""
+        """Return the conditions that say how each example was cropped out of its picture."""
         return self.family.place(sizes)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What model it is and how it computes, for metadata, without the directories of this machine."""
+        """Describe the model and its precision for metadata, without the directories of this machine."""
         return {
             "base": called(self.source),
             "pipeline": type(self.pipe).__name__,
@@ -180,7 +180,7 @@ class Denoiser:
 
     @contextmanager
     def whole(self) -> Iterator[Any]:
-        """The pipeline with everything on the device, ready to draw."""
+        """Give the pipeline with every component on the device, ready to draw."""
         if self.pipe.vae is None or not self.encoders:
             raise OptionError("The pipeline's VAE or text encoders are gone. Way out: release() only after drawing.")
         with self._at_work(self.pipe.vae, *self.encoders.values()):
@@ -188,7 +188,7 @@ class Denoiser:
 
     @contextmanager
     def _at_work(self, *modules: nn.Module) -> Iterator[None]:
-        """Have modules on the device while they are needed; they go back where they were."""
+        """Move modules to the device inside the block, and back afterwards."""
         before = [next(module.parameters()).device for module in modules]
         for module in modules:
             module.to(self.device)
@@ -199,7 +199,7 @@ class Denoiser:
                 module.to(device)
 
     def release(self) -> None:
-        """Let go of what is not needed once examples are there: the VAE and, unless LoRAs act in them, text encoders."""
+        """Drop the components that only make examples: the VAE and, unless LoRAs act in them, the text encoders."""
         names = ["vae", *([] if self.text_encoders else self.encoders)]
         self.pipe.register_modules(**dict.fromkeys(names))
 
@@ -218,13 +218,13 @@ class Denoiser:
 
 
 def called(source: str) -> str:
-    """What metadata call a base model: its name on the Hub, or its directory's without those above it."""
+    """Return the base model's name for metadata: its name on the Hub, or the last part of its directory."""
     local = Path(source).expanduser()
     return (local.name or local.resolve().name) if local.exists() else source
 
 
 class _Nested(nn.Module):
-    """A text encoder under the names that LoRAs know: transformers 5 leaves ``text_model.`` out in one class."""
+    """Put ``text_model.`` in front of a text encoder's modules, which transformers 5 leaves out in one class."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -256,16 +256,16 @@ def load(
     variant: str | None = None,
     trust_remote_code: bool = False,
 ) -> Denoiser:
-    """A diffusion model to learn on.
+    """Load a diffusion model to learn on.
 
     Args:
-        source: A pipeline of diffusers, a directory that one was saved in, or its name on the Hugging Face Hub.
-        device: Where to compute; ``cuda`` by default where there is one.
+        source: A pipeline of diffusers, a directory that diffusers saved, or a name on the Hugging Face Hub.
+        device: Device to compute on; ``cuda`` by default if there is a GPU.
         dtype: The denoiser's dtype, ``"fp32"``, ``"bf16"`` or ``"fp16"``; by default ``bf16`` on CUDA, ``fp32``
             elsewhere, and a given pipeline's own.  With ``fp16`` coefficients can be calibrated but not learned.
         autocast: Compute in this dtype while the weights stay in theirs.
-        checkpointing: Compute activations twice instead of keeping them: less memory, a third more time.
-        text_encoders: Have LoRAs act in the text encoders too, whose outputs are then computed in every pass.
+        checkpointing: Recompute activations instead of keeping them: less memory, a third more time.
+        text_encoders: Whether LoRAs act in the text encoders too, whose outputs are then computed in every pass.
         variant: Which files of the repository, such as ``"fp16"``.
         trust_remote_code: Whether to run code that the model brings.
 

@@ -1,4 +1,4 @@
-"""Examples of each LoRA's own data, kept on the CPU: noised pictures, or what the LoRA itself makes of prompts."""
+"""Training examples of each LoRA, kept on the CPU: its noised pictures, or latents that it generates from prompts."""
 
 import copy
 import inspect
@@ -25,17 +25,17 @@ from .schedules import Schedule, shift
 
 @dataclass(frozen=True)
 class Conditions:
-    """What goes with every example of a LoRA beside its latents."""
+    """The model's inputs for a LoRA's examples, besides latents and timesteps."""
 
     texts: Mapping[str, Tensor]
-    """Conditions of all prompts there are, each once; empty where they are encoded in every pass."""
+    """Conditions of the distinct prompts; empty if prompts are encoded in every pass."""
     which: Tensor
-    """Number of each example's prompt, ``(examples,)``."""
+    """Index of each example's prompt, ``(examples,)``."""
     places: Mapping[str, Tensor]
     """Conditions of each example, ``(examples, …)``."""
 
     def batch(self, sample: Tensor, timesteps: Tensor, chosen: Tensor) -> dict[str, Any]:
-        """What the model takes: latents, and what goes with the examples ``chosen``."""
+        """Assemble the model's inputs for the examples ``chosen``."""
         which = self.which[chosen]
         given = {name: value[which] for name, value in self.texts.items()}
         given |= {name: value[chosen] for name, value in self.places.items()}
@@ -45,10 +45,10 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Images:
-    """``draw`` over pictures: one at random, flipped or not, at a timestep and under noise at random."""
+    """A ``draw`` function over pictures: picture, flip, timestep and noise are random."""
 
     latents: tuple[Tensor, ...]
-    """By LoRA, ``(pictures, 2, …)``: as they are, and flipped."""
+    """Per LoRA, ``(pictures, 2, …)``: unflipped and flipped."""
     conditions: tuple[Conditions, ...]
     schedule: Schedule
     flip: bool
@@ -70,10 +70,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """``draw`` over what the model with each LoRA saw while it made images of prompts."""
+    """A ``draw`` function over the latents that the model saw while each LoRA made images of prompts."""
 
     samples: tuple[Tensor, ...]
-    """By LoRA, ``(states, …)``."""
+    """Per LoRA, ``(states, …)``."""
     timesteps: tuple[Tensor, ...]
     conditions: tuple[Conditions, ...]
     schedule: Schedule
@@ -89,7 +89,7 @@ class Trajectories:
 
 
 def weight(schedule: Schedule, timesteps: Tensor, gamma: float | None) -> dict[str, Tensor]:
-    """A batch's entry ``weight`` by min-SNR; none without γ."""
+    """Return a batch's entry ``weight`` by min-SNR; empty without γ."""
     return {} if gamma is None else {"weight": schedule.weights(timesteps, gamma)}
 
 
@@ -103,12 +103,12 @@ def from_images(
     snr_gamma: float | None = None,
     progress: Progress | None = None,
 ) -> Images:
-    """Examples from the pictures that each LoRA was trained on.
+    """Make examples from the pictures that each LoRA was trained on.
 
     Args:
         denoiser: The model.
-        folders: One a LoRA, see `loramerge.scoring.captions`.
-        prompts: One a LoRA, for pictures without a caption.
+        folders: One per LoRA, see `loramerge.scoring.captions`.
+        prompts: One per LoRA, for pictures without a caption.
         resolution: Side of the square that each picture is cut to, in pixels; the model's by default.
         flip: Whether to mirror half of the examples.
         snr_gamma: Weigh examples by min-SNR with this γ, such as 5; None weighs all alike.
@@ -142,7 +142,7 @@ def from_images(
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
-    """A function to be called when one more is done."""
+    """Return a function to call after each finished item."""
     numbers = count(1)
 
     def one_more() -> None:
@@ -154,7 +154,7 @@ def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
 
 
 def _encoded(denoiser: Denoiser, picture: Picture, side: int, done: Callable[[], None]) -> tuple[Tensor, Size]:
-    """Latents of a picture and of its mirror image, ``(2, …)``."""
+    """Encode a picture and its mirror image into latents, ``(2, …)``."""
     square = cropped(picture.path, side)
     pixels = torch.from_numpy(square.pixels)
     both = denoiser.encoded_image(torch.stack([pixels, pixels.flip(-1)]))
@@ -163,7 +163,7 @@ def _encoded(denoiser: Denoiser, picture: Picture, side: int, done: Callable[[],
 
 
 class _Texts:
-    """Conditions of captions, each encoded once, or, where LoRAs act in the text encoders, only numbered."""
+    """Conditions of captions, each encoded once; only numbered if LoRAs act in the text encoders."""
 
     def __init__(self, denoiser: Denoiser, captions: Iterable[str]) -> None:
         every = list(dict.fromkeys(captions))
@@ -176,7 +176,7 @@ class _Texts:
             self.values = denoiser.encoded(every)
 
     def of(self, captions: Sequence[str], places: Mapping[str, Tensor]) -> Conditions:
-        """Conditions of examples with these captions."""
+        """Return the conditions of examples with these captions."""
         return Conditions(self.values, torch.tensor([self.numbers[caption] for caption in captions]), places)
 
 
@@ -193,18 +193,18 @@ def from_prompts(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Trajectories:
-    """Examples without pictures: what the model sees while each LoRA, alone, makes images of its own prompts.
+    """Make examples without pictures: the latents that the model sees while each LoRA alone draws its prompts.
 
     Args:
         denoiser: The model.
-        loras: What will be merged.
-        prompts: One or several a LoRA, with its trigger word.
-        steps: Sampling steps of an image, each of which gives one example.
-        trajectories: Images of each LoRA; prompts take turns.
+        loras: The LoRAs to merge.
+        prompts: One or several per LoRA, with its trigger word.
+        steps: Sampling steps per image, each of which gives one example.
+        trajectories: Images per LoRA; prompts take turns.
         guidance: Scale of the classifier-free guidance; the family's usual by default, 1 for none.
         resolution: Side of the images in pixels; the model's by default.
         snr_gamma: As for `from_images`.
-        seed: Of the images.
+        seed: Seed of the images.
         progress: Called with the number of steps done and of all.
 
     Raises:
@@ -213,7 +213,9 @@ def from_prompts(
     """
     given = [[p] if isinstance(p, str) else list(p) for p in prompts]
     if len(given) != len(loras) or not all(given):
-        raise OptionError(f"LoRAs: {len(loras)}, prompts given for {sum(map(bool, given))}. One prompt or more a LoRA.")
+        raise OptionError(
+            f"LoRAs: {len(loras)}, prompts given for {sum(map(bool, given))}. Wanted at least one prompt per LoRA."
+        )
     if steps < 1 or trajectories < 1:
         raise OptionError(f"Steps and trajectories are numbers from 1, got {steps} and {trajectories}.")
     side = resolution or denoiser.resolution
@@ -254,7 +256,7 @@ def _check_gamma(denoiser: Denoiser, side: int, gamma: float | None) -> None:
 
 
 class _Sampler:
-    """Makes images with the pipeline's own scheduler, and gives out what the denoiser sees on the way."""
+    """Samples images with the pipeline's own scheduler and records the denoiser's inputs."""
 
     def __init__(self, denoiser: Denoiser, side: int, steps: int, guidance: float) -> None:
         self.denoiser, self.side, self.steps, self.guidance = denoiser, side, steps, guidance
@@ -263,15 +265,15 @@ class _Sampler:
 
     @property
     def rows(self) -> int:
-        """Rows of a pass: with guidance a second one, without the prompt."""
+        """Return the number of rows per pass: guidance adds one without the prompt."""
         return 1 if self.guidance == 1 else 2
 
     def place(self, count: int) -> Mapping[str, Tensor]:
-        """Conditions of whole pictures."""
+        """Return the conditions of uncropped pictures."""
         return self.denoiser.placed_at([((self.side, self.side), (0, 0), self.side)] * count)
 
     def run(self, given: Conditions, generator: torch.Generator, done: Callable[[], None]) -> tuple[Tensor, Tensor]:
-        """The latents ``(steps, …)`` and timesteps ``(steps,)`` of an image's making."""
+        """Sample an image; return the latents ``(steps, …)`` and timesteps ``(steps,)`` of its steps."""
         states = []
         for state in self._states(given, generator):
             states.append(state)
@@ -279,7 +281,7 @@ class _Sampler:
         return torch.cat([x for x, _ in states]), torch.stack([t for _, t in states])
 
     def _states(self, given: Conditions, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """The latents ``(1, …)`` and timestep of every step."""
+        """Yield the latents ``(1, …)`` and the timestep of every step."""
         scheduler = copy.deepcopy(self.denoiser.pipe.scheduler)
         self._begin(scheduler)
         if self.rows == 2:
@@ -299,7 +301,7 @@ class _Sampler:
             latents = step.prev_sample
 
     def _both(self, given: Conditions) -> Conditions:
-        """Conditions of the prompt, and below it of none."""
+        """Stack the conditions of the prompt on those of the empty prompt."""
         if not given.texts:
             which = torch.cat([given.which, torch.tensor([self.empty_number])])
             return Conditions({}, which, self.place(2))
@@ -308,12 +310,12 @@ class _Sampler:
 
     @cached_property
     def empty(self) -> Mapping[str, Tensor]:
-        """Conditions of no prompt."""
+        """Return the conditions of the empty prompt."""
         return self.denoiser.unconditional()
 
     @cached_property
     def empty_number(self) -> int:
-        """Number of no prompt, where prompts are encoded in every pass."""
+        """Return the index of the empty prompt, for prompts that are encoded in every pass."""
         self.denoiser.prompts.append("")
         return len(self.denoiser.prompts) - 1
 
@@ -329,6 +331,6 @@ class _Sampler:
 
     @staticmethod
     def _random(scheduler: Any, generator: torch.Generator) -> dict[str, torch.Generator]:
-        """Schedulers that add noise take the generator too."""
+        """Return the generator as an argument for the schedulers that add noise."""
         takes = inspect.signature(scheduler.step).parameters
         return {"generator": generator} if "generator" in takes else {}

@@ -1,4 +1,4 @@
-"""What differs between the model families: what a prompt becomes, and how the denoiser is called."""
+"""The differences between model families: how prompts are encoded and how the denoiser is called."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import OptionError
 
 Conditions: TypeAlias = Mapping[str, Tensor]
-"""What the denoiser sees beside the latents; the first axis is the batch."""
+"""The denoiser's inputs besides latents and timestep; the first axis is the batch."""
 
 Size: TypeAlias = tuple[tuple[int, int], tuple[int, int], int]
 """Height and width of a picture, top and left of its square, and the square's side."""
@@ -24,19 +24,19 @@ class Family:
     """Class names."""
     denoiser: str
     architectures: tuple[str, ...]
-    """Families of LoRAs that may be for it."""
+    """Families of the LoRAs that fit it."""
     encode: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
-    """Conditions of prompts."""
+    """Encodes prompts into conditions."""
     call: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
-    """What the denoiser predicts."""
+    """Calls the denoiser and returns its prediction."""
     place: Callable[[Sequence[Size]], dict[str, Tensor]] = lambda sizes: {}
-    """Conditions that say where in a picture each example lies."""
+    """Returns the conditions that say how each example was cropped out of its picture."""
     flow: bool = False
-    """Whether it is a rectified flow from data to noise, instead of a diffusion."""
+    """True for a rectified flow from data to noise, False for a diffusion."""
     guidance: float
     """Scale of the classifier-free guidance that pictures are usually made with; 1 for none."""
     packed: bool = False
-    """Whether the denoiser takes 2 × 2 latents as one token."""
+    """True if the denoiser takes 2 × 2 latents as one token."""
 
 
 def _sd_encode(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ def _sdxl_call(model: nn.Module, sample: Tensor, timestep: Tensor, given: Condit
 
 
 def _sdxl_place(sizes: Sequence[Size]) -> dict[str, Tensor]:
-    """Original size, crop and target size: section 2.2 of the SDXL paper."""
+    """Return original size, crop and target size: section 2.2 of the SDXL paper."""
     return {"time_ids": torch.tensor([[*size, *corner, side, side] for size, corner, side in sizes], dtype=torch.float)}
 
 
@@ -105,7 +105,7 @@ def _flux_call(model: Any, sample: Tensor, timestep: Tensor, given: Conditions) 
 
 
 FLUX_GUIDANCE = 3.5
-"""What FLUX.1 [dev] is told its guidance was, in sampling and here."""
+"""The guidance that FLUX.1 [dev] takes as an input, in sampling and here."""
 
 FAMILIES = (
     Family(
@@ -148,10 +148,10 @@ FAMILIES = (
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a pipeline.
+    """Find the family of a pipeline.
 
     Raises:
-        OptionError: It is of none that LoRAs can be learned on here.
+        OptionError: LoRAs can't be learned on it here.
     """
     name = type(pipe).__name__
     for family in FAMILIES:

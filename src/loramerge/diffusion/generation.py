@@ -1,10 +1,10 @@
-"""Pictures of settings × prompts × seeds, each with its recipe inside.
+"""Generate pictures of settings × prompts × seeds, and write each one's recipe into its file.
 
 A setting is the base model with some LoRAs.  A picture depends on its own recipe only: its noise
 comes from a generator of its own on the CPU, whatever else is drawn beside it.  What is there
 already, with the same recipe, is not drawn again.
 
-from loramerge.diffusion.generation import Sampling, Use, generate
+from loramerge.diffusion import Sampling, Use, generate
 
 settings = {"none": [], "both": [Use(person, 0.7), Use(jersey, 0.5)]}
 generate(pipe, settings, ["a psq-person wearing a barca24_jersey"], 8, "out", sampling=Sampling(steps=30))
@@ -31,14 +31,13 @@ from ..tensors import Array
 from .apply import applied, check_loads, fingerprint
 
 LEGIBLE = 40
-"""Characters of a prompt in a file's name."""
+"""Number of a prompt's characters in a file's name."""
 WAYS_OUT = "Ways out: fewer at a time (--batch), float16, a smaller size (--size). What was drawn is kept; the same call goes on."
-"""Of too little memory."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """A LoRA at a weight."""
+    """A LoRA and its weight."""
 
     lora: LoRA
     weight: float = 1.0
@@ -46,7 +45,7 @@ class Use:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a picture is drawn; for guidance and sides None takes the pipeline's own default."""
+    """Sampling options; None for guidance, height or width takes the pipeline's default."""
 
     steps: int = 30
     guidance: float | None = None
@@ -69,7 +68,7 @@ class Drawn:
     seed: int
     path: Path
     reused: bool
-    """Whether it was there already."""
+    """True if the picture existed already."""
 
 
 def generate(
@@ -86,28 +85,29 @@ def generate(
 ) -> list[Drawn]:
     """Draw every prompt with every seed in every setting, into ``output/SETTING/PROMPT-SEED.png``.
 
-    Every LoRA is loaded once before the first picture, so that a bad one fails at once.
+    Every LoRA is loaded once before the first picture, so that one that doesn't fit fails at once.
 
     Args:
-        pipe: A text-to-image pipeline of diffusers that loads LoRAs, where it is to compute.
+        pipe: A text-to-image pipeline of diffusers that loads LoRAs, on the device to compute on.
         settings: LoRAs by name of the setting; an empty list is the base alone.
-        prompts: One at least, each once.
-        seeds: So many, from 0, or which.
-        output: A directory; it is made where it is missing.
+        prompts: At least one; no duplicates.
+        seeds: A number of seeds, counted from 0, or the seeds themselves.
+        output: A directory; it is created if it is missing.
         sampling: Steps, guidance, size.
-        batch: Pictures drawn together, of the same setting.
-        base: What recipes call the model; the name that the pipeline was loaded by.
+        batch: Pictures per pass, all of the same setting.
+        base: The model's name in recipes; by default the name that the pipeline was loaded from.
         progress: Called with the number of pictures done and of all.
 
     Returns:
         Every picture, by setting, prompt and seed.
 
     Raises:
-        OptionError: Nothing to draw, a name that is no folder's, or LoRAs loaded already.
-        FileError: A picture of that name was made by someone else, or can't be written.
+        OptionError: There is nothing to draw, a setting's name can't be a folder's, or the pipeline has LoRAs already.
+        FileError: A picture of that name wasn't made by loramerge, or can't be written.
         MergeError: A LoRA changes modules that the model doesn't have, or diffusers can't load it whole.
         DialectError: diffusers' file format can't hold a layer.
-        NumberError: A weight or a value of a LoRA is NaN or infinite, the model gave NaN, or its safety checker took a picture away.
+        NumberError: A weight or a value of a LoRA is NaN or infinite, the model gave NaN, or its safety checker made a
+            picture black.
         DeviceMemoryError: The memory does not suffice: what to lower.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -134,19 +134,19 @@ def generate(
 
 
 def _distinct(settings: Iterable[Sequence[Use]]) -> list[LoRA]:
-    """Every LoRA once, in order."""
+    """List every LoRA once, in order."""
     return list({use.lora.sha256: use.lora for uses in settings for use in uses}.values())
 
 
 def slug(prompt: str) -> str:
-    """The beginning of a prompt as a file's name, and six hexadecimal digits of all of it."""
+    """Make a file's name from the beginning of a prompt and six hexadecimal digits of its hash."""
     words = re.sub(r"[^a-z0-9_]+", "-", prompt.lower()).strip("-")[:LEGIBLE].rstrip("-")
     return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}".lstrip("-")
 
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a picture belongs, and how it is made."""
+    """A picture's path and recipe."""
 
     setting: str
     prompt: str
@@ -155,10 +155,10 @@ class _Place:
     recipe: Mapping[str, Any]
 
     def there(self) -> bool:
-        """Whether the picture is there, with the same recipe.
+        """Return whether the picture exists with the same recipe.
 
         Raises:
-            FileError: There is another's.
+            FileError: There is a picture that loramerge didn't make.
         """
         if not self.path.exists():
             return False
@@ -171,10 +171,11 @@ class _Place:
 def check(
     settings: Mapping[str, Sequence[Use]], prompts: Sequence[str], seeds: int | Sequence[int], batch: int = 1
 ) -> None:
-    """Refuse what `generate` can't draw, without the pipeline.
+    """Check the arguments of `generate` that need no pipeline.
 
     Raises:
-        OptionError: Nothing to draw, something twice, a weight that is no number, or a name that is no folder's.
+        OptionError: There is nothing to draw, something is given twice, a weight isn't finite, or a name can't be a
+            folder's.
     """
     seeds = range(seeds) if isinstance(seeds, int) else seeds
     if isinstance(prompts, str) or not (settings and prompts and seeds) or batch < 1:
@@ -199,7 +200,7 @@ def check(
 
 
 def _common(pipe: Any, sampling: Sampling, base: str | None) -> dict[str, Any]:
-    """What the recipes of all pictures have in common."""
+    """Return the recipe entries that all pictures share."""
     defaults = {name: p.default for name, p in inspect.signature(pipe.__call__).parameters.items()}
     guidance = defaults["guidance_scale"] if sampling.guidance is None else sampling.guidance
     return {
@@ -223,7 +224,7 @@ def _common(pipe: Any, sampling: Sampling, base: str | None) -> dict[str, Any]:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A scheduler's configuration as JSON gives it back."""
+    """Convert a scheduler's configuration to what JSON gives back."""
     kept = {key: value for key, value in config.items() if not key.startswith("_")}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
     return plain
@@ -246,7 +247,7 @@ def _recipe(common: Mapping[str, Any], uses: Sequence[Use], prompt: str, seed: i
 def _drawn(
     pipe: Any, uses: Sequence[Use], todo: Sequence[_Place], sampling: Mapping[str, Any], batch: int
 ) -> Iterator[int]:
-    """Draw and save the pictures of one setting; give how many were saved, batch by batch."""
+    """Draw and save the pictures of one setting, yielding the number saved after each batch."""
     if not todo:
         return
     make_folder(todo[0].path.parent)
@@ -280,7 +281,7 @@ def _images(pipe: Any, part: Sequence[_Place], sampling: Mapping[str, Any]) -> l
 
 
 def _bytes(values: Array, place: _Place) -> Array:
-    """Values in [0, 1] as diffusers rounds them."""
+    """Round values in [0, 1] to bytes, as diffusers does."""
     import numpy as np
 
     if not np.isfinite(values).all():

@@ -1,4 +1,4 @@
-"""Text-to-image pipelines of diffusers, by name."""
+"""Open text-to-image pipelines of diffusers by name."""
 
 import os
 from pathlib import Path
@@ -20,14 +20,14 @@ def load_pipeline(
     quiet: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A pipeline, ready to draw.
+    """Load a pipeline that is ready to draw.
 
     Args:
         base: A diffusers directory, or a name on the Hugging Face Hub.
-        device: By default CUDA where there is one.
+        device: CUDA by default if there is a GPU.
         dtype: ``"float16"`` …; by default float16 on CUDA and float32 elsewhere.
-        variant: Of the files: ``"fp16"``.
-        scheduler: Name of a class of diffusers, in place of the pipeline's own.
+        variant: Which of the repository's files to load, such as ``"fp16"``.
+        scheduler: Name of a class of diffusers, instead of the pipeline's own.
         quiet: Whether to silence diffusers and transformers in this process.
         trust_remote_code: Whether to run code that the model brings.
 
@@ -54,12 +54,12 @@ def load_pipeline(
 
 
 def use_scheduler(pipe: Any, name: str) -> None:
-    """Give a pipeline another scheduler, with the configuration of its own.
+    """Replace a pipeline's scheduler, keeping its configuration.
 
     Raises:
         OptionError: diffusers has no scheduler of that name.
     """
-    # DDIM clips to [-1, 1] unless told: right for pixels, but latents are larger
+    # DDIM clips to [-1, 1] by default: right for pixels, but latents are larger
     config = {"clip_sample": False, **pipe.scheduler.config}
     pipe.scheduler = _scheduler(name).from_config(config)
 
@@ -79,17 +79,17 @@ def _scheduler(name: str) -> Any:
 def opened(
     source: str | os.PathLike[str], *, dtype: Any, variant: str | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """A pipeline of diffusers.
+    """Open a pipeline of diffusers.
 
     Args:
-        source: A directory that one was saved in, or its name on the Hugging Face Hub.
-        dtype: torch's.
+        source: A directory that diffusers saved, or a name on the Hugging Face Hub.
+        dtype: A torch dtype.
         variant: Which of its files, such as ``"fp16"``.
         trust_remote_code: Whether to run code that the model brings.
 
     Raises:
         FileError: The model is missing or can't be read, or the Hub can't be reached.
-        OptionError: It is a single file, or brings code that nobody has allowed to run.
+        OptionError: It is a single file, or brings code that is not trusted.
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
@@ -122,13 +122,13 @@ def _check(text: str, path: Path) -> None:
             "StableDiffusionXLPipeline.from_single_file(…).save_pretrained(DIRECTORY)."
         )
     if path.is_dir() and not (path / "model_index.json").exists():
-        raise FileError(f"{text} holds no model_index.json, so it is no model that diffusers saved.")
+        raise FileError(f"{text} holds no model_index.json, so it isn't a model that diffusers saved.")
     if not path.exists() and (text.startswith((".", "/", "~")) or text.count("/") > 1):
         raise FileError(f"Can't load the base model {text}: there is no directory {text}.")
 
 
 def _code(path: Path, error: Exception) -> str:
-    """Which code, for one who wants to look at it."""
+    """Name the files of code that a model brings, or what the error says of them."""
     files = [file.relative_to(path).as_posix() for file in sorted(path.glob("**/*.py"))] if path.is_dir() else []
     return ", ".join(files) or _first_line(error)
 

@@ -1,4 +1,4 @@
-"""Several processes that learn one merge together: each draws data of its own, gradients are averaged."""
+"""Learn one merge in several processes: each draws its own data, and gradients are averaged."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ class Team:
 
     @property
     def writes(self) -> bool:
-        """Whether this process is the one that writes results and speaks."""
+        """True in the process that writes results and prints."""
         return bool(self.state.is_main_process)
 
     @property
     def shard(self) -> int:
-        """This process's number, from 0: what `ziplora` and `calibrate` take other data by."""
+        """Return this process's number, from 0, by which `ziplora` and `calibrate` choose its data."""
         return int(self.state.process_index)
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """Return the number of processes."""
         return int(self.state.num_processes)
 
     @property
     def device(self) -> torch.device:
-        """This process's own device."""
+        """Return this process's device."""
         return torch.device(self.state.device)
 
     def reduce(self, tensors: Sequence[Tensor]) -> None:
@@ -48,16 +48,16 @@ class Team:
             tensor.copy_(shared / self.size)
 
     def own(self, path: Path) -> Path:
-        """This process's own file: the path itself in the first, ``state.1.safetensors`` beside it in the second."""
+        """Return this process's file: ``path`` itself in the first, ``state.1.safetensors`` next to it in the second."""
         return path.with_name(f"{path.stem}.{self.shard}{path.suffix}") if self.shard else path
 
     def wait(self) -> None:
-        """Go on once all processes are here."""
+        """Wait until all processes have come here."""
         self.state.wait_for_everyone()
 
 
 def team(*, cpu: bool = False) -> Team:
-    """The processes that were started together; one where nothing started several.
+    """Join the processes that were started together; without a launcher it is this one alone.
 
     Args:
         cpu: Whether to compute on the CPU even if there are GPUs.

@@ -1,4 +1,4 @@
-"""How noise is added: the timesteps that a model knows, and what it sees at each."""
+"""Noise schedules: draw timesteps, add noise to latents, and compute the target of the prediction."""
 
 import math
 from dataclasses import dataclass
@@ -11,29 +11,29 @@ from ..errors import OptionError
 
 
 class Schedule(Protocol):
-    """How a model's training adds noise."""
+    """The way in which a model's training adds noise."""
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """Timesteps at random, ``(count,)``."""
+        """Draw timesteps at random, ``(count,)``."""
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model sees, ``(count, …)``."""
+        """Return the noised latents, ``(count, …)``."""
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the model should answer to it, ``(count, …)``."""
+        """Return what the model should predict, ``(count, …)``."""
 
     def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """How much each example counts by min-SNR, ``(count,)``."""
+        """Return each example's min-SNR weight, ``(count,)``."""
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """x_t = √ᾱ x₀ + √(1 − ᾱ) ε."""
+    """Diffusion: x_t = √ᾱ x₀ + √(1 − ᾱ) ε."""
 
     alphas: Tensor
     """ᾱ by timestep."""
     velocity: bool
-    """Whether the model predicts v = √ᾱ ε − √(1 − ᾱ) x₀ instead of ε."""
+    """True if the model predicts v = √ᾱ ε − √(1 − ᾱ) x₀ instead of ε."""
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self.alphas), (count,), generator=generator)
@@ -49,12 +49,12 @@ class Diffusion:
         return signal * noise - sigma * latents
 
     def _parts(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ and √(1 − ᾱ), shaped to multiply latents with."""
+        """Return √ᾱ and √(1 − ᾱ), shaped to broadcast over latents."""
         alpha = self.alphas[timesteps].reshape(-1, *(1,) * (latents.ndim - 1))
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def weights(self, timesteps: Tensor, gamma: float) -> Tensor:
-        """min(SNR, γ) / SNR, and by SNR + 1 for v: Hang et al., 2023, https://arxiv.org/abs/2303.09556."""
+        """Return min(SNR, γ) / SNR, or over SNR + 1 for v: Hang et al., 2023, https://arxiv.org/abs/2303.09556."""
         alpha = self.alphas[timesteps.round().long().clamp(0, len(self.alphas) - 1)]
         snr = alpha / (1 - alpha)
         return snr.clamp(max=gamma) / (snr + 1 if self.velocity else snr.clamp_min(1e-8))
@@ -62,10 +62,10 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Flow:
-    """x_t = (1 − σ) x₀ + σ ε."""
+    """Rectified flow: x_t = (1 − σ) x₀ + σ ε."""
 
     shift: float
-    """How far σ lies to the side of noise, 1 for not at all."""
+    """Shift of σ towards noise; 1 for none."""
     count: int = 1000
 
     def timesteps(self, count: int, generator: torch.Generator) -> Tensor:
@@ -86,10 +86,10 @@ class Flow:
 
 
 def schedule(pipe: Any, flow: bool, tokens: int) -> Schedule:
-    """The schedule of a pipeline's training.
+    """Read the noise schedule from a pipeline.
 
     Args:
-        pipe: The pipeline, whose scheduler's configuration says it.
+        pipe: The pipeline; its scheduler's configuration is read.
         flow: Whether the model is a flow.
         tokens: Tokens of an image, on which the shift of some flows depends.
     """
@@ -104,7 +104,7 @@ def schedule(pipe: Any, flow: bool, tokens: int) -> Schedule:
 
 
 def shift(config: Any, tokens: int) -> float | None:
-    """log of the shift that depends on an image's tokens; None where it doesn't."""
+    """Return the log of the shift for an image of so many tokens; None if the shift is constant."""
     if not config.get("use_dynamic_shifting"):
         return None
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

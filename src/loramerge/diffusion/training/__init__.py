@@ -1,4 +1,4 @@
-"""Training a LoRA on pictures: PEFT's layers in a model of diffusers, and an ordinary LoRA of loramerge at the end.
+"""Train a LoRA on pictures: PEFT's layers in a model of diffusers give an ordinary LoRA of loramerge.
 
 from loramerge.diffusion import TrainSettings, load, train_lora
 

@@ -1,4 +1,4 @@
-"""What may be a mistake in the data, and may be meant."""
+"""Warnings about suspicious training data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from ...scoring.captions import Picture, captioned, size
 from ..denoiser import Denoiser
 
 RARE = 0.8
-"""A word that is one piece of the vocabulary is rare in its last fifth: pieces stand there by how often they occur."""
+"""A single-token word is rare if its id lies in this last part of the vocabulary, which is sorted by frequency."""
 
 
 def hints(
@@ -19,7 +19,7 @@ def hints(
     trigger: str | None = None,
     resolution: int | None = None,
 ) -> list[str]:
-    """Sentences for the user; none where nothing is unusual.
+    """Return warnings, as sentences for the user; none if nothing is unusual.
 
     Args:
         denoiser: The model, for its tokenizer and its resolution.
@@ -51,8 +51,8 @@ def _about_words(found: Sequence[Picture], tokenizer: Any) -> str:
     if any(_rare(word, tokenizer) for word in common if word):
         return ""
     return (
-        f"No rare word is in all {len(found)} captions, so that nothing calls up what is learned. Way out: a trigger such "
-        "as 'psq-person' in every caption."
+        f"No rare word is in all {len(found)} captions, so no word triggers the learned concept. Way out: a trigger "
+        "such as 'psq-person' in every caption."
     )
 
 

@@ -1,4 +1,4 @@
-"""The training loop: passes, gradients, steps of AdamW, states."""
+"""The training loop: forward passes, gradients, AdamW steps, checkpoints."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ from ..denoiser import Denoiser
 from ..examples import Images, from_images
 from ..processes import Team, team
 from .metadata import described
-from .order import Deck
+from .order import Order
 from .peft_layers import Injected, architecture_of, injected, seeded
 from .settings import TrainSettings
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What a step came to."""
+    """The result of a training step."""
 
     step: int
     """From 1."""
@@ -54,19 +54,19 @@ def train_lora(
     """Train a LoRA on pictures with captions.
 
     Latents and prompts are encoded once, before the first step; of a picture's latents the mean is taken, not a sample.
-    Where text encoders learn too (``load(text_encoders=True)``), prompts are encoded in every pass.  In several processes,
-    started by ``accelerate launch`` or ``torchrun``, each takes its share of every step's examples.
+    Where text encoders learn too (``load(text_encoders=True)``), prompts are encoded in every pass.  In several
+    processes, started by ``accelerate launch`` or ``torchrun``, each takes its share of every step's examples.
 
     Args:
-        denoiser: The model, Stable Diffusion 1, 2 or XL; afterwards it is as before.
+        denoiser: The model, Stable Diffusion 1, 2 or XL; it is restored afterwards.
         folder: Pictures with captions, see `loramerge.scoring.captions`.
-        settings: How to train.
+        settings: Rank, steps, learning rate and so on.
         prompt: For pictures without a caption.
-        checkpoint: Where to keep the state; if it is there, training goes on from it: on the CPU to the same bits.
-        every: Steps between two states; one more is kept at the beginning and at the end.
-        on_step: Called after every step, when its state is kept; False stops training.
+        checkpoint: File of the training state; if it exists, training resumes from it: on the CPU to the same bits.
+        every: Steps between checkpoints; there is also one at the beginning and one at the end.
+        on_step: Called after every step, once its state is saved; training stops if it returns False.
         name: The LoRA's title; the folder's name by default.
-        trigger: The word that the captions have for what is learned, for the metadata.
+        trigger: The trigger word, for the metadata.
         progress: Called with the number of pictures encoded and of all.
 
     Returns:
@@ -96,7 +96,7 @@ def train_lora(
             "processes": together.size,
         }
         with injected(mixed, chosen) as inside:
-            run = Run(mixed, inside, Deck(images, chosen.seed), chosen, together)
+            run = Run(mixed, inside, Order(images, chosen.seed), chosen, together)
             run.train(checkpoint, about, every, on_step)
             layers = inside.taken()
     title = name or Path(folder).expanduser().resolve().name
@@ -111,10 +111,10 @@ def train_lora(
 
 
 def _mixed(denoiser: Denoiser) -> Denoiser:
-    """The model as it is trained: factors are float32 and take part in its own, narrower dtype.
+    """Return the model with autocast in its own dtype, since the LoRA's factors are float32.
 
     Raises:
-        OptionError: It can't be trained here.
+        OptionError: LoRAs can't be trained on it here.
     """
     if denoiser.family.flow or not denoiser.family.denoiser == "unet":
         raise OptionError(
@@ -132,7 +132,7 @@ def _mixed(denoiser: Denoiser) -> Denoiser:
 def _images(
     denoiser: Denoiser, folder: str | Path, settings: TrainSettings, prompt: str | None, progress: Progress | None
 ) -> Images:
-    """The pictures to learn, and those of the class."""
+    """Make examples of the training pictures, and of the class's for prior preservation."""
     prior = [] if settings.prior is None else [settings.prior]
     return from_images(
         denoiser,
@@ -147,7 +147,7 @@ def _images(
 
 @contextmanager
 def _nothing_lost(checkpoint: Path | None) -> Iterator[None]:
-    """Have errors on the way say where the state is."""
+    """Add the checkpoint's path to errors."""
     try:
         yield
     except (DeviceMemoryError, NumberError) as error:
@@ -160,30 +160,30 @@ def _nothing_lost(checkpoint: Path | None) -> Iterator[None]:
 
 @dataclass
 class LossScale:
-    """What the loss is multiplied by, so that gradients don't underflow in float16: as large as just goes.
+    """The factor on the loss that keeps gradients from underflowing in float16: the largest that doesn't overflow.
 
     Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740, section 3.2, with PyTorch's numbers.
     """
 
     value: float = 1.0
     sound: float = 0
-    """Steps since it changed."""
+    """Steps since the last change."""
     patience: float = math.inf
 
     @classmethod
     def of(cls, denoiser: Denoiser) -> "LossScale":
-        """What this model needs."""
+        """Return the initial scale for a model: 1 unless it computes in float16."""
         half = torch.float16 in (denoiser.dtype, denoiser.autocast)
         return cls(65536.0, patience=2000) if half else cls()
 
     def stepped(self) -> None:
-        """After a step with finite gradients."""
+        """Count a step with finite gradients; after ``patience`` of them double the scale."""
         self.sound += 1
         if self.sound >= self.patience:
             self.value, self.sound = 2 * self.value, 0
 
     def lower(self) -> bool:
-        """After a step that overflowed: whether a smaller one is left to try."""
+        """Halve the scale after a step that overflowed; return False if it can't get smaller."""
         if self.value <= 1:
             return False
         self.value, self.sound = self.value / 2, 0
@@ -194,9 +194,9 @@ class Run:
     """One run of training."""
 
     def __init__(
-        self, denoiser: Denoiser, inside: Injected, deck: Deck, settings: TrainSettings, together: Team
+        self, denoiser: Denoiser, inside: Injected, order: Order, settings: TrainSettings, together: Team
     ) -> None:
-        self.denoiser, self.deck, self.settings, self.together = denoiser, deck, settings, together
+        self.denoiser, self.order, self.settings, self.together = denoiser, order, settings, together
         self.parameters = inside.parameters
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=settings.weight_decay)
         self.scale = LossScale.of(denoiser)
@@ -209,18 +209,18 @@ class Run:
         every: int,
         on_step: Callable[[TrainStep], bool | None] | None,
     ) -> None:
-        """Go through the steps that are left."""
+        """Do the remaining steps."""
         identity = {**about, "settings": self.settings.identity()} if checkpoint else {}
         self._resume(checkpoint, identity)
 
         def keep() -> None:
             if checkpoint and self.together.writes:
                 scales = [self.scale.value, self.scale.sound]
-                generator = torch.Generator()  # examples need none: they depend on the seed and their numbers
+                generator = torch.Generator()  # unused: examples depend on the seed and their number alone
                 save_state(checkpoint, identity, self.reached, self.parameters, self.optimizer, generator, scales)
 
         if not self.reached:
-            keep()  # a path that can't be written is told before the first step
+            keep()  # so a path that can't be written fails before the first step
         while self.reached < self.settings.steps:
             done = self._step()
             if done is None:
@@ -249,7 +249,7 @@ class Run:
         self.reached = state.step
 
     def _step(self) -> TrainStep | None:
-        """One step; None where its gradients are not finite."""
+        """Do one step; return None if its gradients aren't finite."""
         rate = self.settings.rate(self.reached)
         while True:
             loss, norm = self._gradients()
@@ -265,7 +265,7 @@ class Run:
         return TrainStep(self.reached, self.settings.steps, loss, rate)
 
     def _gradients(self) -> tuple[float, float]:
-        """The loss, and the norm that the gradients had before they were clipped."""
+        """Compute gradients; return the loss and the gradients' norm before clipping."""
         given, parameters = self.settings, list(self.parameters.values())
         self.optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
@@ -283,7 +283,7 @@ class Run:
         return float(total), float(norm)
 
     def _chance(self, number: int) -> Any:
-        """What a pass leaves out at random, from its number."""
+        """Seed the dropout of a pass by its number."""
         return (
             seeded(self.settings.seed + 1_000_003 * number, self.denoiser.device)
             if self.settings.dropout
@@ -291,10 +291,10 @@ class Run:
         )
 
     def _loss(self, numbers: Sequence[int]) -> Tensor:
-        """Mean squared error of the examples with these numbers, plus that of as many of the class."""
+        """Return the mean squared error of the examples with these numbers, plus that of as many of the class."""
         counts = [1.0] if self.settings.prior is None else [1.0, self.settings.prior_weight]
-        dealt = [self.deck.deal(folder, numbers) for folder in range(len(counts))]
-        batch, target = join([batch for batch, _ in dealt]), torch.cat([target for _, target in dealt])
+        parts = [self.order.batch(folder, numbers) for folder in range(len(counts))]
+        batch, target = join([batch for batch, _ in parts]), torch.cat([target for _, target in parts])
         weight = torch.tensor(counts).repeat_interleave(len(numbers)) * batch.get("weight", 1.0)
         predicted = self.denoiser.run(seen(batch)).float()
         errors = (predicted - target.to(predicted)).square().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""What a trained file says of itself: ModelSpec, kohya's ``ss_`` entries, and every setting."""
+"""Metadata of a trained LoRA: ModelSpec, kohya's ``ss_`` entries, and every setting."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from ...files.architectures.labels import LABELS
 from .settings import TrainSettings
 
 KEY = "loramerge.training"
-"""Where the file says how it was trained: all settings, the base model, the data's SHA-256, versions."""
+"""Key of the training record: all settings, the base model, the data's SHA-256, versions."""
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
@@ -23,15 +23,15 @@ def described(
     name: str,
     trigger: str | None,
 ) -> dict[str, str]:
-    """The entries of a file's header.
+    """Return the metadata for a file's header.
 
     Args:
-        settings: How it was trained.
-        about: On what: the base model, its precision, the data, the number of processes.
+        settings: The training settings.
+        about: The base model, its precision, the data and the number of processes.
         architecture: Name of the family.
-        steps: How many were done.
+        steps: Number of steps done.
         name: The LoRA's title.
-        trigger: The word that the captions have for what was learned.
+        trigger: The trigger word.
     """
     training = {
         "loramerge": __version__,
@@ -51,7 +51,7 @@ def described(
 def _specification(
     about: Mapping[str, Any], architecture: str | None, name: str, trigger: str | None
 ) -> dict[str, str]:
-    """https://github.com/Stability-AI/ModelSpec, without a date: the same run gives the same file."""
+    """Return entries of https://github.com/Stability-AI/ModelSpec, without a date: the same run gives the same file."""
     side = about["data"]["resolution"]
     velocity = about["prediction"] == "v_prediction"
     label = LABELS.get(architecture or "")
@@ -70,7 +70,7 @@ def _specification(
 
 
 def _kohya(settings: TrainSettings, about: Mapping[str, Any], architecture: str | None, steps: int) -> dict[str, str]:
-    """As kohya-ss/sd-scripts, train_network.py, names them."""
+    """Return the entries that kohya-ss/sd-scripts, train_network.py, writes."""
     data, text = about["data"], about["text_encoders"]
     label = LABELS.get(architecture or "")
     pictures = data["images"]

@@ -1,7 +1,7 @@
-"""The examples of a run, in order: which one is the n-th depends on the seed and n alone.
+"""The order of a run's examples: the n-th depends on the seed and n alone.
 
-So a run that goes on sees what it would have seen, and processes, batches and accumulated passes
-share the same examples out among them.
+So a resumed run sees the same examples as an uninterrupted one, and processes, batches and accumulated
+passes divide the same sequence among them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...learned.batches import Batch
 from ..examples import Images, weight
 
-ORDER, NOISE = 0, 1
+PICTURES, NOISE = 0, 1
 
 
 @dataclass(frozen=True)
@@ -24,23 +24,23 @@ class Drawn:
     picture: int
     mirrored: int
     noise: Tensor
-    """As the picture's latents."""
+    """Same shape as the picture's latents."""
     timestep: Tensor
     """Shape ``()``."""
 
 
 @dataclass(frozen=True)
-class Deck:
-    """Pictures at random: each once before any comes again, mirrored or not, at a timestep, under noise."""
+class Order:
+    """The sequence of examples: each epoch has every picture once, with random flip, timestep and noise."""
 
     images: Images
     seed: int
 
-    def deal(self, folder: int, numbers: Sequence[int]) -> tuple[Batch, Tensor]:
-        """The examples with these numbers.
+    def batch(self, folder: int, numbers: Sequence[int]) -> tuple[Batch, Tensor]:
+        """Return the examples with these numbers as a batch.
 
         Args:
-            folder: Which of the folders.
+            folder: Index of the folder.
             numbers: From 0.
 
         Returns:
@@ -56,10 +56,10 @@ class Deck:
         return batch | weight(schedule, timesteps, self.images.snr_gamma), schedule.target(latents, noise, timesteps)
 
     def drawn(self, folder: int, number: int) -> Drawn:
-        """The example with this number."""
+        """Return the example with this number."""
         held = self.images.latents[folder]
         epoch, place = divmod(number, len(held))
-        order = np.random.default_rng([self.seed, folder, ORDER, epoch]).permutation(len(held))
+        order = np.random.default_rng([self.seed, folder, PICTURES, epoch]).permutation(len(held))
         state = np.random.SeedSequence([self.seed, folder, NOISE, number]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(state[0]))
         mirrored = int(torch.randint(2, (), generator=generator)) * int(self.images.flip)

@@ -1,4 +1,4 @@
-"""PEFT's layers in the components of a model for a while."""
+"""Put PEFT's trainable layers into the components of a model, and take them out again."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,12 +24,12 @@ class Injected:
     """The trainable layers of a model."""
 
     layers: Mapping[str, Any]
-    """PEFT's layer by module, under loramerge's names."""
+    """PEFT's layers by loramerge's names of the modules."""
     scale: float
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every factor, ``MODULE/down`` and ``MODULE/up``, float32."""
+        """Return every factor, ``MODULE/down`` and ``MODULE/up``, float32."""
         found = {}
         for module, layer in self.layers.items():
             found[f"{module}/down"] = layer.lora_A[ADAPTER].weight
@@ -37,7 +37,7 @@ class Injected:
         return found
 
     def taken(self) -> dict[str, Layer]:
-        """The factors as they are now, as layers of loramerge."""
+        """Copy the factors into layers of loramerge."""
         return {module: self._taken(layer) for module, layer in self.layers.items()}
 
     def _taken(self, layer: Any) -> Layer:
@@ -51,7 +51,7 @@ def _array(tensor: Tensor) -> Any:
 
 @contextmanager
 def injected(denoiser: Denoiser, settings: TrainSettings) -> Iterator[Injected]:
-    """Trainable LoRAs in the denoiser, and in its text encoders if it has them learn; afterwards it is as before.
+    """Put trainable LoRAs into the denoiser, and its text encoders if they learn; the model is restored afterwards.
 
     Raises:
         OptionError: The pipeline has LoRAs already.
@@ -105,14 +105,14 @@ def _eject(model: nn.Module) -> None:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """PyTorch's own random numbers from a seed; afterwards they go on as if nothing had been."""
+    """Seed torch's global RNG inside the block and restore it afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 def architecture_of(denoiser: Denoiser, trained: Iterable[str]) -> str | None:
-    """The family that the model is of, or else one that has modules of these names."""
+    """Return the model's family, or else one that has modules of these names, or None."""
     there = modules(denoiser.pipe)
     names = set(trained)
     known = [ARCHITECTURES[name] for name in denoiser.family.architectures]

@@ -1,4 +1,4 @@
-"""Pictures on the way: the pipeline draws with the LoRA that is being trained."""
+"""Validation images: the pipeline draws with the LoRA that is being trained."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,16 +22,16 @@ def draw(
     guidance: float | None = None,
     resolution: int | None = None,
 ) -> list[Path]:
-    """Draw prompts with the model as it is now, into ``OUTPUT-000100-0.png``: to be called in ``on_step``.
+    """Draw prompts with the model as it is now, into ``OUTPUT-000100-0.png``; call it in ``on_step``.
 
-    What is learned does not depend on it.
+    Training doesn't depend on it.
 
     Args:
-        denoiser: The model; its VAE and text encoders must be there still.
+        denoiser: The model, with its VAE and text encoders.
         prompts: One picture each.
-        output: Where the LoRA will be written; pictures lie beside it.
-        step: For the name.
-        seed: Of each picture's noise.
+        output: Path of the LoRA; pictures are written next to it.
+        step: Number of the step, for the files' names.
+        seed: Seed of each picture's noise.
         sampling_steps: Steps of the pipeline's scheduler.
         guidance: Scale of the classifier-free guidance; the family's usual by default.
         resolution: Side of the pictures in pixels; the model's by default.
@@ -43,7 +43,7 @@ def draw(
     place = Path(output).expanduser()
     scale = denoiser.family.guidance if guidance is None else guidance
     drawn = []
-    # The LoRA's factors are float32 in a model that may be bfloat16.
+    # The LoRA's factors are float32, and the model may be bfloat16.
     mixed = torch.autocast(denoiser.device.type, torch.bfloat16, enabled=denoiser.dtype == torch.bfloat16)
     with denoiser.whole() as pipe, torch.no_grad(), mixed, _silent(pipe):
         for i, prompt in enumerate(prompts):
@@ -63,7 +63,7 @@ def draw(
 
 @contextmanager
 def _silent(pipe: Any) -> Iterator[None]:
-    """A pipeline without its progress bar."""
+    """Switch off a pipeline's progress bar inside the block."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)
     try:

@@ -1,4 +1,4 @@
-"""How a LoRA is trained; the defaults are those of diffusers' example script for SDXL."""
+"""Training settings; the defaults are those of diffusers' example script for SDXL."""
 
 import math
 from collections.abc import Mapping
@@ -26,48 +26,48 @@ UNET: Mapping[Targets, tuple[str, ...]] = {
     "transformers": TRANSFORMERS,
     "all": (*TRANSFORMERS, *RESNETS),
 }
-"""Ends of the names of the modules that are trained: what diffusers' scripts, kohya's LoRA and kohya's LoCon change."""
+"""Name endings of the modules to train: those of diffusers' scripts, kohya's LoRA and kohya's LoCon."""
 
 TEXT: Mapping[Targets, tuple[str, ...]] = {
     "attention": TEXT_ATTENTION,
     "transformers": (*TEXT_ATTENTION, "fc1", "fc2"),
     "all": (*TEXT_ATTENTION, "fc1", "fc2"),
 }
-"""The same of text encoders, where these are trained."""
+"""Name endings of the modules of text encoders to train."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How to train.
+    """The settings of a training run.
 
     The defaults are those of ``train_text_to_image_lora_sdxl.py`` of diffusers as its guide runs it: AdamW with betas
     0.9 and 0.999 and ε 10⁻⁸, factors that begin as PEFT's ``gaussian``, alpha = rank.
 
     Raises:
-        OptionError: A value is unknown, out of range, or of no effect beside the others.
+        OptionError: A value is unknown, out of range, or has no effect with the others.
     """
 
     rank: Count = 8
     alpha: Above | None = None
-    """The LoRA's scale is alpha / rank; None is the rank."""
+    """The LoRA's scale is alpha / rank; None means alpha = rank."""
     steps: Annotated[int, Range(0)] = 400
     batch_size: Count = 1
-    """Pictures in a pass of the model, in each process."""
+    """Pictures per forward pass in each process."""
     accumulate: Count = 1
-    """Passes whose gradients make one step."""
+    """Passes whose gradients are averaged for one step."""
     learning_rate: Above = 1e-4
     schedule: RateSchedule = "constant"
-    """How the learning rate goes on after the warm-up: to the end of all steps ``linear`` and ``cosine`` fall to 0."""
+    """Learning rate after the warm-up: ``linear`` and ``cosine`` fall to 0 at the last step."""
     warm_up: Annotated[int, Range(0)] = 0
     """Steps in which the learning rate rises from 0."""
     weight_decay: Size = 1e-2
     max_grad_norm: Above | None = 1.0
-    """Longer gradients, of all factors together, are shortened to this; None leaves them."""
+    """The norm of all gradients together is clipped to this; None doesn't clip."""
     dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
-    """Share of the factors' inputs that is left out at random."""
+    """Share of the factors' inputs that is dropped at random."""
     targets: Targets = "attention"
-    """attention: the projections of all attentions.  transformers: feed-forward layers and the projections in and out
-    as well.  all: the convolutions and time projections of the ResNet blocks, and the samplers, too."""
+    """attention: the projections of all attention layers.  transformers: also feed-forward layers and the projections
+    in and out.  all: also the convolutions and time projections of the ResNet blocks, and the samplers."""
     resolution: Count | None = None
     """Side of the square that each picture is cut to, in pixels; None is the model's own."""
     flip: bool = True
@@ -75,11 +75,11 @@ class TrainSettings:
     snr_gamma: Above | None = None
     """Weigh examples by min-SNR with this γ, such as 5; None weighs all alike."""
     prior: str | Path | None = None
-    """Prior preservation (DreamBooth): a folder of pictures of the whole class, of which each pass sees as many."""
+    """Prior preservation (DreamBooth): a folder of pictures of the class; half of each pass is drawn from it."""
     prior_prompt: str | None = None
-    """For pictures of the class that have no caption."""
+    """Caption of the class's pictures that have none."""
     prior_weight: Size = 1.0
-    """How much the class counts."""
+    """Weight of the class's loss."""
     seed: Seed = 42
 
     def __post_init__(self) -> None:
@@ -89,14 +89,14 @@ class TrainSettings:
 
     @property
     def scale(self) -> float:
-        """What the factors' product is multiplied by: alpha / rank."""
+        """Return the factor on the factors' product: alpha / rank."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step.
+        """Return the learning rate of a step.
 
         Args:
-            step: From 0.
+            step: Number of the step, from 0.
         """
         if step < self.warm_up:
             return self.learning_rate * step / self.warm_up
@@ -105,11 +105,11 @@ class TrainSettings:
         return self.learning_rate * left[self.schedule]
 
     def described(self) -> dict[str, Any]:
-        """The settings for metadata: of the class's pictures no path, but what `Images.description` says."""
+        """Return the settings for metadata, without the path of ``prior``, which `Images.description` covers."""
         return {name: value for name, value in asdict(self).items() if name != "prior"}
 
     def identity(self) -> dict[str, Any]:
-        """What a state must agree in with the run that goes on from it; at a constant rate more steps are no other run."""
+        """Return the settings that a resumed run must share; at a constant rate the number of steps may change."""
         free = ("steps",) if self.schedule == "constant" else ()
         return {name: value for name, value in self.described().items() if name not in free}
 

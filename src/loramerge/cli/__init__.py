@@ -29,7 +29,7 @@ def _run() -> None:
 
     # `inspect FILE` reads a header and is done before the parser of options would be loaded.
     if len(sys.argv) == 3 and sys.argv[1] == "inspect" and not sys.argv[2].startswith("-"):
-        from .inspect import show
+        from .inspection import show
 
         guarded(lambda: show(sys.argv[2]))
     else:

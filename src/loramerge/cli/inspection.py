@@ -1,4 +1,4 @@
-"""``loramerge inspect``: what a file is, from its header."""
+"""The report of ``loramerge inspect``: a LoRA file's facts from its header, as text and as data."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from ..tensors import code
 from .output import bar, print_json, table
 
 MOST = 20
-"""Rows of a family whose blocks are not known: every module may be one."""
+"""Rows to print for an unknown family, where every module may be a block of its own."""
 
 
 def show(
@@ -52,7 +52,7 @@ def show_recipe(source: str, *, architecture: str | None = None, pickle: bool = 
 
 
 def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
-    """The same for programs."""
+    """Return the facts as plain data, with every module and all metadata."""
     return {
         "name": lora.name,
         "architecture": lora.architecture,
@@ -110,7 +110,7 @@ def _counts(values: Iterable[Any]) -> str:
 
 
 def _rank(layer: Layer) -> int | str | None:
-    """The rank; of LoHas and LoKrs, what trainers call so and what it is as a LoRA."""
+    """Return the rank; for LoHas and LoKrs, the dim that trainers name and the rank as a LoRA."""
     if layer.rank == layer.dim:
         return layer.rank
     return f"{'full factors' if layer.dim is None else f'dim {layer.dim}'}, as a LoRA {layer.rank}"
@@ -141,12 +141,12 @@ def _by_block(lora: LoRA, norms: dict[str, float]) -> str:
 
 
 def _norms(lora: LoRA) -> dict[str, float]:
-    """Norms of the modules whose ΔW the file alone determines."""
+    """Return the norms of the modules whose ΔW depends on the file alone."""
     return {m: lora[m].norm() for m in lora if lora.layout(m).kind in ("lora", "loha", "lokr", "full", "norm")}
 
 
 def _base_model(lora: LoRA) -> str:
-    """The model that it was trained on; entries that name a family are none."""
+    """Return the model that it was trained on; entries that name a family don't count."""
     return _first(lora.metadata, "ss_sd_model_name", "base_model") or next(
         (str(name) for config in lora.about.values() if (name := config.get("base_model_name_or_path"))), ""
     )
@@ -157,7 +157,7 @@ def _first(metadata: Mapping[str, str], *keys: str) -> str:
 
 
 def _triggers(lora: LoRA) -> list[tuple[str, list[str]]]:
-    """The trigger words of each parent of a merge, of another LoRA its own."""
+    """Return the trigger words of each parent of a merge, or else the LoRA's own."""
     return by_parent(lora.name, lora.metadata) if lora.metadata else []
 
 
@@ -168,7 +168,7 @@ def _shown(triggers: Sequence[tuple[str, Sequence[str]]]) -> str:
 
 
 def _made_from(lora: LoRA) -> dict[str, str]:
-    """The inputs of a merge and their weights, or the one that was resized."""
+    """Return the inputs of a merge and their weights, or the LoRA that was resized."""
     if not lora.metadata:
         return {}
     from ..files.metadata import RECIPE

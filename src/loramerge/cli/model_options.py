@@ -71,17 +71,7 @@ class OnModel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Written:
-    """The options of a result that is a LoRA."""
-
-    to: To = None
-    dtype: Dtype = None
-    architecture: ArchOfAll = None
-    quiet: Quiet = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampled(Written):
+class Sampled:
     """The options of examples that the LoRAs make themselves, and of the result."""
 
     sampling_steps: Annotated[
@@ -89,11 +79,15 @@ class Sampled(Written):
     ] = 12
     trajectories: Annotated[int, typer.Option("--trajectories", min=1, help="Without --data: images of each LoRA.")] = 4
     guidance: Annotated[float | None, typer.Option("--guidance", help="Without --data: guidance; 1 for none.")] = None
+    to: To = None
+    dtype: Dtype = None
+    architecture: ArchOfAll = None
+    quiet: Quiet = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learning(OnModel, Sampled):
-    """The options of commands that merge LoRAs by what a base model does."""
+    """The options of commands that merge LoRAs by what a base model does; each repeats those to list first."""
 
     files: Files
     output: Output

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,19 +69,8 @@ class Making:
     quiet: Quiet = False
 
 
-IN_A_RECIPE = (
-    "max_error",
-    "energy",
-    "max_size",
-    "exclude",
-    "to",
-    "dtype",
-    "device",
-    "architecture",
-    "allow_lossy",
-    "allow_growth",
-)
-"""The shared options that a recipe has entries for, by the same name."""
+HOW = ("allow_pickle", "dry_run", "workers", "quiet")
+"""The shared options that say how a merge is run; the others have entries of the same name in a recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +142,9 @@ def make(
     """
     from ..files.writing import check_target
 
-    base = None if given.base is None else str(given.base)
-    typed = {**changes, "base": base, **{name: getattr(given, name) for name in IN_A_RECIPE}}
-    recipe = overridden(recipe_of(files), {name: value for name, value in typed.items() if value}, given.quiet)
+    shared = {field.name: getattr(given, field.name) for field in fields(Making) if field.name not in HOW}
+    typed = {name: value for name, value in {**changes, **shared}.items() if value}
+    recipe = overridden(recipe_of(files), typed, given.quiet)
     if output is None and recipe.output.path is None and not given.dry_run:
         raise OptionError("Where should the merged LoRA go? Give --output FILE, or --dry-run to see the plan.")
     with ExitStack() as stack:
@@ -201,6 +190,8 @@ def overridden(recipe: "Recipe", flags: Mapping[str, Any], quiet: bool = False) 
         changes["rank"] = rank_of(changes["rank"])
     if "exclude" in changes:
         changes["exclude"] = tuple(changes["exclude"])
+    if "base" in changes:
+        changes["base"] = str(changes["base"])
     if "method" in changes:
         changes["method"] = method_of(changes["method"])
     method = changes.get("method", recipe.method)

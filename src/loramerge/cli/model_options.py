@@ -87,7 +87,10 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Learning(OnModel, Sampled):
-    """The options of commands that merge LoRAs by what a base model does; each repeats those to list first."""
+    """The options of commands that merge LoRAs by what a base model does.
+
+    Each command declares those again that its ``--help`` lists first.
+    """
 
     files: Files
     output: Output

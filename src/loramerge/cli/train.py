@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -131,8 +131,8 @@ def run(given: Options) -> None:
     together = team(cpu=given.device == "cpu")
     given = replace(given, quiet=given.quiet or not together.writes)
     denoiser = given.load(given.base, together, checkpointing=given.checkpointing)
-    job = _Job(given, place, denoiser)
-    lora = job.run(settings, together)
+    job = _Job(given, settings, place, denoiser)
+    lora = job.run(together)
     if together.writes:
         save_learned(lora, given.output, given.to, given.dtype, given.quiet)
         if given.checkpoint is None:
@@ -159,36 +159,11 @@ def settings_of(own: dict[str, Any], others: Sequence[str]) -> "TrainSettings":
 
 
 @dataclass(frozen=True)
-class _Drawing:
-    """Draws validation images."""
-
-    denoiser: "Denoiser"
-    prompts: Sequence[str]
-    output: Path
-    every: int
-    steps: int
-    resolution: int | None
-
-    def __call__(self, step: "TrainStep") -> None:
-        """Draw, if it is time."""
-        from ..diffusion.training import draw
-
-        if self.prompts and (step.step % self.every == 0 or step.step == step.total):
-            draw(
-                self.denoiser,
-                self.prompts,
-                self.output,
-                step.step,
-                sampling_steps=self.steps,
-                resolution=self.resolution,
-            )
-
-
-@dataclass(frozen=True)
 class _Job:
-    """A run: its options, the place of its result, and the model."""
+    """A run: its options and settings, the place of its result, and the model."""
 
     given: Options
+    settings: "TrainSettings"
     place: Path
     denoiser: "Denoiser"
 
@@ -202,27 +177,20 @@ class _Job:
         """The file that holds the state."""
         return self.given.checkpoint or self.place.with_name(f"{self.place.stem}.state.safetensors")
 
-    def run(self, settings: "TrainSettings", together: "Team") -> Any:
+    def run(self, together: "Team") -> Any:
         """Train; on Ctrl-C, print how to resume and exit."""
         from ..diffusion import train_lora
 
         given = self.given
-        self._hint(settings.resolution)
-        drawing = _Drawing(
-            self.denoiser,
-            given.validate or (),
-            self.place,
-            given.validate_every,
-            given.validate_steps,
-            settings.resolution,
-        )
-        progressing = _Progressing(None if given.quiet else Pace(self.checkpoint), drawing if together.writes else None)
+        self._hint()
+        pace = None if given.quiet else Pace(self.checkpoint)
+        progressing = _Progressing(pace, self._draw if given.validate and together.writes else None)
         try:
             with _asked(progressing, alone=together.size == 1), progress("Encoding images", given.quiet) as report:
                 lora = train_lora(
                     self.denoiser,
                     given.folder,
-                    settings=settings,
+                    settings=self.settings,
                     prompt=given.prompt,
                     checkpoint=self.checkpoint,
                     every=given.every,
@@ -239,16 +207,35 @@ class _Job:
             print(loss_table([(self.name, progressing.losses)]))
         return lora
 
-    def _hint(self, resolution: int | None) -> None:
+    def _hint(self) -> None:
         from ..diffusion.training.checks import hints
 
         given = self.given
         if given.quiet:
             return
         for hint in hints(
-            self.denoiser, given.folder, prompt=given.prompt, trigger=given.trigger, resolution=resolution
+            self.denoiser,
+            given.folder,
+            prompt=given.prompt,
+            trigger=given.trigger,
+            resolution=self.settings.resolution,
         ):
             print(f"Hint: {hint}", file=sys.stderr)
+
+    def _draw(self, step: "TrainStep") -> None:
+        """Draw validation images, if it is time."""
+        from ..diffusion.training import draw
+
+        given = self.given
+        if step.step % given.validate_every == 0 or step.step == step.total:
+            draw(
+                self.denoiser,
+                given.validate or (),
+                self.place,
+                step.step,
+                sampling_steps=given.validate_steps,
+                resolution=self.settings.resolution,
+            )
 
     def _leave(self, losses: Sequence[float], writes: bool) -> None:
         if writes:
@@ -262,7 +249,7 @@ class _Progressing:
     """Runs after every step: records the loss, shows it, and draws."""
 
     pace: Pace | None
-    drawing: _Drawing | None
+    drawing: Callable[["TrainStep"], None] | None
     losses: list[float] = field(default_factory=list)
     stopped: bool = False
 

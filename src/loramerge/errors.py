@@ -158,3 +158,8 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def span(low: float, high: float) -> str:
+    """Return the smallest and the largest of some numbers as people read them: ``4 to 16``, or ``4``."""
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

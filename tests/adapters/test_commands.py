@@ -157,7 +157,7 @@ def test_a_learned_merge_names_the_command_that_made_it(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), "Give one --prompt a file"),
+        ((), "Give one --prompt per file"),
         (("-p", "a person"), "--prompt given: 1, LoRAs: 2"),
         ((*PROMPTED, "-s", "steps"), "wanted NAME=VALUE"),
         ((*PROMPTED, "-s", "steps=many"), "steps is a whole number, got 'many'"),

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -501,7 +502,9 @@ def test_settings_are_read_as_typed(files: tuple[Path, Path], tmp_path: Path) ->
     person, jersey = files
     odd = shutil.copy(person, tmp_path / "a+b=c.safetensors")
 
-    found = read_settings([str(person), f"{person}:0.5", f"x={person}:0.7+{jersey}:-1", str(odd)], none=True)
+    with ExitStack() as loras:
+        typed = [str(person), f"{person}:0.5", f"x={person}:0.7+{jersey}:-1", str(odd)]
+        found = read_settings(typed, loras, none=True)
 
     assert {name: [(use.lora.name, use.weight) for use in uses] for name, uses in found.items()} == {
         "none": [],
@@ -511,10 +514,10 @@ def test_settings_are_read_as_typed(files: tuple[Path, Path], tmp_path: Path) ->
         "a+b=c": [("a+b=c.safetensors", 1.0)],
     }
     for wrong in (["none=" + str(person)], [str(person), str(person)]):
-        with pytest.raises(OptionError, match="Two settings"):
-            read_settings(wrong, none=True)
-    with pytest.raises(OptionError, match="Nothing to draw"):
-        read_settings([], none=False)
+        with ExitStack() as loras, pytest.raises(OptionError, match="Two settings"):
+            read_settings(wrong, loras, none=True)
+    with ExitStack() as loras, pytest.raises(OptionError, match="Nothing to draw"):
+        read_settings([], loras, none=False)
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("8", 8), ("3,5", [3, 5]), ("3,", [3])])

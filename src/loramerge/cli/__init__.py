@@ -8,15 +8,15 @@ import sys
 
 
 def main() -> None:
-    """Run a command; an error of ours is one readable block, and exit code 1."""
+    """Run a command; an error of loramerge is printed as one readable block, and the exit code is 1."""
     # Threads work on modules; BLAS with threads of its own below them would only spin.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     for stream in (sys.stdout, sys.stderr):  # a redirect may not know every character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is half written is cleared away
-    # A command is over before it could leave enough garbage to be worth looking for, at the end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written files are removed
+    # A command ends before it leaves enough garbage to be worth a collection.
     gc.disable()
     try:
         _run()
@@ -29,7 +29,7 @@ def _run() -> None:
 
     # `inspect FILE` reads a header and is done before the parser of options would be loaded.
     if len(sys.argv) == 3 and sys.argv[1] == "inspect" and not sys.argv[2].startswith("-"):
-        from .inspect import show
+        from .inspection import show
 
         guarded(lambda: show(sys.argv[2]))
     else:

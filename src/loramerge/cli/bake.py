@@ -1,79 +1,85 @@
-"""``loramerge bake``: LoRAs into a base model."""
+"""``loramerge bake``: LoRAs added to a base model."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .options import Quiet, Scope, Threads, WeightRule, weights_of
+from .options import ArchOfAll, Quiet, Scope, Threads, WeightRule, opened, weights_of
 from .output import more, print_json, progress, table
+from .settings import command
 
 if TYPE_CHECKING:
     from ..merging.baking import Baked
 
+SOME = 0.01
+"""Share of unchanged values above which a tensor counts as hurt."""
 
-def bake(
-    files: Annotated[list[str], typer.Argument(help="LoRAs: files, directories, or names on the Hugging Face Hub.")],
-    base: Annotated[
-        Path, typer.Option("--base", "-b", help="The model: a .safetensors file or a diffusers directory.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A file or a new directory, as the base is.")],
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``loramerge bake``."""
+
+    files: Annotated[list[str], typer.Argument(help="LoRAs: files, directories, or names on the Hugging Face Hub.")]
+    base: Annotated[Path, typer.Option("--base", "-b", help="The model: a .safetensors file or a diffusers directory.")]
+    output: Annotated[Path, typer.Option("--output", "-o", help="A file or a new directory, as the base is.")]
     weight: Annotated[
         list[str] | None,
-        typer.Option("--weight", "-w", help="One a file: 0.8, or '0.8;text_encoder=0;OUT*=0.5'. Default 1/N."),
-    ] = None,
-    weights: WeightRule = None,
-    scope: Annotated[Scope, typer.Option("--scope", help="What l2 takes the norms over.")] = Scope.module,
+        typer.Option("--weight", "-w", help="One per file: 0.8, or '0.8;text_encoder=0;OUT*=0.5'. Default 1/N."),
+    ] = None
+    weights: WeightRule = None
+    scope: Annotated[Scope, typer.Option("--scope", help="What l2 takes the norms over.")] = Scope.module
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Modules to leave as they are: patterns as in --weight.")
-    ] = None,
+    ] = None
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of every tensor in a rewritten file; each keeps its own by default.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option("--variant", help="Of the base's files: fp16.")] = None,
-    architecture: Annotated[
-        str | None, typer.Option("--architecture", help="The LoRAs' family, where a file leaves it open.")
-    ] = None,
+    ] = None
+    variant: Annotated[str | None, typer.Option("--variant", help="Which of the base's files, such as fp16.")] = None
+    architecture: ArchOfAll = None
     allow_lossy: Annotated[
         bool, typer.Option("--allow-lossy", help="Leave out tensors of a LoRA that belong to no layer.")
-    ] = False,
+    ] = False
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt LoRAs, tensors only.")
-    ] = False,
-    most: Annotated[
-        int, typer.Option("--most", min=0, help="Rows to print: the tensors that rounding hurt most.")
-    ] = 10,
-    json: Annotated[bool, typer.Option("--json", help="For programs: every tensor.")] = False,
-    workers: Threads = 1,
-    quiet: Quiet = False,
-) -> None:
+    ] = False
+    most: Annotated[int, typer.Option("--most", min=0, help="Rows to print: the tensors that rounding hurt most.")] = 10
+    json: Annotated[bool, typer.Option("--json", help="For programs: every tensor.")] = False
+    workers: Threads = 1
+    quiet: Quiet = False
+
+
+@command
+def run(given: Options) -> None:
     """Add LoRAs to the weights of a base model, and say what rounding took away.
 
     Example: loramerge bake person.safetensors --base sd_xl_base_1.0.safetensors -w 0.8 -o person-xl.safetensors
     """
-    from ..files.reading import open
-    from ..merging import baking
+    from ..merging.baking import bake
 
-    chosen = weights_of(weight, weights)
-    loras = [open(file, architecture=architecture, allow_pickle=allow_pickle) for file in files]
-    with progress("Baking", quiet or json) as report:
-        baked = baking.bake(
+    chosen = weights_of(given.weight, given.weights)
+    with (
+        opened(given.files, architecture=given.architecture, allow_pickle=given.allow_pickle) as loras,
+        progress("Baking", given.quiet or given.json) as report,
+    ):
+        baked = bake(
             loras,
-            base,
-            output,
+            given.base,
+            given.output,
             weights=cast(Any, chosen),
-            scope=scope.value,
-            exclude=exclude or (),
-            dtype=dtype,
-            variant=variant,
-            allow_lossy=allow_lossy,
-            workers=workers,
+            scope=given.scope.value,
+            exclude=given.exclude or (),
+            dtype=given.dtype,
+            variant=given.variant,
+            allow_lossy=given.allow_lossy,
+            workers=given.workers,
             progress=report,
         )
-    if json:
+    if given.json:
         print_json(_as_data(baked))
-    elif not quiet:
-        _print(baked, most)
+    elif not given.quiet:
+        _print(baked, given.most)
 
 
 def _print(baked: "Baked", most: int) -> None:
@@ -97,13 +103,7 @@ def _print(baked: "Baked", most: int) -> None:
         )
 
 
-SOME = 0.01
-"""Share of unchanged values from which a tensor is spoken of."""
-
-
 def _as_data(baked: "Baked") -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {
         "output": str(baked.path),
         "norm": baked.norm,

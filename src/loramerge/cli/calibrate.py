@@ -1,6 +1,6 @@
-"""``loramerge calibrate``: the least-squares merge, in closed form from what the base model's modules see."""
+"""``loramerge calibrate``: the least-squares merge, in closed form from the inputs of the base model's modules."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
-from . import model_options as given
-from .options import Dtype, Files, Output, Quiet, To, TrustRemoteCode
+from .model_options import Data, Learning, Prompt, identity
+from .options import Output
 from .output import progress, table
+from .settings import command
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from ..learned.least_squares import Report
-    from ..learned.moments import Kind, Moments
-    from ..merging.plans import Plan
+    from ..learned.moments import Moments
+    from ..merging import Plan
 
 
 class Granularity(StrEnum):
-    """What is solved for."""
+    """The unknowns that are solved for."""
 
     whole = "global"
     layer = "layer"
@@ -32,47 +33,39 @@ class Granularity(StrEnum):
 
 
 class Prior(StrEnum):
-    """What directions get that no input has shown."""
+    """The value of directions that no input has shown."""
 
     sum = "sum"
     mean = "mean"
 
 
-def calibrate(
-    files: Files,
-    output: Output,
-    base: Annotated[
-        str | None, typer.Option("--base", "-b", help="The model, unless --moments has its answers.")
-    ] = None,
-    prompt: given.Prompt = None,
-    data: given.Data = None,
-    granularity: Annotated[
-        Granularity, typer.Option("--granularity", "-g", help="What is solved for.")
-    ] = Granularity.core,
-    ridge: Annotated[float | None, typer.Option("--ridge", min=0, help="Pull to the prior; by granularity.")] = None,
-    prior: Annotated[Prior, typer.Option("--prior", help="What unseen directions get.")] = Prior.sum,
+@dataclass(frozen=True, kw_only=True)
+class Options(Learning):
+    """The options of ``loramerge calibrate``."""
+
+    output: Output
+    base: Annotated[str | None, typer.Option("--base", "-b", help="The model, unless --moments has its answers.")] = (
+        None
+    )
+    prompt: Prompt = None
+    data: Data = None
+    granularity: Annotated[Granularity, typer.Option("--granularity", "-g", help="What is solved for.")] = (
+        Granularity.core
+    )
+    ridge: Annotated[
+        float | None, typer.Option("--ridge", min=0, help="Pull to the prior; the default depends on --granularity.")
+    ] = None
+    prior: Annotated[Prior, typer.Option("--prior", help="What unseen directions get.")] = Prior.sum
     moments: Annotated[
         Path | None, typer.Option("--moments", help="Keep what the modules saw; if it is there, no model is needed.")
-    ] = None,
-    batches: Annotated[int, typer.Option("--batches", min=1, help="Of each LoRA.")] = 16,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples in a batch.")] = 1,
-    seed: Annotated[int, typer.Option("--seed", help="Of the examples.")] = 0,
-    resolution: given.Resolution = None,
-    precision: given.Precision = None,
-    autocast: given.Autocast = None,
-    text_encoders: given.TextEncoders = False,
-    variant: given.Variant = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: given.Device = None,
-    flip: given.Flip = True,
-    sampling_steps: given.SamplingSteps = 12,
-    trajectories: given.Trajectories_ = 4,
-    guidance: given.Guidance = None,
-    to: To = None,
-    dtype: Dtype = None,
-    architecture: given.Arch = None,
-    quiet: Quiet = False,
-) -> None:
+    ] = None
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Batches per LoRA.")] = 16
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples per batch.")] = 1
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the examples.")] = 0
+
+
+@command
+def run(given: Options) -> None:
     """Merge LoRAs by least squares on what the base model's modules see: no gradients, an ordinary LoRA comes out.
 
     Example: loramerge calibrate person.safetensors jersey.safetensors -b stabilityai/stable-diffusion-xl-base-1.0
@@ -81,43 +74,24 @@ def calibrate(
     from ..learned.least_squares import lsq
     from ..learned.moments import Moments
 
-    asked = given.Given(
-        files=files,
-        base=base or "",
-        prompts=prompt or (),
-        data=data or (),
-        resolution=resolution,
-        precision=precision,
-        autocast=autocast,
-        device=device,
-        text_encoders=text_encoders,
-        variant=variant,
-        trust_remote_code=trust_remote_code,
-        sampling_steps=sampling_steps,
-        trajectories=trajectories,
-        guidance=guidance,
-        architecture=architecture,
-        quiet=quiet,
-        flip=flip,
-        seed=seed,
-    )
-    planned = given.plan_of(files, architecture, output, to)
-    if moments and moments.exists():
-        kept = Moments.load(moments)
-        _check_same(kept.identity, asked, batches, batch_size, moments)
+    planned = given.plan()
+    if given.moments and given.moments.exists():
+        kept = Moments.load(given.moments)
+        _check_same(kept.identity, given, given.moments)
         taken: Moments | None = kept
     else:
-        kind: Kind = "gram" if granularity in ("column", "full") else "core"
-        taken = _taken(asked, planned, kind, batches, batch_size, moments)
+        taken = _taken(given, planned)
     if taken is None:
         return
-    merged, report = lsq(planned.loras, taken, granularity=granularity.value, ridge=ridge, prior=prior.value)
-    if not quiet:
+    merged, report = lsq(
+        planned.loras, taken, granularity=given.granularity.value, ridge=given.ridge, prior=given.prior.value
+    )
+    if not given.quiet:
         print(fit_table(report, planned.architecture))
-    given.write(merged, output, to, dtype, quiet)
+    given.write(merged)
 
 
-def _check_same(said: "Mapping[str, Any]", asked: given.Given, batches: int, batch_size: int, path: Path) -> None:
+def _check_same(said: "Mapping[str, Any]", given: Options, path: Path) -> None:
     """Refuse moments that were taken of something else, where --base asks for a calibration again.
 
     Raises:
@@ -125,12 +99,12 @@ def _check_same(said: "Mapping[str, Any]", asked: given.Given, batches: int, bat
     """
     from ..diffusion.denoiser import called
 
-    if not asked.base or "base" not in said:
+    if not given.base or "base" not in said:
         return
-    calibration = {"batches": batches, "batch_size": batch_size, "seed": asked.seed}
-    wanted = {"base": called(asked.base), "text_encoders": asked.text_encoders, "calibration": calibration}
+    calibration = {"batches": given.batches, "batch_size": given.batch_size, "seed": given.seed}
+    wanted = {"base": called(given.base), "text_encoders": given.text_encoders, "calibration": calibration}
     found = {**said, **said["data"]}
-    others = [name for name, value in (wanted | asked.described()).items() if found.get(name) != value]
+    others = [name for name, value in (wanted | given.described()).items() if found.get(name) != value]
     if others:
         raise OptionError(
             f"The moments in {path} were taken with other {' and '.join(others)}. Ways out: another file for --moments, "
@@ -138,46 +112,45 @@ def _check_same(said: "Mapping[str, Any]", asked: given.Given, batches: int, bat
         )
 
 
-def _taken(
-    asked: given.Given, planned: "Plan", kind: "Kind", batches: int, batch_size: int, path: Path | None
-) -> "Moments | None":
-    """Moments of what the model's modules see; None in processes that leave the rest to the first."""
+def _taken(given: Options, planned: "Plan") -> "Moments | None":
+    """Take moments of what the model's modules see; return None in processes that leave the rest to the first."""
     from ..diffusion import team, within_memory
     from ..learned.calibration import calibrate
 
-    if not asked.base:
+    if not given.base:
         raise OptionError("On which model? Give --base, or --moments with a file that 'calibrate' has written.")
-    asked.check()
-    together = team(cpu=asked.device == "cpu")
-    asked = replace(asked, quiet=asked.quiet or not together.writes)
-    denoiser = given.denoiser_of(asked, together, planned.loras)
-    with within_memory(asked.resolution or denoiser.resolution, batch_size, 1):
-        draw = given.examples_of(asked, denoiser, planned.loras)
+    given.check()
+    together = team(cpu=given.device == "cpu")
+    given = replace(given, quiet=given.quiet or not together.writes)
+    denoiser = given.load(given.base or "", together)
+    denoiser.check(planned.loras)
+    with within_memory(given.resolution or denoiser.resolution, given.batch_size, 1):
+        draw = given.examples(denoiser, planned.loras, seed=given.seed)
         denoiser.release()
-        with progress("Calibrating", asked.quiet) as report:
+        with progress("Calibrating", given.quiet) as report:
             found = calibrate(
                 denoiser.predict,
                 denoiser.models,
                 planned.loras,
                 draw,
-                kind=kind,
-                batches=batches,
-                batch_size=batch_size,
-                seed=asked.seed,
+                kind="gram" if given.granularity in ("column", "full") else "core",
+                batches=given.batches,
+                batch_size=given.batch_size,
+                seed=given.seed,
                 progress=report,
                 shard=together.shard,
-                identity=given.identity(denoiser, draw.description, together.size),
+                identity=identity(denoiser, draw.description, together.size),
             )
     together.reduce(found.tensors())
     if not together.writes:
         return None
-    if path:
-        found.save(path)
+    if given.moments:
+        found.save(given.moments)
     return found
 
 
 def fit_table(report: "Report", architecture: str | None) -> str:
-    """J / J of the base model by block: of the merge, of the sum, of the average."""
+    """Return a table by block of J / J of the base model: for the merge, the sum and the average."""
     from ..files.architectures.blocks import block
 
     if not report.fits:

@@ -1,12 +1,14 @@
-"""``loramerge coefficients``: what was learned, by block."""
+"""``loramerge coefficients``: the learned coefficients by block."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Arch
+from .options import Arch, opened
 from .output import table
+from .settings import command
 
 if TYPE_CHECKING:
     from ..merging.coefficients import Coefficients
@@ -16,14 +18,21 @@ BARS = " ▁▂▃▄▅▆▇█"
 BINS = 24
 
 
-def coefficients(
-    file: Annotated[Path, typer.Argument(help="What 'zip --coefficients' wrote.")],
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw them too: .png, .svg or .pdf.")] = None,
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``loramerge coefficients``."""
+
+    file: Annotated[Path, typer.Argument(help="What 'zip --coefficients' wrote.")]
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw them too: .png, .svg or .pdf.")] = None
     lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="One a LoRA, in order: how much they overlap before and after.")
-    ] = None,
-    architecture: Arch = None,
-) -> None:
+        list[str] | None,
+        typer.Option("--lora", help="The LoRAs that were merged, one per option, in order: adds a table of overlaps."),
+    ] = None
+    architecture: Arch = None
+
+
+@command
+def run(given: Options) -> None:
     """Show learned coefficients: for every block and LoRA how they spread.
 
     Example: loramerge coefficients c.safetensors --plot c.svg --lora person.safetensors --lora jersey.safetensors
@@ -33,9 +42,9 @@ def coefficients(
     from ..learned.plots import by_block, check_plot, draw, outside, span
     from ..merging.coefficients import Coefficients
 
-    if plot:
-        check_plot(plot)
-    found = Coefficients.read(file)
+    if given.plot:
+        check_plot(given.plot)
+    found = Coefficients.read(given.file)
     blocks = by_block(found)
     low, high = span(blocks)
     rows = [
@@ -52,31 +61,30 @@ def coefficients(
     print(table(["block", "file", "columns", "25 %", "median", "75 %", f"from {low:.2f} to {high:.2f}"], rows))
     print("1 keeps a column of the LoRA as it is, 0 leaves it out; one that hardly acts may have any.")
     print(f"{outside(blocks, low, high)}.")
-    if lora:
-        print(f"\n{_overlaps(found, lora, architecture)}")
-    if plot:
-        print(f"→ {draw(found, plot)}")
+    if given.lora:
+        print(f"\n{_overlaps(found, given.lora, given.architecture)}")
+    if given.plot:
+        print(f"→ {draw(found, given.plot)}")
 
 
 def _overlaps(found: "Coefficients", files: list[str], architecture: str | None) -> str:
-    """A table of the LoRAs' overlap by block, before and after."""
+    """Return a table of the LoRAs' overlap by block, before and after."""
     from ..files.architectures.blocks import block, position
-    from ..files.reading import open
     from ..learned.interference import overlaps
 
-    loras = [open(file, architecture=architecture) for file in files]
+    with opened(files, architecture=architecture) as loras:
 
-    def group(module: str) -> str:
-        return f"{module.partition('.')[0]} {block(module, loras[0].architecture)}"
+        def group(module: str) -> str:
+            return f"{module.partition('.')[0]} {block(module, loras[0].architecture)}"
 
-    by_block = sorted(overlaps(loras, found, group).items(), key=lambda item: position(*item[0].split(" ")))
+        by_block = sorted(overlaps(loras, found, group).items(), key=lambda item: position(*item[0].split(" ")))
     rows = [[name, f"{before:.3f}", f"{after:.3f}"] for name, (before, after) in by_block]
     legend = "Overlap of columns: 1 where the LoRAs act along one line on the same inputs, 0 where they don't meet."
     return "\n".join([table(["block", "before", "after"], rows), legend])
 
 
 def spread(values: "Array", low: float, high: float) -> str:
-    """A histogram as a line of bars; what lies outside is left out."""
+    """Return a histogram as a line of bars, without the values outside the range."""
     import numpy as np
 
     counts, _ = np.histogram(values, BINS, (low, high))

@@ -1,4 +1,4 @@
-"""``loramerge doctor``: what is installed, where it computes, and whether a merge comes out right."""
+"""``loramerge doctor``: the versions and devices of an installation, and a merge that checks it."""
 
 import platform
 import sys
@@ -14,17 +14,17 @@ from .._version import __version__
 from .output import print_json, table
 
 TOLERANCE = 1e-6
-"""Largest relative error of the self-test's merge."""
+"""Largest relative error at which the self-test's merge counts as right."""
 EXTRAS = {
     "torch": "--device, pickles",
     "diffusers": "train, zip, calibrate, generate, score",
     "plots": "compare --heatmap, coefficients --plot",
     "search": "weights by score with CMA-ES",
 }
-"""Which commands need each optional extra."""
+"""The commands that need each optional extra."""
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="For programs, and for bug reports.")] = False) -> None:
+def run(json: Annotated[bool, typer.Option("--json", help="For programs, and for bug reports.")] = False) -> None:
     """Check this installation: versions, devices, optional extras, and a merge that is checked against dense algebra.
 
     Exit code 1 if something that the core needs is missing or too old, or the merge is wrong.
@@ -40,7 +40,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="For programs, and 
 
 
 def examined() -> dict[str, Any]:
-    """Everything that the command reports."""
+    """Return everything that the command reports."""
     packages = _packages()
     return {
         "loramerge": __version__,
@@ -57,13 +57,13 @@ def examined() -> dict[str, Any]:
 
 
 def healthy(found: dict[str, Any]) -> bool:
-    """Whether the core's packages are there and its merge is right."""
+    """Return whether the core's packages are installed and its merge is right."""
     core = all(p["status"] == "ok" for p in found["packages"] if p["needed_by"] == "core")
     return core and found["largest_error"] <= TOLERANCE
 
 
 def _packages() -> list[dict[str, str]]:
-    """Every requirement of the core and of the extras, with what is installed."""
+    """Return every requirement of the core and of the extras, with the version that is installed."""
     from packaging.requirements import Requirement
 
     rows = []
@@ -95,7 +95,7 @@ def _package(requirement: Any, part: str) -> dict[str, str]:
 
 
 def _devices() -> list[str]:
-    """Where ``--device`` can compute."""
+    """Return the devices that ``--device`` can name."""
     if find_spec("torch") is None:
         return ["cpu (numpy)"]
     import torch
@@ -108,7 +108,7 @@ def _devices() -> list[str]:
 
 
 def self_test() -> float:
-    """Largest relative error of a merge of two LoRAs of different tools, written to a third's and read again."""
+    """Merge LoRAs of two dialects, write a third dialect, read it, and return the largest relative error."""
     import loramerge as lm
 
     from ..testing import random_lora, relative_error, weighted_sum

@@ -1,5 +1,6 @@
 """``loramerge extract``: a LoRA from the difference of two models."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -7,28 +8,37 @@ import typer
 
 from .options import Quiet, Threads, rank_of
 from .output import more, print_json, progress, table, written
+from .settings import command
 
 if TYPE_CHECKING:
     from ..checkpoints.extracting import Extraction
 
 
-def extract(
-    tuned: Annotated[Path, typer.Argument(help="The fine-tuned model: a .safetensors file or a diffusers directory.")],
-    base: Annotated[Path, typer.Option("--base", "-b", help="The model that it was made from, in any layout.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The LoRA to write; for peft a directory.")],
-    rank: Annotated[str, typer.Option("--rank", "-r", help="A number, or full: all that there is.")] = "32",
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``loramerge extract``."""
+
+    tuned: Annotated[Path, typer.Argument(help="The fine-tuned model: a .safetensors file or a diffusers directory.")]
+    base: Annotated[Path, typer.Option("--base", "-b", help="The model that it was made from, in any layout.")]
+    output: Annotated[Path, typer.Option("--output", "-o", help="The LoRA to write; for peft a directory.")]
+    rank: Annotated[str, typer.Option("--rank", "-r", help="A number, or full: the whole difference.")] = "32"
     to: Annotated[
         str | None, typer.Option("--to", "-t", help="Dialect of the output; kohya where it has the names.")
-    ] = None,
+    ] = None
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the model's by default.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option("--variant", help="Of both models' files: fp16.")] = None,
-    most: Annotated[int, typer.Option("--most", min=0, help="Rows to print: the modules that are held worst.")] = 10,
-    json: Annotated[bool, typer.Option("--json", help="For programs: every module.")] = False,
-    workers: Threads = 1,
-    quiet: Quiet = False,
-) -> None:
+    ] = None
+    variant: Annotated[str | None, typer.Option("--variant", help="Which of both models' files, such as fp16.")] = None
+    most: Annotated[
+        int, typer.Option("--most", min=0, help="Rows to print: the modules with the largest relative errors.")
+    ] = 10
+    json: Annotated[bool, typer.Option("--json", help="For programs: every module.")] = False
+    workers: Threads = 1
+    quiet: Quiet = False
+
+
+@command
+def run(given: Options) -> None:
     """Make a LoRA of the difference between a fine-tuned model and its base: the best fit at a rank.
 
     Example: loramerge extract tuned.safetensors --base sd_xl_base_1.0.safetensors -o tuned-lora.safetensors --rank 64
@@ -36,18 +46,23 @@ def extract(
     from ..checkpoints.extracting import plan_extraction
     from ..files.writing import check_target, save
 
-    check_target(output, to or "kohya")
-    silent = quiet or json
+    check_target(given.output, given.to or "kohya")
+    silent = given.quiet or given.json
     with progress("Comparing", silent) as report:
         planned = plan_extraction(
-            tuned, base, rank=cast(Any, rank_of(rank)), dtype=dtype, variant=variant, progress=report
+            given.tuned,
+            given.base,
+            rank=cast(Any, rank_of(given.rank)),
+            dtype=given.dtype,
+            variant=given.variant,
+            progress=report,
         )
     with progress("Extracting", silent) as report:
-        path = save(planned.lora(), output, dialect=to, workers=workers, progress=report)
-    if json:
+        path = save(planned.lora(), given.output, dialect=given.to, workers=given.workers, progress=report)
+    if given.json:
         print_json(_as_data(planned, path))
-    elif not quiet:
-        _print(planned, path, to or planned.lora().dialect, most)
+    elif not given.quiet:
+        _print(planned, path, given.to or planned.lora().dialect, given.most)
 
 
 def _print(planned: "Extraction", path: Path, dialect: str, most: int) -> None:
@@ -73,8 +88,6 @@ def _largest(planned: "Extraction") -> list[Any]:
 
 
 def _as_data(planned: "Extraction", path: Path) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {
         "output": str(path),
         "relative_error": planned.relative_error,

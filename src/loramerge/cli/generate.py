@@ -1,57 +1,64 @@
 """``loramerge generate``: pictures of settings × prompts × seeds."""
 
 import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import OptionError
-from .options import Quiet, TrustRemoteCode
+from .options import ArchOfAll, Quiet, TrustRemoteCode
 from .output import progress, table
+from .settings import command
 
 if TYPE_CHECKING:
     from ..diffusion.generation import Drawn, Use
 
 
-def generate(
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``loramerge generate``."""
+
     base: Annotated[
         str, typer.Option("--base", "-b", help="The model: a diffusers directory, or a name on the Hugging Face Hub.")
-    ],
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Once a prompt.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The directory: SETTING/PROMPT-SEED.png, sheet.png.")],
+    ]
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="Repeat once per prompt.")]
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory: SETTING/PROMPT-SEED.png, sheet.png.")]
     lora: Annotated[
         list[str] | None,
         typer.Option(
-            "--lora", "-l", help="Once a setting: FILE, FILE:0.8, NAME=FILE:0.7+FILE:0.5. A weight is 1 by default."
+            "--lora",
+            "-l",
+            help="Repeat once per setting: FILE, FILE:0.8, NAME=FILE:0.7+FILE:0.5. A weight is 1 by default.",
         ),
-    ] = None,
-    none: Annotated[bool, typer.Option("--none/--no-none", help="Draw without any LoRA too.")] = True,
-    seeds: Annotated[str, typer.Option("--seeds", "-n", help="How many, from 0; or which: 3,5,8.")] = "8",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the scheduler.")] = 30,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own by default.")] = None,
-    size: Annotated[
-        str | None, typer.Option("--size", help="512, or WIDTHxHEIGHT; the model's own by default.")
-    ] = None,
-    negative: Annotated[str | None, typer.Option("--negative", help="A negative prompt.")] = None,
+    ] = None
+    none: Annotated[bool, typer.Option("--none/--no-none", help="Draw without any LoRA too.")] = True
+    seeds: Annotated[str, typer.Option("--seeds", "-n", help="How many, from 0; or which: 3,5,8.")] = "8"
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the scheduler.")] = 30
+    guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own by default.")] = None
+    size: Annotated[str | None, typer.Option("--size", help="512, or WIDTHxHEIGHT; the model's own by default.")] = None
+    negative: Annotated[str | None, typer.Option("--negative", help="A negative prompt.")] = None
     scheduler: Annotated[
         str | None, typer.Option("--scheduler", help="A class of diffusers, such as DPMSolverMultistepScheduler.")
-    ] = None,
+    ] = None
     batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Pictures drawn together; how many changes no more than rounding.")
-    ] = 4,
-    device: Annotated[str | None, typer.Option("--device", help="CUDA where there is one, by default.")] = None,
+        int, typer.Option("--batch", min=1, help="Pictures drawn together; the number changes only rounding.")
+    ] = 4
+    device: Annotated[str | None, typer.Option("--device", help="CUDA where there is one, by default.")] = None
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; float16 on CUDA by default.")
-    ] = None,
-    variant: Annotated[str | None, typer.Option("--variant", help="Of the base's files: fp16.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    architecture: Annotated[
-        str | None, typer.Option("--architecture", help="The LoRAs' family, where a file leaves it open.")
-    ] = None,
-    side: Annotated[int, typer.Option("--sheet-side", min=16, help="Pixels of a picture on the contact sheet.")] = 192,
-    quiet: Quiet = False,
-) -> None:
+    ] = None
+    variant: Annotated[str | None, typer.Option("--variant", help="Which of the base's files, such as fp16.")] = None
+    trust_remote_code: TrustRemoteCode = False
+    architecture: ArchOfAll = None
+    side: Annotated[int, typer.Option("--sheet-side", min=16, help="Pixels of a picture on the contact sheet.")] = 192
+    quiet: Quiet = False
+
+
+@command
+def run(given: Options) -> None:
     """Draw pictures with LoRAs: every setting, prompt and seed, each with its recipe inside, and a contact sheet.
 
     What is there already, with the same recipe, is kept: an interrupted run goes on where it stopped.
@@ -63,44 +70,57 @@ def generate(
     from ..scoring.scores import Shot
     from ..scoring.sheets import save_sheet
 
-    numbers = read_seeds(seeds)
-    width, height = read_size(size)
-    settings = read_settings(lora or [], none, architecture)
-    sampling = generation.Sampling(steps=steps, guidance=guidance, height=height, width=width, negative_prompt=negative)
-    generation.check(settings, prompt, numbers)
-    pipe = pipelines.load_pipeline(
-        base,
-        device=device,
-        dtype=dtype,
-        variant=variant,
-        scheduler=scheduler,
-        quiet=True,
-        trust_remote_code=trust_remote_code,
+    numbers = read_seeds(given.seeds)
+    width, height = read_size(given.size)
+    sampling = generation.Sampling(
+        steps=given.steps, guidance=given.guidance, height=height, width=width, negative_prompt=given.negative
     )
-    try:
-        with progress("Drawing", quiet) as report:
-            drawn = generation.generate(
-                pipe, settings, prompt, numbers, output, sampling=sampling, batch=batch, base=base, progress=report
-            )
-    except KeyboardInterrupt:
-        print("Interrupted; what was drawn is kept, and the same command goes on from there.", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with ExitStack() as loras:
+        settings = read_settings(given.lora or [], loras, none=given.none, architecture=given.architecture)
+        generation.check(settings, given.prompt, numbers)
+        pipe = pipelines.load_pipeline(
+            given.base,
+            device=given.device,
+            dtype=given.dtype,
+            variant=given.variant,
+            scheduler=given.scheduler,
+            quiet=True,
+            trust_remote_code=given.trust_remote_code,
+        )
+        try:
+            with progress("Drawing", given.quiet) as report:
+                drawn = generation.generate(
+                    pipe,
+                    settings,
+                    given.prompt,
+                    numbers,
+                    given.output,
+                    sampling=sampling,
+                    batch=given.batch,
+                    base=given.base,
+                    progress=report,
+                )
+        except KeyboardInterrupt:
+            print("Interrupted; what was drawn is kept, and the same command goes on from there.", file=sys.stderr)
+            raise typer.Exit(130) from None
     shots = [Shot(d.setting, d.prompt, d.seed, d.path) for d in drawn]
-    save_sheet(shots, output.expanduser() / "sheet.png", side=side)
-    if not quiet:
+    save_sheet(shots, given.output.expanduser() / "sheet.png", side=given.side)
+    if not given.quiet:
         print(_shown(drawn))
-        print(f"→ {output}: {len(drawn)} pictures, sheet.png")
+        print(f"→ {given.output}: {len(drawn)} pictures, sheet.png")
 
 
-def read_settings(given: list[str], none: bool, architecture: str | None = None) -> dict[str, list["Use"]]:
-    """Settings as they are typed, by name.
+def read_settings(
+    given: list[str], loras: ExitStack, *, none: bool, architecture: str | None = None
+) -> dict[str, list["Use"]]:
+    """Read settings as they are typed, and return them by name; ``loras`` closes what is opened for them.
 
     Raises:
         OptionError: Two have the same name, or one can't be read.
     """
     found: dict[str, list[Use]] = {"none": []} if none else {}
     for text in given:
-        name, uses = _setting(text, architecture)
+        name, uses = _setting(text, loras, architecture)
         if name in found:
             raise OptionError(f"Two settings are called {name!r}. Name them: --lora NAME={text}.")
         found[name] = uses
@@ -109,16 +129,16 @@ def read_settings(given: list[str], none: bool, architecture: str | None = None)
     return found
 
 
-def _setting(text: str, architecture: str | None) -> tuple[str, list["Use"]]:
+def _setting(text: str, loras: ExitStack, architecture: str | None) -> tuple[str, list["Use"]]:
     named, equals, rest = text.partition("=")
     if not equals or Path(text).exists():
         named, rest = "", text
-    uses = [_use(part, architecture) for part in ([rest] if Path(rest).exists() else rest.split("+"))]
+    uses = [_use(part, loras, architecture) for part in ([rest] if Path(rest).exists() else rest.split("+"))]
     stems = [Path(use.lora.name).stem + ("" if use.weight == 1 else f"@{use.weight:g}") for use in uses]
     return named or "+".join(stems), uses
 
 
-def _use(text: str, architecture: str | None) -> "Use":
+def _use(text: str, loras: ExitStack, architecture: str | None) -> "Use":
     from ..diffusion.generation import Use
     from ..files.reading import open
 
@@ -127,11 +147,11 @@ def _use(text: str, architecture: str | None) -> "Use":
         number = float(weight) if colon else 1.0
     except ValueError:  # the colon of hf://
         file, colon, number = "", "", 1.0
-    return Use(open(file if colon else text, architecture=architecture), number)
+    return Use(loras.enter_context(open(file if colon else text, architecture=architecture)), number)
 
 
 def read_seeds(text: str) -> int | list[int]:
-    """``8``: eight of them; ``3,5``: these; ``3,``: this one."""
+    """Read seeds: ``8`` is a number of them, ``3,5`` lists them, and so does ``3,``."""
     try:
         return [int(seed) for seed in text.split(",") if seed] if "," in text else int(text)
     except ValueError:
@@ -139,7 +159,7 @@ def read_seeds(text: str) -> int | list[int]:
 
 
 def read_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
-    """Width and height."""
+    """Read a width and a height."""
     if text is None:
         return None, None
     parts = text.lower().replace("×", "x").split("x")

@@ -1,189 +1,47 @@
-"""``loramerge inspect``: what a file is, from its header."""
+"""``loramerge inspect``: what a LoRA file is. ``inspection`` prints it, which needs no parser of options."""
 
-import json
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
-from ..files.architectures import blocks, titles
-from ..files.architectures.labels import SPECIFICATION, VERSION
-from ..files.dialects import DIALECTS
-from ..files.lora import LoRA
-from ..files.reading import open
-from ..files.triggers import by_parent
-from ..layers import Layer
-from ..merging import toml
-from ..tensors import code
-from .output import bar, print_json, table
+import typer
 
-MOST = 20
-"""Rows of a family whose blocks are not known: every module may be one."""
+from .options import Adapter, Arch, File, Pickle
+from .settings import command
 
 
-def show(
-    source: str,
-    *,
-    norms: bool = False,
-    as_json: bool = False,
-    architecture: str | None = None,
-    adapter: str | None = None,
-    pickle: bool = False,
-) -> None:
-    """Print what a LoRA is."""
-    with open(source, architecture=architecture, adapter=adapter, allow_pickle=pickle) as lora:
-        found = _norms(lora) if norms else {}
-        if as_json:
-            print_json(as_data(lora, found))
-            return
-        print(_summary(lora))
-        print()
-        print(_by_block(lora, found))
-        if not norms:
-            print("\nNorms of the blocks: --norms.  Every module: --json.")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``loramerge inspect``."""
 
-
-def show_recipe(source: str, *, architecture: str | None = None, pickle: bool = False) -> None:
-    """Print how a LoRA was merged, as a recipe that can be run again."""
-    from ..merging.recipe import Recipe
-
-    with open(source, architecture=architecture, allow_pickle=pickle) as lora:
-        print(f"# How {toml.text(lora.name)} was merged.", Recipe.of(lora).to_toml(), sep="\n", end="")
-
-
-def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
-    """The same for programs."""
-    return {
-        "name": lora.name,
-        "architecture": lora.architecture,
-        "alike": list(lora.alike),
-        "dialect": lora.dialect,
-        "trigger_words": list(dict.fromkeys(word for _, words in _triggers(lora) for word in words)),
-        "base_model": _base_model(lora),
-        "notes": list(lora.notes),
-        "extras": list(lora.extras),
-        "modules": {
-            module: {
-                "kind": layer.kind,
-                "shape": list(layer.shape),
-                "rank": layer.rank,
-                "dim": layer.dim,
-                "alpha": _alpha(layer),
-                "dtype": layer.dtype,
-                **({"norm": norms[module]} if module in norms else {}),
-            }
-            for module, layer in lora.layouts.items()
-        },
-        "metadata": dict(lora.metadata),
-    }
-
-
-def _summary(lora: LoRA) -> str:
-    family = ("one of " if lora.alike else "") + titles(lora.families, ", ")
-    layers = lora.layouts.values()
-    facts = {
-        "file": lora.name,
-        "architecture": family or "unknown",
-        "dialect": f"{lora.dialect} ({DIALECTS[lora.dialect].title})",
-        "modules": f"{len(lora)}: " + _counts(layer.kind for layer in layers),
-        "ranks": _counts(_rank(layer) for layer in layers if layer.rank is not None),
-        "alphas": _counts(_alpha(layer) for layer in layers) or "none: scale 1",
-        "dtypes": _counts(code(t) for layer in layers for t in layer.tensors().values()),
-        "base model": _base_model(lora),
-        "says it is for": "" if lora.architecture else _first(lora.metadata, SPECIFICATION, VERSION),
-        "trigger words": _shown(_triggers(lora)),
-        "extras": ", ".join(lora.extras),
-        **_made_from(lora),
-    }
-    lines = [f"{name + ':':15s}{value}" for name, value in facts.items() if value]
-    return "\n".join([*lines, *(f"{'note:':15s}{note}" for note in lora.notes)])
-
-
-def _counts(values: Iterable[Any]) -> str:
-    counts = Counter(v for v in values if v is not None)
-    commonest = counts.most_common()[:6]
-    shown = [f"{v:g}" if isinstance(v, float) else str(v) for v, _ in commonest]
-    if len(counts) == 1:
-        return shown[0]
-    texts = [f"{text} ({n})" for text, (_, n) in zip(shown, commonest, strict=True)]
-    return ", ".join(texts) + (f" and {len(counts) - 6} more" if len(counts) > 6 else "")
-
-
-def _rank(layer: Layer) -> int | str | None:
-    """The rank; of LoHas and LoKrs, what trainers call so and what it is as a LoRA."""
-    if layer.rank == layer.dim:
-        return layer.rank
-    return f"{'full factors' if layer.dim is None else f'dim {layer.dim}'}, as a LoRA {layer.rank}"
-
-
-def _alpha(layer: Layer) -> float | None:
-    return None if layer.own_alpha is None else float(layer.own_alpha)
-
-
-def _by_block(lora: LoRA, norms: dict[str, float]) -> str:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for module in lora:
-        component = module.partition(".")[0]
-        groups.setdefault((component, blocks.block(module, lora.architecture)), []).append(module)
-    head = ["component", "block", "modules", "ranks", *["norm", ""] * bool(norms)]
-    sums = {group: math.sqrt(sum(norms.get(m, 0.0) ** 2 for m in modules)) for group, modules in groups.items()}
-    largest = max(sums.values(), default=0.0)
-    rows = []
-    for group, modules in sorted(groups.items(), key=lambda item: blocks.position(*item[0])):
-        ranks = [rank for m in modules if (rank := lora.layout(m).rank) is not None]
-        span = "" if not ranks else str(min(ranks)) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
-        shown = [f"{sums[group]:.4g}", bar(sums[group], largest)] if norms else []
-        rows.append([*group, str(len(modules)), span, *shown])
-    if lora.architecture is None and len(rows) > MOST:
-        return f"{table(head, rows[:MOST])}\n… and {len(rows) - MOST} more: every module with --json."
-    return table(head, rows)
-
-
-def _norms(lora: LoRA) -> dict[str, float]:
-    """Norms of the modules whose ΔW the file alone determines."""
-    return {m: lora[m].norm() for m in lora if lora.layout(m).kind in ("lora", "loha", "lokr", "full", "norm")}
-
-
-def _base_model(lora: LoRA) -> str:
-    """The model that it was trained on; entries that name a family are none."""
-    return _first(lora.metadata, "ss_sd_model_name", "base_model") or next(
-        (str(name) for config in lora.about.values() if (name := config.get("base_model_name_or_path"))), ""
+    file: File
+    norms: Annotated[bool, typer.Option("--norms", help="Read the tensors too: norms by block, as a bar chart.")] = (
+        False
     )
+    json: Annotated[bool, typer.Option("--json", help="For programs: every module, all metadata.")] = False
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="How it was merged, as a recipe that 'loramerge merge' runs again.")
+    ] = False
+    architecture: Arch = None
+    adapter: Adapter = None
+    allow_pickle: Pickle = False
 
 
-def _first(metadata: Mapping[str, str], *keys: str) -> str:
-    return next((value for key in keys if (value := metadata.get(key))), "")
+@command
+def run(given: Options) -> None:
+    """Say what a LoRA is: its dialect, family, ranks, alphas, kinds, blocks.
 
+    Example: loramerge inspect person.safetensors --norms
+    """
+    from .inspection import show, show_recipe
 
-def _triggers(lora: LoRA) -> list[tuple[str, list[str]]]:
-    """The trigger words of each parent of a merge, of another LoRA its own."""
-    return by_parent(lora.name, lora.metadata) if lora.metadata else []
-
-
-def _shown(triggers: Sequence[tuple[str, Sequence[str]]]) -> str:
-    if len(triggers) == 1:
-        return ", ".join(triggers[0][1])
-    return "; ".join(f"{', '.join(words)} ({name})" for name, words in triggers)
-
-
-def _made_from(lora: LoRA) -> dict[str, str]:
-    """The inputs of a merge and their weights, or the one that was resized."""
-    if not lora.metadata:
-        return {}
-    from ..files.metadata import RECIPE
-
-    try:
-        recipe = json.loads(lora.metadata.get(RECIPE, "{}"))
-        inputs = [f"{i['name']} × {_weight(i, recipe)}" for i in recipe.get("inputs", [])]
-        budget = "".join(f", {kind} {value:g}" for kind, value in recipe.get("budget", {}).items())
-        label = "merged from" if len(inputs) > 1 else "made from"
-        return {label: f"{', '.join(inputs)} by {recipe['method']}, rank {recipe['rank']}{budget}"} if inputs else {}
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return {}
-
-
-def _weight(entry: dict[str, Any], recipe: dict[str, Any]) -> str:
-    weight = entry["weight"] if "weight" in entry else f"{recipe['weights']} ({recipe['scope']})"
-    if isinstance(weight, dict):
-        return ";".join(f"{pattern}={number:g}" for pattern, number in weight.items())
-    return f"{weight:.4g}" if isinstance(weight, float) else str(weight)
+    if given.recipe:
+        show_recipe(given.file, architecture=given.architecture, pickle=given.allow_pickle)
+        return
+    show(
+        given.file,
+        norms=given.norms,
+        as_json=given.json,
+        architecture=given.architecture,
+        adapter=given.adapter,
+        pickle=given.allow_pickle,
+    )

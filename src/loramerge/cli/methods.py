@@ -1,18 +1,25 @@
-"""``loramerge methods``: the methods of the index, and what installed packages publish beside them."""
+"""``loramerge methods``: loramerge's own merge methods, and those that installed packages publish."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..errors import OptionError
-from ..merging.methods import METHODS, Method, of_package, published
+from .options import Json
 from .output import print_json, table
 
+if TYPE_CHECKING:
+    from ..merging.methods import Method
+
 FROM = "loramerge"
-"""Where the methods of the index come from."""
+"""The package of loramerge's own methods."""
 
 
-def show(as_json: bool) -> None:
-    """Print every method with its options, and why one that is published can't be used."""
-    if as_json:
+def run(json: Json = False) -> None:
+    """List the merge methods and their options: loramerge's own, and those that installed packages publish.
+
+    Example: loramerge methods
+    """
+    if json:
         print_json([_entry(*each) for each in _offered()])
         return
     rows = []
@@ -25,8 +32,10 @@ def show(as_json: bool) -> None:
     print(table(["method", "what it does, and its options"], rows))
 
 
-def _offered() -> Iterator[tuple[str, str, Method | str]]:
-    """Name, package and method; in the place of a method that can't be used, why."""
+def _offered() -> "Iterator[tuple[str, str, Method | str]]":
+    """Yield name, package and method; for a method that can't be used, the reason instead."""
+    from ..merging.methods import METHODS, of_package, published
+
     for method in METHODS.values():
         yield method.name, FROM, method
     for offer in published():
@@ -36,7 +45,7 @@ def _offered() -> Iterator[tuple[str, str, Method | str]]:
             yield offer.name, offer.package, str(error)
 
 
-def _entry(name: str, package: str, method: Method | str) -> dict[str, object]:
+def _entry(name: str, package: str, method: "Method | str") -> dict[str, object]:
     entry: dict[str, object] = {"name": name, "package": package}
     if isinstance(method, str):
         return entry | {"error": method}

@@ -1,7 +1,8 @@
-"""Options that several commands have, and how what is typed for them is read."""
+"""Options that several commands have, and functions that read what was typed for them."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +12,7 @@ import typer
 from ..errors import OptionError
 
 if TYPE_CHECKING:
+    from ..files import LoRA
     from ..merging.methods import Method
 
 File = Annotated[str, typer.Argument(help="A file, a directory, or a name on the Hugging Face Hub.")]
@@ -20,21 +22,26 @@ To = Annotated[
     str | None, typer.Option("--to", "--dialect", "-t", help="Dialect of the output; see 'loramerge dialects'.")
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the inputs' by default.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 Device = Annotated[str | None, typer.Option("--device", help="Where to compute, such as cuda; default CPU.")]
-PROCESSES = "Processes, at most; the bytes are the same for any number."
+PROCESSES = "Number of processes, at most; the bytes are the same for any number."
 Processes = Annotated[int, typer.Option("--workers", "-j", min=1, help=PROCESSES)]
 Workers = Annotated[
-    int | None, typer.Option("--workers", "-j", min=1, help=PROCESSES, show_default="one a core, up to 4")
+    int | None, typer.Option("--workers", "-j", min=1, help=PROCESSES, show_default="one per core, up to 4")
 ]
 Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
+ArchOfAll = Annotated[
+    str | None, typer.Option("--architecture", help="The LoRAs' family, where the files leave it open.")
+]
 Adapter = Annotated[
-    str | None, typer.Option("--adapter", help="Which one, where the file's keys name several adapters.")
+    str | None, typer.Option("--adapter", help="Which adapter, where the file's keys name several of them.")
 ]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Read .pt, .bin and .ckpt, tensors only.")]
 Lossy = Annotated[bool, typer.Option("--allow-lossy", help="Leave out what the dialect can't hold.")]
 Growth = Annotated[
-    bool, typer.Option("--allow-growth", help="Write more than ten times what went in: exact LoKrs and LoHas.")
+    bool,
+    typer.Option("--allow-growth", help="Write more than ten times the size of the inputs: exact LoKrs and LoHas."),
 ]
 Changed = Annotated[
     bool, typer.Option("--allow-changed", help="Take files other than those that the recipe was made with.")
@@ -42,33 +49,37 @@ Changed = Annotated[
 MaxError = Annotated[
     str | None, typer.Option("--max-error", help="Ranks by budget: the error of all modules together, such as 1%.")
 ]
-Energy = Annotated[str | None, typer.Option("--energy", help="Ranks by budget: the share that stays, such as 0.999.")]
-MaxSize = Annotated[str | None, typer.Option("--max-size", help="Ranks by budget: the size of the file: 150MB.")]
+Energy = Annotated[
+    str | None, typer.Option("--energy", help="Ranks by budget: the share of the energy that stays, such as 0.999.")
+]
+MaxSize = Annotated[
+    str | None, typer.Option("--max-size", help="Ranks by budget: the size of the file, such as 150MB.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
-Threads = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads, each with a weight in memory.")]
+Threads = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads; each holds a weight in memory.")]
 WeightRule = Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that the model brings; look at it first.")
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; look at it first.")
 ]
 Base = Annotated[Path | None, typer.Option("--base", help="The base model, for DoRA layers: a directory or file.")]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", help="Modules to leave out: patterns as in --weight.")]
 
 
 MOST_WORKERS = 4
-"""Unless told: more would wait for the reading and writing of one file."""
+"""Default number of workers, at most: more would wait for the reading and writing of one file."""
 
 ROOM = 4 << 30
-"""Bytes that workers together may hold of matrices of a ΔW's size, unless told."""
+"""Bytes that workers together may hold in matrices of a ΔW's size, by default."""
 
 MATRICES = 10
-"""How many of those a method on entries holds, about: benchmarks/results/methods-cpu.md."""
+"""About how many of those a method on entries holds: benchmarks/results/methods-cpu.md."""
 
 
 def workers_or_cores(given: int | None, widest: int = 0) -> int:
-    """The number of workers that was given, or that of the cores that this process may use.
+    """Return the number of workers that was given, or else that of the cores that this process may use.
 
     Args:
-        given: What was typed.
+        given: The number as it was typed; None if it wasn't.
         widest: Bytes of the largest ΔW that is formed; 0 for none.
     """
     if given is not None:
@@ -79,7 +90,7 @@ def workers_or_cores(given: int | None, widest: int = 0) -> int:
 
 
 class Scope(StrEnum):
-    """What "l2" takes the norms over."""
+    """The modules over which "l2" takes the norms."""
 
     module = "module"
     component = "component"
@@ -87,7 +98,7 @@ class Scope(StrEnum):
 
 
 def named(what: str, items: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """The names and values of what was typed as NAME=VALUE.
+    """Yield name and value of items that were typed as NAME=VALUE.
 
     Raises:
         OptionError: An item has no equals sign.
@@ -100,18 +111,18 @@ def named(what: str, items: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def weights_of(each: list[str] | None, rule: str | None) -> list[str] | str | None:
-    """What was typed for the weights: one a file, or a rule for all.
+    """Return the weights as they were typed: one per file, or a rule for all.
 
     Raises:
-        OptionError: Both were.
+        OptionError: Both were given.
     """
     if each and rule:
-        raise OptionError("Give either --weight once a file, or --weights, not both.")
+        raise OptionError("Give either --weight once per file, or --weights, not both.")
     return each or rule
 
 
 def method_of(text: str) -> "Method | str":
-    """The method that was typed: ``package.module:name`` may be in a module beside where one stands."""
+    """Return the method that was typed; the module of ``package.module:name`` may be in the working directory."""
     from ..merging.methods import find
     from ..registry import from_here
 
@@ -122,5 +133,14 @@ def method_of(text: str) -> "Method | str":
 
 
 def rank_of(text: str) -> int | str:
-    """The rank that a text means: a number, or a word."""
+    """Return the rank that a text means: a number, or a word."""
     return int(text) if text.lstrip("-").isdigit() else text
+
+
+@contextmanager
+def opened(files: Sequence[str], *, architecture: str | None, allow_pickle: bool = False) -> "Iterator[list[LoRA]]":
+    """Open LoRAs, and close them in the end."""
+    from ..files.reading import open
+
+    with ExitStack() as stack:
+        yield [stack.enter_context(open(file, architecture=architecture, allow_pickle=allow_pickle)) for file in files]

@@ -1,4 +1,4 @@
-"""What every command shares: errors as text, tables, progress."""
+"""Printing that every command shares: errors as text, tables, notes, progress."""
 
 import os
 import re
@@ -32,24 +32,24 @@ def guarded(command: Callable[[], object]) -> None:
 
 
 ARGUMENT = re.compile(r"\((exclude|allow_[a-z]+)\)|\b(?:(max_error|max_size)|(energy)(?= is a |=))\b(=?)")
-"""Where a message of the library calls something by the name that it has in Python."""
+"""Matches what a message of the library calls by its name in Python."""
 
 
 def as_typed(message: str) -> str:
-    """A message with arguments called as they are typed: ``--max-error 0.1`` for ``max_error=0.1``."""
+    """Return a message that names arguments as they are typed: ``--max-error 0.1`` for ``max_error=0.1``."""
 
     def typed(found: re.Match[str]) -> str:
         inner, *outer, equals = found.groups()
         name = "--" + (inner or outer[0] or outer[1]).replace("_", "-")
         return f"({name})" if inner else name + " " * bool(equals)
 
-    if ".toml: " in message:  # a recipe's entries are called as in Python
+    if ".toml: " in message:  # a recipe's entries have the names of Python
         return message
     return ARGUMENT.sub(typed, message).replace("weights=[0.7, 0.5]", "-w 0.7 -w 0.5")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table; columns of numbers stand right."""
+    """Return a plain table; columns of numbers are aligned to the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
     right = [all(_is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
 
@@ -65,20 +65,20 @@ def _is_number(text: str) -> bool:
 
 
 def bar(value: float, largest: float, width: int = 30) -> str:
-    """A bar whose length is a value's share of the largest, in eighths of a character."""
+    """Return a bar as long as a value's share of the largest, in eighths of a character."""
     eighths = round(8 * width * value / largest) if largest > 0 else 0
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def written(path: "Path", dialect: str) -> str:
-    """A LoRA on the disk as messages show it: ``both.safetensors (kohya, 12.3 MB)``."""
+    """Return the name of a written LoRA for messages: ``both.safetensors (kohya, 12.3 MB)``."""
     file = path if path.is_file() else path / "adapter_model.safetensors"
     length = f", {size(file.stat().st_size)}" if file.exists() else ""
     return f"{path} ({dialect}{length})"
 
 
 def more(count: int, said: str) -> str:
-    """The line below a table that was cut short; empty where it was not."""
+    """Return the line below a table that was cut short; empty if it was not."""
     return f"… and {count} more, {said}" if count > 0 else ""
 
 
@@ -103,7 +103,7 @@ def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
 
 
 def note_left_out(folders: "Iterable[Path]") -> None:
-    """Say what of folders of pictures is none."""
+    """Say which files in folders of pictures are left out."""
     from ..scoring.pictures import ignored_in
 
     for folder in folders:
@@ -113,17 +113,17 @@ def note_left_out(folders: "Iterable[Path]") -> None:
 
 
 def as_directory(asked: "Path", written: "Path") -> list[str]:
-    """A note for a directory that was written where a file was asked for."""
+    """Return a note if a directory was written where a file was asked for."""
     if asked.suffix == written.suffix:
         return []
     return [f"PEFT's layout is a directory: {written.name}, not {asked.name}"]
 
 
 class Pace:
-    """Where learning is: one line that changes on a terminal, every tenth step or so elsewhere.
+    """Shows the steps of a run: one line that changes on a terminal, about every tenth step elsewhere.
 
     Args:
-        state: Where the run goes on from, if it does not begin.
+        state: The file that the run goes on from, if it has been interrupted before.
     """
 
     def __init__(self, state: "Path | None" = None) -> None:
@@ -136,7 +136,7 @@ class Pace:
             print(f"Going on from {self.state} at step {step - 1}.", file=sys.stderr)
         now = time.monotonic()
         number, began = self.first = self.first or (step, now)
-        pace = f"  {(now - began) / (step - number):.2g} s a step" if step > number else ""
+        pace = f"  {(now - began) / (step - number):.2g} s per step" if step > number else ""
         line = f"step {step}/{total}  {text}{pace}"
         last = step == total
         if sys.stderr.isatty():
@@ -148,7 +148,7 @@ class Pace:
 
 @contextmanager
 def progress(label: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the terminal, which appears when the work has taken half a second."""
+    """Show a progress bar on the terminal once the work has taken half a second."""
     began = time.monotonic()
     shown: list[Any] = []
 

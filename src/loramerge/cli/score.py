@@ -1,5 +1,6 @@
-"""``loramerge score``: how like each reference set the pictures of each setting are."""
+"""``loramerge score``: the similarity of each setting's pictures to each reference set."""
 
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ import typer
 from ..errors import FileError, OptionError
 from .options import Quiet
 from .output import note_left_out, progress, table
+from .settings import command
 
 if TYPE_CHECKING:
     from ..scoring.bootstrap import Interval
@@ -17,92 +19,99 @@ if TYPE_CHECKING:
 
 
 class PoolName(StrEnum):
-    """The tokens that are the embedding."""
+    """The tokens that make the embedding."""
 
     cls = "cls"
     patches = "patches"
 
 
 class ClusterName(StrEnum):
-    """What the bootstrap draws."""
+    """The units that the bootstrap draws."""
 
     seed = "seed"
     prompt = "prompt"
     image = "image"
 
 
-def score(
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``loramerge score``."""
+
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders of pictures, one a setting; or one folder with a folder a setting.")
-    ],
+        list[Path],
+        typer.Argument(help="Folders of pictures, one per setting; or one folder with a folder per setting."),
+    ]
     reference: Annotated[
         list[str], typer.Option("--reference", "-r", help="NAME=FOLDER, or FOLDER: the pictures of a concept.")
-    ],
+    ]
     crop: Annotated[
         list[str] | None,
         typer.Option("--crop", help="NAME=left,top,right,bottom, from 0 to 1: where pictures show the concept."),
-    ] = None,
+    ] = None
     own_crop: Annotated[
         list[str] | None,
         typer.Option("--reference-crop", help="The same for the reference set's own pictures, where it differs."),
-    ] = None,
+    ] = None
     model: Annotated[
         str, typer.Option("--model", "-m", help="A DINOv2: a name on the Hugging Face Hub, or a directory.")
-    ] = "facebook/dinov2-base",
+    ] = "facebook/dinov2-base"
     encoder: Annotated[
         str | None, typer.Option("--encoder", help="package.module:function, images → (n, d), in place of the model.")
-    ] = None,
-    pool: Annotated[PoolName, typer.Option("--pool", help="cls, or the mean of the patches.")] = PoolName.cls,
-    pixels: Annotated[
-        bool, typer.Option("--pixels/--no-pixels", help="Score by bare pixels too, as a baseline.")
-    ] = True,
+    ] = None
+    pool: Annotated[PoolName, typer.Option("--pool", help="cls, or the mean of the patches.")] = PoolName.cls
+    pixels: Annotated[bool, typer.Option("--pixels/--no-pixels", help="Score by bare pixels too, as a baseline.")] = (
+        True
+    )
     cluster: Annotated[
         ClusterName | None, typer.Option("--cluster", help="What the bootstrap draws; seeds where all have one.")
-    ] = None,
+    ] = None
     against: Annotated[
         str | None, typer.Option("--against", help="Print every setting's difference from this one, paired.")
-    ] = None,
-    by_prompt: Annotated[bool, typer.Option("--by-prompt", help="Print a table by prompt too.")] = False,
+    ] = None
+    by_prompt: Annotated[bool, typer.Option("--by-prompt", help="Print a table by prompt too.")] = False
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A directory for scores.json and CSV tables.")
-    ] = None,
+    ] = None
     cache: Annotated[Path, typer.Option("--cache", help="Where embeddings are kept.", show_default=True)] = Path(
         "~/.cache/loramerge/embeddings"
-    ),
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no embeddings.")] = False,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures embedded together.")] = 16,
-    device: Annotated[str | None, typer.Option("--device", help="CUDA where there is one, by default.")] = None,
-    quiet: Quiet = False,
-) -> None:
+    )
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no embeddings.")] = False
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures embedded together.")] = 16
+    device: Annotated[str | None, typer.Option("--device", help="CUDA where there is one, by default.")] = None
+    quiet: Quiet = False
+
+
+@command
+def run(given: Options) -> None:
     """Score pictures: the cosine of their DINOv2 embeddings with those of each reference set.
 
     Example: loramerge score out/ -r person=photos/person -r jersey=photos/jersey --crop jersey=0.2,0.4,0.8,1
     """
     from ..scoring import reports, scores
 
-    settings = settings_in(folders)
-    sets = read_references(reference, crop or [], own_crop or [])
-    if against is not None and against not in settings:
-        raise OptionError(f"No setting {against!r}. There are: {', '.join(settings)}.")
-    if not quiet:
+    settings = settings_in(given.folders)
+    sets = read_references(given.reference, given.crop or [], given.own_crop or [])
+    if given.against is not None and given.against not in settings:
+        raise OptionError(f"No setting {given.against!r}. There are: {', '.join(settings)}.")
+    if not given.quiet:
         note_left_out(settings.values())
         note_left_out(Path(folder.files).expanduser() for folder in sets)  # type: ignore[arg-type]
     shots = scores.shots_of(settings)
+    cluster: Any = given.cluster.value if given.cluster else None
+    cache = None if given.no_cache else given.cache
     found = []
-    for each in _encoders(model, encoder, pool.value, pixels, batch, device):
-        with progress(f"Scoring by {each.name}", quiet) as report:
-            wanted = cluster.value if cluster else None
-            kept = None if no_cache else cache
-            found.append(scores.score(shots, sets, each, cluster=wanted, cache=kept, progress=report))  # type: ignore[arg-type]
-    written = reports.save_scores(found, output.expanduser()) if output else []
-    if not quiet:
-        print("\n\n".join(shown(scores, against, by_prompt) for scores in found))
+    for each in _encoders(given):
+        with progress(f"Scoring by {each.name}", given.quiet) as report:
+            found.append(scores.score(shots, sets, each, cluster=cluster, cache=cache, progress=report))
+    written = reports.save_scores(found, given.output.expanduser()) if given.output else []
+    if not given.quiet:
+        print("\n\n".join(shown(scores, given.against, given.by_prompt) for scores in found))
         for path in written:
             print(f"→ {path}")
 
 
 def settings_in(folders: list[Path]) -> dict[str, Path]:
-    """Folders by name of the setting: a folder that has folders stands for them, as `generate` drew them.
+    """Return folders by name of the setting: a folder that has folders stands for them, as `generate` drew them.
 
     Raises:
         FileError: One is missing.
@@ -122,7 +131,7 @@ def settings_in(folders: list[Path]) -> dict[str, Path]:
 
 
 def _as_drawn(inside: list[Path], folder: Path) -> list[Path]:
-    """The order of the contact sheet, with ``none`` in front; by name those that it lacks."""
+    """Sort folders as the contact sheet does, ``none`` first; those that it lacks come last, by name."""
     from ..scoring.png import order_in
 
     known = {name: i for i, name in enumerate(order_in(folder / "sheet.png"))}
@@ -130,7 +139,7 @@ def _as_drawn(inside: list[Path], folder: Path) -> list[Path]:
 
 
 def read_references(given: list[str], crops: list[str], own_crops: list[str]) -> list["Reference"]:
-    """Reference sets as they are typed.
+    """Read reference sets as they are typed.
 
     Raises:
         OptionError: A box belongs to no set, or can't be read.
@@ -147,7 +156,7 @@ def read_references(given: list[str], crops: list[str], own_crops: list[str]) ->
 
 
 def _each_once(texts: list[str]) -> dict[str, str]:
-    """NAME=VALUE; a name that is left out is the last part of the value."""
+    """Read NAME=VALUE; a name that is left out is the last part of the value."""
     found: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -158,24 +167,23 @@ def _each_once(texts: list[str]) -> dict[str, str]:
     return found
 
 
-def _encoders(
-    model: str, function: str | None, pool: str, baseline: bool, batch: int, device: str | None
-) -> list["Encoder"]:
+def _encoders(given: Options) -> list["Encoder"]:
     from ..scoring.dino import dinov2
     from ..scoring.encoders import Encoder, pixels
 
-    if function:
+    if given.encoder:
         from .sweep import load_score
 
-        embed: Any = load_score(function)
-        chosen = Encoder(embed, function, batch=batch)
+        embed: Any = load_score(given.encoder)
+        chosen = Encoder(embed, given.encoder, batch=given.batch)
     else:
-        chosen = dinov2(model, pool=pool, device=device, batch=batch, quiet=True)  # type: ignore[arg-type]
-    return [chosen, pixels()] if baseline else [chosen]
+        pool: Any = given.pool.value
+        chosen = dinov2(given.model, pool=pool, device=given.device, batch=given.batch, quiet=True)
+    return [chosen, pixels()] if given.pixels else [chosen]
 
 
 def shown(scores: "Scores", against: str | None, by_prompt: bool) -> str:
-    """The tables for people."""
+    """Return the tables for people."""
     parts = [
         f"{scores.encoder}: cosine with the mean embedding (mean pairwise cosine), {_clusters(scores)}",
         _means(scores),

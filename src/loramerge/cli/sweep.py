@@ -2,62 +2,84 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import OptionError, size
-from ..merging.methods import Method, find
-from ..merging.recipe import Recipe
-from ..merging.sweeping import SETTINGS, Row, Score, left_out, ordered, points, sweep
-from ..merging.weights import parse
-from ..registry import from_here, referenced
-from .options import method_of, rank_of
+from .options import Changed, Pickle, Processes, Quiet, method_of, rank_of
 from .output import progress, table
+from .settings import command
+
+if TYPE_CHECKING:
+    from ..merging import Recipe, Row
+    from ..merging.methods import Method
+    from ..merging.sweeping import Score
 
 
-def sweep_by(
-    file: str,
-    given: Sequence[str],
-    output: Path,
-    *,
-    score: str | None,
-    sort: str | None,
-    dry_run: bool,
-    allow_changed: bool,
-    allow_pickle: bool,
-    workers: int,
-    quiet: bool,
-) -> None:
-    """Run a grid of a recipe, and print the table."""
-    recipe = Recipe.read(file)
-    grid = read_grid(recipe, given)
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``loramerge sweep``."""
+
+    recipe: Annotated[str, typer.Argument(help="What all merges have in common: recipe.toml.")]
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory for the merges and their table.")]
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "--set", "-s", help="NAME=VALUE,VALUE,…: method, rank, max_error, an option …; weights as 0.7/0.5,l2."
+        ),
+    ]
+    score: Annotated[
+        str | None, typer.Option("--score", help="package.module:function that returns your own figures of a LoRA.")
+    ] = None
+    sort: Annotated[str | None, typer.Option("--sort", help="Column to sort by; -COLUMN for falling.")] = None
+    allow_changed: Changed = False
+    allow_pickle: Pickle = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the names of the merges and write nothing.")] = False
+    workers: Processes = 1
+    quiet: Quiet = False
+
+
+@command
+def run(given: Options) -> None:
+    """Merge a recipe with every combination of settings, and compare what comes out.
+
+    What is there already is kept: an interrupted sweep goes on where it stopped.
+
+    Example: loramerge sweep recipe.toml --set method=ties,dare --set density=0.1,0.3 -o out/
+    """
+    from ..merging.recipe import Recipe
+    from ..merging.sweeping import ordered, points, sweep
+
+    recipe = Recipe.read(given.recipe)
+    grid = read_grid(recipe, given.settings)
     todo = points(recipe, grid)
-    if not quiet:
+    if not given.quiet:
         for note in _notes(recipe, grid, len(todo)):
             print(note)
-    if dry_run:
+    if given.dry_run:
         print("\n".join(point.name for point in todo))
         return
-    scored = load_score(score) if score else None
-    with progress("Sweeping", quiet) as report:
+    scored = load_score(given.score) if given.score else None
+    with progress("Sweeping", given.quiet) as report:
         rows = sweep(
             recipe,
             grid,
-            output,
+            given.output,
             score=scored,
-            allow_changed=allow_changed,
-            allow_pickle=allow_pickle,
-            workers=workers,
+            allow_changed=given.allow_changed,
+            allow_pickle=given.allow_pickle,
+            workers=given.workers,
             progress=report,
         )
-    rows = ordered(rows, sort) if sort else rows
-    if not quiet:
+    rows = ordered(rows, given.sort) if given.sort else rows
+    if not given.quiet:
         print(shown(rows))
         reused = sum(row.reused for row in rows)
         there = f", {reused} of them there already" if reused else ""
-        print(f"→ {output}: {len(rows)} merges{there}, sweep.csv, sweep.json")
+        print(f"→ {given.output}: {len(rows)} merges{there}, sweep.csv, sweep.json")
     failed = [row for row in rows if row.failed]
     for row in failed:
         print(f"error: {row.name}: {row.failed}", file=sys.stderr)
@@ -65,8 +87,8 @@ def sweep_by(
         raise typer.Exit(1)
 
 
-def read_grid(recipe: Recipe, given: Sequence[str]) -> dict[str, list[Any]]:
-    """The grid from NAME=VALUE,VALUE,…
+def read_grid(recipe: "Recipe", given: Sequence[str]) -> dict[str, list[Any]]:
+    """Read the grid from NAME=VALUE,VALUE,…
 
     Raises:
         OptionError: An item has no name or no value, or a name stands twice.
@@ -82,7 +104,11 @@ def read_grid(recipe: Recipe, given: Sequence[str]) -> dict[str, list[Any]]:
     return found | ({"method": methods} if "method" in texts else {})
 
 
-def _value(name: str, text: str, methods: Sequence[Method | str]) -> Any:
+def _value(name: str, text: str, methods: "Sequence[Method | str]") -> Any:
+    from ..merging.methods import find
+    from ..merging.sweeping import SETTINGS
+    from ..merging.weights import parse
+
     if name == "rank":
         return rank_of(text)
     if name == "weights":
@@ -93,12 +119,14 @@ def _value(name: str, text: str, methods: Sequence[Method | str]) -> Any:
     return options[0].parse(text) if options else text
 
 
-def load_score(text: str) -> Score:
-    """The function that ``package.module:function`` names; modules beside where one stands are found.
+def load_score(text: str) -> "Score":
+    """Import the function that ``package.module:function`` names; the module may be in the working directory.
 
     Raises:
         OptionError: There is none.
     """
+    from ..registry import from_here, referenced
+
     with from_here():
         found = referenced(text, "score")
     if not callable(found):
@@ -108,7 +136,9 @@ def load_score(text: str) -> Score:
     return found  # type: ignore[no-any-return]
 
 
-def _notes(recipe: Recipe, grid: dict[str, list[Any]], count: int) -> list[str]:
+def _notes(recipe: "Recipe", grid: dict[str, list[Any]], count: int) -> list[str]:
+    from ..merging.sweeping import left_out
+
     notes = [f"note: {name} is left out for {', '.join(m)}" for name, m in left_out(recipe, grid).items()]
     asked = 1
     for values in grid.values():
@@ -120,8 +150,8 @@ def _notes(recipe: Recipe, grid: dict[str, list[Any]], count: int) -> list[str]:
     )
 
 
-def shown(rows: Sequence[Row]) -> str:
-    """The table of a sweep for people."""
+def shown(rows: "Sequence[Row]") -> str:
+    """Return the table of a sweep for people."""
     own = ("size", "rank_min", "rank_max", "error")
     others = list(dict.fromkeys(c for row in rows for c in row.figures if c not in own))
     cells = [
@@ -136,7 +166,7 @@ def shown(rows: Sequence[Row]) -> str:
     return table(["merge", "size", "rank", "error", *others], cells)
 
 
-def _rank(row: Row) -> str:
+def _rank(row: "Row") -> str:
     low, high = row["rank_min"], row["rank_max"]
     if low is None:
         return "–"

@@ -2,9 +2,9 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,14 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, need
-from . import model_options as given
-from .options import Output, Quiet, To, TrustRemoteCode, named
+from .model_options import (
+    Base,
+    Checkpointing,
+    Every,
+    OnModel,
+    SnrGamma,
+    kept_in,
+    loss_table,
+    parsed,
+    save_learned,
+)
+from .options import Output, Quiet, To, named
 from .output import Pace, note_left_out, progress
+from .settings import command
 
 if TYPE_CHECKING:
     from ..diffusion import Denoiser, Team, TrainSettings, TrainStep
 
-OWN = [
+OWN = (
     "rank",
     "alpha",
     "steps",
@@ -32,63 +43,70 @@ OWN = [
     "snr_gamma",
     "prior",
     "prior_prompt",
-]
-"""Settings with an option of their own."""
+)
+"""Settings that have an option of their own, of the same name."""
 
 
-def train(
-    folder: Annotated[Path, typer.Argument(help="Pictures with captions: .txt beside each, or metadata.jsonl.")],
-    output: Output,
-    base: given.Base,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="For pictures without a caption.")] = None,
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The options of the LoRA that ``loramerge train`` writes."""
+
+    name: Annotated[str | None, typer.Option("--name", help="Title of the LoRA; the output's name by default.")] = None
+    to: To = None
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, the default, float16 or bfloat16.")] = None
+    quiet: Quiet = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(OnModel, Saved):
+    """The options of ``loramerge train``."""
+
+    folder: Annotated[Path, typer.Argument(help="Pictures with captions: .txt beside each, or metadata.jsonl.")]
+    output: Output
+    base: Base
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="For pictures without a caption.")] = None
     trigger: Annotated[
         str | None, typer.Option("--trigger", help="The word for what is learned; it is kept in the file.")
-    ] = None,
-    rank: Annotated[int, typer.Option("--rank", "-r", help="Of every module.")] = 8,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="The scale is alpha / rank; the rank by default.")
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Steps in all.")] = 400,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures in a pass, in each process.")] = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of AdamW.")] = 1e-4,
-    seed: Annotated[int, typer.Option("--seed", help="Of the first factors, the pictures' order and the noise.")] = 42,
+    ] = None
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Rank of every module.")] = 8
+    alpha: Annotated[float | None, typer.Option("--alpha", help="The scale is alpha / rank; the rank by default.")] = (
+        None
+    )
+    steps: Annotated[int, typer.Option("--steps", help="Steps in all.")] = 400
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Pictures per pass in each process.")] = 1
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Learning rate of AdamW.")] = 1e-4
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of the first factors, the pictures' order and the noise.")
+    ] = 42
     targets: Annotated[
         str, typer.Option("--targets", help="attention; transformers: all linear layers there; all: ResNets too.")
-    ] = "attention",
+    ] = "attention"
     setting: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE for the others, such as schedule=cosine.")
-    ] = None,
-    resolution: given.Resolution = None,
-    flip: given.Flip = True,
-    snr_gamma: given.SnrGamma = None,
+    ] = None
+    snr_gamma: SnrGamma = None
     prior: Annotated[
         Path | None, typer.Option("--prior", help="Prior preservation: a directory of pictures of the whole class.")
-    ] = None,
+    ] = None
     prior_prompt: Annotated[
         str | None, typer.Option("--prior-prompt", help="For pictures of the class without a caption.")
-    ] = None,
-    text_encoders: Annotated[bool, typer.Option("--text-encoders", help="Train them too.")] = False,
-    precision: given.Precision = None,
-    autocast: given.Autocast = None,
-    checkpointing: given.Checkpointing = False,
-    variant: given.Variant = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: given.Device = None,
+    ] = None
+    text_encoders: Annotated[bool, typer.Option("--text-encoders", help="Train them too.")] = False
+    checkpointing: Checkpointing = False
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", help="Keep the state here. By default beside the output, until that is written."),
-    ] = None,
-    every: given.Every = 100,
+        typer.Option("--checkpoint", help="Keep the state here; by default beside the output, until that is written."),
+    ] = None
+    every: Every = 100
     validate: Annotated[
-        list[str] | None, typer.Option("--validate", help="Draw this prompt on the way, beside the output.")
-    ] = None,
-    validate_every: Annotated[int, typer.Option("--validate-every", min=1, help="Steps between two drawings.")] = 100,
-    validate_steps: Annotated[int, typer.Option("--validate-steps", min=1, help="Sampling steps of a drawing.")] = 30,
-    name: Annotated[str | None, typer.Option("--name", help="Its title; the output's name by default.")] = None,
-    to: To = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, the default, float16 or bfloat16.")] = None,
-    quiet: Quiet = False,
-) -> None:
+        list[str] | None, typer.Option("--validate", help="A prompt to draw during training, beside the output.")
+    ] = None
+    validate_every: Annotated[int, typer.Option("--validate-every", min=1, help="Steps between two drawings.")] = 100
+    validate_steps: Annotated[int, typer.Option("--validate-steps", min=1, help="Sampling steps of a drawing.")] = 30
+
+
+@command
+def run(given: Options) -> None:
     """Train a LoRA on pictures with captions: Stable Diffusion 1, 2 and XL, through diffusers and PEFT.
 
     The same command goes on with a run that was interrupted.
@@ -97,69 +115,36 @@ def train(
     --resolution 512 --trigger psq-person --gradient-checkpointing
     """
     need("Training", "diffusers", "transformers", "peft", "accelerate")
-    from ..diffusion import load, team
+    from ..diffusion import team
     from ..files.dialects.write import check_writable
     from ..files.writing import check_target
     from ..scoring.captions import captioned
 
-    own = {
-        "rank": rank,
-        "alpha": alpha,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "targets": targets,
-        "resolution": resolution,
-        "flip": flip,
-        "snr_gamma": snr_gamma,
-        "prior": prior,
-        "prior_prompt": prior_prompt,
-    }
-    settings = settings_of(own, setting or [])
-    check_writable(to or "diffusers", "diffusers")
-    place = check_target(output, to or "diffusers")
-    captioned(folder, prompt)
-    if prior is not None:
-        captioned(prior, prior_prompt)
-    if not quiet:
-        note_left_out(Path(each).expanduser() for each in (folder, prior) if each is not None)
-    together = team(cpu=device == "cpu")
-    denoiser = load(
-        base,
-        device=device or together.device,
-        dtype=precision,
-        autocast=autocast,
-        checkpointing=checkpointing,
-        text_encoders=text_encoders,
-        variant=variant,
-        trust_remote_code=trust_remote_code,
-    )
-    job = _Job(
-        folder=folder,
-        prompt=prompt,
-        trigger=trigger,
-        name=name or place.stem,
-        checkpoint=checkpoint or place.with_name(f"{place.stem}.state.safetensors"),
-        every=every,
-        drawing=_Drawing(denoiser, validate or (), place, validate_every, validate_steps, settings.resolution),
-        quiet=quiet or not together.writes,
-    )
-    lora = job.run(denoiser, settings, together)
+    settings = settings_of({name: getattr(given, name) for name in OWN}, given.setting or [])
+    check_writable(given.to or "diffusers", "diffusers")
+    place = check_target(given.output, given.to or "diffusers")
+    captioned(given.folder, given.prompt)
+    if given.prior is not None:
+        captioned(given.prior, given.prior_prompt)
+    if not given.quiet:
+        note_left_out(Path(each).expanduser() for each in (given.folder, given.prior) if each is not None)
+    together = team(cpu=given.device == "cpu")
+    given = replace(given, quiet=given.quiet or not together.writes)
+    denoiser = given.load(given.base, together, checkpointing=given.checkpointing)
+    job = _Job(given, settings, place, denoiser)
+    lora = job.run(together)
     if together.writes:
-        given.write(lora, output, to, dtype, quiet)
-        if checkpoint is None:
+        save_learned(lora, given.output, given.to, given.dtype, given.quiet)
+        if given.checkpoint is None:
             job.checkpoint.unlink(missing_ok=True)
 
 
 def settings_of(own: dict[str, Any], others: Sequence[str]) -> "TrainSettings":
-    """Settings from options, and from NAME=VALUE for those that have none.
+    """Read settings from options, and from NAME=VALUE for those without an option.
 
     Raises:
         OptionError: A setting is unknown, or a value is out of range.
     """
-    from dataclasses import fields
-
     from ..diffusion import TrainSettings
 
     defaults = {field.name: field.default for field in fields(TrainSettings) if field.name not in OWN}
@@ -169,100 +154,102 @@ def settings_of(own: dict[str, Any], others: Sequence[str]) -> "TrainSettings":
             raise OptionError(f"The setting {name} has an option of its own: --{name.replace('_', '-')}.")
         if name not in defaults:
             raise OptionError(f"Unknown setting {name!r}. Available: {', '.join(defaults)}.")
-        changes[name] = given.parsed(name, text, defaults[name])
+        changes[name] = parsed(name, text, defaults[name])
     return TrainSettings(**own, **changes)
 
 
 @dataclass(frozen=True)
-class _Drawing:
-    """Pictures on the way."""
-
-    denoiser: "Denoiser"
-    prompts: Sequence[str]
-    output: Path
-    every: int
-    steps: int
-    resolution: int | None
-
-    def __call__(self, step: "TrainStep") -> None:
-        """Draw, if it is time."""
-        from ..diffusion.training import draw
-
-        if self.prompts and (step.step % self.every == 0 or step.step == step.total):
-            draw(
-                self.denoiser,
-                self.prompts,
-                self.output,
-                step.step,
-                sampling_steps=self.steps,
-                resolution=self.resolution,
-            )
-
-
-@dataclass(frozen=True)
 class _Job:
-    """What is trained on, and what is shown of it."""
+    """A run: its options and settings, the place of its result, and the model."""
 
-    folder: Path
-    prompt: str | None
-    trigger: str | None
-    name: str
-    checkpoint: Path
-    every: int
-    drawing: _Drawing
-    quiet: bool
+    given: Options
+    settings: "TrainSettings"
+    place: Path
+    denoiser: "Denoiser"
 
-    def run(self, denoiser: "Denoiser", settings: "TrainSettings", together: "Team") -> Any:
-        """Train; leave the program with a word on how to go on where the user interrupts."""
+    @property
+    def name(self) -> str:
+        """The title of the LoRA."""
+        return self.given.name or self.place.stem
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that holds the state."""
+        return self.given.checkpoint or self.place.with_name(f"{self.place.stem}.state.safetensors")
+
+    def run(self, together: "Team") -> Any:
+        """Train; on Ctrl-C, print how to resume and exit."""
         from ..diffusion import train_lora
 
-        self._hint(denoiser, settings.resolution)
-        progressing = _Progressing(
-            None if self.quiet else Pace(self.checkpoint), self.drawing if together.writes else None
-        )
+        given = self.given
+        self._hint()
+        pace = None if given.quiet else Pace(self.checkpoint)
+        progressing = _Progressing(pace, self._draw if given.validate and together.writes else None)
         try:
-            with _asked(progressing, alone=together.size == 1), progress("Encoding images", self.quiet) as report:
+            with _asked(progressing, alone=together.size == 1), progress("Encoding images", given.quiet) as report:
                 lora = train_lora(
-                    denoiser,
-                    self.folder,
-                    settings=settings,
-                    prompt=self.prompt,
+                    self.denoiser,
+                    given.folder,
+                    settings=self.settings,
+                    prompt=given.prompt,
                     checkpoint=self.checkpoint,
-                    every=self.every,
+                    every=given.every,
                     on_step=progressing,
                     name=self.name,
-                    trigger=self.trigger,
+                    trigger=given.trigger,
                     progress=report,
                 )
         except KeyboardInterrupt:
             progressing.stopped = True
         if progressing.stopped:
             self._leave(progressing.losses, together.writes)
-        if not self.quiet:
-            print(given.loss_table([(self.name, progressing.losses)]))
+        if not given.quiet:
+            print(loss_table([(self.name, progressing.losses)]))
         return lora
 
-    def _hint(self, denoiser: "Denoiser", resolution: int | None) -> None:
+    def _hint(self) -> None:
         from ..diffusion.training.checks import hints
 
-        if self.quiet:
+        given = self.given
+        if given.quiet:
             return
-        for hint in hints(denoiser, self.folder, prompt=self.prompt, trigger=self.trigger, resolution=resolution):
+        for hint in hints(
+            self.denoiser,
+            given.folder,
+            prompt=given.prompt,
+            trigger=given.trigger,
+            resolution=self.settings.resolution,
+        ):
             print(f"Hint: {hint}", file=sys.stderr)
+
+    def _draw(self, step: "TrainStep") -> None:
+        """Draw validation images, if it is time."""
+        from ..diffusion.training import draw
+
+        given = self.given
+        if step.step % given.validate_every == 0 or step.step == step.total:
+            draw(
+                self.denoiser,
+                given.validate or (),
+                self.place,
+                step.step,
+                sampling_steps=given.validate_steps,
+                resolution=self.settings.resolution,
+            )
 
     def _leave(self, losses: Sequence[float], writes: bool) -> None:
         if writes:
-            kept = given.kept_in(self.checkpoint)
+            kept = kept_in(self.checkpoint)
             print(f"\nInterrupted after {len(losses)} steps of this run.{kept}", file=sys.stderr)
         raise typer.Exit(130)
 
 
 @dataclass
 class _Progressing:
-    """What happens after every step."""
+    """Runs after every step: records the loss, shows it, and draws."""
 
     pace: Pace | None
-    drawing: _Drawing | None
+    drawing: Callable[["TrainStep"], None] | None
     losses: list[float] = field(default_factory=list)
     stopped: bool = False
 
@@ -278,9 +265,9 @@ class _Progressing:
 
 @contextmanager
 def _asked(progressing: _Progressing, *, alone: bool) -> Iterator[None]:
-    """Have the first Ctrl-C end the run after its step, and the second at once.
+    """Make the first Ctrl-C stop the run after the current step, and the second at once.
 
-    Of several processes each would end after a step of its own, so there the first one counts.
+    Several processes would each stop after a different step, so there the first one stops at once.
     """
     if not alone:
         yield

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..devices import to_torch
-from ..errors import LayerError, LoRAMergeError, NumberError, OptionError
+from ..errors import LayerError, LoRAMergeError, NumberError, OptionError, span
 from ..layers import Layer, LowRank, build
 from ..layers.base import scaled
 from ..tensors import Array, Held, Shape, Tensor, check_finite, is_torch, nbytes
@@ -147,8 +147,7 @@ class LoRA(Mapping[str, Layer]):
         values = {v for layer in self.layouts.values() if (v := getattr(layer, what, None)) is not None}
         if not values:
             return f"no {what}"
-        low, high = min(values), max(values)
-        return f"{what} {low:g}" if low == high else f"{what} {low:g} to {high:g}"
+        return f"{what} {span(min(values), max(values))}"
 
     def norm(self) -> float:
         """Return the Frobenius norm of the whole update, over all modules."""

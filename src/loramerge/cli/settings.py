@@ -1,0 +1,37 @@
+"""Turns a dataclass of options into the parameters of a typer command, so that each option is declared once.
+
+Its fields are annotated as typer's parameters are: ``Annotated[T, typer.Option(…)]``, or ``typer.Argument``.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from inspect import Parameter, Signature, get_annotations
+from typing import Any
+
+
+def command(run: Callable[..., None]) -> Callable[..., None]:
+    """Return a command for typer from a function of one dataclass of options.
+
+    ``--help`` lists the options that the class declares itself, then those of each class that it inherits from.
+    """
+    ((name, options),) = ((name, kind) for name, kind in get_annotations(run).items() if name != "return")
+    declared = {field.name: field for field in fields(options)}
+    order = [name for kind in options.__mro__ for name in get_annotations(kind) if name in declared]
+
+    def typed(**values: Any) -> None:
+        run(**{name: options(**values)})
+
+    typed.__doc__ = run.__doc__
+    typed.__module__, typed.__qualname__ = run.__module__, run.__qualname__
+    typed.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(
+                each,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if declared[each].default is MISSING else declared[each].default,
+                annotation=declared[each].type,
+            )
+            for each in dict.fromkeys(order)
+        ]
+    )
+    return typed

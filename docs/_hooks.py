@@ -1,4 +1,4 @@
-"""What is added to the pages when the site is built.
+"""Add to the pages of the site what isn't written in them.
 
 Tables that the library itself knows: a page says ``<!-- table: NAME -->`` where one belongs.  And what the copy
 button of a session takes: the commands alone.
@@ -58,7 +58,7 @@ def dialects() -> str:
 
     rows = []
     for d in DIALECTS.values():
-        writes = {"constant": "yes, one alpha a file", "keep": "yes, alpha kept", "bake": "yes, alpha baked in"}
+        writes = {"constant": "yes, one alpha per file", "keep": "yes, alpha kept", "bake": "yes, alpha baked in"}
         kinds = ", ".join(sorted(d.holds)) if d.writes else ""
         rows.append([f"`{d.name}`", d.title, writes[d.alpha] if d.writes else "no", kinds])
     return table(["name", "tools", "written", "kinds it holds"], rows)

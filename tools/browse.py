@@ -53,6 +53,12 @@ def listen(page: Page, home: str) -> list[str]:
     return found
 
 
+def visit(page: Page, url: str) -> None:
+    """Open a page, and wait until all of it is there and asks for nothing more."""
+    page.goto(url)
+    page.wait_for_load_state("networkidle")  # by itself it may come before a long page is parsed
+
+
 def inspect(browser: Browser, site: Path, home: str, pictures: Path | None) -> tuple[list[str], dict[str, Any]]:
     """Open every page at every width; return what is wrong, and the headings and links of each page."""
     wrong, facts = [], {}
@@ -61,7 +67,7 @@ def inspect(browser: Browser, site: Path, home: str, pictures: Path | None) -> t
         found = listen(page, home)
         for file in sorted(site.rglob("*.html")):
             name = file.relative_to(site).as_posix().removesuffix("index.html")
-            page.goto(home + name, wait_until="networkidle")
+            visit(page, home + name)
             facts[home + name] = seen = page.evaluate(FACTS)
             found += [f"image without file or words: {src}" for src in seen["images"]]
             found += [f"wider than the screen: {what}" for what in seen["wide"][:3]]
@@ -91,7 +97,7 @@ def search(browser: Browser, home: str) -> list[str]:
     page, wrong = browser.new_page(viewport={"width": WIDTHS[0], "height": 844}), []
     titles = page.locator(".md-search-result__article h1")
     for word in WORDS:
-        page.goto(home, wait_until="networkidle")
+        visit(page, home)
         page.locator("[data-md-component=search-query]").press_sequentially(word)
         try:
             titles.first.wait_for(state="attached", timeout=5000)

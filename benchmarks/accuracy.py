@@ -1,9 +1,9 @@
-"""How far a merged file is from the weighted sum of its inputs, and how near it could be at its rank.
+"""Measure how far a merged file is from the weighted sum of its inputs, and from the best fit of its rank.
 
     python benchmarks/accuracy.py MERGED --files FILE FILE … --weights 0.5 0.5
 
 Files have PEFT's key suffixes.  QR of both factors leaves a small core with the same norm and
-singular values as ΔW, so all is in float64 and nothing dense is formed.
+singular values as ΔW, so everything is computed in float64 and nothing dense is formed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def errors(merged: str, files: list[str], weights: list[float], every: int) -> dict[str, float]:
-    """Relative errors over the modules in Frobenius norm: the file's, and the best at its rank."""
+    """Return two relative errors over the modules in Frobenius norm: the file's, and the least at its rank."""
     whole, off, best = 0.0, 0.0, 0.0
     for module in _modules(merged)[::every]:
         found = _factors(merged, module)

@@ -1,10 +1,10 @@
-"""What one budget for all modules saves: the tables of docs/how-to/resize.md.
+"""Measure what one budget for all modules saves: the tables of docs/how-to/resize.md.
 
 Every module is cut to the least rank at which its own error, ‖ΔW − kept‖ / ‖ΔW‖, is at most a given
-one, as tools with a share of energy a layer do; then one budget for all modules has to meet the same
+one, as tools with a share of energy per layer do; then one budget for all modules has to meet the same
 total error.  The last column is for directions that could be kept in part, at the error of the first
-column: whether it is a matter of how few ranks there are.  The second table asks for 1 % and for half of
-the size, and measures what was written.  The synthetic LoRAs are those of loras.py; name files of your own for real ones.
+column: they show whether the coarse steps between ranks matter.  The second table asks for 1 % and for half of
+the size, and measures what was written.  The synthetic LoRAs are those of loras.py; name your own files for real ones.
 
     python benchmarks/budgets.py [FILE …]
 """
@@ -55,7 +55,7 @@ def synthetic() -> Iterator[lm.LoRA]:
 
 
 def shares(lora: lm.LoRA) -> Iterator[list[str]]:
-    """Sizes at the same total error, for each error of the modules."""
+    """Return sizes at the same total error, for each error of the modules."""
     squares = spectra(lora)
     whole = {module: len(values) for module, values in squares.items()}
     for error in ERRORS:
@@ -73,13 +73,13 @@ def shares(lora: lm.LoRA) -> Iterator[list[str]]:
 
 
 def spectra(lora: lm.LoRA) -> dict[str, np.ndarray]:
-    """Squared singular values of every module that is not zero."""
+    """Return the squared singular values of every module that is not zero."""
     found = {module: linalg.squares(*layer.factors()) for module, layer in lora.items()}
     return {module: values for module, values in found.items() if len(values)}
 
 
 def by_module(squares: Mapping[str, np.ndarray], error: float) -> Ranks:
-    """The least rank of every module at which its own error is met."""
+    """Return the least rank of every module at which its own error is met."""
     return {
         module: 1 + int((values.sum() - np.cumsum(values) > (error**2 + 1e-12) * values.sum()).sum())
         for module, values in squares.items()
@@ -87,24 +87,24 @@ def by_module(squares: Mapping[str, np.ndarray], error: float) -> Ranks:
 
 
 def error_of(squares: Mapping[str, np.ndarray], ranks: Ranks) -> float:
-    """‖ΔW − kept‖ / ‖ΔW‖ over all modules."""
+    """Return ‖ΔW − kept‖ / ‖ΔW‖ over all modules."""
     lost = sum(float(values[ranks[module] :].sum()) for module, values in squares.items())
     return math.sqrt(lost / sum(float(values.sum()) for values in squares.values()))
 
 
 def size(lora: lm.LoRA, ranks: Ranks) -> int:
-    """How many numbers the factors take."""
+    """Count the numbers in the factors."""
     return sum(rank * cost for rank, cost in zip(ranks.values(), costs(lora, ranks).values(), strict=True))
 
 
 def costs(lora: lm.LoRA, modules: Iterable[str]) -> dict[str, int]:
-    """Numbers that one direction of each module takes."""
+    """Return how many numbers one direction of each module takes."""
     shapes = {module: lora.layout(module).shape for module in modules}
     return {module: shape[0] + math.prod(shape[1:]) for module, shape in shapes.items()}
 
 
 def in_parts(squares: Mapping[str, np.ndarray], costs: Mapping[str, int], error: float) -> float:
-    """Size of one budget over that of the same error in every module, if a direction could be kept in part."""
+    """Divide one budget's size by that of the same error in every module, if directions could be kept in part."""
     directions = [(values / costs[m], values, np.full(len(values), costs[m])) for m, values in squares.items()]
     allowed = [error**2 * values.sum() for values in squares.values()]
     each = sum(_left(*which, lost) for which, lost in zip(directions, allowed, strict=True))
@@ -113,7 +113,7 @@ def in_parts(squares: Mapping[str, np.ndarray], costs: Mapping[str, int], error:
 
 
 def _left(value: np.ndarray, squares: np.ndarray, costs: np.ndarray, allowed: float) -> float:
-    """Numbers that stay when the least valuable directions go until so much energy is lost."""
+    """Count the numbers that stay when the least valuable directions are dropped until so much energy is lost."""
     order = np.argsort(value)
     before = np.cumsum(squares[order]) - squares[order]
     gone = np.clip((allowed - before) / squares[order], 0.0, 1.0)
@@ -121,7 +121,7 @@ def _left(value: np.ndarray, squares: np.ndarray, costs: np.ndarray, allowed: fl
 
 
 def met(lora: lm.LoRA) -> list[str]:
-    """What budgets of 1 % and of half of the size give, measured."""
+    """Measure what budgets of 1 % and of half of the size give."""
     squares = spectra(lora)
     full = sum(rank == len(squares[module]) for module, rank in by_module(squares, 0.01).items())
     small = lm.resize(lora, max_error="1%")

@@ -1,4 +1,4 @@
-"""What is measured: each case runs commands in turn and holds the results against goals."""
+"""Define what is measured: each case runs commands in turn and compares the results with goals."""
 
 import filecmp
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ UNEVEN = ["--weights", "0.7", "0.45"]
 
 @dataclass
 class Bench:
-    """Where files lie, how many rounds to run, and what came out so far."""
+    """The folder of files, the number of rounds to run, and the results so far."""
 
     folder: Path
     rounds: int
@@ -25,7 +25,7 @@ class Bench:
     sections: list[Section] = field(default_factory=list)
 
     def loras(self, variant: str, rank: int, count: int = 2) -> list[str]:
-        """Synthetic LoRAs, made when they are first asked for."""
+        """Return synthetic LoRAs, made when they are first asked for."""
         run([f"{HERE}/loras.py", str(self.folder), variant, str(rank), "--count", str(count)])
         return [str(self.folder / f"{variant}-r{rank}-{seed}.safetensors") for seed in range(count)]
 
@@ -48,7 +48,7 @@ def _row(name: str, samples: Samples) -> Row:
 
 
 def cli(out: str, files: list[str], rank: int | str) -> Command:
-    """In one process, as the peers run: memory and CPU are those of one."""
+    """Merge in one process, as the peers do: memory and CPU time are those of one."""
     return ["-m", "loramerge", "merge", *files, "-o", out, "--rank", str(rank), "--quiet", "-j", "1"]
 
 
@@ -57,7 +57,7 @@ def ours(out: str, files: list[str], rank: int | str, *options: str) -> Command:
 
 
 def both(name: str, out: str, files: list[str], rank: int | str) -> dict[str, Command]:
-    """A merge by one worker, and by one a core, which is what the command line does unless told."""
+    """Merge with one worker, and with one per core, the command line's default."""
     return {name: ours(out, files, rank), f"{name}, 2 workers": ours(out, files, rank, "--workers", "2")}
 
 
@@ -70,13 +70,13 @@ def accuracy(out: str, files: list[str], *options: str) -> Mapping[str, float]:
 
 
 def io(bench: Bench, files: list[str], *by: str) -> dict[str, Command]:
-    """Reading the inputs and writing one file of an input's size."""
+    """Read the inputs and write one file of an input's size."""
     titles = {"raw": "read + write, raw", "numpy": "safetensors.numpy", "torch": "safetensors.torch"}
     return {titles[how]: peer("io_only", bench.out(how), files, "--by", how) for how in by}
 
 
 def small(bench: Bench) -> None:
-    """Rank 8, beside everything."""
+    """Compare rank 8 with everything."""
     files = bench.loras("attn", 8)
     sample = ["--rank", "8", "--modules", str(SAMPLE)]
     commands = {
@@ -101,7 +101,7 @@ def small(bench: Bench) -> None:
 
 
 def concatenation(bench: Bench, rank: int) -> None:
-    """The exact sum, whose file is as large as its inputs."""
+    """Measure the exact sum, whose file is as large as its inputs."""
     files = bench.loras("attn", rank)
     commands = {
         **both("loramerge, run", bench.out(f"sum{rank}"), files, "sum"),
@@ -112,7 +112,7 @@ def concatenation(bench: Bench, rank: int) -> None:
 
 
 def medium(bench: Bench, rank: int, rounds: int | None = None) -> None:
-    """Ranks 32 and 64, beside reading and writing."""
+    """Compare ranks 32 and 64 with reading and writing."""
     files = bench.loras("attn", rank)
     commands = {
         "loramerge": cli(bench.out("cli"), files, rank),
@@ -127,7 +127,7 @@ def medium(bench: Bench, rank: int, rounds: int | None = None) -> None:
 
 
 def large(bench: Bench) -> None:
-    """Rank 128, one round."""
+    """Measure rank 128 in one round."""
     files = bench.loras("attn", 128)
     sample = ["--rank", "128", "--modules", str(SAMPLE)]
     commands = {
@@ -143,7 +143,7 @@ def large(bench: Bench) -> None:
 
 
 def _want_run(bench: Bench, name: str, took: Samples, peer: str, wanted: float) -> None:
-    """The work without the imports: CPU seconds of one worker, and wall seconds of two."""
+    """Measure the work without the imports: CPU seconds of one worker, and wall seconds of two."""
     bench.want(f"{name}, CPU of one worker", took.ratio("loramerge, run", peer, "run_cpu"), wanted)
     bench.want(f"{name}, wall of two workers", took.ratio("loramerge, run, 2 workers", peer, "run"), wanted)
 
@@ -154,7 +154,7 @@ def _want_below_input(bench: Bench, rank: int, took: Samples, files: list[str]) 
 
 
 def kohya(bench: Bench) -> None:
-    """All that kohya's trainer adapts, under kohya's names."""
+    """Measure all modules that kohya's trainer adapts, under kohya's names."""
     files = bench.loras("kohya", 8)
     commands = {
         "loramerge": cli(bench.out("cli"), files, 8),
@@ -168,7 +168,7 @@ def kohya(bench: Bench) -> None:
 
 
 def many(bench: Bench, rank: int) -> None:
-    """From 2 to 16 LoRAs, one round."""
+    """Measure 2 to 16 LoRAs in one round."""
     files = bench.loras("attn", rank, 16)
     counts = (2, 4, 8, 16)
     commands = {f"{n} LoRAs": cli(bench.out(f"many{n}"), files[:n], rank) for n in counts}
@@ -179,7 +179,7 @@ def many(bench: Bench, rank: int) -> None:
 
 
 def optimal(bench: Bench, rank: int) -> None:
-    """How near a truncated merge comes to the best of its rank."""
+    """Measure how near a truncated merge comes to the best of its rank."""
     files, out = bench.loras("attn", rank), bench.out(f"optimal{rank}")
     run(ours(out, files, rank))
     _want_optimal(bench, f"r{rank}", out, files)
@@ -192,14 +192,14 @@ def _want_optimal(bench: Bench, name: str, out: str, files: list[str]) -> None:
 
 
 def lossless(bench: Bench, rank: int) -> None:
-    """The exact sum, stored in float16."""
+    """Measure the error of the exact sum stored in float16."""
     files, out = bench.loras("attn", rank), bench.out(f"lossless{rank}")
     run(ours(out, files, "sum", *UNEVEN))
     bench.want(f"r{rank}: error of the exact sum in float16", accuracy(out, files, *UNEVEN)["error"], 5e-4)
 
 
 def same_bytes(bench: Bench, rank: int) -> None:
-    """The file for 1, 2 and 5 workers."""
+    """Compare the files that 1, 2 and 5 workers write."""
     files = bench.loras("attn", rank)
     outs = {workers: bench.out(f"workers{workers}") for workers in (1, 2, 5)}
     for workers, out in outs.items():
@@ -209,7 +209,7 @@ def same_bytes(bench: Bench, rank: int) -> None:
 
 
 def two_workers(bench: Bench, rank: int, rounds: int | None = None) -> None:
-    """Wall time, so that it means something on idle cores only."""
+    """Measure wall time, which is meaningful on idle cores only."""
     files = bench.loras("attn", rank)
     commands = {
         f"{workers} workers": ours(bench.out(f"workers{workers}"), files, rank, "--workers", str(workers))
@@ -228,7 +228,7 @@ def two_workers(bench: Bench, rank: int, rounds: int | None = None) -> None:
 
 
 def cuda(bench: Bench, rank: int) -> None:
-    """The same on a GPU, beside the CPU."""
+    """Compare a merge on a GPU with one on the CPU."""
     if not run(["-c", "import torch; print('BENCH', '{\"found\": %d}' % torch.cuda.is_available())"]).said["found"]:
         bench.want(f"r{rank}: run on cuda / CPU", None, 1.0, note="no GPU at hand")
         return

@@ -1,4 +1,4 @@
-"""A merge method's results beside dense float64 algebra, on a few modules.
+"""Compare a merge method's results with dense float64 algebra, on a few modules.
 
     python benchmarks/exactness.py cut dare --files FILE FILE … --rank 8 --option density=0.2
     python benchmarks/exactness.py same knots --files FILE FILE … --against DENSE
@@ -46,14 +46,14 @@ def main() -> None:
 
 
 def same(files: list[str], method: str, options: dict[str, Any], wanted: dict[str, Array]) -> dict[str, float]:
-    """The largest relative difference from dense results."""
+    """Return the largest relative difference from dense results."""
     loras = [lm.open(path) for path in files]
     found = ((merged(loras, module, method, options), dense) for module, dense in wanted.items())
     return {"difference": max(math.sqrt(_square(ours - dense) / _square(dense)) for ours, dense in found)}
 
 
 def cut(files: list[str], method: str, options: dict[str, Any], rank: int, count: int) -> dict[str, float]:
-    """Of the cut: the largest excess over the optimum, and what is kept.
+    """Return the cut's largest excess over the optimum, and what it keeps.
 
     ``noise`` is the distance from the weighted sum over that sum's norm, before the cut and after it.
     """
@@ -77,7 +77,7 @@ def cut(files: list[str], method: str, options: dict[str, Any], rank: int, count
 
 
 def merged(loras: list[lm.LoRA], module: str, method: str, options: dict[str, Any]) -> Array:
-    """A method's own result of a module, before any cut."""
+    """Return a method's own result of a module, before any cut."""
     seeded = {"seed": module_seed(options["seed"], module)} if "seed" in options else {}
     layers, weights = [lora[module] for lora in loras], [1 / len(loras)] * len(loras)
     return _delta(METHODS[method].merge(layers, weights, **{**options, **seeded}))

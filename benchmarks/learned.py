@@ -1,9 +1,9 @@
-"""How well merges keep what their LoRAs do: on a toy world where the right answer is known.
+"""Measure how well merges keep what their LoRAs do, on a toy world where the right answer is known.
 
     python benchmarks/learned.py [--seeds 3] [--markdown FILE]
 
 For each seed a base model and two LoRAs are trained (about ten minutes on a core), merged by every
-method, and held against held-out data:
+method, and compared on held-out data:
 
 fit     mean over the LoRAs of ‖ε_merge − ε_LoRA‖² / ‖ε_base − ε_LoRA‖² on its own data; 0 is best, 1 the base
 joint   noise error on true pictures of the subject in the style
@@ -70,7 +70,7 @@ class World:
 
     @torch.no_grad()
     def outputs(self, lora: lm.LoRA | None, data: Pictures) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the model says of held-out data with a LoRA, and the noise that was in it."""
+        """Return the model's answer to held-out data with a LoRA, and the noise that was in the data."""
         generator = torch.Generator().manual_seed(self.seed)
         said, noises = [], []
         for _ in range(ROUNDS):
@@ -181,7 +181,7 @@ def measure(
 
 
 def table(rows: Rows, columns: Sequence[str], last: str, goal: Callable[[str, list[dict[str, float]]], str]) -> str:
-    """Means over the seeds with half the width of the 95 % interval; in the last column what of the goals is told."""
+    """Tabulate means over the seeds with half the width of the 95 % interval; the last column has the goals."""
     lines = ["| merge | " + " | ".join(columns) + f" | {last} |", "|---|" + "---:|" * (len(columns) + 1)]
     for name, found in rows.items():
         cells = [interval([f[c] for f in found]) for c in columns]
@@ -190,7 +190,7 @@ def table(rows: Rows, columns: Sequence[str], last: str, goal: Callable[[str, li
 
 
 def publish(text: str, path: Path | None) -> None:
-    """Print a table, and write it where it is asked for."""
+    """Print a table, and write it to the file given, if any."""
     print(text)
     if path:
         path.write_text(text)
@@ -204,7 +204,7 @@ def _met(name: str, found: list[dict[str, float]]) -> str:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean ± t · s/√n."""
+    """Return the mean ± t · s/√n as text."""
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.3f}"

@@ -1,4 +1,4 @@
-"""Synthetic LoRAs with the module shapes of SDXL, seeded.
+"""Make synthetic LoRAs with the module shapes of SDXL, from a seed.
 
 ``attn`` has the attention projections of the UNet, which diffusers' training script adapts;
 ``kohya`` every linear layer inside the UNet's transformers and the text encoders' layers, as
@@ -30,14 +30,14 @@ DIALECTS = {"attn": "diffusers-peft", "kohya": "kohya", "widest": "diffusers-pef
 
 
 def modules(variant: str) -> dict[str, Shape]:
-    """Names and weight shapes of the modules that a variant's trainer adapts."""
+    """Return names and weight shapes of the modules that a variant's trainer adapts."""
     pattern = PATTERNS[variant]
     shapes = ARCHITECTURES["sdxl"].shapes
     return {name: shape for name, shape in shapes.items() if len(shape) == 2 and pattern.fullmatch(name)}
 
 
 def layer(module: str, shape: Shape, rank: int, seed: int) -> LowRank:
-    """One module's layer; it depends on the arguments only."""
+    """Make one module's layer; it depends on the arguments only."""
     own, common = _random(module, rank, seed), _random(module, rank, "common")
     rows, columns = shape
     directions = math.sqrt(0.8) * _normal(own, rows, rank) + math.sqrt(0.2) * _normal(common, rows, rank)

@@ -1,4 +1,4 @@
-"""Merging SDXL LoRAs: loramerge beside PEFT, dense SVDs and plain reading and writing.
+"""Compare merging SDXL LoRAs by loramerge, by PEFT, by dense SVDs, and plain reading and writing.
 
     python benchmarks/merge.py            every case, about 15 minutes
     python benchmarks/merge.py --quick    rank 8 only, one round

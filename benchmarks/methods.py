@@ -1,4 +1,4 @@
-"""Every merge method: speed, memory and what its cut loses, beside PEFT, mergekit and dense SVDs.
+"""Measure every merge method's speed, memory and loss by the cut, compared with PEFT, mergekit and dense SVDs.
 
     python benchmarks/methods.py            every case, about 12 minutes
     python benchmarks/methods.py --quick    two LoRAs, one round
@@ -108,7 +108,7 @@ def exactness(question: str, method: str, files: Sequence[str], *more: str) -> M
 
 
 def compare(bench: Bench, title: str, commands: Mapping[str, Command], rounds: int) -> Samples:
-    """Run commands in turn; the first is what the others' ratios are to."""
+    """Run commands in turn; the others' ratios are to the first."""
     print(title, flush=True)
     samples = in_turn(commands, rounds)
     bench.sections.append(Section(title, [_cells(name, samples) for name in commands], HEAD))
@@ -123,7 +123,7 @@ def _cells(name: str, samples: Samples) -> list[str]:
 
 
 def factors(bench: Bench, count: int) -> None:
-    """What forms no ΔW, beside the truncated weighted sum."""
+    """Compare methods that form no ΔW with the truncated weighted sum."""
     files = bench.loras("attn", RANK, 8)[:count]
     names = [name for name in FACTORS if count == 2 or name != "slerp"]
     commands = {
@@ -143,7 +143,7 @@ def factors(bench: Bench, count: int) -> None:
 
 
 def entries(bench: Bench, count: int) -> None:
-    """What forms every ΔW, beside PEFT and mergekit, one round."""
+    """Compare methods that form every ΔW with PEFT and mergekit, in one round."""
     files = bench.loras("attn", RANK, 8)[:count]
     modules = FEW[count]
     sample = [*DENSITY, "--modules", str(modules)]
@@ -167,7 +167,7 @@ def entries(bench: Bench, count: int) -> None:
 
 
 def knots(bench: Bench, count: int) -> None:
-    """KnOTS, beside a dense SVD, one round."""
+    """Compare KnOTS with a dense SVD, in one round."""
     files, modules = bench.loras("attn", RANK, 8)[:count], 4 if count == 2 else 2
     dense = bench.out("knots")
     commands = {
@@ -182,7 +182,7 @@ def knots(bench: Bench, count: int) -> None:
 
 
 def memory(bench: Bench) -> None:
-    """Elementwise methods on the largest module, of 2 and of 8 LoRAs."""
+    """Measure elementwise methods on the largest module, with 2 and with 8 LoRAs."""
     files = bench.loras("widest", RANK, 8)
     print(f"Peak memory on {WIDEST_MB:.0f} MB", flush=True)
     linear = {count: run(ours("linear", files[:count], 1)).rss for count in (2, 8)}
@@ -202,7 +202,7 @@ def memory(bench: Bench) -> None:
 
 
 def cuts(bench: Bench, ranks: Sequence[int]) -> None:
-    """How near the cut of a merged ΔW comes to the best fit of its rank, what it keeps, and how far it is from linear."""
+    """Measure how near a merged ΔW's cut comes to the best fit, what it keeps, and how far it is from linear."""
     rows = []
     for name in ("ties", "dare"):
         method, options = ENTRIES[name]
@@ -216,7 +216,7 @@ def cuts(bench: Bench, ranks: Sequence[int]) -> None:
 
 
 def cuda(bench: Bench) -> Bench | None:
-    """The same on a GPU, by wall time; None without one."""
+    """Measure wall times on a GPU; None without one."""
     names = {name: ENTRIES[name] for name in ("ties", "dare")} | {name: (name, ()) for name in ("knots", "tsv")}
     if not _found("__import__('torch').cuda.is_available()"):
         for name in names:
@@ -238,7 +238,7 @@ def cuda(bench: Bench) -> Bench | None:
 
 
 def _found(expression: str) -> bool:
-    """Whether an expression is true in another process: this one imports nothing that is measured."""
+    """Return whether an expression is true in another process: this one imports nothing that is measured."""
     code = f"import importlib.util, json; print('BENCH', json.dumps({{'found': int(bool({expression}))}}))"
     return bool(run(["-c", code]).said["found"])
 

@@ -1,9 +1,9 @@
-"""How well merges keep what their LoRAs do, on the miniature of the study.
+"""Measure how well merges keep what their LoRAs do, on the miniature of the study.
 
     PYTHONPATH=. python benchmarks/miniature.py [--seeds 3] [--markdown FILE]
 
 For each seed a person's and a jersey's LoRA are trained on the shipped base as the study trains them,
-merged, and held against pictures that nothing was trained or calibrated with:
+merged, and compared on pictures that nothing was trained or calibrated with:
 
 fit     mean over the LoRAs of ‖ε_merge − ε_LoRA‖² / ‖ε_base − ε_LoRA‖² on its own data; 0 is best, 1 the base
 """
@@ -54,7 +54,7 @@ class Miniature:
 
     @torch.no_grad()
     def outputs(self, lora: lm.LoRA | None, data: int) -> torch.Tensor:
-        """What the model says of one LoRA's held-out data."""
+        """Return the model's answer to one LoRA's held-out data."""
         generator = torch.Generator().manual_seed(self.seed)
         batches = [self.held(data, generator, HELD_OUT) for _ in range(ROUNDS)]
         if lora is None:

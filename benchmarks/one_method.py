@@ -1,4 +1,4 @@
-"""One merge method by loramerge on a sample of modules, timed from inside: read, merge and cut.
+"""Time one of loramerge's methods from inside, on a sample of modules: read, merge and cut.
 
 python benchmarks/one_method.py ties --files FILE FILE … --rank 32 --modules 10 --option density=0.2
 """
@@ -11,7 +11,7 @@ from typing import Any
 from peers.sampling import modules
 
 ENOUGH = 0.3
-"""CPU seconds: the modules are gone through again until they have taken so long."""
+"""CPU seconds: the modules are repeated until they have taken so long."""
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def parsed(method: str, texts: list[str]) -> dict[str, Any]:
-    """Options as typed on a command line."""
+    """Parse options as typed on a command line."""
     from loramerge.merging.methods import METHODS
 
     pairs = (text.partition("=") for text in texts)

@@ -1,4 +1,4 @@
-"""A merge by loramerge, timed from inside: the imports, and the work without them.
+"""Time a merge by loramerge from inside: the imports, and the work without them.
 
 python benchmarks/ours.py OUT --files FILE FILE … --rank 8 --workers 2
 """

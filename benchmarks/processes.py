@@ -1,4 +1,4 @@
-"""Whole processes, run in turn, and what each took."""
+"""Run whole processes in turn, and measure what each takes."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class Sample:
     rss: float
     """Peak resident memory, bytes."""
     said: Mapping[str, float] = field(default_factory=dict)
-    """What the process printed after ``BENCH``."""
+    """The output of the process after ``BENCH``."""
 
     def __getitem__(self, what: str) -> float:
         return self.said[what] if what in self.said else getattr(self, what)
@@ -46,12 +46,12 @@ class Samples:
     by_name: Mapping[str, list[Sample]]
 
     def median(self, name: str, what: str) -> float:
-        """Median over the rounds; NaN where the process does not say."""
+        """Return the median over the rounds; NaN if the process doesn't report it."""
         samples = self.by_name[name]
         return statistics.median(s[what] for s in samples) if samples[0].has(what) else float("nan")
 
     def ratio(self, name: str, other: str, what: str) -> float:
-        """Median of the ratios that were taken in the same round."""
+        """Return the median of the ratios that were taken in the same round."""
         pairs = zip(self.by_name[name], self.by_name[other], strict=True)
         return statistics.median(mine[what] / its[what] for mine, its in pairs)
 
@@ -83,7 +83,7 @@ def _said(text: str) -> dict[str, float]:
 
 
 def in_turn(commands: Mapping[str, Command], rounds: int) -> Samples:
-    """Run commands as A B C, A B C …: whatever else the machine does hits all of them alike."""
+    """Run commands as A B C, A B C …: whatever else the machine does affects all of them equally."""
     samples: dict[str, list[Sample]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, command in commands.items():
@@ -97,18 +97,18 @@ def _show(name: str, sample: Sample) -> None:
 
 
 class Watch:
-    """How busy the machine was with other things than the processes run here."""
+    """A watch over how busy the machine is with other things than the processes run here."""
 
     def __init__(self) -> None:
         self.began, self.busy, self.own = time.perf_counter(), _busy(), _own()
 
     def others(self) -> float:
-        """Cores that others kept busy since the watch began, on average; NaN where the system doesn't say."""
+        """Return how many cores others kept busy since the watch began, on average; NaN if the system doesn't say."""
         return (_busy() - self.busy - (_own() - self.own)) / (time.perf_counter() - self.began)
 
 
 def _busy() -> float:
-    """CPU seconds of all processes since the machine's start."""
+    """Return the CPU seconds of all processes since the machine's start."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
@@ -118,6 +118,6 @@ def _busy() -> float:
 
 
 def _own() -> float:
-    """CPU seconds of this process and of those it has waited for."""
+    """Return the CPU seconds of this process and of those it has waited for."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -1,4 +1,4 @@
-"""What was measured and what was wanted, as text and as Markdown."""
+"""Report measurements and goals, as text and as Markdown."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ class Goal:
     """None where it could not be measured."""
     wanted: float
     least: bool = False
-    """Whether the bound is from below."""
+    """True if the bound is from below."""
     note: str = ""
 
     @property
@@ -71,14 +71,14 @@ GOAL_HEAD = ["goal", "measured", "wanted", "met", ""]
 
 
 def text(goals: Sequence[Goal]) -> str:
-    """The table of goals for a terminal."""
+    """Return the table of goals for a terminal."""
     cells = [GOAL_HEAD, *[[cell.replace("**", "") for cell in goal.cells] for goal in goals]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(GOAL_HEAD))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
 def markdown(title: str, goals: Sequence[Goal], sections: Sequence[Section], others: float, legend: str) -> str:
-    """Everything measured, with a description of the machine."""
+    """Return everything measured, with a description of the machine."""
     parts = [f"# {title}", *machine(others), table(GOAL_HEAD, [g.cells for g in goals]), legend]
     for section in sections:
         parts += [f"## {section.title}", table(section.head, section.rows)]
@@ -86,7 +86,7 @@ def markdown(title: str, goals: Sequence[Goal], sections: Sequence[Section], oth
 
 
 def machine(others: float) -> list[str]:
-    """The machine and the versions, without names or paths."""
+    """Describe the machine and the versions, without names or paths."""
     packages = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
     return [
         f"{date.today()}. {os.cpu_count()} cores, {_processor()}, {_memory():.0f} GiB; {platform.system()} "
@@ -118,7 +118,7 @@ def _memory() -> float:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -1,8 +1,8 @@
-"""A world small enough to know: shapes with textures on a ground, drawn as 4 × 16 × 16 latents.
+"""A toy world: shapes with textures on a ground, drawn as 4 × 16 × 16 latents.
 
 A tiny UNet of SDXL's kind learns to draw the known ones.  A *subject* (a shape with a badge) and a
 *style* (a texture that spills onto the ground) are held out: two LoRAs learn one of them each, and
-the pictures of the subject in the style, which nobody has seen, are known exactly.
+the pictures of the subject in the style, which neither was trained on, are known exactly.
 """
 
 import math
@@ -38,7 +38,7 @@ NOISE = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_
 
 
 def outline(shape: int, x: Tensor, y: Tensor, r: float) -> Tensor:
-    """Where a shape is, as zeros and ones."""
+    """Return a shape's mask, as zeros and ones."""
     big, round_ = torch.maximum(x.abs(), y.abs()), (x**2 + y**2).sqrt()
     inside = [
         big < r,
@@ -53,7 +53,7 @@ def outline(shape: int, x: Tensor, y: Tensor, r: float) -> Tensor:
 
 
 def texture(kind: int, phase: float) -> Tensor:
-    """A texture in its two inks, ``(4, 16, 16)``."""
+    """Draw a texture in its two inks, ``(4, 16, 16)``."""
     pattern = [
         torch.ones_like(ROW),
         (torch.sin(8 * ROW + phase) > 0).float(),
@@ -66,7 +66,7 @@ def texture(kind: int, phase: float) -> Tensor:
 
 
 def draw(shape: int, kind: int, ground: int, generator: torch.Generator) -> Tensor:
-    """One picture; place, size and phase are random."""
+    """Draw one picture; place, size and phase are random."""
     a, b, c, d = torch.rand(4, generator=generator).tolist()
     x, y, r = COLUMN - (a - 0.5) / 2, ROW - (b - 0.5) / 2, 0.45 + 0.2 * c
     where, ink = outline(shape, x, y, r), texture(kind, 2 * math.pi * d)
@@ -83,7 +83,7 @@ def draw(shape: int, kind: int, ground: int, generator: torch.Generator) -> Tens
 
 
 def prompt(shape: int, kind: int, ground: int) -> Tensor:
-    """What a picture shows, ``(4, 96)``: a frozen text encoder of one word a thing."""
+    """Encode what a picture shows, ``(4, 96)``: a frozen text encoder with one word per thing."""
     return WORDS[torch.tensor([shape, 16 + kind, 32 + ground, 48])] + PLACES
 
 
@@ -95,7 +95,7 @@ class Pictures:
     prompts: Tensor
 
     def noised(self, generator: torch.Generator, count: int | None = None) -> tuple[dict[str, Any], Tensor]:
-        """Examples for the model, and the noise in them; all of them in order unless a count is given."""
+        """Return examples for the model, and the noise in them; all of them in order unless a count is given."""
         n = len(self.latents)
         which = torch.arange(n) if count is None else torch.randint(n, (count,), generator=generator)
         noise = torch.randn(len(which), 4, SIZE, SIZE, generator=generator)
@@ -105,7 +105,7 @@ class Pictures:
 
 
 def pictures(count: int, seed: int, shape: int | None = None, kind: int | None = None) -> Pictures:
-    """Random pictures, some of their properties given."""
+    """Draw random pictures, with some of their properties given."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(given: int | None, n: int) -> int:
@@ -142,14 +142,14 @@ def model(seed: int = 0) -> UNet2DConditionModel:
 
 
 def predict(unet: UNet2DConditionModel, batch: Mapping[str, Any]) -> Tensor:
-    """The noise that the model sees in a batch."""
+    """Return the noise that the model sees in a batch."""
     prompts = batch["prompts"]
     conditions = {"text_embeds": prompts.mean(1) @ POOL, "time_ids": torch.zeros(len(prompts), 6)}
     return unet(batch["sample"], batch["timestep"], encoder_hidden_states=prompts, added_cond_kwargs=conditions).sample
 
 
 def train_base(seed: int, steps: int) -> UNet2DConditionModel:
-    """A model that knows the known."""
+    """Train a model on everything that isn't held out."""
     unet = model(seed)
     data = pictures(4000, seed + 1)
     generator = torch.Generator().manual_seed(seed + 2)
@@ -166,7 +166,7 @@ def train_base(seed: int, steps: int) -> UNet2DConditionModel:
 
 
 def train_lora(unet: UNet2DConditionModel, data: Pictures, name: str, rank: int, seed: int, steps: int) -> lm.LoRA:
-    """A LoRA on the attention projections, by PEFT."""
+    """Train a LoRA on the attention projections, by PEFT."""
     torch.manual_seed(seed)
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     parameters = [p for p in unet.parameters() if p.requires_grad]

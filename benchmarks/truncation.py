@@ -1,4 +1,4 @@
-"""What is left of an elementwise merge when it is cut to a LoRA: the table of docs/explanation/methods.md.
+"""Measure what is left of an elementwise merge that is cut to a LoRA: the table of docs/explanation/methods.md.
 
 Two synthetic LoRAs (see loras.py) of real attention modules of SDXL, one of each weight shape, at
 weights 1/2.  Every method's own result is cut to the inputs' rank and to the sum of the ranks.
@@ -54,7 +54,7 @@ def pairs(rank: int) -> Iterator[Sequence[LowRank]]:
 
 
 def measured(pair: Sequence[LowRank], rank: int, name: str, options: dict[str, object]) -> Iterator[float]:
-    """Energies: of the result, kept of it at both ranks, of its differences from the weighted sum, of that sum."""
+    """Yield energies: the result's, those kept at both ranks, those of differences from the sum, the sum's."""
     merged = _dense(METHODS[name].merge(pair, [0.5, 0.5], **options))
     plain = sum(0.5 * _dense(layer) for layer in pair)
     cuts = [linalg.truncate_dense(merged, r) for r in (rank, 2 * rank)]

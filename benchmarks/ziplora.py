@@ -1,9 +1,9 @@
-"""ZipLoRA's cost: our factored layer beside dense ones, closed forms, and steps on a real-size UNet.
+"""Measure ZipLoRA's cost: our factored layer and dense ones, closed forms, and steps on a real-size UNet.
 
     python benchmarks/ziplora.py                              every case, some minutes on a CPU
     python benchmarks/ziplora.py --markdown results/ziplora-cpu.md
 
-The steps on SDXL's UNet (random weights) need CUDA, and are said not to have run without it.
+The steps on SDXL's UNet (random weights) need CUDA; without it they are reported as not run.
 Exit code 1 if a goal is missed.
 """
 
@@ -95,11 +95,11 @@ class Row:
     ratio: float
     """Median over rounds of the ratio within a round."""
     whole: float
-    """The same with the projection that the LoRAs change: beside it, or with whole matrices added to its weight."""
+    """The same with the projection that the LoRAs change; a dense layer adds its matrices to that weight."""
     our_bytes: int
     dense_bytes: int
     difference: float
-    """Of the gradients of the coefficients, relative."""
+    """Relative error of the gradients of the coefficients."""
 
     @property
     def cells(self) -> list[str]:
@@ -149,20 +149,20 @@ def layer_goals(shape: Shape, rank: int, row: Row) -> list[Goal]:
 
 
 def attention() -> list[tuple[int, ...]]:
-    """Weight shapes of the 560 attention projections of SDXL's UNet."""
+    """Return the weight shapes of the 560 attention projections of SDXL's UNet."""
     shapes = ARCHITECTURES["sdxl"].shapes
     return [s for module, s in shapes.items() if module.startswith("unet.") and "attn" in module and len(s) == 2]
 
 
 def memory(rank: int) -> tuple[float, float]:
-    """Bytes of two LoRAs and their coefficients in all attention modules: ours, dense."""
+    """Count the bytes of two LoRAs and their coefficients in all attention modules: ours, dense."""
     ours = sum(4 * (2 * rank * (rows + columns) + 2 * columns) for rows, columns in attention())
     dense = sum(4 * (2 * rows * columns + 2 * columns) for rows, columns in attention())
     return ours, dense
 
 
 def closed_form(rank: int) -> float:
-    """CPU seconds for ``core`` in all 560 attention modules of SDXL, from moments of size R × R."""
+    """Measure CPU seconds for ``core`` in all 560 attention modules of SDXL, from moments of size R × R."""
     whole = 2 * rank
     slices = (slice(0, rank), slice(rank, whole))
     problems = {}
@@ -195,7 +195,7 @@ CASES = [(count, checkpointing) for count in (2, 3, 4) for checkpointing in (Fal
 
 
 def steps_on_cuda() -> Iterator[Steps]:
-    """ZipLoRA on a real-size SDXL UNet with random weights, at 1024 × 1024, in bf16; attention LoRAs of rank 64."""
+    """Run ZipLoRA on a real-size SDXL UNet with random weights, at 1024 × 1024, in bf16; attention LoRAs of rank 64."""
     unet = sdxl_unet() if torch.cuda.is_available() else None
     for count, checkpointing in CASES:
         name = f"{count} LoRAs, {'with' if checkpointing else 'without'} gradient checkpointing"
@@ -261,7 +261,7 @@ def timed_steps(unet: nn.Module, name: str, count: int, checkpointing: bool, ste
 
 
 def examples(lora: int, generator: torch.Generator, count: int) -> dict[str, Tensor]:
-    """Noise in the shape of SDXL's inputs."""
+    """Return noise in the shape of SDXL's inputs."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(count, *shape, generator=generator)
@@ -276,7 +276,7 @@ def examples(lora: int, generator: torch.Generator, count: int) -> dict[str, Ten
 
 
 def faint(lora: LoRA) -> LoRA:
-    """The LoRA at a strength at which numbers stay finite in random weights."""
+    """Return the LoRA at a strength at which numbers stay finite in random weights."""
     from dataclasses import replace
 
     layouts = {m: replace(layer, alpha=0.1) for m, layer in lora.layouts.items() if isinstance(layer, LowRank)}

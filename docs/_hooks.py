@@ -1,7 +1,7 @@
-"""What is added to the pages when the site is built.
+"""Fill in the site's pages when it is built.
 
-Tables that the library itself knows: a page says ``<!-- table: NAME -->`` where one belongs.  And what the copy
-button of a session takes: the commands alone.
+A page has ``<!-- table: NAME -->`` in the place of a table that is made from the library's own data.  The copy button of
+a session takes the commands alone.
 """
 
 import inspect
@@ -26,7 +26,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Have the copy button of a session take what is typed, without prompts and what is printed."""
+    """Make the copy button of a session take what is typed, without prompts and output."""
     return BLOCK.sub(_with_commands, html)
 
 
@@ -36,7 +36,7 @@ def _with_commands(block: re.Match[str]) -> str:
 
 
 def commands_of(session: str) -> list[str]:
-    """The lines after a prompt, and those that go on from one that ends in a backslash."""
+    """Return the lines after a prompt, and those that continue a line with a backslash at its end."""
     found: list[str] = []
     goes_on = False
     for line in session.splitlines():
@@ -47,25 +47,25 @@ def commands_of(session: str) -> list[str]:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A markdown table."""
+    """Return a Markdown table."""
     lines = [[*head], ["---" for _ in head], *([*row] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def dialects() -> str:
-    """Every dialect in the index."""
+    """List every dialect in the index."""
     from loramerge.files.dialects import DIALECTS
 
     rows = []
     for d in DIALECTS.values():
-        writes = {"constant": "yes, one alpha a file", "keep": "yes, alpha kept", "bake": "yes, alpha baked in"}
+        writes = {"constant": "yes, one alpha per file", "keep": "yes, alpha kept", "bake": "yes, alpha baked in"}
         kinds = ", ".join(sorted(d.holds)) if d.writes else ""
         rows.append([f"`{d.name}`", d.title, writes[d.alpha] if d.writes else "no", kinds])
     return table(["name", "tools", "written", "kinds it holds"], rows)
 
 
 def sources() -> str:
-    """The code that each dialect follows."""
+    """List the code that each dialect follows."""
     from loramerge.files.dialects import DIALECTS
 
     rows = []
@@ -77,14 +77,14 @@ def sources() -> str:
 
 
 def aliases() -> str:
-    """Other names of the dialects."""
+    """List other names of the dialects."""
     from loramerge.files.dialects import DIALECTS
 
     return table(["you type", "it means"], [[f"`{a}`", f"`{name}`"] for a, name in sorted(DIALECTS.aliases.items())])
 
 
 def architectures() -> str:
-    """Every model family."""
+    """List every model family."""
     from loramerge.files.architectures import ARCHITECTURES
 
     names = {
@@ -99,7 +99,7 @@ def architectures() -> str:
 
 
 def methods() -> str:
-    """Every merge method."""
+    """List every merge method."""
     from loramerge.merging.methods import METHODS
 
     rows = []
@@ -110,14 +110,14 @@ def methods() -> str:
 
 
 def method_gallery() -> str:
-    """Every merge method, with the way to its section."""
+    """List every merge method with a link to its section."""
     from loramerge.merging.methods import METHODS
 
     return table(["method", "what it does"], [[f"[`{m.name}`](#{m.name})", m.title] for m in METHODS.values()])
 
 
 def method_figures() -> str:
-    """What every merge method makes of the same two LoRAs: the person's and the jersey's of the miniature."""
+    """Compute what every merge method makes of the miniature's two LoRAs, the person's and the jersey's."""
     import numpy as np
 
     import loramerge as lm
@@ -141,7 +141,7 @@ def method_figures() -> str:
 
 
 def method_sections() -> str:
-    """A section for every merge method: its documentation, options and source."""
+    """Write a section for every merge method: its documentation, options and source."""
     from loramerge.merging.methods import METHODS
 
     return "\n\n".join(_method_section(name, METHODS) for name in METHODS)
@@ -170,7 +170,7 @@ def _options(method: Any) -> str:
 
 
 def blocks() -> str:
-    """The blocks that each length of a vector gives numbers for."""
+    """List the blocks that each length of a vector gives numbers for."""
     from loramerge.files.architectures.blocks import FAMILY, VECTORS
 
     rows = []
@@ -181,7 +181,7 @@ def blocks() -> str:
 
 
 def _shortened(names: list[str]) -> str:
-    """``D00, D01, D02, …, D18`` for a long run of one letter."""
+    """Shorten a long run of one letter to ``D00, D01, …, D18``."""
     runs: list[list[str]] = []
     for name in names:
         letters = name.rstrip("0123456789")
@@ -194,7 +194,7 @@ def _shortened(names: list[str]) -> str:
 
 
 def readers() -> str:
-    """What each reader leaves out, by dialect."""
+    """List what each reader leaves out, by dialect."""
     from loramerge.files.dialects.readers import DROPS, UNETS
 
     rows = []
@@ -213,7 +213,7 @@ def readers() -> str:
 
 
 def commands() -> str:
-    """The help of every command."""
+    """Print the help of every command."""
     from typer.testing import CliRunner
 
     from loramerge.cli.app import app
@@ -228,13 +228,13 @@ def commands() -> str:
 
 
 def benchmarks() -> str:
-    """The measured tables of every file, where they are; a heading goes one level down."""
+    """Return the measured tables of every file, if there are any, with headings one level down."""
     texts = [path.read_text(encoding="utf-8").strip() for path in sorted(RESULTS.glob("*.md"), key=_order)]
     return re.sub(r"^#", "##", "\n\n".join(texts), flags=re.MULTILINE) or "Nothing has been measured yet."
 
 
 def _order(path: Path) -> tuple[bool, str]:
-    """What everybody uses comes first: learned merges last."""
+    """Sort what everybody uses first, and learned merges last."""
     return path.stem.startswith(("learned", "miniature", "ziplora")), path.name
 
 

@@ -1,4 +1,4 @@
-"""Time and memory that every attack takes, each in a process of its own.
+"""Measure the time and memory that every attack takes, each in its own process.
 
     python tools/attacks.py [PART OF A NAME, OR large]
 
@@ -27,7 +27,7 @@ print(json.dumps({name: [a.refused, a.allow_pickle, a.recipe, a.large] for name,
 
 
 def peak() -> float:
-    """The most memory that this process has had since `reset`, in MB."""
+    """Return the most memory that this process has had since `reset`, in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1000
 
@@ -89,7 +89,7 @@ def judged(row: dict[str, object], refused: str | None) -> object:
     if row["problem"]:
         return row["problem"]
     if bool(row["said"]) != (refused is not None) or not re.search(refused or "", str(row["said"])):
-        return f"answered {str(row['said'])[:120]!r}, wanted {refused!r}"
+        return f"answered {str(row['said'])[:120]!r}, expected {refused!r}"
     if row["seconds"] > SECONDS:  # type: ignore[operator]
         return "too slow"
     return "too much memory" if row["megabytes"] > TIMES * row["size"] + MEGABYTES else ""  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""What ComfyUI's own loader takes from our files: a row per family, dialect and kind of layer.
+"""Test what ComfyUI's own loader takes from our files: a row per family, dialect and kind of layer.
 
     python tools/comfyui.py CHECKOUT [FAMILY …]
 
@@ -42,7 +42,7 @@ MODELS = {
     "sd3-medium": ("SD3", {"depth": 24, "num_blocks": 24}),
     "qwen-image": ("QwenImage", {"image_model": "qwen_image"}),
 }
-"""ComfyUI's class of each family, and as much of its configuration as the key maps read."""
+"""ComfyUI's class of each family, and the part of its configuration that the key maps read."""
 
 MORE: Mapping[str, dict[str, Any]] = {
     "sdxl": {"transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10},
@@ -57,7 +57,7 @@ KINDS = ("lora", "tucker", "loha", "lokr", "lokr-tucker", "dora", "full", "bias"
 
 
 def imported(checkout: Path) -> types.ModuleType:
-    """ComfyUI's ``comfy.lora``; of the models only the classes' names, which its key maps ask for."""
+    """Import ``comfy.lora``, with the models replaced by classes of their names, which its key maps ask for."""
     sys.path.insert(0, str(checkout))
     sys.argv = [sys.argv[0]]
     import comfy.options  # type: ignore[import-not-found]
@@ -77,7 +77,7 @@ def imported(checkout: Path) -> types.ModuleType:
 
 
 def key_map(comfy: Any, a: Architecture) -> dict[str, Any]:
-    """What ComfyUI calls the weights of a family, for every name that it reads."""
+    """Return ComfyUI's names of a family's weights, for every name that it reads."""
     kind, config = MODELS[a.name]
     model = getattr(comfy.model_base, kind)()
     model.model_config = types.SimpleNamespace(unet_config={**config, **MORE.get(a.name, {})})
@@ -94,13 +94,13 @@ def text_weights(a: Architecture) -> Iterator[str]:
 
 
 def patches(comfy: Any, a: Architecture, file: Path) -> dict[Any, Any]:
-    """What ComfyUI does to each weight, as it says itself."""
+    """Return ComfyUI's own patches of each weight."""
     tensors = comfy.lora_convert.convert_lora(load_file(file))
     return comfy.lora.load_lora(tensors, key_map(comfy, a), log_missing=False)  # type: ignore[no-any-return]
 
 
 def change(found: Mapping[Any, Any], key: str, weight: torch.Tensor) -> torch.Tensor:
-    """The change of one of the model's weights by all patches on it."""
+    """Return the change of one of the model's weights by all patches on it."""
     total = torch.zeros_like(weight)
     for place, patch in found.items():
         name, (axis, start, length), function = _place(place, weight)
@@ -122,7 +122,7 @@ def _changed(patch: Any, weight: torch.Tensor, function: Callable[[Any], Any]) -
 
 
 def wanted(lora: LoRA, parts: Parts, weight: torch.Tensor) -> torch.Tensor:
-    """The change of the same weight by our own layers."""
+    """Return the change of the same weight by our own layers."""
     total = torch.zeros_like(weight)
     for part in parts:
         rows = part.rows or ((0, len(weight)),)
@@ -135,7 +135,7 @@ def wanted(lora: LoRA, parts: Parts, weight: torch.Tensor) -> torch.Tensor:
 
 
 def modules(a: Architecture, kind: str) -> list[str]:
-    """Some modules that can have a kind of layer, in every component."""
+    """Choose some modules that can have a kind of layer, in every component."""
     shapes = {m: s for m, s in a.shapes.items() if re.search(PLACES, m)}
     if kind == "norm":
         return [m for m, s in a.shapes.items() if len(s) == 1 and "blocks.0." in m][:6]
@@ -151,7 +151,7 @@ def layer_of(kind: str, shape: tuple[int, ...], seed: int) -> Layer:
 
 
 def rows(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
-    """For every dialect and kind: how many modules a file has, how many ComfyUI gets right, which it doesn't."""
+    """Count for every dialect and kind a file's modules and those that ComfyUI gets right; name the others."""
     a = ARCHITECTURES[name]
     for dialect, kind in product([d for d in DIALECTS if DIALECTS[d].writes and d != "peft"], KINDS):
         layers = {m: layer_of(kind, a.shapes[m], i) for i, m in enumerate(modules(a, kind))}
@@ -176,7 +176,7 @@ def rows(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
 
 
 def right(a: Architecture, lora: LoRA, module: str, found: Mapping[Any, Any]) -> bool:
-    """Whether ComfyUI changes a module's weight as its layer says."""
+    """Return whether ComfyUI changes a module's weight as its layer says."""
     key, parts = homes(a)[module]
     height = sum(a.shapes[part.module][0] for part in parts)
     if isinstance(lora[module], BiasOnly):
@@ -192,7 +192,7 @@ def right(a: Architecture, lora: LoRA, module: str, found: Mapping[Any, Any]) ->
 
 @cache
 def homes(a: Architecture) -> dict[str, tuple[str, Parts]]:
-    """ComfyUI's weight of each module."""
+    """Return ComfyUI's weight of each module."""
     native = {p.module: (f"diffusion_model.{path}", parts) for path, parts in a.native_paths.items() for p in parts}
     for encoder in a.text_encoders:
         for path, parts in a.text_paths(encoder).items():

@@ -32,7 +32,7 @@ def chosen(module: str, shape: tuple[int, ...]) -> bool:
 
 
 def related(module: str, first: Layer, second: Layer) -> Layer:
-    """The second layer, with some of its directions from the spaces of the first."""
+    """Return the second layer with some of its directions taken from the spaces of the first."""
     up, down = (np.array(x) for x in second.factors())
     count = round(SHARED.get(block(module, "sdxl"), 0.0) * up.shape[1])
     rng = np.random.default_rng(zlib.crc32(module.encode()))

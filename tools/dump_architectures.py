@@ -1,7 +1,7 @@
 """Write the module names and weight shapes of each supported model family.
 
 Every model is built from its published configuration on PyTorch's meta device, so no
-weights are needed and the names are those of the library, not ours.  Run it when a
+weights are needed and the names are the library's, not ours.  Run it when a
 family is added or a library renames a module:
 
     python tools/dump_architectures.py [model …]
@@ -185,7 +185,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
-    """Modules that have a weight, and parameters of their own, in the order in which the model registers them."""
+    """Return modules with a weight, and parameters outside of such modules, in the model's order."""
     found: dict[str, list[int]] = {}
     for name, module in model.named_modules():
         for own, parameter in module.named_parameters(prefix=name, recurse=False):
@@ -197,7 +197,7 @@ def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
 
 
 def text_model_names(names: dict[str, list[int]]) -> dict[str, list[int]]:
-    """CLIP's names as every LoRA file has them: transformers 5 drops ``text_model.`` in one class."""
+    """Return CLIP's names as every LoRA file has them: transformers 5 drops ``text_model.`` in one class."""
     return {
         n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": shape
         for n, shape in names.items()

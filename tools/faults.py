@@ -1,11 +1,11 @@
-"""Faults at random moments of what writes files: what stands there afterwards is whole, old or new.
+"""Inject faults at random moments into commands that write files: afterwards the output is complete, old or new.
 
     python tools/faults.py --each 5 --seed 0
 
-For every command and every kind of fault: the output of an earlier run stands there, the command is run
+For every command and every kind of fault: there is the output of an earlier run, the command is run
 again on other inputs, and the fault is injected while it works.  Then the output is the earlier run's or
-the new one's, byte for byte; what is half written is cleared away (after a kill -9, which nothing can
-follow, by the next run); and running the command again gives the new run's bytes.  A training and a study
+the new one's, byte for byte; what is half written is removed (after a kill -9, after which no code runs,
+by the next run); and running the command again gives the new run's bytes.  A training and a study
 may leave the state that they go on from, until they are done.
 """
 
@@ -36,7 +36,7 @@ from loramerge.testing import random_lora
 
 ROOT = Path(__file__).parents[1]
 PR_CAPBSET_DROP, OVERRIDES = 24, (1, 2)
-"""What lets root write where it may not, and how a process gives that up."""
+"""The call by which a process drops a capability, and those by which root ignores permissions."""
 
 RECIPE = """[[loras]]
 path = "a.safetensors"
@@ -69,7 +69,7 @@ settings = [
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """LoRAs, a recipe and a base model in a folder: the same seed, the same bytes."""
+    """Write LoRAs, a recipe and a base model into a folder: the same seed gives the same bytes."""
 
     def chosen(module: str, shape: tuple[int, ...]) -> bool:
         return module.startswith("unet.down_blocks.1.attentions.0") and ".attn" in module
@@ -89,7 +89,7 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def prepare_to_learn(folder: Path, seed: int) -> None:
-    """A tiny SDXL, a tiny DINOv2, and captioned pictures of two concepts."""
+    """Write a tiny SDXL, a tiny DINOv2, and captioned pictures of two concepts."""
     sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "adapters")]
     import tiny
 
@@ -109,18 +109,18 @@ class Command:
     """A command that writes below ``out/``, and the input that may disappear from under it."""
 
     words: tuple[str, ...]
-    """From the module's name on."""
+    """The arguments, from the module's name on."""
     input: str = "a.safetensors"
     prepare: Callable[[Path, int], None] = prepare
     resumes: bool = False
-    """Whether what an earlier run has finished is kept: the output is then a directory of several files."""
+    """True if finished files of an earlier run are kept: the output is then a directory of several files."""
     new: bool = False
-    """Whether it refuses to write over an earlier run's output."""
+    """True if it refuses to overwrite an earlier run's output."""
     state: tuple[str, ...] = ()
     """Names of what it may leave to go on from, until it is done."""
 
     def passing(self, path: str) -> bool:
-        """Whether a file below ``out/`` is none of the output's own."""
+        """Return whether a file below ``out/`` doesn't belong to the output."""
         return ".part" in path or any(fnmatch(path, name) for name in self.state)
 
 
@@ -170,7 +170,7 @@ def started(
 
 
 def run(words: tuple[str, ...], folder: Path) -> float:
-    """Run a command to its end; returns how long it took."""
+    """Run a command to its end; return how long it took."""
     began = time.monotonic()
     process = started(words, folder)
     _, said = process.communicate()
@@ -180,7 +180,7 @@ def run(words: tuple[str, ...], folder: Path) -> float:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The hash of every file below a folder."""
+    """Return the hash of every file below a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -199,7 +199,7 @@ def litter(folder: Path) -> list[str]:
 
 @dataclass
 class Trial:
-    """A command in a folder, with what was there before and what is to come."""
+    """A command in a folder, with the earlier output and the expected one."""
 
     command: Command
     folder: Path
@@ -207,7 +207,7 @@ class Trial:
     after: dict[str, str]
     seconds: float
     largest: int
-    """Bytes of the largest file that it writes."""
+    """Size of the largest file that it writes, in bytes."""
     chance: random.Random
 
     @property
@@ -235,13 +235,13 @@ def signalled(number: signal.Signals) -> Callable[[Trial], str]:
 
 
 def full_disk(trial: Trial) -> str:
-    """Files may not become longer than a part of what is needed."""
+    """Limit the length of files to a part of what is needed."""
     process = started(trial.command.words, trial.folder, largest=int(trial.chance.random() * trial.largest))
     return process.communicate()[1]
 
 
 def read_only(trial: Trial) -> str:
-    """The target can't be written to; root, who can write to anything, gives that up."""
+    """Make the target read-only; root, who can write to anything, drops that capability."""
     directories = [trial.out, *(path for path in trial.out.rglob("*") if path.is_dir())]
     for directory in directories:
         directory.chmod(0o555)
@@ -275,7 +275,7 @@ FAULTS: dict[str, Callable[[Trial], str]] = {
 
 
 def problems(trial: Trial, name: str, said: str) -> Iterator[str]:
-    """What is wrong after a fault, and after the run that follows it."""
+    """Return what is wrong after a fault, and after the run that follows it."""
     left = litter(trial.out)
     if left and name != "kill -9":
         yield f"litter: {left}"
@@ -291,7 +291,7 @@ def problems(trial: Trial, name: str, said: str) -> Iterator[str]:
 
 
 def attempted(name: str, fault: str, folder: Path, states: Path, seconds: float, chance: random.Random) -> list[str]:
-    """One fault, the check, the run after it, and the check of that."""
+    """Inject one fault, check, run the command again, and check that."""
     command = COMMANDS[name]
     fresh(folder, states)
     largest = max(path.stat().st_size for path in (states / "after").rglob("*") if path.is_file())
@@ -310,7 +310,7 @@ def attempted(name: str, fault: str, folder: Path, states: Path, seconds: float,
 
 
 def fresh(folder: Path, states: Path) -> None:
-    """The new inputs, and the earlier run's output."""
+    """Put the new inputs and the earlier run's output in place."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(states / "inputs", folder)
     shutil.copytree(states / "before", folder / "out", dirs_exist_ok=True)
@@ -319,7 +319,7 @@ def fresh(folder: Path, states: Path) -> None:
 
 
 def states_of(command: Command, place: Path, work: Path) -> float:
-    """The outputs of a run on other inputs and of one on the inputs; returns how long one takes.
+    """Make the outputs of a run on other inputs and of one on the inputs; return how long one takes.
 
     They run where the trials will: a picture says which base model it was drawn with.
     """

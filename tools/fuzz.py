@@ -1,12 +1,12 @@
-"""Coverage-guided fuzzing of what reads files that others made.
+"""Fuzz the code that reads foreign files, guided by coverage.
 
     pip install atheris
     python tools/fuzz.py reader tests/hostile/corpus -runs=400000
 
-The second argument is a directory of directories, one a target; what is new is kept in ``found/``.  An
+The second argument is a directory of directories, one per target; new inputs are kept in ``found/``.  An
 input is at fault if it raises anything but a LoRAMergeError, takes more than two seconds of CPU time, or
-is taken for something that it isn't: what each target checks is said in its docstring.  Faults are printed
-and kept, one of each kind.  Further arguments go to libFuzzer.  `python tools/fuzz.py seeds tests/hostile/corpus` writes the corpus' beginnings.
+is taken for something that it isn't: the docstring of each target says what it checks.  Faults are printed
+and kept, one of each kind.  Further arguments go to libFuzzer.  `python tools/fuzz.py seeds tests/hostile/corpus` writes the first inputs of the corpus.
 """
 
 import struct
@@ -52,7 +52,7 @@ SCRATCH = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else
 
 
 def fuzz_reader(data: bytes) -> None:
-    """Header and tensors: what is accepted, the reference implementation accepts with the same shapes.
+    """Check header and tensors: what is accepted, the reference implementation accepts with the same shapes.
 
     The first byte says whether the length of the header is put in front (it is, mostly).
     """
@@ -75,7 +75,7 @@ def fuzz_reader(data: bytes) -> None:
 
 
 def fuzz_detector(data: bytes) -> None:
-    """Keys and shapes: every tensor is a layer's, an extra, or a note is made of it."""
+    """Check keys and shapes: every tensor belongs to a layer, is an extra, or is noted."""
     tensors, metadata = listing(data)
     lora = from_tensors(tensors, metadata, "fuzz")
     held = {id(t) for layer in lora.layouts.values() for t in layer.tensors().values()}
@@ -84,7 +84,7 @@ def fuzz_detector(data: bytes) -> None:
 
 
 def fuzz_converter(data: bytes) -> None:
-    """Keys, shapes and values: in every dialect that takes it, a LoRA has the same ΔW when it is read again."""
+    """Check keys, shapes and values: in every dialect that takes it, a LoRA has the same ΔW when it is read again."""
     tensors, metadata = listing(data)
     lora = from_tensors(tensors, metadata, "fuzz").in_memory()
     wanted = {module: _delta(layer) for module, layer in lora.items()}
@@ -106,7 +106,7 @@ def fuzz_converter(data: bytes) -> None:
 
 
 def fuzz_family(data: bytes) -> None:
-    """Some layers of a family in a dialect, with metadata or without: never read as those of another family.
+    """Check that some layers of a family in a dialect, with or without metadata, are never read as another family's.
 
     The first bytes choose the family, the dialect, what the header says and which family it names if a
     wrong one; each further pair of bytes chooses a layer.
@@ -137,7 +137,7 @@ def fuzz_family(data: bytes) -> None:
 
 
 def _layer(dialect: Dialect, stem: str, parts: Parts, a: Architecture) -> dict[str, Held]:
-    """A layer of rank 2, or a difference where the weight is a vector; without memory of its own."""
+    """Return a layer of rank 2, or a difference if the weight is a vector; it takes no memory."""
     shapes = [a.shapes[part.module] for part in parts]
     shape = (sum(s[0] for s in shapes), *shapes[0][1:])
     value, module = np.float32(0.5), parts[0].module
@@ -166,7 +166,7 @@ NAMING = (
 
 
 def fuzz_recipe(data: bytes) -> None:
-    """A recipe that is read, written and read again is the same."""
+    """Check that a recipe that is read, written and read again is the same."""
     path = SCRATCH / "recipe.toml"
     path.write_bytes(data)
     found = recipe.Recipe.read(path)
@@ -176,7 +176,7 @@ def fuzz_recipe(data: bytes) -> None:
 
 
 def fuzz_config(data: bytes) -> None:
-    """A configuration gives a finite alpha."""
+    """Check that a configuration gives a finite alpha."""
     first, _, text = data.partition(b"\n")
     path, rank = first.decode("utf-8", "replace"), 4
     configs = alphas.configs({"lora_adapter_metadata": text.decode("utf-8", "replace")}, {})
@@ -214,7 +214,7 @@ def attempt(target: Callable[[bytes], None], data: bytes, slow: float = SLOW) ->
 
 
 def listing(data: bytes) -> tuple[dict[str, Held], dict[str, str]]:
-    """Tensors from lines ``key shape dtype value``, and metadata from lines ``#key value``."""
+    """Parse tensors from lines ``key shape dtype value``, and metadata from lines ``#key value``."""
     tensors: dict[str, Held] = {}
     metadata: dict[str, str] = {}
     left = LARGEST
@@ -261,7 +261,7 @@ def _close(found: "np.ndarray | None", wanted: np.ndarray) -> bool:
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Inputs to begin with: small files of every kind and dialect, a recipe, a configuration."""
+    """Return the first inputs: small files of every kind and dialect, a recipe, a configuration."""
     for kind in ("lora", "tucker", "loha", "lokr", "full", "dora"):
         for architecture in ("sdxl", "flux"):
             lora = random_lora(architecture, kind=kind, rank=2, only=_one())
@@ -361,7 +361,7 @@ def main() -> None:
 
 
 def _note(error: Exception, data: bytes, found: Path, known: set[str]) -> None:
-    """Keep the first input of every fault, told apart by where it was raised, and go on."""
+    """Keep the first input of every fault, distinguished by where it was raised, and go on."""
     import traceback
 
     frames = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]

@@ -1,9 +1,9 @@
-"""Load: many LoRAs, large files, many merges at once.
+"""Measure loramerge under load: many LoRAs, large files, many merges at once.
 
     python tools/load.py --folder /tmp/load
 
-Prints the peak memory beside the size of the files, and whether merges that run at once, from threads and
-from processes, have the bytes of those that run one by one.  Takes 5 GB of disk on the way;
+Prints the peak memory and the size of the files, and whether merges that run at once, from threads and
+from processes, give the same bytes as those that run one by one.  Takes 5 GB of disk on the way;
 the small files stay.
 """
 
@@ -51,7 +51,7 @@ def digest(path: Path) -> str:
 
 
 def measured(code: str) -> tuple[float, float]:
-    """Peak memory in MB and CPU seconds of a process that does something."""
+    """Return peak memory in MB and CPU seconds of a process that runs some code."""
     done = subprocess.run([sys.executable, "-c", MEASURED, code], capture_output=True, text=True, check=True)
     peak, seconds = json.loads(done.stdout)
     return peak, seconds
@@ -63,7 +63,7 @@ def say(what: str, size: float, code: str) -> None:
 
 
 def sixteen(folder: Path) -> None:
-    """16 LoRAs of rank 128 over two fifths of the attention of SDXL, in half precision, and one file of them all."""
+    """Merge 16 float16 LoRAs of rank 128 on two fifths of SDXL's attention; convert one file of them all."""
     paths = [folder / f"r128-{i}.safetensors" for i in range(COUNT)]
     for i, path in enumerate(paths):
         lm.save(random_lora("sdxl", rank=128, alpha=64.0, dtype="float16", seed=i, only=attention), path)
@@ -84,7 +84,7 @@ def sixteen(folder: Path) -> None:
 
 
 def side_by_side(paths: list[Path], large: Path) -> None:
-    """One LoRA with the factors of several, which are removed."""
+    """Write one LoRA with the factors of several, which are removed."""
     files = [load_file(path) for path in paths]
     for path in paths:
         path.unlink()
@@ -104,7 +104,7 @@ def merged(folder: Path, target: str, i: int) -> str:
 
 
 def at_once(folder: Path) -> None:
-    """64 small merges, one by one, from threads, and from processes."""
+    """Run 64 small merges one by one, from threads, and from processes."""
     for i in range(MANY):
         lm.save(random_lora("sdxl", rank=4, seed=100 + i, only=middle), folder / f"small-{i}.safetensors")
     ways: dict[str, Callable[[Callable[[int], str]], list[str]]] = {

@@ -1,4 +1,4 @@
-"""KnOTS with TIES inside, as in its paper: a dense SVD of [ΔW₁ … ΔW_N], in float64.
+"""Run KnOTS with TIES inside, as in its paper: a dense SVD of [ΔW₁ … ΔW_N], in float64.
 
     python benchmarks/peers/dense_knots.py OUT FILE FILE … --density 0.2 --modules 4
 
@@ -43,7 +43,7 @@ def delta(path: str, module: str) -> Array:
 
 
 def knots(deltas: list[Array], density: float) -> Array:
-    """U · TIES(S V₁, …, S V_N), without the directions whose singular value is rounding noise."""
+    """Return U · TIES(S V₁, …, S V_N), without the directions whose singular value is rounding noise."""
     u, s, vt = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
     kept = s > 1e-9 * s[0]
     return u[:, kept] @ ties(np.split(s[kept, None] * vt[kept], len(deltas), axis=1), density)

@@ -1,4 +1,4 @@
-"""The plain way to a given rank: form ΔW in float32, take torch's SVD of it.
+"""Merge to a given rank in the plain way: form ΔW in float32, take torch's SVD of it.
 
 python benchmarks/peers/dense_svd.py OUT FILE FILE … --rank 8 --modules 10
 """
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def delta(files: list[str], module: str) -> Tensor:
-    """The mean of the LoRAs' ΔW."""
+    """Return the mean of the LoRAs' ΔW."""
     total = torch.zeros(())
     for path in files:
         with safe_open(path, "pt") as file:

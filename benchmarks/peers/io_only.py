@@ -1,4 +1,4 @@
-"""The floor of any merge: read the inputs, write a file of the result's size, compute nothing.
+"""Measure the floor of any merge: read the inputs, write a file of the result's size, compute nothing.
 
     python benchmarks/peers/io_only.py OUT FILE FILE … --by raw
 

@@ -1,4 +1,4 @@
-"""mergekit's own TIES and DARE on dense ΔWs.  The result stays dense: it has no way back to a rank.
+"""Run mergekit's own TIES and DARE on dense ΔWs.  The result stays dense: mergekit doesn't cut it to a rank.
 
 python benchmarks/peers/mergekit_sparse.py OUT FILE FILE … --type ties --density 0.2 --modules 10
 """
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def merge(deltas: list[Tensor], name: str, density: float) -> Tensor:
-    """The merge of ΔWs as tuned models over a base of zeros."""
+    """Merge ΔWs as tuned models over a base of zeros."""
     consensus, sparsification, normalize, rescale = TYPES[name]
     method = GeneralizedTaskArithmeticMerge(consensus, sparsification, normalize, rescale, name, None, None)
     count = len(deltas)

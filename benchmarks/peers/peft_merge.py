@@ -1,4 +1,4 @@
-"""The same merge by PEFT's ``add_weighted_adapter``.
+"""Run the same merge by PEFT's ``add_weighted_adapter``.
 
     python benchmarks/peers/peft_merge.py OUT FILE FILE … --type svd --rank 8 --modules 10
     python benchmarks/peers/peft_merge.py OUT FILE FILE … --type ties_svd --density 0.2 --rank 8 --modules 10
@@ -54,7 +54,7 @@ def _since(wall: float, cpu: float) -> tuple[float, float]:
 
 
 def container(shapes: dict[str, Shape]) -> nn.Module:
-    """A model with a linear layer at each name, whose weight takes no memory."""
+    """Make a model with a linear layer at each name, whose weight takes no memory."""
     root = nn.Module()
     root.config = {"model_type": "custom"}
     for name, shape in shapes.items():
@@ -76,7 +76,7 @@ def _linear(shape: Shape) -> nn.Linear:
 
 
 def with_adapters(root: nn.Module, files: list[str], names: list[str]) -> PeftModel:
-    """The files as adapters "0", "1", …, loaded as PEFT does."""
+    """Load the files as adapters "0", "1", …, as PEFT does."""
     model: PeftModel | None = None
     for i, path in enumerate(files):
         tensors = _tensors(path, names)

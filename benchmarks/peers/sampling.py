@@ -1,4 +1,4 @@
-"""Which modules of a file a slow peer is run on."""
+"""Choose the modules of a file that a slow peer is run on."""
 
 from safetensors import safe_open
 
@@ -6,7 +6,7 @@ Shape = tuple[int, int]
 
 
 def modules(path: str, count: int | None) -> dict[str, Shape]:
-    """Modules of a file with PEFT's key suffixes, with their weights' shapes.
+    """Return modules of a file with PEFT's key suffixes, with their weights' shapes.
 
     Args:
         path: The file.

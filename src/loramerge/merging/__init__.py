@@ -20,36 +20,16 @@ else:
     __getattr__, __dir__, __all__ = face(
         __name__,
         {
-            "baking": (
-                "Baked",
-                "bake",
-            ),
+            "baking": ("Baked", "bake"),
             "coefficients": ("Coefficients",),
-            "plans": (
-                "Kept",
-                "Outcome",
-                "Plan",
-            ),
+            "plans": ("Plan",),
             "recipe": ("Recipe",),
-            "recipe_text": (
-                "Input",
-                "Output",
-            ),
+            "recipe_text": ("Input", "Output"),
+            "running": ("Kept", "Outcome"),
             "steps": ("Step",),
-            "sweeping": (
-                "Row",
-                "sweep",
-            ),
+            "sweeping": ("Row", "sweep"),
             "toml": ("Table", "parse_toml"),
-            "weights": (
-                "Scope",
-                "Weight",
-                "Weights",
-            ),
-            "verbs": (
-                "merge",
-                "plan",
-                "resize",
-            ),
+            "verbs": ("merge", "plan", "resize"),
+            "weights": ("Scope", "Weight", "Weights"),
         },
     )

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints.models import Checkpoint
 from ..files.dialects import DIALECTS
@@ -25,9 +25,6 @@ from .ranks import Budget, Rank
 from .running import Kept, Merger, handed_on
 from .steps import Step
 from .weights import ModuleWeights, Scope
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

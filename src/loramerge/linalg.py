@@ -285,7 +285,7 @@ def as_numpy(array: Array) -> "np.ndarray":
     """An array as numpy's."""
     import numpy as np
 
-    return np.asarray(array.cpu() if is_torch(array) else array)
+    return np.asarray(array.detach().cpu() if is_torch(array) else array)
 
 
 def _truncate_gram(up: Array, down: Array, rank: int) -> Cut:

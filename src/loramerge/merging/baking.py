@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.models import Checkpoint, open_checkpoint
+from ..checkpoints.models import Checkpoint, delta_on, open_checkpoint
 from ..checkpoints.rewriting import Change, Job, Update, write_folder
 from ..errors import FileError, MergeError, OptionError
 from ..files.lora import LoRA, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
 from ..files.storage.writer import Progress
-from ..layers import FACTORED, ON_BASE, Layer, Rows, bias_of, direction_of
-from ..tensors import Array, Shape, float32, is_torch, parse_dtype, put_rows, take_rows
+from ..layers import FACTORED, ON_BASE, Rows, bias_of, direction_of
+from ..linalg import as_numpy
+from ..tensors import Array, Shape, float32, parse_dtype, put_rows, take_rows
 from .weights import ModuleWeights, Scope, Weights, resolve
 
 BAKED = (*FACTORED, *ON_BASE, "full", "bias", "norm", "table", "set")
@@ -217,7 +218,7 @@ class _Sum:
         return self._sum(lambda lora: self._delta(lora, weight))
 
     def bias(self, bias: Array) -> Array:
-        return self._sum(lambda lora: _numpy(float32(bias_of(lora[self.module]))))
+        return self._sum(lambda lora: as_numpy(float32(bias_of(lora[self.module]))))
 
     def _sum(self, delta: Callable[[LoRA], Array]) -> Array:
         terms = (delta(lora) if share == 1 else share * delta(lora) for lora, share in self.inputs)
@@ -227,8 +228,8 @@ class _Sum:
         layer = lora[self.module]
         if isinstance(layer, Rows) and not layer.by_rows:
             fused = self._fused(lora, layer)
-            return _numpy(take_rows(layer.whole.delta_on(_like(layer, fused)), layer.ranges)).reshape(weight.shape)
-        return _numpy(layer.delta_on(_like(layer, weight.reshape(layer.shape)))).reshape(weight.shape)
+            return as_numpy(take_rows(delta_on(layer.whole, fused), layer.ranges)).reshape(weight.shape)
+        return as_numpy(delta_on(layer, weight)).reshape(weight.shape)
 
     def _fused(self, lora: LoRA, layer: Rows) -> Array:
         """The base's fused weight, of which the layer is a part: its norms run over all of it."""
@@ -246,16 +247,3 @@ class _Sum:
                 "are missing or excluded"
             )
         return fused
-
-
-def _like(layer: Layer, weight: Array) -> Array:
-    """The weight in the array library of a layer's tensors."""
-    if not any(is_torch(tensor) for tensor in layer.tensors().values()):
-        return weight
-    import torch
-
-    return torch.from_numpy(weight if weight.flags.writeable else weight.copy())
-
-
-def _numpy(array: Array) -> Array:
-    return array.detach().cpu().numpy() if is_torch(array) else array

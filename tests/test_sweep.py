@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
 from loramerge.merging import sweeping
+from loramerge.merging.grid import left_out, points
+from loramerge.merging.ledger import ordered
 from loramerge.merging.recipe import Recipe
-from loramerge.merging.sweeping import left_out, ordered, points
 from small import MODULES, small
 
 UNET = MODULES["sdxl"][:1]

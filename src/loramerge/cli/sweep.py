@@ -8,9 +8,11 @@ from typing import Any
 import typer
 
 from ..errors import OptionError, size
+from ..merging.grid import SETTINGS, left_out, points
+from ..merging.ledger import Row, ordered
 from ..merging.methods import Method, find
 from ..merging.recipe import Recipe
-from ..merging.sweeping import SETTINGS, Row, Score, left_out, ordered, points, sweep
+from ..merging.sweeping import Score, sweep
 from ..merging.weights import parse
 from ..registry import from_here, referenced
 from .options import method_of, rank_of

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .. import linalg
 from ..files.lora import LoRA, in_one_library
@@ -78,14 +78,21 @@ def _wide(array: Array) -> Array:
     return xp.astype(array, xp.float64)
 
 
-def _weighted(parents: Sequence[Update], weights: Sequence[float]) -> Update:
+def _weighted(parents: Sequence[Update], weights: Sequence[Any]) -> Update:
     """Compute Σ wᵢ ΔWᵢ."""
     if not isinstance(parents[0], tuple):
         dense: list[Array] = list(parents)
         return sum(weight * parent for weight, parent in zip(weights, dense, strict=True))
     xp = namespace(parents[0][0])
-    ups = [weight * up for weight, (up, _) in zip(weights, parents, strict=True)]
-    return xp.concat(ups, axis=1), xp.concat([down for _, down in parents], axis=0)
+    scaled = [_scaled(up, down, weight) for (up, down), weight in zip(parents, weights, strict=True)]
+    return xp.concat([up for up, _ in scaled], axis=1), xp.concat([down for _, down in scaled], axis=0)
+
+
+def _scaled(up: Array, down: Array, weight: Any) -> Factors:
+    """Compute the factors of w ΔW for a number w, and of ΔW diag(w) for learned weights, one per column."""
+    if isinstance(weight, float | int):
+        return weight * up, down
+    return up, down * namespace(down).asarray(weight, dtype=down.dtype, device=down.device)
 
 
 def _inner(a: Update, b: Update) -> float:

@@ -1,8 +1,7 @@
 """A merge as data, before any tensor is read."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +19,7 @@ from .fused import Join, down_id, joins_of
 from .methods import Method
 from .methods.base import shared_down
 from .methods.vectors import vectors
-from .provenance import UNKNOWN, record
+from .provenance import UNKNOWN, as_text, record
 from .ranks import Budget, Rank
 from .running import Kept, Merger, handed_on
 from .steps import Step
@@ -216,8 +215,8 @@ class Plan:
         known = {k: v for k, v in metadatas[0].items() if k != RECIPE and all(m.get(k) == v for m in metadatas)}
         own = [{k: v for k, v in m.items() if k not in known or k in (PHRASE, TAGS)} for m in metadatas]
         base = UNKNOWN if self.base and self.on_base else None
-        draft = _as_text(record(self, [UNKNOWN] * len(self.given), base), own)
-        return Awaited(known | self._of_parents(), RECIPE, draft, lambda: _as_text(self.recipe, own))
+        draft = as_text(record(self, [UNKNOWN] * len(self.given), base), own)
+        return Awaited(known | self._of_parents(), RECIPE, draft, lambda: as_text(self.recipe, own))
 
     def _style(self) -> str:
         """The style that all inputs have in the dialect."""
@@ -234,14 +233,6 @@ class Plan:
         if any(key.startswith("modelspec.") for _, metadata in parents for key in metadata):
             found["modelspec.merged_from"] = ", ".join(m.get("modelspec.title") or name for name, m in parents)
         return found
-
-
-def _as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> str:
-    """A recipe for a header, with the entries that each input alone had."""
-    for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
-        if metadata:
-            entry["metadata"] = metadata
-    return json.dumps(recipe, ensure_ascii=False)
 
 
 def _bytes(lora: LoRA) -> int:

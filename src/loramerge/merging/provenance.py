@@ -1,11 +1,19 @@
-"""How a merge was made, as the merged file says it: enough to make it again, and to see that nothing has changed."""
+"""The record of a merge in the header of its file: enough to make it again, and to see whether anything has changed.
 
+A record is written from a plan (`record`, `as_text`), compared with another (`comparable`), and read as the entries
+of a recipe (`from_metadata`).
+"""
+
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._version import __version__
+from ..errors import MergeError
 from ..registry import code_of
 from ..tensors import NAMES
 from .methods import METHODS
+from .recipe_text import KEYS
 
 if TYPE_CHECKING:
     from .methods import Method
@@ -26,8 +34,6 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
         hashes: SHA-256 of every input's tensors, see `LoRA.sha256`.
         base: That of the base model, see `Checkpoint.sha256`, where ΔW depends on it.
     """
-    from .._version import __version__
-
     weights = plan.weights.given
     found: dict[str, Any] = {"loramerge": __version__, **_method(plan.method), "options": dict(plan.options)}
     found |= {"weights": weights} if isinstance(weights, str) else {}
@@ -61,3 +67,70 @@ def _input(lora: Any, sha256: str) -> dict[str, Any]:
     if lora.as_read and lora.origin.source is not None:
         entry |= {"source": lora.origin.source, **lora.origin.forced}
     return entry
+
+
+def as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> str:
+    """A recipe for a header, with the entries that each input alone had."""
+    for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
+        if metadata:
+            entry["metadata"] = metadata
+    return json.dumps(recipe, ensure_ascii=False)
+
+
+def comparable(recipe: Mapping[str, Any]) -> Any:
+    """Return a recipe without what doesn't change the tensors: the inputs' own metadata, and what was allowed."""
+    kept: Any = json.loads(json.dumps(recipe))
+    kept["output"].pop("allow_lossy", None)
+    for entry in kept["inputs"]:
+        entry.pop("metadata", None)
+    return kept
+
+
+def from_metadata(text: str | None, name: str) -> dict[str, Any]:
+    """What the header of a merged file says, as parsed TOML would; it may say anything, so `entries` checks it.
+
+    Raises:
+        MergeError: It says nothing that can be run again.
+    """
+    if not text:
+        raise MergeError(f"{name} has no recipe: it was not merged by loramerge.")
+    try:
+        found = json.loads(text)
+        learned = LEARNED.get(found["method"])
+        data = _as_toml(found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
+    if learned:
+        raise MergeError(
+            f"{name} has no recipe that 'loramerge merge' can run again: it was learned on a model, by 'loramerge {learned}' "
+            f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
+            "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
+        )
+    if ":" not in found["method"] and found["method"] not in METHODS:
+        raise MergeError(
+            f"{name} has no recipe that can be run again: its method {found['method']!r} is not one of loramerge's, and no "
+            "module that can be imported held it under a name. Way out: put it into a file of its own, and merge with "
+            "method='module:name', or --method module:name."
+        )
+    missing = [entry["name"] for entry in found["inputs"] if not entry.get("source")]
+    if missing:
+        raise MergeError(
+            f"{name} has no recipe that can be run again: {' and '.join(map(str, missing))} came from memory, not from a file. "
+            "Way out: save them first, then merge the files."
+        )
+    return data
+
+
+def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's entries under the keys of a recipe's file; its budget stands in a table of its own."""
+    data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
+    data |= {**found.get("budget", {}), "loras": [_as_entry(entry) for entry in found["inputs"]]}
+    return data | {"output": {("to" if key == "dialect" else key): value for key, value in found["output"].items()}}
+
+
+def _as_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: entry[key] for key in ("sha256", "weight", "architecture", "dialect", "adapter") if key in entry}
+    source = entry.get("source") or ""
+    if source.startswith("hf://"):
+        return {"hub": source.removeprefix("hf://"), **kept}
+    return {"path": source, **kept}

@@ -38,8 +38,9 @@ from . import toml
 from .coefficients import Coefficients
 from .methods import METHODS, Method, check_name as check_method, check_options, find
 from .plans import Plan
+from .provenance import from_metadata
 from .ranks import BUDGETS, Rank, budget, rule
-from .recipe_text import Input, Output, check_name, entries, from_metadata
+from .recipe_text import Input, Output, check_name, entries
 from .running import Kept
 from .spending import within
 from .verbs import plan

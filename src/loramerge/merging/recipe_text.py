@@ -1,14 +1,12 @@
-"""What a recipe's text says, in TOML or in the header of a merged file: read strictly, every key known."""
+"""The entries of a recipe's TOML file, read strictly: every key is known, every value has the right kind."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
-from ..errors import MergeError, OptionError
+from ..errors import OptionError
 from ..files import hub
-from .methods import METHODS
-from .provenance import LEARNED
 from .ranks import BUDGETS
 from .toml import Table
 from .weights import Weight, Weights, parse
@@ -167,55 +165,3 @@ def _output(data: Any, where: str) -> Output:
         allow_lossy=table.get("allow_lossy", bool, default=False),
         allow_growth=table.get("allow_growth", bool, default=False),
     )
-
-
-def from_metadata(text: str | None, name: str) -> dict[str, Any]:
-    """What the header of a merged file says, as parsed TOML would; it may say anything, so `entries` checks it.
-
-    Raises:
-        MergeError: It says nothing that can be run again.
-    """
-    import json
-
-    if not text:
-        raise MergeError(f"{name} has no recipe: it was not merged by loramerge.")
-    try:
-        found = json.loads(text)
-        learned = LEARNED.get(found["method"])
-        data = _as_toml(found)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
-    if learned:
-        raise MergeError(
-            f"{name} has no recipe that 'loramerge merge' can run again: it was learned on a model, by 'loramerge {learned}' "
-            f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
-            "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
-        )
-    if ":" not in found["method"] and found["method"] not in METHODS:
-        raise MergeError(
-            f"{name} has no recipe that can be run again: its method {found['method']!r} is not one of loramerge's, and no "
-            "module that can be imported held it under a name. Way out: put it into a file of its own, and merge with "
-            "method='module:name', or --method module:name."
-        )
-    missing = [entry["name"] for entry in found["inputs"] if not entry.get("source")]
-    if missing:
-        raise MergeError(
-            f"{name} has no recipe that can be run again: {' and '.join(map(str, missing))} came from memory, not from a file. "
-            "Way out: save them first, then merge the files."
-        )
-    return data
-
-
-def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's entries under the keys of a recipe's file; its budget stands in a table of its own."""
-    data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
-    data |= {**found.get("budget", {}), "loras": [_entry(entry) for entry in found["inputs"]]}
-    return data | {"output": {("to" if key == "dialect" else key): value for key, value in found["output"].items()}}
-
-
-def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: entry[key] for key in ("sha256", "weight", "architecture", "dialect", "adapter") if key in entry}
-    source = entry.get("source") or ""
-    if source.startswith("hf://"):
-        return {"hub": source.removeprefix("hf://"), **kept}
-    return {"path": source, **kept}

@@ -18,6 +18,7 @@ from .figures import extent, measure
 from .grid import SETTINGS, Point, points
 from .ledger import Ledger, Row
 from .plans import Plan
+from .provenance import comparable
 from .recipe import Recipe
 from .running import Kept
 
@@ -165,7 +166,7 @@ def _name(score: Score | None) -> str | None:
 def _is_made(path: Path, recipe: Mapping[str, Any]) -> bool:
     """Return whether a file is what a recipe would make; False if the code of its method can't be compared."""
     known = recipe.get("method_sha256", "") is not None
-    return known and _recipe_in(path) == _comparable(recipe)
+    return known and _recipe_in(path) == comparable(recipe)
 
 
 def _recipe_in(path: Path) -> Any:
@@ -174,15 +175,6 @@ def _recipe_in(path: Path) -> Any:
         return None
     try:
         with open(path) as lora:
-            return _comparable(json.loads(lora.metadata[RECIPE]))
+            return comparable(json.loads(lora.metadata[RECIPE]))
     except (LoRAMergeError, KeyError, ValueError, TypeError, AttributeError):
         return None
-
-
-def _comparable(recipe: Mapping[str, Any]) -> Any:
-    """Return a recipe without what doesn't change the tensors: the inputs' own metadata, and what was allowed."""
-    kept: Any = json.loads(json.dumps(recipe))
-    kept["output"].pop("allow_lossy", None)
-    for entry in kept["inputs"]:
-        entry.pop("metadata", None)
-    return kept

@@ -62,7 +62,7 @@ Update: TypeAlias = Factors | Array
 
 
 def _products(layers: Sequence[Layer], like: Sequence[Update] = ()) -> list[Update]:
-    """The ΔWs of layers, all in one form."""
+    """Return the ΔWs of layers, all in one form."""
     factored = isinstance(like[0], tuple) if like else all(layer.kind in FACTORED for layer in layers)
     return [_factors(layer) if factored else _wide(matrix(layer.delta())) for layer in layers]
 

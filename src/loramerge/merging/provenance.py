@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from .plans import Plan
 
 UNKNOWN = "0" * 64
-"""Stands for a hash that is not known yet."""
+"""Placeholder of a hash that is not known yet."""
 
 LEARNED = {"ziplora": "zip", "lsq": "calibrate"}
-"""Methods that merge by what a model does, and the command of each."""
+"""Methods learned on a model, with the CLI command that runs each."""
 
 
 def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict[str, Any]:
-    """A plan's recipe.
+    """Record how a plan was made.
 
     Args:
         plan: The plan.
         hashes: SHA-256 of every input's tensors, see `LoRA.sha256`.
-        base: That of the base model, see `Checkpoint.sha256`, where ΔW depends on it.
+        base: SHA-256 of the base model, see `Checkpoint.sha256`, if ΔW depends on it.
     """
     weights = plan.weights.given
     found: dict[str, Any] = {"loramerge": __version__, **_method(plan.method), "options": dict(plan.options)}
@@ -55,14 +55,14 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
 
 
 def _method(method: "Method") -> dict[str, Any]:
-    """How a method is found again; of one that isn't loramerge's own also the SHA-256 of its code, where it has a file."""
+    """Name a method so that it is found again; one that isn't loramerge's own also by the SHA-256 of its file."""
     if method.name in METHODS:
         return {"method": method.name}
     return {"method": method.reference or method.name, "method_sha256": code_of(method.function)}
 
 
 def _input(lora: Any, sha256: str) -> dict[str, Any]:
-    """One LoRA, by where it was read, without the directories of this machine."""
+    """Describe one LoRA: its name, hash and source, without the directories of this machine."""
     entry = {"name": lora.name, "sha256": sha256}
     if lora.as_read and lora.origin.source is not None:
         entry |= {"source": lora.origin.source, **lora.origin.forced}
@@ -70,7 +70,7 @@ def _input(lora: Any, sha256: str) -> dict[str, Any]:
 
 
 def as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> str:
-    """A recipe for a header, with the entries that each input alone had."""
+    """Write a record as the text of a header, with the metadata that each input alone had."""
     for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
         if metadata:
             entry["metadata"] = metadata
@@ -78,7 +78,7 @@ def as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> s
 
 
 def comparable(recipe: Mapping[str, Any]) -> Any:
-    """Return a recipe without what doesn't change the tensors: the inputs' own metadata, and what was allowed."""
+    """Return a record without what doesn't change the tensors: the inputs' own metadata, and what was allowed."""
     kept: Any = json.loads(json.dumps(recipe))
     kept["output"].pop("allow_lossy", None)
     for entry in kept["inputs"]:
@@ -87,10 +87,10 @@ def comparable(recipe: Mapping[str, Any]) -> Any:
 
 
 def from_metadata(text: str | None, name: str) -> dict[str, Any]:
-    """What the header of a merged file says, as parsed TOML would; it may say anything, so `entries` checks it.
+    """Read the record in a header, in the form of a parsed recipe file; `entries` checks its values.
 
     Raises:
-        MergeError: It says nothing that can be run again.
+        MergeError: There is none that can be run again.
     """
     if not text:
         raise MergeError(f"{name} has no recipe: it was not merged by loramerge.")
@@ -122,7 +122,7 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
 
 
 def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's entries under the keys of a recipe's file; its budget stands in a table of its own."""
+    """Rename a record's entries to the keys of a recipe file; a record has its budget in a table of its own."""
     data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
     data |= {**found.get("budget", {}), "loras": [_as_entry(entry) for entry in found["inputs"]]}
     return data | {"output": {("to" if key == "dialect" else key): value for key, value in found["output"].items()}}

@@ -89,7 +89,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files: tuple[Path, Path], 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-w", "1"], "Weights given: 1, LoRAs: 2. One weight a LoRA: -w 0.7 -w 0.5."),
+        (["-w", "1"], "Weights given: 1, LoRAs: 2. One weight per LoRA: -w 0.7 -w 0.5."),
         (["-w", "one", "-w", "1"], "Can't read the weight 'one'"),
         (["--weights", "l3"], "Unknown weights 'l3'"),
         (["--rank", "some"], "The rank 'some'"),

@@ -336,7 +336,7 @@ def test_numbers_of_every_kind_are_weights(weights: object) -> None:
     ("arguments", "message"),
     [
         ({"loras": "a.safetensors"}, "Give a list"),
-        ({"weights": 0.5}, "are no list"),
+        ({"weights": 0.5}, "one entry per LoRA"),
         ({"weights": [None, 0.5]}, "Can't read the weight"),
         ({"scope": "whole"}, "goes with the weights 'l2'"),
         ({"weights": ["0.7;0.5", 1]}, "twice"),

@@ -13,7 +13,7 @@ from loramerge.comparing.diffs import differences
 from loramerge.errors import DialectError, FileError, MergeError, OptionError
 from loramerge.files.lora import LoRA
 from loramerge.layers import LoHa, LoKr, LowRank, low_rank
-from loramerge.merging.sweeping import measure
+from loramerge.merging.figures import measure
 from loramerge.testing import random_layer, random_lora, relative_error, weighted_sum
 from small import MODULES, small
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
-from loramerge.merging import sweeping
+from loramerge.merging import Coefficients, sweeping
+from loramerge.merging.grid import left_out, points
+from loramerge.merging.ledger import ordered
 from loramerge.merging.recipe import Recipe
-from loramerge.merging.sweeping import left_out, ordered, points
 from small import MODULES, small
 
 UNET = MODULES["sdxl"][:1]
@@ -340,3 +342,16 @@ def test_layers_without_factors_are_measured_as_dense_matrices(kind: str, tmp_pa
     assert row["kept:person.safetensors"] == pytest.approx(merged @ person / (person @ person), rel=1e-3)
     assert row["kept:jersey.safetensors"] == pytest.approx(merged @ jersey / (jersey @ jersey), rel=1e-3, abs=1e-4)
     assert row["interference"] == pytest.approx(np.linalg.norm(merged - total) / np.linalg.norm(total), rel=1e-4)
+
+
+def test_learned_weights_are_measured_per_column(recipe: Path, tmp_path: Path) -> None:
+    loras = lm.Recipe.read(recipe).open()
+    shapes = {module: lora.layout(module).shape for lora in loras for module in lora}
+    rng = np.random.default_rng(0)
+    columns = {m: rng.random((len(loras), math.prod(s[1:])), dtype=np.float32) for m, s in shapes.items()}
+    saved = Coefficients.of(columns, loras, [1.0] * len(loras)).save(tmp_path / "learned.safetensors")
+
+    (row,) = lm.sweep(recipe, {"weights": [str(saved)]}, tmp_path / "out")
+
+    assert row.failed is None
+    assert row["interference"] < 1e-6

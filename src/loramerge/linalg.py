@@ -310,7 +310,7 @@ def as_numpy(array: Array) -> "np.ndarray":
     """Return an array as numpy's."""
     import numpy as np
 
-    return np.asarray(array.cpu() if is_torch(array) else array)
+    return np.asarray(array.detach().cpu() if is_torch(array) else array)
 
 
 def _truncate_gram(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -> Cut:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..devices import to_torch
 from ..errors import FileError, MergeError
 from ..files.architectures import ARCHITECTURES, Architecture, openclip
 from ..files.architectures.names import COMPONENTS, Part, Parts, whole
 from ..files.storage import digests
 from ..files.storage.reader import SafetensorsFile
 from ..layers import Full, Layer
-from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, namespace, same_weight
+from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, is_torch, namespace, same_weight
 
 DENOISERS = ("model.diffusion_model.", "diffusion_model.", "")
 """Prefixes of a denoiser's own names in single files."""
@@ -447,6 +448,11 @@ def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
             f"the {layer.kind} layer has the shape {tuple(layer.shape)}, the weight in the base {base.name} "
             f"{tuple(weight.shape)}: they are of different models."
         )
+    return Full(diff=delta_on(layer, weight), diff_b=layer.delta_bias())
+
+
+def delta_on(layer: Layer, weight: Array) -> Array:
+    """Compute ΔW for a base's weight, a float32 array of numpy, in the library and on the device of the layer."""
     like: Array = next(iter(layer.tensors().values()))
-    weight = namespace(like).asarray(weight.reshape(layer.shape), device=like.device, copy=True)
-    return Full(diff=layer.delta_on(weight), diff_b=layer.delta_bias())
+    weight = weight.reshape(layer.shape)
+    return layer.delta_on(to_torch(weight).to(like.device) if is_torch(like) else weight)

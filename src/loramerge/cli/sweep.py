@@ -50,8 +50,10 @@ def run(given: Options) -> None:
 
     Example: loramerge sweep recipe.toml --set method=ties,dare --set density=0.1,0.3 -o out/
     """
+    from ..merging.grid import points
+    from ..merging.ledger import ordered
     from ..merging.recipe import Recipe
-    from ..merging.sweeping import ordered, points, sweep
+    from ..merging.sweeping import sweep
 
     recipe = Recipe.read(given.recipe)
     grid = read_grid(recipe, given.settings)
@@ -105,8 +107,8 @@ def read_grid(recipe: "Recipe", given: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _value(name: str, text: str, methods: "Sequence[Method | str]") -> Any:
+    from ..merging.grid import SETTINGS
     from ..merging.methods import find
-    from ..merging.sweeping import SETTINGS
     from ..merging.weights import parse
 
     if name == "rank":
@@ -137,7 +139,7 @@ def load_score(text: str) -> "Score":
 
 
 def _notes(recipe: "Recipe", grid: dict[str, list[Any]], count: int) -> list[str]:
-    from ..merging.sweeping import left_out
+    from ..merging.grid import left_out
 
     notes = [f"note: {name} is left out for {', '.join(m)}" for name, m in left_out(recipe, grid).items()]
     asked = 1

@@ -7,12 +7,13 @@ from ..registry import face
 if TYPE_CHECKING:
     from .baking import Baked as Baked, bake as bake
     from .coefficients import Coefficients as Coefficients
+    from .ledger import Row as Row
     from .plans import Plan as Plan
     from .recipe import Recipe as Recipe
     from .recipe_text import Input as Input, Output as Output
     from .running import Kept as Kept, Outcome as Outcome
     from .steps import Step as Step
-    from .sweeping import Row as Row, sweep as sweep
+    from .sweeping import sweep as sweep
     from .toml import Table as Table, parse_toml as parse_toml
     from .verbs import merge as merge, plan as plan, resize as resize
     from .weights import Scope as Scope, Weight as Weight, Weights as Weights
@@ -20,36 +21,17 @@ else:
     __getattr__, __dir__, __all__ = face(
         __name__,
         {
-            "baking": (
-                "Baked",
-                "bake",
-            ),
+            "baking": ("Baked", "bake"),
             "coefficients": ("Coefficients",),
-            "plans": (
-                "Kept",
-                "Outcome",
-                "Plan",
-            ),
+            "ledger": ("Row",),
+            "plans": ("Plan",),
             "recipe": ("Recipe",),
-            "recipe_text": (
-                "Input",
-                "Output",
-            ),
+            "recipe_text": ("Input", "Output"),
+            "running": ("Kept", "Outcome"),
             "steps": ("Step",),
-            "sweeping": (
-                "Row",
-                "sweep",
-            ),
+            "sweeping": ("sweep",),
             "toml": ("Table", "parse_toml"),
-            "weights": (
-                "Scope",
-                "Weight",
-                "Weights",
-            ),
-            "verbs": (
-                "merge",
-                "plan",
-                "resize",
-            ),
+            "verbs": ("merge", "plan", "resize"),
+            "weights": ("Scope", "Weight", "Weights"),
         },
     )

@@ -1,7 +1,7 @@
 """Baking: LoRAs added to the weights of a base model, W' = W + Σ wᵢ ΔWᵢ(W).
 
-Every kind of layer can be baked, those too whose ΔW depends on W (DoRA).  Sums are made in
-float32 and rounded once, to the weight's own dtype; what rounding took away is reported.
+Every kind of layer can be baked, including those whose ΔW depends on W (DoRA).  Sums are made in
+float32 and rounded once, to the weight's own dtype; the rounding loss is reported.
 """
 
 import functools
@@ -13,26 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.models import Checkpoint, open_checkpoint
+from ..checkpoints.models import Checkpoint, delta_on, open_checkpoint
 from ..checkpoints.rewriting import Change, Job, Update, write_folder
 from ..errors import FileError, MergeError, OptionError
 from ..files.lora import LoRA, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
 from ..files.storage.writer import Progress
-from ..layers import Layer, Rows
-from ..tensors import Array, Shape, float32, is_torch, parse_dtype, put_rows, take_rows
+from ..layers import Rows
+from ..linalg import as_numpy
+from ..tensors import Array, Shape, float32, parse_dtype, put_rows, take_rows
 from .weights import ModuleWeights, Scope, Weights, resolve
 
 
 @dataclass(frozen=True)
 class Baked:
-    """What a bake wrote, and what became of every ΔW."""
+    """The result of a bake: what was written, and the rounding loss of every ΔW."""
 
     path: Path
     changes: Mapping[str, Change]
     left_out: tuple[str, ...] = ()
-    """What was not carried over: tensors of a LoRA that belong to no layer, other copies of the old weights."""
+    """Tensors and files that were not carried over: a LoRA's tensors of no layer, other copies of the old weights."""
 
     @property
     def norm(self) -> float:
@@ -45,7 +46,7 @@ class Baked:
         return math.sqrt(sum(c.error**2 for c in self.changes.values())) / self.norm if self.norm else 0.0
 
     def worst(self) -> list[Change]:
-        """Changes, those that rounding hurt most first."""
+        """Sort the changes by relative rounding loss, the largest first."""
         return sorted(self.changes.values(), key=lambda change: -change.loss)
 
 
@@ -65,8 +66,7 @@ def bake(
 ) -> Baked:
     """Add LoRAs to a base model and write the result in the base's own layout.
 
-    One weight is in memory at a time, for each thread.  What is written appears under its name
-    when it is whole.
+    Each thread has one weight in memory at a time.  A file takes its name when it is complete.
 
     Args:
         loras: LoRAs, or what `open` takes.
@@ -78,13 +78,13 @@ def bake(
         exclude: Patterns of modules to leave as they are.
         dtype: Dtype of every float tensor in the files that are rewritten; by default each
             tensor keeps its own.
-        variant: Which variant of the base's files, where a directory has several.
-        allow_lossy: Whether to leave out a LoRA's tensors that belong to no layer (embeddings).
-        workers: Threads.
+        variant: Variant of the base's files, if a directory has several.
+        allow_lossy: Leave out a LoRA's tensors that belong to no layer (embeddings).
+        workers: Number of threads.
         progress: Called with the number of tensors done and of all.
 
     Returns:
-        The path, and for every tensor what was added and what rounding made of it.
+        The path, and for every tensor the size of its change and its rounding loss.
 
     Raises:
         MergeError: A module is not in the base, has another shape there, or can't be applied.
@@ -113,6 +113,11 @@ def bake(
 
 
 def _strays(loras: Sequence[LoRA], allow_lossy: bool) -> list[str]:
+    """Return the tensors that belong to no layer.
+
+    Raises:
+        MergeError: There are some, and they may not be left out.
+    """
     strays = [f"{lora.name}: {key}" for lora in loras for key in lora.extras]
     if strays and not allow_lossy:
         raise MergeError(
@@ -128,20 +133,24 @@ def _check_not_an_input(target: Path, loras: Sequence[object]) -> None:
 
 
 def _same(a: Path, b: Path) -> bool:
-    """Whether two paths lead to one file or directory."""
+    """Return whether two paths lead to the same file or directory."""
     return a.exists() and b.exists() and a.samefile(b)
 
 
 def _checked_target(target: Path, model: Checkpoint) -> Path:
+    """Return the target, if the base can be written there.
+
+    Raises:
+        OptionError: It is the base itself, or its name doesn't fit a base that is one file.
+        FileError: Its directory is missing, or it is a directory that isn't empty or lies in the base.
+    """
     if not target.parent.is_dir():
         raise FileError(f"Can't write {target}: no such directory: {target.parent}.")
     if _same(model.path, target):
         raise OptionError(f"Can't write {target}: it is the base itself, which would be lost. Way out: another output.")
     if model.path.is_file():
         if target.suffix != ".safetensors" or target.is_dir():
-            raise OptionError(
-                f"Can't write {target}: the base is one file, so wanted a path that ends in .safetensors."
-            )
+            raise OptionError(f"Can't write {target}: the base is one file, so the path must end in .safetensors.")
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileError(f"Can't write {target}: it exists. The base is a directory, so give a new one.")
     elif model.path.resolve() in target.resolve().parents:
@@ -157,7 +166,7 @@ def _recipe(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) ->
 
 
 def _updates(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) -> list[Update]:
-    """What is added to each weight and bias; every module is checked before any is computed."""
+    """List the updates of all weights and biases; every module is checked before any update is computed."""
     found: list[Update] = []
     for module in dict.fromkeys(module for lora in loras for module in lora):
         shares = weights.of(module)
@@ -174,7 +183,7 @@ def _updates(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) -
 
 
 def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
-    """Whether a layer can be added to the base.
+    """Check that a layer can be added to the base.
 
     Raises:
         MergeError: The base lacks the module, or the layer can't be applied to it.
@@ -195,7 +204,7 @@ def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
 
 
 def _fits(shape: Shape, weight: Shape) -> bool:
-    """Whether two shapes are the same but for a flattened kernel, or axes of size 1 behind."""
+    """Return whether two shapes are equal, up to a flattened kernel or trailing axes of size 1."""
     return shape[:1] == weight[:1] and (
         shape == weight or (2 in (len(shape), len(weight)) and math.prod(shape) == math.prod(weight))
     )
@@ -213,7 +222,7 @@ class _Sum:
         return self._sum(lambda lora: self._delta(lora, weight))
 
     def bias(self, bias: Array) -> Array:
-        return self._sum(lambda lora: _numpy(float32(lora[self.module].delta_bias())))
+        return self._sum(lambda lora: as_numpy(float32(lora[self.module].delta_bias())))
 
     def _sum(self, delta: Callable[[LoRA], Array]) -> Array:
         terms = (delta(lora) if share == 1 else share * delta(lora) for lora, share in self.inputs)
@@ -223,11 +232,11 @@ class _Sum:
         layer = lora[self.module]
         if isinstance(layer, Rows) and not layer.by_rows:
             fused = self._fused(lora, layer)
-            return _numpy(take_rows(layer.whole.delta_on(_like(layer, fused)), layer.ranges)).reshape(weight.shape)
-        return _numpy(layer.delta_on(_like(layer, weight.reshape(layer.shape)))).reshape(weight.shape)
+            return as_numpy(take_rows(delta_on(layer.whole, fused), layer.ranges)).reshape(weight.shape)
+        return as_numpy(delta_on(layer, weight)).reshape(weight.shape)
 
     def _fused(self, lora: LoRA, layer: Rows) -> Array:
-        """The base's fused weight, of which the layer is a part: its norms run over all of it."""
+        """Read the base's fused weight that the layer is a part of, because its norms run over the whole of it."""
         import numpy as np
 
         fused = np.zeros(layer.whole.shape, np.float32)
@@ -242,16 +251,3 @@ class _Sum:
                 "are missing or excluded"
             )
         return fused
-
-
-def _like(layer: Layer, weight: Array) -> Array:
-    """The weight in the array library of a layer's tensors."""
-    if not any(is_torch(tensor) for tensor in layer.tensors().values()):
-        return weight
-    import torch
-
-    return torch.from_numpy(weight if weight.flags.writeable else weight.copy())
-
-
-def _numpy(array: Array) -> Array:
-    return array.detach().cpu().numpy() if is_torch(array) else array

@@ -1,8 +1,8 @@
-"""Learned weights: one number for every LoRA and input column of a module.
+"""Learned weights: one number per LoRA and input column of a module.
 
-ΔW = Σᵢ upᵢ · (downᵢ · diag(mᵢ)) is an ordinary LoRA of rank Σrᵢ: column coefficients, as ZipLoRA
-learns them, are weights of the ordinary merge and no file format of their own.  They are kept in
-a safetensors file with a matrix ``(N, in·kh·kw)`` a module, so that a merge can be made again.
+ΔW = Σᵢ upᵢ · (downᵢ · diag(mᵢ)) is an ordinary LoRA of rank Σrᵢ, so column coefficients, as ZipLoRA
+learns them, are weights of the ordinary merge.  They are kept in a safetensors file with one matrix
+``(N, in·kh·kw)`` per module, so that a merge can be made again.
 """
 
 import json
@@ -22,21 +22,21 @@ from ..files.storage.writer import write
 from ..tensors import Array, Held, Spec, check_finite
 
 KEY = "loramerge.coefficients"
-"""Where the file's metadata say what the coefficients are for."""
+"""Key of the metadata entry that names the LoRAs and says how the coefficients were learned."""
 
 
 @dataclass(frozen=True, eq=False)
 class Coefficients:
-    """Column coefficients of a merge, and where they come from."""
+    """Column coefficients of a merge, and how they were learned."""
 
     columns: Mapping[str, Held]
-    """By module, shape ``(N, in·kh·kw)``, float32: row i scales the columns of LoRA i's ΔW."""
+    """By module: shape ``(N, in·kh·kw)``, float32.  Row i scales the columns of LoRA i's ΔW."""
     others: tuple[float, ...]
     """Each LoRA's weight in modules that have no coefficients."""
     names: tuple[str, ...] = ()
     """Names of the LoRAs, in order."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """How they were learned: method, settings, seeds."""
+    """Method, settings and seeds that they were learned with."""
     source: str = "learned"
     """Name of the file that they were read from."""
 
@@ -48,7 +48,7 @@ class Coefficients:
         others: Sequence[float],
         provenance: Mapping[str, Any] | None = None,
     ) -> "Coefficients":
-        """Coefficients in memory for given LoRAs."""
+        """Make coefficients for given LoRAs from arrays in memory."""
         held = {module: Held(array) for module, array in columns.items()}
         return cls(held, tuple(map(float, others)), tuple(lora.name for lora in loras), dict(provenance or {}))
 
@@ -70,7 +70,7 @@ class Coefficients:
         return cls(columns, others, names, provenance, Path(path).name)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the coefficients: whole, or not at all."""
+        """Write the coefficients to a file, which takes its name when it is complete."""
         groups = [
             Group(module, {module: Spec(tuple(tensor.shape), "F32")}, lambda m=module, t=tensor: {m: t.read()})  # type: ignore[misc]
             for module, tensor in self.columns.items()
@@ -103,7 +103,7 @@ class Coefficients:
                 )
 
     def of_module(self, module: str) -> list[Any]:
-        """One weight a LoRA: an array ``(in·kh·kw,)``, or a number where nothing was learned."""
+        """Return one weight per LoRA: an array ``(in·kh·kw,)``, or a number if nothing was learned for the module."""
         if module not in self.columns:
             return list(self.others)
         import numpy as np

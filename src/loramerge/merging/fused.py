@@ -1,4 +1,4 @@
-"""Modules that a dialect writes as one weight, and that a cut therefore has to treat as one.
+"""Modules that a dialect writes as one fused weight, and that are therefore cut to a rank together.
 
 The files of kohya and ComfyUI hold q, k and v of a FLUX block as one weight with one ``down``.  Each
 cut by itself would have a ``down`` of its own, and the file three of them side by side; cut as the one
@@ -29,57 +29,57 @@ class Join:
     """Modules of a merge that are one weight in the file."""
 
     parts: Parts
-    """Those of the weight's modules that are merged."""
+    """The weight's modules that are merged."""
     rows: tuple[int, ...]
-    """Each module's rows."""
+    """Number of rows of each module."""
     columns: int
     apart_rank: int
-    """Rank of the weight as it is written when each module is merged by itself."""
+    """Rank of the weight as written if each module is merged by itself."""
     full_rank: int
-    """The least rank that it can be written in without loss: parts that share a ``down`` in an input share it still."""
+    """The smallest rank without loss: parts that share a ``down`` in an input share it in the result."""
     rank: int
     """Rank of the result."""
     exact: bool = False
-    """Whether the inputs' own joined weights, side by side, are the result before it is cut."""
+    """True if the result before the cut is a concatenation of the inputs' own joined weights."""
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules' names."""
+        """Names of the modules."""
         return tuple(part.module for part in self.parts)
 
     @property
     def shape(self) -> Shape:
-        """Shape of the modules one below the other."""
+        """Shape of the fused weight: the modules one below the other."""
         return sum(self.rows), self.columns
 
     @property
     def as_one(self) -> bool:
-        """Whether the modules are merged as one matrix."""
+        """True if the modules are merged as one matrix."""
         return self.rank < self.apart_rank
 
     @property
     def cut(self) -> bool:
-        """Whether that takes something away."""
+        """True if the rank is smaller than that of the uncut result."""
         return self.rank < min(self.full_rank, *self.shape)
 
     @property
     def step(self) -> Step:
-        """The merge of all modules as that of one."""
+        """The step of the fused weight."""
         return Step(", ".join(self.modules), self.shape, (), (), self.full_rank, self.rank)
 
 
 def joins_of(
     steps: Mapping[str, Step], loras: Sequence[LoRA], dialect: str, architecture: str | None, exact: bool, rank: Rank
 ) -> dict[str, Join]:
-    """The joins of a dialect, by each module in one.
+    """Find the joins of a dialect, by each of their modules.
 
     Args:
-        steps: Every module's merge.
-        loras: What is merged.
+        steps: The step of every module.
+        loras: The LoRAs that are merged.
         dialect: Name of the dialect that will be written.
         architecture: Name of the model family.
-        exact: Whether the method keeps a ``down`` that modules share.
-        rank: The rule that gives the rank; of an input it sees the rank of the joined weight.
+        exact: True if the method keeps a ``down`` that modules share.
+        rank: The rule that gives the rank, from the ranks that the joined weight has in each input.
     """
     if architecture is None:
         return {}
@@ -111,12 +111,12 @@ def _join(parts: Parts, steps: Sequence[Step], loras: Sequence[LoRA], exact: boo
 
 
 def _downs(step: Step, loras: Sequence[LoRA]) -> object:
-    """What tells the ``down`` of a module's sum from others."""
+    """Return a key that identifies the ``down`` of a module's sum."""
     return shared_down([loras[i].layout(step.module) for i in step.inputs])
 
 
 def _input_rank(lora: LoRA, steps: Sequence[Step], i: int) -> int:
-    """The rank that an input has, or would have, in the joined weight."""
+    """Return the rank that the joined weight has, or would have, in an input."""
     layouts = [lora.layout(step.module) for step in steps if i in step.inputs]
     ranks: dict[object, int] = {}
     for n, layout in enumerate(layouts):
@@ -126,11 +126,11 @@ def _input_rank(lora: LoRA, steps: Sequence[Step], i: int) -> int:
 
 
 def side_by_side(join: Join, inputs: Sequence[Mapping[str, LowRank]]) -> LowRank:
-    """The weighted sum of the inputs' joined weights, each with the ``down`` that its parts share.
+    """Add the inputs' joined weights, each with the ``down`` that its parts share.
 
     Args:
         join: The modules.
-        inputs: Every input's layers by module, times their weights.
+        inputs: The layers of each input by module, already times their weights.
     """
     wholes = [_whole(join, {module: replace(layer, diff_b=None) for module, layer in each.items()}) for each in inputs]
     found = linear.merge(wholes, [1.0] * len(wholes))
@@ -144,7 +144,7 @@ def _whole(join: Join, layers: Mapping[str, Layer]) -> Layer:
 
 
 def one(join: Join, layers: Sequence[Merged]) -> Merged:
-    """The modules' layers one below the other, without their biases."""
+    """Stack the modules' layers, one below the other, without their biases."""
     bare: list[Layer] = [replace(layer, diff_b=None) for layer in layers]
     if any(layer.dense for layer in bare):
         bare = [Full(diff=matrix(layer.delta())) for layer in bare]
@@ -154,7 +154,7 @@ def one(join: Join, layers: Sequence[Merged]) -> Merged:
 
 
 def apart(join: Join, whole: LowRank, layers: Sequence[Layer]) -> dict[str, LowRank]:
-    """The modules' own parts of the whole, with the biases of their layers."""
+    """Split the whole into the modules' parts, with the biases of their layers."""
     up, down = matrix(whole.up), matrix(whole.down)
     found, start = {}, 0
     for module, rows, layer in zip(join.modules, join.rows, layers, strict=True):
@@ -165,15 +165,15 @@ def apart(join: Join, whole: LowRank, layers: Sequence[Layer]) -> dict[str, LowR
 
 
 def down_id(join: Join) -> tuple[str, ...]:
-    """What tells the ``down`` that the modules share from others."""
+    """Return a key that identifies the ``down`` that the modules share."""
     return ("cut as one", *join.modules)
 
 
 def lost_by(lost: float, layers: Sequence[Layer], kept: Sequence[LowRank]) -> list[tuple[float, float]]:
-    """Each module's ‖ΔW‖² and its share of what was cut off of the whole.
+    """Return each module's ‖ΔW‖² and its share of the energy that was cut off the whole.
 
-    The kept part is a projection of the whole on rows of the weight's inputs, so in each module the
-    energies differ by what it lost; rounding in them doesn't change the sum.
+    The kept part is a projection of the whole onto a subspace of its inputs, so each module's loss is
+    the difference of its energies.  The losses are scaled to add up to the loss of the whole.
     """
     energies = [layer.norm() ** 2 for layer in layers]
     losses = [max(energy - linalg.norm(*part.factors()) ** 2, 0.0) for energy, part in zip(energies, kept, strict=True)]

@@ -1,11 +1,10 @@
-"""A merge as data, before any tensor is read."""
+"""A merge as data: what it will do in every module, and what its file will hold, before any tensor is read."""
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoints.models import Checkpoint
 from ..files.dialects import DIALECTS
@@ -20,19 +19,16 @@ from .fused import Join, down_id, joins_of
 from .methods import Method
 from .methods.base import shared_down
 from .methods.vectors import vectors
-from .provenance import UNKNOWN, record
+from .provenance import UNKNOWN, as_text, record
 from .ranks import Budget, Rank
 from .running import Kept, Merger, handed_on
 from .steps import Step
 from .weights import ModuleWeights, Scope
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
-    """What a merge will do.  `lora` is its result, computed when asked for."""
+    """A planned merge.  `lora` is its result, computed when asked for."""
 
     loras: tuple[LoRA, ...]
     architecture: str | None
@@ -47,7 +43,7 @@ class Plan:
     device: str | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     budget: Budget | None = None
-    """What the ranks were chosen out of."""
+    """The budget that the ranks were chosen for."""
     base: Checkpoint | None = None
     """The base model, for layers whose ΔW depends on it."""
     given: tuple[LoRA, ...] = ()
@@ -55,12 +51,12 @@ class Plan:
     exclude: tuple[str, ...] = ()
     scope: Scope = "module"
     allow_growth: bool = False
-    """Whether the result may take many times the room of what it is made of."""
+    """True if the result may be more than ten times as large as the inputs."""
     ranks: Mapping[str, int] | None = None
-    """Every module's rank as it was chosen; for modules that are cut as one that of the whole."""
+    """The chosen rank of every module; for modules that are cut as one, the rank of the whole."""
 
     def _stays_dense(self, step: Step) -> bool:
-        """Whether a dense result is written as it is: factors of its rank would take no less room."""
+        """Return whether a dense result is written as it is, because factors of its rank would not be smaller."""
         rows, columns = step.shape[0], math.prod(step.shape[1:])
         small = step.rank * (rows + columns) < rows * columns
         held = "full" in DIALECTS[self.dialect].holds or (isinstance(self.rank, str) and self.ranks is None)
@@ -77,12 +73,12 @@ class Plan:
         return {module: chosen[join.modules] for module, join in found.items()}
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module's result; of modules that are joined that of the whole."""
+        """Return the rank of a module's result; for modules that are joined, the rank of the whole."""
         return self.joins[module].rank if module in self.joins else self.steps[module].rank
 
     @cached_property
     def merger(self) -> Merger:
-        """Merges the modules, one when it is asked for."""
+        """The merger of the plan's modules, which merges each when it is asked for."""
         return Merger(
             loras=self.loras,
             method=self.method,
@@ -98,19 +94,19 @@ class Plan:
 
     @cached_property
     def cuts(self) -> bool:
-        """Whether a module is cut to a smaller rank than the method's result has."""
+        """True if any module is cut to a smaller rank than the method's result has."""
         return any(map(self.is_cut, self.steps))
 
     def is_cut(self, module: str) -> bool:
-        """Whether a module is brought to a smaller rank than the method's result has."""
+        """Return whether a module is cut to a smaller rank than the method's result has."""
         join = self.joins.get(module)
         return join.cut if join is not None and join.as_one else self.steps[module].cut
 
     def lora(self, kept: Kept | None = None) -> LoRA:
-        """The result, whose layers are merged when they are asked for: saving it streams.
+        """Return the result, whose layers are merged when they are asked for, so that saving it streams.
 
         Args:
-            kept: Counts what bringing the modules to their ranks took away.
+            kept: Counts how much of ΔW is kept when modules are cut to their ranks.
         """
 
         def compute(module: str) -> Layer:
@@ -136,7 +132,7 @@ class Plan:
 
     @property
     def made_of(self) -> int | None:
-        """Bytes of the inputs' tensors; None where the size of the result was chosen: by a rank, a budget, or in words."""
+        """Bytes of the inputs' tensors; None if a rank, a budget or `allow_growth` sets the size of the result."""
         chosen = not isinstance(self.rank, str) or self.ranks is not None or self.allow_growth
         return None if chosen else sum(_bytes(lora) for lora in self.loras)
 
@@ -164,12 +160,12 @@ class Plan:
         return low_rank(up, down, step.shape, shared, bias)
 
     def first(self, module: str) -> str:
-        """The module that stands for those that it is joined with."""
+        """Return the module that represents those that this one is joined with."""
         join = self.joins.get(module)
         return next(m for m in self.steps if m in join.modules) if join else module
 
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
-        """The same plan at ranks that were chosen before, out of a budget."""
+        """Return the same plan at given ranks, which were chosen for a budget."""
         given = {module: ranks[self.first(module)] for module, step in self.steps.items() if not step.rankless}
         cut = {m: replace(self.steps[m], rank=rank) for m, rank in given.items() if m not in self.joins}
         steps = {m: cut.get(m, step) for m, step in self.steps.items()}
@@ -181,7 +177,7 @@ class Plan:
 
     @property
     def widest(self) -> int:
-        """Bytes of the largest ΔW that is formed, as float32; 0 where all is done on factors."""
+        """Bytes of the largest ΔW that is formed, as float32; 0 if everything is done on factors."""
         formed = [s for s in self.steps.values() if not s.rankless and not s.kept]
         dense = [step.shape for step in formed if step.full_rank == largest_rank(step.shape)]
         return max((nbytes(shape, "F32") for shape in dense), default=0)
@@ -197,14 +193,14 @@ class Plan:
 
     @property
     def ranked_size(self) -> int:
-        """Bytes of factors of all the ranks."""
+        """Bytes that the factors take at the planned ranks."""
         joined = {join.modules: join.step for join in self.joins.values()}
         steps = [*(step for module, step in self.steps.items() if module not in self.joins), *joined.values()]
         return sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in steps if not s.rankless)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The merge in words, as the saved file keeps it; hashing the inputs reads every tensor of theirs."""
+        """The record of the merge that the saved file holds; to hash the inputs, all their tensors are read."""
         hashes = [lora.sha256 for lora in self.given]
         return record(self, hashes, self.base.sha256 if self.base and self.on_base else None)
 
@@ -214,21 +210,21 @@ class Plan:
         return any(self.loras[i].layout(s.module).needs_base for s in self.steps.values() for i in s.inputs)
 
     def _metadata(self) -> Awaited:
-        """Entries on which the inputs agree stay; where they differ, each input's own go into the recipe."""
+        """Return the metadata: entries on which all inputs agree; the others go into the record, per input."""
         metadatas = [lasting(lora.metadata) for lora in self.loras]
         known = {k: v for k, v in metadatas[0].items() if k != RECIPE and all(m.get(k) == v for m in metadatas)}
         own = [{k: v for k, v in m.items() if k not in known or k in (PHRASE, TAGS)} for m in metadatas]
         base = UNKNOWN if self.base and self.on_base else None
-        draft = _as_text(record(self, [UNKNOWN] * len(self.given), base), own)
-        return Awaited(known | self._of_parents(), RECIPE, draft, lambda: _as_text(self.recipe, own))
+        draft = as_text(record(self, [UNKNOWN] * len(self.given), base), own)
+        return Awaited(known | self._of_parents(), RECIPE, draft, lambda: as_text(self.recipe, own))
 
     def _style(self) -> str:
-        """The style that all inputs have in the dialect."""
+        """Return the style that all inputs have in the dialect, or an empty text if they differ."""
         styles = {lora.style if lora.dialect == self.dialect else "" for lora in self.loras}
         return styles.pop() if len(styles) == 1 else ""
 
     def _of_parents(self) -> dict[str, str]:
-        """What a merge's header says of all that it was made from."""
+        """Return the metadata that describe several parents together: trigger words, tags, titles."""
         used = {i for step in self.steps.values() for i in step.inputs}
         parents = [(lora.name, lora.metadata) for i, lora in enumerate(self.loras) if i in used]
         if len(parents) < 2:
@@ -239,16 +235,8 @@ class Plan:
         return found
 
 
-def _as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> str:
-    """A recipe for a header, with the entries that each input alone had."""
-    for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
-        if metadata:
-            entry["metadata"] = metadata
-    return json.dumps(recipe, ensure_ascii=False)
-
-
 def _bytes(lora: LoRA) -> int:
-    """Bytes of a LoRA's tensors as they were read, or as they are."""
+    """Return the bytes of a LoRA's tensors as they were read, or as they are in memory."""
     if lora.made_of is not None:
         return lora.made_of
     return sum(nbytes(tuple(t.shape), code(t)) for layer in lora.layouts.values() for t in layer.tensors().values())

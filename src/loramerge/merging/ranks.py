@@ -1,4 +1,4 @@
-"""How large a rank each module gets: by a rule, or out of one budget for all modules."""
+"""The rank of each module: by a rule, or chosen for one budget of all modules."""
 
 import math
 import re
@@ -16,7 +16,7 @@ Rank: TypeAlias = int | str
 
 
 def rule(rank: Rank) -> Callable[[Sequence[int]], int]:
-    """The rank of a module's result, as a function of its inputs' ranks.
+    """Return the function that gives the rank of a module's result from its inputs' ranks.
 
     Raises:
         OptionError: The rank is neither a number from 1 nor ``"sum"`` nor ``"max"``.
@@ -25,17 +25,17 @@ def rule(rank: Rank) -> Callable[[Sequence[int]], int]:
         return sum if rank == "sum" else max
     number = whole_number(rank)
     if number < 1:
-        raise OptionError(f"The rank {rank!r} is none of: a number from 1, 'sum', 'max'.")
+        raise OptionError(f"The rank {rank!r} is neither a positive integer nor 'sum' nor 'max'.")
     return lambda ranks: number
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What all modules together may lose, or take."""
+    """A limit on the error or on the size of all modules together."""
 
     kind: Literal["max_error", "energy", "max_size"]
     value: float
-    """max_error: ‖ΔW − kept‖ / ‖ΔW‖; energy: the share of ‖ΔW‖² that stays; max_size: bytes."""
+    """max_error: largest ‖ΔW − kept‖ / ‖ΔW‖; energy: smallest share of ‖ΔW‖² that is kept; max_size: bytes."""
 
     def __str__(self) -> str:
         if self.kind == "max_size":
@@ -44,26 +44,26 @@ class Budget:
 
     @property
     def share_lost(self) -> float:
-        """The share of ‖ΔW‖² that may be lost; infinite where only the size counts."""
+        """The share of ‖ΔW‖² that may be lost; infinite for a limit on the size."""
         return {"max_error": self.value**2, "energy": 1 - self.value, "max_size": math.inf}[self.kind]
 
 
 BUDGETS = ("max_error", "energy", "max_size")
-"""What `budget` takes one of."""
+"""Arguments of `budget`, of which at most one is given."""
 
 
 def budget(
     max_error: float | str | None = None, energy: float | str | None = None, max_size: int | str | None = None
 ) -> Budget | None:
-    """The budget that one of the three sets; None when none does.
+    """Make the budget that one of the arguments sets; None if none is given.
 
     Args:
         max_error: Largest ‖ΔW − kept‖ / ‖ΔW‖ over all modules, in [0, 1): ``0.01`` or ``"1%"``.
-        energy: Smallest share of ‖ΔW‖² that stays, in (0, 1]: ``0.999`` or ``"99.9%"``.
+        energy: Smallest share of ‖ΔW‖² that is kept, in (0, 1]: ``0.999`` or ``"99.9%"``.
         max_size: Largest file, in bytes: ``150_000_000`` or ``"150MB"`` (10⁶), ``"143MiB"`` (2²⁰).
 
     Raises:
-        OptionError: More than one is given, or a value is outside of its range.
+        OptionError: More than one is given, or a value is outside its range.
     """
     given = [(k, v) for k, v in (("max_error", max_error), ("energy", energy), ("max_size", max_size)) if v is not None]
     if not given:
@@ -102,31 +102,31 @@ def _share(kind: str, value: float | str) -> float:
 
 
 def _percent(value: float | str, share: float) -> str:
-    """A question for the sign that a number from 1 to 100 may lack."""
+    """Suggest the percent sign that a value between 1 and 100 may be missing."""
     return f" Did you mean {value}%?" if 1 <= share <= 100 and "%" not in str(value) else ""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What each rank of a module brings, and what it takes."""
+    """The energy that each rank of a module adds, and the room that it takes."""
 
     squares: np.ndarray
-    """Squared singular values, falling, of the directions that may be kept."""
+    """Squared singular values, from large to small, of the directions that may be kept."""
     energy: float
-    """‖ΔW‖², which the squares add up to unless some directions can't be kept."""
+    """‖ΔW‖²: the sum of the squares, plus that of directions that can't be kept."""
     cost: int
-    """Numbers that one more rank takes: out + in."""
+    """How many numbers one more rank takes: out + in."""
 
 
 def choose(spectra: Mapping[str, Spectrum], budget: Budget, size: int = 0) -> dict[str, int]:
-    """The rank of every module that keeps within a budget at the least size, or the most energy within a size.
+    """Choose each module's rank: the smallest file within an error budget, or the most energy within a size budget.
 
-    Directions of all modules are taken by what they bring for their cost, σ² / (out + in): as
-    squares fall within a module, that is the solution of the continuous problem, and the last few
-    directions are then exchanged for what still fits.  Every module keeps at least one.
+    Directions of all modules are taken in the order of energy per cost, σ² / (out + in).  As the squares
+    fall within a module, that solves the continuous problem; the last few directions are then
+    exchanged for what still fits.  Every module keeps at least one.
 
     Args:
-        spectra: Of every module.
+        spectra: The spectrum of every module.
         budget: The limit.
         size: For ``max_size``, how many numbers fit.
 
@@ -163,7 +163,7 @@ def choose(spectra: Mapping[str, Spectrum], budget: Budget, size: int = 0) -> di
 
 
 def _within_size(order: np.ndarray, owners: np.ndarray, costs: np.ndarray, size: int) -> np.ndarray | None:
-    """As many as fit, in order; once one of a module doesn't fit, none after it is taken."""
+    """Take as many directions as fit, in order; once one of a module doesn't fit, none of its later ones is taken."""
     taken, full, left = [], set(), size
     first = len(np.unique(owners))
     for at, item in enumerate(order):
@@ -183,7 +183,7 @@ def _within_size(order: np.ndarray, owners: np.ndarray, costs: np.ndarray, size:
 def _within_error(
     order: np.ndarray, owners: np.ndarray, squares: np.ndarray, allowed: float, least: int
 ) -> np.ndarray | None:
-    """As few as leave out no more than what is allowed: the first in order, then without those that may go too."""
+    """Take the fewest first directions that lose no more than is allowed, then drop those that may go as well."""
     if allowed < -1e-12 * float(squares.sum()):
         return None
     left_out = np.cumsum(squares[order][::-1])[::-1]  # of what is left out from each place on

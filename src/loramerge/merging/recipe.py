@@ -1,4 +1,4 @@
-"""A recipe: a merge in a TOML file, that can be made again.
+"""A recipe: a merge described in a TOML file, so that it can be made again.
 
 method = "ties"
 rank = 16
@@ -38,8 +38,9 @@ from . import toml
 from .coefficients import Coefficients
 from .methods import METHODS, Method, check_name as check_method, check_options, find
 from .plans import Plan
+from .provenance import from_metadata
 from .ranks import BUDGETS, Rank, budget, rule
-from .recipe_text import Input, Output, check_name, entries, from_metadata
+from .recipe_text import Input, Output, check_name, entries
 from .running import Kept
 from .spending import within
 from .verbs import plan
@@ -51,12 +52,12 @@ if TYPE_CHECKING:
     from ..files.storage.writer import Progress
 
 MAX_RECIPE = 1_000_000
-"""Bytes: several times a rank for every module of the largest model."""
+"""Largest recipe file in bytes: several times what a rank per module of the largest model takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A merge as a file says it; the names are those of `loramerge.merge`.
+    """A merge described in a file; the names are those of the arguments of `loramerge.merge`.
 
     Raises:
         OptionError: An entry that `read` finds is unknown, or of the wrong kind.
@@ -64,7 +65,7 @@ class Recipe:
 
     loras: tuple[Input, ...]
     weights: Weights = None
-    """One a LoRA, ``"l2"``, ``"uniform"``, a file of learned coefficients, or None for the method's own."""
+    """One per LoRA, ``"l2"``, ``"uniform"``, a file of learned coefficients, or None for the method's default."""
     scope: Scope = "module"
     method: Method | str = "linear"
     """A name, ``package.module:name``, or the method itself."""
@@ -75,21 +76,21 @@ class Recipe:
     max_size: int | str | None = None
     exclude: tuple[str, ...] = ()
     architecture: str | None = None
-    """The model family, where the files leave it open."""
+    """The model family, if the files leave it open."""
     device: str | None = None
     base: str | None = None
     """Path of the base model, for DoRA layers."""
     base_sha256: str | None = None
-    """What `Checkpoint.sha256` gave for the base: with another, the recipe isn't run unless told to."""
+    """`Checkpoint.sha256` of the base; a base with another hash is refused, unless changes are allowed."""
     ranks: Mapping[str, int] | None = None
-    """Every module's rank, as the budget gave it before: it is not spent anew."""
+    """The rank of every module, as chosen for the budget before; the ranks are then not chosen again."""
     output: Output = field(default_factory=Output)
     folder: str = field(default="", compare=False)
-    """What paths start from; ``""`` where they were typed, as on the command line."""
+    """The directory that paths are relative to; ``""`` for paths that were typed, as on the command line."""
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Recipe":
-        """The recipe in a TOML file.
+        """Read the recipe in a TOML file.
 
         Raises:
             FileError: The file can't be read, or is not TOML.
@@ -104,7 +105,7 @@ class Recipe:
 
     @classmethod
     def of(cls, lora: LoRA) -> "Recipe":
-        """The recipe that a merged LoRA was made by, as its metadata says.
+        """Read the recipe of a merged LoRA from its metadata.
 
         Raises:
             MergeError: It has none that can be run again.
@@ -115,7 +116,7 @@ class Recipe:
         return _recipe(data, f"the recipe of {lora.name}", "")
 
     def to_toml(self) -> str:
-        """The text that `read` reads as the same recipe."""
+        """Write the recipe as TOML, which `read` reads as the same recipe."""
         own = ("method", "rank", *BUDGETS, "architecture", "device", "base", "base_sha256")
         head = {name: getattr(self, name) for name in own} | {"exclude": list(self.exclude) or None}
         head["method"] = self.method if isinstance(self.method, str) else _name(self.method)
@@ -137,11 +138,11 @@ class Recipe:
         return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
     def override(self, **changes: Any) -> "Recipe":
-        """The recipe with other entries; ``options`` are added, ``to``, ``dtype``, ``allow_lossy`` and ``allow_growth`` are the output's.
+        """Return a copy with some entries replaced.
 
-        A budget takes the place of another, and weights other than ``"l2"`` that of its scope.
-        Options that another method doesn't have are left out with it, and ranks that a budget
-        gave, with anything that may change them.
+        ``options`` are added to those of the recipe; ``to``, ``dtype``, ``allow_lossy`` and ``allow_growth`` go to
+        `output`.  A new budget replaces the old one, and weights other than ``"l2"`` reset the scope.  A new
+        method drops the options that it doesn't have.  Ranks chosen for a budget are dropped by any change.
         """
         output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy", "allow_growth") if k in changes}
         options = {**self.options, **changes.pop("options", {})}
@@ -157,7 +158,7 @@ class Recipe:
         return changed if changed == self else replace(changed, ranks=changes.get("ranks"))
 
     def open(self, *, allow_pickle: bool = False) -> tuple[LoRA, ...]:
-        """The LoRAs; tensors are read when they are asked for.
+        """Open the LoRAs; tensors are read when they are asked for.
 
         Raises:
             FileError: One is missing or broken.
@@ -181,13 +182,13 @@ class Recipe:
         allow_pickle: bool = False,
         progress: "Progress | None" = None,
     ) -> Plan:
-        """The merge as data, in the dialect and dtype in which it will be written.
+        """Plan the merge, in the dialect and dtype in which it will be written.
 
         Args:
-            loras: The LoRAs, where they are open already.
-            allow_changed: Whether to take LoRAs with other tensors than the recipe was made with.
-            allow_pickle: Whether to read pickles, tensors only.
-            progress: Called with the number of modules done and of all, while a budget is spent.
+            loras: The LoRAs, if they are open already.
+            allow_changed: Take LoRAs whose tensors have changed since the recipe was made.
+            allow_pickle: Read pickles, tensors only.
+            progress: Called with the number of modules done and of all, while ranks are chosen for a budget.
 
         Raises:
             FileError: A LoRA is missing or broken.
@@ -232,9 +233,9 @@ class Recipe:
         """Merge and write.
 
         Args:
-            output: Where to, anywhere; by default where the recipe says.
-            allow_changed: Whether to take LoRAs with other tensors than the recipe was made with.
-            allow_pickle: Whether to read pickles, tensors only.
+            output: The file or directory to write, anywhere; by default the path in the recipe.
+            allow_changed: Take LoRAs whose tensors have changed since the recipe was made.
+            allow_pickle: Read pickles, tensors only.
             workers: Processes or threads, as in `loramerge.save`; the bytes are the same for any number.
             progress: Called with the number of modules done and of all.
 
@@ -251,10 +252,10 @@ class Recipe:
         return self.write(planned, target, workers=workers, progress=progress)
 
     def target(self, output: str | os.PathLike[str] | None = None) -> Path:
-        """Where the result goes.  A recipe writes below its own directory only; ``output`` may be anywhere.
+        """Return the path of the result.  A recipe writes below its own directory only; ``output`` may be anywhere.
 
         Raises:
-            OptionError: Neither says where, the recipe's path leads out of its directory, or it is an input.
+            OptionError: Neither gives a path, the recipe's path leads out of its directory, or it is an input.
         """
         target = Path(output) if output is not None else self._own_target()
         for entry in self.loras:
@@ -279,7 +280,7 @@ class Recipe:
         lost: "Callable[[str], object] | None" = None,
         noted: "Callable[[str], object] | None" = None,
     ) -> Path:
-        """Write the recipe's own plan; the arguments are those of `loramerge.save` and `Plan.lora`."""
+        """Write a plan of this recipe; the arguments are those of `loramerge.save` and `Plan.lora`."""
         return save(
             planned.lora(kept),
             target,
@@ -343,7 +344,7 @@ def _recipe(data: Mapping[str, Any], where: str, folder: str) -> Recipe:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse what can be seen to be wrong without opening a LoRA.
+    """Check what can be checked without opening a LoRA.
 
     Raises:
         OptionError: A name or a value is wrong.
@@ -366,7 +367,10 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_method(method: Method | str, options: Mapping[str, Any]) -> None:
-    """A recipe may come from anyone: reading it imports nothing, so the options of others' methods wait for the plan."""
+    """Check a method's name, and the options if it is loramerge's own.
+
+    A recipe may come from anyone, so reading it imports nothing: the options of other methods are checked by `plan`.
+    """
     if isinstance(method, Method) or method in METHODS:
         check_options(find(method), options)
     else:
@@ -374,7 +378,11 @@ def _check_method(method: Method | str, options: Mapping[str, Any]) -> None:
 
 
 def _name(method: Method) -> str:
-    """What a recipe calls a method."""
+    """Return the name of a method in a recipe.
+
+    Raises:
+        OptionError: The method can't be imported by a name.
+    """
     found = find(method)
     if found.name in METHODS:
         return found.name
@@ -387,7 +395,7 @@ def _name(method: Method) -> str:
 
 
 def _check_inside(path: str, folder: str) -> None:
-    """A recipe may come from anyone: what it names as output stays below its own directory."""
+    """Check that an output lies below the recipe's own directory, because a recipe may come from anyone."""
     check_name(path)
     base = Path(folder).resolve()
     target = (base / path).resolve()

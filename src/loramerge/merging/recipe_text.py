@@ -1,14 +1,12 @@
-"""What a recipe's text says, in TOML or in the header of a merged file: read strictly, every key known."""
+"""The entries of a recipe's TOML file, read strictly: every key is known, every value has the right kind."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
-from ..errors import MergeError, OptionError
+from ..errors import OptionError
 from ..files import hub
-from .methods import METHODS
-from .provenance import LEARNED
 from .ranks import BUDGETS
 from .toml import Table
 from .weights import Weight, Weights, parse
@@ -29,7 +27,7 @@ KEYS = (
 
 
 def check_name(path: str) -> None:
-    """Refuse what can be no file's name.
+    """Refuse a path that can't be a file's name.
 
     Raises:
         OptionError: The path has a NUL in it.
@@ -40,22 +38,22 @@ def check_name(path: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """Where a LoRA of a recipe is: a path, or a repository on the Hugging Face Hub."""
+    """A LoRA of a recipe: a path, or a repository on the Hugging Face Hub."""
 
     path: str | None = None
-    """Of a file or a directory with an adapter; from the recipe's own directory on."""
+    """Path of a file or of an adapter's directory, relative to the recipe's own directory."""
     hub: str | None = None
     """``org/repo``."""
     revision: str | None = None
     filename: str | None = None
     sha256: str | None = None
-    """Of the tensors, see `LoRA.sha256`: with another, the recipe isn't run unless told to."""
+    """`LoRA.sha256` of the tensors; a LoRA with another hash is refused, unless changes are allowed."""
     architecture: str | None = None
-    """The model family, where this file leaves it open."""
+    """The model family, if the file leaves it open."""
     dialect: str | None = None
-    """The dialect, where this file leaves it open."""
+    """The dialect, if the file leaves it open."""
     adapter: str | None = None
-    """Which one, where this file's keys name several adapters."""
+    """Name of the adapter, if the file's keys name several."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hub is None):
@@ -64,7 +62,7 @@ class Input:
             raise OptionError("A revision and a filename go with a name on the Hub, not with a path.")
 
     def source(self, folder: str) -> str:
-        """What `open` takes."""
+        """Return the path or Hub reference that `open` takes."""
         if self.path is not None:
             check_name(self.path)
             return os.path.join(folder, os.path.expanduser(self.path)) if folder else self.path
@@ -73,22 +71,22 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a recipe writes."""
+    """The output of a recipe."""
 
     path: str | None = None
-    """Inside of the recipe's directory."""
+    """Path of the file, inside the recipe's directory."""
     to: str | None = None
     """Name of the dialect; the first LoRA's by default."""
     dtype: str | None = None
-    """Of the tensors; the widest of the inputs' by default."""
+    """Dtype of the tensors; the widest of the inputs' by default."""
     allow_lossy: bool = False
-    """Whether to leave out what the dialect can't hold."""
+    """True to leave out what the dialect can't hold."""
     allow_growth: bool = False
-    """Whether the file may take more than ten times the room of the inputs."""
+    """True if the file may be more than ten times as large as the inputs."""
 
 
 def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of the `Recipe` that parsed TOML says, but for its folder.
+    """Return the fields of a `Recipe`, except its folder, from parsed TOML.
 
     Raises:
         OptionError: A key is unknown, or a value is of the wrong kind.
@@ -133,7 +131,7 @@ def _input(data: Any, where: str) -> tuple[Input, Weight | None]:
 
 
 def _on_the_hub(text: str, revision: str | None, filename: str | None) -> dict[str, str | None]:
-    """``org/repo``, or all in one as the command line has it: ``org/repo/file.safetensors@revision``."""
+    """Split a name on the Hub: ``org/repo``, or all in one as typed: ``org/repo/file.safetensors@revision``."""
     parsed = hub.parse(f"hf://{text.removeprefix('hf://')}")
     if parsed is None or (parsed.revision and revision) or (parsed.file and filename):
         raise OptionError(f"hub: got {text!r}, wanted org/repo, with the revision and the filename named once.")
@@ -167,55 +165,3 @@ def _output(data: Any, where: str) -> Output:
         allow_lossy=table.get("allow_lossy", bool, default=False),
         allow_growth=table.get("allow_growth", bool, default=False),
     )
-
-
-def from_metadata(text: str | None, name: str) -> dict[str, Any]:
-    """What the header of a merged file says, as parsed TOML would; it may say anything, so `entries` checks it.
-
-    Raises:
-        MergeError: It says nothing that can be run again.
-    """
-    import json
-
-    if not text:
-        raise MergeError(f"{name} has no recipe: it was not merged by loramerge.")
-    try:
-        found = json.loads(text)
-        learned = LEARNED.get(found["method"])
-        data = _as_toml(found)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
-    if learned:
-        raise MergeError(
-            f"{name} has no recipe that 'loramerge merge' can run again: it was learned on a model, by 'loramerge {learned}' "
-            f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
-            "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
-        )
-    if ":" not in found["method"] and found["method"] not in METHODS:
-        raise MergeError(
-            f"{name} has no recipe that can be run again: its method {found['method']!r} is not one of loramerge's, and no "
-            "module that can be imported held it under a name. Way out: put it into a file of its own, and merge with "
-            "method='module:name', or --method module:name."
-        )
-    missing = [entry["name"] for entry in found["inputs"] if not entry.get("source")]
-    if missing:
-        raise MergeError(
-            f"{name} has no recipe that can be run again: {' and '.join(map(str, missing))} came from memory, not from a file. "
-            "Way out: save them first, then merge the files."
-        )
-    return data
-
-
-def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
-    """A record's entries under the keys of a recipe's file; its budget stands in a table of its own."""
-    data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
-    data |= {**found.get("budget", {}), "loras": [_entry(entry) for entry in found["inputs"]]}
-    return data | {"output": {("to" if key == "dialect" else key): value for key, value in found["output"].items()}}
-
-
-def _entry(entry: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: entry[key] for key in ("sha256", "weight", "architecture", "dialect", "adapter") if key in entry}
-    source = entry.get("source") or ""
-    if source.startswith("hf://"):
-        return {"hub": source.removeprefix("hf://"), **kept}
-    return {"path": source, **kept}

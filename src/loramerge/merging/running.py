@@ -1,4 +1,4 @@
-"""Merging a module: from the LoRAs' layers to one layer of the rank that was planned.
+"""Merging a module: from the LoRAs' layers to one layer of the planned rank.
 
 The loop over modules is in `files.storage.writer` for a file, where workers share it, and in `LoRA.in_memory` otherwise:
 both ask the merged LoRA for one module after the other, and that calls a `Merger`.
@@ -30,14 +30,14 @@ from .weights import ModuleWeights
 
 @dataclass(frozen=True)
 class Outcome:
-    """One module's merged layer, and what bringing it to its rank took away."""
+    """One module's merged layer, and the energy that was lost by cutting it to its rank."""
 
     module: str
     layer: Layer
     energy: float | None
-    """‖ΔW‖² of the method's own result; None in a merge that cuts nothing."""
+    """‖ΔW‖² of the method's result before the cut; None in a merge that cuts nothing."""
     lost: float
-    """The part of it that was cut off."""
+    """The part of ‖ΔW‖² that was cut off."""
 
     @property
     def error(self) -> float:
@@ -46,12 +46,12 @@ class Outcome:
 
 
 class Kept:
-    """What a merge kept, counted while it runs: ``plan.lora(kept)``.
+    """A count of the energy that a merge keeps and loses, made while it runs: ``plan.lora(kept)``.
 
-    It counts in memory that forked workers share.
+    The numbers are in memory that forked workers share.
 
     Args:
-        modules: Those of the plan, ``plan.steps``.
+        modules: The plan's modules, ``plan.steps``.
     """
 
     def __init__(self, modules: Iterable[str]) -> None:
@@ -65,12 +65,12 @@ class Kept:
 
     @property
     def energy(self) -> float:
-        """‖ΔW‖² of what the method made, over all modules."""
+        """‖ΔW‖² of the method's result before the cut, over all modules."""
         return math.fsum(self._numbers[::2])
 
     @property
     def lost(self) -> float:
-        """The part of it that was cut off."""
+        """The part of ‖ΔW‖² that was cut off."""
         return math.fsum(self._numbers[1::2])
 
     @property
@@ -91,7 +91,7 @@ class Kept:
 
 
 def relative_error(energy: float | None, lost: float) -> float:
-    """‖ΔW − kept‖ / ‖ΔW‖, from ‖ΔW‖² and the part of it that was cut off."""
+    """Compute ‖ΔW − kept‖ / ‖ΔW‖ from ‖ΔW‖² and the part of it that was cut off."""
     return math.sqrt(lost / energy) if energy else 0.0
 
 
@@ -105,16 +105,16 @@ class Merger:
     weights: ModuleWeights
     steps: Mapping[str, Step]
     joins: Mapping[str, Join]
-    """Modules that the dialect writes as one weight, by each of them."""
+    """The modules that the dialect writes as one weight, by each of them."""
     dense: Set[str]
     """Modules whose dense result is written as it is."""
     measured: bool
-    """True if ‖ΔW‖ of every module is wanted, because some are cut."""
+    """True if ‖ΔW‖ of every module is computed, because some are cut."""
     device: str | None
     base: Checkpoint | None
 
     def outcome(self, module: str) -> Outcome:
-        """One module's merged layer, and what was cut off to bring it to its rank."""
+        """Merge one module and bring it to its rank."""
         join = self.joins.get(module)
         if join is not None and join.as_one:
             return self._cut_as_one(join)[module]
@@ -143,7 +143,7 @@ class Merger:
         return Outcome(step.module, found, energy, lost)
 
     def _cut_as_one(self, join: Join) -> dict[str, Outcome]:
-        """The outcomes of modules that are one weight; the last ones are kept, as each module asks for them."""
+        """Merge and cut modules that are one weight; the last outcomes are kept, as each module asks for them in turn."""
         if join.modules not in self._recent:
             made = self._outcomes(join)
             self._recent.clear()
@@ -166,7 +166,7 @@ class Merger:
         return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
 
     def joined(self, join: Join, layers: Sequence[Merged]) -> Merged:
-        """All modules of a join as one, before it is cut."""
+        """Merge the modules of a join into one weight, before it is cut."""
         if not join.exact:
             return one(join, layers)
         found: dict[int, dict[str, LowRank]] = {}
@@ -184,7 +184,7 @@ class Merger:
         found = []
         for module in join.modules:
             with named(module):
-                # A method that makes the most of its rank gets a share of it, so that the parts fit into the whole.
+                # A method that fills its rank gets a share of it, so that the parts together fit into the whole's rank.
                 share = max(1, join.rank // len(join.modules))
                 found.append(_merged(self.uncut(replace(self.steps[module], rank=share, alone=False))))
         return found
@@ -214,7 +214,7 @@ class Merger:
         return applied(self.method, layers, list(weights), options, step.full_rank)
 
     def inputs(self, module: str) -> list[Layer]:
-        """The module's layers as they are merged: a DoRA with the base's weight in it."""
+        """Return the module's layers as they are merged: those that depend on the base as their whole ΔW."""
         step = self.steps[module]
         return in_one_library([self._with_base(self.loras[i][module], step) for i in step.inputs], self.device)
 
@@ -239,7 +239,7 @@ def _merged(layer: Layer) -> Merged:
 
 
 def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
-    """A merged layer at exactly the rank that was announced: cut, or filled up with zeros."""
+    """Bring a merged layer to exactly the planned rank, which the layout announced: cut it, or pad it with zeros."""
     if isinstance(layer, Full):
         cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
     elif step.rank < layer.rank:
@@ -249,7 +249,7 @@ def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
         return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
     fitted = low_rank(cut.up, cut.down, layer.shape, diff_b=layer.diff_b)
     fitted = fitted if fitted.rank == step.rank else _filled(fitted, step.rank)
-    # At the full rank of the matrix nothing is cut off, and what would be measured is rounding.
+    # At the full rank of the matrix nothing is cut off; a measured loss would be rounding.
     lost = cut.lost if step.rank < largest_rank(step.shape) else 0.0
     return Outcome(step.module, fitted, cut.energy if measured else None, lost)
 

@@ -1,4 +1,4 @@
-"""Spending a budget: choosing every module's rank out of one limit on the error or on the size of the file."""
+"""Choosing the rank of every module for a budget: one limit on the error, or on the size of the file."""
 
 import math
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def within(plan: Plan, budget: Budget, progress: "Progress | None" = None) -> Plan:
-    """The same plan with the rank of every module chosen out of one budget, at most the one it has.
+    """Return the same plan with the rank of every module chosen for a budget, at most the rank it has.
 
     Raises:
         OptionError: The budget can't be met.
@@ -34,7 +34,7 @@ def within(plan: Plan, budget: Budget, progress: "Progress | None" = None) -> Pl
             progress(done, len(plan.steps))
     if budget.kind != "max_size":
         return plan.at(choose(spectra, budget), budget)
-    # What is no factor (names, alphas) takes room too, and depends on the ranks a little.
+    # Names and alphas take room too, and their size depends a little on the ranks.
     room, best = budget.value, None
     for _ in range(8):
         found = plan.at(choose(spectra, budget, int(room // nbytes((1,), plan.dtype))), budget)
@@ -49,7 +49,7 @@ def within(plan: Plan, budget: Budget, progress: "Progress | None" = None) -> Pl
 
 
 def _spectrum_of(plan: Plan, module: str) -> Spectrum:
-    """What each rank of a module would bring, or of all that are one weight with it."""
+    """Compute the spectrum of a module, or of the fused weight that it is a part of."""
     join = plan.joins.get(module)
     if join is not None:
         return _spectrum(plan.merger.joined(join, plan.merger.uncut_parts(join)), join.step)
@@ -58,7 +58,11 @@ def _spectrum_of(plan: Plan, module: str) -> Spectrum:
 
 
 def _check_least(plan: Plan, budget: Budget) -> int:
-    """Bytes of the factors at rank 1; a size that is too small for the file of them is refused, before any tensor is read."""
+    """Return the bytes of the factors at rank 1.
+
+    Raises:
+        OptionError: The file would be too large even at rank 1.  This is found before any tensor is read.
+    """
     smallest = plan.at(dict.fromkeys(plan.steps, 1), budget)
     least = saved_size(smallest.lora())
     if least > budget.value:
@@ -71,7 +75,7 @@ def _check_least(plan: Plan, budget: Budget) -> int:
 
 
 def _spectrum(layer: Layer, step: Step) -> Spectrum:
-    """What each rank up to the step's own would bring."""
+    """Compute the spectrum of a layer, up to the rank of its step."""
     if not isinstance(layer, LowRank | Full):
         squares = linalg.as_numpy(layer.spectrum(lambda: linalg.grams(*layer.factors())).sigma) ** 2
         energy = float(squares.sum())

@@ -1,4 +1,4 @@
-"""What a merge will do in each module, and whether the LoRAs can be merged at all: from headers."""
+"""The steps of a merge, one per module, and the check that the LoRAs can be merged: from headers alone."""
 
 import math
 import re
@@ -24,36 +24,37 @@ class Step:
     module: str
     shape: Shape
     inputs: tuple[int, ...]
-    """Which of the LoRAs change the module: those that have it, with a weight other than 0."""
+    """Indices of the LoRAs that change the module: those that have it, with a weight other than 0."""
     ranks: tuple[int, ...]
+    """Their ranks."""
     full_rank: int
-    """Rank of the method's own result, before it is cut; 0 where there is none to speak of."""
+    """Rank of the method's own result, before it is cut; 0 if it has no rank."""
     rank: int
     """Rank of the result."""
     alone: bool = False
-    """Whether the result is one layer times its weight, which keeps its form unless it is cut."""
+    """True if the result is one layer times its weight, which keeps its form unless it is cut."""
     dense: bool = False
-    """Whether an input has no factors, so that the result has none."""
+    """True if an input has no factors, so that the result has none."""
 
     @property
     def cut(self) -> bool:
-        """Whether the result is cut to a smaller rank than it has."""
+        """True if the result is cut to a smaller rank than the method's result has."""
         return self.rank < self.full_rank and self.rank < largest_rank(self.shape)
 
     @property
     def kept(self) -> bool:
-        """Whether the result is the one input's own layer, times its weight."""
+        """True if the result is the one input's own layer, times its weight."""
         return self.alone and not self.cut
 
     @property
     def rankless(self) -> bool:
-        """Whether there is no rank to choose: biases, norms, tables, and layers that are handed on as they are."""
+        """True if there is no rank to choose: for biases, norms, tables, and layers that are handed on as they are."""
         return self.full_rank == 0
 
 
 @contextmanager
 def named(module: str) -> Iterator[None]:
-    """Have errors say in which module they arose."""
+    """Prefix errors with the module they came from."""
     try:
         yield
     except LoRAMergeError as error:
@@ -72,23 +73,23 @@ def steps_of(
     weights: Weigh | None = None,
     whole: bool = True,
 ) -> dict[str, Step]:
-    """Every module's merge, in order.
+    """Plan the merge of every module, in order.
 
     Args:
-        loras: What is merged.
-        method: How.
+        loras: The LoRAs that are merged.
+        method: The merge method.
         options: All options of the method.
         rank: The rule that gives each module's rank.
         base: The base model, for layers whose ΔW depends on it.
-        weights: The weights of a module; None where only the tensors tell them.
-        whole: Whether a layer that has no factors may stay as it is: no budget is to be kept.
+        weights: Gives the weights of a module; None if they depend on the tensors.
+        whole: True if a layer without factors may stay as it is, because there is no budget.
 
     Returns:
-        The modules in which a LoRA has a weight other than 0.
+        The steps of the modules in which a LoRA has a weight other than 0.
 
     Raises:
         MergeError: A layer has no low-rank form, or shapes differ.
-        OptionError: The rank is none.
+        OptionError: The rank is wrong.
     """
     rule(rank)
     takes_dense = method.dense and options.get("space", "delta") == "delta"
@@ -116,9 +117,9 @@ class _Maker:
     base: "Checkpoint | None"
     takes_dense: bool
     whole: bool
-    """Whether a layer without factors may be handed on as it is."""
+    """True if a layer without factors may be handed on as it is."""
     single: bool
-    """Whether no more than one LoRA has a weight."""
+    """True if only one LoRA has a weight other than 0."""
 
     def step(self, module: str, shape: Shape, inputs: tuple[int, ...], weights: Sequence[Any] | None) -> Step:
         layouts = [self.loras[i].layout(module) for i in inputs]
@@ -136,7 +137,7 @@ class _Maker:
         return Step(module, shape, inputs, ranks, full, max(1, min(rule(self.rank)(ranks), full, limit)), alone, dense)
 
     def _alone(self, layouts: Sequence[Layer], weight: float) -> bool:
-        """Whether the one layer can be handed on, times its weight."""
+        """Return whether a module has one layer, which can be handed on times its weight."""
         layout = layouts[0]
         if len(layouts) > 1 or not self.method.linear or layout.rankless or layout.times(weight) is None:
             return False
@@ -148,7 +149,7 @@ class _Maker:
         return self.whole and not layout.dense
 
     def _check(self, lora: LoRA, module: str) -> None:
-        """Whether a module's layer can be merged with others.
+        """Check that a module's layer can be merged with others.
 
         Raises:
             MergeError: It can't.
@@ -174,12 +175,12 @@ class _Maker:
 
 
 def _a(kind: str) -> str:
-    """A kind of layer whose ΔW depends on the base, with its article."""
+    """Name a kind of layer whose ΔW depends on the base, with its article."""
     return an({"dora": "DoRA", "pissa": "PiSSA", "olora": "OLoRA"}.get(kind, kind))
 
 
 def needed_on_base(kind: str, has_base: bool) -> str:
-    """What a layer whose ΔW depends on the base lacks to be merged, and the ways out."""
+    """Say what is missing to merge a layer whose ΔW depends on the base, and the ways out."""
     base = "" if has_base else "the base model and "
     typed = "--rank 32, or rank=32" if has_base else "--base MODEL --rank 32, or base=…, rank=32"
     return (
@@ -189,11 +190,11 @@ def needed_on_base(kind: str, has_base: bool) -> str:
 
 
 MORE = 100
-"""How many times the room of a LoHa or LoKr its LoRA may take beside other LoRAs."""
+"""In a merge with other LoRAs, a LoHa or LoKr becomes a LoRA, unless that is more than this many times as large."""
 
 
 def _as_lora(layout: Layer) -> int:
-    """How many numbers the LoRA with the same ΔW has."""
+    """Count the numbers of the LoRA with the same ΔW."""
     return (layout.rank or 0) * (layout.shape[0] + math.prod(layout.shape[1:]))
 
 
@@ -202,13 +203,13 @@ def _numbers(layout: Layer) -> int:
 
 
 def entrywise(layouts: Sequence[Layer]) -> bool:
-    """Whether a module's layers are summed entry by entry: none has a rank, or one is a table."""
+    """Return whether a module's layers are summed entry by entry: none has a rank, or one is a table."""
     table = any(layout.kind == "table" for layout in layouts)
     return all(layout.rankless or (table and layout.dense) for layout in layouts)
 
 
 def _common_shape(loras: Sequence[LoRA], module: str) -> Shape:
-    """The shape of the weight that all change; a bias tells its rows only."""
+    """Return the shape of the weight that all layers change; a layer that is only a bias has the rows alone."""
     layouts = [lora.layout(module) for lora in loras]
     whole = next((k for k, layout in enumerate(layouts) if not layout.bias_only), 0)
     first = layouts[whole].shape
@@ -222,9 +223,10 @@ def _common_shape(loras: Sequence[LoRA], module: str) -> Shape:
 
 
 def common_extras(loras: Sequence[LoRA], weights: Weigh | None) -> dict[str, Tensor]:
-    """Tensors that belong to no layer, from all inputs; two of one name must be equal.
+    """Collect the tensors that belong to no layer from all inputs; two of one name must be equal.
 
-    What may change the model is taken from a LoRA of weight 1 only: nobody knows how to weigh it.
+    A tensor that may change the model is taken only from a LoRA of weight 1, because its unknown layer
+    can't be scaled.
 
     Raises:
         MergeError: Two differ, or one would have to be weighed.
@@ -246,11 +248,11 @@ def common_extras(loras: Sequence[LoRA], weights: Weigh | None) -> dict[str, Ten
 
 
 EMBEDDING = re.compile(r"^(emb_params|string_to_param|bundle_emb|clip_[lgh]$|t5|<)")
-"""Begins the name of a new word's vectors, which a prompt asks for and no weight strengthens."""
+"""Matches the names of trained embeddings: a prompt uses their new word, and the LoRA's weight doesn't scale them."""
 
 
 def harmless(key: str, tensor: Tensor) -> bool:
-    """Whether a tensor that belongs to no layer changes the model by no strength: a new word, a counter, a stray alpha."""
+    """Return whether a tensor of no layer is independent of the weight: an embedding, a counter, a stray alpha."""
     number = key.endswith((".alpha", ".scale")) and math.prod(tensor.shape) == 1
     return number or tensor.dtype not in FLOATS or EMBEDDING.match(key) is not None
 

@@ -1,4 +1,4 @@
-"""TOML: written by hand, and read strictly, with every complaint naming the place."""
+"""TOML: a small writer, and a strict reader whose errors name the place."""
 
 import json
 import math
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 PART = r"""(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
 LONG_KEY = rf"(?<![\w-]){PART}(?:[ \t]*+\.[ \t]*+{PART}){{100}}"
-"""A key of so many parts that tomllib, whose time grows with their square, may be what it was written for."""
+"""Matches a key of more than 100 parts: tomllib's time grows with their square, so it may be an attack."""
 
 
 def parse_toml(source: str) -> dict[str, Any]:
-    """A TOML document.
+    """Parse a TOML document.
 
     Raises:
-        ValueError: It is none, or has a key of more than 100 parts.
+        ValueError: It isn't TOML, or has a key of more than 100 parts.
     """
     import tomllib
 
@@ -32,10 +32,10 @@ def parse_toml(source: str) -> dict[str, Any]:
 
 
 def text(value: Any) -> str:
-    """A value as TOML spells it; a mapping as an inline table.
+    """Write a value as TOML; a mapping as an inline table.
 
     Raises:
-        OptionError: TOML has no word for it.
+        OptionError: TOML can't hold it.
     """
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -53,12 +53,12 @@ def text(value: Any) -> str:
 
 
 def key(name: str) -> str:
-    """A key, in quotes where it needs them."""
+    """Write a key, in quotes if it needs them."""
     return name if BARE.fullmatch(name) else text(name)
 
 
 def lines(entries: Mapping[str, Any]) -> list[str]:
-    """One line an entry; entries that are None are left out."""
+    """Write one line per entry; entries that are None are left out."""
     return [f"{key(name)} = {text(value)}" for name, value in entries.items() if value is not None]
 
 
@@ -67,11 +67,11 @@ class Table:
 
     Args:
         data: The entries.
-        where: What messages call the table: ``"recipe.toml: output"``.
+        where: Name of the table in messages: ``"recipe.toml: output"``.
         known: The keys that it may have.
 
     Raises:
-        OptionError: It has another key.
+        OptionError: It has another key, or isn't a table.
     """
 
     def __init__(self, data: Any, where: str, known: Iterable[str]) -> None:
@@ -86,7 +86,7 @@ class Table:
                 raise OptionError(f"{where}: unknown key {name!r}.{hint} Known: {', '.join(known)}.")
 
     def get(self, name: str, *kinds: type, wanted: str = "", default: Any = None) -> Any:
-        """An entry of one of the kinds, or the default where it is missing.
+        """Return an entry of one of the kinds, or the default if it is missing.
 
         Raises:
             OptionError: It is of another kind.
@@ -100,14 +100,14 @@ class Table:
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """A list of texts; empty where it is missing."""
+        """Return a list of texts; an empty one if the entry is missing."""
         found = self.get(name, list, wanted="a list of texts", default=[])
         if not all(isinstance(item, str) for item in found):
             raise OptionError(f"{self.where}: {name}: got {_shown(found)}, wanted a list of texts.")
         return tuple(found)
 
     def numbers(self, name: str, *kinds: type) -> dict[str, Any] | None:
-        """A table of numbers; None where it is missing."""
+        """Return a table of numbers; None if the entry is missing."""
         found = self.get(name, dict)
         for entry, value in (found or {}).items():
             if type(value) not in kinds:

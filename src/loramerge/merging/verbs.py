@@ -1,4 +1,4 @@
-"""Planning merges, and making them."""
+"""The verbs of merging: `plan`, `merge` and `resize`."""
 
 import operator
 import os
@@ -125,28 +125,28 @@ def merge(
 
     Args:
         loras: LoRAs, or what `load` takes.
-        weights: One weight a LoRA: a number (negative too), a table of patterns such as
+        weights: One weight per LoRA: a number (which may be negative), a table of patterns such as
             ``{"*": 0.8, "text_encoder": 0}``, or ``"lbw:1,0,…"``.  ``"uniform"`` (the default)
             is 1/N each, ``"l2"`` each LoRA's share of the norms.
-        method: Name of a merge method; ``"package.module:name"`` of one that isn't loramerge's own, or the `Method`
+        method: Name of a merge method; ``"package.module:name"`` for one that isn't loramerge's own, or the `Method`
             itself.
-        rank: ``"sum"`` is exact, ``"max"`` the largest of the inputs' ranks, a number that
-            rank; a smaller one than the sum gives the nearest in Frobenius norm.
+        rank: ``"sum"`` is exact, ``"max"`` is the largest of the inputs' ranks, a number is that
+            rank; below the sum, the result is the nearest one in Frobenius norm.
         scope: What ``"l2"`` takes the norms over: ``"module"``, ``"component"``, ``"whole"``.
         exclude: Glob patterns of modules to leave out.
-        device: Where to compute, such as ``"cuda"``; the CPU with numpy by default.
+        device: The device to compute on, such as ``"cuda"``; by default the CPU, with numpy.
         max_error: Choose each module's rank so that the error of all together, ‖ΔW − kept‖ / ‖ΔW‖,
-            is at most this: ``0.01`` or ``"1%"``.  One of the three budgets at most.
-        energy: The same for the share of ‖ΔW‖² that stays: ``0.999``.
+            is at most this: ``0.01`` or ``"1%"``.  At most one of the three budgets can be given.
+        energy: The same for the share of ‖ΔW‖² that is kept, which is at least this: ``0.999``.
         max_size: The same for the size of the file in the LoRA's dialect: bytes, or ``"150MB"``.
         base: The base model, a checkpoint or its path.  With it DoRA layers merge too: their ΔW is
             dense and cut to the rank.  Whole differences of a weight need no base, but a number
             as the rank.
-        progress: Called with the number of modules done and of all; with a budget twice, while it is
-            spent and while the merge is made.
-        allow_growth: Whether the result may take more than ten times the room of the inputs, as exact sums of
-            LoKrs and LoHas can.
-        **options: The method's own.
+        progress: Called with the number of modules done and of all; with a budget this happens twice, while the
+            ranks are chosen and while the merge is made.
+        allow_growth: Allow a result more than ten times as large as the inputs, as exact sums of LoKrs and LoHas
+            can be.
+        **options: The options of the method.
 
     Returns:
         The merged LoRA, in memory.  To stream one to a file, save ``plan(…).lora()``.
@@ -196,7 +196,7 @@ def resize(
     device: str | None = None,
     progress: "Progress | None" = None,
 ) -> LoRA:
-    """The best fit to one LoRA at smaller ranks: a merge of one.
+    """Make the best fit to one LoRA at smaller ranks, as a merge of one.
 
     Args:
         lora: A LoRA, or what `load` takes.
@@ -235,7 +235,7 @@ def resize(
 
 
 def _dialect_for(given: Sequence[str], architecture: str | None) -> str:
-    """The dialect of a merge: the first LoRA's, or one that is written where that is read only and others differ."""
+    """Choose the dialect of a merge: the first LoRA's, or one that can be written if that can only be read."""
     first = given[0]
     if DIALECTS[first].writes or (DIALECTS[first].can_write(first) and len(set(given)) == 1):
         return first
@@ -245,7 +245,7 @@ def _dialect_for(given: Sequence[str], architecture: str | None) -> str:
 
 
 def _nothing(method: Method, loras: Sequence[LoRA]) -> str:
-    """Why a merge has no module."""
+    """Say why a merge has no module."""
     if method.of_first and not loras[0]:
         return f"Nothing to merge: {method.name} changes the first LoRA, and {loras[0].name} has no module."
     first = f" of the first LoRA, which {method.name} changes," if method.of_first else ""
@@ -253,7 +253,7 @@ def _nothing(method: Method, loras: Sequence[LoRA]) -> str:
 
 
 def _dtype(loras: Sequence[LoRA]) -> str:
-    """The dtype that holds what is computed of LoRAs: theirs; of float16 and bfloat16 the one that holds all values."""
+    """Choose the dtype of a result: that of the LoRAs; of float16 and bfloat16 the one that holds all values."""
     codes = {code for lora in loras for code in _dtypes(lora)}
     if not codes & {"F16", "BF16"} or codes & {"F32", "F64"}:
         return computed(list(codes))
@@ -261,7 +261,10 @@ def _dtype(loras: Sequence[LoRA]) -> str:
 
 
 def _dtypes(lora: LoRA) -> list[str]:
-    """The dtype that a LoRA would be saved in, or those of its tensors: a merge's are float32 until then."""
+    """Return the dtype that a LoRA would be saved in, or those of its tensors.
+
+    The tensors of a merge are float32 until it is saved, so they don't say its dtype.
+    """
     if lora.dtype:
         return [lora.dtype]
     return [
@@ -272,7 +275,7 @@ def _dtypes(lora: LoRA) -> list[str]:
 
 
 def _fits_half(lora: LoRA) -> bool:
-    """Whether float16 holds a LoRA's bfloat16 values with all their digits; what is faint in ``up`` can be raised."""
+    """Return whether float16 holds a LoRA's bfloat16 values with all their digits; small values in ``up`` can be scaled."""
     roles = {m: [r for r, t in layout.tensors().items() if code(t) == "BF16"] for m, layout in lora.layouts.items()}
     for module in filter(roles.__getitem__, lora):
         tensors = lora[module].tensors()

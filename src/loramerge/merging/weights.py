@@ -1,7 +1,7 @@
-"""What each LoRA weighs in each module.
+"""The weight of each LoRA in each module.
 
-A weight is a number, a table of patterns, or a vector of blocks; ``"l2"`` gives each LoRA its
-share of the modules' norms.
+A weight is a number, a table of patterns, or a vector of one number per block; ``"l2"`` gives each
+LoRA its share of the modules' norms.
 """
 
 import math
@@ -23,13 +23,13 @@ Scope: TypeAlias = Literal["module", "component", "whole"]
 SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
 
 
-ONE_EACH = "One weight a LoRA: weights=[0.7, 0.5]"
+ONE_EACH = "One weight per LoRA: weights=[0.7, 0.5]"
 
 PRESETS: Mapping[str, Mapping[str, float]] = {
     "blora:content": {"*": 0.0, "unet.up_blocks.0.attentions.0.*": 1.0},
     "blora:style": {"*": 0.0, "unet.up_blocks.0.attentions.1.*": 1.0},
 }
-"""Tables of patterns that have a name.  B-LoRA: in SDXL one block of attention holds what is drawn, the next how.
+"""Named weight tables.  B-LoRA: one attention block of SDXL carries the content, the next one the style.
 
 Source: Frenkel et al., 2024, https://arxiv.org/abs/2403.14572
 """
@@ -37,32 +37,32 @@ Source: Frenkel et al., 2024, https://arxiv.org/abs/2403.14572
 
 @dataclass(frozen=True)
 class ModuleWeights:
-    """The weights of every LoRA in a module."""
+    """The weights of all LoRAs, by module."""
 
     of: Callable[[str], list[Any]]
     label: tuple[str, ...]
-    """How each LoRA's weight reads in a table."""
+    """Each LoRA's weight as text for a table."""
     from_values: bool = False
-    """Whether asking for them reads tensors."""
+    """True if computing the weights reads tensors."""
     columns: bool = False
-    """Whether a weight may be an array of one number a column instead of a number."""
+    """True if a weight may be an array with one number per input column."""
     given: tuple[Weight, ...] | str = ()
-    """What `resolve` takes to give the same again."""
+    """The argument with which `resolve` gives the same weights again."""
 
 
 def resolve(
     loras: Sequence[LoRA], weights: Weights, scope: Scope = "module", default: float | None = None
 ) -> ModuleWeights:
-    """Weights a module, from what the user gave.
+    """Turn the weights that the user gave into the weights of each module.
 
     Args:
-        loras: What is merged.
+        loras: The LoRAs that are merged.
         weights: None or ``"uniform"`` for 1/N each; ``"l2"`` for each LoRA's share of the norms,
             wᵢ = ‖ΔWᵢ‖ / Σₖ ‖ΔWₖ‖; learned coefficients, or the path of their file; or one weight
-            a LoRA.
+            per LoRA.
         scope: For ``"l2"``, what the norms are taken over: each ``module``, each ``component``
             (UNet, text encoder), or the ``whole`` file.
-        default: The weight of each LoRA where ``weights`` is None; None for 1/N.
+        default: The weight of each LoRA if ``weights`` is None; None for 1/N.
 
     Raises:
         OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
@@ -101,22 +101,22 @@ def resolve(
 
 
 def _plain(weights: object) -> Weights:
-    """Weights as Python's own: arrays and tensors as lists, names in lower case."""
+    """Convert weights to Python's own types: arrays and tensors to lists, names to lower case."""
     if isinstance(weights, str):
         return weights if weights.endswith(".safetensors") else weights.lower()
     if isinstance(weights, Coefficients):
         return weights
     found: object = weights.tolist() if hasattr(weights, "tolist") else weights
     if found is not None and not isinstance(found, Sequence):
-        raise OptionError(f"The weights {weights!r} are no list: one weight a LoRA, such as [0.7, 0.5].")
+        raise OptionError(f"weights must be a list with one entry per LoRA, such as [0.7, 0.5]; got {weights!r}.")
     return found
 
 
 def parse(text: str) -> Weight:
-    """A weight as it is typed: ``0.5``, ``0.5;text_encoder=0;*attn2*=0.3``, ``lbw:1,0,0,…`` or ``blora:style``.
+    """Parse a weight as it is typed: ``0.5``, ``0.5;text_encoder=0;*attn2*=0.3``, ``lbw:1,0,0,…`` or ``blora:style``.
 
     Raises:
-        OptionError: It is none of these.
+        OptionError: It has another form.
     """
     if text.startswith("lbw:"):
         return text
@@ -189,7 +189,7 @@ class _Given:
                 )
 
         def at(module: str) -> float:
-            # The last that matches wins, as in a .gitignore: the general first, then exceptions.
+            # The last match wins, as in a .gitignore: general patterns first, then exceptions.
             found = [w for pattern, w in weights.items() if blocks.matches(pattern, module, architecture)]
             return found[-1] if found else 1.0
 
@@ -203,7 +203,7 @@ def _label(weight: float | Mapping[str, float]) -> str:
 
 
 def _shares(loras: Sequence[LoRA], scope: Scope) -> Callable[[str], list[float]]:
-    """Each LoRA's share of the norms; a module that none has changed is nobody's: 0."""
+    """Return a function that gives each LoRA's share of the norms in a module; 0 for all if every norm is 0."""
     totals: dict[str, list[float]] = {}
 
     def group(module: str) -> str:

@@ -1,0 +1,107 @@
+"""The figures of one merge of a sweep: its size, and what it has of its parents."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .. import linalg
+from ..files.lora import LoRA, in_one_library
+from ..layers import Layer
+from ..layers.base import dense_norm, matrix
+from ..tensors import Array, namespace
+from .grid import unique
+from .plans import Plan
+
+
+def extent(merged: LoRA, path: Path) -> dict[str, float | None]:
+    """Return the size of a merged file or directory in bytes, and the smallest and largest rank of its modules."""
+    ranks = [layer.rank for layer in merged.layouts.values() if layer.rank is not None]
+    files = path.rglob("*") if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return {"size": size, "rank_min": min(ranks), "rank_max": max(ranks)}
+
+
+def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
+    """Measure how much a merged LoRA has of its parents, from factors, over all modules that are merged.
+
+    Args:
+        merged: The merged LoRA, as it was written.
+        planned: Its plan.
+
+    Returns:
+        ``kept:NAME`` of each parent i, ⟨ΔW, ΔWᵢ⟩ / ⟨ΔWᵢ, ΔWᵢ⟩: how much of it is in the merge, along its own
+        direction (its weight, and what the others have in that direction).  ``interference``,
+        ‖ΔW − Σ wᵢΔWᵢ‖ / ‖Σ wᵢΔWᵢ‖: how far the merge is from the weighted sum.  None where the denominator is 0.
+    """
+    inner, own = [0.0] * len(planned.loras), [0.0] * len(planned.loras)
+    apart, whole = 0.0, 0.0
+    for module, step in planned.steps.items():
+        if step.rankless:
+            continue
+        inputs = [i for i in step.inputs if not planned.loras[i].layout(module).bias_only]
+        given = [layer for layer in planned.merger.inputs(module) if not layer.bias_only]
+        weights = planned.weights.of(module)
+        layers = in_one_library([*given, merged[module]] if module in merged else given)
+        parents = _products(layers[: len(given)])
+        total = _weighted(parents, [weights[i] for i in inputs])
+        result = _products(layers[len(given) :], like=parents)
+        for i, parent in zip(inputs, parents, strict=True):
+            inner[i] += _inner(result[0], parent) if result else 0.0
+            own[i] += _inner(parent, parent)
+        apart += _distance(result[0], total) ** 2 if result else _inner(total, total)
+        whole += _inner(total, total)
+    names = [unique(lora.name, [other.name for other in planned.loras[:i]]) for i, lora in enumerate(planned.loras)]
+    kept = {f"kept:{name}": a / b if b else None for name, a, b in zip(names, inner, own, strict=True)}
+    return {**kept, "interference": math.sqrt(apart / whole) if whole else None}
+
+
+Factors = tuple[Array, Array]
+Update: TypeAlias = Factors | Array
+"""A ΔW in float64: its factors, or the dense matrix where one of the module's parents has none."""
+
+
+def _products(layers: Sequence[Layer], like: Sequence[Update] = ()) -> list[Update]:
+    """Return the ΔWs of layers, all in one form."""
+    factored = isinstance(like[0], tuple) if like else all(layer.factored for layer in layers)
+    return [_factors(layer) if factored else _wide(matrix(layer.delta())) for layer in layers]
+
+
+def _factors(layer: Layer) -> Factors:
+    """Return the factors in float64, so that the sums over modules are exact to float32."""
+    up, down = layer.factors()
+    return _wide(up), _wide(down)
+
+
+def _wide(array: Array) -> Array:
+    xp = namespace(array)
+    return xp.astype(array, xp.float64)
+
+
+def _weighted(parents: Sequence[Update], weights: Sequence[Any]) -> Update:
+    """Compute Σ wᵢ ΔWᵢ."""
+    if not isinstance(parents[0], tuple):
+        dense: list[Array] = list(parents)
+        return sum(weight * parent for weight, parent in zip(weights, dense, strict=True))
+    xp = namespace(parents[0][0])
+    scaled = [_scaled(up, down, weight) for (up, down), weight in zip(parents, weights, strict=True)]
+    return xp.concat([up for up, _ in scaled], axis=1), xp.concat([down for _, down in scaled], axis=0)
+
+
+def _scaled(up: Array, down: Array, weight: Any) -> Factors:
+    """Compute the factors of w ΔW for a number w, and of ΔW diag(w) for learned weights, one per column."""
+    if isinstance(weight, float | int):
+        return weight * up, down
+    return up, down * namespace(down).asarray(weight, dtype=down.dtype, device=down.device)
+
+
+def _inner(a: Update, b: Update) -> float:
+    """Compute ⟨ΔW₁, ΔW₂⟩; of factors, without forming either ΔW."""
+    if isinstance(a, tuple):
+        return float(((a[0].T @ b[0]) * (a[1] @ b[1].T)).sum())
+    return float((a * b).sum())
+
+
+def _distance(a: Update, b: Update) -> float:
+    """Compute ‖ΔW₁ − ΔW₂‖."""
+    return linalg.distance(a, b) if isinstance(a, tuple) else dense_norm(a - b)

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux 
 BEGIN = """
 import dataclasses, os, signal, sys, time
 import loramerge as lm
-from loramerge.files.storage import forks
-assert forks.safe()
+from loramerge.files.storage import workers as processes
+assert processes.safe()
 source, out = sys.argv[1:]
 lora, parent = lm.open(source), os.getpid()
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -139,7 +139,7 @@ def test_a_process_that_is_not_safe_to_fork_is_not_forked(code: str, source: Pat
     result = run(
         f"""
 {code}
-assert not forks.safe()
+assert not processes.safe()
 seen = set()
 save(lambda m: seen.add(m) or lora[m])
 assert seen == set(lora)

@@ -38,8 +38,9 @@ from .output import as_directory, print_notes, progress, table, written
 from .settings import command
 
 if TYPE_CHECKING:
-    from ..merging import Kept, Plan, Recipe
+    from ..merging import Plan, Recipe
     from ..merging.methods import Method
+    from ..merging.running import Kept
 
 ROUNDING = {"BF16": "0.2 %", "F16": "0.02 %"}
 """About how much of ‖ΔW‖ rounding takes at most: both factors are rounded, each value by up to 2⁻⁹ or 2⁻¹² of it."""
@@ -225,7 +226,7 @@ def _print_advice(planned: "Plan", quiet: bool) -> None:
 
 
 def _write(recipe: "Recipe", planned: "Plan", target: Path, workers: int, quiet: bool) -> None:
-    from ..merging import Kept
+    from ..merging.running import Kept
 
     lost: list[str] = []
     noted: list[str] = []

@@ -69,8 +69,8 @@ def test_a_module_draws_the_same_whether_or_not_others_are_there(case: str) -> N
     loras = pair()
     last = list(loras[0])[-1]
 
-    whole = planned(case, loras).merge(last)
-    alone = planned(case, [lora.select(last) for lora in loras]).merge(last)
+    whole = planned(case, loras).merger.outcome(last).layer
+    alone = planned(case, [lora.select(last) for lora in loras]).merger.outcome(last).layer
 
     np.testing.assert_array_equal(alone.delta(), whole.delta())
 

@@ -286,6 +286,14 @@ def test_every_finite_half_becomes_the_same_float() -> None:
     np.testing.assert_array_equal(float32(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
 
 
+def test_floats_are_rounded_to_halves_as_by_numpys_cast() -> None:
+    halves = np.sort(HALVES[np.isfinite(HALVES)].astype(np.float32))
+    between = np.concatenate([(halves[:-1] + halves[1:]) / 2, np.float32([1e-8, -1e-8, -0.0, 65519, -65519])])
+    floats = np.concatenate([halves, between, np.nextafter(between, 1), np.nextafter(between, -1)]).astype(np.float32)
+
+    np.testing.assert_array_equal(cast(floats, "F16").view(np.uint16), floats.astype(np.float16).view(np.uint16))
+
+
 @pytest.mark.parametrize(
     ("codes", "wanted"),
     [

@@ -276,7 +276,29 @@ def cast(array: Array, dtype: str) -> Array:
         import torch
 
         return array.to(getattr(torch, NAMES[dtype]))
+    if dtype == "F16" and code(array) == "F32":
+        return _float_to_half(array)
     return array.astype(numpy_dtype(dtype))
+
+
+def _float_to_half(array: Array) -> Array:
+    """Move bits from float32 to float16, rounded as by numpy's cast.
+
+    numpy takes 0.65 times as long for ordinary values (σ = 0.02), and 4 to 20 times as long in matrices of LoRA's size
+    where many values are subnormal (σ from 2e-4 to 2e-5).
+    """
+    import numpy as np
+
+    bits = array.view(np.int32)
+    power = np.maximum(bits & 0x7F800000, 0x38800000)  # the power of two in each value; 2^-14 for subnormals
+    large = (power + 0x06C00000).view(np.float32)  # 1.5 * 2^13 times that: adding it rounds to float16's digits
+    wide = array + large
+    wide -= large
+    wide *= np.float32(2.0**-112)
+    half = wide.view(np.int32)
+    half >>= 13
+    half |= (bits >> 16) & -0x8000
+    return half.astype(np.int16).view(np.float16)
 
 
 def _check_range(array: Array, dtype: str) -> None:

@@ -1,14 +1,18 @@
 """One BLAS thread per test process, as the command line has it; checked shapes; and the core's tests without torch.
 
-With ``LORAMERGE_TESTS=core`` in the environment, files that import a package that isn't installed are left out, and
-shapes are checked only where jaxtyping is installed.
+With ``LORAMERGE_TESTS=core`` in the environment, files that import a package that isn't installed are left out, tests that
+come upon one are skipped, and shapes are checked only where jaxtyping is installed.  What the core must do without
+torch is in ``test_core.py``, where nothing is skipped.
 """
 
 import ast
 import os
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
@@ -21,12 +25,24 @@ if not CORE or find_spec("jaxtyping"):
 
     shapes.install()
 
+from loramerge.errors import MissingExtraError  # noqa: E402 (after shapes, which wrap what is imported)
+
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if not CORE:
         return None
     file = collection_path / "conftest.py" if collection_path.is_dir() else collection_path
     return True if file.suffix == ".py" and file.exists() and _missing(file) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except (MissingExtraError, ModuleNotFoundError) as error:
+        if CORE:
+            pytest.skip(str(error))
+        raise
 
 
 @cache

@@ -26,8 +26,10 @@ def run(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("core")
     for seed, name in enumerate(("a", "b")):
-        lm.save(random_lora("sdxl", rank=4, seed=seed), folder / f"{name}.safetensors")
-        single_file(folder / f"model-{name}.safetensors", "sdxl", base("sdxl", seed=seed))
+        weights = base("sdxl", seed=seed)
+        lora = random_lora("sdxl", rank=4, seed=seed, only=lambda module, _: f"{module}.weight" in weights)  # noqa: B023
+        lm.save(lora, folder / f"{name}.safetensors")
+        single_file(folder / f"model-{name}.safetensors", "sdxl", weights)
     return folder
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import loramerge as lm
-from loramerge.testing import random_lora
+from loramerge.testing import random_layer
 from models import base, single_file
 
 WITHOUT = (
@@ -27,7 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("core")
     for seed, name in enumerate(("a", "b")):
         weights = base("sdxl", seed=seed)
-        lora = random_lora("sdxl", rank=4, seed=seed, only=lambda module, _: f"{module}.weight" in weights)  # noqa: B023
+        shapes = {
+            key.removesuffix(".weight"): w.shape for key, w in weights.items() if key.endswith("attn1.to_q.weight")
+        }
+        layers = {module: random_layer(shape, rank=2, seed=seed) for module, shape in shapes.items()}
+        lora = lm.LoRA(name=name, architecture="sdxl", dialect="kohya", layouts=layers)
         lm.save(lora, folder / f"{name}.safetensors")
         single_file(folder / f"model-{name}.safetensors", "sdxl", weights)
     return folder

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import lzma
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +20,10 @@ from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.architectures.blocks import block
 from loramerge.files.architectures.hints import named
 from loramerge.files.architectures.labels import ARCHITECTURE, LABELS
+from loramerge.files.families import alike, of_one_family
 from loramerge.files.lora import LoRA, from_tensors
 from loramerge.tensors import Held, numpy_dtype
-from loramerge.testing import relative_error
+from loramerge.testing import random_lora, relative_error
 
 HERE = Path(__file__).parent
 TOOLS: dict[str, Any] = json.loads(lzma.decompress((HERE / "data" / "families.json.xz").read_bytes()))
@@ -336,3 +338,14 @@ def test_one_lora_in_two_tools_spellings_is_the_same(tmp_path: Path) -> None:
 
     assert [row.block for row in found.rows] == ["blocks.0", "blocks.1", "blocks.2"]
     assert found.total.pairs[0, 1].cosine == pytest.approx(1.0)
+
+
+def test_the_family_that_is_chosen_takes_no_other_away() -> None:
+    """Of LoRAs that may be for the same two families the merge may be for both, whichever each names first."""
+    first = replace(random_lora("sdxl", rank=1), alike=("ssd-1b",))
+    second = replace(first, architecture="ssd-1b", alike=("sdxl",))
+
+    (one, other), chosen = of_one_family([first, second])
+
+    assert (one.families, other.families) == (("sdxl", "ssd-1b"), ("sdxl", "ssd-1b"))
+    assert alike([one, other], chosen) == ("ssd-1b",)

@@ -27,7 +27,7 @@ import torch
 import loramerge as lm
 from listings import config, filled, listing
 from loramerge.files.hub import Reference, parse
-from loramerge.testing import relative_error, weighted_sum
+from loramerge.testing import random_lora, relative_error, weighted_sum
 from small import MODULES, small
 from still_open import on_linux, still_open
 
@@ -674,3 +674,42 @@ def test_a_file_like_the_missing_one_is_suggested(typed: str, tmp_path: Path) ->
 
     with pytest.raises(lm.errors.FileError, match=re.escape(f"Did you mean {path}?")):
         lm.open(tmp_path / typed)
+
+
+def test_a_configuration_that_is_given_loses_no_text_encoder(tmp_path: Path) -> None:
+    lora = random_lora("sdxl", rank=4, alpha=2.0)
+    folder = lm.save(lora, tmp_path / "peft", dialect="peft")
+    config = json.loads((folder / "adapter_config.json").read_text())
+
+    again = lm.load(lm.save(lm.open(folder, config=config), tmp_path / "copy"))
+
+    assert set(again) == set(lora)
+    np.testing.assert_allclose(again[next(iter(lora))].delta(), lora[next(iter(lora))].delta(), rtol=1e-6)
+
+
+def test_a_directory_keeps_no_older_pickle_of_an_adapter(tmp_path: Path) -> None:
+    folder = lm.save(random_lora("sdxl", rank=4), tmp_path / "peft", dialect="peft")
+    for component in ("", "text_encoder"):
+        (folder / component / "adapter_model.bin").write_bytes(b"old")
+    unet = random_lora("sdxl", rank=4).select("unet.*")
+
+    lm.save(unet, folder, dialect="peft")
+
+    assert set(lm.load(folder)) == set(unet)
+
+
+def test_strings_for_a_header_go_with_a_state_dict_only(tmp_path: Path) -> None:
+    file = lm.save(random_lora("sdxl", rank=1), tmp_path / "a.safetensors")
+    for source in (file, file.read_bytes()):
+        with pytest.raises(lm.errors.OptionError, match="metadata= is for a state dict"):
+            lm.open(source, metadata={"a": "b"})
+
+
+def test_patterns_that_leave_nothing_are_refused_in_words() -> None:
+    lora = random_lora("sdxl", rank=1)
+    with pytest.raises(lm.errors.OptionError, match=r"No module of .* is left: every one matches"):
+        lora.exclude("*")
+    with pytest.raises(lm.errors.OptionError, match=r"No module of .* matches nonsense"):
+        lora.select("nonsense*")
+    with pytest.raises(lm.errors.LoRAMergeError):
+        lm.merge([], exclude=["unet.*"])

@@ -328,3 +328,35 @@ def test_the_largest_half_is_kept_and_the_next_refused() -> None:
     assert math.isfinite(cast(np.array([65519.0], np.float32), "F16")[0])
     with pytest.raises(NumberError, match="too large"):
         cast(np.array([65520.0], np.float32), "F16")
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ({"up": (6, 3), "down": (2, 5), "mid": (3, 2, 3, 3)}, "mid of shape"),
+        ({"up": (6, 2), "down": (2, 5), "magnitude": (5,)}, "magnitude"),
+        ({"lokr_w1": (2, 2, 1, 1), "lokr_w2": (3, 3)}, "more than two axes"),
+    ],
+)
+def test_shapes_that_no_tool_writes_are_refused(shapes: dict[str, tuple[int, ...]], said: str) -> None:
+    with pytest.raises(LayerError, match=said):
+        build({role: np.ones(shape, np.float32) for role, shape in shapes.items()}, 1.0, None)
+
+
+def test_quantised_factors_are_refused_beside_a_diagonal_too() -> None:
+    """AdaLoRA's diagonal is multiplied into ``down`` before anything else is looked at."""
+    tensors = {
+        "up": np.ones((6, 2), np.float32),
+        "down": np.ones((2, 5), np.int8),
+        "diagonal": np.ones((2, 1), np.float32),
+    }
+    with pytest.raises(LayerError, match="down is int8"):
+        build(tensors, 1.0, None)
+
+
+def test_rows_of_a_layer_have_its_alpha_and_magnitude() -> None:
+    loha = random_layer((12, 8), kind="loha", rank=2, alpha=1.0)
+    dora = random_layer((12, 8), kind="dora-in", rank=2, alpha=1.0)
+
+    assert loha.rows([(0, 4)], "qkv").own_alpha == 1.0
+    assert dora.rows([(0, 4)], "qkv").axis == "in"

@@ -96,7 +96,7 @@ class Extraction:
             dialect="kohya" if family else "diffusers-peft",
             layouts={module: self._layout(module, rank) for module, rank in self.ranks.items()},
             compute=self.layer,
-            here=True,
+            no_fork=True,
             metadata={RECIPE: json.dumps(self.recipe, ensure_ascii=False)},
             notes=self.notes,
         )

@@ -24,8 +24,14 @@ def of_one_family(loras: Sequence[LoRA]) -> tuple[list[LoRA], str | None]:
     if (known and chosen is None) or (chosen and len(known) < len(loras) and not _all_fit(loras, chosen)):
         raise MergeError(_different(loras))
     if chosen:
-        loras = [lora if lora.architecture == chosen else replace(lora, architecture=chosen) for lora in loras]
+        loras = [_for_family(lora, chosen) for lora in loras]
     return shaped_alike(named_alike(loras, chosen)), chosen
+
+
+def _for_family(lora: LoRA, chosen: str) -> LoRA:
+    """Return a LoRA with a family as the likeliest; the others that it may be for stay."""
+    others = tuple(name for name in lora.families if name != chosen)
+    return lora if lora.architecture == chosen else replace(lora, architecture=chosen, alike=others)
 
 
 def shaped_alike(loras: Sequence[LoRA]) -> list[LoRA]:

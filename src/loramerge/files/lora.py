@@ -95,7 +95,7 @@ class LoRA(Mapping[str, Layer]):
     """Default dtype for saving; None keeps every tensor's own."""
     made_of: int | None = None
     """Bytes of the tensors that it was made of; None if there is nothing to compare its size with."""
-    here: bool = False
+    no_fork: bool = False
     """True if `compute` has side effects in this process, so saving must not use forked workers."""
     origin: Origin | None = field(default=None, repr=False)
 
@@ -156,14 +156,18 @@ class LoRA(Mapping[str, Layer]):
     def select(self, *patterns: str) -> "LoRA":
         """Return the part whose modules match one of the patterns, as in weights: ``"unet.*attn2*"``, ``"OUT03"``."""
         others = set(self.others(*patterns))
-        return self._keep([m for m in self if m not in others], patterns)
+        if len(others) == len(self):
+            raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_offered(self)}")
+        return self.part([m for m in self if m not in others])
 
     def exclude(self, *patterns: str) -> "LoRA":
         """Return the LoRA without the modules that match one of the patterns."""
         kept = self._without(patterns)
         if patterns and kept is self:
             raise OptionError(f"No module of {self.name} matches {' or '.join(patterns)}. {_offered(self)}")
-        return kept._keep(list(kept), patterns)
+        if not kept:
+            raise OptionError(f"No module of {self.name} is left: every one matches {' or '.join(patterns)}.")
+        return kept
 
     def others(self, *patterns: str) -> list[str]:
         """Return the modules that match none of the patterns."""
@@ -206,11 +210,6 @@ class LoRA(Mapping[str, Layer]):
         kept = self.part(self.others(*patterns))
         extras = {key: t for key, t in self.extras.items() if not any(matches(p, key) for p in patterns)}
         return kept if len(extras) == len(self.extras) else replace(kept, extras=extras, origin=None)
-
-    def _keep(self, modules: list[str], patterns: tuple[str, ...]) -> "LoRA":
-        if not modules:
-            raise OptionError(f"No module of {self.name} is left by {' '.join(patterns)}. {_offered(self)}")
-        return self.part(modules)
 
     @property
     def as_read(self) -> bool:
@@ -306,7 +305,7 @@ def _alike(component: str, loras: Sequence[LoRA]) -> dict[str, str]:
 
 
 def _offered(*loras: LoRA) -> str:
-    return offered((module for lora in loras for module in lora), loras[0].architecture)
+    return offered((module for lora in loras for module in lora), loras[0].architecture if loras else None)
 
 
 def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:

@@ -31,13 +31,13 @@ STALE = (
 )
 """Entries that describe the tensors or the file, and are wrong once those change.
 
-Two files of one ``ss_output_name`` hide each other in A1111, and by ``ot_branch`` InvokeAI takes a file for OMI's.
+Two files of one ``ss_output_name`` hide each other in A1111, and InvokeAI treats any file with ``ot_branch`` as OMI.
 """
 
 NUMBERED = re.compile(r"(unet|text_encoder)(:\d+:rank)?")
 """cloneofsimo's entries: the ranks of tensors that had a number for a name."""
 
-HASHED = ("kohya", "kohya-diffusers")
+HASHED_DIALECTS = ("kohya", "kohya-diffusers")
 """Dialects whose readers look for kohya's hashes."""
 
 
@@ -53,9 +53,9 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], 
         kept |= labelled(lora.families, kept)
     if spelling.dialect.name == "diffusers-peft":
         kept["lora_adapter_metadata"] = adapter_metadata(component_configs(spelling.layers, lora.about))
-    if spelling.dialect.name in HASHED:
+    if spelling.dialect.name in HASHED_DIALECTS:
         kept |= network(LABELS.get(lora.architecture or ""), list(spelling.layers.values()))
-    hashed = spelling.dialect.name in HASHED
+    hashed = spelling.dialect.name in HASHED_DIALECTS
     if late:
         text = _with_output(late.draft, spelling)
         return Awaited(kept, RECIPE, text, lambda: _with_output(late[RECIPE], spelling)), hashed

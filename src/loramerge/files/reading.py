@@ -74,6 +74,8 @@ def open(
     if isinstance(source, Mapping):
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
+    if metadata is not None:
+        raise OptionError("metadata= is for a state dict; a file has its own. Way out: leave it out.")
     if not isinstance(source, str | os.PathLike):
         stored = SafetensorsFile(IN_MEMORY, _bytes_of(source))
         return from_tensors(stored, stored.metadata, IN_MEMORY, files=(stored,), **options)
@@ -247,7 +249,9 @@ def _open_folder(
         tensors |= {prefix + key: tensor for key, tensor in held.items()}
         metadata |= strings
         config |= {folder.name if prefix else "": _config(folder / PEFT_CONFIG)}
-    return from_tensors(tensors, metadata, path.name, files=files, **{"config": config, **options})
+    # A configuration that is given replaces the directory's own, not those of the text encoders' directories.
+    options = {**options, "config": config | options.get("config", {})}
+    return from_tensors(tensors, metadata, path.name, files=files, **options)
 
 
 def _adapter_in(folder: "Path") -> "Path | None":

@@ -12,7 +12,7 @@ from ..tensors import Array, nbytes
 from .architectures.names import COMPONENTS
 from .dialects import written_dialect
 from .lora import LoRA
-from .reading import PEFT_CONFIG, PEFT_FILE, Source, open
+from .reading import PEFT_CONFIG, PEFT_FILE, PEFT_FILES, Source, open
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,7 +43,8 @@ def save(
     Args:
         lora: The LoRA.  A merge that is not computed yet (`Plan.lora`) is computed module
             by module on the way.
-        path: A ``.safetensors`` file; for the dialect ``peft`` a directory.
+        path: A ``.safetensors`` file; for the dialect ``peft`` a directory, whose adapters (those of text encoders that
+            the LoRA lacks too) are replaced.
         dialect: Name of a dialect that can be written; the LoRA's own by default.  In its own
             dialect a file keeps every key, shape, dtype and value.
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"``; by default each tensor's own, for a
@@ -85,7 +86,7 @@ def save(
     from .storage.writer import write
 
     metadata, hashes = for_writing(lora, spelling)
-    write(target, spelling.groups, metadata, workers=workers, progress=progress, hashes=hashes, fork=not lora.here)
+    write(target, spelling.groups, metadata, workers=workers, progress=progress, hashes=hashes, fork=not lora.no_fork)
     return target
 
 
@@ -105,7 +106,7 @@ def outgrows(lora: LoRA, length: int) -> bool:
 
 
 def check_growth(lora: LoRA, length: int, dialect: str) -> None:
-    """Refuse a file that is many times as large as what it is made of: LoHas and LoKrs are LoRAs of large ranks.
+    """Refuse a file that is many times as large as what it is made of, as LoHa and LoKr layers are when they are written as LoRAs.
 
     Args:
         lora: The LoRA to write.
@@ -154,7 +155,7 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
     if written_dialect(dialect).name == "peft":
         folder = target.with_suffix("") if target.suffix == ".safetensors" else target
         for component in ("", *COMPONENTS):
-            for name in (PEFT_FILE, PEFT_CONFIG):
+            for name in (*PEFT_FILES, PEFT_CONFIG):
                 replaced_mode(folder / component / name)
         return folder
     if os.path.isdir(target) or target.suffix != ".safetensors":
@@ -193,7 +194,7 @@ def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, p
     try:
         path.mkdir(parents=True, exist_ok=True)
         with scratch.folder(path, "loramerge") as made:
-            _write_components(made, configs, spelling.groups, metadata, workers, progress, not lora.here)
+            _write_components(made, configs, spelling.groups, metadata, workers, progress, not lora.no_fork)
             _take_places(made, path)
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
@@ -227,6 +228,8 @@ def _write_components(
         write(folder / component / PEFT_FILE, stripped, metadata, workers=workers, progress=report, fork=fork)
         write_text(folder / component / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
         done += len(mine)
+    if done != len(groups):
+        raise DialectError(f"a PEFT directory has no place for {len(groups) - done} of {len(groups)} layers.")
 
 
 def _shifted(progress: "Progress", before: int, total: int, done: int, _: int) -> None:
@@ -238,7 +241,7 @@ def _take_places(made: "Path", target: "Path") -> None:
     folders = ("", *COMPONENTS)
     for component in folders:  # without its configurations, readers refuse the directory instead of mixing old and new
         (target / component / PEFT_CONFIG).unlink(missing_ok=True)
-    for name in (PEFT_FILE, PEFT_CONFIG):
+    for name in (*PEFT_FILES, PEFT_CONFIG):
         for component in folders:
             _take_place(made / component / name, target / component / name)
 

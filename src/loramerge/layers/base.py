@@ -1,7 +1,7 @@
 """The interface of layers: all that other packages ask of one, whatever its parametrisation of ΔW.
 
-A new kind is one file next to this one and a line in `building.KINDS`.  The defaults are those of a kind with an
-exact low-rank form that its own tensors give; other kinds override them.
+A new kind is one file next to this one and a line in `building.KINDS`.  By default a kind has no rank and no factors;
+where it overrides `rank` and `factors`, its ΔW, norm and spectrum follow from them.
 """
 
 import math
@@ -36,7 +36,7 @@ class Layer:
     """
 
     kind_name: ClassVar[str]
-    """The field's name for this parametrisation."""
+    """The parametrisation's name in the literature."""
     required: ClassVar[tuple[str, ...]] = ()
     """Roles of the tensors that such a layer must have."""
     optional: ClassVar[tuple[str, ...]] = ()
@@ -54,7 +54,7 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """The field's name for the parametrisation, such as ``"lora"`` or ``"dora"``."""
+        """The parametrisation's name in the literature, such as ``"lora"`` or ``"dora"``."""
         return self.kind_name
 
     @property
@@ -69,7 +69,7 @@ class Layer:
 
     @property
     def dim(self) -> int | None:
-        """The rank as trainers count it, or None: LoHas and LoKrs have a larger `rank` as a LoRA."""
+        """The rank as trainers count it, or None.  Written as a LoRA, a LoHa or a LoKr has a larger one: `rank`."""
         return self.rank
 
     @property
@@ -100,7 +100,7 @@ class Layer:
 
     @property
     def axis(self) -> Literal["out", "in"] | None:
-        """The index of the weight that the layer's magnitude has, as a DoRA's; None for a layer without one."""
+        """ "out" if the layer's magnitude has one value per row of the weight, "in" if one per column; None without one."""
         return None
 
     @property
@@ -295,6 +295,14 @@ class Rows(Layer):
     @property
     def own_rank(self) -> int | None:
         return self.whole.own_rank
+
+    @property
+    def own_alpha(self) -> float | None:
+        return self.whole.own_alpha
+
+    @property
+    def axis(self) -> Literal["out", "in"] | None:
+        return self.whole.axis
 
     @property
     def rankless(self) -> bool:

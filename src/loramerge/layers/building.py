@@ -57,6 +57,7 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
         LayerError: The tensors aren't those of a layer, or one is missing.
     """
     if "diagonal" in tensors and "down" in tensors:
+        _check_floats(tensors)
         tensors = _folded(tensors)
     kind = _kind(frozenset(tensors))
     if kind is Carried:

@@ -227,7 +227,7 @@ class Carried(Layer):
     """An algorithm that loramerge reads and writes back unharmed, but does not compute with."""
 
     algorithm: str
-    """The field's name for it: ``"oft"``, ``"glora"``, ``"ia3"``."""
+    """Its name in the literature: ``"oft"``, ``"glora"``, ``"ia3"``."""
     held: dict[str, Array | Spec] = field(default_factory=dict)
     alpha: float | None = None
 

@@ -40,7 +40,9 @@ class LowRank(Layer):
             raise LayerError(f"down has shape {down} and up {up}; wanted (r, in[, kh, kw]) and (out, r[, 1, 1])")
         if 0 in down or 0 in up:
             raise LayerError(f"rank or size 0: down has shape {down}, up has shape {up}")
-        if self.mid is not None and (tuple(self.mid.shape[:2]) != (up[1], down[0]) or set(down[2:]) - {1}):
+        if self.mid is not None and (
+            tuple(self.mid.shape[:2]) != (up[1],) * 2 or down[0] != up[1] or set(down[2:]) - {1}
+        ):
             raise LayerError(f"mid of shape {tuple(self.mid.shape)} doesn't fit up {up} and down {down}")
         if self.mid is None and down[0] != up[1]:
             exchanged = f". They would fit the other way round, at rank {up[0]}" if down[1] == up[0] else ""
@@ -124,7 +126,10 @@ class LowRank(Layer):
             up, down = Spec((up.shape[0], rank, *up.shape[2:]), code(up)), Spec((rank, *down.shape[1:]), code(down))
         else:
             up, down = linalg.padded(up, down, rank)
-        return replace(self, up=up, down=down, alpha=None if self.scale == 1.0 else self.scale * rank)
+        padded_id = None if self.down_id is None else ("padded", self.down_id, rank)
+        return replace(
+            self, up=up, down=down, alpha=None if self.scale == 1.0 else self.scale * rank, down_id=padded_id
+        )
 
     def _shaped(self, weight: Shape) -> "LowRank":
         if self.mid is not None:

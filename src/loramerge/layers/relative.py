@@ -1,6 +1,6 @@
-"""Factors that began as a part of the base weight: ΔW is their product less the one that they began as.
+"""Factors that were initialised from the base weight: ΔW is the trained product minus the initial product.
 
-PEFT takes the first product out of the weight before training (``init_lora_weights``), and out of it
+PEFT subtracts the initial product from the base weight before training (``init_lora_weights``), and
 again whenever the adapter is loaded.  PiSSA's is the nearest matrix of rank r, OLoRA's the first r
 columns and rows of a QR decomposition.
 

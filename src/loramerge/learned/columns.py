@@ -85,7 +85,7 @@ def ziplora(
         weights: Weight of each LoRA's term in the loss; 1 by default.
         checkpoint: File of the state; if it exists, learning goes on from it.
         every: Steps between two saved states; the last state is saved too.
-        on_step: Called after every step, once its state is saved; False stops learning.
+        on_step: Called after every step, and after the save if one is due; False stops learning.
         reduce: Averages tensors over processes in place, when several learn together.
         shard: The number of this process among those, from 0: each learns from data of its own, begins with the
             same coefficients, and has a checkpoint of its own.

@@ -20,7 +20,7 @@ def overlaps(
 
     With dᵢ[a] = ΔWᵢ[:, a], it is Σ |mᵢ[a] mⱼ[a] ⟨dᵢ[a], dⱼ[a]⟩| / Σ ‖mᵢ ∘ ‖dᵢ‖‖ ‖mⱼ ∘ ‖dⱼ‖‖, summed
     over the pairs of LoRAs and the modules of the group.  It lies in [0, 1]: 1 if all columns are
-    parallel, 0 if they are orthogonal or one of the two coefficients is 0.  Before learning, m = 1.
+    parallel and their lengths proportional, 0 if they are orthogonal or one of the two coefficients is 0.  Before learning, m = 1.
 
     Args:
         loras: The LoRAs that the coefficients were learned for, in order.

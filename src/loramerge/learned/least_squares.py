@@ -275,7 +275,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def _pseudo_inverse(metric: Tensor) -> Tensor:
-    """Return the pseudo-inverse of a Gram matrix: an inverse would give directions that nearly vanish huge values."""
+    """Return the pseudo-inverse of a Gram matrix: a plain inverse would blow up along directions that are nearly zero."""
     lower, failed = torch.linalg.cholesky_ex(metric)
     if not failed:
         inverse = torch.cholesky_inverse(lower)
@@ -318,7 +318,7 @@ def costs_of(p: Problem, found: float) -> Costs:
 
 
 def check_sound(solved: Tensor, costs: Costs, prior: Prior) -> None:
-    """Refuse a result that can't be a solution: that is no worse than the prior, and J is a sum of squares.
+    """Refuse an impossible result: a minimiser has 0 ≤ J ≤ J(prior), since J is a sum of squares.
 
     Raises:
         MergeError: J is below zero or above the prior's, or a value is NaN or infinite.

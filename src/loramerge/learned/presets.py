@@ -18,7 +18,7 @@ Size = Annotated[float, Range(0, open_high=True)]
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a ZipLoRA run; `PRESETS` has the published ones.
+    """The settings of a ZipLoRA run; `PRESETS` has the default and those that papers publish.
 
     Raises:
         OptionError: A value is unknown, out of range, or has no effect with the others.
@@ -44,7 +44,8 @@ class Settings:
     shared_noise: bool = False
     """True gives all LoRAs' examples of a step the same noise and timestep."""
     stop_below: Size = 0.0
-    """Stop once the penalty, without its weight, is below this: the paper stops at 0."""
+    """Stop once the penalty, without its weight, is below this; 0 never stops.  The paper stops at 0, which its preset
+    approximates by 1e-3."""
     calibration: Count = 16
     """Batches per LoRA for the closed form, and for the normalisation."""
     seed: Seed = 0

@@ -117,6 +117,8 @@ def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
 def offered(modules: Iterable[str], architecture: str | None = None) -> str:
     """Write a sentence with patterns that match some of the modules: blocks, and globs of their names' first two parts."""
     names = list(modules)
+    if not names:
+        return "It has no modules."
     present = dict.fromkeys(block(module, architecture) for module in names)
     known = sorted((name for name in present if name != "-"), key=lambda name: position("", name))
     globs = dict.fromkeys(".".join([*module.split(".")[:2], "*"]) for module in names if module.count(".") > 1)

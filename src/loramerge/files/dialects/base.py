@@ -1,7 +1,7 @@
 """A dialect: the names that one tool gives the tensors of a LoRA.
 
-It is a naming of the architecture's modules and a table of suffixes, used both ways: the
-names that a file may have are looked up in the forward rule's own output, never parsed.
+It is a rule for the names of an architecture's modules and a table of suffixes, used both ways: to read a file, every
+name that the tool would write for a family is generated, and the file's names are looked up in that table.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,7 +56,8 @@ class Dialect:
     """Beginnings of its stems: a quick test before any table is built."""
     writes: bool = False
     alpha: Literal["constant", "keep", "bake"] = "bake"
-    """``constant``: every layer has one, LoRAs the same; ``keep``: each its own; ``bake``: none, scales go into ``up``."""
+    """``constant``: every layer has an alpha, all LoRA layers the same; ``keep``: each layer keeps its own; ``bake``: no
+    alpha, the scale is multiplied into ``up``."""
     holds: frozenset[str] = LOW_RANK
     """Kinds of layers that its readers understand."""
     even_rank: tuple[str, ...] = ()

@@ -37,11 +37,11 @@ INPUTS = (
 INSIDE = re.compile(r"attn|attention|\.ff|mlp|ffn|feed_forward")
 """Matches modules whose inputs and outputs are both hidden widths of the model."""
 
-FEW = 20
-"""One layer in so many may be of a part that the family doesn't have: some trainers add one."""
+STRAYS = 20
+"""At most one layer in 20 may belong to a part that the family lacks: some trainers add one."""
 
-MANY = 8
-"""Modules that a file must have before being complete for a family tells that family from a larger one."""
+ENOUGH = 8
+"""With fewer modules, having every module of a family doesn't rule out a larger family."""
 
 
 class Names:
@@ -73,7 +73,7 @@ class Names:
         """
         some = [a for a in ARCHITECTURES.values() if self.plausible(a)]
         fits = [a for a in some or ARCHITECTURES.values() if self.has_all(a)]
-        fits = fits or [a for a in some if self.has_all(a, beside=len(self.records) // FEW)]
+        fits = fits or [a for a in some if self.has_all(a, beside=len(self.records) // STRAYS)]
         hinted = [a for a in fits if a.name in said.families]
         if fits and not hinted and (said.families or said.unknown):
             raise FamilyError(self.contradiction(fits, said))
@@ -163,7 +163,7 @@ class Names:
 
         Some blocks of a large model can be all of a small one's, and a file with few layers fits both.
         """
-        return len({part.module for parts in self.fitting(a).values() for part in parts}) >= MANY and (
+        return len({part.module for parts in self.fitting(a).values() for part in parts}) >= ENOUGH and (
             self.coverage(a) == 1.0
         )
 

@@ -15,7 +15,10 @@ from .naming import Names
 from .records import Record, check_ranks, layer_of, not_a_lora, records_of, rejoined
 
 SPLIT_QKV = r'"split_qkv":\s*"?[Tt]rue'
-"""sd-scripts keeps alpha while it stacks ranks: https://github.com/kohya-ss/sd-scripts/issues/2204"""
+"""Matches ``split_qkv=True`` in ``ss_network_args``: there sd-scripts keeps alpha while it stacks ranks.
+
+Source: https://github.com/kohya-ss/sd-scripts/issues/2204
+"""
 
 UNUSED = r".*\.self_attn\.(q|k|v|out)_proj\.to_(?!\1$)(q|k|v|out)"
 """Layers that diffusers 0.16 and 0.17 saved and never applied."""

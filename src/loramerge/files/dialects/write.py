@@ -43,7 +43,7 @@ class Group:
     name: str
     specs: Mapping[str, Spec]
     make: Callable[[], Mapping[str, Array]]
-    looked_at: bool = True
+    check_finite_values: bool = True
     """False if NaN and infinity are allowed: in an alpha that scales nothing."""
 
     def arrays(self) -> dict[str, Array]:
@@ -57,7 +57,7 @@ class Group:
             shapes = {key: tuple(array.shape) for key, array in made.items()}
             if shapes != {key: tuple(spec.shape) for key, spec in self.specs.items()}:
                 raise LayerError(f"{self.name}: made {shapes}, planned {dict(self.specs)}; nothing is written")
-            checked = _finite if self.looked_at else cast
+            checked = _finite if self.check_finite_values else cast
             return {key: checked(array, self.specs[key].dtype) for key, array in made.items()}
         except NumberError as error:
             raise error.at(self.name) from None

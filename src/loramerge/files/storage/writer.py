@@ -141,7 +141,7 @@ class _Layout:
         entries: dict[str, Any] = {}
         self.begins: dict[str, int] = {}
         at = 0
-        for key in sorted(specs, key=lambda key: (-RANK[specs[key].dtype], key)):
+        for key in sorted(specs, key=lambda key: (-DTYPE_ORDER[specs[key].dtype], key)):
             spec = specs[key]
             size = nbytes(tuple(spec.shape), spec.dtype)
             entries[key] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + size]}
@@ -180,7 +180,7 @@ _ORDER = [
     "I64",
     "U64",
 ]
-RANK = {code: i for i, code in enumerate(_ORDER)}
+DTYPE_ORDER = {code: i for i, code in enumerate(_ORDER)}
 """Position in the reference implementation's order of dtypes, which it writes from last to first."""
 
 _PLACEHOLDERS = {"sshs_legacy_hash": "0" * 8, "sshs_model_hash": "0" * 64}

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import loramerge as lm
+import models
 from loramerge.cli.app import app
 from loramerge.errors import FileError, LoRAMergeError, NumberError, OptionError
 from loramerge.files.lora import LoRA
@@ -126,3 +127,10 @@ def test_coefficients_that_share_the_columns_out_leave_no_overlap(tmp_path: Path
     before, after = map(float, row[2:])
     assert before > 0.01
     assert after == 0
+
+
+def test_learned_weights_are_not_baked_but_merged_first(tmp_path: Path) -> None:
+    weights = models.base("sdxl")
+    base = models.single_file(tmp_path / "base.safetensors", "sdxl", weights)
+    with pytest.raises(OptionError, match=r"bake takes numbers as weights.*merge with the learned weights"):
+        lm.bake(LORAS, base, tmp_path / "out.safetensors", weights=given())

@@ -192,8 +192,9 @@ def test_resizing_to_a_rank_is_the_best_fit_of_that_rank() -> None:
 
 
 def test_a_resize_asks_how_small() -> None:
-    with pytest.raises(lm.errors.OptionError, match="How small"):
-        lm.resize(decaying())
+    for rank in ("sum", "max"):
+        with pytest.raises(lm.errors.OptionError, match="How small"):
+            lm.resize(decaying(), rank=rank)
 
 
 def test_the_least_size_that_a_refusal_names_is_one_that_can_be_met() -> None:

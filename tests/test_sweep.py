@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from safetensors.numpy import save_file
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
 from loramerge.merging import Coefficients, sweeping
+from loramerge.merging.figures import extent, measure
 from loramerge.merging.grid import left_out, points
 from loramerge.merging.ledger import ordered
 from loramerge.merging.recipe import Recipe
+from loramerge.testing import random_lora
 from small import MODULES, small
 
 UNET = MODULES["sdxl"][:1]
@@ -355,3 +358,19 @@ def test_learned_weights_are_measured_per_column(recipe: Path, tmp_path: Path) -
 
     assert row.failed is None
     assert row["interference"] < 1e-6
+
+
+def test_parents_of_one_name_have_a_column_each() -> None:
+    loras = [replace(small(seed=seed), name="same") for seed in (1, 2, 3)]
+    planned = lm.plan(loras)
+
+    found = measure(planned.lora(), planned)
+
+    assert [*found] == ["kept:same", "kept:same_2", "kept:same_3", "interference"]
+
+
+def test_a_merge_without_ranks_has_none_in_the_table(tmp_path: Path) -> None:
+    norms = random_lora("qwen-image", kind="norm", only=lambda module, shape: len(shape) == 1 and "blocks.0." in module)
+    file = lm.save(norms, tmp_path / "norms.safetensors")
+
+    assert extent(lm.load(file), file) == {"size": file.stat().st_size, "rank_min": None, "rank_max": None}

@@ -66,7 +66,7 @@ def bake(
 ) -> Baked:
     """Add LoRAs to a base model and write the result in the base's own layout.
 
-    Each thread has one weight in memory at a time.  A file takes its name when it is complete.
+    Each thread has one weight in memory at a time.  A file is written under a temporary name, and renamed when it is complete.
 
     Args:
         loras: LoRAs, or what `open` takes.
@@ -102,6 +102,10 @@ def bake(
     _check_not_an_input(target, listed)
     left_out = _strays(kept, allow_lossy)
     resolved = resolve(kept, weights, scope)
+    if resolved.columns:
+        raise OptionError(
+            "bake takes numbers as weights. Way out: merge with the learned weights, and bake the result."
+        )
     job = Job(model, _updates(kept, model, resolved), parse_dtype(dtype) if dtype else None, workers, progress)
     metadata = {RECIPE: json.dumps(_recipe(kept, model, resolved), ensure_ascii=False)}
     if model.path.is_file():

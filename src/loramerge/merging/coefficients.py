@@ -83,7 +83,8 @@ class Coefficients:
         """Refuse LoRAs that the coefficients were not learned for.
 
         Raises:
-            OptionError: Their number or order differs, or the columns of a module do.
+            OptionError: Their number or order differs, or the columns of a module do.  Other names are no reason: files
+                may have been renamed.
         """
         if len(loras) != len(self.others):
             raise OptionError(f"The coefficients are for {len(self.others)} LoRAs, got {len(loras)}.")

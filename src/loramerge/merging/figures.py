@@ -15,11 +15,11 @@ from .plans import Plan
 
 
 def extent(merged: LoRA, path: Path) -> dict[str, float | None]:
-    """Return the size of a merged file or directory in bytes, and the smallest and largest rank of its modules."""
+    """Return the size of a merged file or directory in bytes, and the smallest and largest rank; None without any."""
     ranks = [layer.rank for layer in merged.layouts.values() if layer.rank is not None]
     files = path.rglob("*") if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    return {"size": size, "rank_min": min(ranks), "rank_max": max(ranks)}
+    return {"size": size, "rank_min": min(ranks, default=None), "rank_max": max(ranks, default=None)}
 
 
 def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
@@ -51,7 +51,9 @@ def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
             own[i] += _inner(parent, parent)
         apart += _distance(result[0], total) ** 2 if result else _inner(total, total)
         whole += _inner(total, total)
-    names = [unique(lora.name, [other.name for other in planned.loras[:i]]) for i, lora in enumerate(planned.loras)]
+    names: list[str] = []
+    for lora in planned.loras:
+        names.append(unique(lora.name, names))
     kept = {f"kept:{name}": a / b if b else None for name, a, b in zip(names, inner, own, strict=True)}
     return {**kept, "interference": math.sqrt(apart / whole) if whole else None}
 

@@ -21,7 +21,7 @@ from .methods.base import shared_down
 from .methods.vectors import vectors
 from .provenance import UNKNOWN, as_text, record
 from .ranks import Budget, Rank
-from .running import Kept, Merger, handed_on
+from .running import Kept, Merger, scaled_layer
 from .steps import Step
 from .weights import ModuleWeights, Scope
 
@@ -144,7 +144,7 @@ class Plan:
         join = self.joins.get(step.module)
         if join is None or not join.as_one:
             if step.kept:
-                return handed_on(layouts[0], self.weights.of(step.module)[step.inputs[0]])
+                return scaled_layer(layouts[0], self.weights.of(step.module)[step.inputs[0]])
             if step.rankless:
                 return vectors(counted, [1.0] * len(counted))
             if self._stays_dense(step):

@@ -40,7 +40,7 @@ from .methods import METHODS, Method, check_name as check_method, check_options,
 from .plans import Plan
 from .provenance import from_metadata
 from .ranks import BUDGETS, Rank, budget, rule
-from .recipe_text import Input, Output, check_name, entries
+from .recipe_text import Input, Output, check_path, entries
 from .running import Kept
 from .spending import within
 from .verbs import plan
@@ -59,8 +59,7 @@ MAX_RECIPE = 1_000_000
 class Recipe:
     """A merge described in a file; the names are those of the arguments of `loramerge.merge`.
 
-    Raises:
-        OptionError: An entry that `read` finds is unknown, or of the wrong kind.
+    `read` and `of` check the entries; the constructor doesn't.
     """
 
     loras: tuple[Input, ...]
@@ -303,7 +302,7 @@ class Recipe:
             if entry.sha256 is not None and entry.sha256.lower() != lora.sha256:
                 raise MergeError(
                     f"{lora.name} has changed: the sha256 of its tensors is {lora.sha256}, the recipe was made with "
-                    f"{entry.sha256}. Way out: the file of then, or merge what is there now (--allow-changed, or "
+                    f"{entry.sha256}. Way out: use the original file, or merge what is there now (--allow-changed, or "
                     "allow_changed=True)."
                 )
 
@@ -311,7 +310,7 @@ class Recipe:
         if self.base_sha256 is not None and planned.base and self.base_sha256.lower() != planned.base.sha256:
             raise MergeError(
                 f"The base {planned.base.name} has changed: its sha256 is {planned.base.sha256}, the recipe was made with "
-                f"{self.base_sha256}. Way out: the model of then, or merge on what is there now (--allow-changed, or "
+                f"{self.base_sha256}. Way out: use the original model, or merge on what is there now (--allow-changed, or "
                 "allow_changed=True)."
             )
 
@@ -396,7 +395,7 @@ def _name(method: Method) -> str:
 
 def _check_inside(path: str, folder: str) -> None:
     """Check that an output lies below the recipe's own directory, because a recipe may come from anyone."""
-    check_name(path)
+    check_path(path)
     base = Path(folder).resolve()
     target = (base / path).resolve()
     if base not in target.parents or Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts:

@@ -26,7 +26,7 @@ KEYS = (
 )
 
 
-def check_name(path: str) -> None:
+def check_path(path: str) -> None:
     """Refuse a path that can't be a file's name.
 
     Raises:
@@ -64,7 +64,7 @@ class Input:
     def source(self, folder: str) -> str:
         """Return the path or Hub reference that `open` takes."""
         if self.path is not None:
-            check_name(self.path)
+            check_path(self.path)
             return os.path.join(folder, os.path.expanduser(self.path)) if folder else self.path
         return str(hub.Reference(cast(str, self.hub), self.filename, self.revision))
 

@@ -138,7 +138,7 @@ class Merger:
         weight = self.weights.of(step.module)[step.inputs[0]]
         bias = None if layer.diff_b is None else float32(layer.diff_b) * weight
         found = low_rank(up * weight, down, step.shape, diff_b=bias)
-        found = found if found.rank == step.rank else _filled(found, step.rank)
+        found = found if found.rank == step.rank else _zero_padded(found, step.rank)
         energy, lost = (float(part.sum()) * weight**2 for part in (squares, squares[step.rank :]))
         return Outcome(step.module, found, energy, lost)
 
@@ -194,7 +194,7 @@ class Merger:
         weights = self.weights.of(step.module)
         pairs = [(layer, weights[i], i) for layer, i in zip(self.inputs(step.module), step.inputs, strict=True)]
         if step.kept:
-            return handed_on(*pairs[0][:2])
+            return scaled_layer(*pairs[0][:2])
         counted = pairs[:1] if self.method.of_first else pairs
         if step.rankless:
             return vectors([layer for layer, _, _ in counted], [weight for _, weight, _ in counted])
@@ -225,7 +225,7 @@ class Merger:
         return on_base(layer, step.module, self.base)
 
 
-def handed_on(layer: Layer, weight: float) -> Layer:
+def scaled_layer(layer: Layer, weight: float) -> Layer:
     """Scale a layer that is alone and keeps its kind."""
     scaled = layer.times(weight)
     if scaled is None:
@@ -245,16 +245,16 @@ def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
     elif step.rank < layer.rank:
         cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank)
     else:
-        found = layer if layer.rank == step.rank else _filled(layer, step.rank)
+        found = layer if layer.rank == step.rank else _zero_padded(layer, step.rank)
         return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
     fitted = low_rank(cut.up, cut.down, layer.shape, diff_b=layer.diff_b)
-    fitted = fitted if fitted.rank == step.rank else _filled(fitted, step.rank)
+    fitted = fitted if fitted.rank == step.rank else _zero_padded(fitted, step.rank)
     # At the full rank of the matrix nothing is cut off; a measured loss would be rounding.
     lost = cut.lost if step.rank < largest_rank(step.shape) else 0.0
     return Outcome(step.module, fitted, cut.energy if measured else None, lost)
 
 
-def _filled(layer: LowRank, rank: int) -> LowRank:
+def _zero_padded(layer: LowRank, rank: int) -> LowRank:
     """The same ΔW at a larger rank, by zeros."""
     up, down = linalg.padded(matrix(layer.up), matrix(layer.down), rank)
     return low_rank(up, down, layer.shape, diff_b=layer.diff_b)

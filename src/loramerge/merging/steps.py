@@ -145,7 +145,7 @@ class _Maker:
         if layout.kind == "lora":
             return (layout.rank or 0) <= limit
         if layout.factored:  # diffusers reads no file in which a LoHa or LoKr stands beside LoRAs
-            return self.single or _as_lora(layout) > MORE * _numbers(layout)
+            return self.single or _as_lora(layout) > MAX_LORA_GROWTH * _numbers(layout)
         return self.whole and not layout.dense
 
     def _check(self, lora: LoRA, module: str) -> None:
@@ -189,7 +189,7 @@ def needed_on_base(kind: str, has_base: bool) -> str:
     )
 
 
-MORE = 100
+MAX_LORA_GROWTH = 100
 """In a merge with other LoRAs, a LoHa or LoKr becomes a LoRA, unless that is more than this many times as large."""
 
 

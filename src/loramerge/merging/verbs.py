@@ -71,7 +71,7 @@ def plan(
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
     limit = budget(max_error, energy, max_size)
     resolved = resolve(opened, weights, scope, chosen.default_weight)
-    weigh = None if resolved.from_values else resolved.of  # a block vector may lack a module's block
+    weigh = None if resolved.from_values else resolved.of  # l2 and learned weights aren't known from headers
     steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
     if not steps:
         raise MergeError(_nothing(chosen, opened))
@@ -218,7 +218,7 @@ def resize(
         >>> resize(random_lora("sd15", rank=8), rank=3).summary("rank")
         'rank 3'
     """
-    if rank == "sum" and max_error is energy is max_size is None:
+    if rank in ("sum", "max") and max_error is energy is max_size is None:
         raise OptionError("How small? Give rank, max_error, energy or max_size.")
     return merge(
         [lora],

@@ -496,3 +496,14 @@ def test_a_base_that_the_result_does_not_depend_on_is_not_hashed(folder: Path) -
     merged = lm.save(lm.merging.plan([lora], base=folder / "base.safetensors").lora(), folder / "merged.safetensors")
 
     assert "base_sha256" not in recipe_in(merged)
+
+
+@pytest.mark.parametrize(
+    ("entry", "what"),
+    [('base = "other.safetensors"', "the base model"), ('weights = "other.safetensors"', "the file of the weights")],
+)
+def test_a_recipe_does_not_write_over_what_it_reads(entry: str, what: str, folder: Path) -> None:
+    text = f'{entry}\n[[loras]]\npath = "person.safetensors"\n[output]\npath = "other.safetensors"\n'
+
+    with pytest.raises(OptionError, match=f"other.safetensors is {what}. Way out"):
+        lm.Recipe.read(write(folder, text)).target()

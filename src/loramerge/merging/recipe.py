@@ -205,7 +205,7 @@ class Recipe:
             scope=self.scope,
             exclude=self.exclude,
             device=self.device,
-            base=None if self.base is None else os.path.join(self.folder, os.path.expanduser(self.base)),
+            base=None if self.base is None else self._base_path(),
             allow_growth=self.output.allow_growth,
             **self.options,
         )
@@ -257,10 +257,19 @@ class Recipe:
             OptionError: Neither gives a path, the recipe's path leads out of its directory, or it is an input.
         """
         target = Path(output) if output is not None else self._own_target()
-        for entry in self.loras:
-            if entry.path is not None and os.path.realpath(entry.source(self.folder)) == os.path.realpath(target):
-                raise OptionError(f"{target} is one of the LoRAs that are merged. Way out: another output.")
+        weights = self._weights()
+        read: dict[Any, str] = {
+            entry.source(self.folder): "one of the LoRAs that are merged" for entry in self.loras if entry.path
+        }
+        read |= {self._base_path(): "the base model"} if self.base is not None else {}
+        read |= {weights: "the file of the weights"} if str(weights).endswith(".safetensors") else {}
+        for source, what in read.items():
+            if os.path.realpath(source) == os.path.realpath(target):
+                raise OptionError(f"{target} is {what}. Way out: another output.")
         return target
+
+    def _base_path(self) -> str:
+        return os.path.join(self.folder, os.path.expanduser(self.base or ""))
 
     def _own_target(self) -> Path:
         if self.output.path is None:

@@ -80,6 +80,15 @@ class DeviceMemoryError(LoRAMergeError):
     """Out of GPU or host memory."""
 
 
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """Prefix errors of loramerge that are raised inside of the block with where they arose, unless they have a place."""
+    try:
+        yield
+    except LoRAMergeError as error:
+        raise error.at(where) from None
+
+
 EXTRAS = {
     "torch": "torch",
     "array_api_compat": "torch",

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 from ..checkpoints.models import Checkpoint, on_base, open_checkpoint
-from ..errors import LoRAMergeError, MergeError, NoFactorsError, OptionError
+from ..errors import MergeError, NoFactorsError, OptionError, within
 from ..files.architectures import blocks
 from ..files.families import spelled_alike
 from ..files.lora import LoRA, in_one_library, without
@@ -256,11 +256,9 @@ def _updates(loras: Sequence[LoRA], module: str, base: Checkpoint | None) -> tup
     """Return the numbers of the LoRAs whose layer of a module can be compared, and those updates."""
     present = [i for i, lora in enumerate(loras) if module in lora and _is_compared(lora.layout(module), base)]
     layers = [loras[i][module] for i in present]
-    try:
+    with within(module):
         whole = [on_base(x, module, base) if base and x.needs_base else x for x in layers]
         return present, Updates(in_one_library(whole))
-    except LoRAMergeError as error:
-        raise type(error)(f"{module}: {error}") from None
 
 
 def _row(

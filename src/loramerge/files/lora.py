@@ -93,7 +93,7 @@ class LoRA(Mapping[str, Layer]):
     """Sentences on repairs and on anything unusual."""
     dtype: str | None = None
     """Default dtype for saving; None keeps every tensor's own."""
-    made_of: int | None = None
+    source_bytes: int | None = None
     """Bytes of the tensors that it was made of; None if there is nothing to compare its size with."""
     no_fork: bool = False
     """True if `compute` has side effects in this process, so saving must not use forked workers."""
@@ -384,7 +384,7 @@ def from_tensors(
         extras={key: tensors[key] for key in reading.extras},
         about={component: fields.about(config) for component, config in scales.items()},
         notes=tuple(said),
-        made_of=sum(nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()),
+        source_bytes=sum(nbytes(tuple(tensor.shape), tensor.dtype) for tensor in tensors.values()),
         origin=Origin(
             tensors=tensors,
             dialect=reading.dialect.name,

@@ -102,7 +102,7 @@ def saved_size(lora: LoRA, dialect: str | None = None, dtype: str | None = None,
 
 def outgrows(lora: LoRA, length: int) -> bool:
     """Return whether a file of ``length`` bytes is many times as large as what it is made of, and nobody chose that."""
-    return lora.made_of is not None and length > max(SMALL, GROWTH * lora.made_of)
+    return lora.source_bytes is not None and length > max(SMALL, GROWTH * lora.source_bytes)
 
 
 def check_growth(lora: LoRA, length: int, dialect: str) -> None:
@@ -116,11 +116,11 @@ def check_growth(lora: LoRA, length: int, dialect: str) -> None:
     Raises:
         OptionError: The file would be too large.
     """
-    if not outgrows(lora, length) or lora.made_of is None:
+    if not outgrows(lora, length) or lora.source_bytes is None:
         return
     unheld = _unheld(lora, dialect)
     raise OptionError(
-        f"{lora.name} would take {size(length)}, {length / lora.made_of:.0f} times the {size(lora.made_of)} that it is made "
+        f"{lora.name} would take {size(length)}, {length / lora.source_bytes:.0f} times the {size(lora.source_bytes)} that it is made "
         f"of: {unheld or 'an exact sum of LoHas or LoKrs is a LoRA of their large rank'}. Ways out: a smaller rank, the best "
         "fit (merge or resize with --rank 32, or rank=32), a size (max_size=200MB), "
         f"{'a dialect that holds them (kohya, kohya-diffusers, comfyui), ' if unheld else ''}or take the size as it is "

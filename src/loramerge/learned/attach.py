@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import LoRAMergeError, MergeError
+from ..errors import MergeError, within
 from ..files.lora import LoRA, in_one_library
 from ..layers import Layer
-from ..merging.steps import named
 from ..tensors import Shape
 
 Models = Mapping[str, nn.Module]
@@ -162,7 +161,7 @@ class Attachment:
             if not self.active:
                 return output
             down = None if self.rows is not None else self.downs.get(module)
-            with named(module):
+            with within(module):
                 return output + site(x, down, self.rows).to(output.dtype)
 
         return add
@@ -202,7 +201,7 @@ def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.flo
         for module, owners in _targets(models, loras).items():
             target = _target(models, module, {loras[i].name: loras[i].layout(module).shape for i in owners})
             found = {i: factors(loras[i], module) for i in owners}
-            with named(module):
+            with within(module):
                 sites[module] = Site(found, target, dtype)
             handles.append(target.register_forward_hook(attachment.hook(module)))
         yield attachment
@@ -284,10 +283,8 @@ def _layer(lora: LoRA, module: str) -> Layer:
 
 
 def _factors(lora: LoRA, module: str, layer: Layer) -> tuple[Tensor, Tensor]:
-    try:
+    with within(f"{lora.name}: {module}"):
         up, down = layer.factors()
-    except LoRAMergeError as error:
-        raise type(error)(f"{lora.name}: {module}: {error}") from None
     return up.contiguous(), down.contiguous()
 
 

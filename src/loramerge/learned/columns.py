@@ -16,11 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import MergeError, NumberError, OptionError
+from ..errors import MergeError, NumberError, OptionError, within
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
 from ..merging.coefficients import Coefficients
-from ..merging.steps import named
 from .attach import Attachment, Models, attach, fingerprints
 from .batches import Batch, join, seen, weighed
 from .calibration import Draw, Predict, calibrate, seeded
@@ -257,7 +256,7 @@ class _Run:
         found = {}
         for module in self.sites:
             p = problem(self.loras, module, moments)
-            with named(module):
+            with within(module):
                 m = column_solution(p, RIDGE["column"], 1.0)
                 check_sound(m, costs_of(p, p.loss(columns(p, m))), "sum")
             found[module] = m.float().cpu()

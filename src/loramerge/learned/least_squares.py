@@ -31,10 +31,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..errors import MergeError, OptionError
+from ..errors import MergeError, OptionError, within
 from ..files.lora import LoRA
 from ..merging.plans import Plan
-from ..merging.steps import named
 from .moments import Moments
 from .problems import (
     Problem,
@@ -131,14 +130,14 @@ def lsq(
     costs: dict[str, Costs] = {}
     for module in moments.modules:
         p = posed(module)
-        with named(module):
+        with within(module):
             solved, cost = _answer(p, granularity, chosen, prior, solver, common)
             costs[module] = costs_of(p, cost)
             if common is None:
                 check_sound(solved, costs[module], prior)
         learned[module] = p.up, solved
     if common is not None:
-        with named("all modules together"):
+        with within("all modules together"):
             check_sound(common, Costs(*map(sum, zip(*costs.values(), strict=True))), prior)
     options = {"granularity": granularity, "ridge": chosen, "prior": prior, "weights": shares}
     return assemble(planned, learned, "lsq", options, moments.identity), _report(costs)

@@ -10,9 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..errors import MergeError, NumberError
+from ..errors import MergeError, NumberError, within
 from ..files.lora import LoRA
-from ..merging.steps import named
 from .attach import factors
 from .moments import Moments
 
@@ -110,7 +109,7 @@ def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Seque
     shares = core.new_tensor(list(weights or [1.0] * len(loras)))
     alike = bool((shares == 1.0).all())  # sums over all LoRAs can't be weighted afterwards
     down = torch.cat([down for _, down in pairs.values()], 0).to(device).double()
-    with named(module):
+    with within(module):
         core = positive(core, down)
     return Problem(
         torch.cat([up for up, _ in pairs.values()], 1).to(device).double(),

@@ -127,11 +127,11 @@ class Plan:
             about=agreed(self.loras),
             extras=self.extras,
             dtype=self.dtype,
-            made_of=self.made_of,
+            source_bytes=self.source_bytes,
         )
 
     @property
-    def made_of(self) -> int | None:
+    def source_bytes(self) -> int | None:
         """Bytes of the inputs' tensors; None if a rank, a budget or `allow_growth` sets the size of the result."""
         chosen = not isinstance(self.rank, str) or self.ranks is not None or self.allow_growth
         return None if chosen else sum(_bytes(lora) for lora in self.loras)
@@ -237,6 +237,6 @@ class Plan:
 
 def _bytes(lora: LoRA) -> int:
     """Return the bytes of a LoRA's tensors as they were read, or as they are in memory."""
-    if lora.made_of is not None:
-        return lora.made_of
+    if lora.source_bytes is not None:
+        return lora.source_bytes
     return sum(nbytes(tuple(t.shape), code(t)) for layer in lora.layouts.values() for t in layer.tensors().values())

@@ -42,7 +42,7 @@ from .provenance import from_metadata
 from .ranks import BUDGETS, Rank, budget, rule
 from .recipe_text import Input, Output, check_path, entries
 from .running import Kept
-from .spending import within
+from .spending import spent
 from .verbs import plan
 from .weights import SCOPES, Scope, Weight, Weights
 
@@ -218,7 +218,7 @@ class Recipe:
         if self.ranks is not None:
             return planned.at(self._checked_ranks(planned), limit)
         # A budget is spent on what will be written: in that dialect and dtype.
-        return within(planned, limit, progress) if limit else planned
+        return spent(planned, limit, progress) if limit else planned
 
     def run(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import linalg
 from ..checkpoints.models import Checkpoint, on_base
-from ..errors import MergeError
+from ..errors import MergeError, within
 from ..files.lora import LoRA, in_one_library
 from ..layers import Full, Layer, LowRank, low_rank
 from ..layers.base import matrix
@@ -24,7 +24,7 @@ from .methods.base import Merged, applied
 from .methods.linear import linear
 from .methods.selection import Streams, module_seed
 from .methods.vectors import plus_biases, vectors
-from .steps import Step, named
+from .steps import Step
 from .weights import ModuleWeights
 
 
@@ -119,7 +119,7 @@ class Merger:
         if join is not None and join.as_one:
             return self._cut_as_one(join)[module]
         step = self.steps[module]
-        with named(module):
+        with within(module):
             if nearest := self._nearest(step):
                 return nearest
             made = self.uncut(step)
@@ -183,7 +183,7 @@ class Merger:
         """Merge every module of a join, before the whole is cut."""
         found = []
         for module in join.modules:
-            with named(module):
+            with within(module):
                 # A method that fills its rank gets a share of it, so that the parts together fit into the whole's rank.
                 share = max(1, join.rank // len(join.modules))
                 found.append(_merged(self.uncut(replace(self.steps[module], rank=share, alone=False))))

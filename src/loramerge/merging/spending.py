@@ -4,20 +4,20 @@ import math
 from typing import TYPE_CHECKING
 
 from .. import linalg
-from ..errors import OptionError, size
+from ..errors import OptionError, size, within
 from ..files.writing import saved_size
 from ..layers import Full, Layer, LowRank
 from ..layers.base import matrix
 from ..tensors import nbytes
 from .plans import Plan
 from .ranks import Budget, Spectrum, choose
-from .steps import Step, named
+from .steps import Step
 
 if TYPE_CHECKING:
     from ..files.storage.writer import Progress
 
 
-def within(plan: Plan, budget: Budget, progress: "Progress | None" = None) -> Plan:
+def spent(plan: Plan, budget: Budget, progress: "Progress | None" = None) -> Plan:
     """Return the same plan with the rank of every module chosen for a budget, at most the rank it has.
 
     Raises:
@@ -53,7 +53,7 @@ def _spectrum_of(plan: Plan, module: str) -> Spectrum:
     join = plan.joins.get(module)
     if join is not None:
         return _spectrum(plan.merger.joined(join, plan.merger.uncut_parts(join)), join.step)
-    with named(module):
+    with within(module):
         return _spectrum(plan.merger.uncut(plan.steps[module]), plan.steps[module])
 
 

@@ -2,13 +2,12 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..checkpoints.models import Checkpoint
-from ..errors import LoRAMergeError, MergeError, an
+from ..errors import MergeError, an, within
 from ..files.lora import LoRA
 from ..layers import Layer
 from ..layers.full import LEAVE_OUT
@@ -50,15 +49,6 @@ class Step:
     def rankless(self) -> bool:
         """True if there is no rank to choose: for biases, norms, tables, and layers that are handed on as they are."""
         return self.full_rank == 0
-
-
-@contextmanager
-def named(module: str) -> Iterator[None]:
-    """Prefix errors with the module they came from."""
-    try:
-        yield
-    except LoRAMergeError as error:
-        raise error.at(module) from None
 
 
 Weigh = Callable[[str], Sequence[Any]]
@@ -132,7 +122,7 @@ class _Maker:
         limit = largest_rank(shape)
         ranks = tuple(layout.rank or 0 if layout.factored else limit for layout in layouts)
         dense = not all(layout.factored for layout in layouts)
-        with named(module):
+        with within(module):
             full = limit if dense else self.method.rank(layouts, **self.options)
         return Step(module, shape, inputs, ranks, full, max(1, min(rule(self.rank)(ranks), full, limit)), alone, dense)
 

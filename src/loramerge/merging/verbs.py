@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.models import Checkpoint, open_checkpoint
 from ..devices import check_device
-from ..errors import MergeError, OptionError
+from ..errors import MergeError, OptionError, within
 from ..files.architectures import ARCHITECTURES
 from ..files.dialects import DIALECTS
 from ..files.families import of_one_family
@@ -18,8 +18,8 @@ from ..tensors import FLOATS, code, computed, fits_half
 from .methods import Method, check_options, find
 from .plans import Plan
 from .ranks import Rank, budget
-from .spending import within
-from .steps import common_extras, named, steps_of
+from .spending import spent
+from .steps import common_extras, steps_of
 from .weights import Scope, Weights, resolve
 
 if TYPE_CHECKING:
@@ -71,16 +71,16 @@ def plan(
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
     limit = budget(max_error, energy, max_size)
     resolved = resolve(opened, weights, scope, chosen.default_weight)
-    weigh = None if resolved.from_values else resolved.of  # l2 and learned weights aren't known from headers
+    weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
     steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
     if not steps:
         raise MergeError(_nothing(chosen, opened))
     if resolved.columns and chosen.name != "linear":
         raise OptionError(f"Learned coefficients are weights of the method linear; {chosen.name} takes numbers.")
-    for module in () if resolved.from_values else steps:
+    for module in () if resolved.deferred else steps:
         found = resolved.of(module)
         if chosen.allows:
-            with named(module):
+            with within(module):
                 chosen.allows([found[i] for i in steps[module].inputs])
     planned = Plan(
         loras=tuple(opened),
@@ -101,7 +101,7 @@ def plan(
         scope=scope,
         allow_growth=allow_growth,
     )
-    return within(planned, limit, progress) if limit else planned
+    return spent(planned, limit, progress) if limit else planned
 
 
 def merge(

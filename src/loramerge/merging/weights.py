@@ -42,8 +42,8 @@ class ModuleWeights:
     of: Callable[[str], list[Any]]
     label: tuple[str, ...]
     """Each LoRA's weight as text for a table."""
-    from_values: bool = False
-    """True if computing the weights reads tensors."""
+    deferred: bool = False
+    """True if the weights aren't known from headers."""
     columns: bool = False
     """True if a weight may be an array with one number per input column."""
     given: tuple[Weight, ...] | str = ()
@@ -79,7 +79,7 @@ def resolve(
         if scope not in SCOPES:
             raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
         labels = tuple(f"l2 ({scope})" for _ in loras)
-        return ModuleWeights(_shares(loras, scope), labels, from_values=True, given="l2")
+        return ModuleWeights(_shares(loras, scope), labels, deferred=True, given="l2")
     if isinstance(weights, str) and weights.endswith(".safetensors"):
         weights = Coefficients.read(weights)
     if isinstance(weights, Coefficients):

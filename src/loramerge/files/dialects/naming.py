@@ -44,7 +44,7 @@ ENOUGH = 8
 """With fewer modules, having every module of a family doesn't rule out a larger family."""
 
 
-class Names:
+class Matcher:
     """Working state while one file's key stems are matched to an architecture and dialect."""
 
     def __init__(self, records: dict[str, Record], extras: list[str]) -> None:

@@ -11,7 +11,7 @@ from ..architectures import Architecture
 from ..architectures.hints import named
 from . import DIALECTS
 from .base import Dialect
-from .naming import Names
+from .naming import Matcher
 from .records import Record, check_ranks, layer_of, not_a_lora, records_of, rejoined
 
 SPLIT_QKV = r'"split_qkv":\s*"?[Tt]rue'
@@ -75,7 +75,7 @@ def read(
     for record in records.values():
         record.layer = layer_of(record, tensors)
     check_ranks(records)
-    names = Names(records, extras)
+    names = Matcher(records, extras)
     said = named(metadata)
     fits = [names.told(architecture)] if architecture else names.families(said)
     family = fits[0] if fits else names.stated(said)

@@ -236,6 +236,22 @@ def test_a_name_that_would_read_as_a_mistake_is_not_written() -> None:
     assert lora.state_dict("kohya").keys() >= tensors.keys()
 
 
+def test_a_stray_that_would_be_read_as_a_part_of_a_layer_is_not_written() -> None:
+    lora = lm.load(
+        {
+            "diffusion_model.mystery_0.diff_b": np.ones(8, np.float32),
+            "lora_unet_mystery_0.strange.weight": np.ones((2, 2), np.float32),
+        }
+    )
+
+    assert [*lora.extras] == ["lora_unet_mystery_0.strange.weight"]
+    with pytest.raises(
+        lm.errors.DialectError, match=r"strange.weight belongs to no layer.*the layer lora_unet_mystery_0\."
+    ):
+        lora.state_dict("kohya")
+    assert [*lora.exclude("lora_unet_mystery_0.strange*").state_dict("kohya")] == ["lora_unet_mystery_0.diff_b"]
+
+
 def test_an_unknown_family_in_flattened_names_is_kept_as_it_is() -> None:
     keys = {
         "lora_unet_mystery_0.lora_down.weight": np.ones((2, 8), dtype=np.float32),

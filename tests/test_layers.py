@@ -336,6 +336,7 @@ def test_the_largest_half_is_kept_and_the_next_refused() -> None:
         ({"up": (6, 3), "down": (2, 5), "mid": (3, 2, 3, 3)}, "mid of shape"),
         ({"up": (6, 2), "down": (2, 5), "magnitude": (5,)}, "magnitude"),
         ({"lokr_w1": (2, 2, 1, 1), "lokr_w2": (3, 3)}, "more than two axes"),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (3, 2), "lokr_w2_b": (2, 3, 3)}, "more than two axes"),
     ],
 )
 def test_shapes_that_no_tool_writes_are_refused(shapes: dict[str, tuple[int, ...]], said: str) -> None:

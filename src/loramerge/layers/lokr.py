@@ -54,8 +54,9 @@ class LoKr(Layer):
                 raise LayerError(f"wanted either {part} or both {part}_a and {part}_b")
             if any(t is not None and len(t.shape) < 2 for t in (full, a, b)):
                 raise LayerError(f"{part} has fewer than two axes")
-            if part == "lokr_w1" and any(t is not None and len(t.shape) > 2 for t in (full, a, b)):
-                raise LayerError("lokr_w1 has more than two axes; the kernel belongs to lokr_w2")
+            flat = (full, a, b) if part == "lokr_w1" else (a, b)  # a kernel is in lokr_w2, or in lokr_t2
+            if any(t is not None and len(t.shape) > 2 for t in flat):
+                raise LayerError(f"a part of {part} has more than two axes; a kernel belongs to lokr_w2 or lokr_t2")
         if self.lokr_t2 is not None and self.lokr_w2_a is None:
             raise LayerError("lokr_t2 without lokr_w2_a")
         if self.lokr_w1_a is not None and self.lokr_w1_b is not None:

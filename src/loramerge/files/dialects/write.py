@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -224,7 +224,8 @@ class _Writer:
         self.left_out: list[str] = []
 
     def groups(self) -> Iterator[Group]:
-        for stem, parts in self.stems().items():
+        stems = self.stems()
+        for stem, parts in stems.items():
             try:
                 layout = self.layer(parts, self.lora.layout)
                 if self.needs_values(layout):
@@ -238,7 +239,7 @@ class _Writer:
             self.layers[parts[0].module] = layout if known else layout.map(_shape_only)
             specs = {key: self.spec(key, tensor) for key, tensor in self.tensors(stem, parts, layout).items()}
             yield Group(stem, specs, partial(self.values, stem, parts))
-        for key, tensor in self.extras().items():
+        for key, tensor in self.extras(stems).items():
             yield Group(key, {key: _cast_spec(tensor, None)}, partial(_as_read, key, tensor))
 
     def others(self) -> str:
@@ -252,8 +253,15 @@ class _Writer:
         ways = [f"a dialect that holds all of them ({', '.join(wide)})"] * bool(wide) + ["leave them out (allow_lossy)"]
         return f". It is one of {refused} layers that {self.dialect.name} can't hold: {', or '.join(ways)}."
 
-    def extras(self) -> Mapping[str, Tensor]:
-        """Return embeddings and strays, unless the dialect's readers would fail on them."""
+    def extras(self, stems: Collection[str]) -> Mapping[str, Tensor]:
+        """Return embeddings and strays, unless the dialect's readers would fail on them, or take them for a layer's."""
+        for key in self.lora.extras if self.dialect.name != self.lora.dialect else ():
+            stem = next((key[:i] for i, letter in enumerate(key) if letter == "." and key[:i] in stems), None)
+            if stem is not None:
+                raise DialectError(
+                    f"{self.lora.name}: the tensor {key} belongs to no layer, and {self.dialect.name} would have it beside "
+                    f"the tensors of the layer {stem}. Ways out: another dialect, or leave it out (exclude)."
+                )
         if self.dialect.alpha != "bake" or not self.lora.extras:
             return self.lora.extras
         names = ", ".join(self.lora.extras)

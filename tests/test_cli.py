@@ -287,6 +287,7 @@ def test_dora_files_compare(tmp_path: Path) -> None:
 
 
 def test_a_device_that_is_not_there_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("torch")
     refused(run("merge", *files, "-o", tmp_path / "both.safetensors", "--device", "gpu9"), "device 'gpu9'", tmp_path)
 
 

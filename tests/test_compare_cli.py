@@ -149,6 +149,7 @@ def test_without_matplotlib_the_error_names_the_extra(files: tuple[Path, Path], 
 
 
 def test_a_heat_map_is_drawn(files: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     result = run(*files, "--heatmap", tmp_path / "map.png")
 
     data = (tmp_path / "map.png").read_bytes()

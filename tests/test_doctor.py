@@ -29,6 +29,7 @@ def test_every_command_has_an_example_in_its_help() -> None:
 
 
 def test_the_doctor_reports_the_installation() -> None:
+    pytest.importorskip("diffusers")  # it says that every extra is there
     result = run("doctor", "--json")
 
     found = json.loads(result.stdout)

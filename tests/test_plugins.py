@@ -205,6 +205,8 @@ def test_a_method_beside_where_one_stands_is_typed_but_not_taken_from_a_recipe(
 @pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux only")
 @pytest.mark.parametrize(("late", "processes"), [("", 2), ("import torch; torch.ones(9).sum()", 1)])
 def test_workers_merge_by_it_too(late: str, processes: int, files: list[Path], tmp_path: Path) -> None:
+    if "torch" in late:
+        pytest.importorskip("torch")
     noted = f"import os; print(os.getpid(), file=open('processes', 'a')); {late}"
     (tmp_path / "mine.py").write_text(CODE.format(name="powered", extra=noted))
     merge = ["merge", *files, "-m", "mine:powered", "-q", "-o"]

@@ -136,6 +136,8 @@ save(slow)
     "code", ["import torch", "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"]
 )
 def test_a_process_that_is_not_safe_to_fork_is_not_forked(code: str, source: Path) -> None:
+    if "torch" in code:
+        pytest.importorskip("torch")
     result = run(
         f"""
 {code}

@@ -127,6 +127,20 @@ def test_an_open_file_reads_only_what_is_asked_for(tmp_path: Path, monkeypatch: 
     assert sum(read) == layer.up.nbytes + layer.down.nbytes
 
 
+def test_a_resize_reads_every_tensor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = lm.open(lm.save(small(rank=4), tmp_path / "a.safetensors", dialect="diffusers"))
+    read: list[int] = []
+    original = lora.origin.tensors._read
+    monkeypatch.setattr(lora.origin.tensors, "_read", lambda offset, size: read.append(size) or original(offset, size))
+
+    layers = dict(lm.plan([lora], weights=[1.0], rank=2).lora().items())
+
+    assert layers.keys() == lora.keys()
+    assert sum(read) == sum(
+        tensor.nbytes for tensor in safetensors.numpy.load_file(tmp_path / "a.safetensors").values()
+    )
+
+
 def test_a_closed_file_says_so(tmp_path: Path) -> None:
     path = lm.save(small(), tmp_path / "a.safetensors", dialect="diffusers")
     with lm.open(path) as lora:

@@ -214,7 +214,7 @@ def _announce(recipe: "Recipe", planned: "Plan", quiet: bool) -> None:
     if not outgrows(made, length):
         length = saved_size(made, allow_lossy=recipe.output.allow_lossy)
     if not quiet:
-        print(_plan_table(planned, length))
+        print(_plan_table(planned, made.families, length))
     check_growth(made, length, made.dialect)
 
 
@@ -260,7 +260,7 @@ def _options(method: "Method | str", given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _plan_table(planned: "Plan", length: int) -> str:
+def _plan_table(planned: "Plan", families: Sequence[str], length: int) -> str:
     rows = [
         [lora.name, lora.dialect, str(len(lora)), lora.summary("rank").removeprefix("rank "), label]
         for lora, label in zip(planned.loras, planned.weights.label, strict=True)
@@ -272,7 +272,7 @@ def _plan_table(planned: "Plan", length: int) -> str:
     return "\n".join(
         [
             table(["file", "dialect", "modules", "rank", "weight"], rows),
-            f"{planned.method.name}: {len(steps)} modules of {' or '.join(planned.lora().families) or 'an unknown family'} "
+            f"{planned.method.name}: {len(steps)} modules of {' or '.join(families) or 'an unknown family'} "
             f"({shared} of them in every file), {_ranks(planned)}"
             f"{f'{cut} modules cut to a smaller rank' if cut else _exactness(planned)}, {size(length)} in {planned.dtype}",
             *_wider(planned),

@@ -120,18 +120,19 @@ class Merger:
             return self._cut_as_one(join)[module]
         step = self.steps[module]
         with within(module):
-            if nearest := self._nearest(step):
+            layers = self.inputs(module)
+            if nearest := self._nearest(step, layers):
                 return nearest
-            made = self.uncut(step)
+            made = self._uncut(step, layers)
             if step.kept or step.rankless or step.module in self.dense:
                 return Outcome(module, made, made.norm() ** 2 if self.measured and not step.rankless else None, 0.0)
             return _fitted(_merged(made), step, self.measured)
 
-    def _nearest(self, step: Step) -> Outcome | None:
+    def _nearest(self, step: Step, layers: Sequence[Layer]) -> Outcome | None:
         """Cut a layer that is alone by its kind's own way, if it has one: LoKr's forms no large matrix."""
-        layer = self.inputs(step.module)[0] if step.alone and step.cut else None
-        nearest = layer and layer.nearest(step.rank)
-        if not layer or not nearest:
+        layer = layers[0]
+        nearest = layer.nearest(step.rank) if step.alone and step.cut else None
+        if nearest is None:
             return None
         up, down, values = nearest
         squares = linalg.as_numpy(values).astype("float64") ** 2
@@ -166,17 +167,23 @@ class Merger:
         return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
 
     def joined(self, join: Join, layers: Sequence[Merged]) -> Merged:
-        """Merge the modules of a join into one weight, before it is cut."""
+        """Merge the modules of a join into one weight, before it is cut.
+
+        Args:
+            join: The modules.
+            layers: Those of `uncut_parts`; an exact join doesn't use them.
+        """
         if not join.exact:
             return one(join, layers)
         found: dict[int, dict[str, LowRank]] = {}
         for module in join.modules:
             weights = self.weights.of(module)
-            for i, layer in zip(self.steps[module].inputs, self.inputs(module), strict=True):
-                if not layer.bias_only:
-                    part = linear.merge([layer], [weights[i]])
-                    assert isinstance(part, LowRank)
-                    found.setdefault(i, {})[module] = part
+            with within(module):
+                for i, layer in zip(self.steps[module].inputs, self.inputs(module), strict=True):
+                    if not layer.bias_only:
+                        part = linear.merge([layer], [weights[i]])
+                        assert isinstance(part, LowRank)
+                        found.setdefault(i, {})[module] = part
         return side_by_side(join, list(found.values()))
 
     def uncut_parts(self, join: Join) -> list[Merged]:
@@ -191,16 +198,19 @@ class Merger:
 
     def uncut(self, step: Step) -> Layer:
         """Merge a module by the method, before it is brought to the planned rank."""
+        return self._uncut(step, self.inputs(step.module))
+
+    def _uncut(self, step: Step, layers: Sequence[Layer]) -> Layer:
         weights = self.weights.of(step.module)
-        pairs = [(layer, weights[i], i) for layer, i in zip(self.inputs(step.module), step.inputs, strict=True)]
+        pairs = [(layer, weights[i], i) for layer, i in zip(layers, step.inputs, strict=True)]
         if step.kept:
             return scaled_layer(*pairs[0][:2])
         counted = pairs[:1] if self.method.of_first else pairs
         if step.rankless:
             return vectors([layer for layer, _, _ in counted], [weight for _, weight, _ in counted])
-        layers, shares, inputs = zip(*[pair for pair in pairs if not pair[0].bias_only], strict=True)
+        weighed, shares, inputs = zip(*[pair for pair in pairs if not pair[0].bias_only], strict=True)
         biases = [pair for pair in counted if pair[0].bias_only]
-        merged = self._by_method(step, layers, shares, inputs)
+        merged = self._by_method(step, weighed, shares, inputs)
         return plus_biases(merged, [layer for layer, _, _ in biases], [weight for _, weight, _ in biases])
 
     def _by_method(
@@ -219,7 +229,7 @@ class Merger:
         return in_one_library([self._with_base(self.loras[i][module], step) for i in step.inputs], self.device)
 
     def _with_base(self, layer: Layer, step: Step) -> Layer:
-        """The layer, or its whole ΔW where only the base's weight tells it."""
+        """Return the layer, or its whole ΔW if that depends on the base's weight."""
         if not layer.needs_base or self.base is None:
             return layer
         return on_base(layer, step.module, self.base)
@@ -255,6 +265,6 @@ def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
 
 
 def _zero_padded(layer: LowRank, rank: int) -> LowRank:
-    """The same ΔW at a larger rank, by zeros."""
+    """Return the same ΔW at a larger rank, filled up with zeros."""
     up, down = linalg.padded(matrix(layer.up), matrix(layer.down), rank)
     return low_rank(up, down, layer.shape, diff_b=layer.diff_b)

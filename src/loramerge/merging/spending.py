@@ -52,7 +52,8 @@ def _spectrum_of(plan: Plan, module: str) -> Spectrum:
     """Compute the spectrum of a module, or of the fused weight that it is a part of."""
     join = plan.joins.get(module)
     if join is not None:
-        return _spectrum(plan.merger.joined(join, plan.merger.uncut_parts(join)), join.step)
+        parts = [] if join.exact else plan.merger.uncut_parts(join)
+        return _spectrum(plan.merger.joined(join, parts), join.step)
     with within(module):
         return _spectrum(plan.merger.uncut(plan.steps[module]), plan.steps[module])
 

@@ -162,7 +162,16 @@ class Plan:
     def first(self, module: str) -> str:
         """Return the module that represents those that this one is joined with."""
         join = self.joins.get(module)
-        return next(m for m in self.steps if m in join.modules) if join else module
+        return self._firsts[join.modules] if join else module
+
+    @cached_property
+    def _firsts(self) -> Mapping[tuple[str, ...], str]:
+        """The first module of every join, in the order of the steps."""
+        firsts: dict[tuple[str, ...], str] = {}
+        for module in self.steps:
+            if module in self.joins:
+                firsts.setdefault(self.joins[module].modules, module)
+        return firsts
 
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
         """Return the same plan at given ranks, which were chosen for a budget."""
@@ -206,7 +215,7 @@ class Plan:
 
     @property
     def on_base(self) -> bool:
-        """Whether the result depends on the base's weights."""
+        """True if the result depends on the base's weights."""
         return any(self.loras[i].layout(s.module).needs_base for s in self.steps.values() for i in s.inputs)
 
     def _metadata(self) -> Awaited:

@@ -115,7 +115,7 @@ class Spectrum:
     energy: float
     """‖ΔW‖²: the sum of the squares, plus that of directions that can't be kept."""
     cost: int
-    """How many numbers one more rank takes: out + in."""
+    """The count of numbers that one more rank takes: out + in."""
 
 
 def choose(spectra: Mapping[str, Spectrum], budget: Budget, size: int = 0) -> dict[str, int]:

@@ -23,6 +23,7 @@ from loramerge.merging import toml
 from loramerge.merging.recipe_text import Input, Output
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
+from still_open import on_linux, still_open
 
 TWO = '[[loras]]\npath = "person.safetensors"\n[[loras]]\npath = "jersey.safetensors"\n'
 
@@ -507,3 +508,16 @@ def test_a_recipe_does_not_write_over_what_it_reads(entry: str, what: str, folde
 
     with pytest.raises(OptionError, match=f"other.safetensors is {what}. Way out"):
         lm.Recipe.read(write(folder, text)).target()
+
+
+@on_linux
+def test_a_recipe_closes_what_it_opened(folder: Path) -> None:
+    text = "[[loras]]\npath = 'person.safetensors'\n[[loras]]\npath = '{}'\n"
+    write(folder, text.format("jersey.safetensors"))
+
+    lm.Recipe.read(folder / "recipe.toml").run(folder / "out.safetensors")
+    lm.sweep(folder / "recipe.toml", {"rank": [2]}, folder / "swept")
+    with pytest.raises(FileError):
+        lm.Recipe.read(write(folder, text.format("missing.safetensors"))).open()
+
+    assert still_open(folder) == []

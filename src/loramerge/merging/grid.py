@@ -12,7 +12,7 @@ from .ranks import BUDGETS
 from .recipe import Recipe, check
 
 SETTINGS = ("method", "rank", *BUDGETS, "weights", "scope", "to", "dtype")
-"""What a grid may set, apart from the methods' options."""
+"""The settings of a grid, apart from the methods' options."""
 
 
 @dataclass(frozen=True)

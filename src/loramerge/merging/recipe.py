@@ -21,6 +21,7 @@ to = "kohya"
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -162,16 +163,21 @@ class Recipe:
         Raises:
             FileError: One is missing or broken.
         """
-        return tuple(
-            open(
-                entry.source(self.folder),
-                architecture=entry.architecture or self.architecture,
-                dialect=entry.dialect,
-                adapter=entry.adapter,
-                allow_pickle=allow_pickle,
+        with ExitStack() as stack:
+            loras = tuple(
+                stack.enter_context(
+                    open(
+                        entry.source(self.folder),
+                        architecture=entry.architecture or self.architecture,
+                        dialect=entry.dialect,
+                        adapter=entry.adapter,
+                        allow_pickle=allow_pickle,
+                    )
+                )
+                for entry in self.loras
             )
-            for entry in self.loras
-        )
+            stack.pop_all()  # all are open: closing them is the caller's
+        return loras
 
     def plan(
         self,
@@ -245,10 +251,11 @@ class Recipe:
             LoRAMergeError: As `plan`, and as `loramerge.save`.
         """
         target = self.target(output)
-        loras = self.open(allow_pickle=allow_pickle)
-        check_target(target, self.output.to or loras[0].dialect)
-        planned = self.plan(loras, allow_changed=allow_changed, progress=progress)
-        return self.write(planned, target, workers=workers, progress=progress)
+        with ExitStack() as stack:
+            loras = [stack.enter_context(lora) for lora in self.open(allow_pickle=allow_pickle)]
+            check_target(target, self.output.to or loras[0].dialect)
+            planned = self.plan(loras, allow_changed=allow_changed, progress=progress)
+            return self.write(planned, target, workers=workers, progress=progress)
 
     def target(self, output: str | os.PathLike[str] | None = None) -> Path:
         """Return the path of the result.  A recipe writes below its own directory only; ``output`` may be anywhere.

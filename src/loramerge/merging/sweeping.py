@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,16 +74,17 @@ def sweep(
     make_folder(folder)
     for point in todo:
         check_target(folder / point.file, point.recipe.output.to or "kohya")
-    loras = recipe.open(allow_pickle=allow_pickle)
     ledger = Ledger(folder, _name(score))
     rows: list[Row] = []
     errors: list[LoRAMergeError] = []
-    for done, point in enumerate(todo, start=1):
-        row, error = _tried(point, loras, ledger, score, allow_changed, workers)
-        rows.append(row)
-        errors += [error] if error else []
-        if progress:
-            progress(done, len(todo))
+    with ExitStack() as stack:
+        loras = [stack.enter_context(lora) for lora in recipe.open(allow_pickle=allow_pickle)]
+        for done, point in enumerate(todo, start=1):
+            row, error = _tried(point, loras, ledger, score, allow_changed, workers)
+            rows.append(row)
+            errors += [error] if error else []
+            if progress:
+                progress(done, len(todo))
     ledger.close(rows, list(grid))
     if len(errors) == len(todo):
         raise errors[0]
@@ -150,7 +152,7 @@ def _scored(found: Any, figures: Mapping[str, Any]) -> dict[str, float]:
         raise OptionError(f"The score gave {found!r}, wanted a mapping of columns to numbers.")
     for column, value in found.items():
         if not isinstance(column, str) or column in (*figures, *SETTINGS, "name"):
-            raise OptionError(f"The score's column {column!r} is no text, or the sweep has one of that name.")
+            raise OptionError(f"The score's column {column!r} isn't text, or the sweep has a column of that name.")
         if isinstance(value, str | bool) or not hasattr(value, "__float__"):
             raise OptionError(f"The score's {column}: got {value!r}, wanted a number.")
     return {column: float(value) for column, value in found.items()}

@@ -2,24 +2,21 @@
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..devices import to_torch
-from ..errors import LayerError, LoRAMergeError, NumberError, OptionError, span
-from ..layers import Layer, LowRank, build
-from ..layers.base import scaled
-from ..tensors import Array, Held, Shape, Tensor, check_finite, is_torch, nbytes
+from ..errors import LoRAMergeError, OptionError, span
+from ..layers import Layer
+from ..tensors import Array, Held, Shape, Tensor, is_torch, nbytes
 from .architectures.blocks import matches, offered
+from .building import LayerBuilder
 from .dialects import adapters, alphas, fields
 from .dialects.fields import Config
 from .dialects.read import Reading, read
-from .dialects.records import Record
 from .storage.header import Awaited
 from .storage.reader import SafetensorsFile
 
@@ -47,13 +44,13 @@ class Origin:
     """The architecture, the dialect and the adapter, where the caller named them."""
     files: tuple[SafetensorsFile, ...] = ()
     """The open files that the tensors are read from."""
-    reader: "_Reader | None" = None
+    builder: LayerBuilder | None = None
     """Builds the layers from the tensors; None once they are built."""
 
     def held(self) -> "Origin":
         """Return the same origin with every tensor in memory."""
         tensors = {key: Held(tensor.read()) for key, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, files=(), reader=self.reader and self.reader.of(tensors))
+        return replace(self, tensors=tensors, files=(), builder=self.builder and self.builder.of(tensors))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -242,7 +239,7 @@ class LoRA(Mapping[str, Layer]):
             self.metadata.begin()
         origin = self.origin.held() if self.origin and self.as_read else None
         # The layers share the origin's tensors, which are kept so that saving can copy the file byte for byte.
-        compute = origin.reader.layer if origin and origin.reader else self.__getitem__
+        compute = origin.builder.layer if origin and origin.builder else self.__getitem__
         layouts: dict[str, Layer] = {}
         for done, module in enumerate(self, start=1):
             layouts[module] = compute(module)
@@ -255,7 +252,7 @@ class LoRA(Mapping[str, Layer]):
             compute=None,
             metadata=dict(self.metadata),
             extras={key: Held(tensors[key].read()) for key in self.extras},
-            origin=replace(origin, layouts=layouts, reader=None) if origin else None,
+            origin=replace(origin, layouts=layouts, builder=None) if origin else None,
         )
 
     def state_dict(self, dialect: str | None = None, dtype: str | None = None) -> dict[str, "torch.Tensor"]:
@@ -365,13 +362,13 @@ def from_tensors(
         reading = read(_whole(tensors, scales), metadata, architecture=architecture, dialect=dialect)
     except LoRAMergeError as error:
         raise type(error)(f"{name}: {error}") from None
-    reader = _Reader(name, reading, tensors, scales)
+    builder = LayerBuilder(name, reading, tensors, scales)
     said = [*notes, *reading.notes, *_notes(tensors, reading, scales)]
     order = list(reading.architecture.shapes) if reading.architecture else []
-    modules = dict.fromkeys([*(m for m in order if m in reader.parts), *reader.parts])
-    layouts = {m: reader.part(m, reader.layout(reader.parts[m][1])) for m in modules}
+    modules = dict.fromkeys([*(m for m in order if m in builder.parts), *builder.parts])
+    layouts = {m: builder.part(m, builder.layout(builder.parts[m][1])) for m in modules}
     forced = {"architecture": architecture, "dialect": dialect, "adapter": adapter}
-    beside = any(r.alpha is None and reader.configured(r) is not None for r in reading.records.values())
+    beside = any(r.alpha is None and builder.configured(r) is not None for r in reading.records.values())
     return LoRA(
         name=name,
         architecture=reading.architecture.name if reading.architecture else None,
@@ -379,7 +376,7 @@ def from_tensors(
         alike=reading.alike,
         style=reading.style,
         layouts=layouts,
-        compute=reader.layer,
+        compute=builder.layer,
         metadata=dict(metadata),
         extras={key: tensors[key] for key in reading.extras},
         about={component: fields.about(config) for component, config in scales.items()},
@@ -394,7 +391,7 @@ def from_tensors(
             source=source,
             forced={key: value for key, value in forced.items() if value is not None},
             files=tuple(files),
-            reader=reader,
+            builder=builder,
         ),
     )
 
@@ -428,139 +425,3 @@ def _notes(tensors: Mapping[str, Tensor], reading: Reading, configs: Mapping[str
         yield f"its factors began as a part of the base weights (init_lora_weights: {', '.join(began)}), so it is no plain LoRA"
     if strange := dict.fromkeys(field for config in configs.values() for field in fields.strange(config)):
         yield f"its configuration has fields that loramerge doesn't know and takes for harmless: {', '.join(strange)}"
-
-
-class _Reader:
-    """Builds layers from the records of one file."""
-
-    def __init__(
-        self, name: str, reading: Reading, tensors: Mapping[str, Tensor], config: Mapping[str, Config]
-    ) -> None:
-        self.name = name
-        self.records = reading.records
-        self.tensors = tensors
-        self.config = config
-        self.architecture = reading.architecture
-        self.parts = {part.module: (part, record) for record in reading.records.values() for part in record.parts}
-        self.source = object()
-        self._recent: dict[str, Layer] = {}
-        self._layouts: dict[str, Layer] = {}
-        self._alphas: dict[str, float | None] = {}
-
-    def of(self, tensors: Mapping[str, Tensor]) -> "_Reader":
-        """Return a reader of the same records from other tensors with the same keys."""
-        found = copy(self)
-        found.tensors, found._recent = tensors, {}
-        return found
-
-    def whole(self, stem: str) -> Layer:
-        """Return the layer of a stem; a fused one is asked for once per part, so the last few are kept."""
-        if len(self.records[stem].parts) == 1:
-            return self._whole(stem)
-        found = self._recent.get(stem) or self._whole(stem)
-        self._recent = {**dict(list(self._recent.items())[-3:]), stem: found}
-        return found
-
-    def layer(self, module: str) -> Layer:
-        return self.part(module, self.whole(self.parts[module][1].stem))
-
-    def part(self, module: str, whole: Layer) -> Layer:
-        part, record = self.parts[module]
-        return whole if part.rows is None else whole.rows(part.rows, (self.source, record.stem))
-
-    def layout(self, record: Record) -> Layer:
-        if record.stem not in self._layouts:
-            try:
-                self._layouts[record.stem] = self._layout(record)
-            except LoRAMergeError as error:
-                raise error.at(f"{self.name}: {record.stem}") from None
-        return self._layouts[record.stem]
-
-    def _layout(self, record: Record) -> Layer:
-        layer, weight = record.layer, self.weight(record)
-        value = self.configured(record) if record.alpha is None else record.alpha
-        self._alphas[record.stem] = value
-        if layer is not None and layer.shape == weight and "reshape_weight" not in record.keys:
-            if value == getattr(layer, "alpha", None):
-                return self._as_trained(record, layer)
-            if isinstance(layer, LowRank):
-                return self._as_trained(record, replace(layer, alpha=value))
-        return self._build(record, lambda tensor: tensor, value)
-
-    def _as_trained(self, record: Record, layer: Layer) -> Layer:
-        config = self.config_of(record)
-        return fields.as_trained(layer, config) if config else layer
-
-    def _whole(self, stem: str) -> Layer:
-        record = self.records[stem]
-        try:
-            return self._build(record, _values, self._alphas[stem])
-        except NumberError as error:
-            modules = ", ".join(part.module for part in record.parts)
-            way = f"Way out: leave it out (exclude), such as --exclude '{record.parts[0].module}'"
-            raise NumberError(f"{error}. {way}").at(f"{self.name}: {modules}") from None
-        except LoRAMergeError as error:
-            raise error.at(f"{self.name}: {stem}") from None
-
-    def _build(self, record: Record, read: Callable[[Tensor], Any], alpha: float | None) -> Layer:
-        apart = {"alpha", "scale", *["reshape_weight"] * self.widened(record)}
-        held = {role: read(self.tensors[key]) for role, key in record.keys.items() if role not in apart}
-        if held.keys() >= fields.WHOLE and record.alpha is None and alpha is not None:
-            held["lokr_w1"] = held["lokr_w1"] if alpha == 1 else scaled(held["lokr_w1"], alpha)
-            alpha = None  # LyCORIS has no scale there
-        return self._as_trained(record, build(held, alpha, self.weight(record)))
-
-    def weight(self, record: Record) -> Shape | None:
-        """Return the shape of the weight that the record updates; None if the architecture doesn't know it."""
-        if self.architecture is None:
-            return None
-        if len(record.parts) == 1:
-            return self.architecture.shapes.get(record.parts[0].module)
-        shapes = [self.architecture.shapes.get(part.module) for part in record.parts]
-        known = [shape for shape in shapes if shape is not None]
-        return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
-
-    def config_of(self, record: Record) -> Config | None:
-        folder, slash, _ = record.stem.partition("/")
-        component = folder if slash else record.parts[0].module.partition(".")[0]
-        return self.config.get(component) or self.config.get("")
-
-    def widened(self, record: Record) -> bool:
-        """Return whether ``reshape_weight`` only repeats the layer's own shape, which is wider than the weight's."""
-        key = record.keys.get("reshape_weight")
-        if key is None or record.layer is None or self.weight(record) is None:
-            return False
-        return tuple(self.tensors[key].read().tolist()) == record.layer.shape
-
-    def configured(self, record: Record) -> float | None:
-        """Return the alpha that PEFT's configuration gives; None if there is no configuration or nothing to scale."""
-        config, roles = self.config_of(record), record.keys.keys()
-        if config is None or not roles & fields.SCALED:
-            return None
-        rank = alphas.rank(record.keys, self.tensors)
-        found = {fields.alpha(config, names, rank, roles) for names in names_of(record)}
-        if len(found) > 1:
-            raise LayerError(f"the configuration gives the parts of this weight the alphas {sorted(found)}")
-        return found.pop()
-
-
-PREFIX = re.compile(r".*base_model\.model\.|(?:unet|transformer|text_encoder(?:_\d)?|diffusion_model)\.")
-"""Prefixes of a module's own path in a stem."""
-
-
-def names_of(record: Record) -> list[list[str]]:
-    """Return the names by which a configuration's patterns may refer to each of a record's modules, the best first.
-
-    The best is the name in the model that PEFT wrapped.  If the file was renamed since, that name is lost,
-    and diffusers' own is tried too.
-    """
-    own = PREFIX.sub("", record.stem, count=1)
-    if "base_model.model." in record.stem:
-        return [[own]]
-    return [[own, part.module.partition(".")[2]] for part in record.parts]
-
-
-def _values(tensor: Tensor) -> Array:
-    array = tensor.read()
-    check_finite(array)
-    return array

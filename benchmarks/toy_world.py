@@ -22,7 +22,7 @@ from loramerge.layers import low_rank
 
 SIZE = 16
 SHAPES, TEXTURES, GROUNDS = 6, 4, 4
-"""How many are known; the next number is the held-out one."""
+"""The number of kinds that are known; the next number is the held-out one."""
 SUBJECT, STYLE = SHAPES, TEXTURES
 TEXT = 96
 

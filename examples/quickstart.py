@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def largest_errors(found: list[lm.LoRA], inputs: list[lm.LoRA]) -> list[float]:
-    """Of each LoRA found, the largest relative error over all modules against Σ wᵢ ΔWᵢ as dense matrices."""
+    """Return the largest relative error of each LoRA found, over all modules, against Σ wᵢ ΔWᵢ as dense matrices."""
     worst = [0.0] * len(found)
     for module in inputs[0]:
         dense = weighted_sum(inputs, WEIGHTS, module)

@@ -67,6 +67,8 @@ def test_the_core_needs_no_torch(command: str, folder: Path) -> None:
         ("inspect a.bin --allow-pickle", "loramerge[torch]"),
         ("compare a.safetensors b.safetensors --heatmap map.png", "loramerge[plots]"),
         ("generate -b model -p words -o out --lora a.safetensors", "loramerge[diffusers]"),
+        ("zip a.safetensors b.safetensors -b model -p one -p two -o out.safetensors", "loramerge[diffusers]"),
+        ("calibrate a.safetensors b.safetensors -b model -p one -p two -o out.safetensors", "loramerge[diffusers]"),
     ],
 )
 def test_what_needs_more_names_the_extra(command: str, needs: str, folder: Path) -> None:

@@ -30,7 +30,7 @@ EMPTY = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to train."""
+    """The settings of a training run."""
 
     batch: int
     minutes: float = math.inf

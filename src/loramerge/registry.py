@@ -14,7 +14,7 @@ class Named(Protocol):
 
     @property
     def name(self) -> str:
-        """What users type."""
+        """The name that users type."""
         ...
 
 

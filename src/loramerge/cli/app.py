@@ -41,7 +41,7 @@ loramerge: any LoRA in, an exact merge, any tool's LoRA out.
   loramerge doctor                                                  is everything installed and right?"""
 
 SHOWN: dict[str, Any] = {"rich_markup_mode": None, "context_settings": {"help_option_names": ["-h", "--help"]}}
-"""How help looks, of the app and of every command."""
+"""The look of ``--help``, for the app and every command."""
 
 
 def real(verb: str) -> Any:

@@ -71,11 +71,10 @@ def run(given: Options) -> None:
     Example: loramerge calibrate person.safetensors jersey.safetensors -b stabilityai/stable-diffusion-xl-base-1.0
     -p "a psq-person" -p "a barca24_jersey" -o merged.safetensors
     """
-    from ..learned.least_squares import lsq
-    from ..learned.moments import Moments
-
     planned = given.plan()
     if given.moments and given.moments.exists():
+        from ..learned.moments import Moments
+
         kept = Moments.load(given.moments)
         _check_same(kept.identity, given, given.moments)
         taken: Moments | None = kept
@@ -83,6 +82,8 @@ def run(given: Options) -> None:
         taken = _taken(given, planned)
     if taken is None:
         return
+    from ..learned.least_squares import lsq
+
     merged, report = lsq(
         planned.loras, taken, granularity=given.granularity.value, ridge=given.ridge, prior=given.prior.value
     )
@@ -114,12 +115,12 @@ def _check_same(said: "Mapping[str, Any]", given: Options, path: Path) -> None:
 
 def _taken(given: Options, planned: "Plan") -> "Moments | None":
     """Take moments of what the model's modules see; return None in processes that leave the rest to the first."""
-    from ..diffusion import team, within_memory
-    from ..learned.calibration import calibrate
-
     if not given.base:
         raise OptionError("On which model? Give --base, or --moments with a file that 'calibrate' has written.")
     given.check()
+    from ..diffusion import team, within_memory
+    from ..learned.calibration import calibrate
+
     together = team(cpu=given.device == "cpu")
     given = replace(given, quiet=given.quiet or not together.writes)
     denoiser = given.load(given.base or "", together)

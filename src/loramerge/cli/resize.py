@@ -26,6 +26,6 @@ def run(given: Options) -> None:
 
     Example: loramerge resize person.safetensors -o small.safetensors --max-error 1%
     """
-    if given.rank == "sum" and not (given.max_error or given.energy or given.max_size):
+    if given.rank in ("sum", "max") and not (given.max_error or given.energy or given.max_size):
         raise OptionError("How small? Give --rank, --max-error, --energy or --max-size.")
     make([given.file], {"weights": ["1"], "rank": given.rank}, given.output, given)

@@ -71,7 +71,7 @@ def run(given: Options) -> None:
 
 def settings_of(preset: str, items: Sequence[str]) -> "Settings":
     """Read settings from a preset and NAME=VALUE."""
-    from ..learned.columns import settings
+    from ..learned.presets import settings
 
     kept = settings(preset)
     changes: dict[str, Any] = {}

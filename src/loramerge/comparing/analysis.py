@@ -61,7 +61,7 @@ class Dense:
     module: str
     kind: str
     on_base: bool = False
-    """Whether its ΔW depends on the base model's weight."""
+    """True if its ΔW depends on the base model's weight."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class NotCompared:
     module: str
     kind: str
     on_base: bool = False
-    """Whether its ΔW could be compared with the base model."""
+    """True if its ΔW could be compared with the base model."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -54,7 +54,7 @@ class Images:
     flip: bool
     snr_gamma: float | None
     description: Mapping[str, Any]
-    """Where the examples come from."""
+    """The source of the examples."""
 
     def __call__(self, lora: int, generator: torch.Generator, count: int) -> Batch:
         held = self.latents[lora]
@@ -79,7 +79,7 @@ class Trajectories:
     schedule: Schedule
     snr_gamma: float | None
     description: Mapping[str, Any]
-    """Where the examples come from."""
+    """The source of the examples."""
 
     def __call__(self, lora: int, generator: torch.Generator, count: int) -> Batch:
         chosen = torch.randint(len(self.samples[lora]), (count,), generator=generator)

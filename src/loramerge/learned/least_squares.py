@@ -72,7 +72,7 @@ SLACK = 1e-3
 
 @dataclass
 class Report:
-    """How well a merge fits every LoRA on its inputs, by module: J / J of the base model, 0 is perfect."""
+    """The error of a merge on the inputs of every LoRA, by module: J / J of the base model, 0 is perfect."""
 
     fits: dict[str, float] = field(default_factory=dict)
     sums: dict[str, float] = field(default_factory=dict)

@@ -48,7 +48,7 @@ class Module:
     cross: Tensor | None
     """Σ A x xᵀ of each row's own LoRA, ``(R, n)``, float64; None for the kind ``core``."""
     updates: list[int]
-    """How many batches were added, by LoRA."""
+    """The number of batches that were added, by LoRA."""
     leader: str | None = None
     """The module that gets the same inputs and keeps the gram of both."""
 
@@ -64,7 +64,7 @@ class Moments:
     """Their fingerprints, so that moments of other LoRAs are refused."""
     modules: dict[str, Module] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
-    """What they depend on: batches, seed, and the ``identity`` of the model and the data given to `calibrate`."""
+    """The things that they depend on: batches, seed, and the ``identity`` of the model and the data given to `calibrate`."""
     _inputs: dict[str, "_Same"] = field(default_factory=dict, repr=False, compare=False)
     """The last input of each module that keeps a gram."""
 

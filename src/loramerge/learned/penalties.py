@@ -1,15 +1,13 @@
 """Penalties on how much the coefficients of two LoRAs act on the same columns."""
 
 from itertools import combinations
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..linalg import column_products
-
-Penalty = Literal["none", "dot", "absmean", "cos", "columns"]
+from .presets import Penalty
 
 
 def penalty(kind: Penalty, m: Tensor, cross: Tensor | None = None) -> Tensor:

@@ -6,14 +6,12 @@ from typing import Annotated, Any, Literal
 
 from ..errors import OptionError
 from ..merging.methods import Range, Seed
-from ..merging.methods.options import misfits
-from .penalties import Penalty
+from ..merging.methods.options import Count, NonNegative, Positive, misfits
 
 Init = Literal["lsq", "ones", "mean"]
 Loss = Literal["normalised", "norm", "mse"]
 Parametrisation = Literal["column", "softmax", "down"]
-Count = Annotated[int, Range(1)]
-Size = Annotated[float, Range(0, open_high=True)]
+Penalty = Literal["none", "dot", "absmean", "cos", "columns"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Settings:
     """
 
     steps: Annotated[int, Range(0)] = 50
-    lr: Annotated[float, Range(0, open_low=True, open_high=True)] = 1e-2
+    lr: Positive = 1e-2
     batch_size: Count = 1
     """Examples of each LoRA in a step."""
     init: Init = "lsq"
@@ -36,14 +34,14 @@ class Settings:
     loss: Loss = "normalised"
     """normalised: Σ wᵢ ‖ε − εᵢ‖² / mean ‖εᵢ − ε_base‖².  norm: Σ wᵢ ‖ε − εᵢ‖₂, the paper's.  mse: the mean square."""
     penalty: Penalty = "none"
-    lam: Size = 0.0
+    lam: NonNegative = 0.0
     """Weight of the penalty."""
     mean_penalty: bool = True
     """True averages the penalty over modules; the paper sums it."""
-    weight_decay: Size = 0.0
+    weight_decay: NonNegative = 0.0
     shared_noise: bool = False
     """True gives all LoRAs' examples of a step the same noise and timestep."""
-    stop_below: Size = 0.0
+    stop_below: NonNegative = 0.0
     """Stop once the penalty, without its weight, is below this; 0 never stops.  The paper stops at 0, which its preset
     approximates by 1e-3."""
     calibration: Count = 16

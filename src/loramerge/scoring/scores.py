@@ -81,7 +81,7 @@ class Scores:
     encoder: str
     rows: tuple[Row, ...]
     cluster: Cluster
-    """What the bootstrap draws: all pictures of a seed, all of a prompt, or single ones."""
+    """The unit that the bootstrap draws: all pictures of a seed, all of a prompt, or single ones."""
 
     @cached_property
     def settings(self) -> tuple[str, ...]:

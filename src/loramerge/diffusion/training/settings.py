@@ -8,13 +8,10 @@ from typing import Annotated, Any, Literal
 
 from ...errors import OptionError
 from ...merging.methods import Range, Seed
-from ...merging.methods.options import misfits
+from ...merging.methods.options import Count, NonNegative, Positive, misfits
 
 RateSchedule = Literal["constant", "linear", "cosine"]
 Targets = Literal["attention", "transformers", "all"]
-Count = Annotated[int, Range(1)]
-Size = Annotated[float, Range(0, open_high=True)]
-Above = Annotated[float, Range(0, open_low=True, open_high=True)]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TRANSFORMERS = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -48,20 +45,20 @@ class TrainSettings:
     """
 
     rank: Count = 8
-    alpha: Above | None = None
+    alpha: Positive | None = None
     """The LoRA's scale is alpha / rank; None means alpha = rank."""
     steps: Annotated[int, Range(0)] = 400
     batch_size: Count = 1
     """Pictures per forward pass in each process."""
     accumulate: Count = 1
     """Passes whose gradients are averaged for one step."""
-    learning_rate: Above = 1e-4
+    learning_rate: Positive = 1e-4
     schedule: RateSchedule = "constant"
     """Learning rate after the warm-up: ``linear`` and ``cosine`` fall to 0 at the last step."""
     warm_up: Annotated[int, Range(0)] = 0
     """Steps in which the learning rate rises from 0."""
-    weight_decay: Size = 1e-2
-    max_grad_norm: Above | None = 1.0
+    weight_decay: NonNegative = 1e-2
+    max_grad_norm: Positive | None = 1.0
     """The norm of all gradients together is clipped to this; None doesn't clip."""
     dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
     """Share of the factors' inputs that is dropped at random."""
@@ -71,14 +68,14 @@ class TrainSettings:
     resolution: Count | None = None
     """Side of the square that each picture is cut to, in pixels; None is the model's own."""
     flip: bool = True
-    """Whether to mirror half of the examples."""
-    snr_gamma: Above | None = None
+    """True mirrors half of the examples."""
+    snr_gamma: Positive | None = None
     """Weigh examples by min-SNR with this γ, such as 5; None weighs all alike."""
     prior: str | Path | None = None
     """Prior preservation (DreamBooth): a folder of pictures of the class; half of each pass is drawn from it."""
     prior_prompt: str | None = None
     """Caption of the class's pictures that have none."""
-    prior_weight: Size = 1.0
+    prior_weight: NonNegative = 1.0
     """Weight of the class's loss."""
     seed: Seed = 42
 

@@ -35,6 +35,13 @@ Density = Annotated[float, Range(0, 1, open_low=True)]
 Seed = Annotated[int, Range(0)]
 """Seed of random choices, which depend only on it and the module's name."""
 
+Count = Annotated[int, Range(1)]
+NonNegative = Annotated[float, Range(0, open_high=True)]
+"""A finite number from 0."""
+
+Positive = Annotated[float, Range(0, open_low=True, open_high=True)]
+"""A finite number above 0."""
+
 
 @dataclass(frozen=True)
 class Option:

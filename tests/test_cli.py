@@ -286,6 +286,11 @@ def test_dora_files_compare(tmp_path: Path) -> None:
     assert run("diff", a, c).returncode == 1
 
 
+@pytest.mark.parametrize("options", [(), ("--rank", "max")])
+def test_a_resize_asks_how_small(options: tuple[str, ...], files: tuple[Path, Path], tmp_path: Path) -> None:
+    refused(run("resize", files[0], "-o", tmp_path / "small.safetensors", *options), "How small? Give --rank", tmp_path)
+
+
 def test_a_device_that_is_not_there_is_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("torch")
     refused(run("merge", *files, "-o", tmp_path / "both.safetensors", "--device", "gpu9"), "device 'gpu9'", tmp_path)

@@ -19,7 +19,8 @@ from beartype.door import is_bearable
 import loramerge.tensors
 
 NAMES = ("Bool", "Float", "Float32", "Float64")
-MODULES = ("loramerge.linalg", "loramerge.merging.methods")
+LEARNED = ("least_squares", "penalties", "problems")
+MODULES = ("loramerge.linalg", "loramerge.merging.methods", *(f"loramerge.learned.{name}" for name in LEARNED))
 
 
 def install() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import MergeError, within
 from ..files.lora import LoRA, in_one_library
 from ..layers import Layer
-from ..tensors import Shape
+from ..tensors import Float, Shape
 
 Models = Mapping[str, nn.Module]
 """The model's components by name: ``{"unet": unet}``, ``{"transformer": …, "text_encoder": …}``."""
@@ -27,12 +27,11 @@ Models = Mapping[str, nn.Module]
 class Site(nn.Module):
     """One module of the model where LoRAs act.
 
-    ``up`` is ``(out, R)``, ``down`` ``(R, in·kh·kw)`` with every scale folded in, R = Σr; row k
-    belongs to the LoRA ``owner[k]``.
+    Every scale is folded into ``down``, of R = Σr rows and n = in·kh·kw columns; row k belongs to the LoRA ``owner[k]``.
     """
 
-    up: Tensor
-    down: Tensor
+    up: Float[Tensor, "out R"]
+    down: Float[Tensor, "R n"]
     owner: Tensor
 
     def __init__(

@@ -34,6 +34,7 @@ from torch import Tensor
 from ..errors import MergeError, OptionError, within
 from ..files.lora import LoRA
 from ..merging.plans import Plan
+from ..tensors import Float
 from .moments import Moments
 from .problems import (
     Problem,
@@ -143,8 +144,10 @@ def lsq(
     return assemble(planned, learned, "lsq", options, moments.identity), _report(costs)
 
 
-def solve(p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver = "auto") -> Tensor:
-    """Return V, ``(R, n)``, with ``up @ V`` the best of a family."""
+def solve(
+    p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver = "auto"
+) -> Float[Tensor, "R n"]:
+    """Return V with ``up @ V`` the best of a family."""
     if granularity == "column":
         return columns(p, column_solution(p, ridge, _prior(p, prior), solver))
     if granularity == "full":
@@ -152,13 +155,13 @@ def solve(p: Problem, granularity: Granularity, ridge: float, prior: Prior, solv
     return _mixing(p, granularity, ridge, prior) @ p.down
 
 
-def columns(p: Problem, m: Tensor) -> Tensor:
-    """Return V, ``(R, n)``, of coefficients ``(N, n)``: one factor per LoRA and column."""
+def columns(p: Problem, m: Float[Tensor, "N n"]) -> Float[Tensor, "R n"]:
+    """Return V of coefficients m: one factor per LoRA and column."""
     return torch.cat([p.down[s] * m[i] for i, s in enumerate(p.slices)], 0)
 
 
-def _mixing(p: Problem, granularity: Granularity, ridge: float, prior: Prior) -> Tensor:
-    """Return K, ``(R, R)``, of the families with V = K A."""
+def _mixing(p: Problem, granularity: Granularity, ridge: float, prior: Prior) -> Float[Tensor, "R R"]:
+    """Return K of the families with V = K A."""
     if granularity == "core":
         return core_solution(p, ridge, prior)
     if granularity == "rank":
@@ -167,8 +170,13 @@ def _mixing(p: Problem, granularity: Granularity, ridge: float, prior: Prior) ->
 
 
 def _answer(
-    p: Problem, granularity: Granularity, ridge: float, prior: Prior, solver: Solver, common: Tensor | None
-) -> tuple[Tensor, float]:
+    p: Problem,
+    granularity: Granularity,
+    ridge: float,
+    prior: Prior,
+    solver: Solver,
+    common: Float[Tensor, " N"] | None,
+) -> tuple[Float[Tensor, "R n"], float]:
     """Return V and its J, computed from the moments that give it most exactly."""
     if granularity in ("column", "full"):
         solved = solve(p, granularity, ridge, prior, solver)
@@ -177,7 +185,7 @@ def _answer(
     return k @ p.down, p.core_loss(k)
 
 
-def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
+def core_solution(p: Problem, ridge: float, prior: Prior) -> Float[Tensor, "R R"]:
     """Return K = (Σᵢ Pᵢ Sᵢ + λ K₀ G)(Σᵢ Sᵢ + λ G)⁻¹ with Sᵢ = A Cᵢ Aᵀ and G = A Aᵀ, the metric of the prior K₀.
 
     λ is the ridge times tr(G⁻¹ Σ Sᵢ) / R, so that the result depends on the ΔWᵢ, not on their factors.
@@ -194,7 +202,7 @@ def core_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     return sizes[:, None] * _divide(own + _prior(p, prior) * pull, total + pull) / sizes
 
 
-def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
+def full_solution(p: Problem, ridge: float, prior: Prior) -> Float[Tensor, "R n"]:
     """Return V = (Aᵢ (Cᵢ + λᵢ)) (C + λ)⁻¹, row by row with its own LoRA's moments."""
     if p.gram is None or p.cross is None:
         raise MergeError("the granularity full needs moments of the kind 'gram'.")
@@ -202,8 +210,8 @@ def full_solution(p: Problem, ridge: float, prior: Prior) -> Tensor:
     return _divide(p.cross + _prior(p, prior) * pull * p.down, p.gram + pull * eye_like(p.gram))
 
 
-def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "auto") -> Tensor:
-    """Return the coefficients m, ``(N, n)``: ZipLoRA in closed form."""
+def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "auto") -> Float[Tensor, "N n"]:
+    """Return the coefficients m: ZipLoRA in closed form."""
     n, count = p.down.shape[1], len(p.slices)
     ridge += p.least_ridge
     if solver == "auto":
@@ -214,7 +222,7 @@ def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "au
     return _solved(h, b, ridge, prior).reshape(count, n)
 
 
-def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: int = 500) -> Tensor:
+def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: int = 500) -> Float[Tensor, "N n"]:
     """Solve by conjugate gradients, preconditioned by the diagonal; H v = colsum(E ∘ ((Σⱼ Eⱼ ∘ vⱼ) C)) without H."""
     assert p.gram is not None
     root = torch.linalg.qr(p.up)[1]
@@ -223,7 +231,7 @@ def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: 
     diagonal = torch.stack([(x**2).sum(0) for x in e]) * gram.diagonal()
     pull = _pull(diagonal, ridge)
 
-    def times(v: Tensor) -> Tensor:
+    def times(v: Float[Tensor, "N n"]) -> Float[Tensor, "N n"]:
         mixed = sum((x * v[j] for j, x in enumerate(e)), torch.zeros_like(e[0])) @ gram
         return torch.stack([(x * mixed).sum(0) for x in e]) + pull * v
 
@@ -246,18 +254,18 @@ def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: 
     raise MergeError(f"conjugate gradients did not converge in {most} steps; give a larger ridge.")
 
 
-def _solved(h: Tensor, b: Tensor, ridge: float, prior: float) -> Tensor:
+def _solved(h: Float[Tensor, "n n"], b: Float[Tensor, " n"], ridge: float, prior: float) -> Float[Tensor, " n"]:
     """Solve (H + ρ) x = b + ρ · prior, with ρ = ridge · diag(H)."""
     pull = _pull(h.diagonal(), ridge)
     return _divide((b + pull * prior)[None], h + torch.diag(pull))[0]
 
 
-def _pull(diagonal: Tensor, ridge: float) -> Tensor:
+def _pull(diagonal: Float[Tensor, "*n"], ridge: float) -> Float[Tensor, "*n"]:
     """Return how strongly each unknown is pulled to the prior."""
     return ridge * diagonal + LEAST * diagonal.mean().clamp_min(TINY)
 
 
-def _divide(left: Tensor, right: Tensor) -> Tensor:
+def _divide(left: Float[Tensor, "m n"], right: Float[Tensor, "n n"]) -> Float[Tensor, "m n"]:
     """Return ``left @ right⁻¹`` for a symmetric positive ``right``."""
     lower, failed = torch.linalg.cholesky_ex(right)
     if failed:
@@ -265,7 +273,7 @@ def _divide(left: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(left.T, lower).T
 
 
-def _gram(rows: Tensor) -> Tensor:
+def _gram(rows: Float[Tensor, "R n"]) -> Float[Tensor, "R R"]:
     """Return ``rows @ rowsᵀ``."""
     if rows.device.type != "cpu":
         return rows @ rows.T
@@ -273,7 +281,7 @@ def _gram(rows: Tensor) -> Tensor:
     return torch.from_numpy(held @ held.T)  # numpy sees that it is symmetric and computes one triangle
 
 
-def _pseudo_inverse(metric: Tensor) -> Tensor:
+def _pseudo_inverse(metric: Float[Tensor, "R R"]) -> Float[Tensor, "R R"]:
     """Return the pseudo-inverse of a Gram matrix: a plain inverse would blow up along directions that are nearly zero."""
     lower, failed = torch.linalg.cholesky_ex(metric)
     if not failed:
@@ -288,12 +296,12 @@ def _prior(p: Problem, prior: Prior) -> float:
     return 1.0 if prior == "sum" else 1.0 / len(p.slices)
 
 
-def _spread(p: Problem, s: Tensor) -> Tensor:
+def _spread(p: Problem, s: Float[Tensor, " N"]) -> Float[Tensor, " R"]:
     """Expand per-LoRA factors to per-row factors."""
     return sum((s[i] * p.own(i) for i in range(len(p.slices))), torch.zeros_like(p.down[:, 0]))
 
 
-def _global(problems: Iterable[Problem], ridge: float, prior: Prior) -> Tensor:
+def _global(problems: Iterable[Problem], ridge: float, prior: Prior) -> Float[Tensor, " N"]:
     systems = [layer_system(p) for p in problems]
     h = torch.stack([h for h, _ in systems]).sum(0)
     b = torch.stack([b for _, b in systems]).sum(0)
@@ -316,7 +324,7 @@ def costs_of(p: Problem, found: float) -> Costs:
     return Costs(found, *(p.core_loss(k) for k in (torch.zeros_like(eye), eye, eye / len(p.slices))))
 
 
-def check_sound(solved: Tensor, costs: Costs, prior: Prior) -> None:
+def check_sound(solved: Float[Tensor, "*any"], costs: Costs, prior: Prior) -> None:
     """Refuse an impossible result: a minimiser has 0 ≤ J ≤ J(prior), since J is a sum of squares.
 
     Raises:

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..linalg import column_products
+from ..tensors import Float
 from .presets import Penalty
 
 
-def penalty(kind: Penalty, m: Tensor, cross: Tensor | None = None) -> Tensor:
+def penalty(kind: Penalty, m: Float[Tensor, "N n"], cross: Float[Tensor, "pairs n"] | None = None) -> Float[Tensor, ""]:
     """Return the penalty of one module, summed over the pairs of LoRAs.
 
     Args:
@@ -18,7 +19,7 @@ def penalty(kind: Penalty, m: Tensor, cross: Tensor | None = None) -> Tensor:
             ``cos``: |cos(mᵢ, mⱼ)|, LoRA.rar's; its gradient is zero at equal coefficients.
             ``columns``: the true interference Σₐ |mᵢ[a] mⱼ[a] ⟨Dᵢ[:,a], Dⱼ[:,a]⟩|, relative to
             that at coefficients of one.
-        m: Coefficients, ``(N, in·kh·kw)``.
+        m: Coefficients, one per LoRA and column (n = in·kh·kw).
         cross: For ``columns``, see `crossings`.
     """
     pairs = list(combinations(range(m.shape[0]), 2))
@@ -38,8 +39,8 @@ def penalty(kind: Penalty, m: Tensor, cross: Tensor | None = None) -> Tensor:
     return sum(terms, m.new_zeros(()))
 
 
-def crossings(up: Tensor, down: Tensor, slices: list[slice]) -> Tensor:
-    """Return ⟨Dᵢ[:,a], Dⱼ[:,a]⟩ of every pair of LoRAs and column a, ``(pairs, in·kh·kw)``, from the factors."""
+def crossings(up: Float[Tensor, "out R"], down: Float[Tensor, "R n"], slices: list[slice]) -> Float[Tensor, "pairs n"]:
+    """Return ⟨Dᵢ[:,a], Dⱼ[:,a]⟩ of every pair of LoRAs and column a, from the factors."""
     found = [
         column_products(up[:, slices[i]].T @ up[:, slices[j]], down[slices[i]], down[slices[j]])
         for i, j in combinations(range(len(slices)), 2)

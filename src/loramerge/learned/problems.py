@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import MergeError, NumberError, within
 from ..files.lora import LoRA
+from ..tensors import Float
 from .attach import factors
 from .moments import Moments
 
@@ -26,18 +27,18 @@ WRONG = 1e-2
 class Problem:
     """One module's factors and moments, in float64."""
 
-    up: Tensor
-    """B, ``(out, R)``."""
-    down: Tensor
-    """A, ``(R, n)``."""
+    up: Float[Tensor, "out R"]
+    """B."""
+    down: Float[Tensor, "R n"]
+    """A."""
     slices: tuple[slice, ...]
     """Each LoRA's rows of A; empty for one that lacks the module."""
-    core: Tensor
-    """wᵢ A Cᵢ Aᵀ, ``(N, R, R)``."""
-    gram: Tensor | None
-    """Σ Cᵢ, ``(n, n)``; only if all weights are 1."""
-    cross: Tensor | None
-    """Aᵢ Cᵢ, ``(R, n)``, each row with its own LoRA's moments."""
+    core: Float[Tensor, "N R R"]
+    """wᵢ A Cᵢ Aᵀ."""
+    gram: Float[Tensor, "n n"] | None
+    """Σ Cᵢ; only if all weights are 1."""
+    cross: Float[Tensor, "R n"] | None
+    """Aᵢ Cᵢ, each row with its own LoRA's moments."""
     noise: float = 0.0
     """Rounding error of Σ Cᵢ, as a share of its trace."""
 
@@ -47,21 +48,21 @@ class Problem:
         return self.noise * self.down.shape[1]
 
     @property
-    def gram_up(self) -> Tensor:
-        """``upᵀ up``, ``(R, R)``."""
+    def gram_up(self) -> Float[Tensor, "R R"]:
+        """``upᵀ up``."""
         return self.up.T @ self.up
 
-    def own(self, i: int) -> Tensor:
-        """Return the diagonal of the projection onto LoRA i's rows, ``(R,)``."""
+    def own(self, i: int) -> Float[Tensor, " R"]:
+        """Return the diagonal of the projection onto LoRA i's rows."""
         mask = self.down.new_zeros(self.down.shape[0])
         mask[self.slices[i]] = 1.0
         return mask
 
-    def loss(self, down: Tensor) -> float:
+    def loss(self, down: Float[Tensor, "R n"]) -> float:
         """Return J of ``up @ down`` without the ridge.
 
         Args:
-            down: V, ``(R, n)``.
+            down: V.
 
         Raises:
             MergeError: The moments are of the kind ``core``, which are only enough for V = K A.
@@ -72,8 +73,8 @@ class Problem:
         constant = sum(float((g[s, s] * self.core[i][s, s]).sum()) for i, s in enumerate(self.slices))
         return float((g * (down @ self.gram @ down.T)).sum() - 2 * ((g @ self.cross) * down).sum()) + constant
 
-    def core_loss(self, k: Tensor) -> float:
-        """Return J of ``up @ k @ down``, ``k`` of shape ``(R, R)``, without the ridge."""
+    def core_loss(self, k: Float[Tensor, "R R"]) -> float:
+        """Return J of ``up @ k @ down`` without the ridge."""
         total = 0.0
         for i, moment in enumerate(self.core):
             rest = k - torch.diag(self.own(i))
@@ -122,15 +123,15 @@ def problem(loras: Sequence[LoRA], module: str, moments: Moments, weights: Seque
     )
 
 
-def positive(core: Tensor, down: Tensor) -> Tensor:
-    """Remove rounding errors from moments A Cᵢ Aᵀ, ``(N, R, R)``, so that none has a negative eigenvalue.
+def positive(core: Float[Tensor, "N R R"], down: Float[Tensor, "R n"]) -> Float[Tensor, "N R R"]:
+    """Remove rounding errors from moments A Cᵢ Aᵀ, so that none has a negative eigenvalue.
 
     In a direction in which the rows of A nearly cancel, float32 can't tell the moments from zero, or from
     less: eigenvalues up to the size of the lowest, negative one are rounding, and become 0.
 
     Args:
         core: The moments.
-        down: A, ``(R, n)``.
+        down: A.
 
     Raises:
         MergeError: An eigenvalue is further below zero than rounding explains.
@@ -140,7 +141,7 @@ def positive(core: Tensor, down: Tensor) -> Tensor:
     return torch.stack([_positive(moment / scale) for moment in core]) * scale
 
 
-def _positive(moment: Tensor) -> Tensor:
+def _positive(moment: Float[Tensor, "R R"]) -> Float[Tensor, "R R"]:
     moment = (moment + moment.T) / 2
     if not torch.linalg.cholesky_ex(moment + ROUNDED * moment.trace() * eye_like(moment)).info:
         return moment
@@ -154,14 +155,14 @@ def _positive(moment: Tensor) -> Tensor:
     return (vectors * values.where(values > -values[0], 0.0)) @ vectors.T
 
 
-def layer_system(p: Problem) -> tuple[Tensor, Tensor]:
+def layer_system(p: Problem) -> tuple[Float[Tensor, "N N"], Float[Tensor, " N"]]:
     """Return H and b for one factor per LoRA: Hⱼₖ = ⟨BⱼᵀBₖ, Aⱼ C Aₖᵀ⟩, bⱼ = Σᵢ ⟨BⱼᵀBᵢ, Aⱼ Cᵢ Aᵢᵀ⟩."""
     h, b = rank_system(p)
     pick = torch.stack([p.own(i) for i in range(len(p.slices))])
     return pick @ h @ pick.T, pick @ b
 
 
-def rank_system(p: Problem) -> tuple[Tensor, Tensor]:
+def rank_system(p: Problem) -> tuple[Float[Tensor, "R R"], Float[Tensor, " R"]]:
     """Return H and b for one factor per rank: H = (BᵀB) ∘ (A C Aᵀ), b = Σᵢ ((BᵀBᵢ) ∘ (A Cᵢ Aᵢᵀ)) 1."""
     g = p.gram_up
     h = g * p.core.sum(0)
@@ -169,8 +170,8 @@ def rank_system(p: Problem) -> tuple[Tensor, Tensor]:
     return h, b
 
 
-def column_system(p: Problem) -> tuple[Tensor, Tensor]:
-    """Return H ``(N n, N n)`` and b ``(N n,)`` for one factor per LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
+def column_system(p: Problem) -> tuple[Float[Tensor, "Nn Nn"], Float[Tensor, " Nn"]]:
+    """Return H and b for one factor per LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
     if p.gram is None:
         raise MergeError("the granularity column needs moments of the kind 'gram'.")
     g = p.gram_up
@@ -178,20 +179,20 @@ def column_system(p: Problem) -> tuple[Tensor, Tensor]:
     return torch.cat([torch.cat(row, 1) for row in blocks], 0), column_target(p).reshape(-1)
 
 
-def column_target(p: Problem) -> Tensor:
-    """Return b, ``(N, n)``: bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
+def column_target(p: Problem) -> Float[Tensor, "N n"]:
+    """Return bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
     if p.cross is None:
         raise MergeError("the granularity column needs moments of the kind 'gram'.")
     response = p.gram_up @ p.cross
     return torch.stack([(p.down[s] * response[s]).sum(0) for s in p.slices])
 
 
-def row_lengths(rows: Tensor) -> Tensor:
+def row_lengths(rows: Float[Tensor, "R n"]) -> Float[Tensor, " R"]:
     """Return the lengths of rows, 1 for rows of zeros."""
     found = torch.linalg.vector_norm(rows, dim=1)
     return found.where(found > 0, 1.0)
 
 
-def eye_like(like: Tensor) -> Tensor:
+def eye_like(like: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Return the identity in the size, dtype and device of a square matrix."""
     return torch.eye(len(like), dtype=like.dtype, device=like.device)

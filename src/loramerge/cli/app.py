@@ -24,6 +24,7 @@ VERBS = {
     "score": "Score pictures: the cosine of their DINOv2 embeddings with those of each reference set.",
     "diff": "Say whether two files are the same LoRA: the difference of ΔW, module by module. Exit code 1 if not.",
     "compare": "Say what LoRAs share and where they fight, before they are merged.",
+    "compositions": "List the ways in which several LoRAs work at once without a merge: this one only there, or only then.",
     "dialects": "List the dialects that are read and written.",
     "methods": "List the merge methods and their options: loramerge's own, and those that installed packages publish.",
     "doctor": "Check this installation: versions, devices, optional extras, and a merge that is checked against dense algebra.",

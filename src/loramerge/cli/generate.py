@@ -1,8 +1,10 @@
 """``loramerge generate``: pictures of settings × prompts × seeds."""
 
+import math
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,9 @@ from .output import progress, table
 from .settings import command
 
 if TYPE_CHECKING:
-    from ..diffusion.generation import Drawn, Use
+    from ..diffusion.composing import Use
+    from ..diffusion.composing.running import Composed
+    from ..diffusion.generation import Drawn, Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,37 @@ class Options:
         ),
     ] = None
     none: Annotated[bool, typer.Option("--none/--no-none", help="Draw without any LoRA too.")] = True
+    compose: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compose",
+            help="Draw each setting of several LoRAs with this composition too; repeat once per composition. "
+            "'loramerge compositions' lists them.",
+        ),
+    ] = None
+    option: Annotated[list[str] | None, typer.Option("--option", "-O", help="NAME=VALUE of the compositions.")] = None
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--words",
+            help="What the prompt calls a LoRA, as WORDS or WORDS=NOUN: psq-person=person. Repeat once per LoRA of a "
+            "setting, in order; '-' leaves one out. The file's trigger phrase by default.",
+        ),
+    ] = None
+    box: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--box", help="Where a LoRA acts, as left,top,right,bottom from 0 to 1; once per LoRA, like --words."
+        ),
+    ] = None
+    mask: Annotated[
+        list[str] | None,
+        typer.Option("--mask", help="A picture, white where a LoRA acts; once per LoRA, like --words."),
+    ] = None
+    curve: Annotated[
+        list[str] | None,
+        typer.Option("--curve", help="A LoRA's strength over time: 0:1,0.5:0. Once per LoRA, like --words."),
+    ] = None
     seeds: Annotated[str, typer.Option("--seeds", "-n", help="How many, from 0; or which: 3,5,8.")] = "8"
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of the scheduler.")] = 30
     guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own by default.")] = None
@@ -76,7 +111,8 @@ def run(given: Options) -> None:
         steps=given.steps, guidance=given.guidance, height=height, width=width, negative_prompt=given.negative
     )
     with ExitStack() as loras:
-        settings = read_settings(given.lora or [], loras, none=given.none, architecture=given.architecture)
+        plain = read_settings(given.lora or [], loras, none=given.none, architecture=given.architecture)
+        settings: dict[str, Setting] = {**plain, **read_compositions(plain, given)}
         generation.check(settings, given.prompt, numbers)
         pipe = pipelines.load_pipeline(
             given.base,
@@ -127,6 +163,83 @@ def read_settings(
     if not found:
         raise OptionError("Nothing to draw: give --lora, or leave out --no-none.")
     return found
+
+
+def read_compositions(settings: Mapping[str, Sequence["Use"]], given: Options) -> dict[str, "Composed"]:
+    """Return every setting of several LoRAs in every composition, named ``SETTING+COMPOSITION``.
+
+    Raises:
+        OptionError: There is nothing to compose, or an option can't be read or belongs to no composition.
+    """
+    from ..diffusion.composing import COMPOSITIONS
+    from ..diffusion.composing.running import Composed
+
+    places = [*(given.words or ()), *(given.box or ()), *(given.mask or ()), *(given.curve or ())]
+    if not given.compose:
+        if places or given.option:
+            raise OptionError("--words, --box, --mask, --curve and -O are for compositions: give --compose too.")
+        return {}
+    chosen = [COMPOSITIONS[name] for name in given.compose]
+    several = {name: placed(uses, given) for name, uses in settings.items() if len(uses) > 1}
+    if not several:
+        raise OptionError(
+            "Nothing to compose: wanted a setting of two LoRAs or more, --lora a.safetensors+b.safetensors."
+        )
+    texts = dict(_pair(text, "=", "-O") for text in given.option or ())
+    for name in texts:
+        if not any(name in each.options for each in chosen):
+            chosen[0].check(texts)
+    return {
+        f"{name}+{each.name}": Composed(
+            uses, each.name, {key: each.options[key].parse(text) for key, text in texts.items() if key in each.options}
+        )
+        for name, uses in several.items()
+        for each in chosen
+    }
+
+
+def placed(uses: Sequence["Use"], given: Options) -> list["Use"]:
+    """Return the LoRAs of a setting with their words, places and curves."""
+    from ..scoring.pictures import Box
+
+    def own(texts: list[str] | None, i: int) -> str | None:
+        return texts[i] if texts and i < len(texts) and texts[i] != "-" else None
+
+    found = []
+    for i, use in enumerate(uses):
+        words, _, noun = (own(given.words, i) or "").partition("=")
+        box, mask, curve = own(given.box, i), own(given.mask, i), own(given.curve, i)
+        found.append(
+            replace(
+                use,
+                words=words or None,
+                noun=noun or None,
+                box=Box.parse(box) if box else None,
+                mask=mask,
+                curve=read_curve(curve) if curve else (),
+            )
+        )
+    return found
+
+
+def read_curve(text: str) -> list[tuple[float, float]]:
+    """Read keyframes: ``0:1,0.5:0`` fades a LoRA out over the first half."""
+    try:
+        points = [
+            (float(at), float(factor)) for at, factor in (_pair(part, ":", "--curve") for part in text.split(","))
+        ]
+    except ValueError:
+        points = []
+    if not points or not all(0 <= at <= 1 and math.isfinite(factor) for at, factor in points):
+        raise OptionError(f"Can't read the curve {text!r}: wanted PROGRESS:FACTOR,…, progress from 0 to 1: 0:1,0.5:0.")
+    return points
+
+
+def _pair(text: str, sign: str, option: str) -> tuple[str, str]:
+    name, found, value = text.partition(sign)
+    if not (name and found and value):
+        raise OptionError(f"Can't read {option} {text!r}: wanted two values with {sign!r} between them.")
+    return name, value
 
 
 def _setting(text: str, loras: ExitStack, architecture: str | None) -> tuple[str, list["Use"]]:

@@ -16,6 +16,8 @@ from ..registry import face
 if TYPE_CHECKING:
     from ..devices import within_memory as within_memory
     from .apply import applied as applied, check_fits as check_fits
+    from .composing import COMPOSITIONS as COMPOSITIONS, Composition as Composition, composition as composition
+    from .composing.running import Composed as Composed, composed as composed
     from .denoiser import Denoiser as Denoiser, load as load
     from .examples import (
         Images as Images,
@@ -41,6 +43,15 @@ else:
             "apply": (
                 "applied",
                 "check_fits",
+            ),
+            "composing": (
+                "COMPOSITIONS",
+                "Composition",
+                "composition",
+            ),
+            "composing.running": (
+                "Composed",
+                "composed",
             ),
             "denoiser": (
                 "Denoiser",

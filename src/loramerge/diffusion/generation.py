@@ -1,7 +1,7 @@
 """Generate pictures of settings × prompts × seeds, and write each one's recipe into its file.
 
-A setting is the base model with some LoRAs.  A picture depends on its own recipe only: its noise
-comes from a generator of its own on the CPU, whatever else is drawn beside it.  What is there
+A setting is the base model with some LoRAs, or with a composition of them.  A picture depends on its own recipe only:
+its noise comes from a generator of its own on the CPU, whatever else is drawn beside it.  What is there
 already, with the same recipe, is not drawn again.
 
 from loramerge.diffusion import Sampling, Use, generate
@@ -16,31 +16,28 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..devices import memory_for
 from ..errors import FileError, NumberError, OptionError
-from ..files.lora import LoRA
 from ..files.storage.scratch import make_folder
 from ..files.storage.writer import Progress
 from ..scoring.png import recipe_in, save_png
 from ..tensors import Array
 from .apply import applied, check_loads, fingerprint
+from .composing.base import Use
+from .composing.running import Composed, composed
 
 LEGIBLE = 40
 """Number of a prompt's characters in a file's name."""
+Setting: TypeAlias = Sequence[Use] | Composed
+"""LoRAs that are added up, or composed."""
+
 WAYS_OUT = "Ways out: fewer at a time (--batch), float16, a smaller size (--size). What was drawn is kept; the same call goes on."
-
-
-@dataclass(frozen=True)
-class Use:
-    """A LoRA and its weight."""
-
-    lora: LoRA
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +70,7 @@ class Drawn:
 
 def generate(
     pipe: Any,
-    settings: Mapping[str, Sequence[Use]],
+    settings: Mapping[str, Setting],
     prompts: Sequence[str],
     seeds: int | Sequence[int],
     output: str | os.PathLike[str],
@@ -89,7 +86,7 @@ def generate(
 
     Args:
         pipe: A text-to-image pipeline of diffusers that loads LoRAs, on the device to compute on.
-        settings: LoRAs by name of the setting; an empty list is the base alone.
+        settings: LoRAs by name of the setting, added up or `Composed`; an empty list is the base alone.
         prompts: At least one; no duplicates.
         seeds: A number of seeds, counted from 0, or the seeds themselves.
         output: A directory; it is created if it is missing.
@@ -115,27 +112,38 @@ def generate(
     common = _common(pipe, sampling or Sampling(), base)
     places = [
         _Place(name, prompt, seed, Path(output).expanduser() / name / f"{slug(prompt)}-{seed}.png", recipe)
-        for name, uses in settings.items()
+        for name, setting in settings.items()
         for prompt in prompts
         for seed in numbers
-        for recipe in [_recipe(common, uses, prompt, seed)]
+        for recipe in [_recipe(common, setting, prompt, seed)]
     ]
     missing = {place for place in places if not place.there()}
     waiting = {place.setting for place in missing}
-    check_loads(pipe, _distinct(uses for name, uses in settings.items() if name in waiting))
+    _check_works(pipe, [setting for name, setting in settings.items() if name in waiting])
     done = len(places) - len(missing)
-    for name, uses in settings.items():
+    for name, setting in settings.items():
         todo = [place for place in places if place.setting == name and place in missing]
-        for part in _drawn(pipe, uses, todo, common["sampling"], batch):
+        for part in _drawn(pipe, setting, todo, common["sampling"], batch):
             done += part
             if progress:
                 progress(done, len(places))
     return [Drawn(p.setting, p.prompt, p.seed, p.path, p not in missing) for p in places]
 
 
-def _distinct(settings: Iterable[Sequence[Use]]) -> list[LoRA]:
-    """List every LoRA once, in order."""
-    return list({use.lora.sha256: use.lora for uses in settings for use in uses}.values())
+def _check_works(pipe: Any, settings: Sequence[Setting]) -> None:
+    """Refuse settings whose LoRAs the pipeline can't take, each LoRA once."""
+    plain = [use.lora for setting in settings if not isinstance(setting, Composed) for use in setting]
+    check_loads(pipe, list({lora.sha256: lora for lora in plain}.values()))
+    for setting in settings:
+        if isinstance(setting, Composed):
+            with _at_work(pipe, setting):
+                pass
+
+
+def _at_work(pipe: Any, setting: Setting) -> AbstractContextManager[None]:
+    if isinstance(setting, Composed):
+        return composed(pipe, setting.uses, setting.composition, **setting.options)
+    return applied(pipe, [(use.lora, use.weight) for use in setting])
 
 
 def slug(prompt: str) -> str:
@@ -168,9 +176,7 @@ class _Place:
         return found == self.recipe
 
 
-def check(
-    settings: Mapping[str, Sequence[Use]], prompts: Sequence[str], seeds: int | Sequence[int], batch: int = 1
-) -> None:
+def check(settings: Mapping[str, Setting], prompts: Sequence[str], seeds: int | Sequence[int], batch: int = 1) -> None:
     """Check the arguments of `generate` that need no pipeline.
 
     Raises:
@@ -187,8 +193,8 @@ def check(
             raise OptionError(f"A {what} is given twice: {given}.")
     if min(seeds) < 0:
         raise OptionError(f"Seeds are 0 or more, got {min(seeds)}.")
-    for name, uses in settings.items():
-        for use in uses:
+    for name, setting in settings.items():
+        for use in setting:
             if not math.isfinite(use.weight):
                 raise OptionError(
                     f"The setting {name!r}: {use.lora.name} has the weight {use.weight}; wanted a number."
@@ -239,19 +245,20 @@ def _versions() -> dict[str, str]:
     return {"loramerge": __version__, **{name: version(name) for name in others}}
 
 
-def _recipe(common: Mapping[str, Any], uses: Sequence[Use], prompt: str, seed: int) -> dict[str, Any]:
-    loras = [{"name": use.lora.name, "sha256": use.lora.sha256, "weight": float(use.weight)} for use in uses]
-    return {"prompt": prompt, "seed": seed, "loras": loras, **common}
+def _recipe(common: Mapping[str, Any], setting: Setting, prompt: str, seed: int) -> dict[str, Any]:
+    loras = [{"name": use.lora.name, "sha256": use.lora.sha256, "weight": float(use.weight)} for use in setting]
+    recipe = {"prompt": prompt, "seed": seed, "loras": loras, **common}
+    return recipe | setting.recipe() if isinstance(setting, Composed) else recipe
 
 
 def _drawn(
-    pipe: Any, uses: Sequence[Use], todo: Sequence[_Place], sampling: Mapping[str, Any], batch: int
+    pipe: Any, setting: Setting, todo: Sequence[_Place], sampling: Mapping[str, Any], batch: int
 ) -> Iterator[int]:
     """Draw and save the pictures of one setting, yielding the number saved after each batch."""
     if not todo:
         return
     make_folder(todo[0].path.parent)
-    with applied(pipe, [(use.lora, use.weight) for use in uses]):
+    with _at_work(pipe, setting):
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
             for place, image in zip(part, _images(pipe, part, sampling), strict=True):

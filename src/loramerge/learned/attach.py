@@ -6,10 +6,10 @@ to each row: all teachers of ZipLoRA together.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ from ..tensors import Float, Shape
 
 Models = Mapping[str, nn.Module]
 """The model's components by name: ``{"unet": unet}``, ``{"transformer": …, "text_encoder": …}``."""
+
+
+Gates: TypeAlias = Callable[[str, "Site", Tensor], Tensor]
+"""``gates(module, site, x)``: each LoRA's weight in a module, of the shape that `Site.forward` takes."""
 
 
 class Site(nn.Module):
@@ -83,7 +87,9 @@ class Site(nn.Module):
         up = self.up.to(inner.dtype)
         return F.linear(inner, up) if self.convolution is None else F.conv2d(inner, up[:, :, None, None])
 
-    def forward(self, x: Tensor, down: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, down: Tensor | None = None, rows: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
         """Return what the LoRAs add to the module's output.
 
         Args:
@@ -91,12 +97,16 @@ class Site(nn.Module):
             down: Used instead of the site's own ``down``.
             rows: The LoRA that acts on each row of the batch, a negative number for none;
                 None for all LoRAs on every row.
+            gate: Each LoRA's weight, of a shape that broadcasts to ``(batch, tokens, N)``, or to ``(batch, N, h, w)``
+                of a convolution's output; None for 1.
         """
         down = self.down if down is None else down
-        if rows is None and self._dense_is_cheaper(x):
+        if rows is None and gate is None and self._dense_is_cheaper(x):
             weight = (self.up.to(x.dtype) @ down.to(x.dtype)).reshape(self.shape)
             return F.linear(x, weight) if self.convolution is None else F.conv2d(x, weight, **self.convolution)
         inner = self.inner(x, down)
+        if gate is not None:
+            inner = inner * gate.to(inner).index_select(-1 if self.convolution is None else 1, self.owner)
         return self.outer(inner if rows is None else inner * self._mask(inner, rows))
 
     def _mask(self, inner: Tensor, rows: Tensor) -> Tensor:
@@ -131,6 +141,8 @@ class Attachment:
     """The student's ``down`` by module, used instead of the site's own in a pass without ``rows``."""
     rows: Tensor | None = None
     """The LoRA that acts on each row of the batch; None: all act, with ``downs``."""
+    gates: Gates | None = None
+    """Each LoRA's weight in every module; None: 1 everywhere."""
     active: bool = True
     """False turns all LoRAs off."""
     listeners: list[Any] = field(default_factory=list)
@@ -161,7 +173,8 @@ class Attachment:
                 return output
             down = None if self.rows is not None else self.downs.get(module)
             with within(module):
-                return output + site(x, down, self.rows).to(output.dtype)
+                gate = self.gates(module, site, x) if self.gates else None
+                return output + site(x, down, self.rows, gate).to(output.dtype)
 
         return add
 

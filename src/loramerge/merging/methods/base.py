@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from ...errors import LoRAMergeError, MergeError, OptionError, did_you_mean, first_line
+from ...errors import LoRAMergeError, MergeError, first_line
 from ...layers import Full, Layer, LowRank
 from ...tensors import Array, check_finite, float32
-from .options import Option, options_of
+from .options import Option, checked, options_of
 
 Merged = LowRank | Full
 """The result for one module: factors, or a dense ΔW that is then cut to a rank."""
@@ -60,11 +60,7 @@ class Method:
         Raises:
             OptionError: An option is unknown, or its value is out of range.
         """
-        for name in options:
-            if name not in self.options:
-                known, hint = ", ".join(self.options) or "none", did_you_mean(name, self.options)
-                raise OptionError(f"The method {self.name} has no option {name!r}.{hint} Its options: {known}.")
-        return {name: option.check(options.get(name, option.default)) for name, option in self.options.items()}
+        return checked(f"The method {self.name}", self.options, options)
 
 
 def method(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from ...errors import OptionError
+from ...errors import OptionError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,24 @@ def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
     """
     parameters = inspect.signature(function).parameters.values()
     return {p.name: _option(p, function) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def checked(what: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options: those given, and the defaults of the others.
+
+    Args:
+        what: Whose options they are, for messages: ``"The method ties"``.
+        options: The options by name.
+        given: Values by name.
+
+    Raises:
+        OptionError: An option is unknown, or its value is out of range.
+    """
+    for name in given:
+        if name not in options:
+            known, hint = ", ".join(options) or "none", did_you_mean(name, options)
+            raise OptionError(f"{what} has no option {name!r}.{hint} Its options: {known}.")
+    return {name: option.check(given.get(name, option.default)) for name, option in options.items()}
 
 
 TAKEN = (

@@ -1,0 +1,119 @@
+"""Where LoRAs act: masks of the picture as weights of each module's rows, places and words."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...errors import OptionError
+from ...learned.attach import Gates, Site
+from ...scoring.pictures import Box, read
+from .attention import levels
+
+WORDS = re.compile(r"\.attn2\.to_[kv]$|\.add_[qkv]_proj$|_context\b|\.to_add_out$|\.context_embedder$")
+"""Modules of a denoiser that see the words of the prompt."""
+BOTH = re.compile(r"\bsingle_transformer_blocks\b")
+"""Modules that see the words and then the places."""
+
+
+def everywhere(weights: Tensor) -> Gates:
+    """Return gates that are the same in every row and place."""
+    return lambda _module, site, _x: weights if site.convolution is None else weights[None, :, None, None]
+
+
+def gates(masks: Tensor, weights: Tensor, words: Tensor | None, latents: Tensor, grid: tuple[int, int]) -> Gates:
+    """Return gates that confine each LoRA to its mask.
+
+    Args:
+        masks: In [0, 1], ``(pictures, N, h, w)``.
+        weights: The LoRAs' weights, ``(N,)``.
+        words: Factors for the words of the prompt, ``(pictures, tokens, N)``; None for 1.
+        latents: The denoiser's input, which may have several rows per picture.
+        grid: Height and width of the latents, in places.
+    """
+    repeats = len(latents) // len(masks)
+    masks = masks.repeat(repeats, 1, 1, 1)
+    texts = None if words is None else words.repeat(repeats, 1, 1)
+    grids = {h * w: (h, w) for h, w in levels(*grid)}
+
+    def at(size: tuple[int, int]) -> Tensor:
+        return F.interpolate(masks, size, mode="area")
+
+    def places(module: str, count: int) -> Tensor:
+        if count not in grids:
+            raise OptionError(f"{module} sees {count} places, which isn't a grid of latents {grid[0]} × {grid[1]}.")
+        return at(grids[count]).flatten(2).transpose(1, 2)
+
+    def gate(module: str, site: Site, x: Tensor) -> Tensor:
+        if site.convolution is not None:
+            return at(_output(site, x)) * weights[:, None, None]
+        if x.ndim == 2:  # of the time step, and the same for all places
+            return weights
+        if WORDS.search(module):
+            return weights if texts is None else texts * weights
+        if BOTH.search(module):
+            text = x.shape[1] - grid[0] * grid[1]
+            first = masks.new_ones(len(masks), text, len(weights)) if texts is None else texts
+            return torch.cat([first, places(module, x.shape[1] - text)], 1) * weights
+        return places(module, x.shape[1]) * weights
+
+    return gate
+
+
+def _output(site: Site, x: Tensor) -> tuple[int, int]:
+    """Return height and width of a convolution's output."""
+    step, pad, spread = (site.convolution[key] for key in ("stride", "padding", "dilation"))  # type: ignore[index]
+    sides = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, s, p, d, k in zip(x.shape[-2:], step, pad, spread, site.shape[-2:], strict=True)
+    ]
+    return sides[0], sides[1]
+
+
+def grid_of(given: Any, latents: Tensor) -> tuple[int, int]:
+    """Return height and width of the latents, in places; packed latents have their rows and columns in ``img_ids``."""
+    if latents.ndim == 4:
+        return latents.shape[-2], latents.shape[-1]
+    ids = given.get("img_ids")
+    if ids is None:
+        raise OptionError("The denoiser's latents have no height and width, so compositions by place don't work on it.")
+    ids = ids.reshape(-1, ids.shape[-1])
+    return int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
+
+
+def drawn(box: Box | None, mask: str | os.PathLike[str] | None, size: tuple[int, int]) -> Tensor | None:
+    """Return a LoRA's mask as the user gave it, ``(h, w)``, or None if its words are to find it."""
+    if mask is not None:
+        return _picture(mask, size)
+    if box is None:
+        return None
+    inside = [
+        _inside(low, high, side)
+        for low, high, side in zip((box.top, box.left), (box.bottom, box.right), size, strict=True)
+    ]
+    return inside[0][:, None] * inside[1][None, :]
+
+
+def _inside(low: float, high: float, side: int) -> Tensor:
+    """Return the share of each of a side's cells that lies between two bounds."""
+    edges = torch.arange(side + 1) / side
+    return ((edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * side).clamp(max=1)
+
+
+def _picture(path: str | os.PathLike[str], size: tuple[int, int]) -> Tensor:
+    from pathlib import Path
+
+    import numpy as np
+
+    values = np.asarray(read(Path(path).expanduser()).convert("L"), np.float32) / 255
+    return F.interpolate(torch.from_numpy(values)[None, None], size, mode="area")[0, 0]
+
+
+def stacked(masks: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Return masks ``(1, N, h, w)``, zeros where there is none."""
+    h, w = next(mask.shape for mask in masks if mask is not None)
+    return torch.stack([torch.zeros(h, w) if mask is None else mask for mask in masks]).to(like)[None]

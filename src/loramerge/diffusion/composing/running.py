@@ -1,0 +1,244 @@
+"""Put a composition to work in a pipeline of diffusers, whose code is not changed."""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import MergeError, OptionError
+from ...learned.attach import Attachment, attach
+from ..apply import check_fits
+from . import COMPOSITIONS
+from .base import Call, Composition, Drawing, Use
+from .places import everywhere
+
+
+@contextmanager
+def composed(pipe: Any, uses: Sequence[Use], name: Composition | str = "blend", **options: Any) -> Iterator[None]:
+    """Have several LoRAs at work in a pipeline inside the block; the pipeline is as it was afterwards.
+
+    with composed(pipe, [Use(person, words="psq-person"), Use(jersey, words="barca24_jersey")], "regions"):
+        pipe("a psq-person in a barca24_jersey").images[0]
+
+    Any call of the pipeline works: image to image, inpainting, ControlNet, any scheduler.  LoRAs of text encoders act
+    there at their weights, whatever the composition.
+
+    Args:
+        pipe: A pipeline with a UNet or a transformer, without LoRAs of its own.
+        uses: LoRAs, at least one, of any dialect.
+        name: A composition, or its name: see `COMPOSITIONS`.
+        options: Its options.
+
+    Raises:
+        OptionError: An option is wrong; the pipeline has LoRAs or a composition already, or is compiled or offloaded.
+        MergeError: A LoRA doesn't fit the model, or has a layer without a low-rank form.
+    """
+    composition = name if isinstance(name, Composition) else COMPOSITIONS[name]
+    chosen = composition.check(options)
+    _check(pipe, uses)
+    models = {
+        component: model
+        for component in (*TEXT, *DENOISERS)
+        if isinstance(model := getattr(pipe, component, None), nn.Module)
+    }
+    check_fits(pipe, [use.lora for use in uses])
+    for use in uses:
+        outside = next((module for module in use.lora if module.partition(".")[0] not in models), None)
+        if outside:
+            raise MergeError(
+                f"{use.lora.name} changes {outside}, where compositions don't act: lora.exclude({outside!r})."
+            )
+    denoiser = next(models[component] for component in DENOISERS if component in models)
+    with attach(models, [use.lora for use in uses], dtype=denoiser.dtype) as attached:
+        stage = _Stage(pipe, denoiser, uses, attached, lambda call: composition.function(call, **chosen))
+        with stage.installed():
+            yield
+
+
+@dataclass(frozen=True)
+class Composed:
+    """LoRAs that are at work at once by a composition: a setting of `generate`."""
+
+    uses: Sequence[Use]
+    composition: str = "blend"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Use]:
+        return iter(self.uses)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what a picture depends on beside the LoRAs and their weights."""
+        options = COMPOSITIONS[self.composition].check(self.options)
+        return {
+            "composition": {"name": self.composition, "options": options, "uses": [_said(use) for use in self.uses]}
+        }
+
+
+def _said(use: Use) -> dict[str, Any]:
+    return {
+        "words": use.called,
+        "noun": use.noun,
+        "box": list(astuple(use.box)) if use.box else None,
+        "mask": hashlib.sha256(Path(use.mask).expanduser().read_bytes()).hexdigest() if use.mask else None,
+        "curve": [list(map(float, point)) for point in use.curve],
+    }
+
+
+TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
+DENOISERS = ("unet", "transformer")
+
+
+def _check(pipe: Any, uses: Sequence[Use]) -> None:
+    if not uses:
+        raise OptionError("Nothing to compose: wanted at least one LoRA.")
+    denoiser = next((model for name in DENOISERS if (model := getattr(pipe, name, None)) is not None), None)
+    if denoiser is None:
+        raise OptionError(f"A {type(pipe).__name__} has neither a unet nor a transformer to compose LoRAs in.")
+    if MARK in vars(denoiser):
+        raise OptionError("A composition is at work in the pipeline already. Way out: one composition with all LoRAs.")
+    if hasattr(pipe, "get_list_adapters") and any(pipe.get_list_adapters().values()):
+        raise OptionError(
+            f"The pipeline has LoRAs already: {pipe.get_list_adapters()}. Way out: unload_lora_weights()."
+        )
+    if hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None) is not None:
+        raise OptionError(
+            "The denoiser is compiled, which fixes what it computes. Way out: compose without torch.compile."
+        )
+    if hasattr(denoiser, "_hf_hook"):
+        raise OptionError(
+            "The denoiser is offloaded. Way out: pipe.to(device), and fewer pictures at a time if need be."
+        )
+
+
+MARK = "_loramerge_composition"
+
+
+class _Stage:
+    """A pipeline with LoRAs attached, while a composition is at work."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        denoiser: Any,
+        uses: Sequence[Use],
+        attached: Attachment,
+        compose: Callable[[Call], Tensor],
+    ) -> None:
+        self.pipe, self.denoiser, self.uses, self.attached, self.compose = pipe, denoiser, uses, attached, compose
+        self.drawing = Drawing()
+        self.encode = pipe.encode_prompt
+        self.encoding: Mapping[str, Any] = {}
+        self.forward = denoiser.forward
+        self.signature = inspect.signature(denoiser.forward)
+        self.sample = "sample" if "sample" in self.signature.parameters else "hidden_states"
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Take the place of the methods through which the pipeline draws."""
+        scheduler = self.pipe.scheduler
+        with ExitStack() as restored:
+            for owner, name, ours in (
+                (self.denoiser, "forward", self._forward),
+                (self.pipe, "encode_prompt", self._encode),
+                (scheduler, "step", self._step),
+                (scheduler, "set_timesteps", self._begin),
+            ):
+                theirs = getattr(owner, name)
+                restored.callback(_restore, owner, name, vars(owner).get(name))
+                # Pipelines ask for the signatures: a scheduler that seems to take no generator gets none.
+                object.__setattr__(owner, name, functools.wraps(theirs)(functools.partial(ours, theirs)))
+            object.__setattr__(self.denoiser, MARK, True)
+            restored.callback(delattr, self.denoiser, MARK)
+            self._all_in_text()
+            yield
+
+    def _all_in_text(self) -> None:
+        self.attached.gates = everywhere(torch.tensor([use.weight for use in self.uses], device=self.denoiser.device))
+
+    def _forward(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        bound = self.signature.bind(*args, **named)
+        given = dict(bound.arguments)
+        rows = len(given[self.sample])
+        drawing = self.drawing
+        drawing.pictures = drawing.pictures or rows
+        if rows not in (drawing.pictures, 2 * drawing.pictures):
+            raise OptionError(
+                f"The pipeline runs {rows} rows for {drawing.pictures} pictures; wanted one per picture, or two with "
+                "guidance. Way out: no other guidance than the classifier-free one."
+            )
+        call = Call(
+            lambda **given: theirs(**{**given, "return_dict": False})[0],
+            given,
+            self.sample,
+            self.uses,
+            self.attached,
+            drawing,
+            self._progress(),
+            self.pipe,
+            self.denoiser,
+            self._encoded,
+        )
+        found = self.compose(call)
+        self._all_in_text()
+        drawing.calls += 1
+        if not given.get("return_dict", True):
+            return (found,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=found)
+
+    def _progress(self) -> float:
+        scheduler = self.pipe.scheduler
+        total = len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+        return self.drawing.step / max(1, total)
+
+    def _begin(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        self.drawing.step = self.drawing.calls = 0
+        self.drawing.memory.clear()
+        return theirs(*args, **named)
+
+    def _step(
+        self, theirs: Callable[..., Any], output: Tensor, timestep: Any, sample: Tensor, *args: Any, **named: Any
+    ) -> Any:
+        nudge = self.drawing.memory.pop("nudge", None)
+        self.drawing.step, self.drawing.calls = self.drawing.step + 1, 0
+        return theirs(output, timestep, sample if nudge is None else sample + nudge.to(sample), *args, **named)
+
+    def _encode(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        given = inspect.signature(theirs).bind(*args, **named).arguments
+        prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        each = given.get("num_images_per_prompt", 1)
+        count = len(prompts) if prompts else len(embeds) if embeds is not None else 0
+        self.drawing = Drawing([text for text in prompts for _ in range(each)] if embeds is None else [], count * each)
+        self.encoding = given
+        return theirs(*args, **named)
+
+    def _encoded(self, prompts: Sequence[str], lora: int) -> Mapping[str, Tensor]:
+        """Encode prompts as the pipeline does, with one LoRA in the text encoders, or with none for a number below zero."""
+        key = f"prompts of {lora}"
+        memory = self.drawing.memory
+        if key not in memory:
+            weights = torch.tensor([use.weight * (i == lora) for i, use in enumerate(self.uses)])
+            gates = everywhere(weights.to(self.denoiser.device))
+            self.attached.gates = gates
+            own = {"prompt": list(prompts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+            kept = {key: value for key, value in self.encoding.items() if key in ("device", "clip_skip", "lora_scale")}
+            found = self.encode(**kept, **own)
+            self._all_in_text()
+            memory[key] = {"prompt": found[0]} | ({"pooled": found[2]} if len(found) > 2 else {})
+        return memory[key]  # type: ignore[no-any-return]
+
+
+def _restore(owner: Any, name: str, before: Any) -> None:
+    if before is None:
+        object.__delattr__(owner, name)
+    else:
+        object.__setattr__(owner, name, before)

@@ -1,0 +1,489 @@
+"""Several LoRAs at work at once: laws that hold for every composition, on every kind of denoiser."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from tiny import attention, denoiser, lora, pipeline
+from torch import Tensor
+
+import loramerge as lm
+from loramerge.diffusion import COMPOSITIONS, Composed, Sampling, Use, applied, composed, composition, generate
+from loramerge.diffusion.composing.attention import Maps, looking, tokens
+from loramerge.diffusion.composing.clora import contrast
+from loramerge.scoring import Box
+from loramerge.scoring.png import recipe_in
+
+FAMILIES = ["sdxl", "sd15", "sd3-medium", "flux"]
+UNETS = ["sdxl", "sd15"]
+PROMPT = "a psq barca"
+EVERYWHERE = Box()
+TOLERANCE = 2e-3
+"""Of latents of size 40 and effects of the same size: the order of float32 sums differs from PEFT's."""
+
+
+def changed(module: str) -> bool:
+    """In attention, convolutions, feed-forward and modulation layers; no text encoders."""
+    return attention(module) or module.endswith(
+        ("conv1", "norm1.linear", "net.0.proj", "add_k_proj", "proj_out", "proj_mlp")
+    )
+
+
+@cache
+def loras(architecture: str) -> tuple[lm.LoRA, lm.LoRA]:
+    first, second = (lora(architecture, seed, only=changed) for seed in (1, 2))
+    return first, second
+
+
+@cache
+def pipe_of(architecture: str) -> Any:
+    return pipeline(architecture)
+
+
+def drawn(pipe: Any, seeds: Sequence[int] = (0, 1), prompt: str = PROMPT, **more: Any) -> Tensor:
+    longest = {"max_sequence_length": 16} if "Flux" in type(pipe).__name__ else {}
+    given = {
+        "prompt": [prompt] * len(seeds),
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+    }
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(generator=generators, output_type="latent", **given | longest | more).images
+
+
+def by(pipe: Any, uses: Sequence[Use], name: str, more: dict[str, Any] | None = None, **options: Any) -> Tensor:
+    with composed(pipe, uses, name, **options):
+        return drawn(pipe, **more or {})
+
+
+def by_peft(pipe: Any, pairs: Sequence[tuple[lm.LoRA, float]], **more: Any) -> Tensor:
+    with applied(pipe, pairs):
+        return drawn(pipe, **more)
+
+
+def close(one: Tensor, other: Tensor, most: float = TOLERANCE) -> bool:
+    return float((one - other).abs().max()) <= most
+
+
+def worded(architecture: str) -> list[Use]:
+    first, second = loras(architecture)
+    return [Use(first, words="psq"), Use(second, words="barca")]
+
+
+def constant(architecture: str, *weights: float) -> list[Use]:
+    return [Use(each, weight, curve=[(0, 1)]) for each, weight in zip(loras(architecture), weights, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_all_at_once_at_constant_weights_are_the_merged_file(architecture: str) -> None:
+    pipe, (first, second) = pipe_of(architecture), loras(architecture)
+    merged = lm.merge([first, second], weights=[0.7, 0.4])
+    found = by(pipe, constant(architecture, 0.7, 0.4), "schedule")
+
+    assert close(found, by_peft(pipe, [(merged, 1.0)]))
+    assert not close(found, drawn(pipe), 0.5), "the LoRAs have no effect, so the test shows nothing"
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if name not in ("schedule", "clora")])
+def test_one_lora_alone_is_that_lora(architecture: str, name: str) -> None:
+    pipe, (first, _) = pipe_of(architecture), loras(architecture)
+    plain = by(pipe, [Use(first, curve=[(0, 1)])], "schedule")
+
+    assert torch.equal(by(pipe, [Use(first, words="psq")], name), plain)
+    assert close(plain, by_peft(pipe, [(first, 1.0)]))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_regions_of_the_whole_picture_are_the_sum(architecture: str) -> None:
+    pipe = pipe_of(architecture)
+    whole = [Use(each, box=EVERYWHERE) for each in loras(architecture)]
+
+    assert close(by(pipe, whole, "regions"), by(pipe, constant(architecture, 1, 1), "schedule"))
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_blend_with_the_others_in_full_is_the_sum(architecture: str) -> None:
+    pipe = pipe_of(architecture)
+
+    assert close(
+        by(pipe, worded(architecture), "blend", others=2.0), by(pipe, constant(architecture, 1, 1), "schedule")
+    )
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("name", ["blend", "regions", "composite"])
+def test_the_order_of_the_loras_does_not_matter(architecture: str, name: str) -> None:
+    pipe, uses = pipe_of(architecture), worded(architecture)
+    found = by(pipe, uses, name)
+
+    assert close(found, by(pipe, uses[::-1], name))
+    assert not close(found, by(pipe, constant(architecture, 1, 1), "schedule"), 0.1)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("name", ["blend", "regions"])
+def test_a_picture_does_not_depend_on_the_pictures_beside_it(architecture: str, name: str) -> None:
+    pipe, uses = pipe_of(architecture), worded(architecture)
+    both, alone = by(pipe, uses, name), by(pipe, uses, name, {"seeds": [1]})
+
+    assert close(both[1:], alone)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_predictions_blend_at_the_border_of_two_boxes(architecture: str) -> None:
+    """One step, so that each half of the picture is the first step of one LoRA alone."""
+    pipe, (first, second) = pipe_of(architecture), loras(architecture)
+    if architecture == "flux":
+        pytest.skip("its latents are packed; the same code as below")
+    halves = [Use(first, box=Box(right=0.5)), Use(second, box=Box(left=0.5))]
+    once = {"num_inference_steps": 1}
+    found = by(pipe, halves, "blend", once, others=0.0)
+    middle = found.shape[-1] // 2
+
+    assert close(found[..., :middle], by_peft(pipe, [(first, 1.0)], **once)[..., :middle])
+    assert close(found[..., middle:], by_peft(pipe, [(second, 1.0)], **once)[..., middle:])
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_lora_with_an_empty_place_leaves_the_places_to_the_other(architecture: str) -> None:
+    """It acts on words too, which belong to no place: the LoRAs of this test leave these alone."""
+    pipe = pipe_of(architecture)
+
+    def of_places(module: str) -> bool:
+        return (
+            module.endswith(("to_q", "conv1", "to_out.0", "proj_out")) and "context" not in module and changed(module)
+        )
+
+    first, second = (lora(architecture, seed, only=of_places) for seed in (1, 2))
+    mask = np.zeros((8, 8), np.uint8)
+    found = by(pipe, [Use(first, box=EVERYWHERE), Use(second, mask=picture(mask))], "regions")
+
+    assert close(found, by_peft(pipe, [(first, 1.0)]), TOLERANCE) or architecture == "flux"
+
+
+def picture(values: Any) -> str:
+    import tempfile
+
+    path = f"{tempfile.mkdtemp()}/mask.png"
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_switch_runs_one_lora_after_the_other() -> None:
+    pipe, (first, second) = pipe_of("sdxl"), loras("sdxl")
+    steps = {"num_inference_steps": 4}
+    by_hand = [Use(first, curve=[(0, 1), (0.49, 1), (0.5, 0)]), Use(second, curve=[(0, 0), (0.49, 0), (0.5, 1)])]
+
+    found = by(pipe, [Use(first), Use(second)], "switch", steps, every=2)
+
+    assert torch.equal(found, by(pipe, by_hand, "schedule", steps))
+
+
+def test_composite_is_the_mean_of_predictions_by_peft() -> None:
+    """Zhong et al., algorithm 2, typed again: one pass of the denoiser per LoRA, each alone."""
+    pipe, both = pipe_of("sd15"), loras("sd15")
+    model, plain = denoiser(pipe), {}
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    words = torch.randn(2, 7, 8, generator=torch.Generator().manual_seed(1))
+    found = []
+    with torch.no_grad():
+        for each in both:
+            with applied(pipe, [(each, 1.0)]):
+                found.append(model(noise, 10, words).sample)
+        with composed(pipe, [Use(each) for each in both], "composite"):
+            plain = model(noise, 10, words, return_dict=False)[0]
+
+    assert close(plain, torch.stack(found).mean(0))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, HeunDiscreteScheduler, EulerAncestralDiscreteScheduler])
+def test_every_scheduler_draws_the_same_and_counts_steps(scheduler: Any) -> None:
+    pipe, (first, second) = pipeline("sdxl"), loras("sdxl")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    seen: list[float] = []
+
+    @composition("watched", source="this test", passes="1")
+    def watched(call: Any) -> Tensor:
+        seen.append(call.progress)
+        return call.together()
+
+    wanted = by_peft(pipe, [(first, 1.0), (second, 1.0)])
+    with composed(pipe, [Use(first), Use(second)], watched):
+        found = drawn(pipe)
+        assert torch.equal(drawn(pipe), found)
+
+    assert close(found, wanted)
+    half = seen[: len(seen) // 2]
+    assert half == [i / len(half) for i in range(len(half))] == seen[len(half) :]
+
+
+def test_an_image_to_image_pipeline_starts_at_its_own_first_step() -> None:
+    pipe = StableDiffusionXLImg2ImgPipeline(**pipe_of("sdxl").components)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seen: list[float] = []
+
+    @composition("watched", source="this test", passes="1")
+    def watched(call: Any) -> Tensor:
+        seen.append(call.progress)
+        return call.together()
+
+    with composed(pipe, [Use(loras("sdxl")[0])], watched):
+        pipe(prompt=PROMPT, image=image, strength=0.5, num_inference_steps=8, output_type="latent")
+
+    assert seen == [0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize(
+    "more", [{"guidance_scale": 1.0}, {"num_images_per_prompt": 2, "seeds": [0, 1, 2, 3], "prompt": PROMPT}]
+)
+def test_without_guidance_and_with_several_pictures_per_prompt(more: dict[str, Any]) -> None:
+    pipe, uses = pipe_of("sdxl"), worded("sdxl")
+    given = dict(more)
+    if "num_images_per_prompt" in given:
+        seeds = given.pop("seeds")
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        with composed(pipe, uses, "blend"):
+            found = pipe(
+                PROMPT,
+                num_images_per_prompt=4,
+                generator=generators,
+                num_inference_steps=3,
+                guidance_scale=3.0,
+                height=32,
+                width=32,
+                output_type="latent",
+            ).images
+        assert close(found[:2], by(pipe, uses, "blend"))
+    else:
+        assert close(
+            by(pipe, uses, "blend", given, others=2.0), by_peft(pipe, [(use.lora, 1.0) for use in uses], **given)
+        )
+
+
+@pytest.mark.parametrize("architecture", UNETS)
+def test_attention_is_that_of_diffusers_own_processor(architecture: str) -> None:
+    pipe = pipeline(architecture)
+    model = denoiser(pipe)
+    kept: list[Tensor] = []
+
+    class Kept(AttnProcessor):
+        def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
+            theirs, attn.get_attention_scores = (
+                attn.get_attention_scores,
+                lambda *a: kept.append(theirs(*a)) or kept[-1],
+            )
+            try:
+                return super().__call__(attn, hidden_states, *args, **named)
+            finally:
+                del attn.get_attention_scores
+
+    for name, module in model.named_modules():
+        if name.endswith("attn2"):
+            module.set_processor(Kept())
+    text = torch.randn(2, 24, 16 if architecture == "sdxl" else 8)
+    added = {"text_embeds": torch.randn(2, 8), "time_ids": torch.zeros(2, 6)} if architecture == "sdxl" else None
+    columns = torch.eye(24)[None, :, 3:5].expand(2, -1, -1)
+    passes: list[Maps] = [{}]
+    with torch.no_grad(), looking(model, passes, [columns], 2):
+        model(torch.randn(2, 4, 8, 8), 10, text, added_cond_kwargs=added)
+
+    wanted: dict[int, Tensor] = {}
+    for probabilities in kept:
+        summed = probabilities.unflatten(0, (2, -1)).sum(1)[..., 3:5]
+        wanted[summed.shape[1]] = wanted.get(summed.shape[1], 0) + summed
+    assert passes[0].keys() == wanted.keys()
+    for places, found in passes[0].items():
+        torch.testing.assert_close(found, wanted[places], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["sd3-medium", "flux"])
+def test_joint_attention_is_the_dense_softmax_of_what_the_model_computes(architecture: str, monkeypatch: Any) -> None:
+    """Queries and keys are taken where diffusers hands them to the attention itself."""
+    pipe, uses = pipeline(architecture), worded(architecture)
+    dense: list[Tensor] = []
+    theirs = F.scaled_dot_product_attention
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+        dense.append((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1))
+        return theirs(query, key, value, **named)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    read: list[Any] = []
+
+    @composition("read", source="this test", passes="1")
+    def reading(call: Any) -> Tensor:
+        columns = call.columns([use.called for use in uses])
+        dense.clear()
+        with call.looking([columns]) as passes:
+            found = call.together()
+        read.append((passes[0], columns, list(dense)))
+        return found
+
+    with composed(pipe, uses, reading):
+        drawn(pipe)
+
+    maps, columns, matrices = read[0]
+    ((places, found),) = maps.items()
+    length = columns.shape[1]
+    total = torch.zeros_like(found)
+    for matrix in matrices:
+        rows = matrix[-len(columns) :].sum(1)
+        if rows.shape[1] == places + length and len(matrices) and matrix.shape[-1] == places + length:
+            joint = rows[:, :places, places:] if architecture == "sd3-medium" else rows[:, length:, :length]
+            total += joint @ columns
+    singles = sum("single" in name and name.endswith("attn") for name, _ in denoiser(pipe).named_modules())
+    if not singles:
+        torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-6)
+    else:
+        first = matrices[0][-len(columns) :].sum(1)[:, length:, :length] @ columns
+        torch.testing.assert_close(found, first, rtol=1e-4, atol=1e-6)
+
+
+def test_words_are_found_every_time_they_occur_and_only_there() -> None:
+    pipe = pipe_of("sdxl")
+    have = pipe.tokenizer("a psq and a psq").input_ids
+
+    found = tokens(pipe, "a psq and a psq", "psq", 24)
+
+    assert len(found) == 2 * len(pipe.tokenizer("psq", add_special_tokens=False).input_ids)
+    assert pipe.tokenizer.decode([have[i] for i in found]).replace(" ", "") == "psqpsq"
+
+
+def test_contrast_is_nt_xent() -> None:
+    """Typed from the formula, pair by pair: -log e^{s_ap/t} / (e^{s_ap/t} + sum over negatives of e^{s_an/t})."""
+    maps, temperature = torch.rand(3, 10, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.5
+    vectors = [
+        ((c, p), (maps[p, :, c] - maps[p, :, c].min()) / (maps[p, :, c].max() - maps[p, :, c].min()))
+        for c in range(2)
+        for p in range(3)
+    ]
+    losses = []
+    for (c, p), a in vectors:
+        negatives = [torch.exp(torch.cosine_similarity(a, n, 0) / temperature) for (d, _), n in vectors if d != c]
+        for (d, q), b in vectors:
+            if d == c and q != p:
+                s = torch.exp(torch.cosine_similarity(a, b, 0) / temperature)
+                losses.append(-torch.log(s / (s + sum(negatives))))
+
+    assert float(contrast(maps, temperature)) == pytest.approx(float(sum(losses) / len(losses)), rel=1e-6)
+
+
+@pytest.mark.parametrize("architecture", UNETS)
+def test_clora_draws_and_its_descent_lowers_the_contrast(architecture: str) -> None:
+    pipe, (first, second) = pipe_of(architecture), loras(architecture)
+    uses = [Use(first, words="psq", noun="x"), Use(second, words="barca", noun="y")]
+    plain = by(pipe, uses, "clora")
+
+    assert plain.isfinite().all()
+    assert close(by(pipe, uses, "clora", step_size=1e-12), plain)
+    assert not close(by(pipe, uses, "clora", step_size=20.0), plain)
+
+
+def test_the_pipeline_is_as_it_was_after_a_composition_an_error_and_an_interruption() -> None:
+    pipe, uses = pipeline("sdxl"), worded("sdxl")
+    owners = (pipe, pipe.scheduler, denoiser(pipe))
+    before, states = drawn(pipe), [dict(vars(owner)) for owner in owners]
+
+    @composition("broken", source="this test", passes="1")
+    def broken(call: Any) -> Tensor:
+        call.together()
+        raise KeyboardInterrupt
+
+    by(pipe, uses, "blend")
+    with pytest.raises(KeyboardInterrupt), composed(pipe, uses, broken):
+        drawn(pipe)
+    with pytest.raises(lm.errors.OptionError, match="doesn't have the words"), composed(pipe, uses, "blend"):
+        drawn(pipe, prompt="a cat")
+
+    assert [vars(owner).keys() for owner in owners] == [state.keys() for state in states]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in denoiser(pipe).modules())
+    assert torch.equal(drawn(pipe), before)
+
+
+def wrong(change: Callable[[Any, list[Use]], tuple[Any, list[Use], str, dict[str, Any]]]) -> str:
+    pipe = pipeline("sdxl")
+    pipe, uses, name, options = change(pipe, worded("sdxl"))
+    with pytest.raises(lm.LoRAMergeError) as caught, composed(pipe, uses, name, **options):
+        drawn(pipe)
+    return str(caught.value)
+
+
+def compiled(pipe: Any) -> Any:
+    pipe.unet.compile()
+    return pipe
+
+
+def offloaded(pipe: Any) -> Any:
+    pipe.unet._hf_hook = object()
+    return pipe
+
+
+def with_lora(pipe: Any) -> Any:
+    pipe.load_lora_weights(loras("sdxl")[0].state_dict("diffusers"), adapter_name="theirs")
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda pipe, uses: (pipe, [], "blend", {}), "at least one"),
+        (lambda pipe, uses: (pipe, [Use(uses[0].lora), uses[1]], "blend", {}), "--words"),
+        (lambda pipe, uses: (pipe, uses, "blend", {"other": 1}), "no option 'other'"),
+        (lambda pipe, uses: (pipe, uses, "blend", {"others": -1.0}), "others wants a number"),
+        (lambda pipe, uses: (pipe, uses, "blending", {}), "Unknown composition"),
+        (lambda pipe, uses: (pipe, uses, "schedule", {}), "curve"),
+        (lambda pipe, uses: (pipe, [Use(loras("sd15")[0], words="psq")], "blend", {}), "another base model"),
+        (lambda pipe, uses: (compiled(pipe), uses, "blend", {}), "compiled"),
+        (lambda pipe, uses: (offloaded(pipe), uses, "blend", {}), "offloaded"),
+        (lambda pipe, uses: (with_lora(pipe), uses, "blend", {}), "LoRAs already"),
+        (lambda pipe, uses: (pipe, [Use(uses[0].lora, mask="nowhere.png"), uses[1]], "regions", {}), "nowhere.png"),
+        (lambda pipe, uses: (pipe, [Use(uses[0].lora, box=EVERYWHERE), uses[1]], "clora", {}), "finds places by words"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused_by_name(change: Any, said: str) -> None:
+    assert said in wrong(change)
+
+
+def test_two_compositions_at_once_are_refused() -> None:
+    pipe, uses = pipeline("sdxl"), worded("sdxl")
+    with composed(pipe, uses, "blend"):
+        found = drawn(pipe)
+        with pytest.raises(lm.errors.OptionError, match="at work"), composed(pipe, uses, "regions"):
+            pass
+        assert torch.equal(drawn(pipe), found)
+
+
+def test_pictures_have_the_composition_in_their_recipe_and_are_drawn_again_when_it_changes(tmp_path: Any) -> None:
+    pipe, uses = pipe_of("sdxl"), worded("sdxl")
+
+    def made(options: dict[str, Any]) -> Any:
+        settings = {"both": uses, "both+blend": Composed(uses, "blend", options)}
+        return generate(pipe, settings, [PROMPT], 1, tmp_path, sampling=Sampling(steps=2, height=32, width=32))
+
+    plain, blended = made({})
+    again = [each.reused for each in made({})]
+    other = [each.reused for each in made({"others": 0.5})]
+
+    assert again == [True, True]
+    assert other == [True, False]
+    found = recipe_in(blended.path)
+    assert found is not None
+    assert found["composition"]["options"] == {"others": 0.5, "hard": False}
+    assert found["composition"]["uses"][0]["words"] == "psq"
+    assert "composition" not in (recipe_in(plain.path) or {})

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import done, run
 from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
@@ -276,6 +278,14 @@ def test_without_guidance_and_with_several_pictures_per_prompt(more: dict[str, A
         )
 
 
+def test_a_negative_prompt_that_is_run_by_itself_has_no_words_of_the_loras() -> None:
+    pipe, uses, more = pipe_of("flux"), worded("flux"), {"negative_prompt": ["bad"] * 2, "true_cfg_scale": 2.0}
+    plain = by_peft(pipe, [(use.lora, 1.0) for use in uses], **more)
+
+    assert close(by(pipe, uses, "blend", more, others=2.0), plain)
+    assert not close(by(pipe, uses, "regions", more), by(pipe, uses, "regions"), 0.01)
+
+
 @pytest.mark.parametrize("architecture", UNETS)
 def test_attention_is_that_of_diffusers_own_processor(architecture: str) -> None:
     pipe = pipeline(architecture)
@@ -328,7 +338,7 @@ def test_joint_attention_is_the_dense_softmax_of_what_the_model_computes(archite
 
     @composition("read", source="this test", passes="1")
     def reading(call: Any) -> Tensor:
-        columns = call.columns([use.called for use in uses])
+        columns = call.columns([use.required() for use in uses])
         dense.clear()
         with call.looking([columns]) as passes:
             found = call.together()
@@ -487,3 +497,69 @@ def test_pictures_have_the_composition_in_their_recipe_and_are_drawn_again_when_
     assert found["composition"]["options"] == {"others": 0.5, "hard": False}
     assert found["composition"]["uses"][0]["words"] == "psq"
     assert "composition" not in (recipe_in(plain.path) or {})
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    pairs = zip(loras("sdxl"), ("a", "b"), strict=True)
+    return [lm.save(each, tmp_path / f"{name}.safetensors", dialect="kohya") for each, name in pairs]
+
+
+def command(files: list[Path], base: Path, output: Path, *more: object) -> tuple[object, ...]:
+    both = f"both={files[0]}+{files[1]}"
+    few = ("-n", 1, "--steps", 2, "--size", 32, "--device", "cpu", "--no-none", "-p", PROMPT, "--architecture", "sdxl")
+    return ("generate", "-b", base, "-o", output, "-l", both, *few, *more)
+
+
+def test_the_command_draws_each_setting_of_several_loras_in_each_composition(
+    files: list[Path], base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    placed = ("--words", "psq=person", "--words", "-", "--box", "-", "--box", "0.5,0,1,1")
+    done(*command(files, base, out, "--compose", "blend", "--compose", "regions", "-O", "others=0", *placed))
+
+    assert sorted(p.name for p in out.iterdir()) == ["both", "both+blend", "both+regions", "sheet.png"]
+    first, second = (next((out / name).iterdir()) for name in ("both+blend", "both+regions"))
+    recipe = recipe_in(first) or {}
+    assert recipe["composition"]["name"] == "blend"
+    assert recipe["composition"]["options"] == {"others": 0.0, "hard": False}
+    assert recipe["composition"]["uses"][0] == {
+        "words": "psq",
+        "noun": "person",
+        "box": None,
+        "mask": None,
+        "curve": [],
+    }
+    assert recipe["composition"]["uses"][1]["box"] == [0.5, 0, 1, 1]
+    assert (recipe_in(second) or {})["composition"]["options"]["warm"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--compose", "blendd"), "Did you mean"),
+        (("--words", "psq"), "give --compose too"),
+        (("--compose", "blend", "-O", "every=2"), "no option 'every'"),
+        (("--compose", "blend", "-O", "others"), "others"),
+        (("--compose", "schedule", "--curve", "2:1"), "wanted PROGRESS:FACTOR"),
+        (("--compose", "blend", "--words", "psq", "--words", "dog"), "doesn't have the words 'dog'"),
+        (("--compose", "blend", "--box", "0,0,2,1"), "from 0 to 1"),
+    ],
+)
+def test_wrong_options_of_a_composition_are_said(
+    files: list[Path], base: Path, tmp_path: Path, more: tuple[str, ...], said: str
+) -> None:
+    result = run(*command(files, base, tmp_path / "out", *more))
+
+    assert isinstance(result.exception, lm.LoRAMergeError | SystemExit)
+    assert said in f"{result.output}{result.exception}"
+    assert not list(tmp_path.glob("out/*/*.png"))
+
+
+def test_compositions_are_listed_with_their_options_and_costs() -> None:
+    text = done("compositions")
+
+    for name, each in COMPOSITIONS.items():
+        assert name in text
+        assert each.passes in text
+        assert all(f"-O {option}=" in text for option in each.options)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loramerge import LoRA
-from loramerge.diffusion import Sampling, Use, check_fits, generate
+from loramerge.diffusion import Composed, Sampling, Use, check_fits, generate
 
 from .bases import drawing_pipeline
 from .job import Job, cleared
 from .ledger import fingerprint, versions
-from .loras import LIBRARIES, given, merged
+from .loras import LIBRARIES, given, load, merged
 from .protocol import Setting
 
 
@@ -20,9 +20,9 @@ def draw(job: Job, setting: Setting) -> bool:
     resumed run gives the same pictures as an uninterrupted one.
     """
     drawing, shots = job.protocol.drawing, job.shots(setting)
-    lora = merged(job, setting)
+    used = composed(job, setting) if setting.compose else merged(job, setting)
     batch = batch_size(len(job.seeds(setting)), drawing.batch)
-    found = depends_on(job, lora, batch)
+    found = depends_on(job, used, batch)
     folder, known = job.pictures / setting.name, f"pictures/{setting.name}"
     if job.ledger.has(known, found):
         _remove_parts([shot.path for shot in shots], batch)
@@ -37,7 +37,7 @@ def draw(job: Job, setting: Setting) -> bool:
     check_fits(pipe, given(job))
     generate(
         pipe,
-        {setting.name: [Use(lora)] if lora else []},
+        {setting.name: used if isinstance(used, Composed) else [Use(used)] if used else []},
         prompts,
         job.seeds(setting),
         job.pictures,
@@ -48,7 +48,18 @@ def draw(job: Job, setting: Setting) -> bool:
     return True
 
 
-def depends_on(job: Job, lora: LoRA | None, batch: int) -> str:
+def composed(job: Job, setting: Setting) -> Composed:
+    """Return the LoRAs of a setting with what prompts call them, and their composition."""
+    weights = setting.weights if isinstance(setting.weights, tuple) else [1.0] * len(setting.loras)
+    concepts = [job.protocol.concept(name) for name in setting.loras]
+    uses = [
+        Use(load(job, concept.name), weight, words=concept.identifier, noun=concept.noun)
+        for concept, weight in zip(concepts, weights, strict=True)
+    ]
+    return Composed(uses, setting.compose or "", setting.options)
+
+
+def depends_on(job: Job, used: LoRA | Composed | None, batch: int) -> str:
     """Fingerprint all that a setting's pictures depend on, except prompt and seed, which are in their names."""
     drawing = job.protocol.drawing
     return fingerprint(
@@ -56,7 +67,9 @@ def depends_on(job: Job, lora: LoRA | None, batch: int) -> str:
         drawing.guidance,
         drawing.scheduler,
         batch,
-        lora and lora.sha256,
+        (used.recipe(), [(use.lora.sha256, use.weight) for use in used])
+        if isinstance(used, Composed)
+        else used and used.sha256,
         job.base_digest,
         job.protocol.base.dtype,
         job.device,

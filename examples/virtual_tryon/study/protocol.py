@@ -14,7 +14,7 @@ from loramerge.scoring import Box
 Learned = Literal["ziplora", "lsq"]
 STUDY = "study"
 """The family of the settings that the study compared, and the name of its prompts."""
-FAMILIES = (STUDY, "methods", "many", "weights")
+FAMILIES = (STUDY, "methods", "many", "composed", "weights")
 """Groups of settings: the study's seven; other methods; more than two LoRAs; other weights."""
 
 
@@ -97,6 +97,8 @@ class Concept:
     name: str
     identifier: str
     """Its trigger words in prompts."""
+    noun: str | None = None
+    """What it is, such as ``person``, for compositions that draw with prompts without its identifier."""
     crop: Box | None = None
     """The box in which generated pictures show it."""
     own_crop: Box | None = None
@@ -130,6 +132,8 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
     learn: Learned | None = None
     """A merge that is learned on the base, instead of a method."""
+    compose: str | None = None
+    """A composition of the LoRAs while pictures are drawn, instead of a merge; ``options`` are its options."""
     prompts: str = STUDY
     """Name of a list of prompts."""
     seeds: int | None = None
@@ -138,6 +142,8 @@ class Setting:
     @property
     def merges(self) -> bool:
         """True if a LoRA is made: it is neither the base alone nor one unchanged LoRA."""
+        if self.compose:
+            return False
         return len(self.loras) > 1 or (bool(self.loras) and (self.weights, self.learn) != (None, None))
 
 
@@ -197,6 +203,8 @@ class Protocol:
                 f"a learned merge needs the pictures that each LoRA is for, and {own[0]} comes without. "
                 "Way out: lora = … in [[concepts]], and the concept's name here"
             )
+        elif setting.compose and not {concept.name for concept in self.concepts} >= set(setting.loras):
+            wrong = f"a composition needs what prompts call each LoRA, so wanted concepts: {', '.join(c.name for c in self.concepts)}"
         elif setting.prompts not in self.prompts:
             wrong = f"no prompts are called {setting.prompts!r}. There are: {', '.join(self.prompts)}"
         elif count != len(setting.loras):

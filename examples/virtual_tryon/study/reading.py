@@ -144,11 +144,17 @@ def _kinds(field: Any) -> tuple[type, ...]:
 
 
 def _concept(data: Any, where: str, folder: Path) -> Concept:
-    table = Table(data, where, ("name", "identifier", "crop", "own_crop", "lora"))
+    table = Table(data, where, ("name", "identifier", "noun", "crop", "own_crop", "lora"))
     boxes = {key: _box(table, key) for key in ("crop", "own_crop")}
     name, identifier = (_text(table, key) for key in ("name", "identifier"))
     lora = table.get("lora", str)
-    return Concept(name=name, identifier=identifier, lora=located_lora(lora, folder) if lora else None, **boxes)
+    return Concept(
+        name=name,
+        identifier=identifier,
+        noun=table.get("noun", str),
+        lora=located_lora(lora, folder) if lora else None,
+        **boxes,
+    )
 
 
 def _box(table: Table, key: str) -> Box | None:
@@ -170,7 +176,20 @@ def _text(table: Table, key: str) -> str:
 
 LSQ = ("granularity", "ridge", "prior", "solver", "batches", "batch_size", "seed")
 """Options of a least-squares merge: those of `lsq` and of its calibration."""
-SETTING = ("name", "label", "family", "lora", "loras", "method", "weights", "options", "learn", "prompts", "seeds")
+SETTING = (
+    "name",
+    "label",
+    "family",
+    "lora",
+    "loras",
+    "method",
+    "weights",
+    "options",
+    "learn",
+    "compose",
+    "prompts",
+    "seeds",
+)
 
 
 def _setting(data: Any, where: str, folder: Path) -> Setting:
@@ -180,8 +199,11 @@ def _setting(data: Any, where: str, folder: Path) -> Setting:
     if learn is not None and learn not in get_args(Learned):
         raise OptionError(f"{where}: learn: got {learn!r}, wanted one of {', '.join(get_args(Learned))}.")
     method, options = table.get("method", str, default="linear"), table.get("options", dict, default={})
+    compose = table.get("compose", str)
     try:
-        if learn is None:
+        if compose is not None:
+            _check_composed(table, compose, options)
+        elif learn is None:
             find(method).check(options)
         else:
             _check_learned(table, learn, options)
@@ -196,6 +218,7 @@ def _setting(data: Any, where: str, folder: Path) -> Setting:
         weights=_weights(table),
         options=options,
         learn=learn,
+        compose=compose,
         prompts=table.get("prompts", str, default=STUDY),
         seeds=table.get("seeds", int),
     )
@@ -207,6 +230,15 @@ def _loras(table: Table, folder: Path) -> tuple[str, ...]:
         raise OptionError(f"{table.where}: lora and loras: wanted one of them.")
     given = (_text(table, "lora"),) if "lora" in table.data else table.texts("loras")
     return tuple(located_lora(name, folder) if is_source(name) else name for name in given)
+
+
+def _check_composed(table: Table, compose: str, options: dict[str, Any]) -> None:
+    from loramerge.diffusion import COMPOSITIONS
+
+    idle = [key for key in ("method", "learn") if key in table.data] + ["weights"] * isinstance(_weights(table), str)
+    if idle:
+        raise OptionError(f"{idle[0]} has no effect on a composition.")
+    COMPOSITIONS[compose].check(options)
 
 
 def _check_learned(table: Table, learn: Learned, options: dict[str, Any]) -> None:

@@ -196,7 +196,7 @@ def _truth(study: Group) -> list[Section]:
 
 
 def _methods(study: Group) -> list[Section]:
-    more = study.family("methods")
+    more = (*study.family("methods"), *study.family("composed"))
     if not more:
         return []
     names = _names(setting for setting in (*study.family(STUDY), *more) if len(setting.loras) != 1)
@@ -208,7 +208,7 @@ def _methods(study: Group) -> list[Section]:
         parts += ["Ranked against the truth:", tables.truth(study, ranked, against=against)]
     parts += ["Scores:", tables.scores(study, [*names, *alone], scores.WHOLE, beside=False)]
     parts.append(_sheet(study, _names(more)))
-    return [section("Other ways to merge two", parts)]
+    return [section("Other ways to hold two", parts)]
 
 
 def _many(group: Group) -> Section:

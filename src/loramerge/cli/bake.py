@@ -98,7 +98,7 @@ def _print(baked: "Baked", most: int) -> None:
     if hurt:
         share = max(c.lost for c in hurt)
         print(
-            f"  In {len(hurt)} tensors more than {SOME:.0%} of the values did not change, up to {share:.1%}: there the update "
+            f"  In {len(hurt)} tensor{'s' * (len(hurt) > 1)} more than {SOME:.0%} of the values did not change, up to {share:.1%}: there the update "
             "is smaller than the dtype can hold beside the weight. Way out: --dtype float32, or the LoRA unbaked."
         )
 

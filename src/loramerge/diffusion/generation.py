@@ -30,7 +30,7 @@ from ..scoring.png import recipe_in, save_png
 from ..tensors import Array
 from .apply import applied, check_loads, fingerprint
 from .composing.base import Use
-from .composing.running import Composed, composed
+from .composing.running import Composed, check_words, composed
 
 LEGIBLE = 40
 """Number of a prompt's characters in a file's name."""
@@ -119,7 +119,7 @@ def generate(
     ]
     missing = {place for place in places if not place.there()}
     waiting = {place.setting for place in missing}
-    _check_works(pipe, [setting for name, setting in settings.items() if name in waiting])
+    _check_works(pipe, [setting for name, setting in settings.items() if name in waiting], prompts)
     done = len(places) - len(missing)
     for name, setting in settings.items():
         todo = [place for place in places if place.setting == name and place in missing]
@@ -130,12 +130,13 @@ def generate(
     return [Drawn(p.setting, p.prompt, p.seed, p.path, p not in missing) for p in places]
 
 
-def _check_works(pipe: Any, settings: Sequence[Setting]) -> None:
-    """Refuse settings whose LoRAs the pipeline can't take, each LoRA once."""
+def _check_works(pipe: Any, settings: Sequence[Setting], prompts: Sequence[str]) -> None:
+    """Refuse settings whose LoRAs the pipeline can't take, and compositions that don't fit the prompts."""
     plain = [use.lora for setting in settings if not isinstance(setting, Composed) for use in setting]
     check_loads(pipe, list({lora.sha256: lora for lora in plain}.values()))
     for setting in settings:
         if isinstance(setting, Composed):
+            check_words(pipe, setting, prompts)
             with _at_work(pipe, setting):
                 pass
 

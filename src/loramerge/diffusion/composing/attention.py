@@ -77,7 +77,7 @@ def _queries_and_keys(module: Any, kept: dict[str, Tensor], rotary: Any) -> tupl
     """Return the queries of places, ``(rows, places, heads, d)``, and the keys: words, and then places if they have any."""
 
     def heads(name: str, norm: str) -> Tensor:
-        found = kept[name].unflatten(-1, (module.heads, -1))
+        found = kept[name].reshape(*kept[name].shape[:-1], module.heads, -1)
         normed = getattr(module, norm, None)
         return found if normed is None else normed(found)
 
@@ -136,14 +136,14 @@ def levels(height: int, width: int) -> list[tuple[int, int]]:
     return found
 
 
-def tokens(pipe: Any, prompt: str, words: str, length: int) -> list[int]:
+def tokens(pipe: Any, prompt: str, words: str, length: int | None = None) -> list[int]:
     """Return where words are among the text's tokens, every time that they occur.
 
     Args:
         pipe: The pipeline.
         prompt: What the picture is drawn from.
         words: A part of it.
-        length: Number of tokens that the denoiser sees.
+        length: Number of tokens that the denoiser sees; all that the tokenizers can take by default.
 
     Raises:
         OptionError: The prompt doesn't have them, or too late.
@@ -156,6 +156,7 @@ def tokens(pipe: Any, prompt: str, words: str, length: int) -> list[int]:
         if tokenizer is not None:
             found += [start + i for i in _occurrences(tokenizer, prompt, words)]
             start += tokenizer.model_max_length
+    length = start if length is None else length
     found = [i for i in found if i < length]
     if not found:
         raise OptionError(

@@ -49,6 +49,24 @@ class Use:
         """Its words, or the file's trigger phrase."""
         return self.words or self.lora.metadata.get(PHRASE)
 
+    @property
+    def found_by_words(self) -> bool:
+        """True if nothing but its words says where it acts."""
+        return self.box is None and self.mask is None
+
+    def required(self) -> str:
+        """Return its words.
+
+        Raises:
+            OptionError: There are none.
+        """
+        if self.called:
+            return self.called
+        raise OptionError(
+            f"A composition must know what {self.lora.name} is called in the prompt, and its metadata name no trigger. "
+            "Ways out: words= (--words), or a place: box= (--box)."
+        )
+
     def at(self, progress: float) -> float:
         """Return its weight at a progress in [0, 1]."""
         if not self.curve:
@@ -73,6 +91,8 @@ class Composition:
     source: str
     passes: str
     """Passes of the denoiser per step, for N LoRAs."""
+    placed: bool = False
+    """True if each LoRA needs a place: words that find it, a box or a mask."""
     options: Mapping[str, Option] = field(default_factory=dict)
 
     @property
@@ -89,15 +109,16 @@ class Composition:
         return checked(f"The composition {self.name}", self.options, given)
 
 
-def composition(name: str, *, source: str, passes: str) -> Callable[[Compose], Composition]:
+def composition(name: str, *, source: str, passes: str, placed: bool = False) -> Callable[[Compose], Composition]:
     """Name a composition; its keyword-only parameters become its options.
 
     Args:
         name: The name that users type.
         source: The paper, or the code.
         passes: Passes of the denoiser per step, for N LoRAs.
+        placed: True if each LoRA needs a place.
     """
-    return lambda function: Composition(name, function, source, passes, options_of(function))
+    return lambda function: Composition(name, function, source, passes, placed, options_of(function))
 
 
 @dataclass
@@ -200,7 +221,7 @@ class Call:
         with attention.looking(self.model, self.passes, columns, self.pictures):
             yield self.passes
 
-    def columns(self, called: Sequence[str | None], prompts: Sequence[str] | None = None) -> Tensor:
+    def columns(self, called: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
         """Return which tokens each LoRA's words are, ``(pictures, tokens, N)``; the shares of a name's tokens add up to 1.
 
         Raises:
@@ -215,23 +236,10 @@ class Call:
         found = torch.zeros(len(prompts), length, self.count)
         for row, prompt in enumerate(prompts):
             for i, words in enumerate(called):
-                if self.uses[i].box is None and self.uses[i].mask is None:
-                    tokens = attention.tokens(self.pipe, prompt, self.words(i, words), length)
+                if self.uses[i].found_by_words:
+                    tokens = attention.tokens(self.pipe, prompt, words, length)
                     found[row, tokens, i] = 1 / len(tokens)
         return found.to(self.latents.device)
-
-    def words(self, i: int, words: str | None) -> str:
-        """Return a LoRA's words.
-
-        Raises:
-            OptionError: There are none.
-        """
-        if words:
-            return words
-        raise OptionError(
-            f"A composition must know what {self.uses[i].lora.name} is called in the prompt, and its metadata name "
-            "no trigger. Ways out: words= (--words), or a place: box= (--box)."
-        )
 
     def remember(self, name: str, value: Tensor, inertia: float = 0.0) -> Tensor:
         """Mix a value with that of earlier steps of this drawing, which keeps the share ``inertia``."""

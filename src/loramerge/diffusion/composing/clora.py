@@ -22,7 +22,7 @@ from .regions import blended
 Share = Annotated[float, Range(0, 1)]
 
 
-@composition("clora", source="Meral et al., 2024, CLoRA, https://arxiv.org/abs/2403.19776", passes="N + 1")
+@composition("clora", source="Meral et al., 2024, CLoRA, https://arxiv.org/abs/2403.19776", passes="N + 1", placed=True)
 def clora(
     call: Call, *, threshold: Share = 0.4, step_size: NonNegative = 0.0, until: Share = 0.5, temperature: Positive = 0.5
 ) -> Tensor:
@@ -35,7 +35,7 @@ def clora(
         until: Share of the steps in which latents move.
         temperature: Of the contrast, NT-Xent.
     """
-    if any(use.box is not None or use.mask is not None for use in call.uses) or call.latents.ndim != 4:
+    if not all(use.found_by_words for use in call.uses) or call.latents.ndim != 4:
         raise OptionError("clora finds places by words, on models with cross-attention. Ways out: blend, regions.")
     slots = range(-1, call.count)
     told = [[only(prompt, call, slot) for prompt in call.drawing.prompts] for slot in slots]
@@ -53,12 +53,13 @@ def clora(
         nudge = -step_size * _descent(call, given, columns, shares, maps, temperature)
         call.drawing.memory["nudge"] = nudge
     grid = attention.chosen(passes[0], *size)[1]
-    return blended(predicted, F.interpolate(_masks(maps, threshold).unflatten(-1, grid), size, mode="nearest"), call)
+    masks = _masks(maps, threshold)
+    return blended(predicted, F.interpolate(masks.reshape(*masks.shape[:-1], *grid), size, mode="nearest"), call)
 
 
 def _said(call: Call, i: int, slot: int) -> str:
     """Return what the prompt of a slot calls a LoRA: its own words in its own slot, and its noun elsewhere."""
-    words = call.words(i, call.uses[i].called)
+    words = call.uses[i].required()
     return words if i == slot else call.uses[i].noun or words
 
 
@@ -66,7 +67,7 @@ def only(prompt: str, call: Call, slot: int) -> str:
     """Return a prompt in which every LoRA but one is called by its noun."""
     for i, use in enumerate(call.uses):
         if i != slot and use.noun:
-            prompt = prompt.replace(call.words(i, use.called), use.noun)
+            prompt = prompt.replace(use.required(), use.noun)
     return prompt
 
 

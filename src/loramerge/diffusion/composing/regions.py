@@ -24,6 +24,7 @@ WARM = 0.3
     "blend",
     source="after Meral et al., CLoRA, section 3.3, https://arxiv.org/abs/2403.19776; shares and soft masks are ours",
     passes="N",
+    placed=True,
 )
 def blend(call: Call, *, others: NonNegative = 1.0, hard: bool = False) -> Tensor:
     """Predict with each LoRA, the others at a share, and blend the predictions where each LoRA's words attract attention.
@@ -54,6 +55,7 @@ def composite(call: Call) -> Tensor:
     source="after Liu et al., FreeFuse, https://arxiv.org/abs/2510.23515, and Dalva et al., LoRAShop, "
     "https://arxiv.org/abs/2505.23758; soft masks are ours",
     passes="1",
+    placed=True,
 )
 def regions(call: Call, *, hard: bool = False, warm: Share = WARM) -> Tensor:
     """Run all LoRAs in one pass, each of them only in its own part of the picture and not on the words of others.
@@ -84,7 +86,11 @@ class Regions:
         self.by_words = any(mask is None for mask in self.given)
         # A pipeline may call the denoiser several times per step: the first time with the prompt.
         self.first = call.drawing.calls == 0
-        self.columns = call.columns([use.called for use in call.uses]) if self.by_words and self.first else None
+        self.columns = (
+            call.columns([use.required() if use.found_by_words else "" for use in call.uses])
+            if self.by_words and self.first
+            else None
+        )
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -96,7 +102,7 @@ class Regions:
             yield
         found = [attention.chosen(maps, *self.size) for maps in passes]
         maps = torch.stack([found[min(i, len(found) - 1)][0][..., i] for i in range(self.call.count)], 1)
-        self.call.remember("attention", maps.unflatten(-1, found[0][1]), INERTIA)
+        self.call.remember("attention", maps.reshape(*maps.shape[:-1], *found[0][1]), INERTIA)
 
     def attracted(self) -> Tensor:
         """Return each LoRA's place, ``(pictures, N, h, w)``: 1 where its words attract most attention, or in its box."""

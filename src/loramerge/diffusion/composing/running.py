@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...errors import MergeError, OptionError
 from ...learned.attach import Attachment, attach
 from ..apply import check_fits
-from . import COMPOSITIONS
+from . import COMPOSITIONS, attention
 from .base import Call, Composition, Drawing, Use
 from .places import everywhere
 
@@ -91,6 +91,17 @@ def _said(use: Use) -> dict[str, Any]:
     }
 
 
+def check_words(pipe: Any, setting: Composed, prompts: Sequence[str]) -> None:
+    """Refuse prompts that lack the words by which LoRAs are to be found.
+
+    Raises:
+        OptionError: A LoRA has no words, or a prompt lacks them.
+    """
+    for use in setting.uses if COMPOSITIONS[setting.composition].placed else ():
+        for prompt in prompts if use.found_by_words else ():
+            attention.tokens(pipe, prompt, use.required())
+
+
 TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
 DENOISERS = ("unet", "transformer")
 
@@ -135,7 +146,6 @@ class _Stage:
         self.drawing = Drawing()
         self.encode = pipe.encode_prompt
         self.encoding: Mapping[str, Any] = {}
-        self.forward = denoiser.forward
         self.signature = inspect.signature(denoiser.forward)
         self.sample = "sample" if "sample" in self.signature.parameters else "hidden_states"
 
@@ -146,6 +156,7 @@ class _Stage:
         with ExitStack() as restored:
             for owner, name, ours in (
                 (self.denoiser, "forward", self._forward),
+                (self.pipe, "check_inputs", self._start),
                 (self.pipe, "encode_prompt", self._encode),
                 (scheduler, "step", self._step),
                 (scheduler, "set_timesteps", self._begin),
@@ -185,8 +196,10 @@ class _Stage:
             self.denoiser,
             self._encoded,
         )
-        found = self.compose(call)
-        self._all_in_text()
+        try:
+            found = self.compose(call)
+        finally:
+            self._all_in_text()
         drawing.calls += 1
         if not given.get("return_dict", True):
             return (found,)
@@ -211,7 +224,13 @@ class _Stage:
         self.drawing.step, self.drawing.calls = self.drawing.step + 1, 0
         return theirs(output, timestep, sample if nudge is None else sample + nudge.to(sample), *args, **named)
 
+    def _start(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        self.drawing = Drawing()
+        return theirs(*args, **named)
+
     def _encode(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        if self.drawing.pictures:  # a negative prompt that is encoded by itself
+            return theirs(*args, **named)
         given = inspect.signature(theirs).bind(*args, **named).arguments
         prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])

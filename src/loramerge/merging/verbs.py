@@ -2,7 +2,8 @@
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.models import Checkpoint, open_checkpoint
@@ -17,7 +18,7 @@ from ..files.writing import check_growth
 from ..tensors import FLOATS, code, computed, fits_half
 from .methods import Method, check_options, find
 from .plans import Plan
-from .ranks import Rank, budget
+from .ranks import Budget, Rank, budget
 from .spending import spent
 from .steps import common_extras, steps_of
 from .weights import Scope, Weights, resolve
@@ -52,7 +53,32 @@ def plan(
         MergeError: Families or shapes differ, or a layer has no low-rank form.
         OptionError: A weight, the rank, the method or an option is wrong.
     """
-    given = opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in _listed(loras)]
+    with ExitStack() as stack:
+        given = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in _listed(loras)]
+        model = base if base is None or isinstance(base, Checkpoint) else stack.enter_context(open_checkpoint(base))
+        limit = budget(max_error, energy, max_size)
+        planned = _planned(
+            given, model, weights, method, rank, scope, exclude, device, limit, progress, allow_growth, options
+        )
+        stack.pop_all()  # all is well, and what is open stays open for the plan
+    return planned
+
+
+def _planned(
+    given: "list[LoRA]",
+    model: Checkpoint | None,
+    weights: Weights,
+    method: Method | str,
+    rank: Rank,
+    scope: Scope,
+    exclude: Sequence[str],
+    device: str | None,
+    limit: Budget | None,
+    progress: "Progress | None",
+    allow_growth: bool,
+    options: Mapping[str, Any],
+) -> Plan:
+    opened = given
     rank = int(rank) if isinstance(rank, str) and rank.isascii() and rank.isdigit() else rank
     left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     if left_out:
@@ -68,8 +94,6 @@ def plan(
     if chosen.count not in (None, len(opened)):
         raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
     opened, architecture = of_one_family(opened)
-    model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
-    limit = budget(max_error, energy, max_size)
     resolved = resolve(opened, weights, scope, chosen.default_weight)
     weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
     steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
+from ..files.storage.paths import is_there
 from .options import ArchOfAll, Quiet, TrustRemoteCode
 from .output import progress, table
 from .settings import command
@@ -104,7 +105,7 @@ def run(given: Options) -> None:
             print("Interrupted; what was drawn is kept, and the same command goes on from there.", file=sys.stderr)
             raise typer.Exit(130) from None
     shots = [Shot(d.setting, d.prompt, d.seed, d.path) for d in drawn]
-    save_sheet(shots, given.output.expanduser() / "sheet.png", side=given.side)
+    save_sheet(shots, given.output / "sheet.png", side=given.side)
     if not given.quiet:
         print(_shown(drawn))
         print(f"→ {given.output}: {len(drawn)} pictures, sheet.png")
@@ -131,9 +132,9 @@ def read_settings(
 
 def _setting(text: str, loras: ExitStack, architecture: str | None) -> tuple[str, list["Use"]]:
     named, equals, rest = text.partition("=")
-    if not equals or Path(text).exists():
+    if not equals or is_there(text):
         named, rest = "", text
-    uses = [_use(part, loras, architecture) for part in ([rest] if Path(rest).exists() else rest.split("+"))]
+    uses = [_use(part, loras, architecture) for part in ([rest] if is_there(rest) else rest.split("+"))]
     stems = [Path(use.lora.name).stem + ("" if use.weight == 1 else f"@{use.weight:g}") for use in uses]
     return named or "+".join(stems), uses
 

@@ -51,7 +51,7 @@ def as_typed(message: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a plain table; columns of numbers are aligned to the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
-    right = [all(_is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
+    right = [all(is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)]
@@ -60,7 +60,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), line(["─" * w for w in widths]), *map(line, rows)])
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether a cell's text is a number, or none."""
     return text.replace(".", "", 1).replace("-", "").replace("e", "").replace("+", "").isdigit() or text in ("", "–")
 
 

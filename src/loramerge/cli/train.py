@@ -127,7 +127,7 @@ def run(given: Options) -> None:
     if given.prior is not None:
         captioned(given.prior, given.prior_prompt)
     if not given.quiet:
-        note_left_out(Path(each).expanduser() for each in (given.folder, given.prior) if each is not None)
+        note_left_out(filter(None, (given.folder, given.prior)))
     together = team(cpu=given.device == "cpu")
     given = replace(given, quiet=given.quiet or not together.writes)
     denoiser = given.load(given.base, together, checkpointing=given.checkpointing)

@@ -24,6 +24,7 @@ from typing import Any
 from ..devices import memory_for
 from ..errors import FileError, NumberError, OptionError
 from ..files.lora import LoRA
+from ..files.storage.paths import path_of
 from ..files.storage.scratch import make_folder
 from ..files.storage.writer import Progress
 from ..scoring.png import recipe_in, save_png
@@ -113,8 +114,9 @@ def generate(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     check(settings, prompts, numbers, batch)
     common = _common(pipe, sampling or Sampling(), base)
+    folder = path_of(output)
     places = [
-        _Place(name, prompt, seed, Path(output).expanduser() / name / f"{slug(prompt)}-{seed}.png", recipe)
+        _Place(name, prompt, seed, folder / name / f"{slug(prompt)}-{seed}.png", recipe)
         for name, uses in settings.items()
         for prompt in prompts
         for seed in numbers

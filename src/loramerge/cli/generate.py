@@ -1,6 +1,5 @@
 """``loramerge generate``: pictures of settings × prompts × seeds."""
 
-import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 from ..errors import OptionError
 from ..files.storage.paths import is_there
 from .options import ArchOfAll, Quiet, TrustRemoteCode
-from .output import progress, table
+from .output import progress, resumable, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -88,22 +87,18 @@ def run(given: Options) -> None:
             quiet=True,
             trust_remote_code=given.trust_remote_code,
         )
-        try:
-            with progress("Drawing", given.quiet) as report:
-                drawn = generation.generate(
-                    pipe,
-                    settings,
-                    given.prompt,
-                    numbers,
-                    given.output,
-                    sampling=sampling,
-                    batch=given.batch,
-                    base=given.base,
-                    progress=report,
-                )
-        except KeyboardInterrupt:
-            print("Interrupted; what was drawn is kept, and the same command goes on from there.", file=sys.stderr)
-            raise typer.Exit(130) from None
+        with resumable("what was drawn"), progress("Drawing", given.quiet) as report:
+            drawn = generation.generate(
+                pipe,
+                settings,
+                given.prompt,
+                numbers,
+                given.output,
+                sampling=sampling,
+                batch=given.batch,
+                base=given.base,
+                progress=report,
+            )
     shots = [Shot(d.setting, d.prompt, d.seed, d.path) for d in drawn]
     save_sheet(shots, given.output / "sheet.png", side=given.side)
     if not given.quiet:

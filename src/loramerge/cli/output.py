@@ -1,6 +1,5 @@
 """Printing that every command shares: errors as text, tables, notes, progress."""
 
-import os
 import re
 import sys
 import time
@@ -19,16 +18,21 @@ def guarded(command: Callable[[], object]) -> None:
     try:
         with needed("This command"):
             command()
-        sys.stdout.flush()
     except LoRAMergeError as error:
         print(f"Error: {as_typed(str(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def resumable(what: str) -> Iterator[None]:
+    """On Ctrl-C, say what is kept, and exit."""
+    try:
+        yield
     except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        from typer import Exit
+
+        print(f"Interrupted; {what} is kept, and the same command goes on from there.", file=sys.stderr)
+        raise Exit(130) from None
 
 
 ARGUMENT = re.compile(r"\((exclude|allow_[a-z]+)\)|\b(?:(max_error|max_size)|(energy)(?= is a |=))\b(=?)")

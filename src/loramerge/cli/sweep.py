@@ -10,7 +10,7 @@ import typer
 
 from ..errors import OptionError, size
 from .options import Changed, Pickle, Processes, Quiet, method_of, rank_of
-from .output import is_number, progress, table
+from .output import is_number, progress, resumable, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(given: Options) -> None:
         print("\n".join(point.name for point in todo))
         return
     scored = load_score(given.score) if given.score else None
-    with progress("Sweeping", given.quiet) as report:
+    with resumable("what was merged"), progress("Sweeping", given.quiet) as report:
         rows = sweep(
             recipe,
             grid,

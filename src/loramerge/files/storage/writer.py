@@ -245,7 +245,11 @@ def _each(groups: Sequence[Group], work: Callable[[Group], None], workers: int, 
         yield from processes.each(groups, work, workers)
     else:
         size = sum(nbytes(tuple(spec.shape), spec.dtype) for group in groups for spec in group.specs.values())
-        yield from _by_threads(groups, work, workers) if size >= SMALL * len(groups) else map(work, groups)
+        yield from (
+            _by_threads(groups, work, min(workers, processes.cores()))
+            if size >= SMALL * len(groups)
+            else map(work, groups)
+        )
 
 
 def _by_threads(groups: Sequence[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import loramerge as lm
-from loramerge.files.storage import workers
 from small import MODULES, small
 
 if sys.platform == "win32":

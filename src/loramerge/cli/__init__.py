@@ -8,7 +8,6 @@ import signal
 import sys
 from typing import NoReturn
 
-
 UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EBADF, getattr(errno, "EDQUOT", errno.EIO))
 """Errors of printing.  Those of files are `FileError` by then, or name the file."""
 

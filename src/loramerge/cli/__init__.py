@@ -74,7 +74,9 @@ def _explain(error: BaseException, done: bool) -> NoReturn:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(cause, BrokenPipeError):  # the reader of our output has seen enough
         sys.exit(141)
-    rest = "The command's work is done, and only what it prints is missing." if done else "The command was ended by that."
+    rest = (
+        "The command's work is done, and only what it prints is missing." if done else "The command was ended by that."
+    )
     _end(1, f"Error: Can't write to standard output: {cause.strerror}. {rest}")
 
 

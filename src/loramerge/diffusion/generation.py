@@ -195,7 +195,7 @@ def check(
                 raise OptionError(
                     f"The setting {name!r}: {use.lora.name} has the weight {use.weight}; wanted a number."
                 )
-        if not name or name[0] in ".-" or set(name) & set('/\\:*?"<>|'):
+        if not name or name[0] in ".-" or set(name) & set('/\\:*?"<>|') or len(name.encode(errors="replace")) > 255:
             raise OptionError(f"The setting {name!r} is no name for a folder.")
     if len({name.lower() for name in settings}) < len(settings):
         raise OptionError(f"Two settings have the same folder: {', '.join(settings)}.")

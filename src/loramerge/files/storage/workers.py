@@ -123,7 +123,7 @@ def _work(items: Sequence[T], work: Callable[[T], None], portions: int, said: in
             first, last = int.from_bytes(bounds[:4], "little"), int.from_bytes(bounds[4:], "little")
             for item in items[first:last]:
                 if os.getppid() != parent:
-                    return
+                    os._exit(code)
                 work(item)
             os.write(said, DONE * (last - first))
         code = 0

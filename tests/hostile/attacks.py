@@ -320,6 +320,18 @@ NAMES = {
     )
 }
 
+PATHS = {
+    f"a file called {name[:20]!r}": Attack(written(lambda: safetensors.numpy.save(lora()), name))
+    for name in (
+        os.fsdecode(b"a\xff.safetensors"),
+        "~.safetensors",
+        "~root.safetensors",
+        f"{'é' * 121}x.safetensors",
+        "a\nb.safetensors",
+        "$x_{.safetensors",
+    )
+}
+
 LINKS = {
     "a directory as the adapter": Attack(
         lambda folder: linked("adapter_model.safetensors", str(folder))(folder), "directory, a pipe or a device"
@@ -434,6 +446,7 @@ ATTACKS = {
         "entry": ENTRIES,
         "values": VALUES,
         "names": NAMES,
+        "path": PATHS,
         "adapter": LINKS,
         "pickle": PICKLES,
         "recipe": RECIPES,

@@ -118,7 +118,7 @@ def work(item):
     fd = os.open({str(log)!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(fd, f"{{os.getpid()}}\\n".encode())
     time.sleep(0.05)
-list(workers.each(range(10_000), work, 2))
+list(workers.each(range(400), work, 2))
 """
     parent = subprocess.Popen([sys.executable, "-c", code])
     while len(set(lines(log))) < 3:

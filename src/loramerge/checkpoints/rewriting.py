@@ -242,20 +242,15 @@ def write_folder(job: Job, target: Path, metadata: Mapping[str, str]) -> list[st
 
 
 def _check_links(root: Path, left_out: Sequence[Path]) -> None:
-    """Refuse what leads out of a model, which may be someone else's: its copy would hold files of this machine.
-
-    Raises:
-        FileError: There is a link to a directory, or to a file that is neither in the model nor in the Hub's cache of
-            it; or a pipe or a device.
-    """
+    """Refuse links out of a model and its place in the Hub's cache: its copy would hold other files of this machine."""
     real = root.resolve()
     homes = [real, *(folder.parent / "blobs" for folder in real.parents if folder.name == "snapshots")]
     for folder, folders, files in os.walk(root):
         for path in (Path(folder, name) for name in (*folders, *files)):
-            apart = path.is_symlink() and not any(home in path.resolve().parents for home in homes)
-            plain = path.is_file() if path.is_symlink() else path.is_file() or path.is_dir()
-            if (apart or not plain) and path not in left_out:
-                what = f"a link to {os.readlink(path)}" if path.is_symlink() else "a pipe or a device"
+            link = path.is_symlink()
+            apart = link and not any(home in path.resolve().parents for home in homes)
+            if (apart or not (path.is_file() or (path.is_dir() and not link))) and path not in left_out:
+                what = f"a link to {os.readlink(path)}" if link else "a pipe or a device"
                 raise FileError(
                     f"Can't copy {path}: it is {what}, and only links to files of the model are followed. Way out: put the "
                     "file or the directory itself there, or remove it."

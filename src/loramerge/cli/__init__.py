@@ -68,18 +68,13 @@ def _explain(error: BaseException, done: bool) -> NoReturn:
     cause = (getattr(error.__context__, "__cause__", None) or error.__context__) if type(error) is SystemExit else error
     if isinstance(cause, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing to stop
-        _end(130, "Interrupted; nothing was written.")
+        print("Interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(130)
     if not isinstance(cause, OSError) or cause.filename is not None or cause.errno not in UNWRITABLE:
         raise error
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(cause, BrokenPipeError):  # the reader of our output has seen enough
         sys.exit(141)
-    rest = (
-        "The command's work is done, and only what it prints is missing." if done else "The command was ended by that."
-    )
-    _end(1, f"Error: Can't write to standard output: {cause.strerror}. {rest}")
-
-
-def _end(code: int, said: str) -> NoReturn:
-    print(said, file=sys.stderr)
-    sys.exit(code)
+    rest = "The command's work is done all the same." if done else "The command was ended by that."
+    print(f"Error: Can't write to standard output: {cause.strerror}. {rest}", file=sys.stderr)
+    sys.exit(1)

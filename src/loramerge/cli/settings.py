@@ -20,7 +20,9 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     ((name, options),) = ((name, kind) for name, kind in get_annotations(run).items() if name != "return")
     declared = {field.name: field for field in fields(options)}
     for field in declared.values():
-        _read_paths(field.type)
+        kind, given = get_args(field.type)
+        if Path in (kind, *get_args(kind)):
+            given.parser = path  # from the text as it was typed: ./~/x is not ~/x
     order = [name for kind in options.__mro__ for name in get_annotations(kind) if name in declared]
 
     def typed(**values: Any) -> None:
@@ -45,10 +47,3 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
 def path(text: str) -> Path:
     """Read a path; typer shows this function's name in ``--help``."""
     return path_of(text)
-
-
-def _read_paths(annotation: Any) -> None:
-    """Have typer read the paths of a parameter from the text as it was typed: ``./~/x`` is not ``~/x``."""
-    kind, given = get_args(annotation)
-    if Path in (kind, *get_args(kind)):
-        given.parser = path

@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ..files.writing import check_growth
 from ..tensors import FLOATS, code, computed, fits_half
 from .methods import Method, check_options, find
 from .plans import Plan
-from .ranks import Budget, Rank, budget
+from .ranks import Rank, budget
 from .spending import spent
 from .steps import common_extras, steps_of
 from .weights import Scope, Weights, resolve
@@ -57,75 +57,56 @@ def plan(
         given = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in _listed(loras)]
         model = base if base is None or isinstance(base, Checkpoint) else stack.enter_context(open_checkpoint(base))
         limit = budget(max_error, energy, max_size)
-        planned = _planned(
-            given, model, weights, method, rank, scope, exclude, device, limit, progress, allow_growth, options
-        )
-        stack.pop_all()  # all is well, and what is open stays open for the plan
-    return planned
-
-
-def _planned(
-    given: "list[LoRA]",
-    model: Checkpoint | None,
-    weights: Weights,
-    method: Method | str,
-    rank: Rank,
-    scope: Scope,
-    exclude: Sequence[str],
-    device: str | None,
-    limit: Budget | None,
-    progress: "Progress | None",
-    allow_growth: bool,
-    options: Mapping[str, Any],
-) -> Plan:
-    opened = given
-    rank = int(rank) if isinstance(rank, str) and rank.isascii() and rank.isdigit() else rank
-    left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    if left_out:
-        opened = without(opened, left_out)
+        opened = given
+        rank = int(rank) if isinstance(rank, str) and rank.isascii() and rank.isdigit() else rank
+        left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        if left_out:
+            opened = without(opened, left_out)
+            if not any(opened):
+                raise OptionError(f"Nothing is left to merge: every module matches {' or '.join(left_out)}.")
         if not any(opened):
-            raise OptionError(f"Nothing is left to merge: every module matches {' or '.join(left_out)}.")
-    if not any(opened):
-        raise MergeError("Nothing to merge: give at least one LoRA with a module.")
-    if device is not None:
-        check_device(device)
-    chosen = find(method)
-    checked = check_options(chosen, options)
-    if chosen.count not in (None, len(opened)):
-        raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
-    opened, architecture = of_one_family(opened)
-    resolved = resolve(opened, weights, scope, chosen.default_weight)
-    weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
-    steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
-    if not steps:
-        raise MergeError(_nothing(chosen, opened))
-    if resolved.columns and chosen.name != "linear":
-        raise OptionError(f"Learned coefficients are weights of the method linear; {chosen.name} takes numbers.")
-    for module in () if resolved.deferred else steps:
-        found = resolved.of(module)
-        if chosen.allows:
-            with within(module):
-                chosen.allows([found[i] for i in steps[module].inputs])
-    planned = Plan(
-        loras=tuple(opened),
-        architecture=architecture,
-        method=chosen,
-        options=checked,
-        weights=resolved,
-        rank=rank if isinstance(rank, str) else operator.index(rank),
-        steps=steps,
-        name=" + ".join(lora.name for lora in opened),
-        dialect=_dialect_for([lora.dialect for lora in opened], architecture),
-        dtype=_dtype([opened[i] for i in sorted({i for step in steps.values() for i in step.inputs})]),
-        device=device,
-        extras=common_extras(opened, weigh),
-        base=model,
-        given=tuple(given),
-        exclude=left_out,
-        scope=scope,
-        allow_growth=allow_growth,
-    )
-    return spent(planned, limit, progress) if limit else planned
+            raise MergeError("Nothing to merge: give at least one LoRA with a module.")
+        if device is not None:
+            check_device(device)
+        chosen = find(method)
+        checked = check_options(chosen, options)
+        if chosen.count not in (None, len(opened)):
+            raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
+        opened, architecture = of_one_family(opened)
+        resolved = resolve(opened, weights, scope, chosen.default_weight)
+        weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
+        steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
+        if not steps:
+            raise MergeError(_nothing(chosen, opened))
+        if resolved.columns and chosen.name != "linear":
+            raise OptionError(f"Learned coefficients are weights of the method linear; {chosen.name} takes numbers.")
+        for module in () if resolved.deferred else steps:
+            found = resolved.of(module)
+            if chosen.allows:
+                with within(module):
+                    chosen.allows([found[i] for i in steps[module].inputs])
+        planned = Plan(
+            loras=tuple(opened),
+            architecture=architecture,
+            method=chosen,
+            options=checked,
+            weights=resolved,
+            rank=rank if isinstance(rank, str) else operator.index(rank),
+            steps=steps,
+            name=" + ".join(lora.name for lora in opened),
+            dialect=_dialect_for([lora.dialect for lora in opened], architecture),
+            dtype=_dtype([opened[i] for i in sorted({i for step in steps.values() for i in step.inputs})]),
+            device=device,
+            extras=common_extras(opened, weigh),
+            base=model,
+            given=tuple(given),
+            exclude=left_out,
+            scope=scope,
+            allow_growth=allow_growth,
+        )
+        planned = spent(planned, limit, progress) if limit else planned
+        stack.pop_all()  # what is open stays open for the plan
+        return planned
 
 
 def merge(

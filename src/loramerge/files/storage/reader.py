@@ -53,7 +53,7 @@ class OpenFile:
         """Where tensors' bytes begin."""
         self._data = data
         self._ahead = 0, b""
-        self._fd = -1
+        self._fd = -1  # should opening fail
         self._fd = -1 if data is not None else open_regular(path)
         self.size = os.fstat(self._fd).st_size if data is None else len(data)
 
@@ -131,12 +131,6 @@ class SafetensorsFile(dict[str, Stored]):
             self.close()
             raise
         self.update(tensors)
-
-    def __deepcopy__(self, memo: object) -> "SafetensorsFile":
-        return self
-
-    def __reduce__(self) -> Any:
-        return SafetensorsFile, self.opened.__reduce__()[1][:2]
 
     def _header(self) -> tuple[dict[str, str], dict[str, Stored]]:
         size = self.opened.size

@@ -119,8 +119,8 @@ def test_an_open_file_reads_only_what_is_asked_for(tmp_path: Path, monkeypatch: 
     path = lm.save(small(), tmp_path / "a.safetensors", dialect="diffusers")
     lora = lm.open(path)
     read: list[int] = []
-    original = lora.origin.tensors._read
-    monkeypatch.setattr(lora.origin.tensors, "_read", lambda offset, size: read.append(size) or original(offset, size))
+    original = lora.files[0].opened.read
+    monkeypatch.setattr(lora.files[0].opened, "read", lambda offset, size: read.append(size) or original(offset, size))
 
     layer = lora[MODULES["sdxl"][0]]
 
@@ -130,8 +130,8 @@ def test_an_open_file_reads_only_what_is_asked_for(tmp_path: Path, monkeypatch: 
 def test_a_resize_reads_every_tensor_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lora = lm.open(lm.save(small(rank=4), tmp_path / "a.safetensors", dialect="diffusers"))
     read: list[int] = []
-    original = lora.origin.tensors._read
-    monkeypatch.setattr(lora.origin.tensors, "_read", lambda offset, size: read.append(size) or original(offset, size))
+    original = lora.files[0].opened.read
+    monkeypatch.setattr(lora.files[0].opened, "read", lambda offset, size: read.append(size) or original(offset, size))
 
     layers = dict(lm.plan([lora], weights=[1.0], rank=2).lora().items())
 

@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SECONDS, TIMES, MEGABYTES = 2.0, 3, 300
 
-MAKE = "import sys; from hostile.attacks import ATTACKS; print(ATTACKS[sys.argv[1]].make(__import__('pathlib').Path(sys.argv[2])))"
+MAKE = "import sys; from hostile.attacks import ATTACKS; import os, pathlib; "
+MAKE += "os.write(1, os.fsencode(ATTACKS[sys.argv[1]].make(pathlib.Path(sys.argv[2]))))"
 LIST = """
 import json
 from hostile.attacks import ATTACKS
@@ -70,10 +71,8 @@ def child(path: str, allow_pickle: bool, recipe: bool) -> None:
 def measured(name: str, flags: list[bool]) -> dict[str, object]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        made = subprocess.run(
-            [sys.executable, "-c", MAKE, name, folder], env=environment, capture_output=True, text=True, check=True
-        )
-        path = made.stdout.strip()
+        made = subprocess.run([sys.executable, "-c", MAKE, name, folder], env=environment, capture_output=True, check=True)
+        path = os.fsdecode(made.stdout)
         size = sum(file.stat().st_size for file in (Path(path), *Path(path).rglob("*")) if file.is_file()) / 1e6
         words = [sys.executable, __file__, "--child", json.dumps([path, *flags])]
         found = subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)

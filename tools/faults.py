@@ -266,6 +266,7 @@ def vanishing(how: Callable[[Path], object]) -> Callable[[Trial], str]:
 FAULTS: dict[str, Callable[[Trial], str]] = {
     "kill -9": signalled(signal.SIGKILL),
     "SIGTERM": signalled(signal.SIGTERM),
+    "SIGHUP": signalled(signal.SIGHUP),
     "SIGINT": signalled(signal.SIGINT),
     "full disk": full_disk,
     "read-only target": read_only,

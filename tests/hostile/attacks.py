@@ -320,6 +320,18 @@ NAMES = {
     )
 }
 
+PATHS = {
+    f"a file called {name[:20]!r}": Attack(written(lambda: safetensors.numpy.save(lora()), name))
+    for name in (
+        os.fsdecode(b"a\xff.safetensors"),
+        "~.safetensors",
+        "~root.safetensors",
+        f"{'é' * 121}x.safetensors",
+        "a\nb.safetensors",
+        "$x_{.safetensors",
+    )
+}
+
 LINKS = {
     "a directory as the adapter": Attack(
         lambda folder: linked("adapter_model.safetensors", str(folder))(folder), "directory, a pipe or a device"
@@ -414,6 +426,8 @@ RECIPES = {
     "output above": recipe('output.path = "../x.safetensors"', "not below"),
     "output elsewhere": recipe('output.path = "/tmp/x.safetensors"', "not below"),
     "output at home": recipe('output.path = "~/x.safetensors"', "not below"),
+    "output at home, by a detour": recipe('output.path = "./~/x.safetensors"', "not below"),
+    "output at another's home": recipe('output.path = ".//~root/x.safetensors"', "not below"),
     "output above, by a detour": recipe('output.path = "a/../../x.safetensors"', "not below"),
     "output with a NUL": recipe('output.path = "a\\u0000.safetensors"', "NUL"),
     "input with a NUL": recipe('[[loras]]\npath = "~a\\u0000"', "NUL"),
@@ -432,6 +446,7 @@ ATTACKS = {
         "entry": ENTRIES,
         "values": VALUES,
         "names": NAMES,
+        "path": PATHS,
         "adapter": LINKS,
         "pickle": PICKLES,
         "recipe": RECIPES,

@@ -1,5 +1,6 @@
 """A study's protocol as plain data: base, concepts, training, settings, prompts and scorer."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -268,7 +269,7 @@ def located(model: str, folder: Path) -> str:
 
 def located_lora(source: str, folder: Path) -> str:
     """Resolve a LoRA's file against the protocol's folder; leave a name on the Hub unchanged."""
-    path = folder / Path(source).expanduser()
+    path = folder / os.path.expanduser(source)
     return str(path.resolve()) if source[:1] in ("", ".", "~") or path.exists() else source
 
 

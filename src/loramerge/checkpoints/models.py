@@ -6,6 +6,7 @@ shapes are taken from the file.  Headers are read when it is opened, a weight wh
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from ..errors import FileError, MergeError
 from ..files.architectures import ARCHITECTURES, Architecture, openclip
 from ..files.architectures.names import COMPONENTS, Part, Parts, whole
 from ..files.storage import digests
+from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
 from ..layers import Full, Layer
 from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, is_torch, namespace, same_weight
@@ -102,7 +104,7 @@ class Checkpoint(Mapping[str, Place]):
     @property
     def name(self) -> str:
         """Its name in messages."""
-        return self.path.name
+        return printable(self.path.name)
 
     @property
     def sha256(self) -> str:
@@ -166,7 +168,9 @@ def widened(array: Array) -> Array:
     return array if str(array.dtype).endswith("float64") else float32(array)
 
 
-def open_checkpoint(path: str | Path, *, architecture: str | None = None, variant: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, architecture: str | None = None, variant: str | None = None
+) -> Checkpoint:
     """Open a base model; weights are read when they are asked for.
 
     Args:
@@ -178,7 +182,7 @@ def open_checkpoint(path: str | Path, *, architecture: str | None = None, varian
     Raises:
         FileError: The path is missing, or holds no model that loramerge knows.
     """
-    root = Path(path).expanduser()
+    root = path_of(path)
     if not root.exists():
         raise FileError(
             f"No such file or directory: {root}. A base model must be on this disk; from the Hub: hf download REPO."

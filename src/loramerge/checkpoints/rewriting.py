@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,6 +225,7 @@ def write_folder(job: Job, target: Path, metadata: Mapping[str, str]) -> list[st
     changed = job.changed()
     stale = _other_weights(job.model, changed)
     total = sum(len(job.model.files[file]) for file in changed)
+    _check_links(root, stale)
     try:
         with scratch.folder(target.parent, target.name) as made:
             new = made / "model"
@@ -237,6 +239,22 @@ def write_folder(job: Job, target: Path, metadata: Mapping[str, str]) -> list[st
     except OSError as error:
         raise FileError(f"Can't write {target}: {error.strerror or error}.") from error
     return [f"{file.relative_to(root)}: it holds weights without the LoRA" for file in stale]
+
+
+def _check_links(root: Path, left_out: Sequence[Path]) -> None:
+    """Refuse links out of a model and its place in the Hub's cache: its copy would hold other files of this machine."""
+    real = root.resolve()
+    homes = [real, *(folder.parent / "blobs" for folder in real.parents if folder.name == "snapshots")]
+    for folder, folders, files in os.walk(root):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            link = path.is_symlink()
+            apart = link and not any(home in path.resolve().parents for home in homes)
+            if (apart or not (path.is_file() or (path.is_dir() and not link))) and path not in left_out:
+                what = f"a link to {os.readlink(path)}" if link else "a pipe or a device"
+                raise FileError(
+                    f"Can't copy {path}: it is {what}, and only links to files of the model are followed. Way out: put the "
+                    "file or the directory itself there, or remove it."
+                )
 
 
 def _other_weights(model: Checkpoint, changed: Sequence[Path]) -> list[Path]:

@@ -1,7 +1,6 @@
 """``loramerge generate``: pictures of settings × prompts × seeds."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
+from ..files.storage.paths import is_there
 from .options import ArchOfAll, Quiet, TrustRemoteCode
-from .output import progress, table
+from .output import progress, resumable, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -123,24 +123,20 @@ def run(given: Options) -> None:
             quiet=True,
             trust_remote_code=given.trust_remote_code,
         )
-        try:
-            with progress("Drawing", given.quiet) as report:
-                drawn = generation.generate(
-                    pipe,
-                    settings,
-                    given.prompt,
-                    numbers,
-                    given.output,
-                    sampling=sampling,
-                    batch=given.batch,
-                    base=given.base,
-                    progress=report,
-                )
-        except KeyboardInterrupt:
-            print("Interrupted; what was drawn is kept, and the same command goes on from there.", file=sys.stderr)
-            raise typer.Exit(130) from None
+        with resumable("what was drawn"), progress("Drawing", given.quiet) as report:
+            drawn = generation.generate(
+                pipe,
+                settings,
+                given.prompt,
+                numbers,
+                given.output,
+                sampling=sampling,
+                batch=given.batch,
+                base=given.base,
+                progress=report,
+            )
     shots = [Shot(d.setting, d.prompt, d.seed, d.path) for d in drawn]
-    save_sheet(shots, given.output.expanduser() / "sheet.png", side=given.side)
+    save_sheet(shots, given.output / "sheet.png", side=given.side)
     if not given.quiet:
         print(_shown(drawn))
         print(f"→ {given.output}: {len(drawn)} pictures, sheet.png")
@@ -244,9 +240,9 @@ def _pair(text: str, sign: str, option: str) -> tuple[str, str]:
 
 def _setting(text: str, loras: ExitStack, architecture: str | None) -> tuple[str, list["Use"]]:
     named, equals, rest = text.partition("=")
-    if not equals or Path(text).exists():
+    if not equals or is_there(text):
         named, rest = "", text
-    uses = [_use(part, loras, architecture) for part in ([rest] if Path(rest).exists() else rest.split("+"))]
+    uses = [_use(part, loras, architecture) for part in ([rest] if is_there(rest) else rest.split("+"))]
     stems = [Path(use.lora.name).stem + ("" if use.weight == 1 else f"@{use.weight:g}") for use in uses]
     return named or "+".join(stems), uses
 

@@ -147,7 +147,7 @@ class Learning(OnModel, Sampled):
         for folder, caption in zip(self.data or (), self.captions, strict=False):
             captioned(folder, caption)
         if not self.quiet:
-            note_left_out(folder.expanduser() for folder in self.data or ())
+            note_left_out(self.data or ())
 
     def plan(self) -> "Plan":
         """Plan the sum of the LoRAs, which says what the result's modules, dialect and dtype are."""

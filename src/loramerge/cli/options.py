@@ -1,6 +1,5 @@
 """Options that several commands have, and functions that read what was typed for them."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import OptionError
+from ..files.storage.workers import cores
 
 if TYPE_CHECKING:
     from ..files import LoRA
@@ -84,9 +84,8 @@ def workers_or_cores(given: int | None, widest: int = 0) -> int:
     """
     if given is not None:
         return given
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     room = ROOM // (MATRICES * widest) if widest else MOST_WORKERS
-    return max(1, min(usable, MOST_WORKERS, room))
+    return max(1, min(cores(), MOST_WORKERS, room))
 
 
 class Scope(StrEnum):

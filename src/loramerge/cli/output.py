@@ -1,6 +1,5 @@
 """Printing that every command shares: errors as text, tables, notes, progress."""
 
-import os
 import re
 import sys
 import time
@@ -19,16 +18,21 @@ def guarded(command: Callable[[], object]) -> None:
     try:
         with needed("This command"):
             command()
-        sys.stdout.flush()
     except LoRAMergeError as error:
         print(f"Error: {as_typed(str(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def resumable(what: str) -> Iterator[None]:
+    """On Ctrl-C, say what is kept, and exit."""
+    try:
+        yield
     except KeyboardInterrupt:
-        print("Interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        from typer import Exit
+
+        print(f"Interrupted; {what} is kept, and the same command goes on from there.", file=sys.stderr)
+        raise Exit(130) from None
 
 
 ARGUMENT = re.compile(r"\((exclude|allow_[a-z]+)\)|\b(?:(max_error|max_size)|(energy)(?= is a |=))\b(=?)")
@@ -51,7 +55,7 @@ def as_typed(message: str) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a plain table; columns of numbers are aligned to the right."""
     widths = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
-    right = [all(_is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
+    right = [all(is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)]
@@ -60,7 +64,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), line(["─" * w for w in widths]), *map(line, rows)])
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether a cell's text is a number, or none."""
     return text.replace(".", "", 1).replace("-", "").replace("e", "").replace("+", "").isdigit() or text in ("", "–")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import FileError, OptionError
+from ..files.storage.paths import path_of
 from .options import Quiet
 from .output import note_left_out, progress, table
 from .settings import command
@@ -95,7 +96,7 @@ def run(given: Options) -> None:
         raise OptionError(f"No setting {given.against!r}. There are: {', '.join(settings)}.")
     if not given.quiet:
         note_left_out(settings.values())
-        note_left_out(Path(folder.files).expanduser() for folder in sets)  # type: ignore[arg-type]
+        note_left_out(path_of(folder.files) for folder in sets)  # type: ignore[arg-type]
     shots = scores.shots_of(settings)
     cluster: Any = given.cluster.value if given.cluster else None
     cache = None if given.no_cache else given.cache
@@ -103,7 +104,7 @@ def run(given: Options) -> None:
     for each in _encoders(given):
         with progress(f"Scoring by {each.name}", given.quiet) as report:
             found.append(scores.score(shots, sets, each, cluster=cluster, cache=cache, progress=report))
-    written = reports.save_scores(found, given.output.expanduser()) if given.output else []
+    written = reports.save_scores(found, given.output) if given.output else []
     if not given.quiet:
         print("\n\n".join(shown(scores, given.against, given.by_prompt) for scores in found))
         for path in written:
@@ -119,7 +120,6 @@ def settings_in(folders: list[Path]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for folder in folders:
-        folder = folder.expanduser()
         if not folder.is_dir():
             raise FileError(f"No such directory of images: {folder}.")
         inside = _as_drawn([f for f in folder.iterdir() if f.is_dir() and f.name[0] != "."], folder)

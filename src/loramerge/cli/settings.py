@@ -6,7 +6,10 @@ Its fields are annotated as typer's parameters are: ``Annotated[T, typer.Option(
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from inspect import Parameter, Signature, get_annotations
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
+
+from ..files.storage.paths import path_of
 
 
 def command(run: Callable[..., None]) -> Callable[..., None]:
@@ -16,6 +19,10 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     """
     ((name, options),) = ((name, kind) for name, kind in get_annotations(run).items() if name != "return")
     declared = {field.name: field for field in fields(options)}
+    for field in declared.values():
+        kind, given = get_args(field.type)
+        if Path in (kind, *get_args(kind)):
+            given.parser = path  # from the text as it was typed: ./~/x is not ~/x
     order = [name for kind in options.__mro__ for name in get_annotations(kind) if name in declared]
 
     def typed(**values: Any) -> None:
@@ -35,3 +42,8 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
         ]
     )
     return typed
+
+
+def path(text: str) -> Path:
+    """Read a path; typer shows this function's name in ``--help``."""
+    return path_of(text)

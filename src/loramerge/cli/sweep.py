@@ -10,7 +10,7 @@ import typer
 
 from ..errors import OptionError, size
 from .options import Changed, Pickle, Processes, Quiet, method_of, rank_of
-from .output import progress, table
+from .output import is_number, progress, resumable, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def run(given: Options) -> None:
         print("\n".join(point.name for point in todo))
         return
     scored = load_score(given.score) if given.score else None
-    with progress("Sweeping", given.quiet) as report:
+    with resumable("what was merged"), progress("Sweeping", given.quiet) as report:
         rows = sweep(
             recipe,
             grid,
@@ -100,10 +100,22 @@ def read_grid(recipe: "Recipe", given: Sequence[str]) -> dict[str, list[Any]]:
         name, equals, values = item.partition("=")
         if not equals or not name or name in texts:
             raise OptionError(f"Can't read the setting {item!r}: wanted NAME=VALUE,VALUE,…, each name once.")
-        texts[name] = [text.strip() for text in values.split(",")]
+        texts[name] = [text.strip() for text in _split(values)]
     methods = [method_of(text) for text in texts["method"]] if "method" in texts else [recipe.method]
     found = {name: [_value(name, text, methods) for text in values] for name, values in texts.items()}
     return found | ({"method": methods} if "method" in texts else {})
+
+
+def _split(text: str) -> list[str]:
+    """Split values at their commas, but not at those between the numbers of ``lbw:1,0,…``."""
+    found: list[str] = []
+    for piece in text.split(","):
+        inside = found and found[-1].rpartition("/")[2].strip().startswith("lbw:")
+        if inside and is_number(piece.partition("/")[0].strip()):
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece)
+    return found
 
 
 def _value(name: str, text: str, methods: "Sequence[Method | str]") -> Any:

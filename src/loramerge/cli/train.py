@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError, need
+from ..files.storage.paths import path_of
 from .model_options import (
     Base,
     Checkpointing,
@@ -127,7 +128,7 @@ def run(given: Options) -> None:
     if given.prior is not None:
         captioned(given.prior, given.prior_prompt)
     if not given.quiet:
-        note_left_out(Path(each).expanduser() for each in (given.folder, given.prior) if each is not None)
+        note_left_out(filter(None, (given.folder, given.prior)))
     together = team(cpu=given.device == "cpu")
     given = replace(given, quiet=given.quiet or not together.writes)
     denoiser = given.load(given.base, together, checkpointing=given.checkpointing)
@@ -175,7 +176,7 @@ class _Job:
     @property
     def checkpoint(self) -> Path:
         """The file that holds the state."""
-        return self.given.checkpoint or self.place.with_name(f"{self.place.stem}.state.safetensors")
+        return self.given.checkpoint or path_of(self.place.with_name(f"{self.place.stem}.state.safetensors"))
 
     def run(self, together: "Team") -> Any:
         """Train; on Ctrl-C, print how to resume and exit."""

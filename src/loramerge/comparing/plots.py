@@ -1,11 +1,14 @@
 """Pictures of a comparison, drawn with matplotlib (the extra ``plots``)."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import FileError, OptionError, need
+from ..files.storage.paths import path_of
+from ..files.storage.writer import write_bytes
 from .analysis import Comparison, Row
 from .measures import Pair
 
@@ -56,16 +59,24 @@ def save_heatmap(comparison: Comparison, path: str | Path) -> Path:
         FileError: It can't be written.
         MissingExtraError: matplotlib is not installed.
     """
-    path = Path(path)
+    path = path_of(path)
     check_heatmap(path)
+    return save_figure(heatmap(comparison), path, dpi=120)
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int) -> Path:
+    """Write a picture, in the format that its name ends in: whole, or not at all.
+
+    Raises:
+        FileError: It can't be written.
+    """
     import matplotlib
 
+    kind, data = path.suffix[1:].lower(), io.BytesIO()
+    undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     with matplotlib.rc_context({"svg.hashsalt": "loramerge"}):  # the same picture is the same file
-        metadata: dict[str, Any] = {"Date": None} if path.suffix.lower() == ".svg" else {}
-        try:
-            heatmap(comparison).savefig(path, dpi=120, metadata=metadata)
-        except OSError as error:
-            raise FileError(f"Can't write {path}: {error.strerror or error}.") from None
+        figure.savefig(data, format=kind, dpi=dpi, metadata=undated)
+    write_bytes(path, data.getvalue())
     return path
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..devices import check_device
 from ..errors import MergeError, OptionError, need
 from ..files.lora import LoRA
+from ..files.storage.paths import path_of, printable
 from ..learned.batches import Batch
 from .families import Conditions, Family, Size, family_of
 from .pipelines import opened
@@ -219,8 +219,8 @@ class Denoiser:
 
 def called(source: str) -> str:
     """Return the base model's name for metadata: its name on the Hub, or the last part of its directory."""
-    local = Path(source).expanduser()
-    return (local.name or local.resolve().name) if local.exists() else source
+    local = path_of(source)
+    return printable(local.name or local.resolve().name) if local.exists() else source
 
 
 class _Nested(nn.Module):

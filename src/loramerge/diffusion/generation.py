@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 
 from ..devices import memory_for
 from ..errors import FileError, NumberError, OptionError
+from ..files.storage.paths import path_of
 from ..files.storage.scratch import make_folder
 from ..files.storage.writer import Progress
 from ..scoring.png import recipe_in, save_png
@@ -110,8 +111,9 @@ def generate(
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     check(settings, prompts, numbers, batch)
     common = _common(pipe, sampling or Sampling(), base)
+    folder = path_of(output)
     places = [
-        _Place(name, prompt, seed, Path(output).expanduser() / name / f"{slug(prompt)}-{seed}.png", recipe)
+        _Place(name, prompt, seed, folder / name / f"{slug(prompt)}-{seed}.png", recipe)
         for name, setting in settings.items()
         for prompt in prompts
         for seed in numbers
@@ -200,7 +202,7 @@ def check(settings: Mapping[str, Setting], prompts: Sequence[str], seeds: int | 
                 raise OptionError(
                     f"The setting {name!r}: {use.lora.name} has the weight {use.weight}; wanted a number."
                 )
-        if not name or name[0] in ".-" or set(name) & set('/\\:*?"<>|'):
+        if not name or name[0] in ".-" or set(name) & set('/\\:*?"<>|') or len(name.encode(errors="replace")) > 255:
             raise OptionError(f"The setting {name!r} is no name for a folder.")
     if len({name.lower() for name in settings}) < len(settings):
         raise OptionError(f"Two settings have the same folder: {', '.join(settings)}.")

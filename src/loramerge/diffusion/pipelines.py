@@ -6,6 +6,7 @@ from typing import Any
 
 from ..devices import check_device
 from ..errors import FileError, OptionError, did_you_mean, first_line, need
+from ..files.storage.paths import path_of
 from ..scoring.quiet import hushed, silence
 from ..tensors import NAMES, parse_dtype
 
@@ -92,7 +93,7 @@ def opened(
         OptionError: It is a single file, or brings code that is not trusted.
     """
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = path_of(source)
     _check(text, path)
     try:
         with hushed():

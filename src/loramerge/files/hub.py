@@ -1,6 +1,6 @@
 """Fetching files from the Hugging Face Hub."""
 
-import os
+import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 from ..errors import FileError, did_you_mean, first_line
+from .architectures.names import COMPONENTS
 from .storage.pickles import PICKLES
 
 SPECIAL = r"refs/(?:pr/\d+|convert/[\w.-]+)"
@@ -41,6 +42,10 @@ WEIGHTS = (
     "adapter_model.bin",
 )
 """File names that diffusers and PEFT use, preferred if a repository has several files."""
+
+
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
+"""The files of a PEFT adapter; those of text encoders are in directories beside them."""
 
 
 class Reference(NamedTuple):
@@ -81,17 +86,24 @@ def named_by(url: str) -> str:
 
 
 def download(reference: Reference) -> Path:
-    """Fetch the file, or a PEFT adapter's directory, unless it is in the Hub's cache; return its path on this disk.
+    """Fetch the file, or a PEFT adapter's directories, unless they are in the Hub's cache; return the path on this disk.
 
     Raises:
         FileError: The repository, the revision or the file is missing, private or gated, or can't be reached.
     """
-    file = reference.file or choose(_listing(reference), reference.repo)
-    path = _fetch(reference, file)
-    if file.endswith(("adapter_model.safetensors", "adapter_model.bin")):
-        _fetch(reference, f"{os.path.dirname(file)}/adapter_config.json".lstrip("/"))
-        return path.parent
-    return path
+    if reference.file and posixpath.basename(reference.file) not in ADAPTER[:2]:
+        return _fetch(reference, reference.file)
+    there = _listing(reference)
+    folder = posixpath.dirname(reference.file or "")
+    inner = {posixpath.join(folder, component, name) for component in COMPONENTS for name in ADAPTER}
+    beside = [file for file in there if file in inner]
+    alone = reference.file or not beside or {*WEIGHTS} & {*there}
+    file = reference.file or (choose(there, reference.repo) if alone else "")
+    if file and posixpath.basename(file) not in ADAPTER[:2]:
+        return _fetch(reference, file)
+    own = [file, posixpath.join(folder, ADAPTER[2])] if file else []
+    first, *_ = [_fetch(reference, each) for each in (*own, *beside)]
+    return first.parent if file else first.parent.parent
 
 
 def pinned(reference: Reference, path: Path) -> str:

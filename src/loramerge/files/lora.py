@@ -18,6 +18,7 @@ from .dialects import adapters, alphas, fields
 from .dialects.fields import Config
 from .dialects.read import Reading, read
 from .storage.header import Awaited
+from .storage.paths import printable
 from .storage.reader import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -42,15 +43,13 @@ class Origin:
     """The file's or directory's name, or ``hf://org/repo@revision``; None for a state dict."""
     forced: Mapping[str, str] = field(default_factory=dict)
     """The architecture, the dialect and the adapter, where the caller named them."""
-    files: tuple[SafetensorsFile, ...] = ()
-    """The open files that the tensors are read from."""
     builder: LayerBuilder | None = None
     """Builds the layers from the tensors; None once they are built."""
 
     def held(self) -> "Origin":
         """Return the same origin with every tensor in memory."""
         tensors = {key: Held(tensor.read()) for key, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, files=(), builder=self.builder and self.builder.of(tensors))
+        return replace(self, tensors=tensors, builder=self.builder and self.builder.of(tensors))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,6 +94,8 @@ class LoRA(Mapping[str, Layer]):
     no_fork: bool = False
     """True if `compute` has side effects in this process, so saving must not use forked workers."""
     origin: Origin | None = field(default=None, repr=False)
+    files: tuple[SafetensorsFile, ...] = ()
+    """The open files that layers are read from; a part of a LoRA has those of the whole."""
 
     def __getitem__(self, module: str) -> Layer:
         if module not in self.layouts:
@@ -126,8 +127,8 @@ class LoRA(Mapping[str, Layer]):
         self.close()
 
     def close(self) -> None:
-        """Close the files that layers are read from, if any are open."""
-        for file in self.origin.files if self.origin else ():
+        """Close the files that layers are read from, if any are open; for the whole LoRA if this is a part of it."""
+        for file in self.files:
             file.close()
 
     @property
@@ -253,6 +254,7 @@ class LoRA(Mapping[str, Layer]):
             metadata=dict(self.metadata),
             extras={key: Held(tensors[key].read()) for key in self.extras},
             origin=replace(origin, layouts=layouts, builder=None) if origin else None,
+            files=(),
         )
 
     def state_dict(self, dialect: str | None = None, dtype: str | None = None) -> dict[str, "torch.Tensor"]:
@@ -356,6 +358,7 @@ def from_tensors(
         NotALoRAError: No layer is among the keys, or several adapters are.
         LayerError: A layer is incomplete, or its tensors disagree.
     """
+    name = printable(name)
     try:
         tensors = adapters.one(tensors, adapter)
         scales = alphas.configs(metadata, config or {})
@@ -390,9 +393,9 @@ def from_tensors(
             layouts=layouts,
             source=source,
             forced={key: value for key, value in forced.items() if value is not None},
-            files=tuple(files),
             builder=builder,
         ),
+        files=tuple(files),
     )
 
 

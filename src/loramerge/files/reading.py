@@ -9,6 +9,7 @@ from ..errors import FileError, OptionError, first_line
 from ..tensors import Array, Held, Tensor, is_known
 from .architectures.names import COMPONENTS
 from .lora import LoRA, from_tensors
+from .storage.paths import path_of, printable
 from .storage.pickles import PICKLES, pickled
 from .storage.reader import SafetensorsFile, read_text
 
@@ -116,6 +117,8 @@ def _open_path(path: str, options: dict[str, Any], allow_pickle: bool, files: li
     tensors, metadata, notes = _tensors(path, allow_pickle, files)
     if "config" not in options and any("base_model.model." in key for key in tensors):
         options["config"] = _config_beside(path)
+        if not all(file.in_place() for file in files):
+            raise FileError(REPLACED.format(path))
     return from_tensors(tensors, metadata, os.path.basename(path), notes=notes, files=files, **options)
 
 
@@ -182,20 +185,21 @@ def _copied(value: Any) -> Any:
 def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
     """Find the file or directory; return its path, and the name for recipes: the Hub's, or without parent directories."""
     text = os.fspath(source)
-    path = os.path.expanduser(text)
+    uri = isinstance(source, str) and text.startswith("hf://")
+    path = "" if uri else os.fspath(path_of(source))
     if path.endswith(".toml") and os.path.isfile(path):
         raise FileError(
             f"{path} is a recipe, not a LoRA. Ways out: 'loramerge merge {path}' merges as it says, and with --dry-run "
             "shows what that would be; in Python, loramerge.Recipe.read."
         )
-    if not text.startswith("hf://") and os.path.exists(path):
-        return path, os.path.basename(path.rstrip(os.sep)) or os.path.basename(os.path.realpath(path))
+    if os.path.exists(path):
+        return path, printable(os.path.basename(path) or os.path.basename(os.path.realpath(path)))
     from . import hub
 
     if text.startswith(("http://", "https://")):
         raise FileError(f"URLs are not fetched: {text}. Way out: {hub.named_by(text)}.")
-    reference = hub.parse(text)
-    looks_local = not text.startswith("hf://") and (
+    reference = hub.parse(text) if isinstance(source, str) else None  # a path object is never a name on the Hub
+    looks_local = not uri and (
         (path.endswith((".safetensors", *PICKLES)) and text.count("/") != 2) or os.path.isdir(text.partition("/")[0])
     )
     if reference is None or looks_local:
@@ -227,8 +231,7 @@ def _open_folder(
     from .hub import WEIGHTS, choose
 
     path = Path(folder)
-    folders = [path, *(path / component for component in COMPONENTS)]
-    adapters = {each: found for each in folders if (found := _adapter_in(each))}
+    adapters = _adapters_in(path)
     if not adapters:
         entries = sorted(path.iterdir())
         others = [inner for entry in entries if entry.is_dir() and (inner := _adapter_in(entry))]
@@ -249,9 +252,21 @@ def _open_folder(
         tensors |= {prefix + key: tensor for key, tensor in held.items()}
         metadata |= strings
         config |= {folder.name if prefix else "": _config(folder / PEFT_CONFIG)}
+    if adapters != _adapters_in(path) or not all(file.in_place() for file in files):
+        raise FileError(REPLACED.format(path))
     # A configuration that is given replaces the directory's own, not those of the text encoders' directories.
     options = {**options, "config": config | options.get("config", {})}
     return from_tensors(tensors, metadata, path.name, files=files, **options)
+
+
+REPLACED = "{} was replaced while it was read. Way out: read it again when the process that writes it is done."
+"""What is said where several files are one adapter, and were read when some of them were the old ones' and some the new."""
+
+
+def _adapters_in(folder: "Path") -> "dict[Path, Path]":
+    """Return the files of an adapter by the directory of each: its own, and those of text encoders."""
+    folders = [folder, *(folder / component for component in COMPONENTS)]
+    return {each: found for each in folders if (found := _adapter_in(each))}
 
 
 def _adapter_in(folder: "Path") -> "Path | None":

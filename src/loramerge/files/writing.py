@@ -13,6 +13,7 @@ from .architectures.names import COMPONENTS
 from .dialects import written_dialect
 from .lora import LoRA
 from .reading import PEFT_CONFIG, PEFT_FILE, PEFT_FILES, Source, open
+from .storage.paths import path_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -147,13 +148,11 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
         OptionError: The dialect is unknown, or the path is not of its kind.
         FileError: The directory is missing, or a file that would be replaced is read-only.
     """
-    from pathlib import Path
-
     from .storage.writer import replaced_mode
 
-    target = Path(path).expanduser()
+    target = path_of(path)
     if written_dialect(dialect).name == "peft":
-        folder = target.with_suffix("") if target.suffix == ".safetensors" else target
+        folder = peft_folder(target)
         for component in ("", *COMPONENTS):
             for name in (*PEFT_FILES, PEFT_CONFIG):
                 replaced_mode(folder / component / name)
@@ -167,14 +166,19 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
     return target
 
 
+def peft_folder(target: "Path") -> "Path":
+    """Return the directory of a PEFT adapter, where a file was maybe asked for."""
+    return target.with_suffix("") if target.suffix == ".safetensors" else target
+
+
 def check_apart(source: str | os.PathLike[str], target: "Path") -> None:
     """Refuse to overwrite the LoRA that is being read.
 
     Raises:
         OptionError: They are one file or directory.
     """
-    path = os.path.expanduser(source)
-    if os.path.exists(path) and target.exists() and os.path.samefile(path, target):
+    path = path_of(source)
+    if path.exists() and target.exists() and path.samefile(target):
         raise OptionError(f"{target} is the LoRA that is read. Way out: another output.")
 
 
@@ -195,7 +199,8 @@ def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, p
         path.mkdir(parents=True, exist_ok=True)
         with scratch.folder(path, "loramerge") as made:
             _write_components(made, configs, spelling.groups, metadata, workers, progress, not lora.no_fork)
-            _take_places(made, path)
+            with scratch.locked(path):  # two writers by turns could leave the tensors of one with the other's scale
+                _take_places(made, path)
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     return path

@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import LoRAMergeError, NotALoRAError, NumberError, OptionError
 from ..files.architectures import ARCHITECTURES
 from ..files.lora import LoRA
+from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
 from ..layers import LowRank, low_rank
 from ..layers.base import dense_norm
@@ -49,7 +49,8 @@ def load(path: str | os.PathLike[str], rank: int) -> Imported:
     """
     if whole_number(rank) < 1:
         raise OptionError(f"The rank must be a whole number from 1, got {rank!r}.")
-    with closing(SafetensorsFile(Path(path))) as file:
+    path = path_of(path)
+    with closing(SafetensorsFile(path)) as file:
         modules = {key: _module(key) for key in file}
         strange = [key for key, module in modules.items() if module is None or len(file[key].shape) not in (2, 4)]
         if strange or not modules:
@@ -67,7 +68,7 @@ def load(path: str | os.PathLike[str], rank: int) -> Imported:
                 raise type(error)(f"{path}: {module}: {error}") from None
         metadata = dict(file.metadata)
     name = _architecture({module: layer.shape for module, layer in layers.items()})
-    lora = LoRA(name=Path(path).stem, architecture=name, dialect="diffusers", layouts=layers, metadata=metadata)
+    lora = LoRA(name=printable(path.stem), architecture=name, dialect="diffusers", layouts=layers, metadata=metadata)
     return Imported(lora, errors)
 
 

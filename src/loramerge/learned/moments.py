@@ -28,6 +28,7 @@ from torch import Tensor
 from ..errors import FileError, MergeError
 from ..files.dialects.write import Group
 from ..files.lora import LoRA
+from ..files.storage.paths import path_of
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.writer import write
 from .attach import Site, fingerprints
@@ -172,8 +173,9 @@ class Moments:
             "leaders": self._leaders(),
             "identity": self.identity,
         }
-        write(Path(path), groups, {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)})
-        return Path(path)
+        target = path_of(path)
+        write(target, groups, {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)})
+        return target
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Moments":
@@ -182,7 +184,7 @@ class Moments:
         Raises:
             FileError: The file can't be read, or holds no moments.
         """
-        with closing(SafetensorsFile(Path(path))) as file:
+        with closing(SafetensorsFile(path_of(path))) as file:
             try:
                 said = json.loads(file.metadata[KEY])
                 modules = {

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..comparing.plots import check_drawable
-from ..errors import FileError, OptionError
+from ..comparing.plots import check_drawable, save_figure
+from ..errors import OptionError
 from ..files.architectures.blocks import block, position
 from ..merging.coefficients import Coefficients
 from ..tensors import Array
@@ -65,11 +65,7 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
         axes.spines[["top", "left", "right"]].set_visible(False)
     grid[0].legend(frameon=False, loc="upper left")
     grid[-1].set_xlabel(f"coefficient of a column\n{outside(blocks, low, high)}")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise FileError(f"Can't write {path}: {error.strerror}.") from error
-    return path
+    return save_figure(figure, path, dpi=150)
 
 
 def span(blocks: dict[str, Array]) -> tuple[float, float]:

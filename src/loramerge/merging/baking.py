@@ -19,6 +19,7 @@ from ..errors import FileError, MergeError, OptionError
 from ..files.lora import LoRA, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
+from ..files.storage.paths import path_of
 from ..files.storage.writer import Progress
 from ..layers import Rows
 from ..linalg import as_numpy
@@ -98,7 +99,7 @@ def bake(
         raise OptionError("Nothing to bake: give at least one LoRA.")
     kept = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
     model = base if isinstance(base, Checkpoint) else open_checkpoint(base, variant=variant)
-    target = _checked_target(Path(output).expanduser(), model)
+    target = _checked_target(path_of(output), model)
     _check_not_an_input(target, listed)
     left_out = _strays(kept, allow_lossy)
     resolved = resolve(kept, weights, scope)
@@ -132,7 +133,7 @@ def _strays(loras: Sequence[LoRA], allow_lossy: bool) -> list[str]:
 
 
 def _check_not_an_input(target: Path, loras: Sequence[object]) -> None:
-    if any(isinstance(lora, str | Path) and _same(Path(lora).expanduser(), target) for lora in loras):
+    if any(isinstance(lora, str | Path) and _same(path_of(lora), target) for lora in loras):
         raise OptionError(f"Can't write {target}: it is one of the LoRAs that are baked. Way out: another output.")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import FileError, OptionError
 from ..files.dialects.write import Group
 from ..files.lora import LoRA
+from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.writer import write
 from ..tensors import Array, Held, Spec, check_finite
@@ -59,7 +60,8 @@ class Coefficients:
         Raises:
             FileError: The file can't be read, or holds no coefficients.
         """
-        with closing(SafetensorsFile(Path(path))) as file:
+        path = path_of(path)
+        with closing(SafetensorsFile(path)) as file:
             try:
                 said = json.loads(file.metadata[KEY])
                 others, names = tuple(map(float, said["others"])), tuple(said["names"])
@@ -67,7 +69,7 @@ class Coefficients:
             except (KeyError, TypeError, ValueError):
                 raise FileError(f"{path} holds no learned coefficients: its metadata lack {KEY!r}.") from None
             columns = {module: Held(tensor.read()) for module, tensor in file.items()}
-        return cls(columns, others, names, provenance, Path(path).name)
+        return cls(columns, others, names, provenance, printable(path.name))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the coefficients to a file, which takes its name when it is complete."""
@@ -76,8 +78,9 @@ class Coefficients:
             for module, tensor in self.columns.items()
         ]
         said = {"others": self.others, "names": self.names, "provenance": dict(self.provenance)}
-        write(Path(path), groups, {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)})
-        return Path(path)
+        target = path_of(path)
+        write(target, groups, {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)})
+        return target
 
     def check(self, loras: Sequence[LoRA]) -> None:
         """Refuse LoRAs that the coefficients were not learned for.

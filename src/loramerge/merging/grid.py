@@ -1,5 +1,6 @@
 """The grid of a sweep: every combination of some settings, each with its recipe and a name for its file."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from .recipe import Recipe, check
 
 SETTINGS = ("method", "rank", *BUDGETS, "weights", "scope", "to", "dtype")
 """The settings of a grid, apart from the methods' options."""
+
+LONGEST = 200
+"""The most bytes of a merge's name, from which a file's is made; a longer one ends in its hash."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,11 @@ def _plain(value: Any) -> Any:
 def _readable(settings: Mapping[str, Any]) -> str:
     """Name a file after its settings: ``ties_density=0.1``."""
     parts = [_word(value) if name == "method" else f"{name}={_word(value)}" for name, value in settings.items()]
-    return "_".join(parts) or "merge"
+    name = "_".join(parts) or "merge"
+    if len(name.encode()) <= LONGEST:
+        return name
+    start = name.encode()[: LONGEST - 13].decode(errors="ignore")
+    return f"{start}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _word(value: Any) -> str:

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import FileError, LoRAMergeError, MergeError, OptionError
 from ..files.architectures import ARCHITECTURES
+from ..files.architectures.names import COMPONENTS
 from ..files.dialects import DIALECTS, written_dialect
 from ..files.dialects.write import check_writable
 from ..files.lora import LoRA
 from ..files.reading import open
+from ..files.storage.paths import path_of
 from ..files.storage.reader import read_text
-from ..files.writing import check_target, save
+from ..files.writing import check_target, peft_folder, save
 from ..tensors import parse_dtype
 from . import toml
 from .coefficients import Coefficients
@@ -41,7 +43,7 @@ from .methods import METHODS, Method, check_name as check_method, check_options,
 from .plans import Plan
 from .provenance import from_metadata
 from .ranks import BUDGETS, Rank, budget, rule
-from .recipe_text import Input, Output, check_path, entries
+from .recipe_text import Input, Output, entries
 from .running import Kept
 from .spending import spent
 from .verbs import plan
@@ -96,7 +98,7 @@ class Recipe:
             FileError: The file can't be read, or is not TOML.
             OptionError: A key is unknown, or a value is wrong.
         """
-        file = Path(path).expanduser()
+        file = path_of(path)
         try:
             data = toml.parse_toml(read_text(file, MAX_RECIPE))
         except (ValueError, RecursionError) as error:
@@ -263,10 +265,10 @@ class Recipe:
         Raises:
             OptionError: Neither gives a path, the recipe's path leads out of its directory, or it is an input.
         """
-        target = Path(output) if output is not None else self._own_target()
+        target = path_of(output) if output is not None else self._own_target()
         weights = self._weights()
         read: dict[Any, str] = {
-            entry.source(self.folder): "one of the LoRAs that are merged" for entry in self.loras if entry.path
+            path_of(entry.path, self.folder): "one of the LoRAs that are merged" for entry in self.loras if entry.path
         }
         read |= {self._base_path(): "the base model"} if self.base is not None else {}
         read |= {weights: "the file of the weights"} if str(weights).endswith(".safetensors") else {}
@@ -275,14 +277,13 @@ class Recipe:
                 raise OptionError(f"{target} is {what}. Way out: another output.")
         return target
 
-    def _base_path(self) -> str:
-        return os.path.join(self.folder, os.path.expanduser(self.base or ""))
+    def _base_path(self) -> Path:
+        return path_of(self.base or "", self.folder)
 
     def _own_target(self) -> Path:
         if self.output.path is None:
             raise OptionError("Where should the merged LoRA go? The recipe's output has no path; give an output.")
-        _check_inside(self.output.path, self.folder)
-        return Path(self.folder) / self.output.path
+        return _inside(self.output.path, self.folder)
 
     def write(
         self,
@@ -310,7 +311,7 @@ class Recipe:
 
     def _weights(self) -> Weights:
         if isinstance(self.weights, str) and self.weights.endswith(".safetensors"):
-            return os.path.join(self.folder, os.path.expanduser(self.weights))
+            return str(path_of(self.weights, self.folder))
         return self.weights
 
     def _check_hashes(self, loras: Sequence[LoRA]) -> None:
@@ -378,7 +379,7 @@ def check(recipe: Recipe) -> None:
     if recipe.output.dtype is not None:
         parse_dtype(recipe.output.dtype)
     if recipe.output.path is not None:
-        _check_inside(recipe.output.path, recipe.folder)
+        _inside(recipe.output.path, recipe.folder)
 
 
 def _check_method(method: Method | str, options: Mapping[str, Any]) -> None:
@@ -409,13 +410,14 @@ def _name(method: Method) -> str:
     return found.reference
 
 
-def _check_inside(path: str, folder: str) -> None:
-    """Check that an output lies below the recipe's own directory, because a recipe may come from anyone."""
-    check_path(path)
-    base = Path(folder).resolve()
-    target = (base / path).resolve()
-    if base not in target.parents or Path(path).is_absolute() or path.startswith("~") or ".." in Path(path).parts:
+def _inside(path: str, folder: str) -> Path:
+    """Return the path of an output if all that is written there is below the recipe's directory: it may come from anyone."""
+    base, given, target = Path(folder).resolve(), Path(path), path_of(path, folder)
+    places = [target, *(peft_folder(target) / component for component in ("", *COMPONENTS))]
+    apart = any(base not in place.resolve().parents for place in places)
+    if apart or given.is_absolute() or str(given).startswith("~") or ".." in given.parts:
         raise OptionError(
             f"output: path: {path!r} is not below the recipe's directory. Way out: say where on the command line "
             "(--output, or run(output=…)), which may be anywhere."
         )
+    return target

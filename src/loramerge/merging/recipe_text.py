@@ -1,12 +1,13 @@
 """The entries of a recipe's TOML file, read strictly: every key is known, every value has the right kind."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, cast
 
 from ..errors import OptionError
 from ..files import hub
+from ..files.storage.paths import path_of
 from .ranks import BUDGETS
 from .toml import Table
 from .weights import Weight, Weights, parse
@@ -24,16 +25,6 @@ KEYS = (
     "base",
     "base_sha256",
 )
-
-
-def check_path(path: str) -> None:
-    """Refuse a path that can't be a file's name.
-
-    Raises:
-        OptionError: The path has a NUL in it.
-    """
-    if "\0" in path:
-        raise OptionError(f"The path {path!r} has a NUL in it, which no file's name can have.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +52,10 @@ class Input:
         if self.path is not None and (self.revision or self.filename):
             raise OptionError("A revision and a filename go with a name on the Hub, not with a path.")
 
-    def source(self, folder: str) -> str:
-        """Return the path or Hub reference that `open` takes."""
+    def source(self, folder: str) -> str | Path:
+        """Return what `open` takes: a path, a Hub reference, or the text of either as it was typed."""
         if self.path is not None:
-            check_path(self.path)
-            return os.path.join(folder, os.path.expanduser(self.path)) if folder else self.path
+            return path_of(self.path, folder) if folder else self.path
         return str(hub.Reference(cast(str, self.hub), self.filename, self.revision))
 
 

@@ -145,12 +145,12 @@ class Merger:
 
     def _cut_as_one(self, join: Join) -> dict[str, Outcome]:
         """Merge and cut modules that are one weight; the last outcomes are kept, as each module asks for them in turn."""
-        if join.modules not in self._recent:
+        made = self._recent.get(join.modules)  # once: another thread may clear it
+        if made is None:
             made = self._outcomes(join)
             self._recent.clear()
             self._recent[join.modules] = made
-            return made
-        return self._recent[join.modules]
+        return made
 
     @cached_property
     def _recent(self) -> dict[tuple[str, ...], dict[str, Outcome]]:

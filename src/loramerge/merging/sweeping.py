@@ -12,6 +12,7 @@ from ..errors import LoRAMergeError, MergeError, OptionError
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
 from ..files.reading import open
+from ..files.storage.paths import path_of
 from ..files.storage.scratch import make_folder
 from ..files.writing import check_target
 from ..registry import code_of
@@ -70,8 +71,7 @@ def sweep(
     """
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     todo = points(recipe, grid)
-    folder = Path(output).expanduser()
-    make_folder(folder)
+    folder = make_folder(path_of(output))
     for point in todo:
         check_target(folder / point.file, point.recipe.output.to or "kohya")
     ledger = Ledger(folder, _name(score))

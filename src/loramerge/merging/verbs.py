@@ -3,6 +3,7 @@
 import operator
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.models import Checkpoint, open_checkpoint
@@ -52,56 +53,60 @@ def plan(
         MergeError: Families or shapes differ, or a layer has no low-rank form.
         OptionError: A weight, the rank, the method or an option is wrong.
     """
-    given = opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in _listed(loras)]
-    rank = int(rank) if isinstance(rank, str) and rank.isascii() and rank.isdigit() else rank
-    left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    if left_out:
-        opened = without(opened, left_out)
+    with ExitStack() as stack:
+        given = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in _listed(loras)]
+        model = base if base is None or isinstance(base, Checkpoint) else stack.enter_context(open_checkpoint(base))
+        limit = budget(max_error, energy, max_size)
+        opened = given
+        rank = int(rank) if isinstance(rank, str) and rank.isascii() and rank.isdigit() else rank
+        left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        if left_out:
+            opened = without(opened, left_out)
+            if not any(opened):
+                raise OptionError(f"Nothing is left to merge: every module matches {' or '.join(left_out)}.")
         if not any(opened):
-            raise OptionError(f"Nothing is left to merge: every module matches {' or '.join(left_out)}.")
-    if not any(opened):
-        raise MergeError("Nothing to merge: give at least one LoRA with a module.")
-    if device is not None:
-        check_device(device)
-    chosen = find(method)
-    checked = check_options(chosen, options)
-    if chosen.count not in (None, len(opened)):
-        raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
-    opened, architecture = of_one_family(opened)
-    model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
-    limit = budget(max_error, energy, max_size)
-    resolved = resolve(opened, weights, scope, chosen.default_weight)
-    weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
-    steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
-    if not steps:
-        raise MergeError(_nothing(chosen, opened))
-    if resolved.columns and chosen.name != "linear":
-        raise OptionError(f"Learned coefficients are weights of the method linear; {chosen.name} takes numbers.")
-    for module in () if resolved.deferred else steps:
-        found = resolved.of(module)
-        if chosen.allows:
-            with within(module):
-                chosen.allows([found[i] for i in steps[module].inputs])
-    planned = Plan(
-        loras=tuple(opened),
-        architecture=architecture,
-        method=chosen,
-        options=checked,
-        weights=resolved,
-        rank=rank if isinstance(rank, str) else operator.index(rank),
-        steps=steps,
-        name=" + ".join(lora.name for lora in opened),
-        dialect=_dialect_for([lora.dialect for lora in opened], architecture),
-        dtype=_dtype([opened[i] for i in sorted({i for step in steps.values() for i in step.inputs})]),
-        device=device,
-        extras=common_extras(opened, weigh),
-        base=model,
-        given=tuple(given),
-        exclude=left_out,
-        scope=scope,
-        allow_growth=allow_growth,
-    )
-    return spent(planned, limit, progress) if limit else planned
+            raise MergeError("Nothing to merge: give at least one LoRA with a module.")
+        if device is not None:
+            check_device(device)
+        chosen = find(method)
+        checked = check_options(chosen, options)
+        if chosen.count not in (None, len(opened)):
+            raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
+        opened, architecture = of_one_family(opened)
+        resolved = resolve(opened, weights, scope, chosen.default_weight)
+        weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
+        steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
+        if not steps:
+            raise MergeError(_nothing(chosen, opened))
+        if resolved.columns and chosen.name != "linear":
+            raise OptionError(f"Learned coefficients are weights of the method linear; {chosen.name} takes numbers.")
+        for module in () if resolved.deferred else steps:
+            found = resolved.of(module)
+            if chosen.allows:
+                with within(module):
+                    chosen.allows([found[i] for i in steps[module].inputs])
+        planned = Plan(
+            loras=tuple(opened),
+            architecture=architecture,
+            method=chosen,
+            options=checked,
+            weights=resolved,
+            rank=rank if isinstance(rank, str) else operator.index(rank),
+            steps=steps,
+            name=" + ".join(lora.name for lora in opened),
+            dialect=_dialect_for([lora.dialect for lora in opened], architecture),
+            dtype=_dtype([opened[i] for i in sorted({i for step in steps.values() for i in step.inputs})]),
+            device=device,
+            extras=common_extras(opened, weigh),
+            base=model,
+            given=tuple(given),
+            exclude=left_out,
+            scope=scope,
+            allow_growth=allow_growth,
+        )
+        planned = spent(planned, limit, progress) if limit else planned
+        stack.pop_all()  # what is open stays open for the plan
+        return planned
 
 
 def merge(

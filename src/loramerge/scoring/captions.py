@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
+from ..files.storage.paths import path_of
 from ..files.storage.reader import read_text
 from ..tensors import Array
 from .pictures import SUFFIXES, bytes_of, images_in, opened, read
@@ -54,7 +55,7 @@ def captioned(folder: str | os.PathLike[str], caption: str | None = None) -> lis
     Raises:
         FileError: The folder is missing, holds no picture, or a caption is missing or unreadable.
     """
-    place = Path(folder).expanduser()
+    place = path_of(folder)
     files = images_in(place)
     said = _metadata(place)
     _check_listed(place, files, said)

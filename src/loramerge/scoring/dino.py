@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ..devices import check_device
 from ..errors import FileError, OptionError, first_line, needed
 from ..files.storage.digests import file_digest
+from ..files.storage.paths import path_of
 from ..tensors import Array
 from .encoders import Encoder
 from .pictures import Preprocessing
@@ -108,8 +109,8 @@ def _network(name: str, folder: Path, transformers: Any) -> Any:
 
 def _directory(model: str, revision: str | None) -> Path:
     """Return the folder of the model's files, downloaded from the Hub if the name isn't a directory."""
-    if os.path.isdir(os.path.expanduser(model)):
-        return Path(model).expanduser()
+    if (folder := path_of(model)).is_dir():
+        return folder
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FileError(f"No such directory: {model}.")
     import huggingface_hub

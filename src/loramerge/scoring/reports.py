@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files.storage.paths import path_of
 from ..files.storage.scratch import make_folder
 from ..files.storage.writer import write_text
 from .bootstrap import Interval
@@ -15,7 +17,7 @@ from .scores import Metric, Row, Scores
 METRICS: tuple[Metric, ...] = ("cosine", "pairwise")
 
 
-def save_scores(all_scores: Sequence[Scores], folder: Path) -> list[Path]:
+def save_scores(all_scores: Sequence[Scores], folder: str | os.PathLike[str]) -> list[Path]:
     """Write ``scores.json``, ``scores.csv``, ``differences.csv`` and ``images.csv``.
 
     Args:
@@ -25,7 +27,7 @@ def save_scores(all_scores: Sequence[Scores], folder: Path) -> list[Path]:
     Raises:
         FileError: It can't be written.
     """
-    make_folder(folder)
+    folder = make_folder(path_of(folder))
     data = [to_dict(scores) for scores in all_scores]
     texts = {
         "scores.json": json.dumps(data, indent=1, ensure_ascii=False),

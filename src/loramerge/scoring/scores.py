@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import FileError, OptionError
+from ..files.storage.paths import path_of
 from ..files.storage.writer import Progress
 from ..tensors import Array
 from .bootstrap import Interval, interval
@@ -177,7 +178,7 @@ def score(
     if not shots or not sets:
         raise OptionError(f"Nothing to score: {len(shots)} pictures, {len(sets)} reference sets.")
     _check(shots, [reference.name for reference in sets])
-    vectors = _Vectors(known, None if cache is None else Path(cache).expanduser(), progress)
+    vectors = _Vectors(known, None if cache is None else path_of(cache), progress)
     vectors.expect(shots, sets)
     rows = [row for reference in sets for row in _against(reference, shots, vectors)]
     return Scores(known.name, tuple(rows), _clustering(cluster, shots))
@@ -190,8 +191,8 @@ def shots_of(settings: Mapping[str, Files]) -> list[Shot]:
 
 def _paths(files: Files) -> list[Path]:
     if isinstance(files, str | os.PathLike):
-        return images_in(Path(files).expanduser())
-    return [Path(file).expanduser() for file in files]
+        return images_in(path_of(files))
+    return list(map(path_of, files))
 
 
 def _check(shots: Sequence[Shot], references: Sequence[str]) -> None:

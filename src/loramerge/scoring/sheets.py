@@ -1,11 +1,13 @@
 """Contact sheets: one row per setting, one column per prompt."""
 
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
+from ..files.storage.paths import path_of
 from .pictures import read
 from .png import save_png
 from .scores import Shot
@@ -50,8 +52,9 @@ def sheet(shots: Sequence[Shot], *, side: int = 192, seeds: int = 1) -> "Image":
     return canvas
 
 
-def save_sheet(shots: Sequence[Shot], path: Path, *, side: int = 192, seeds: int = 1) -> Path:
+def save_sheet(shots: Sequence[Shot], path: str | os.PathLike[str], *, side: int = 192, seeds: int = 1) -> Path:
     """Write a contact sheet as a PNG; the arguments are those of `sheet`."""
+    path = path_of(path)
     save_png(sheet(shots, side=side, seeds=seeds), path, settings=list(dict.fromkeys(s.setting for s in shots)))
     return path
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import OptionError
+from ...files.storage.paths import path_of
 from ...learned.attach import Gates, Site
 from ...scoring.pictures import Box, read
 from .attention import levels
@@ -105,11 +106,9 @@ def _inside(low: float, high: float, side: int) -> Tensor:
 
 
 def _picture(path: str | os.PathLike[str], size: tuple[int, int]) -> Tensor:
-    from pathlib import Path
-
     import numpy as np
 
-    values = np.asarray(read(Path(path).expanduser()).convert("L"), np.float32) / 255
+    values = np.asarray(read(path_of(path)).convert("L"), np.float32) / 255
     return F.interpolate(torch.from_numpy(values)[None, None], size, mode="area")[0, 0]
 
 

@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import MergeError, OptionError
+from ...files.storage.paths import path_of
 from ...learned.attach import Attachment, attach
 from ..apply import check_fits
 from . import COMPOSITIONS, attention
@@ -86,7 +86,7 @@ def _said(use: Use) -> dict[str, Any]:
         "words": use.called,
         "noun": use.noun,
         "box": list(astuple(use.box)) if use.box else None,
-        "mask": hashlib.sha256(Path(use.mask).expanduser().read_bytes()).hexdigest() if use.mask else None,
+        "mask": hashlib.sha256(path_of(use.mask).read_bytes()).hexdigest() if use.mask else None,
         "curve": [list(map(float, point)) for point in use.curve],
     }
 

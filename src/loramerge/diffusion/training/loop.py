@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...devices import within_memory
 from ...errors import DeviceMemoryError, NumberError, OptionError
 from ...files.lora import LoRA
+from ...files.storage.paths import path_of, printable
 from ...learned.batches import join, seen
 from ...learned.calibration import Progress
 from ...learned.state import State, check_together, resumed, save_state
@@ -99,7 +100,7 @@ def train_lora(
             run = Run(mixed, inside, Order(images, chosen.seed), chosen, together)
             run.train(checkpoint, about, every, on_step)
             layers = inside.taken()
-    title = name or Path(folder).expanduser().resolve().name
+    title = name or printable(path_of(folder).resolve().name)
     architecture = architecture_of(denoiser, layers)
     return LoRA(
         name=title,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...files.storage.paths import path_of
 from ...scoring.png import save_png
 from ..denoiser import Denoiser
 
@@ -40,7 +41,7 @@ def draw(
         OptionError: The VAE or the text encoders are gone.
         FileError: A picture can't be written.
     """
-    place = Path(output).expanduser()
+    place = path_of(output)
     scale = denoiser.family.guidance if guidance is None else guidance
     drawn = []
     # The LoRA's factors are float32, and the model may be bfloat16.

@@ -36,57 +36,65 @@ NUMBER, AHEAD = 8, 4096
 """Tensors of up to this many bytes (alphas) are stored side by side, so a block of the second size is read at once."""
 
 
-class SafetensorsFile(dict[str, Stored]):
-    """The tensors of an open file by key, in the file's order, and its metadata.
+class OpenFile:
+    """The bytes of an open file, or of one in memory; it is closed when nothing refers to it, as its tensors do.
 
     Args:
         path: The file; if its bytes are given, their name in messages.
         data: The file's bytes, if it is in memory.
 
     Raises:
-        FileError: The file can't be opened, or its header is broken or hostile.
+        FileError: The file can't be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], data: bytes | None = None) -> None:
-        super().__init__()
+    def __init__(self, path: str | os.PathLike[str], data: bytes | None = None, start: int = 0) -> None:
         self.path = path
+        self.start = start
+        """Where tensors' bytes begin."""
         self._data = data
         self._ahead = 0, b""
+        self._fd = -1  # should opening fail
         self._fd = -1 if data is not None else open_regular(path)
-        try:
-            self.metadata, tensors, self._start, self._size = self._header()
-        except BaseException:
-            self.close()
-            raise
-        self.update(tensors)
+        self.size = os.fstat(self._fd).st_size if data is None else len(data)
 
-    def __deepcopy__(self, memo: object) -> "SafetensorsFile":
+    def __deepcopy__(self, memo: object) -> "OpenFile":
         return self  # the file is read only, and its descriptor must be closed once
 
-    def __reduce__(self) -> tuple[type["SafetensorsFile"], tuple[str | os.PathLike[str], bytes | None]]:
-        return SafetensorsFile, (self.path, self._data)
+    def __reduce__(self) -> tuple[type["OpenFile"], tuple[str | os.PathLike[str], bytes | None, int]]:
+        return OpenFile, (self.path, self._data, self.start)
 
     def close(self) -> None:
-        """Close the file; reading a tensor is an error from then on."""
-        self._data = None
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            self._ahead = 0, b""
+        """Close the file; reading is an error from then on."""
+        self._data, self._ahead = None, (0, b"")
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
+        self.close()
 
-    def _tensor(self, begin: int, end: int) -> bytes:
+    def in_place(self) -> bool:
+        """Return whether the path still leads to this file."""
+        return self._data is not None or (
+            os.path.exists(self.path) and os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        )
+
+    def tensor(self, begin: int, end: int) -> bytes:
+        """Read bytes of tensors; those of small ones beside them are kept."""
         if end - begin > NUMBER:
-            return self._read(self._start + begin, end - begin)
+            return self.read(self.start + begin, end - begin)
         first, block = self._ahead
         if begin < first or end > first + len(block):
-            first, block = self._ahead = begin, self._read(self._start + begin, min(AHEAD, self._size - begin))
+            size = min(AHEAD, self.size - self.start - begin)
+            first, block = self._ahead = begin, self.read(self.start + begin, size)
         return block[begin - first : end - first]
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytes:
+        """Read some bytes.
+
+        Raises:
+            FileError: They can't be read, or the file is closed.
+        """
         if self._data is not None:
             return self._data[offset : offset + size]
         if self._fd < 0:
@@ -102,13 +110,35 @@ class SafetensorsFile(dict[str, Stored]):
             raise FileError(f"Can't read {self.path}: {error.strerror}.") from error
         return data
 
-    def _header(self) -> tuple[dict[str, str], dict[str, Stored], int, int]:
-        size = os.fstat(self._fd).st_size if self._data is None else len(self._data)
+
+class SafetensorsFile(dict[str, Stored]):
+    """The tensors of an open file by key, in the file's order, and its metadata; the arguments are those of `OpenFile`.
+
+    The tensors refer to the open file and not to this mapping, which would be a cycle.
+
+    Raises:
+        FileError: The file can't be opened, or its header is broken or hostile.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], data: bytes | None = None) -> None:
+        super().__init__()
+        self.path = path
+        self.opened = OpenFile(path, data)
+        self.close, self.in_place = self.opened.close, self.opened.in_place
+        try:
+            self.metadata, tensors = self._header()
+        except BaseException:
+            self.close()
+            raise
+        self.update(tensors)
+
+    def _header(self) -> tuple[dict[str, str], dict[str, Stored]]:
+        size = self.opened.size
         if size < 8:
             raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
-        (length,) = struct.unpack("<Q", self._read(0, 8))
+        (length,) = struct.unpack("<Q", self.opened.read(0, 8))
         if length > MAX_HEADER:
-            if what := _instead(self._read(0, min(size, 256))):
+            if what := _instead(self.opened.read(0, min(size, 256))):
                 raise FileError(f"{self.path} is no safetensors file but {what}.")
             raise FileError(
                 f"{self.path} is no safetensors file, or a hostile one: its header claims {length} bytes, "
@@ -118,9 +148,10 @@ class SafetensorsFile(dict[str, Stored]):
             raise FileError(
                 f"{self.path} is truncated or no safetensors file: its header claims {length} bytes, {size - 8} are there."
             )
-        header = self._json(self._read(8, length))
+        header = self._json(self.opened.read(8, length))
         metadata = self._checked_metadata(header.pop("__metadata__", {}))
-        return metadata, self._tensors(header, size - 8 - length), 8 + length, size - 8 - length
+        self.opened.start = 8 + length
+        return metadata, self._tensors(header, size - 8 - length)
 
     def _json(self, data: bytes) -> dict[str, Any]:
         if reason := _too_large(data):
@@ -140,7 +171,7 @@ class SafetensorsFile(dict[str, Stored]):
         return metadata
 
     def _tensors(self, header: Mapping[str, Any], size: int) -> dict[str, Stored]:
-        source = self._tensor
+        source = self.opened.tensor
         tensors = {key: Stored(*self._entry(key, value), source) for key, value in header.items()}
         at = 0
         for tensor in sorted(tensors.values(), key=attrgetter("begin", "end")):

@@ -4,8 +4,10 @@ Each is locked by the process that makes it, and by its forks.  A killed process
 whose lock is free: the next process that writes to the same path deletes it.
 """
 
+import hashlib
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -17,6 +19,9 @@ from ...errors import FileError
 
 SUFFIX = ".part"
 
+LONGEST = 255 - len(f"..12345678{SUFFIX}")
+"""The most bytes of a name that has room for a temporary one."""
+
 
 def file(target: Path) -> tuple[int, str]:
     """Make an empty file in the target's directory; return its descriptor and its path.
@@ -26,11 +31,19 @@ def file(target: Path) -> tuple[int, str]:
     """
     clear(target.parent, target.name)
     while True:
-        fd, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=SUFFIX, dir=target.parent)
-        _lock(fd, wait=True)
-        if os.fstat(fd).st_nlink:  # no other process deleted it before it was locked
-            return fd, name
-        os.close(fd)
+        path = target.parent / f"{_beginning(target.name)}{secrets.token_hex(4)}{SUFFIX}"
+        with suppress(FileExistsError):
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+            _lock(fd, wait=True)
+            if os.fstat(fd).st_nlink:  # no other process deleted it before it was locked
+                return fd, str(path)
+            os.close(fd)
+
+
+def _beginning(name: str) -> str:
+    """Return the beginning of temporary names for a final one, which is hashed if it leaves no room for the rest."""
+    data = os.fsencode(name)
+    return f".{name}." if len(data) <= LONGEST else f".{hashlib.sha256(data).hexdigest()}."
 
 
 @contextmanager
@@ -58,19 +71,37 @@ def folder(parent: Path, name: str) -> Iterator[Path]:
         OSError: It can't be made.
     """
     clear(parent, name)
-    with tempfile.TemporaryDirectory(prefix=f".{name}.", suffix=SUFFIX, dir=parent) as made:
-        fd = os.open(made, os.O_RDONLY) if sys.platform != "win32" else -1
-        try:
-            _lock(fd, wait=True)
-            yield Path(made)
-        finally:
-            if fd >= 0:
-                os.close(fd)
+    while True:
+        with (
+            tempfile.TemporaryDirectory(prefix=_beginning(name), suffix=SUFFIX, dir=parent) as made,
+            locked(made) as there,
+        ):
+            if there:
+                yield Path(made)
+                return
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[bool]:
+    """Lock a directory inside of the block, once no other process has it; False if it is gone by then."""
+    if sys.platform == "win32":  # has no such locks
+        yield True
+        return
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        _lock(fd, wait=True)
+        yield os.path.exists(folder) and os.path.samestat(os.fstat(fd), os.stat(folder))
+    finally:
+        os.close(fd)
 
 
 def clear(parent: Path, name: str) -> None:
     """Delete what killed processes left of writing to a name."""
-    ours = re.compile(re.escape(f".{name}.") + r"\w{8}" + re.escape(SUFFIX))
+    ours = re.compile(re.escape(_beginning(name)) + r"\w{8}" + re.escape(SUFFIX))
     with suppress(OSError):
         for entry in os.listdir(parent):
             if ours.fullmatch(entry):

@@ -18,7 +18,8 @@ T = TypeVar("T")
 DONE, FAILED = b".", b"!"
 """Protocol bytes from worker to parent: one mark per item that is done; on failure a mark and the pickled exception."""
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)
+ENDING = (signal.SIGINT, signal.SIGTERM, HANGUP)
 
 PORTIONS = 64
 """Approximate number of portions that the work is split into: few enough that their bounds fit into any pipe."""
@@ -27,11 +28,11 @@ PORTIONS = 64
 def safe() -> bool:
     """Return whether this process can be forked safely: on Linux, with one thread only, and without torch.
 
-    A lock that another thread holds during the fork is never released in the child, and neither
+    Nobody else may wait for its children: where SIGCHLD is ignored the system does, and a handler may.  A lock that another thread holds during the fork is never released in the child, and neither
     torch's thread pool nor a GPU's context survives a fork.  Threads that Python didn't start
     count too: OpenBLAS has some unless ``OPENBLAS_NUM_THREADS`` is 1.
     """
-    if sys.platform != "linux" or "torch" in sys.modules:
+    if sys.platform != "linux" or "torch" in sys.modules or signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL:
         return False
     try:
         return len(os.listdir("/proc/self/task")) == 1
@@ -39,15 +40,21 @@ def safe() -> bool:
         return False
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def each(items: Sequence[T], work: Callable[[T], None], workers: int) -> Generator[None]:
     """Work on every item in child processes; yield once per item that is done.
 
-    The children end with the generator: when it is exhausted, closed, or fails.
+    The children end with the generator: when it is exhausted, closed, or fails.  If this process is killed, each ends
+    with the item that it is at.
 
     Args:
         items: The items; at least one.
         work: Called in a child, so only what it writes to files lasts.
-        workers: Number of children.
+        workers: Number of children, at most; there are no more than items and cores.
 
     Raises:
         Exception: What ``work`` raised.
@@ -61,11 +68,12 @@ def each(items: Sequence[T], work: Callable[[T], None], workers: int) -> Generat
         return
     portions = _portions(len(items))
     children: dict[int, int] = {}
+    parent = os.getpid()
     try:
         with _undisturbed():
-            for _ in range(min(workers, len(items))):
+            for _ in range(min(workers, len(items), cores())):
                 heard, said = os.pipe()
-                children[heard] = os.fork() or _work(items, work, portions, said)
+                children[heard] = os.fork() or _work(items, work, portions, said, parent)
                 os.close(said)
         yield
         yield from _listen(children)
@@ -101,11 +109,12 @@ def _bounds(first: int, last: int) -> bytes:
     return first.to_bytes(4, "little") + last.to_bytes(4, "little")
 
 
-def _work(items: Sequence[T], work: Callable[[T], None], portions: int, said: int) -> NoReturn:
+def _work(items: Sequence[T], work: Callable[[T], None], portions: int, said: int, parent: int) -> NoReturn:
     """Worker main loop."""
     code = 1
     try:
-        # Ctrl-C goes to the whole process group: the parent handles it and kills its children.
+        # Ctrl-C and a hangup go to the whole process group: the parent handles them and kills its children.
+        signal.signal(HANGUP, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
@@ -113,6 +122,8 @@ def _work(items: Sequence[T], work: Callable[[T], None], portions: int, said: in
         while bounds := os.read(portions, 8):
             first, last = int.from_bytes(bounds[:4], "little"), int.from_bytes(bounds[4:], "little")
             for item in items[first:last]:
+                if os.getppid() != parent:
+                    os._exit(code)
                 work(item)
             os.write(said, DONE * (last - first))
         code = 0

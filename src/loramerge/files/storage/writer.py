@@ -148,12 +148,12 @@ class _Layout:
             self.begins[key] = at
             at += size
         self.size = at
-        self._entries = _members(entries)
+        self._entries = _members(entries).encode()
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """Return the file's beginning, up to the tensors' bytes."""
-        own = _members({"__metadata__": dict(metadata)}) if metadata else ""
-        text = ("{" + ",".join(filter(None, (own, self._entries))) + "}").encode()
+        own = _members({"__metadata__": dict(metadata)}).encode(errors="replace") if metadata else b""
+        text = b"{" + b",".join(filter(None, (own, self._entries))) + b"}"
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
@@ -245,7 +245,11 @@ def _each(groups: Sequence[Group], work: Callable[[Group], None], workers: int, 
         yield from processes.each(groups, work, workers)
     else:
         size = sum(nbytes(tuple(spec.shape), spec.dtype) for group in groups for spec in group.specs.values())
-        yield from _by_threads(groups, work, workers) if size >= SMALL * len(groups) else map(work, groups)
+        yield from (
+            _by_threads(groups, work, min(workers, processes.cores()))
+            if size >= SMALL * len(groups)
+            else map(work, groups)
+        )
 
 
 def _by_threads(groups: Sequence[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:
@@ -267,18 +271,17 @@ def _replacing(path: Path) -> Iterator[int]:
     """Yield the descriptor of a temporary file that is renamed to the path if no error is raised."""
     mode = replaced_mode(path)
     try:
-        mask = os.umask(0)
-        os.umask(mask)
         fd, name = scratch.file(path)
     except OSError as error:
         raise FileError(f"Can't write {path}: {error.strerror}.") from error
     try:
         with scratch.held(fd):
             try:
+                if mode is not None:
+                    os.chmod(fd if os.chmod in os.supports_fd else name, mode)
                 yield fd
             finally:
                 os.close(fd)
-            os.chmod(name, 0o666 & ~mask if mode is None else mode)
             os.replace(name, path)
     except BaseException as error:
         with suppress(OSError):
@@ -295,17 +298,21 @@ def replaced_mode(path: Path) -> int | None:
         FileError: It is read-only.
     """
     try:
-        mode = stat.S_IMODE(os.stat(path).st_mode)
+        found = os.stat(path)
+        mode = stat.S_IMODE(found.st_mode)
+        refused = not (mode & 0o222 and os.access(path, os.W_OK))  # os.access alone lets root write to read-only files
+        if refused and not os.path.samestat(found, os.stat(path)):
+            return replaced_mode(path)  # another process has just replaced it
     except OSError:
         return None
-    if not (mode & 0o222 and os.access(path, os.W_OK)):  # os.access alone lets root write to read-only files
+    if refused:
         raise FileError(f"Can't write {path}: it is there, and read-only. Ways out: another output, or chmod u+w.")
     return mode & 0o777
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file: whole, or not at all."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="replace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

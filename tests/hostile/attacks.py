@@ -337,7 +337,7 @@ LINKS = {
     "deep configuration": Attack(adapter(b"[" * 200_000), "not JSON"),
     "configuration not in UTF-8": Attack(adapter(b'{"\xff": 1}'), "not UTF-8"),
     "endless configuration": Attack(adapter(b" " * 10_000_001), "more than 10000000 bytes"),
-    "an alpha of 400 digits": Attack(adapter(b'{"lora_alpha": ' + b"9" * 400 + b"}"), "wanted a finite number"),
+    "an alpha of 400 digits": Attack(adapter(b'{"lora_alpha": ' + b"9" * 400 + b"}"), "a number is not finite"),
     "an endless regular expression": Attack(
         adapter(json.dumps({"lora_alpha": 2, "alpha_pattern": {"(([a-z_.0-9])+)+!": 1}}).encode()), "too much work"
     ),

@@ -12,7 +12,6 @@ generate(pipe, settings, ["a psq-person wearing a barca24_jersey"], 8, "out", sa
 
 import hashlib
 import inspect
-import json
 import math
 import os
 import re
@@ -25,6 +24,7 @@ from ..devices import memory_for
 from ..errors import FileError, NumberError, OptionError
 from ..files.lora import LoRA
 from ..files.storage.scratch import make_folder
+from ..files.storage.texts import as_json, parsed
 from ..files.storage.writer import Progress
 from ..scoring.png import recipe_in, save_png
 from ..tensors import Array
@@ -226,8 +226,7 @@ def _common(pipe: Any, sampling: Sampling, base: str | None) -> dict[str, Any]:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a scheduler's configuration to what JSON gives back."""
     kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
-    return plain
+    return parsed(as_json(kept, default=str), "the scheduler's configuration")
 
 
 def _versions() -> dict[str, str]:

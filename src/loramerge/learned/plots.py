@@ -95,4 +95,4 @@ def outside(blocks: dict[str, Array], low: float, high: float) -> str:
 def _whole(blocks: dict[str, Array]) -> Array:
     import numpy as np
 
-    return np.concatenate([values.ravel() for values in blocks.values()])
+    return np.concatenate([values.ravel() for values in blocks.values()]).astype(np.float64)

@@ -5,7 +5,6 @@ float32 and rounded once, to the weight's own dtype; the rounding loss is report
 """
 
 import functools
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from ..errors import FileError, MergeError, OptionError
 from ..files.lora import LoRA, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
+from ..files.storage.texts import as_json
 from ..files.storage.writer import Progress
 from ..layers import Rows
 from ..linalg import as_numpy
@@ -107,7 +107,7 @@ def bake(
             "bake takes numbers as weights. Way out: merge with the learned weights, and bake the result."
         )
     job = Job(model, _updates(kept, model, resolved), parse_dtype(dtype) if dtype else None, workers, progress)
-    metadata = {RECIPE: json.dumps(_recipe(kept, model, resolved), ensure_ascii=False)}
+    metadata = {RECIPE: as_json(_recipe(kept, model, resolved))}
     if model.path.is_file():
         job.write(model.path, target, metadata)
     else:

@@ -4,12 +4,12 @@ A record is written from a plan (`record`, `as_text`), compared with another (`c
 of a recipe (`from_metadata`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..errors import MergeError
+from ..errors import FileError, MergeError
+from ..files.storage.texts import as_json, parsed
 from ..registry import code_of
 from ..tensors import NAMES
 from .methods import METHODS
@@ -74,12 +74,12 @@ def as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> s
     for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
         if metadata:
             entry["metadata"] = metadata
-    return json.dumps(recipe, ensure_ascii=False)
+    return as_json(recipe)
 
 
 def comparable(recipe: Mapping[str, Any]) -> Any:
     """Return a record without what doesn't change the tensors: the inputs' own metadata, and what was allowed."""
-    kept: Any = json.loads(json.dumps(recipe))
+    kept = parsed(as_json(recipe), "the record")
     kept["output"].pop("allow_lossy", None)
     for entry in kept["inputs"]:
         entry.pop("metadata", None)
@@ -95,10 +95,10 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
     if not text:
         raise MergeError(f"{name} has no recipe: it was not merged by loramerge.")
     try:
-        found = json.loads(text)
+        found = parsed(text, name)
         learned = LEARNED.get(found["method"])
         data = _as_toml(found)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (FileError, KeyError, TypeError, AttributeError):
         raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
     if learned:
         raise MergeError(

@@ -32,7 +32,7 @@ from ..files.dialects import DIALECTS, written_dialect
 from ..files.dialects.write import check_writable
 from ..files.lora import LoRA
 from ..files.reading import open
-from ..files.storage.reader import read_text
+from ..files.storage.texts import read_text
 from ..files.writing import check_target, save
 from ..tensors import parse_dtype
 from . import toml

@@ -7,6 +7,7 @@ LoRA its share of the modules' norms.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from ..errors import OptionError
@@ -182,16 +183,18 @@ class _Given:
 
     def _by_pattern(self, weights: Mapping[str, float]) -> Callable[[str], float]:
         architecture = self.lora.architecture
+        matching = cache(blocks.Selector(weights, architecture).matching)
+        used = {"*"}.union(*map(matching, self.lora))
         for pattern in weights:
-            if pattern != "*" and not any(blocks.matches(pattern, module, architecture) for module in self.lora):
+            if pattern not in used:
                 raise OptionError(
                     f"The pattern {pattern!r} matches no module of {self.lora.name}. {blocks.offered(self.lora, architecture)}"
                 )
 
         def at(module: str) -> float:
             # The last match wins, as in a .gitignore: general patterns first, then exceptions.
-            found = [w for pattern, w in weights.items() if blocks.matches(pattern, module, architecture)]
-            return found[-1] if found else 1.0
+            found = matching(module)
+            return weights[found[-1]] if found else 1.0
 
         return at
 

@@ -5,14 +5,13 @@ A caption is a line of ``metadata.jsonl`` (``{"file_name": "1.png", "text": "a p
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileError
-from ..files.storage.reader import read_text
+from ..files.storage.texts import parsed, read_text
 from ..tensors import Array
 from .pictures import SUFFIXES, bytes_of, images_in, opened, read
 
@@ -89,9 +88,9 @@ def _metadata(folder: Path) -> dict[str, str]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parsed(line, str(path))
             said[str(entry["file_name"])] = next(str(entry[c] or "").strip() for c in COLUMNS if c in entry)
-        except (ValueError, TypeError, KeyError, StopIteration):
+        except (FileError, KeyError, StopIteration):
             raise FileError(
                 f'{path}, line {number}: wanted {{"file_name": "1.png", "text": "a caption"}}, got {line[:80]}'
             ) from None

@@ -2,12 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files.storage.scratch import make_folder
+from ..files.storage.texts import as_json
 from ..files.storage.writer import write_text
 from .bootstrap import Interval
 from .scores import Metric, Row, Scores
@@ -28,7 +28,7 @@ def save_scores(all_scores: Sequence[Scores], folder: Path) -> list[Path]:
     make_folder(folder)
     data = [to_dict(scores) for scores in all_scores]
     texts = {
-        "scores.json": json.dumps(data, indent=1, ensure_ascii=False),
+        "scores.json": as_json(data, 1),
         **{f"{name}.csv": _csv([row for entry in data for row in _lines(entry, name)]) for name in TABLES},
     }
     for name, text in texts.items():

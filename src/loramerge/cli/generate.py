@@ -10,7 +10,7 @@ import typer
 
 from ..errors import OptionError
 from .options import ArchOfAll, Quiet, TrustRemoteCode
-from .output import progress, table
+from .output import progress, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -101,13 +101,13 @@ def run(given: Options) -> None:
                     progress=report,
                 )
         except KeyboardInterrupt:
-            print("Interrupted; what was drawn is kept, and the same command goes on from there.", file=sys.stderr)
+            say("Interrupted; what was drawn is kept, and the same command goes on from there.", file=sys.stderr)
             raise typer.Exit(130) from None
     shots = [Shot(d.setting, d.prompt, d.seed, d.path) for d in drawn]
     save_sheet(shots, given.output.expanduser() / "sheet.png", side=given.side)
     if not given.quiet:
-        print(_shown(drawn))
-        print(f"→ {given.output}: {len(drawn)} pictures, sheet.png")
+        say(_shown(drawn))
+        say(f"→ {given.output}: {len(drawn)} pictures, sheet.png")
 
 
 def read_settings(

@@ -98,6 +98,8 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
         found = parsed(text, name)
         learned = LEARNED.get(found["method"])
         data = _as_toml(found)
+        known = ":" in found["method"] or found["method"] in METHODS
+        missing = [str(entry["name"]) for entry in found["inputs"] if not entry.get("source")]
     except (FileError, KeyError, TypeError, AttributeError):
         raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
     if learned:
@@ -106,16 +108,15 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
             f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
             "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
         )
-    if ":" not in found["method"] and found["method"] not in METHODS:
+    if not known:
         raise MergeError(
             f"{name} has no recipe that can be run again: its method {found['method']!r} is not one of loramerge's, and no "
             "module that can be imported held it under a name. Way out: put it into a file of its own, and merge with "
             "method='module:name', or --method module:name."
         )
-    missing = [entry["name"] for entry in found["inputs"] if not entry.get("source")]
     if missing:
         raise MergeError(
-            f"{name} has no recipe that can be run again: {' and '.join(map(str, missing))} came from memory, not from a file. "
+            f"{name} has no recipe that can be run again: {' and '.join(missing)} came from memory, not from a file. "
             "Way out: save them first, then merge the files."
         )
     return data

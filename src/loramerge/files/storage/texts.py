@@ -144,6 +144,22 @@ SPELLED = {"Infinity": "inf", "-Infinity": "-inf", "NaN": "nan"}
 """How numbers that JSON lacks are written, by what Python's own writer makes of them."""
 
 
+def escaped(text: str, escape: Callable[[str], str]) -> str:
+    """Escape the characters that a terminal doesn't show, or acts on: controls, line ends, marks of direction."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in SPACES_AND_JOINERS else escape(c) for c in text)
+
+
+def visible(text: str) -> str:
+    r"""Return a text as one line, in which nothing is hidden: ``\x1b``, ``\n``, ``\u202e``."""
+    return escaped(text, lambda c: c.encode("unicode_escape").decode())
+
+
+SPACES_AND_JOINERS = "\u00a0\u202f\u3000\u200c\u200d"
+"""Characters of ordinary text that Python doesn't call printable: spaces, and what joins the parts of an emoji."""
+
+
 def as_json(data: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
     """Write JSON; of the numbers that JSON lacks, infinity as the text "inf" and NaN as null.
 

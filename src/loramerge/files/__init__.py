@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .storage.digests import file_digest as file_digest, listing_digest as listing_digest
     from .storage.pickles import PICKLES as PICKLES
     from .storage.scratch import make_folder as make_folder
-    from .storage.texts import read_json as read_json, read_text as read_text
+    from .storage.texts import read_json as read_json, read_text as read_text, visible as visible
     from .storage.writer import write_text as write_text
     from .writing import convert as convert, save as save, saved_size as saved_size
 else:
@@ -56,6 +56,7 @@ else:
             "storage.texts": (
                 "read_json",
                 "read_text",
+                "visible",
             ),
             "storage.writer": ("write_text",),
         },

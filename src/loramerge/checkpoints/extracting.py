@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import linalg
-from ..errors import MergeError, NumberError, OptionError
+from ..errors import MergeError, NumberError, OptionError, check_callable
 from ..files.architectures import ARCHITECTURES
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
@@ -158,6 +158,7 @@ def plan_extraction(
         FileError: A model can't be read.
     """
     _check_rank(rank)
+    check_callable(progress=progress)
     with ExitStack() as opened:
         first, second = (
             m if isinstance(m, Checkpoint) else opened.enter_context(open_checkpoint(m, variant=variant))

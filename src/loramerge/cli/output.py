@@ -66,7 +66,7 @@ def as_typed(message: str) -> str:
         name = "--" + (inner or outer[0] or outer[1]).replace("_", "-")
         return f"({name})" if inner else name + " " * bool(equals)
 
-    if ".toml: " in message:  # a recipe's entries have the names of Python
+    if ".toml: " in message or sys.argv[1:2] == ["sweep"]:  # entries of recipes and settings have the names of Python
         return message
     return ARGUMENT.sub(typed, message).replace("weights=[0.7, 0.5]", "-w 0.7 -w 0.5")
 

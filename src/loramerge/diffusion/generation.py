@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices import memory_for
-from ..errors import FileError, NumberError, OptionError
+from ..errors import FileError, NumberError, OptionError, check_callable
 from ..files.lora import LoRA
 from ..files.storage.scratch import make_folder
 from ..files.storage.texts import as_json, parsed
@@ -111,6 +111,7 @@ def generate(
         DeviceMemoryError: The memory does not suffice: what to lower.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    check_callable(progress=progress)
     check(settings, prompts, numbers, batch)
     common = _common(pipe, sampling or Sampling(), base)
     places = [

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..devices import to_torch
-from ..errors import LoRAMergeError, OptionError, span
+from ..errors import LoRAMergeError, OptionError, check_callable, span
 from ..layers import Layer
 from ..tensors import Array, Held, Shape, Tensor, is_torch, nbytes
 from .architectures.blocks import Selector, offered
@@ -237,6 +237,7 @@ class LoRA(Mapping[str, Layer]):
         Args:
             progress: Called with the number of modules done and of all.
         """
+        check_callable(progress=progress)
         if isinstance(self.metadata, Awaited):
             self.metadata.begin()
         origin = self.origin.held() if self.origin and self.as_read else None

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..checkpoints.models import Checkpoint, delta_on, open_checkpoint
 from ..checkpoints.rewriting import Change, Job, Update, write_folder
-from ..errors import FileError, MergeError, OptionError
+from ..errors import FileError, MergeError, OptionError, check_callable
 from ..files.lora import LoRA, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
@@ -92,6 +92,7 @@ def bake(
         NumberError: A result is NaN, infinite, or too large for the dtype.
         FileError: A file can't be read or written; the output is then as it was.
     """
+    check_callable(progress=progress)
     listed: Sequence[LoRA | Source] = loras if is_list(loras) else [loras]  # type: ignore[list-item]
     opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in listed]
     if not opened:

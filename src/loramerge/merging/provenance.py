@@ -125,6 +125,8 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
 def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
     """Rename a record's entries to the keys of a recipe file; a record has its budget in a table of its own."""
     data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
+    # JSON has no infinity, so `as_json` writes it as text.
+    data["options"] = {name: float(v) if v in ("inf", "-inf") else v for name, v in found["options"].items()}
     data |= {**found.get("budget", {}), "loras": [_as_entry(entry) for entry in found["inputs"]]}
     return data | {"output": {("to" if key == "dialect" else key): value for key, value in found["output"].items()}}
 

@@ -32,12 +32,14 @@ from ..files.dialects import DIALECTS, written_dialect
 from ..files.dialects.write import check_writable
 from ..files.lora import LoRA
 from ..files.reading import open
+from ..files.storage.pickles import PICKLES
 from ..files.storage.texts import read_text
 from ..files.writing import check_target, save
 from ..tensors import parse_dtype
 from . import toml
 from .coefficients import Coefficients
 from .methods import METHODS, Method, check_name as check_method, check_options, find
+from .methods.options import TAKEN
 from .plans import Plan
 from .provenance import from_metadata
 from .ranks import BUDGETS, Rank, budget, rule
@@ -45,7 +47,7 @@ from .recipe_text import Input, Output, check_path, entries
 from .running import Kept
 from .spending import spent
 from .verbs import plan
-from .weights import SCOPES, Scope, Weight, Weights
+from .weights import SCOPES, PlainWeights, Scope, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +66,7 @@ class Recipe:
     """
 
     loras: tuple[Input, ...]
-    weights: Weights = None
+    weights: PlainWeights = None
     """One per LoRA, ``"l2"``, ``"uniform"``, a file of learned coefficients, or None for the method's default."""
     scope: Scope = "module"
     method: Method | str = "linear"
@@ -97,6 +99,10 @@ class Recipe:
             OptionError: A key is unknown, or a value is wrong.
         """
         file = Path(path).expanduser()
+        if file.is_dir() or (file.is_file() and file.suffix in (".safetensors", *PICKLES)):
+            raise FileError(
+                f"{file} is a LoRA, not a recipe. Way out: a recipe.toml that names it; 'loramerge merge' takes it as it is."
+            )
         try:
             data = toml.parse_toml(read_text(file, MAX_RECIPE))
         except (ValueError, RecursionError) as error:
@@ -308,7 +314,7 @@ class Recipe:
             noted=noted,
         )
 
-    def _weights(self) -> Weights:
+    def _weights(self) -> PlainWeights:
         if isinstance(self.weights, str) and self.weights.endswith(".safetensors"):
             return os.path.join(self.folder, os.path.expanduser(self.weights))
         return self.weights
@@ -386,6 +392,9 @@ def _check_method(method: Method | str, options: Mapping[str, Any]) -> None:
 
     A recipe may come from anyone, so reading it imports nothing: the options of other methods are checked by `plan`.
     """
+    for name in options:
+        if name in TAKEN:
+            raise OptionError(f"options: {name!r} is not an option of a method. Way out: leave it out of [options].")
     if isinstance(method, Method) or method in METHODS:
         check_options(find(method), options)
     else:

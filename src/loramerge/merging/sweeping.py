@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoRAMergeError, MergeError, OptionError
+from ..errors import LoRAMergeError, MergeError, OptionError, check_callable
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
 from ..files.reading import open
@@ -69,6 +69,7 @@ def sweep(
         OptionError: A setting is unknown or a value is wrong; nothing is merged.
         LoRAMergeError: Every merge failed; the first's error, as from `Recipe.plan` and `loramerge.save`.
     """
+    check_callable(score=score, progress=progress)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     todo = points(recipe, grid)
     folder = Path(output).expanduser()

@@ -27,8 +27,8 @@ def parse_toml(source: str) -> dict[str, Any]:
     """
     import tomllib
 
-    if found := re.search(LONG_KEY, source):
-        raise ValueError(f"the key {found[0][:40]}… has more than 100 parts")
+    if long := re.search(LONG_KEY, source):
+        raise ValueError(f"the key {long[0][:40]}… has more than 100 parts")
     found = tomllib.loads(source)
     check_plain([found], infinite=True)
     return found

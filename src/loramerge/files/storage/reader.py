@@ -99,22 +99,25 @@ class SafetensorsFile(dict[str, Stored]):
     def _header(self) -> tuple[dict[str, str], dict[str, Stored], int, int]:
         size = os.fstat(self._fd).st_size if self._data is None else len(self._data)
         if size < 8:
-            raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
+            raise self._refused(f"is no safetensors file: {size} bytes, wanted at least 8")
         (length,) = struct.unpack("<Q", self._read(0, 8))
         if length > MAX_HEADER:
-            if what := _instead(self._read(0, min(size, 256))):
-                raise FileError(f"{self.path} is no safetensors file but {what}.")
-            raise FileError(
-                f"{self.path} is no safetensors file, or a hostile one: its header claims {length} bytes, "
-                f"at most {MAX_HEADER} are allowed."
+            raise self._refused(
+                f"is no safetensors file, or a hostile one: its header claims {length} bytes, at most {MAX_HEADER} are allowed"
             )
         if 8 + length > size:
-            raise FileError(
-                f"{self.path} is truncated or no safetensors file: its header claims {length} bytes, {size - 8} are there."
+            raise self._refused(
+                f"is truncated or no safetensors file: its header claims {length} bytes, {size - 8} are there"
             )
         header = self._json(self._read(8, length))
         metadata = self._checked_metadata(header.pop("__metadata__", {}))
         return metadata, self._tensors(header, size - 8 - length), 8 + length, size - 8 - length
+
+    def _refused(self, why: str) -> FileError:
+        """Return the error that says what the file is instead, or else why it isn't one of safetensors."""
+        start = self._read(0, min(512, len(self._data) if self._data is not None else os.fstat(self._fd).st_size))
+        what = next((what for beginning, what in INSTEAD if re.match(beginning, start, re.DOTALL)), None)
+        return FileError(f"{self.path} is no safetensors file but {what}." if what else f"{self.path} {why}.")
 
     def _json(self, data: bytes) -> dict[str, Any]:
         if reason := too_large(data):
@@ -124,7 +127,7 @@ class SafetensorsFile(dict[str, Stored]):
             header = json.loads(text, object_pairs_hook=_unique)
             _check_unicode(text, header)
         except (ValueError, RecursionError) as error:
-            raise FileError(f"{self.path} is no safetensors file: its header is not JSON ({error}).") from None
+            raise self._refused(f"is no safetensors file: its header is not JSON ({error})") from None
         if not isinstance(header, dict):
             raise FileError(f"{self.path} is no safetensors file: its header is not a JSON object.")
         return header
@@ -170,23 +173,34 @@ class SafetensorsFile(dict[str, Stored]):
         return shape, dtype, begin, end
 
 
+LENGTH = rb"(?!.{4}\0{4})"
+"""Matches where no length of a header stands: the first eight bytes are a large number."""
+
 INSTEAD = (
     (
         rb"PK\x03\x04|\x80[\x02-\x05]",
         "a zip file or a pickle, such as torch.save writes. Way out: torch.load(…, weights_only=True) gives a state dict, "
         "which loramerge.load takes",
     ),
-    (rb"\s*<", "a web page, such as one that asks to log in. Way out: download the file itself"),
+    (
+        rb"PK(\x05\x06|\x07\x08)|7z\xbc\xaf|Rar!|\x1f\x8b\x08|BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar",
+        "an archive",
+    ),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|.{4}ftyp(avif|heic|mif1)|II\*\0|MM\0\*|BM.{4}\0{4}", "a picture"),
+    (rb"RIFF.{4}(AVI |WAVE)|.{4}ftyp|\x1aE\xdf\xa3|OggS|ID3", "a video or a sound"),
+    (
+        rb"GGUF|GGML|ggjt",
+        "a GGUF file, whose weights are quantised. Way out: the LoRA as safetensors, from where it was made",
+    ),
+    (rb"\x93NUMPY|\x89HDF|SQLite format 3", "a file of other data: NumPy's, HDF5 or SQLite"),
+    (rb"%PDF", "a PDF"),
+    (rb"\x7fELF|MZ.{6}|\xcf\xfa\xed\xfe", "a program"),
+    (LENGTH + rb"\s*<", "a web page, such as one that asks to log in. Way out: download the file itself"),
     (rb"version https://git-lfs", "a Git LFS pointer, which stands for the file. Way out: git lfs pull"),
-    (rb"\s*[\[{]", "a JSON file"),
-    (rb"[\t\n\r -~]{8,}\Z", "a text file"),
+    (LENGTH + rb"\s*[\[{]", "a JSON file"),
+    (LENGTH + rb"(\xef\xbb\xbf)?[\t\n\r -~]{8,}\Z", "a text file"),
 )
 """Beginnings of other files that users take for safetensors files."""
-
-
-def _instead(start: bytes) -> str | None:
-    """Say what a file is by its first bytes; None if they are none of `INSTEAD`."""
-    return next((what for beginning, what in INSTEAD if re.match(beginning, start)), None)
 
 
 def _check_unicode(source: str, header: Any) -> None:

@@ -48,11 +48,11 @@ def guarded(command: Callable[[], object]) -> None:
 
 def _short(message: str) -> str:
     """Shorten a message that lists more than anyone reads."""
-    return message if len(message) <= MOST else f"{message[:MOST]}… ({len(message)} characters)"
+    return message if len(message) <= 2 * MOST else f"{message[:MOST]} … {message[-MOST:]}"
 
 
-MOST = 4000
-"""The most characters of an error that are shown."""
+MOST = 2000
+"""The most characters of an error's beginning and end that are shown."""
 
 ARGUMENT = re.compile(r"\((exclude|allow_[a-z]+)\)|\b(?:(max_error|max_size)|(energy)(?= is a |=))\b(=?)")
 """Matches what a message of the library calls by its name in Python."""

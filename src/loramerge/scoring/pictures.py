@@ -206,8 +206,8 @@ class Preprocessing:
             )
         if not all(abs(sum(three)) < math.inf and len(three) == 3 for three in (found.mean, found.std) if three):
             raise ValueError("its mean and its std are not three numbers each")
-        if found.std and 0 in found.std:
-            raise ValueError("its std has a zero")
+        if (found.std and 0 in found.std) or not isinstance(found.factor, int | float | None):
+            raise ValueError(f"its std has a zero, or its factor is {found.factor!r}, which is no number")
         return found
 
     def __call__(self, image: "Image") -> Array:

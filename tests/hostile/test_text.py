@@ -190,6 +190,7 @@ def test_a_row_of_a_sweep_that_is_none_is_no_earlier_merge(row: object, tmp_path
         {"size": {"shortest_edge": -1}},
         {"size": {"shortest_edge": 10**9}},
         {"crop_size": {"height": "a", "width": 1}},
+        {"crop_size": {"height": 1, "width": None}},
         {"resample": 99},
         {"image_mean": [1, 2]},
         {"image_mean": ["a", "b", "c"]},
@@ -405,7 +406,7 @@ def test_no_command_prints_what_a_terminal_acts_on(command: str, shouting: Path)
 
 
 def test_names_in_pictures_are_text(tmp_path: Path) -> None:
-    names = ("a_$1$_$b^.safetensors", "モデル عربى \x1b\udcff\n.safetensors")
+    names = ("a$^$.safetensors", "モデル عربى \x1b\udcff\n.safetensors")
     loras = [small(seed=i, name=name, modules=(QUERY,)) for i, name in enumerate(names)]
     learned = Coefficients.of({QUERY: np.ones((2, 640), np.float32)}, loras, [1.0, 1.0])
 
@@ -415,7 +416,7 @@ def test_names_in_pictures_are_text(tmp_path: Path) -> None:
             save_heatmap(lm.compare(loras), tmp_path / f"heat.{suffix}")
             draw(learned, tmp_path / f"plot.{suffix}")
 
-    assert "a_$1$_$b^" in (tmp_path / "heat.svg").read_text()
+    assert "a$^$" in (tmp_path / "heat.svg").read_text()
 
 
 def coefficients(path: Path, matrix: np.ndarray, module: str = MODULE, **said: Any) -> Path:

@@ -199,7 +199,8 @@ class Preprocessing:
             mean=tuple(config.get("image_mean", cls.mean)) if normalise else None,
             std=tuple(config.get("image_std", cls.std)) if normalise else None,
         )
-        lengths = [n for n in (found.shortest_edge, *(found.size or ()), *(found.crop or ())) if n is not None]
+        shortest = () if found.shortest_edge is None else (found.shortest_edge,)
+        lengths = [*shortest, *(found.size or ()), *(found.crop or ())]
         if any(type(n) is not int or not 0 < n <= LONGEST for n in lengths) or found.resample not in range(6):
             raise ValueError(
                 f"its lengths are {lengths} and its filter {found.resample!r}, wanted 1 to {LONGEST}, 0 to 5"

@@ -5,6 +5,7 @@ A checkpoint is a diffusers directory, or one file under the names of the model'
 shapes are taken from the file.  Headers are read when it is opened, a weight when it is asked for.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -179,7 +180,7 @@ def open_checkpoint(path: str | Path, *, architecture: str | None = None, varian
         FileError: The path is missing, or holds no model that loramerge knows.
     """
     root = Path(path).expanduser()
-    if not root.exists():
+    if not os.path.exists(root):
         raise FileError(
             f"No such file or directory: {root}. A base model must be on this disk; from the Hub: hf download REPO."
         )

@@ -105,8 +105,8 @@ def run(given: Options) -> None:
             found.append(scores.score(shots, sets, each, cluster=cluster, cache=cache, progress=report))
     written = reports.save_scores(found, given.output.expanduser()) if given.output else []
     if not given.quiet:
-        for i, each in enumerate(found):
-            say(*[""] * bool(i), shown(each, given.against, given.by_prompt))
+        tables = [shown(scores, given.against, given.by_prompt) for scores in found]
+        say(*[line for text in tables for line in ("", text)][1:])
         for path in written:
             say(f"→ {path}")
 

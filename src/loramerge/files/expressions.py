@@ -18,7 +18,7 @@ from ..errors import OptionError
 MAX_WAYS = 10_000_000
 """The most ways in which a pattern may match one name."""
 
-MAX_SECONDS = 1.0
+MAX_SECONDS = 0.5
 """CPU time that the patterns of one use may take together, for all names."""
 
 LONGEST, FEW = 1000, 20
@@ -114,5 +114,5 @@ def _parts(kind: str, value: Any) -> list[Any]:
 def _is_decided(item: Sequence[tuple[Any, Any]], following: tuple[Any, Any] | None) -> bool:
     """Return whether a repeat can end at one place only: digits before something else."""
     digits = [tuple(map(str, node)) for node in item] == [("IN", "[(CATEGORY, CATEGORY_DIGIT)]")]
-    kind, value = following or ("AT", None)
+    kind, value = following or ("AT", 0)
     return digits and (str(kind) == "AT" or (str(kind) == "LITERAL" and not chr(value).isdigit()))

@@ -436,6 +436,7 @@ WRONG_COEFFICIENTS: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
     "fewer names": (WHOLE, {"names": ["a"]}),
     "no names": (WHOLE, {"names": [], "others": []}),
     "names that are a number": (WHOLE, {"names": 5}),
+    "weights without end": (WHOLE, {"others": ["inf", 1]}),
     "weights that are texts": (WHOLE, {"others": ["a", "b"]}),
     "a provenance that is a list": (WHOLE, {"provenance": [1]}),
     "no module": (WHOLE, {"module": ""}),

@@ -68,7 +68,7 @@ class Coefficients:
                 raise FileError(
                     f"{path} holds no learned coefficients: its metadata lack {KEY!r}, or not all is there: {error}."
                 ) from None
-            if len(names) != len(others) or not names or not file:
+            if len(names) != len(others) or not names or not file or not all(map(math.isfinite, others)):
                 raise FileError(
                     f"{path} holds coefficients of {len(file)} modules, names of {len(names)} LoRAs and weights of {len(others)}."
                 )

@@ -613,6 +613,37 @@ def table_of(folder: Path) -> dict[str, Any]:
     return read_json(folder / "o" / "sweep.json")
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "renamed.toml", "adapter", "x.pt"])
+def test_a_lora_is_no_recipe(name: str, pair: Path) -> None:
+    (pair / "renamed.toml").write_bytes((pair / "a.safetensors").read_bytes())
+    lm.save(small(), pair / "adapter", dialect="peft")
+    torch.save({}, pair / "x.pt")
+
+    with pytest.raises(FileError, match="is a LoRA, not a recipe"):
+        lm.Recipe.read(pair / name)
+
+
+@pytest.mark.parametrize("line", ['{"file_name": 1, "text": "a"}', '{"file_name": "1.png", "text": [1]}', '["1.png"]'])
+def test_a_caption_is_a_text_for_a_name(line: str, beside: Path) -> None:
+    (beside / METADATA).write_text(line)
+
+    with pytest.raises(FileError, match=METADATA):
+        captioned(beside)
+
+
+def test_a_long_name_in_a_list_of_captions_is_told(beside: Path) -> None:
+    (beside / METADATA).write_text(json.dumps({"file_name": "a" * 5000, "text": "a"}))
+
+    with pytest.raises(FileError, match="names 'aaa"):
+        captioned(beside)
+
+
+def test_a_line_separator_in_a_caption_ends_no_line(beside: Path) -> None:
+    (beside / METADATA).write_text('{"file_name": "1.png", "text": "a\u2028b"}\n', encoding="utf-8")
+
+    assert captioned(beside)[0].caption == "a\u2028b"
+
+
 def test_weights_that_are_tiny_have_a_mean(pair: Path) -> None:
     files = [pair / "a.safetensors", pair / "b.safetensors"]
     tiny, ordinary = (lm.merge(files, weights=[w, w], method="cart") for w in (1e-12, 1.0))

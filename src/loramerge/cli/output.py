@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import LoRAMergeError, needed, size
-from ..files.storage.texts import visible
+from ..files.storage.texts import finite, visible
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,7 +110,7 @@ def print_json(data: Any) -> None:
     """Print plain data for programs."""
     import json
 
-    say(Block(json.dumps(data, indent=2).replace("\x7f", "\\u007f")))
+    say(Block(json.dumps(finite(data), indent=2, allow_nan=False).replace("\x7f", "\\u007f")))
 
 
 def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:

@@ -196,7 +196,7 @@ class Moments:
                     for name, updates in said["updates"].items()
                 }
                 return cls(said["kind"], tuple(said["names"]), tuple(said["marks"]), modules, said["identity"])
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise FileError(f"{path} holds no moments, or not all of them: {error} is missing or wrong.") from None
 
 

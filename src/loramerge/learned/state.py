@@ -1,5 +1,6 @@
 """The state of learning in a file: all that a run needs to go on and get the same bits."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -109,13 +110,13 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State:
             others = [name for name in {**wanted, **was} if wanted.get(name) != was.get(name)]
             names = [] if others else said["names"]
             found = State(
-                said["step"],
+                operator.index(said["step"]),
                 {name: tensor(file, f"{name}/value") for name in names},
                 {name: (tensor(file, f"{name}/first"), tensor(file, f"{name}/second")) for name in names},
                 tensor(file, "generator"),
-                said["scales"],
+                list(map(float, said["scales"])),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileError(
                 f"{path} holds no state of learning, or not all of it: {error} is missing or wrong."
             ) from None

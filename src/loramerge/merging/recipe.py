@@ -21,7 +21,7 @@ to = "kohya"
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +33,7 @@ from ..files.dialects.write import check_writable
 from ..files.lora import LoRA
 from ..files.reading import open
 from ..files.storage.pickles import PICKLES
+from ..files.storage.reader import SafetensorsFile
 from ..files.storage.texts import read_text
 from ..files.writing import check_target, save
 from ..tensors import parse_dtype
@@ -99,12 +100,14 @@ class Recipe:
             OptionError: A key is unknown, or a value is wrong.
         """
         file = Path(path).expanduser()
-        if file.is_dir() or (file.is_file() and file.suffix in (".safetensors", *PICKLES)):
-            raise FileError(
-                f"{file} is a LoRA, not a recipe. Way out: a recipe.toml that names it; 'loramerge merge' takes it as it is."
-            )
         try:
             data = toml.parse_toml(read_text(file, MAX_RECIPE))
+        except FileError as error:
+            if not _is_lora(file):
+                raise
+            raise FileError(
+                f"{file} is a LoRA, not a recipe. Way out: a recipe.toml that names it; 'loramerge merge' takes it as it is."
+            ) from error
         except (ValueError, RecursionError) as error:
             raise FileError(f"{file} is not TOML: {error}.") from None
         return _recipe(data, file.name, str(file.parent))
@@ -353,6 +356,14 @@ class Recipe:
                     "different ranks. Way out: one rank for all of them."
                 )
         return ranks
+
+
+def _is_lora(path: Path) -> bool:
+    """Return whether a path that holds no recipe is a directory, a pickle or a safetensors file."""
+    with suppress(FileError):
+        SafetensorsFile(path).close()
+        return True
+    return path.is_dir() or (path.is_file() and path.suffix in PICKLES)
 
 
 def _recipe(data: Mapping[str, Any], where: str, folder: str) -> Recipe:

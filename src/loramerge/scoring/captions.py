@@ -72,7 +72,7 @@ def _check_listed(folder: Path, files: Sequence[Path], said: dict[str, str]) -> 
     there = {file.name for file in files}
     lost = [name for name in said if name not in there]
     if lost:
-        why = f"a file that does not end in {', '.join(SUFFIXES)}" if (folder / lost[0]).is_file() else "not there"
+        why = f"a file that does not end in {', '.join(SUFFIXES)}" if os.path.isfile(folder / lost[0]) else "not there"
         raise FileError(
             f"{folder / METADATA} names {lost[0]!r}, which is {why}. Wanted names of the folder's own images."
         )
@@ -84,13 +84,16 @@ def _metadata(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     said = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = parsed(line, str(path))
-            said[str(entry["file_name"])] = next(str(entry[c] or "").strip() for c in COLUMNS if c in entry)
-        except (FileError, KeyError, StopIteration):
+            name, caption = entry["file_name"], next(entry[c] or "" for c in COLUMNS if c in entry)
+            if not isinstance(name, str):
+                raise TypeError
+            said[name] = caption.strip()
+        except (FileError, KeyError, StopIteration, AttributeError, TypeError):
             raise FileError(
                 f'{path}, line {number}: wanted {{"file_name": "1.png", "text": "a caption"}}, got {line[:80]}'
             ) from None

@@ -168,14 +168,15 @@ def as_json(data: Any, indent: int | None = None, default: Callable[[Any], Any] 
         indent: Spaces per level; None for one line.
         default: Called with anything else, to give one of these.
     """
-    return json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False, default=default)
+    return json.dumps(finite(data), indent=indent, ensure_ascii=False, allow_nan=False, default=default)
 
 
-def _finite(data: Any) -> Any:
+def finite(data: Any) -> Any:
+    """Spell the numbers that JSON lacks, as `as_json` does."""
     if isinstance(data, Mapping):
-        return {key: _finite(value) for key, value in data.items()}
+        return {key: finite(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
+        return [finite(value) for value in data]
     if isinstance(data, float) and not math.isfinite(data):
         return None if math.isnan(data) else str(data)
     return data

@@ -363,7 +363,7 @@ def _is_lora(path: Path) -> bool:
     with suppress(FileError):
         SafetensorsFile(path).close()
         return True
-    return path.is_dir() or (path.is_file() and path.suffix in PICKLES)
+    return os.path.isdir(path) or (os.path.isfile(path) and path.suffix in PICKLES)
 
 
 def _recipe(data: Mapping[str, Any], where: str, folder: str) -> Recipe:

@@ -15,7 +15,7 @@ from loramerge.comparing.advising import ALTERNATIVES, RULES, advice, place
 from loramerge.comparing.analysis import Comparison
 from loramerge.comparing.measures import Pair
 from loramerge.files.architectures import ARCHITECTURES
-from loramerge.files.architectures.blocks import matches
+from loramerge.files.architectures.blocks import Selector
 from loramerge.files.lora import LoRA
 from loramerge.layers import LowRank
 from loramerge.merging.methods import METHODS
@@ -423,7 +423,7 @@ def test_a_place_matches_its_own_modules_only(architecture: str) -> None:
 
     assert len(patterns) < 80
     for pattern, members in patterns.items():
-        assert {m for m in modules if matches(pattern, m, architecture)} == members
+        assert {m for m in modules if Selector([pattern], architecture).matching(m)} == members
 
 
 def test_places_have_names_that_people_use() -> None:

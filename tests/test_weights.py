@@ -11,7 +11,7 @@ import pytest
 import loramerge as lm
 from listings import DATA
 from loramerge.files.architectures import blocks
-from loramerge.files.architectures.blocks import matches
+from loramerge.files.architectures.blocks import Selector
 from loramerge.merging.weights import parse, resolve
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
@@ -163,8 +163,8 @@ def test_flux_blocks_are_counted_in_their_own_rows(block: str, module: str) -> N
 
 @pytest.mark.parametrize(("pattern", "module"), list(product(["unet", "unet.*", "re:to_q$", "IN04", "IN*"], [TO_Q])))
 def test_patterns_match(pattern: str, module: str) -> None:
-    assert matches(pattern, module)
-    assert not matches(pattern, TEXT)
+    assert Selector([pattern]).matching(module)
+    assert not Selector([pattern]).matching(TEXT)
 
 
 def test_blora_takes_what_is_drawn_from_one_block_and_how_from_the_next() -> None:
@@ -193,7 +193,7 @@ def test_a_pattern_that_matches_nothing_is_told_those_that_do(architecture: str)
             refused()
         named = re.findall(r"[\w.]+\*|\b[A-Z]+\d*\b", str(caught.value).partition("blocks ")[2])
         assert len(named) > 2
-        assert all(any(matches(p, m, architecture) for m in lora) for p in named)
+        assert all(any(Selector([p], architecture).matching(m) for m in lora) for p in named)
 
 
 def test_blocks_that_follow_each_other_are_told_as_a_run() -> None:

@@ -43,7 +43,7 @@ def opened(path: str, allow_pickle: bool, recipe: bool) -> None:
     from loramerge.merging.recipe import Recipe
 
     if recipe:
-        Recipe.read(path).open()
+        Recipe.read(path).plan()
         return
     lora = lm.load(path, allow_pickle=allow_pickle)
     for layer in lora.values():

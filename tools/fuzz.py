@@ -9,15 +9,19 @@ is taken for something that it isn't: the docstring of each target says what it 
 and kept, one of each kind.  Further arguments go to libFuzzer.  `python tools/fuzz.py seeds tests/hostile/corpus` writes the first inputs of the corpus.
 """
 
+import json
 import struct
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 if __name__ == "__main__" and sys.argv[1] != "seeds":
     import atheris
@@ -26,19 +30,21 @@ if __name__ == "__main__" and sys.argv[1] != "seeds":
         import loramerge as lm
         from loramerge.files.dialects import DIALECTS, alphas, fields
         from loramerge.files.lora import from_tensors
-        from loramerge.files.storage import reader
-        from loramerge.merging import recipe, recipe_text
+        from loramerge.files.storage import reader, texts
+        from loramerge.merging import coefficients, recipe, recipe_text
 else:
     import loramerge as lm
     from loramerge.files.dialects import DIALECTS, alphas, fields
     from loramerge.files.lora import from_tensors
-    from loramerge.files.storage import reader
-    from loramerge.merging import recipe, recipe_text
+    from loramerge.files.storage import reader, texts
+    from loramerge.merging import coefficients, recipe, recipe_text
 
+from loramerge.cli import inspection
 from loramerge.files.architectures import ARCHITECTURES, Architecture
 from loramerge.files.architectures.labels import ARCHITECTURE as KEY
 from loramerge.files.architectures.names import Parts, flat
 from loramerge.files.dialects.base import Dialect, table
+from loramerge.learned import plots
 from loramerge.tensors import CODES, SIZES, Held, numpy_dtype
 from loramerge.testing import random_lora
 
@@ -187,6 +193,110 @@ def fuzz_config(data: bytes) -> None:
                 raise AssertionError("an alpha that is not finite")
 
 
+def fuzz_coefficients(data: bytes) -> None:
+    """Check that learned coefficients of any form are refused, or shown and used.
+
+    The bytes choose what is changed in the entry of a header that is right, and the matrix.
+    """
+    picks = iter(data)
+    entry = changed({"others": [1.0, 0.5], "names": ["a", "b"], "provenance": {"seed": 1}}, picks)
+    shape = [(2, 640), (2, 640), (3, 640), (2, 0), (640,), ()][next(picks, 0) % 6]
+    dtype = [np.float32, np.float32, np.float16, np.int32][next(picks, 0) % 4]
+    with np.errstate(all="ignore"):
+        values = np.full(shape, [1, 1, 3e38, np.nan, np.inf, -1e-45][next(picks, 0) % 6]).astype(dtype)
+    names = [QUERY, QUERY, "x", "\x1b.blocks.1.x", "a.blocks." + "9" * 5000 + ".x", "unet.blocks.٣.x"]
+    path = SCRATCH / "coefficients.safetensors"
+    safetensors.numpy.save_file({names[next(picks, 0) % 6]: values}, path, {coefficients.KEY: json.dumps(entry)})
+    found = coefficients.Coefficients.read(path)
+    blocks = plots.by_block(found)
+    plots.outside(blocks, *plots.span(blocks))
+    lm.merge(PAIR, weights=found)
+
+
+def fuzz_metadata(data: bytes) -> None:
+    """Check that a header's JSON of any form is left out or shown in plain lines, and a recipe in it reads the same again.
+
+    The bytes choose what is changed in a recipe and in tags that are right.
+    """
+    picks = iter(data)
+    strings = {"loramerge": changed(MERGED, picks), "ss_tag_frequency": changed({"folder": {"tag": 5}}, picks)}
+    lora = replace(PAIR[0], metadata={key: json.dumps(value) for key, value in strings.items()})
+    json.dumps(inspection.as_data(lora, {}))
+    if any(not c.isprintable() and c not in "\n" + texts.SPACES_AND_JOINERS for c in inspection._summary(lora)):
+        raise AssertionError("a character that a terminal acts on")
+    found = recipe.Recipe.of(lora)
+    path = SCRATCH / "again.toml"
+    path.write_text(found.to_toml(), encoding="utf-8")
+    if recipe.Recipe.read(path) != found:
+        raise AssertionError("the recipe reads otherwise when it was written")
+
+
+def changed(value: Any, picks: Iterator[int]) -> Any:
+    """Change parts of parsed JSON: each byte chooses a way in, what is put there, or that it is enough."""
+    for pick in picks:
+        if pick < 64:
+            return value
+        if pick >= 192 or not isinstance(value, dict | list) or not value:
+            return ODD[pick % len(ODD)]
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = keys[pick % len(keys)]
+        value = dict(value) if isinstance(value, dict) else list(value)
+        if pick < 80:
+            del value[key]
+        elif pick < 96 and isinstance(value, dict):
+            value[recipe_text.KEYS[pick % len(recipe_text.KEYS)]] = ODD[next(picks, 0) % len(ODD)]
+        else:
+            value[key] = changed(value[key], picks)
+    return value
+
+
+def _deep() -> list[Any]:
+    found: list[Any] = []
+    for _ in range(90):
+        found = [found]
+    return found
+
+
+ODD: list[Any] = [
+    *(None, True, False, 0, -1, 1, 10**18, 10**400, 1e308, 0.5, float("nan"), float("inf"), "", "a", "inf", "l2"),
+    *(
+        "\x1b[31m\n",
+        "\u202e",
+        "\ud800",
+        "lbw:1,2",
+        "re:(a+)+",
+        "hf://a/b",
+        "~x",
+        "\0",
+        "9" * 5000,
+        "package.module:name",
+    ),
+    *([], {}, [1], [[]], [None], {"a": 1}, {"*": 0.5}, {"": ""}, {"re:(a+)+$": 1}, {"max_error": 10**400}, _deep()),
+]
+"""What a stranger may put in place of a value."""
+
+QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+PAIR = [
+    replace(random_lora("sdxl", rank=2, seed=seed, only=lambda module, _: module == QUERY), name=f"{seed}.safetensors")
+    for seed in (1, 2)
+]
+MERGED = {
+    "loramerge": "0.1",
+    "method": "ties",
+    "options": {"density": 0.5},
+    "rank": 4,
+    "budget": {"max_error": 0.1},
+    "ranks": {QUERY: 2},
+    "exclude": ["text_encoder*"],
+    "device": "cpu",
+    "output": {"dialect": "kohya", "dtype": "F16"},
+    "inputs": [
+        {"name": "a", "sha256": "0" * 64, "source": "a.safetensors", "weight": 0.5, "metadata": {"a": "b"}},
+        {"name": "b", "sha256": "0" * 64, "source": "hf://a/b@main", "weight": {"*": 1.0, "unet": 0.5}},
+    ],
+}
+"""A recipe as a merge has it in its header."""
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "reader": fuzz_reader,
     "detector": fuzz_detector,
@@ -194,6 +304,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "family": fuzz_family,
     "recipe": fuzz_recipe,
     "config": fuzz_config,
+    "coefficients": fuzz_coefficients,
+    "metadata": fuzz_metadata,
 }
 
 
@@ -284,6 +396,9 @@ def seeds() -> Iterator[tuple[str, bytes]]:
         b'conv_in\n{"unet.lora_alpha": 4, "unet.r": 2, "unet.alpha_pattern": {"attn1.to_q": 2, "^a.*q$": 1}}',
     )
     yield "config", b'a.b\n{"lora_alpha": 4, "use_rslora": true, "alpha_pattern": {"(a|b)+": 1e9, "\\\\d.": -2}}'
+    yield from (
+        (name, bytes(range(start, 256, 7))) for name in ("coefficients", "metadata") for start in range(64, 192, 8)
+    )
 
 
 RECIPE = b"""method = "ties"

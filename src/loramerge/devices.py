@@ -55,8 +55,8 @@ def check_device(device: str) -> None:
         import torch
 
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()  # a device such as meta has no values
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise OptionError(
             f"Can't compute on the device {device!r}: {str(error).splitlines()[0]}. Way out: leave the device out, or give cpu."
         ) from None

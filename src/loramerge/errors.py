@@ -141,6 +141,17 @@ def _missing(what: str, package: str) -> str:
     return f"{what} needs {package}: pip install 'loramerge[{EXTRAS[package]}]'."
 
 
+def check_callable(**functions: object) -> None:
+    """Refuse an argument that is to be called and can't be; None is none.
+
+    Raises:
+        OptionError: One can't be called.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise OptionError(f"{name} is {function!r}, wanted a function.")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean …?" for the most similar known name, or an empty string if none is similar."""
     import difflib

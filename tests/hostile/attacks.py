@@ -346,10 +346,21 @@ LINKS = {
     "a device as the configuration": Attack(
         linked("adapter_config.json", "/dev/zero"), "directory, a pipe or a device"
     ),
+    "deep configuration in a header": Attack(
+        written(valid({"lora_adapter_metadata": "[" * 200_000})), "lora_adapter_metadata .* not JSON"
+    ),
+    "lists in a header's configuration": Attack(
+        written(lambda: valid({"lora_adapter_metadata": '{"a": [' + "[]," * 10_000_000 + "1]}"})),
+        "outside of strings",
+        large=True,
+    ),
+    "lists in a header's tags": Attack(
+        written(lambda: valid({"ss_tag_frequency": '{"a": [' + "[]," * 10_000_000 + "1]}"})), large=True
+    ),
     "deep configuration": Attack(adapter(b"[" * 200_000), "not JSON"),
     "configuration not in UTF-8": Attack(adapter(b'{"\xff": 1}'), "not UTF-8"),
     "endless configuration": Attack(adapter(b" " * 10_000_001), "more than 10000000 bytes"),
-    "an alpha of 400 digits": Attack(adapter(b'{"lora_alpha": ' + b"9" * 400 + b"}"), "wanted a finite number"),
+    "an alpha of 400 digits": Attack(adapter(b'{"lora_alpha": ' + b"9" * 400 + b"}"), "a number is not finite"),
     "an endless regular expression": Attack(
         adapter(json.dumps({"lora_alpha": 2, "alpha_pattern": {"(([a-z_.0-9])+)+!": 1}}).encode()), "too much work"
     ),
@@ -416,10 +427,15 @@ PICKLES = {
 }
 
 
-def recipe(text: str, refused: str) -> Attack:
+def recipe(text: str, refused: str, weight: str = "") -> Attack:
     """A recipe of one LoRA, and more."""
-    lines = text + '\n[[loras]]\npath = "x.safetensors"\n'
-    return Attack(written(lines.encode("utf-8", "surrogatepass"), "recipe.toml"), refused, recipe=True)
+    lines = f'{text}\n[[loras]]\npath = "x.safetensors"\n{f"weight = {weight}" if weight else ""}\n'
+
+    def make(folder: Path) -> Path:
+        written(entries([f"lora_unet_{'input_blocks_' * 5}{i}" for i in range(2000)]))(folder)
+        return written(lines.encode("utf-8", "surrogatepass"), "recipe.toml")(folder)
+
+    return Attack(make, refused, recipe=True)
 
 
 RECIPES = {
@@ -435,6 +451,16 @@ RECIPES = {
     "deep lists": recipe("a = " + "[" * 100_000, "not TOML"),
     "half a surrogate": recipe('method = "\ud800"', "not UTF-8"),
     "a number of many digits": recipe("rank = " + "9" * 100_000, "not TOML"),
+    "a pattern without an end": recipe("", "too much work", '{ "*" = 1, "re:(([a-z_.0-9])+)+!" = 0.5 }'),
+    "a pattern without an end, as text": recipe("", "too much work", '"1;re:(([a-z_.0-9])+)+!=0.5"'),
+    "an exclusion without an end": recipe('exclude = ["re:(([a-z_.0-9])+)+!"]', "too much work"),
+    "a pattern that is slow on every name": recipe('exclude = ["re:[a-z_0-9]*[a-z_0-9]*[a-z_0-9]*!"]', "too much work"),
+    "many slow patterns": recipe(
+        "exclude = [" + ", ".join(f'"re:[a-z_0-9]*[a-z_0-9]*{i}!"' for i in range(20_000)) + "]", "too much work"
+    ),
+    "a deep pattern": recipe(f'exclude = ["re:{"(" * 400}{")" * 400}("]', "is not a regular expression"),
+    "a pattern of large repeats": recipe('exclude = ["re:a{99999999999999999999}"]', "is not a regular expression"),
+    "a number of 400 digits": recipe("max_error = " + "9" * 400, "not finite"),
     "a recipe without an end": recipe("#" * 1_000_001, "more than 1000000 bytes"),
     "a pipe": Attack(lambda folder: pipe("adapter_config.json")(folder) / "adapter_config.json", "pipe", recipe=True),
 }

@@ -18,7 +18,7 @@ SMALL = [name for name, attack in ATTACKS.items() if not attack.large]
 def opened(attack: Attack, path: Path) -> object:
     """Everything that the attack is about, read."""
     if attack.recipe:
-        return Recipe.read(path).open()
+        return Recipe.read(path).plan()
     lora = lm.load(path, allow_pickle=attack.allow_pickle)
     return [layer.factors() for layer in lora.values()]
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import assert_type
 
+import numpy as np
+
 import loramerge as lm
 from loramerge.comparing.analysis import Row
 from loramerge.layers import DoRA, Layer, LowRank
@@ -15,6 +17,8 @@ def merged(person: Path, jersey: str) -> lm.LoRA:
     with lm.open(jersey) as second:
         assert_type(second, lm.LoRA)
         both = lm.merge([first, second], weights=[0.7, {"unet.*": 0.5}], rank=8)
+    lm.merge([first, jersey], weights=np.array([0.7, 0.5]))
+    lm.merge([first, jersey], weights=[np.float32(0.7), {"unet.*": np.float64(0.5)}])
     ties = lm.merge([first, jersey], method="ties", weights="l2", rank="max", density=0.3)
     lm.load(person.read_bytes())
     with person.open("rb") as file:

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
+from loramerge.files import visible
 from loramerge.scoring import read
 
 from .content import Figure, Report, Sheet, Table
@@ -59,17 +60,22 @@ def _source(kind: str, data: bytes) -> str:
 
 def markdown(report: Report) -> str:
     """Write the texts and tables, without charts and pictures."""
-    lines = [f"# {report.title}", ""]
+    lines = [f"# {_text(report.title)}", ""]
     for one in report.sections:
         shown = [part for part in one.parts if isinstance(part, str | Table)]
         if shown:
-            lines += [f"## {one.title}", ""]
+            lines += [f"## {_text(one.title)}", ""]
         for part in shown:
-            lines += [part, ""] if isinstance(part, str) else [*_rows(part), ""]
+            lines += [_text(part), ""] if isinstance(part, str) else [*_rows(part), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _text(text: str) -> str:
+    """Escape what Markdown would take for HTML: names come from protocols and files."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _rows(table: Table) -> list[str]:
     rows = [table.head, tuple("---" for _ in table.head), *table.rows]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return [*lines, "", table.note] if table.note else lines
+    lines = ["| " + " | ".join(_text(visible(cell)).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return [*lines, "", _text(table.note)] if table.note else lines

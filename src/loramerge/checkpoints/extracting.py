@@ -4,7 +4,6 @@ The best factors of a rank are made of D's largest singular values and their vec
 a LoRA can't hold (biases, norms, embeddings) are listed, never approximated.
 """
 
-import json
 import math
 import operator
 import re
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import linalg
-from ..errors import MergeError, NumberError, OptionError
+from ..errors import MergeError, NumberError, OptionError, check_callable
 from ..files.architectures import ARCHITECTURES
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
+from ..files.storage.texts import as_json
 from ..files.storage.writer import Progress
 from ..layers import LowRank, low_rank
 from ..layers.base import dense_norm, matrix
@@ -97,7 +97,7 @@ class Extraction:
             layouts={module: self._layout(module, rank) for module, rank in self.ranks.items()},
             compute=self.layer,
             no_fork=True,
-            metadata={RECIPE: json.dumps(self.recipe, ensure_ascii=False)},
+            metadata={RECIPE: as_json(self.recipe)},
             notes=self.notes,
         )
 
@@ -158,6 +158,7 @@ def plan_extraction(
         FileError: A model can't be read.
     """
     _check_rank(rank)
+    check_callable(progress=progress)
     with ExitStack() as opened:
         first, second = (
             m if isinstance(m, Checkpoint) else opened.enter_context(open_checkpoint(m, variant=variant))

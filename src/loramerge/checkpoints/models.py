@@ -5,7 +5,6 @@ A checkpoint is a diffusers directory, or one file under the names of the model'
 shapes are taken from the file.  Headers are read when it is opened, a weight when it is asked for.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from ..files.architectures.names import COMPONENTS, Part, Parts, whole
 from ..files.storage import digests
 from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
+from ..files.storage.texts import read_json
 from ..layers import Full, Layer
 from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, is_torch, namespace, same_weight
 
@@ -246,7 +246,8 @@ def _all_shards(folder: Path, files: Mapping[Path, re.Match[str]]) -> list[Path]
         raise FileError(f"{folder} has the files of several models: {', '.join(file.name for file in files)}.")
     missing = sorted(set(range(1, max(counts, default=0) + 1)) - numbers)
     if missing:
-        raise FileError(f"{folder}: of {max(counts)} shards these are missing: {', '.join(map(str, missing))}.")
+        named = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+        raise FileError(f"{folder}: of {max(counts)} shards these are missing: {named}.")
     return list(files)
 
 
@@ -425,13 +426,12 @@ def shard_indexes(folder: Path) -> dict[Path, dict[str, Any]]:
     """Read the indexes in a folder that list shards: which tensor is in which file."""
     found = {}
     for path in sorted(folder.glob("*.index*.json")):
-        try:
-            index = json.loads(path.read_text())
-        except ValueError:
-            index = None
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise FileError(f"{path} is no index of shards.")
-        found[path] = index
+        index = found[path] = read_json(path)
+        shards, about = index.get("weight_map"), index.get("metadata", {})
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise FileError(f"{path} is no index of shards: its weight_map doesn't map tensors to files.")
+        if not isinstance(about, dict):
+            raise FileError(f"{path} is no index of shards: its metadata is not an object.")
     return found
 
 

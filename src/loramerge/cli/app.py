@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperCommand
 
 from .._version import __version__
+from .output import say
 
 VERBS = {
     "inspect": "Say what a LoRA is: its dialect, family, ranks, alphas, kinds, blocks.",
@@ -65,7 +66,7 @@ app = typer.Typer(invoke_without_command=True, add_completion=True, pretty_excep
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"loramerge {__version__}")
+        say(f"loramerge {__version__}")
         raise typer.Exit
 
 
@@ -78,7 +79,7 @@ def root(
 ) -> None:
     """Merge LoRAs of diffusion models: any dialect in, an exact merge, any dialect out."""
     if context.invoked_subcommand is None:
-        print(INTRODUCTION)
+        say(*INTRODUCTION.split("\n"))
 
 
 def _stub() -> None:

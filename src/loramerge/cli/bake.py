@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from .options import ArchOfAll, Quiet, Scope, Threads, WeightRule, opened, weights_of
-from .output import more, print_json, progress, table
+from .output import more, print_json, progress, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -89,15 +89,15 @@ def _print(baked: "Baked", most: int) -> None:
         for c in worst[:most]
     ]
     if rows:
-        print(table(["tensor", "dtype", "‖ΔW‖", "‖change‖", "rounding loss", "% of values unchanged"], rows))
-        print(more(len(worst) - len(rows), "none worse"))
+        say(table(["tensor", "dtype", "‖ΔW‖", "‖change‖", "rounding loss", "% of values unchanged"], rows))
+        say(more(len(worst) - len(rows), "none worse"))
     for line in baked.left_out:
-        print(f"  left out: {line}")
+        say(f"  left out: {line}")
     hurt = [c for c in worst if c.lost > SOME]
-    print(f"→ {baked.path}: {len(worst)} tensors changed, ‖ΔW‖ {baked.norm:.4g}, rounding loss {baked.loss:.3g} of it.")
+    say(f"→ {baked.path}: {len(worst)} tensors changed, ‖ΔW‖ {baked.norm:.4g}, rounding loss {baked.loss:.3g} of it.")
     if hurt:
         share = max(c.lost for c in hurt)
-        print(
+        say(
             f"  In {len(hurt)} tensor{'s' * (len(hurt) > 1)} more than {SOME:.0%} of the values did not change, up to {share:.1%}: there the update "
             "is smaller than the dtype can hold beside the weight. Way out: --dtype float32, or the LoRA unbaked."
         )

@@ -10,7 +10,7 @@ import typer
 from ..errors import OptionError
 from .model_options import Data, Learning, Prompt, identity
 from .options import Output
-from .output import progress, table
+from .output import Block, joined, progress, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def run(given: Options) -> None:
         planned.loras, taken, granularity=given.granularity.value, ridge=given.ridge, prior=given.prior.value
     )
     if not given.quiet:
-        print(fit_table(report, planned.architecture))
+        say(fit_table(report, planned.architecture))
     given.write(merged)
 
 
@@ -150,12 +150,12 @@ def _taken(given: Options, planned: "Plan") -> "Moments | None":
     return found
 
 
-def fit_table(report: "Report", architecture: str | None) -> str:
+def fit_table(report: "Report", architecture: str | None) -> Block:
     """Return a table by block of J / J of the base model: for the merge, the sum and the average."""
     from ..files.architectures.blocks import block
 
     if not report.fits:
-        return "The LoRAs change nothing in the modules that were looked at: the result is their sum."
+        return joined(["The LoRAs change nothing in the modules that were looked at: the result is their sum."])
     kinds = (report.fits, report.sums, report.means)
     blocks: dict[str, list[str]] = {}
     for module in report.fits:
@@ -167,7 +167,9 @@ def fit_table(report: "Report", architecture: str | None) -> str:
 
     rows = [row(name, modules) for name, modules in blocks.items()]
     head = ["block", "modules", "error", "of the sum", "of the average"]
-    return (
-        table(head, [*rows, row("all", list(report.fits))])
-        + "\nError on each LoRA's own inputs, mean over modules: 0 is what the LoRA alone does, 1 what the base model does."
+    return joined(
+        [
+            table(head, [*rows, row("all", list(report.fits))]),
+            "Error on each LoRA's own inputs, mean over modules: 0 is what the LoRA alone does, 1 what the base model does.",
+        ]
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import Arch, opened
-from .output import table
+from .output import Block, joined, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -58,16 +58,16 @@ def run(given: Options) -> None:
         for name, values in blocks.items()
         for i, (lora, mine) in enumerate(zip(found.names, values, strict=True))
     ]
-    print(table(["block", "file", "columns", "25 %", "median", "75 %", f"from {low:.2f} to {high:.2f}"], rows))
-    print("1 keeps a column of the LoRA as it is, 0 leaves it out; one that hardly acts may have any.")
-    print(f"{outside(blocks, low, high)}.")
+    say(table(["block", "file", "columns", "25 %", "median", "75 %", f"from {low:.2f} to {high:.2f}"], rows))
+    say("1 keeps a column of the LoRA as it is, 0 leaves it out; one that hardly acts may have any.")
+    say(f"{outside(blocks, low, high)}.")
     if given.lora:
-        print(f"\n{_overlaps(found, given.lora, given.architecture)}")
+        say("", _overlaps(found, given.lora, given.architecture))
     if given.plot:
-        print(f"→ {draw(found, given.plot)}")
+        say(f"→ {draw(found, given.plot)}")
 
 
-def _overlaps(found: "Coefficients", files: list[str], architecture: str | None) -> str:
+def _overlaps(found: "Coefficients", files: list[str], architecture: str | None) -> Block:
     """Return a table of the LoRAs' overlap by block, before and after."""
     from ..files.architectures.blocks import block, position
     from ..learned.interference import overlaps
@@ -80,7 +80,7 @@ def _overlaps(found: "Coefficients", files: list[str], architecture: str | None)
         by_block = sorted(overlaps(loras, found, group).items(), key=lambda item: position(*item[0].split(" ")))
     rows = [[name, f"{before:.3f}", f"{after:.3f}"] for name, (before, after) in by_block]
     legend = "Overlap of columns: 1 where the LoRAs act along one line on the same inputs, 0 where they don't meet."
-    return "\n".join([table(["block", "before", "after"], rows), legend])
+    return joined([table(["block", "before", "after"], rows), legend])
 
 
 def spread(values: "Array", low: float, high: float) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import OptionError
 from .options import Arch, Base, Exclude, Pickle, Quiet, opened
-from .output import more, print_json, progress, table
+from .output import Block, joined, more, print_json, progress, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -73,24 +73,24 @@ def run(given: Options) -> None:
     if given.json:
         print_json(found.to_dict() | {"advice": advice(found)})
     elif not given.quiet:
-        print(_report(found, notes, given.most if given.modules else None))
+        say(_report(found, notes, given.most if given.modules else None))
         if given.heatmap:
-            print(f"\n→ {given.heatmap}")
+            say("", f"→ {given.heatmap}")
 
 
-def _report(found: "Comparison", notes: Sequence[str], most: int | None) -> str:
+def _report(found: "Comparison", notes: Sequence[str], most: int | None) -> Block:
     """Return everything that is printed: ``most`` modules of each pair, or blocks for None."""
     from ..comparing.advising import advice
 
     names = [f"{letter} = {name}" for letter, name in zip(found.letters, found.names, strict=True)]
     tables = [_by_block(found, pair) if most is None else _by_module(found, pair, most) for pair in found.total.pairs]
-    return "\n".join(
+    return joined(
         [
             *names,
             *notes,
-            *(f"\n{text}" for text in tables),
+            *(line for text in tables for line in ("", text)),
             "",
-            _legend(found),
+            *_legend(found),
             *_dense(found),
             *_left(found),
             "",
@@ -99,16 +99,16 @@ def _report(found: "Comparison", notes: Sequence[str], most: int | None) -> str:
     )
 
 
-def _by_block(found: "Comparison", pair: tuple[int, int]) -> str:
+def _by_block(found: "Comparison", pair: tuple[int, int]) -> Block:
     rows = [[row.name, str(row.pairs[pair].modules), *_cells(row, pair)] for row in (found.total, *found.by_block())]
     return table(["block", "modules", *_head(found, pair)], rows)
 
 
-def _by_module(found: "Comparison", pair: tuple[int, int], most: int) -> str:
+def _by_module(found: "Comparison", pair: tuple[int, int], most: int) -> Block:
     both = sorted((row for row in found.rows if row.pairs[pair].modules), key=lambda row: -row.pairs[pair].conflict)
     rows = [[row.name, *_cells(row, pair)] for row in (found.total, *both[:most])]
     left = more(len(both) - most, "none with more conflict")
-    return table(["module", *_head(found, pair)], rows) + (f"\n{left}" if left else "")
+    return joined([table(["module", *_head(found, pair)], rows), *[left] * bool(left)])
 
 
 def _head(found: "Comparison", pair: tuple[int, int]) -> list[str]:
@@ -132,12 +132,12 @@ def _rank(alone: "Alone") -> str:
     return f"{alone.effective_rank:.1f}" if alone.modules else "–"
 
 
-def _legend(found: "Comparison") -> str:
+def _legend(found: "Comparison") -> tuple[str, ...]:
     sample = "all rows" if found.conflict_rows is None else f"{found.conflict_rows} random rows of each module"
     return (
-        "in, out: overlap of input and of output spaces.  align: |cos| of columns.  rank: effective rank.\n"
-        f"conflict: share of opposite signs, 0.50 by chance; from {sample}.\n"
-        "clash: the same space and another update in it, 0 to 1; 0.50 where spaces are one and cosines 0."
+        "in, out: overlap of input and of output spaces.  align: |cos| of columns.  rank: effective rank.",
+        f"conflict: share of opposite signs, 0.50 by chance; from {sample}.",
+        "clash: the same space and another update in it, 0 to 1; 0.50 where spaces are one and cosines 0.",
     )
 
 

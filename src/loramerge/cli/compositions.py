@@ -1,7 +1,7 @@
 """``loramerge compositions``: how several LoRAs can be at work at once, without a merge."""
 
 from .options import Json
-from .output import print_json, table
+from .output import print_json, say, table
 
 
 def run(json: Json = False) -> None:
@@ -23,5 +23,5 @@ def run(json: Json = False) -> None:
     for each in COMPOSITIONS.values():
         rows.append([each.name, each.passes, each.title])
         rows += [["", "", f"-O {o.name}={o.default}  {o.wanted}"] for o in each.options.values()]
-    print(table(["composition", "passes", "what it does, and its options"], rows))
-    print("Passes: of the denoiser per step, for N LoRAs. loramerge generate --compose NAME draws with one.")
+    say(table(["composition", "passes", "what it does, and its options"], rows))
+    say("Passes: of the denoiser per step, for N LoRAs. loramerge generate --compose NAME draws with one.")

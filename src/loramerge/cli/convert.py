@@ -20,7 +20,7 @@ from .options import (
     Workers,
     workers_or_cores,
 )
-from .output import as_directory, print_notes, progress
+from .output import as_directory, print_notes, progress, say
 from .settings import command
 
 
@@ -67,7 +67,7 @@ def run(given: Options) -> None:
             check_growth(kept, length, dialect)
         if not given.quiet:
             family = " or ".join(lora.families) or "unknown family"
-            print(f"{lora.name} ({lora.dialect}, {family}) → {target} ({dialect}, {size(length)})")
+            say(f"{lora.name} ({lora.dialect}, {family}) → {target} ({dialect}, {size(length)})")
         lost: list[str] = []
         noted: list[str] = []
         path = save(

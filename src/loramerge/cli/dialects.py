@@ -1,7 +1,7 @@
 """``loramerge dialects``: the dialects that are read and written."""
 
 from .options import Json
-from .output import print_json, table
+from .output import print_json, say, table
 
 
 def run(json: Json = False) -> None:
@@ -17,4 +17,4 @@ def run(json: Json = False) -> None:
         )
         return
     rows = [[d.name, "read, write" if d.writes else "read", d.title] for d in DIALECTS.values()]
-    print(table(["dialect", "", "tools"], rows))
+    say(table(["dialect", "", "tools"], rows))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import Arch, Pickle, Quiet, opened
-from .output import more, progress, table
+from .output import more, progress, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def run(given: Options) -> None:
         a, b = spelled_alike(loras, loras[0].architecture)
         if reason := apart(a, b):
             if not given.quiet:
-                print(f"Not the same LoRA: {reason}.")
+                say(f"Not the same LoRA: {reason}.")
             raise typer.Exit(1)
         total = len({*a, *b})
         found = []
@@ -59,7 +59,7 @@ def run(given: Options) -> None:
 
 def _print(found: "list[Difference]", same: bool, most: int) -> None:
     rows = [[d.module, f"{d.norm:.4g}", f"{d.distance:.3g}", f"{d.relative:.3g}"] for d in found[:most]]
-    print(table(["module", "‖ΔW‖", "‖difference‖", "relative"], rows))
-    print(more(len(found) - len(rows), "none larger"))
+    say(table(["module", "‖ΔW‖", "‖difference‖", "relative"], rows))
+    say(more(len(found) - len(rows), "none larger"))
     answer = "The same LoRA" if same else "Not the same LoRA"
-    print(f"{answer}: the largest relative difference is {found[0].relative:.3g}, of {len(found)} modules.")
+    say(f"{answer}: the largest relative difference is {found[0].relative:.3g}, of {len(found)} modules.")

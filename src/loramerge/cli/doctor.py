@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .._version import __version__
-from .output import print_json, table
+from .output import print_json, say, table
 
 TOLERANCE = 1e-6
 """Largest relative error at which the self-test's merge counts as right."""
@@ -127,19 +127,20 @@ def self_test() -> float:
 
 
 def _show(found: dict[str, Any]) -> None:
-    print(f"loramerge {found['loramerge']}, Python {found['python']} ({sys.executable})\n{found['system']}\n")
+    say(f"loramerge {found['loramerge']}, Python {found['python']} ({sys.executable})", found["system"], "")
     columns = ("name", "wanted", "installed", "needed_by", "status")
-    print(
+    say(
         table(["package", "wanted", "installed", "needed by", ""], [[p[c] for c in columns] for p in found["packages"]])
     )
-    print()
+    say("")
     for name, there in found["extras"].items():
         way = "ready" if there else f"not ready: pip install 'loramerge[{name}]'"
-        print(f"extra {name}: {way} ({EXTRAS[name]})")
+        say(f"extra {name}: {way} ({EXTRAS[name]})")
     for device in found["devices"]:
-        print(f"device {device}")
+        say(f"device {device}")
     right = found["largest_error"] <= TOLERANCE
-    print(
-        f"\nSelf-test: 0.7 × kohya − 0.5 × diffusers → comfyui, largest relative error {found['largest_error']:.1e}: "
-        + ("right." if right else f"WRONG, wanted {TOLERANCE:.0e} at most. Please report this output.")
+    say(
+        "",
+        f"Self-test: 0.7 × kohya − 0.5 × diffusers → comfyui, largest relative error {found['largest_error']:.1e}: "
+        + ("right." if right else f"WRONG, wanted {TOLERANCE:.0e} at most. Please report this output."),
     )

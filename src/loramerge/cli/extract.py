@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from .options import Quiet, Threads, rank_of
-from .output import more, print_json, progress, table, written
+from .output import more, print_json, progress, say, table, written
 from .settings import command
 
 if TYPE_CHECKING:
@@ -68,16 +68,16 @@ def run(given: Options) -> None:
 def _print(planned: "Extraction", path: Path, dialect: str, most: int) -> None:
     worst = sorted(planned.fits.values(), key=lambda fit: -fit.relative)
     rows = [[f.module, str(f.rank), f"{f.norm:.4g}", f"{f.error:.4g}", f"{f.relative:.3g}"] for f in worst[:most]]
-    print(table(["module", "rank", "‖D‖", "‖error‖", "relative"], rows))
-    print(more(len(worst) - len(rows), "none worse"))
+    say(table(["module", "rank", "‖D‖", "‖error‖", "relative"], rows))
+    say(more(len(worst) - len(rows), "none worse"))
     if planned.not_held:
         rows = [[n.tensor, f"{n.norm:.4g}", f"{n.relative:.3g}"] for n in _largest(planned)[:most]]
-        print(table(["not held by a LoRA", "‖D‖", "of ‖W‖"], rows))
-        print(more(len(planned.not_held) - len(rows), "none larger"))
+        say(table(["not held by a LoRA", "‖D‖", "of ‖W‖"], rows))
+        say(more(len(planned.not_held) - len(rows), "none larger"))
     for note in planned.notes:
-        print(f"  note: {note}")
+        say(f"  note: {note}")
     same = len(planned.base) - len(worst) - sum(n.tensor in planned.base for n in planned.not_held)
-    print(
+    say(
         f"→ {written(path, dialect)}: {len(worst)} modules, {same} do not differ; "
         f"error {planned.relative_error:.3g} of the difference."
     )

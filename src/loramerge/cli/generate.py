@@ -12,7 +12,7 @@ import typer
 from ..errors import OptionError
 from ..files.storage.paths import is_there
 from .options import ArchOfAll, Quiet, TrustRemoteCode
-from .output import progress, resumable, table
+from .output import progress, resumable, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def run(given: Options) -> None:
     shots = [Shot(d.setting, d.prompt, d.seed, d.path) for d in drawn]
     save_sheet(shots, given.output / "sheet.png", side=given.side)
     if not given.quiet:
-        print(_shown(drawn))
-        print(f"→ {given.output}: {len(drawn)} pictures, sheet.png")
+        say(_shown(drawn))
+        say(f"→ {given.output}: {len(drawn)} pictures, sheet.png")
 
 
 def read_settings(

@@ -1,6 +1,5 @@
 """The report of ``loramerge inspect``: a LoRA file's facts from its header, as text and as data."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +10,12 @@ from ..files.architectures.labels import SPECIFICATION, VERSION
 from ..files.dialects import DIALECTS
 from ..files.lora import LoRA
 from ..files.reading import open
+from ..files.storage.texts import said
 from ..files.triggers import by_parent
 from ..layers import Layer
 from ..merging import toml
 from ..tensors import code
-from .output import bar, print_json, table
+from .output import Block, bar, joined, print_json, say, table
 
 MOST = 20
 """Rows to print for an unknown family, where every module may be a block of its own."""
@@ -36,11 +36,9 @@ def show(
         if as_json:
             print_json(as_data(lora, found))
             return
-        print(_summary(lora))
-        print()
-        print(_by_block(lora, found))
+        say(_summary(lora), "", _by_block(lora, found))
         if not norms:
-            print("\nNorms of the blocks: --norms.  Every module: --json.")
+            say("", "Norms of the blocks: --norms.  Every module: --json.")
 
 
 def show_recipe(source: str, *, architecture: str | None = None, pickle: bool = False) -> None:
@@ -48,7 +46,7 @@ def show_recipe(source: str, *, architecture: str | None = None, pickle: bool = 
     from ..merging.recipe import Recipe
 
     with open(source, architecture=architecture, allow_pickle=pickle) as lora:
-        print(f"# How {toml.text(lora.name)} was merged.", Recipe.of(lora).to_toml(), sep="\n", end="")
+        say(f"# How {toml.text(lora.name)} was merged.", *Recipe.of(lora).to_toml().splitlines())
 
 
 def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _summary(lora: LoRA) -> str:
+def _summary(lora: LoRA) -> Block:
     family = ("one of " if lora.alike else "") + titles(lora.families, ", ")
     layers = lora.layouts.values()
     facts = {
@@ -96,7 +94,7 @@ def _summary(lora: LoRA) -> str:
         **_made_from(lora),
     }
     lines = [f"{name + ':':15s}{value}" for name, value in facts.items() if value]
-    return "\n".join([*lines, *(f"{'note:':15s}{note}" for note in lora.notes)])
+    return joined([*lines, *(f"{'note:':15s}{note}" for note in lora.notes)])
 
 
 def _counts(values: Iterable[Any]) -> str:
@@ -120,7 +118,7 @@ def _alpha(layer: Layer) -> float | None:
     return None if layer.own_alpha is None else float(layer.own_alpha)
 
 
-def _by_block(lora: LoRA, norms: dict[str, float]) -> str:
+def _by_block(lora: LoRA, norms: dict[str, float]) -> Block:
     groups: dict[tuple[str, str], list[str]] = {}
     for module in lora:
         component = module.partition(".")[0]
@@ -135,7 +133,7 @@ def _by_block(lora: LoRA, norms: dict[str, float]) -> str:
         shown = [f"{sums[group]:.4g}", bar(sums[group], largest)] if norms else []
         rows.append([*group, str(len(modules)), span, *shown])
     if lora.architecture is None and len(rows) > MOST:
-        return f"{table(head, rows[:MOST])}\n… and {len(rows) - MOST} more: every module with --json."
+        return joined([table(head, rows[:MOST]), f"… and {len(rows) - MOST} more: every module with --json."])
     return table(head, rows)
 
 
@@ -173,7 +171,7 @@ def _made_from(lora: LoRA) -> dict[str, str]:
     from ..files.metadata import RECIPE
 
     try:
-        recipe = json.loads(lora.metadata.get(RECIPE, "{}"))
+        recipe = said(lora.metadata.get(RECIPE))
         inputs = [f"{i['name']} × {_weight(i, recipe)}" for i in recipe.get("inputs", [])]
         budget = "".join(f", {kind} {value:g}" for kind, value in recipe.get("budget", {}).items())
         label = "merged from" if len(inputs) > 1 else "made from"

@@ -34,7 +34,7 @@ from .options import (
     weights_of,
     workers_or_cores,
 )
-from .output import as_directory, print_notes, progress, table, written
+from .output import Block, as_directory, joined, print_notes, progress, say, table, written
 from .settings import command
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def overridden(recipe: "Recipe", flags: Mapping[str, Any], quiet: bool = False) 
     changed = recipe.override(**changes)
     for name in recipe.options:
         if name not in changed.options and not quiet:
-            print(f"note: the recipe's option {name} is left out: {find(method).name} doesn't have it")
+            say(f"note: the recipe's option {name} is left out: {find(method).name} doesn't have it")
     return changed
 
 
@@ -214,7 +214,7 @@ def _announce(recipe: "Recipe", planned: "Plan", quiet: bool) -> None:
     if not outgrows(made, length):
         length = saved_size(made, allow_lossy=recipe.output.allow_lossy)
     if not quiet:
-        print(_plan_table(planned, made.families, length))
+        say(_plan_table(planned, made.families, length))
     check_growth(made, length, made.dialect)
 
 
@@ -222,7 +222,7 @@ def _print_advice(planned: "Plan", quiet: bool) -> None:
     from ..comparing import advice, compare
 
     with progress("Comparing", quiet) as report:
-        print(advice(compare(planned.loras, base=planned.base, progress=report)))
+        say(advice(compare(planned.loras, base=planned.base, progress=report)))
 
 
 def _write(recipe: "Recipe", planned: "Plan", target: Path, workers: int, quiet: bool) -> None:
@@ -242,7 +242,7 @@ def _write(recipe: "Recipe", planned: "Plan", target: Path, workers: int, quiet:
             noted=noted.append,
         )
     if not quiet:
-        print(f"→ {written(path, planned.dialect)}")
+        say(f"→ {written(path, planned.dialect)}")
         _print_kept(kept, planned)
         print_notes([*as_directory(target, path), *noted], lost)
 
@@ -260,7 +260,7 @@ def _options(method: "Method | str", given: list[str]) -> dict[str, Any]:
     return options
 
 
-def _plan_table(planned: "Plan", families: Sequence[str], length: int) -> str:
+def _plan_table(planned: "Plan", families: Sequence[str], length: int) -> Block:
     rows = [
         [lora.name, lora.dialect, str(len(lora)), lora.summary("rank").removeprefix("rank "), label]
         for lora, label in zip(planned.loras, planned.weights.label, strict=True)
@@ -269,7 +269,7 @@ def _plan_table(planned: "Plan", families: Sequence[str], length: int) -> str:
     shared = sum(all(module in lora for lora in planned.loras if lora) for module in planned.steps)
     cut = sum(map(planned.is_cut, planned.steps))
     notes = [f"  note: {lora.name}: {note}" for lora in planned.loras for note in lora.notes]
-    return "\n".join(
+    return joined(
         [
             table(["file", "dialect", "modules", "rank", "weight"], rows),
             f"{planned.method.name}: {len(steps)} modules of {' or '.join(families) or 'an unknown family'} "
@@ -301,12 +301,12 @@ def _print_kept(kept: "Kept", planned: "Plan") -> None:
     if not kept.errors:
         return
     worst = max(kept.errors, key=kept.errors.__getitem__)
-    print(
+    say(
         f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
         f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
     )
     for note in _keeps_more(kept, planned):
-        print(f"  note: {note}")
+        say(f"  note: {note}")
 
 
 def _keeps_more(kept: "Kept", planned: "Plan") -> list[str]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import OptionError
 from .options import Json
-from .output import print_json, table
+from .output import print_json, say, table
 
 if TYPE_CHECKING:
     from ..merging.methods import Method
@@ -29,7 +29,7 @@ def run(json: Json = False) -> None:
             continue
         rows.append([name, method.title if package == FROM else f"{method.title} (of {package})"])
         rows += [["", f"-O {option.name}={option.default}  {option.wanted}"] for option in method.options.values()]
-    print(table(["method", "what it does, and its options"], rows))
+    say(table(["method", "what it does, and its options"], rows))
 
 
 def _offered() -> "Iterator[tuple[str, str, Method | str]]":

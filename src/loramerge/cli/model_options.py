@@ -11,7 +11,7 @@ import typer
 
 from ..errors import OptionError, need
 from .options import ArchOfAll, Dtype, Files, Output, Quiet, To, TrustRemoteCode
-from .output import note_left_out, progress, table, written
+from .output import Block, joined, note_left_out, progress, say, table, written
 
 if TYPE_CHECKING:
     from ..diffusion import Denoiser, Images, Team, Trajectories
@@ -217,7 +217,7 @@ def _hint(loras: "Sequence[LoRA]", prompts: Sequence[Sequence[str]]) -> None:
         phrase = lora.metadata.get("modelspec.trigger_phrase", "")
         words = [word.strip() for word in phrase.split(",") if word.strip()]
         if words and not any(word in prompt for prompt in mine for word in words):
-            print(f"Hint: {lora.name} says that its trigger is {phrase!r}; no prompt of it has that.", file=sys.stderr)
+            say(f"Hint: {lora.name} says that its trigger is {phrase!r}; no prompt of it has that.", file=sys.stderr)
 
 
 def identity(denoiser: "Denoiser", data: Mapping[str, Any], processes: int) -> dict[str, Any]:
@@ -240,15 +240,15 @@ def interruptible(state: Path | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nInterrupted.{kept_in(state)}", file=sys.stderr)
+        say("", f"Interrupted.{kept_in(state)}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
-def loss_table(losses: Sequence[tuple[str, Sequence[float]]]) -> str:
+def loss_table(losses: Sequence[tuple[str, Sequence[float]]]) -> Block:
     """Return means of the first losses and of the last, with names where there are several series."""
     steps = len(losses[0][1])
     if not steps:
-        return "No step was left to do."
+        return joined(["No step was left to do."])
     count = max(1, steps // 10, min(5, steps // 2))  # one step alone is mostly noise
     head = ["file", f"loss, first {count}", f"last {count}"]
     rows = [[name, *(f"{sum(end) / count:.4g}" for end in (mine[:count], mine[-count:]))] for name, mine in losses]
@@ -261,4 +261,4 @@ def save_learned(lora: "LoRA", output: Path, to: str | None, dtype: str | None, 
 
     path = save(lora, output, dialect=to, dtype=dtype)
     if not quiet:
-        print(f"→ {written(path, to or lora.dialect)}")
+        say(f"→ {written(path, to or lora.dialect)}")

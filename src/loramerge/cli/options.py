@@ -1,5 +1,6 @@
 """Options that several commands have, and functions that read what was typed for them."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
@@ -133,7 +134,7 @@ def method_of(text: str) -> "Method | str":
 
 def rank_of(text: str) -> int | str:
     """Return the rank that a text means: a number, or a word."""
-    return int(text) if text.lstrip("-").isdigit() else text
+    return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
 
 
 @contextmanager

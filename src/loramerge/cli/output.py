@@ -5,12 +5,27 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import LoRAMergeError, needed, size
+from ..files.storage.texts import finite, visible
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+class Block(str):
+    """Lines of text, each of which is `visible`: only here a line ends where it was meant to."""
+
+
+def joined(lines: Iterable[str]) -> Block:
+    """Join lines; those that aren't blocks themselves are made visible, as they may have strings out of a file."""
+    return Block("\n".join(line if isinstance(line, Block) else visible(line) for line in lines))
+
+
+def say(*lines: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print lines: every text of the command line passes here."""
+    print(joined(lines), end=end, file=file, flush=file is not None)
 
 
 def guarded(command: Callable[[], object]) -> None:
@@ -19,7 +34,7 @@ def guarded(command: Callable[[], object]) -> None:
         with needed("This command"):
             command()
     except LoRAMergeError as error:
-        print(f"Error: {as_typed(str(error))}", file=sys.stderr)
+        say(f"Error: {as_typed(_short(str(error)))}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -31,9 +46,17 @@ def resumable(what: str) -> Iterator[None]:
     except KeyboardInterrupt:
         from typer import Exit
 
-        print(f"Interrupted; {what} is kept, and the same command goes on from there.", file=sys.stderr)
+        say(f"Interrupted; {what} is kept, and the same command goes on from there.", file=sys.stderr)
         raise Exit(130) from None
 
+
+def _short(message: str) -> str:
+    """Shorten a message that lists more than anyone reads."""
+    return message if len(message) <= 2 * MOST else f"{message[:MOST]} … {message[-MOST:]}"
+
+
+MOST = 2000
+"""The most characters of an error's beginning and end that are shown."""
 
 ARGUMENT = re.compile(r"\((exclude|allow_[a-z]+)\)|\b(?:(max_error|max_size)|(energy)(?= is a |=))\b(=?)")
 """Matches what a message of the library calls by its name in Python."""
@@ -47,13 +70,14 @@ def as_typed(message: str) -> str:
         name = "--" + (inner or outer[0] or outer[1]).replace("_", "-")
         return f"({name})" if inner else name + " " * bool(equals)
 
-    if ".toml: " in message:  # a recipe's entries have the names of Python
+    if ".toml: " in message or sys.argv[1:2] == ["sweep"]:  # entries of recipes and settings have the names of Python
         return message
     return ARGUMENT.sub(typed, message).replace("weights=[0.7, 0.5]", "-w 0.7 -w 0.5")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Block:
     """Return a plain table; columns of numbers are aligned to the right."""
+    head, rows = list(map(visible, head)), [list(map(visible, row)) for row in rows]
     widths = [max(len(str(cell)) for cell in column) for column in zip(head, *rows, strict=True)]
     right = [all(is_number(row[i]) for row in rows) and bool(rows) for i in range(len(head))]
 
@@ -61,7 +85,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         padded = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True)]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(head), line(["─" * w for w in widths]), *map(line, rows)])
+    return joined([line(head), line(["─" * w for w in widths]), *map(line, rows)])
 
 
 def is_number(text: str) -> bool:
@@ -91,20 +115,20 @@ def print_json(data: Any) -> None:
     """Print plain data for programs."""
     import json
 
-    print(json.dumps(data, indent=2))
+    say(Block(json.dumps(finite(data), indent=2, allow_nan=False).replace("\x7f", "\\u007f")))
 
 
 def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
     """Say what is unusual about a file, and what was left out of it."""
     for note in notes:
-        print(f"  note: {note}")
+        say(f"  note: {note}")
     reasons: dict[str, list[str]] = {}
     for line in lost:
         module, _, reason = line.partition(": ")
         reasons.setdefault(reason, []).append(module)
     for reason, modules in reasons.items():
         more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-        print(f"  left out: {modules[0]}{more}: {as_typed(reason)}".removesuffix(": "))
+        say(f"  left out: {modules[0]}{more}: {as_typed(reason)}".removesuffix(": "))
 
 
 def note_left_out(folders: "Iterable[Path]") -> None:
@@ -114,7 +138,7 @@ def note_left_out(folders: "Iterable[Path]") -> None:
     for folder in folders:
         told = ignored_in(folder) if folder.is_dir() else ""
         if told:
-            print(f"Note: {told}", file=sys.stderr)
+            say(f"Note: {told}", file=sys.stderr)
 
 
 def as_directory(asked: "Path", written: "Path") -> list[str]:
@@ -138,17 +162,17 @@ class Pace:
     def show(self, step: int, total: int, text: str) -> None:
         """Show a step, from 1."""
         if self.first is None and step > 1 and self.state:
-            print(f"Going on from {self.state} at step {step - 1}.", file=sys.stderr)
+            say(f"Going on from {self.state} at step {step - 1}.", file=sys.stderr)
         now = time.monotonic()
         number, began = self.first = self.first or (step, now)
         pace = f"  {(now - began) / (step - number):.2g} s per step" if step > number else ""
         line = f"step {step}/{total}  {text}{pace}"
         last = step == total
         if sys.stderr.isatty():
-            shown = f"{bar(step, total, 20):20s} {line}"
-            print(f"\r\x1b[K{shown}", end="\n" if last else "", file=sys.stderr, flush=True)
+            shown = Block(f"\r\x1b[K{bar(step, total, 20):20s} {visible(line)}")
+            say(shown, end="\n" if last else "", file=sys.stderr)
         elif last or step % max(1, total // 10) == 0:
-            print(line, file=sys.stderr, flush=True)
+            say(line, file=sys.stderr)
 
 
 @contextmanager

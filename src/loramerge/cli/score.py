@@ -10,7 +10,7 @@ import typer
 from ..errors import FileError, OptionError
 from ..files.storage.paths import path_of
 from .options import Quiet
-from .output import note_left_out, progress, table
+from .output import Block, joined, note_left_out, progress, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -106,9 +106,10 @@ def run(given: Options) -> None:
             found.append(scores.score(shots, sets, each, cluster=cluster, cache=cache, progress=report))
     written = reports.save_scores(found, given.output) if given.output else []
     if not given.quiet:
-        print("\n\n".join(shown(scores, given.against, given.by_prompt) for scores in found))
+        tables = [shown(scores, given.against, given.by_prompt) for scores in found]
+        say(*[line for text in tables for line in ("", text)][1:])
         for path in written:
-            print(f"→ {path}")
+            say(f"→ {path}")
 
 
 def settings_in(folders: list[Path]) -> dict[str, Path]:
@@ -182,7 +183,7 @@ def _encoders(given: Options) -> list["Encoder"]:
     return [chosen, pixels()] if given.pixels else [chosen]
 
 
-def shown(scores: "Scores", against: str | None, by_prompt: bool) -> str:
+def shown(scores: "Scores", against: str | None, by_prompt: bool) -> Block:
     """Return the tables for people."""
     parts = [
         f"{scores.encoder}: cosine with the mean embedding (mean pairwise cosine), {_clusters(scores)}",
@@ -192,7 +193,7 @@ def shown(scores: "Scores", against: str | None, by_prompt: bool) -> str:
         parts += ["by prompt: cosine with the mean embedding", _prompts(scores)]
     if against is not None:
         parts += [f"difference from {against}, over pictures of the same prompt and seed", _against(scores, against)]
-    return "\n\n".join(parts)
+    return joined([line for part in parts for line in ("", part)][1:])
 
 
 def _clusters(scores: "Scores") -> str:

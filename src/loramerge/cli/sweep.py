@@ -10,7 +10,7 @@ import typer
 
 from ..errors import OptionError, size
 from .options import Changed, Pickle, Processes, Quiet, method_of, rank_of
-from .output import is_number, progress, resumable, table
+from .output import is_number, progress, resumable, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ def run(given: Options) -> None:
     todo = points(recipe, grid)
     if not given.quiet:
         for note in _notes(recipe, grid, len(todo)):
-            print(note)
+            say(note)
     if given.dry_run:
-        print("\n".join(point.name for point in todo))
+        say(*(point.name for point in todo))
         return
     scored = load_score(given.score) if given.score else None
     with resumable("what was merged"), progress("Sweeping", given.quiet) as report:
@@ -78,13 +78,13 @@ def run(given: Options) -> None:
         )
     rows = ordered(rows, given.sort) if given.sort else rows
     if not given.quiet:
-        print(shown(rows))
+        say(shown(rows))
         reused = sum(row.reused for row in rows)
         there = f", {reused} of them there already" if reused else ""
-        print(f"→ {given.output}: {len(rows)} merges{there}, sweep.csv, sweep.json")
+        say(f"→ {given.output}: {len(rows)} merges{there}, sweep.csv, sweep.json")
     failed = [row for row in rows if row.failed]
     for row in failed:
-        print(f"error: {row.name}: {row.failed}", file=sys.stderr)
+        say(f"error: {row.name}: {row.failed}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
 

@@ -25,7 +25,7 @@ from .model_options import (
     save_learned,
 )
 from .options import Output, Quiet, To, named
-from .output import Pace, note_left_out, progress
+from .output import Pace, note_left_out, progress, say
 from .settings import command
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ class _Job:
         if progressing.stopped:
             self._leave(progressing.losses, together.writes)
         if not given.quiet:
-            print(loss_table([(self.name, progressing.losses)]))
+            say(loss_table([(self.name, progressing.losses)]))
         return lora
 
     def _hint(self) -> None:
@@ -221,7 +221,7 @@ class _Job:
             trigger=given.trigger,
             resolution=self.settings.resolution,
         ):
-            print(f"Hint: {hint}", file=sys.stderr)
+            say(f"Hint: {hint}", file=sys.stderr)
 
     def _draw(self, step: "TrainStep") -> None:
         """Draw validation images, if it is time."""
@@ -241,7 +241,7 @@ class _Job:
     def _leave(self, losses: Sequence[float], writes: bool) -> None:
         if writes:
             kept = kept_in(self.checkpoint)
-            print(f"\nInterrupted after {len(losses)} steps of this run.{kept}", file=sys.stderr)
+            say("", f"Interrupted after {len(losses)} steps of this run.{kept}", file=sys.stderr)
         raise typer.Exit(130)
 
 
@@ -278,7 +278,7 @@ def _asked(progressing: _Progressing, *, alone: bool) -> Iterator[None]:
         if progressing.stopped:
             raise KeyboardInterrupt
         progressing.stopped = True
-        print("\nStopping after this step; Ctrl-C again stops at once.", file=sys.stderr)
+        say("", "Stopping after this step; Ctrl-C again stops at once.", file=sys.stderr)
 
     before = signal.signal(signal.SIGINT, stop)
     try:

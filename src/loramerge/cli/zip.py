@@ -22,7 +22,7 @@ from .model_options import (
     parsed,
 )
 from .options import Output, named
-from .output import Pace
+from .output import Pace, say
 from .settings import command
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _learn(given: Options, chosen: "Settings") -> None:
     if together.writes:
         if not given.quiet:
             fits = [[step.fits[i] for step in learned.history] for i in range(len(names))]
-            print(loss_table(list(zip(names, fits, strict=True))))
+            say(loss_table(list(zip(names, fits, strict=True))))
         given.write(learned.lora)
         _write_coefficients(learned, given.coefficients, given.quiet)
 
@@ -122,7 +122,7 @@ def _write_coefficients(learned: "Learned", path: Path | None, quiet: bool) -> N
     if path and learned.coefficients:
         learned.coefficients.save(path)
         if not quiet:
-            print(f"→ {path} (coefficients)")
+            say(f"→ {path} (coefficients)")
 
 
 class Losses:

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 from ..checkpoints.models import Checkpoint, on_base, open_checkpoint
-from ..errors import MergeError, NoFactorsError, OptionError, within
+from ..errors import MergeError, NoFactorsError, OptionError, check_callable, within
 from ..files.architectures import blocks
 from ..files.families import spelled_alike
 from ..files.lora import LoRA, in_one_library, without
@@ -169,6 +169,7 @@ def compare(
         >>> round(abs(compare([person, jersey]).total.pairs[0, 1].cosine), 1)
         0.0
     """
+    check_callable(progress=progress)
     if not is_list(loras) or len(loras) < 2:
         raise OptionError("Give a list of two LoRAs or more, such as [a, b].")
     if rows is not None and rows < 1:

@@ -2,12 +2,15 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import FileError, OptionError, need
 from ..files.storage.paths import path_of
+from ..files.storage.texts import visible
 from ..files.storage.writer import write_bytes
 from .analysis import Comparison, Row
 from .measures import Pair
@@ -70,11 +73,9 @@ def save_figure(figure: "Figure", path: Path, dpi: int) -> Path:
     Raises:
         FileError: It can't be written.
     """
-    import matplotlib
-
     kind, data = path.suffix[1:].lower(), io.BytesIO()
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    with matplotlib.rc_context({"svg.hashsalt": "loramerge"}):  # the same picture is the same file
+    with as_it_is():
         figure.savefig(data, format=kind, dpi=dpi, metadata=undated)
     write_bytes(path, data.getvalue())
     return path
@@ -82,6 +83,22 @@ def save_figure(figure: "Figure", path: Path, dpi: int) -> Path:
 
 def heatmap(comparison: Comparison) -> "Figure":
     """Draw cosines above, overlaps, alignment and sign conflict below: one row per measure and pair, one column per block."""
+    with as_it_is():
+        return _heatmap(comparison)
+
+
+@contextmanager
+def as_it_is() -> Iterator[None]:
+    """Take text as it is: no TeX in it, and no warning for letters that the font lacks; SVGs have no random names."""
+    import matplotlib
+
+    settings = {"text.parse_math": False, "text.usetex": False, "svg.hashsalt": "loramerge"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support", UserWarning)
+        yield
+
+
+def _heatmap(comparison: Comparison) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -95,10 +112,10 @@ def heatmap(comparison: Comparison) -> "Figure":
     _panel(figure, signed, columns, cosines, ("RdBu_r", -1.0, "cosine"))
     _panel(figure, shares, columns, others, ("viridis", 0.0, "share"))
     shares.set_ylabel("measure" if len(cosines) == 1 else "measure and pair")
-    shares.set_xticks(range(len(columns)), [_label(row) for row in columns], rotation=90)
+    shares.set_xticks(range(len(columns)), [visible(_label(row)) for row in columns], rotation=90)
     shares.set_xlabel("block (grey: not in both)")
     names = ", ".join(f"{letter} = {name}" for letter, name in zip(comparison.letters, comparison.names, strict=True))
-    figure.suptitle(f"What the LoRAs share, by block\n{names}", parse_math=False)
+    figure.suptitle(f"What the LoRAs share, by block\n{visible(names)}")
     return figure
 
 

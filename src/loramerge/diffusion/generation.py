@@ -12,7 +12,6 @@ generate(pipe, settings, ["a psq-person wearing a barca24_jersey"], 8, "out", sa
 
 import hashlib
 import inspect
-import json
 import math
 import os
 import re
@@ -23,9 +22,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..devices import memory_for
-from ..errors import FileError, NumberError, OptionError
+from ..errors import FileError, NumberError, OptionError, check_callable
 from ..files.storage.paths import path_of
 from ..files.storage.scratch import make_folder
+from ..files.storage.texts import as_json, parsed
 from ..files.storage.writer import Progress
 from ..scoring.png import recipe_in, save_png
 from ..tensors import Array
@@ -109,6 +109,7 @@ def generate(
         DeviceMemoryError: The memory does not suffice: what to lower.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    check_callable(progress=progress)
     check(settings, prompts, numbers, batch)
     common = _common(pipe, sampling or Sampling(), base)
     folder = path_of(output)
@@ -235,8 +236,7 @@ def _common(pipe: Any, sampling: Sampling, base: str | None) -> dict[str, Any]:
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a scheduler's configuration to what JSON gives back."""
     kept = {key: value for key, value in config.items() if not key.startswith("_")}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
-    return plain
+    return parsed(as_json(kept, default=str), "the scheduler's configuration")
 
 
 def _versions() -> dict[str, str]:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from .reading import Readable as Readable, Source as Source, load as load, open as open
     from .storage.digests import file_digest as file_digest, listing_digest as listing_digest
     from .storage.pickles import PICKLES as PICKLES
-    from .storage.reader import read_text as read_text
     from .storage.scratch import make_folder as make_folder
+    from .storage.texts import read_json as read_json, read_text as read_text, visible as visible
     from .storage.writer import write_text as write_text
     from .writing import convert as convert, save as save, saved_size as saved_size
 else:
@@ -52,8 +52,12 @@ else:
                 "file_digest",
                 "listing_digest",
             ),
-            "storage.reader": ("read_text",),
             "storage.scratch": ("make_folder",),
+            "storage.texts": (
+                "read_json",
+                "read_text",
+                "visible",
+            ),
             "storage.writer": ("write_text",),
         },
     )

@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..devices import to_torch
-from ..errors import LoRAMergeError, OptionError, span
+from ..errors import LoRAMergeError, OptionError, check_callable, span
 from ..layers import Layer
 from ..tensors import Array, Held, Shape, Tensor, is_torch, nbytes
-from .architectures.blocks import matches, offered
+from .architectures.blocks import Selector, offered
 from .building import LayerBuilder
 from .dialects import adapters, alphas, fields
 from .dialects.fields import Config
@@ -169,7 +169,8 @@ class LoRA(Mapping[str, Layer]):
 
     def others(self, *patterns: str) -> list[str]:
         """Return the modules that match none of the patterns."""
-        return [m for m in self if not any(matches(p, m, self.architecture) for p in patterns)]
+        selector = Selector(patterns, self.architecture)
+        return [m for m in self if not selector.matching(m)]
 
     def part(self, modules: Iterable[str]) -> "LoRA":
         """Return the LoRA with some of its modules only; there may be none."""
@@ -206,7 +207,8 @@ class LoRA(Mapping[str, Layer]):
     def _without(self, patterns: Sequence[str]) -> "LoRA":
         """Return the LoRA without the modules and the extras that match one of the patterns."""
         kept = self.part(self.others(*patterns))
-        extras = {key: t for key, t in self.extras.items() if not any(matches(p, key) for p in patterns)}
+        selector = Selector(patterns)
+        extras = {key: t for key, t in self.extras.items() if not selector.matching(key)}
         return kept if len(extras) == len(self.extras) else replace(kept, extras=extras, origin=None)
 
     @property
@@ -236,6 +238,7 @@ class LoRA(Mapping[str, Layer]):
         Args:
             progress: Called with the number of modules done and of all.
         """
+        check_callable(progress=progress)
         if isinstance(self.metadata, Awaited):
             self.metadata.begin()
         origin = self.origin.held() if self.origin and self.as_read else None

@@ -10,6 +10,7 @@ from ..tensors import NAMES
 from .architectures.labels import LABELS, Label, labelled
 from .dialects.config import adapter_metadata, component_configs
 from .storage.header import Awaited
+from .storage.texts import as_json, parsed
 
 if TYPE_CHECKING:
     from .dialects.write import Spelling
@@ -71,17 +72,12 @@ def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _with_output(recipe: str, spelling: "Spelling") -> str:
     """Return a merge's recipe with the dialect and the dtype in which it is written."""
-    try:
-        found = json.loads(recipe)
-    except ValueError:
-        return recipe
-    if not isinstance(found, dict) or "inputs" not in found:
+    found = parsed(recipe, RECIPE)
+    if "inputs" not in found:
         return recipe
     output = {"dialect": spelling.dialect.name}
     output |= {"dtype": NAMES[spelling.dtype]} if spelling.dtype else {}
-    return json.dumps(
-        found | {"output": output | ({"allow_lossy": True} if spelling.left_out else {})}, ensure_ascii=False
-    )
+    return as_json(found | {"output": output | ({"allow_lossy": True} if spelling.left_out else {})})
 
 
 def network(label: Label | None, layers: Sequence[Layer]) -> dict[str, str]:

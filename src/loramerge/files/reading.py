@@ -1,6 +1,5 @@
 """Loading and opening LoRAs: by path, directory or Hub name."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
@@ -11,7 +10,8 @@ from .architectures.names import COMPONENTS
 from .lora import LoRA, from_tensors
 from .storage.paths import path_of, printable
 from .storage.pickles import PICKLES, pickled
-from .storage.reader import SafetensorsFile, read_text
+from .storage.reader import SafetensorsFile
+from .storage.texts import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,7 +71,7 @@ def open(
     """
     options: dict[str, Any] = {"architecture": architecture, "dialect": dialect, "adapter": adapter}
     if config is not None:
-        options["config"] = {"": _object(dict(config), "The config")}
+        options["config"] = {"": dict(config)}
     if isinstance(source, Mapping):
         held = {key: _held(key, value) for key, value in source.items()}
         return from_tensors(held, metadata or {}, "state dict", **options)
@@ -283,15 +283,6 @@ def _config_beside(path: str) -> dict[str, Any]:
 
 def _config(path: "str | Path") -> dict[str, Any]:
     try:
-        config = json.loads(read_text(path))
+        return read_json(path)
     except FileError as error:
         raise FileError(f"{error} It holds the adapter's scale.") from error
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not JSON: {error}.") from None
-    return _object(config, str(path))
-
-
-def _object(config: Any, name: str) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        raise FileError(f"{name} is not a configuration: {str(config)[:80]}. Wanted a JSON object.")
-    return config

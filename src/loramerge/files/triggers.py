@@ -1,11 +1,11 @@
 """Trigger words: the phrase in a LoRA's header, or the tags of its training captions."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .metadata import RECIPE
+from .storage.texts import as_json, said
 
 PHRASE, TAGS = "modelspec.trigger_phrase", "ss_tag_frequency"
 
@@ -24,7 +24,7 @@ def words(metadata: Mapping[str, str], most: int = 8) -> list[str]:
 def tags(metadata: Mapping[str, str]) -> Counter[str]:
     """Count each tag in the training captions, over all folders."""
     counts: Counter[str] = Counter()
-    for folder in _entries(metadata.get(TAGS)).values():
+    for folder in said(metadata.get(TAGS)).values():
         for tag, count in folder.items() if isinstance(folder, dict) else ():
             if isinstance(count, int):
                 counts[tag.strip()] += count
@@ -33,7 +33,7 @@ def tags(metadata: Mapping[str, str]) -> Counter[str]:
 
 def by_parent(name: str, metadata: Mapping[str, str]) -> list[tuple[str, list[str]]]:
     """Return the words of each LoRA that a file was merged from; if it was not merged, the file's own."""
-    inputs = _entries(metadata.get(RECIPE)).get("inputs")
+    inputs = said(metadata.get(RECIPE)).get("inputs")
     entries = [entry for entry in inputs if isinstance(entry, dict)] if isinstance(inputs, list) else []
     # The header of a resized LoRA has its entries; the recipe of a merge has each parent's.
     shared = {key: value for key, value in metadata.items() if key != RECIPE} if len(entries) == 1 else {}
@@ -43,8 +43,8 @@ def by_parent(name: str, metadata: Mapping[str, str]) -> list[tuple[str, list[st
 
 def _parents(entry: Mapping[str, Any], shared: Mapping[str, str]) -> list[tuple[str, list[str]]]:
     own = entry.get("metadata")
-    said = {k: v for k, v in own.items() if isinstance(v, str)} if isinstance(own, dict) else {}
-    return [(name, found) for name, found in by_parent(str(entry.get("name", "")), {**shared, **said}) if found]
+    strings = {k: v for k, v in own.items() if isinstance(v, str)} if isinstance(own, dict) else {}
+    return [(name, found) for name, found in by_parent(str(entry.get("name", "")), {**shared, **strings}) if found]
 
 
 def joined(parents: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, str]:
@@ -61,7 +61,7 @@ def joined(parents: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, str]:
     for name, metadata in parents:
         if counts := dict(tags(metadata).most_common(each)):
             folders[_free(name.removesuffix(".safetensors"), folders)] = counts
-    return found | ({TAGS: json.dumps(folders)} if folders else {})
+    return found | ({TAGS: as_json(folders)} if folders else {})
 
 
 def _phrases(parents: Sequence[tuple[str, Mapping[str, str]]]) -> list[str]:
@@ -78,12 +78,3 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
     while unique in taken:
         unique, number = f"{name} ({number})", number + 1
     return unique
-
-
-def _entries(text: str | None) -> dict[str, Any]:
-    """Parse a JSON object; empty if the text, which anyone may have written, is something else."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

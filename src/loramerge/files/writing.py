@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from ..errors import DialectError, FileError, OptionError, size
+from ..errors import DialectError, FileError, OptionError, check_callable, size
 from ..tensors import Array, nbytes
 from .architectures.names import COMPONENTS
 from .dialects import written_dialect
@@ -72,6 +72,7 @@ def save(
     from .dialects.write import spell
     from .metadata import for_writing
 
+    check_callable(progress=progress, lost=lost, noted=noted)
     target = check_target(path, dialect or lora.dialect)
     spelling = spell(lora, dialect, dtype, allow_lossy=allow_lossy)
     if not allow_growth:

@@ -5,7 +5,6 @@ passes of the model, however many LoRAs there are: all teachers (each LoRA alone
 gradients in one batch, all students (the merge) in another.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import MergeError, NumberError, OptionError, within
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
+from ..files.storage.texts import parsed
 from ..merging.coefficients import Coefficients
 from .attach import Attachment, Models, attach, fingerprints
 from .batches import Batch, join, seen, weighed
@@ -108,7 +108,7 @@ def ziplora(
         run = _Run(predict, models, loras, draw, settings, shares, attachment, shard, about)
         history = run.learn(checkpoint, every, on_step, reduce)
         lora = assemble(planned, run.factors(), "ziplora", {**asdict(settings), "weights": shares}, about)
-        return Learned(lora, run.coefficients(json.loads(lora.metadata[RECIPE])), history)
+        return Learned(lora, run.coefficients(parsed(lora.metadata[RECIPE], RECIPE)), history)
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:

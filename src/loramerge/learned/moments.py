@@ -12,7 +12,6 @@ Linear layers that get the very same tensor (the projections to q, k and v; all 
 of a prompt) share one Σ Cᵢ: for the attention of Stable Diffusion XL, 1.7 GB instead of 4.8.
 """
 
-import json
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,7 @@ from ..files.dialects.write import Group
 from ..files.lora import LoRA
 from ..files.storage.paths import path_of
 from ..files.storage.reader import SafetensorsFile
+from ..files.storage.texts import as_json, parsed
 from ..files.storage.writer import write
 from .attach import Site, fingerprints
 from .state import group_of, tensor
@@ -174,7 +174,7 @@ class Moments:
             "identity": self.identity,
         }
         target = path_of(path)
-        write(target, groups, {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)})
+        write(target, groups, {"format": "pt", KEY: as_json(said)})
         return target
 
     @classmethod
@@ -186,7 +186,7 @@ class Moments:
         """
         with closing(SafetensorsFile(path_of(path))) as file:
             try:
-                said = json.loads(file.metadata[KEY])
+                said = parsed(file.metadata[KEY], str(path))
                 modules = {
                     name: Module(
                         tensor(file, f"{name}.core"),
@@ -198,7 +198,7 @@ class Moments:
                     for name, updates in said["updates"].items()
                 }
                 return cls(said["kind"], tuple(said["names"]), tuple(said["marks"]), modules, said["identity"])
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise FileError(f"{path} holds no moments, or not all of them: {error} is missing or wrong.") from None
 
 

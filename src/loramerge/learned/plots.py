@@ -1,12 +1,17 @@
 """Learned coefficients as a picture: a histogram of every LoRA in every block."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..comparing.plots import check_drawable, save_figure
+from ..comparing.plots import as_it_is, check_drawable, save_figure
 from ..errors import OptionError
 from ..files.architectures.blocks import block, position
+from ..files.storage.texts import visible
 from ..merging.coefficients import Coefficients
 from ..tensors import Array
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -47,9 +52,13 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
         MissingExtraError: matplotlib is not installed.
         OptionError: The path doesn't end in .png, .svg or .pdf.
     """
-    import numpy as np
-
     check_plot(path)
+    with as_it_is():
+        return save_figure(_histograms(coefficients), path, dpi=150)
+
+
+def _histograms(coefficients: Coefficients) -> "Figure":
+    import numpy as np
     from matplotlib.figure import Figure
 
     blocks = by_block(coefficients)
@@ -59,13 +68,13 @@ def draw(coefficients: Coefficients, path: Path) -> Path:
     grid = figure.subplots(len(blocks), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, values) in zip(grid, blocks.items(), strict=True):
         for lora, mine in zip(coefficients.names, values, strict=True):
-            axes.hist(mine, edges, histtype="stepfilled", alpha=0.5, label=lora)
+            axes.hist(mine, edges, histtype="stepfilled", alpha=0.5, label=visible(lora))
         axes.set_yticks([])
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set_ylabel(visible(name), rotation=0, ha="right", va="center")
         axes.spines[["top", "left", "right"]].set_visible(False)
     grid[0].legend(frameon=False, loc="upper left")
     grid[-1].set_xlabel(f"coefficient of a column\n{outside(blocks, low, high)}")
-    return save_figure(figure, path, dpi=150)
+    return figure
 
 
 def span(blocks: dict[str, Array]) -> tuple[float, float]:
@@ -91,4 +100,4 @@ def outside(blocks: dict[str, Array], low: float, high: float) -> str:
 def _whole(blocks: dict[str, Array]) -> Array:
     import numpy as np
 
-    return np.concatenate([values.ravel() for values in blocks.values()])
+    return np.concatenate([values.ravel() for values in blocks.values()]).astype(np.float64)

@@ -1,6 +1,5 @@
 """The LoRA that a learned merge results in."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
+from ..files.storage.texts import as_json, parsed
 from ..layers import low_rank
 from ..merging.plans import Plan
 from ..merging.verbs import plan
@@ -47,7 +47,7 @@ def assemble(
         return low_rank(up, down, planned.steps[module].shape)
 
     summed = planned.lora()
-    recipe = json.loads(summed.metadata[RECIPE]) | {
+    recipe = parsed(summed.metadata[RECIPE], RECIPE) | {
         "method": method,
         "options": dict(options),
         "learned_on": dict(identity),
@@ -58,5 +58,5 @@ def assemble(
         summed,
         layouts={module: layer(module) for module in planned.steps},
         compute=None,
-        metadata={**summed.metadata, RECIPE: json.dumps(recipe, ensure_ascii=False)},
+        metadata={**summed.metadata, RECIPE: as_json(recipe)},
     )

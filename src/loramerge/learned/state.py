@@ -1,6 +1,6 @@
 """The state of learning in a file: all that a run needs to go on and get the same bits."""
 
-import json
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import FileError, OptionError
 from ..files.dialects.write import Group
 from ..files.storage.reader import SafetensorsFile
+from ..files.storage.texts import as_json, parsed
 from ..files.storage.writer import write
 from ..tensors import Spec, code
 
@@ -65,7 +66,7 @@ def save_state(
         }
     groups = [group_of(key, {key: tensor}) for key, tensor in held.items()]
     said = {"step": step, "identity": identity, "scales": scales, "names": list(parameters)}
-    write(path, groups, {"format": "pt", KEY: json.dumps(said)})
+    write(path, groups, {"format": "pt", KEY: as_json(said)})
 
 
 def resumed(checkpoint: Path | None, identity: Mapping[str, Any], steps: int) -> State | None:
@@ -104,18 +105,18 @@ def load_state(path: Path, identity: Mapping[str, Any]) -> State:
     """
     with closing(SafetensorsFile(path)) as file:
         try:
-            said = json.loads(file.metadata[KEY])
-            wanted, was = json.loads(json.dumps(identity)), said["identity"]
+            said = parsed(file.metadata[KEY], str(path))
+            wanted, was = parsed(as_json(identity), "the settings"), said["identity"]
             others = [name for name in {**wanted, **was} if wanted.get(name) != was.get(name)]
             names = [] if others else said["names"]
             found = State(
-                said["step"],
+                operator.index(said["step"]),
                 {name: tensor(file, f"{name}/value") for name in names},
                 {name: (tensor(file, f"{name}/first"), tensor(file, f"{name}/second")) for name in names},
                 tensor(file, "generator"),
-                said["scales"],
+                list(map(float, said["scales"])),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileError(
                 f"{path} holds no state of learning, or not all of it: {error} is missing or wrong."
             ) from None

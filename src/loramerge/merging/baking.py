@@ -5,7 +5,6 @@ float32 and rounded once, to the weight's own dtype; the rounding loss is report
 """
 
 import functools
-import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,12 @@ from typing import Any
 
 from ..checkpoints.models import Checkpoint, delta_on, open_checkpoint
 from ..checkpoints.rewriting import Change, Job, Update, write_folder
-from ..errors import FileError, MergeError, OptionError
+from ..errors import FileError, MergeError, OptionError, check_callable
 from ..files.lora import LoRA, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
 from ..files.storage.paths import path_of
+from ..files.storage.texts import as_json
 from ..files.storage.writer import Progress
 from ..layers import Rows
 from ..linalg import as_numpy
@@ -93,6 +93,7 @@ def bake(
         NumberError: A result is NaN, infinite, or too large for the dtype.
         FileError: A file can't be read or written; the output is then as it was.
     """
+    check_callable(progress=progress)
     listed: Sequence[LoRA | Source] = loras if is_list(loras) else [loras]  # type: ignore[list-item]
     opened = [lora if isinstance(lora, LoRA) else open(lora) for lora in listed]
     if not opened:
@@ -108,7 +109,7 @@ def bake(
             "bake takes numbers as weights. Way out: merge with the learned weights, and bake the result."
         )
     job = Job(model, _updates(kept, model, resolved), parse_dtype(dtype) if dtype else None, workers, progress)
-    metadata = {RECIPE: json.dumps(_recipe(kept, model, resolved), ensure_ascii=False)}
+    metadata = {RECIPE: as_json(_recipe(kept, model, resolved))}
     if model.path.is_file():
         job.write(model.path, target, metadata)
     else:

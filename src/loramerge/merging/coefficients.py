@@ -5,7 +5,6 @@ learns them, are weights of the ordinary merge.  They are kept in a safetensors 
 ``(N, in·kh·kw)`` per module, so that a merge can be made again.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError, OptionError
+from ..errors import FileError, OptionError, within
 from ..files.dialects.write import Group
 from ..files.lora import LoRA
 from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
+from ..files.storage.texts import as_json, parsed
 from ..files.storage.writer import write
-from ..tensors import Array, Held, Spec, check_finite
+from ..tensors import Array, Held, Spec, Stored, check_finite
 
 KEY = "loramerge.coefficients"
 """Key of the metadata entry that names the LoRAs and says how the coefficients were learned."""
@@ -63,12 +63,18 @@ class Coefficients:
         path = path_of(path)
         with closing(SafetensorsFile(path)) as file:
             try:
-                said = json.loads(file.metadata[KEY])
-                others, names = tuple(map(float, said["others"])), tuple(said["names"])
-                provenance = said.get("provenance", {})
-            except (KeyError, TypeError, ValueError):
-                raise FileError(f"{path} holds no learned coefficients: its metadata lack {KEY!r}.") from None
-            columns = {module: Held(tensor.read()) for module, tensor in file.items()}
+                said = parsed(file.metadata[KEY], KEY)
+                others, names = tuple(map(float, said["others"])), tuple(map(str, said["names"]))
+                provenance = dict(said.get("provenance", {}))
+            except (KeyError, TypeError, ValueError, FileError) as error:
+                raise FileError(
+                    f"{path} holds no learned coefficients: its metadata lack {KEY!r}, or not all is there: {error}."
+                ) from None
+            if len(names) != len(others) or not names or not file or not all(map(math.isfinite, others)):
+                raise FileError(
+                    f"{path} holds coefficients of {len(file)} modules, names of {len(names)} LoRAs and weights of {len(others)}."
+                )
+            columns = {module: _column(path, module, tensor, len(names)) for module, tensor in file.items()}
         return cls(columns, others, names, provenance, printable(path.name))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -79,7 +85,7 @@ class Coefficients:
         ]
         said = {"others": self.others, "names": self.names, "provenance": dict(self.provenance)}
         target = path_of(path)
-        write(target, groups, {"format": "pt", KEY: json.dumps(said, ensure_ascii=False)})
+        write(target, groups, {"format": "pt", KEY: as_json(said)})
         return target
 
     def check(self, loras: Sequence[LoRA]) -> None:
@@ -115,3 +121,16 @@ class Coefficients:
         array = np.array(self.columns[module].read())
         check_finite(array)
         return list(array)
+
+
+def _column(path: str | os.PathLike[str], module: str, tensor: Stored, count: int) -> Held:
+    """Read the coefficients of one module, one row per LoRA."""
+    if len(tensor.shape) != 2 or tensor.shape[0] != count or not tensor.shape[1] or tensor.dtype != "F32":
+        raise FileError(
+            f"{path}: {module} has the shape {list(tensor.shape)} and the dtype {tensor.dtype}, wanted one row of F32 "
+            f"for each of {count} LoRAs."
+        )
+    array = tensor.read()
+    with within(f"{path}: {module}"):
+        check_finite(array)
+    return Held(array)

@@ -2,13 +2,14 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import OptionError, did_you_mean
+from ..errors import FileError, OptionError, did_you_mean
+from ..files.storage.texts import as_json, read_json
 from ..files.storage.writer import write_text
 
 
@@ -43,11 +44,11 @@ class Ledger:
         self.folder = folder
         self.score = score
         self.entries: dict[str, dict[str, Any]] = {}
-        try:
-            rows = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["rows"]
-            self.entries = {row["name"]: row for row in rows if isinstance(row["figures"], dict) and row["figures"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        with suppress(FileError, KeyError, TypeError, AttributeError):
+            rows = read_json(folder / "sweep.json")["rows"]
+            # What failed is tried again, so it is said of the new try alone.
+            kept = [{key: value for key, value in row.items() if key != "failed"} for row in rows if row["figures"]]
+            self.entries = {str(row["name"]): row for row in kept if _is_whole(row)}
 
     def figures(self, name: str) -> dict[str, Any] | None:
         """Return the figures of an earlier merge, or None."""
@@ -58,7 +59,7 @@ class Ledger:
         entry = self.entries.get(name, {})
         return entry.get("scores") if self.score and entry.get("score") == self.score else None
 
-    def add(self, row: Row, scores: Mapping[str, float] | None = None) -> None:
+    def add(self, row: Row, scores: Mapping[str, float | None] | None = None) -> None:
         """Write a row into the table."""
         entry: dict[str, Any] = {
             "name": row.name,
@@ -84,7 +85,15 @@ class Ledger:
         from .._version import __version__
 
         data = {"loramerge": __version__, "rows": [self.entries[name] for name in names]}
-        write_text(self.folder / "sweep.json", json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.folder / "sweep.json", as_json(data, 2) + "\n")
+
+
+def _is_whole(row: Mapping[str, Any]) -> bool:
+    """Return whether a row of the file, which anyone may have written, has its figures, and they are numbers."""
+    figures = {**row["figures"], **row.get("scores", {})}
+    return {"size", "rank_min", "rank_max", "error"} <= figures.keys() and all(
+        value is None or type(value) in (int, float) for value in figures.values()
+    )
 
 
 def _csv(rows: Sequence[Row], settings: Sequence[str]) -> str:

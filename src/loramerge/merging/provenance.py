@@ -4,12 +4,12 @@ A record is written from a plan (`record`, `as_text`), compared with another (`c
 of a recipe (`from_metadata`).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ..errors import MergeError
+from ..errors import FileError, MergeError
+from ..files.storage.texts import as_json, parsed
 from ..registry import code_of
 from ..tensors import NAMES
 from .methods import METHODS
@@ -74,12 +74,12 @@ def as_text(recipe: dict[str, Any], metadatas: Sequence[Mapping[str, str]]) -> s
     for entry, metadata in zip(recipe["inputs"], metadatas, strict=True):
         if metadata:
             entry["metadata"] = metadata
-    return json.dumps(recipe, ensure_ascii=False)
+    return as_json(recipe)
 
 
 def comparable(recipe: Mapping[str, Any]) -> Any:
     """Return a record without what doesn't change the tensors: the inputs' own metadata, and what was allowed."""
-    kept: Any = json.loads(json.dumps(recipe))
+    kept = parsed(as_json(recipe), "the record")
     kept["output"].pop("allow_lossy", None)
     for entry in kept["inputs"]:
         entry.pop("metadata", None)
@@ -95,10 +95,12 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
     if not text:
         raise MergeError(f"{name} has no recipe: it was not merged by loramerge.")
     try:
-        found = json.loads(text)
+        found = parsed(text, name)
         learned = LEARNED.get(found["method"])
         data = _as_toml(found)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        known = ":" in found["method"] or found["method"] in METHODS
+        missing = [str(entry["name"]) for entry in found["inputs"] if not entry.get("source")]
+    except (FileError, KeyError, TypeError, AttributeError):
         raise MergeError(f"{name} has no recipe that can be run again: an older loramerge made it.") from None
     if learned:
         raise MergeError(
@@ -106,16 +108,15 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
             f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
             "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
         )
-    if ":" not in found["method"] and found["method"] not in METHODS:
+    if not known:
         raise MergeError(
             f"{name} has no recipe that can be run again: its method {found['method']!r} is not one of loramerge's, and no "
             "module that can be imported held it under a name. Way out: put it into a file of its own, and merge with "
             "method='module:name', or --method module:name."
         )
-    missing = [entry["name"] for entry in found["inputs"] if not entry.get("source")]
     if missing:
         raise MergeError(
-            f"{name} has no recipe that can be run again: {' and '.join(map(str, missing))} came from memory, not from a file. "
+            f"{name} has no recipe that can be run again: {' and '.join(missing)} came from memory, not from a file. "
             "Way out: save them first, then merge the files."
         )
     return data
@@ -124,6 +125,8 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
 def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
     """Rename a record's entries to the keys of a recipe file; a record has its budget in a table of its own."""
     data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
+    # JSON has no infinity, so `as_json` writes it as text.
+    data["options"] = {name: float(v) if v in ("inf", "-inf") else v for name, v in found["options"].items()}
     data |= {**found.get("budget", {}), "loras": [_as_entry(entry) for entry in found["inputs"]]}
     return data | {"output": {("to" if key == "dialect" else key): value for key, value in found["output"].items()}}
 

@@ -88,9 +88,10 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mi
 
 def _bytes(value: int | float | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
-    if not match or match[2].lower() not in UNITS or float(match[1]) <= 0:
-        raise OptionError(f"max_size is a number of bytes, such as 150MB or 143MiB; got {value!r}.")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    count = float(match[1]) * UNITS.get(match[2].lower(), 0) if match else 0
+    if not 0 < count < 2**63:
+        raise OptionError(f"max_size is a number of bytes, such as 150MB or 143MiB; got {str(value)[:80]!r}.")
+    return int(count)
 
 
 def _share(kind: str, value: float | str) -> float:

@@ -21,7 +21,7 @@ to = "kohya"
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -34,12 +34,15 @@ from ..files.dialects.write import check_writable
 from ..files.lora import LoRA
 from ..files.reading import open
 from ..files.storage.paths import path_of
-from ..files.storage.reader import read_text
+from ..files.storage.pickles import PICKLES
+from ..files.storage.reader import SafetensorsFile
+from ..files.storage.texts import read_text
 from ..files.writing import check_target, peft_folder, save
 from ..tensors import parse_dtype
 from . import toml
 from .coefficients import Coefficients
 from .methods import METHODS, Method, check_name as check_method, check_options, find
+from .methods.options import TAKEN
 from .plans import Plan
 from .provenance import from_metadata
 from .ranks import BUDGETS, Rank, budget, rule
@@ -47,7 +50,7 @@ from .recipe_text import Input, Output, entries
 from .running import Kept
 from .spending import spent
 from .verbs import plan
-from .weights import SCOPES, Scope, Weight, Weights
+from .weights import SCOPES, PlainWeights, Scope, Weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +69,7 @@ class Recipe:
     """
 
     loras: tuple[Input, ...]
-    weights: Weights = None
+    weights: PlainWeights = None
     """One per LoRA, ``"l2"``, ``"uniform"``, a file of learned coefficients, or None for the method's default."""
     scope: Scope = "module"
     method: Method | str = "linear"
@@ -101,6 +104,12 @@ class Recipe:
         file = path_of(path)
         try:
             data = toml.parse_toml(read_text(file, MAX_RECIPE))
+        except FileError as error:
+            if not _is_lora(file):
+                raise
+            raise FileError(
+                f"{file} is a LoRA, not a recipe. Way out: a recipe.toml that names it; 'loramerge merge' takes it as it is."
+            ) from error
         except (ValueError, RecursionError) as error:
             raise FileError(f"{file} is not TOML: {error}.") from None
         return _recipe(data, file.name, str(file.parent))
@@ -309,7 +318,7 @@ class Recipe:
             noted=noted,
         )
 
-    def _weights(self) -> Weights:
+    def _weights(self) -> PlainWeights:
         if isinstance(self.weights, str) and self.weights.endswith(".safetensors"):
             return str(path_of(self.weights, self.folder))
         return self.weights
@@ -350,6 +359,14 @@ class Recipe:
         return ranks
 
 
+def _is_lora(path: Path) -> bool:
+    """Return whether a path that holds no recipe is a directory, a pickle or a safetensors file."""
+    with suppress(FileError):
+        SafetensorsFile(path).close()
+        return True
+    return os.path.isdir(path) or (os.path.isfile(path) and path.suffix in PICKLES)
+
+
 def _recipe(data: Mapping[str, Any], where: str, folder: str) -> Recipe:
     recipe = Recipe(**entries(data, where), folder=folder)
     try:
@@ -387,6 +404,9 @@ def _check_method(method: Method | str, options: Mapping[str, Any]) -> None:
 
     A recipe may come from anyone, so reading it imports nothing: the options of other methods are checked by `plan`.
     """
+    for name in options:
+        if name in TAKEN:
+            raise OptionError(f"options: {name!r} is not an option of a method. Way out: leave it out of [options].")
     if isinstance(method, Method) or method in METHODS:
         check_options(find(method), options)
     else:

@@ -10,7 +10,7 @@ from ..files import hub
 from ..files.storage.paths import path_of
 from .ranks import BUDGETS
 from .toml import Table
-from .weights import Weight, Weights, parse
+from .weights import PlainWeights, Weight, parse
 
 KEYS = (
     "method",
@@ -128,7 +128,7 @@ def _on_the_hub(text: str, revision: str | None, filename: str | None) -> dict[s
     return {"hub": parsed.repo, "revision": parsed.revision or revision, "filename": parsed.file or filename}
 
 
-def _weights(table: Table, each: Sequence[Weight | None]) -> Weights:
+def _weights(table: Table, each: Sequence[Weight | None]) -> PlainWeights:
     weights = table.get("weights", str, wanted='"l2" or "uniform"; numbers go to each LoRA, as its weight')
     given = [weight for weight in each if weight is not None]
     if weights is not None and given:
@@ -139,7 +139,7 @@ def _weights(table: Table, each: Sequence[Weight | None]) -> Weights:
             "(.safetensors)."
         )
     if weights is not None or not given:
-        return cast(Weights, weights)
+        return cast(PlainWeights, weights)
     if len(given) != len(each):
         without = each.index(None) + 1
         raise OptionError(f"{table.where}: loras {without} has no weight, others have: wanted one each, or none.")

@@ -1,6 +1,6 @@
 """A sweep: one recipe, merged with every combination of some settings, and the table of these merges."""
 
-import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoRAMergeError, MergeError, OptionError
+from ..errors import LoRAMergeError, MergeError, OptionError, check_callable
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
 from ..files.reading import open
 from ..files.storage.paths import path_of
 from ..files.storage.scratch import make_folder
+from ..files.storage.texts import parsed
 from ..files.writing import check_target
 from ..registry import code_of
 from .figures import extent, measure
@@ -69,6 +70,7 @@ def sweep(
         OptionError: A setting is unknown or a value is wrong; nothing is merged.
         LoRAMergeError: Every merge failed; the first's error, as from `Recipe.plan` and `loramerge.save`.
     """
+    check_callable(score=score, progress=progress)
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     todo = points(recipe, grid)
     folder = make_folder(path_of(output))
@@ -142,8 +144,8 @@ def _asked(score: Score, merged: LoRA) -> Any:
         raise MergeError(f"the score raised {type(error).__name__}: {error}") from error
 
 
-def _scored(found: Any, figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a score gave as floats, by column.
+def _scored(found: Any, figures: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return what a score gave as floats, by column; None for NaN and infinity, which leave a cell empty.
 
     Raises:
         OptionError: It gave no mapping of new columns to numbers.
@@ -155,7 +157,7 @@ def _scored(found: Any, figures: Mapping[str, Any]) -> dict[str, float]:
             raise OptionError(f"The score's column {column!r} isn't text, or the sweep has a column of that name.")
         if isinstance(value, str | bool) or not hasattr(value, "__float__"):
             raise OptionError(f"The score's {column}: got {value!r}, wanted a number.")
-    return {column: float(value) for column, value in found.items()}
+    return {column: float(value) if math.isfinite(value) else None for column, value in found.items()}
 
 
 def _name(score: Score | None) -> str | None:
@@ -177,6 +179,6 @@ def _recipe_in(path: Path) -> Any:
         return None
     try:
         with open(path) as lora:
-            return comparable(json.loads(lora.metadata[RECIPE]))
-    except (LoRAMergeError, KeyError, ValueError, TypeError, AttributeError):
+            return comparable(parsed(lora.metadata[RECIPE], RECIPE))
+    except (LoRAMergeError, KeyError, TypeError, AttributeError):
         return None

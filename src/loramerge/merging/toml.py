@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import OptionError, did_you_mean
+from ..files.storage.texts import check_plain, escaped
 
 BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
@@ -22,13 +23,15 @@ def parse_toml(source: str) -> dict[str, Any]:
     """Parse a TOML document.
 
     Raises:
-        ValueError: It isn't TOML, or has a key of more than 100 parts.
+        ValueError: It isn't TOML, has a key of more than 100 parts, or is not plain (`check_plain`).
     """
     import tomllib
 
-    if found := re.search(LONG_KEY, source):
-        raise ValueError(f"the key {found[0][:40]}… has more than 100 parts")
-    return tomllib.loads(source)
+    if long := re.search(LONG_KEY, source):
+        raise ValueError(f"the key {long[0][:40]}… has more than 100 parts")
+    found = tomllib.loads(source)
+    check_plain([found], infinite=True)
+    return found
 
 
 def text(value: Any) -> str:
@@ -41,10 +44,10 @@ def text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(int(value))
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and not math.isnan(value):
         return repr(float(value))
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+        return escaped(json.dumps(value, ensure_ascii=False), lambda c: f"\\U{ord(c):08X}")
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key(k)} = {text(v)}" for k, v in value.items()) + " }" if value else "{}"
     if isinstance(value, list | tuple):

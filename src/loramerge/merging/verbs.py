@@ -2,13 +2,14 @@
 
 import operator
 import os
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.models import Checkpoint, open_checkpoint
 from ..devices import check_device
-from ..errors import MergeError, OptionError, within
+from ..errors import MergeError, OptionError, check_callable, within
 from ..files.architectures import ARCHITECTURES
 from ..files.dialects import DIALECTS
 from ..files.families import of_one_family
@@ -58,7 +59,8 @@ def plan(
         model = base if base is None or isinstance(base, Checkpoint) else stack.enter_context(open_checkpoint(base))
         limit = budget(max_error, energy, max_size)
         opened = given
-        rank = int(rank) if isinstance(rank, str) and rank.isascii() and rank.isdigit() else rank
+        rank = int(rank) if isinstance(rank, str) and re.fullmatch("[0-9]{1,9}", rank) else rank
+        check_callable(progress=progress)
         left_out = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         if left_out:
             opened = without(opened, left_out)

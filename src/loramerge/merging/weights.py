@@ -7,7 +7,9 @@ LoRA its share of the modules' norms.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from functools import cache
+from numbers import Real
+from typing import Any, Literal, Protocol, SupportsFloat, TypeAlias
 
 from ..errors import OptionError
 from ..files.architectures import blocks
@@ -17,7 +19,19 @@ from .coefficients import Coefficients
 Weight: TypeAlias = float | Mapping[str, float] | str
 """A number; ``{pattern: number}``; or text, see `parse`."""
 
-Weights: TypeAlias = Sequence[Weight] | Literal["uniform", "l2"] | Coefficients | str | None
+
+class Listed(Protocol):
+    """Weights in an array: one per LoRA."""
+
+    def tolist(self) -> Any:
+        """Return them as a list."""
+        ...
+
+
+PlainWeights: TypeAlias = Sequence[Weight] | Literal["uniform", "l2"] | Coefficients | str | None
+
+Weights: TypeAlias = PlainWeights | Sequence[Weight | SupportsFloat | Mapping[str, SupportsFloat]] | Listed
+"""What is taken for weights: numbers may be scalars of numpy or torch, or one array."""
 
 Scope: TypeAlias = Literal["module", "component", "whole"]
 SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
@@ -67,7 +81,7 @@ def resolve(
     Raises:
         OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
     """
-    weights = _plain(weights)
+    weights = plain(weights)
     if scope != "module" and weights != "l2":
         raise OptionError(f"The scope {scope!r} goes with the weights 'l2' only.")
     if weights is None or weights == "uniform":
@@ -100,8 +114,8 @@ def resolve(
     )
 
 
-def _plain(weights: object) -> Weights:
-    """Convert weights to Python's own types: arrays and tensors to lists, names to lower case."""
+def plain(weights: object) -> PlainWeights:
+    """Convert weights to Python's own types: arrays and tensors to lists and numbers, names to lower case."""
     if isinstance(weights, str):
         return weights if weights.endswith(".safetensors") else weights.lower()
     if isinstance(weights, Coefficients):
@@ -109,7 +123,18 @@ def _plain(weights: object) -> Weights:
     found: object = weights.tolist() if hasattr(weights, "tolist") else weights
     if found is not None and not isinstance(found, Sequence):
         raise OptionError(f"weights must be a list with one entry per LoRA, such as [0.7, 0.5]; got {weights!r}.")
-    return found
+    return found and [
+        {pattern: _scalar(n) for pattern, n in weight.items()} if isinstance(weight, Mapping) else _scalar(weight)
+        for weight in found
+    ]
+
+
+def _scalar(value: Any) -> Any:
+    """Return an array of one number as Python's number, and anything else as it is."""
+    try:
+        return value.item() if hasattr(value, "item") and not isinstance(value, Real) else value
+    except (TypeError, ValueError, RuntimeError):
+        return value
 
 
 def parse(text: str) -> Weight:
@@ -182,16 +207,18 @@ class _Given:
 
     def _by_pattern(self, weights: Mapping[str, float]) -> Callable[[str], float]:
         architecture = self.lora.architecture
+        matching = cache(blocks.Selector(weights, architecture).matching)
+        used = {"*"}.union(*map(matching, self.lora))
         for pattern in weights:
-            if pattern != "*" and not any(blocks.matches(pattern, module, architecture) for module in self.lora):
+            if pattern not in used:
                 raise OptionError(
                     f"The pattern {pattern!r} matches no module of {self.lora.name}. {blocks.offered(self.lora, architecture)}"
                 )
 
         def at(module: str) -> float:
             # The last match wins, as in a .gitignore: general patterns first, then exceptions.
-            found = [w for pattern, w in weights.items() if blocks.matches(pattern, module, architecture)]
-            return found[-1] if found else 1.0
+            found = matching(module)
+            return weights[found[-1]] if found else 1.0
 
         return at
 

@@ -5,7 +5,6 @@ A caption is a line of ``metadata.jsonl`` (``{"file_name": "1.png", "text": "a p
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from ..errors import FileError
 from ..files.storage.paths import path_of
-from ..files.storage.reader import read_text
+from ..files.storage.texts import parsed, read_text
 from ..tensors import Array
 from .pictures import SUFFIXES, bytes_of, images_in, opened, read
 
@@ -74,7 +73,7 @@ def _check_listed(folder: Path, files: Sequence[Path], said: dict[str, str]) -> 
     there = {file.name for file in files}
     lost = [name for name in said if name not in there]
     if lost:
-        why = f"a file that does not end in {', '.join(SUFFIXES)}" if (folder / lost[0]).is_file() else "not there"
+        why = f"a file that does not end in {', '.join(SUFFIXES)}" if os.path.isfile(folder / lost[0]) else "not there"
         raise FileError(
             f"{folder / METADATA} names {lost[0]!r}, which is {why}. Wanted names of the folder's own images."
         )
@@ -86,13 +85,16 @@ def _metadata(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     said = {}
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
-            said[str(entry["file_name"])] = next(str(entry[c] or "").strip() for c in COLUMNS if c in entry)
-        except (ValueError, TypeError, KeyError, StopIteration):
+            entry = parsed(line, str(path))
+            name, caption = entry["file_name"], next(entry[c] or "" for c in COLUMNS if c in entry)
+            if not isinstance(name, str):
+                raise TypeError
+            said[name] = caption.strip()
+        except (FileError, KeyError, StopIteration, AttributeError, TypeError):
             raise FileError(
                 f'{path}, line {number}: wanted {{"file_name": "1.png", "text": "a caption"}}, got {line[:80]}'
             ) from None

@@ -4,7 +4,6 @@
 ``preprocessor_config.json``; it doesn't need torchvision.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileError, MissingExtraError, OptionError
+from ..files.storage.texts import open_regular, read_json
 from ..tensors import Array
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LONGEST = 10_000
+"""The most pixels of a side that a preprocessor asks for."""
+
 CAPTIONS = (".txt", ".jsonl")
 """Endings of files that hold captions."""
 
@@ -83,7 +86,7 @@ def opened(path: Path) -> "Iterator[Image]":
     """
     pil = _pil()
     try:
-        with pil.open(path) as image:
+        with open(open_regular(path), "rb") as file, pil.open(file) as image:
             yield image
     except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:
         raise FileError(f"Can't read the image {path}: {error}.") from error
@@ -96,7 +99,8 @@ def bytes_of(path: Path) -> bytes:
         FileError: It can't be read.
     """
     try:
-        return path.read_bytes()
+        with open(open_regular(path), "rb") as file:
+            return file.read()
     except OSError as error:
         raise FileError(f"Can't read the image {path}: {error.strerror}.") from None
 
@@ -165,11 +169,10 @@ class Preprocessing:
             FileError: It is missing or unreadable, or describes another kind of processor.
         """
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            return cls._of(config)
-        except OSError as error:
+            return cls._of(read_json(path))
+        except FileError as error:
             raise FileError(
-                f"Can't read {path}: {error.strerror}. It says how to prepare pictures for the model: copy it "
+                f"{error} It says how to prepare pictures for the model: copy it "
                 "there from the model's source, or give preprocessing=."
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -187,7 +190,7 @@ class Preprocessing:
             raise ValueError(f"its size is {size}, wanted shortest_edge, or height and width")
         resize = config.get("do_resize", True)
         normalise = config.get("do_normalize", True)
-        return cls(
+        found = cls(
             shortest_edge=size.get("shortest_edge") if resize else None,
             size=(size["height"], size["width"]) if resize and "shortest_edge" not in size else None,
             resample=config.get("resample", 3),
@@ -196,6 +199,17 @@ class Preprocessing:
             mean=tuple(config.get("image_mean", cls.mean)) if normalise else None,
             std=tuple(config.get("image_std", cls.std)) if normalise else None,
         )
+        shortest = () if found.shortest_edge is None else (found.shortest_edge,)
+        lengths = [*shortest, *(found.size or ()), *(found.crop or ())]
+        if any(type(n) is not int or not 0 < n <= LONGEST for n in lengths) or found.resample not in range(6):
+            raise ValueError(
+                f"its lengths are {lengths} and its filter {found.resample!r}, wanted 1 to {LONGEST}, 0 to 5"
+            )
+        if not all(abs(sum(three)) < math.inf and len(three) == 3 for three in (found.mean, found.std) if three):
+            raise ValueError("its mean and its std are not three numbers each")
+        if (found.std and 0 in found.std) or not isinstance(found.factor, int | float | None):
+            raise ValueError(f"its std has a zero, or its factor is {found.factor!r}, which is no number")
+        return found
 
     def __call__(self, image: "Image") -> Array:
         """Return the picture as the encoder takes it: ``(3, height, width)``, float32."""

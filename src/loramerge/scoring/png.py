@@ -1,12 +1,12 @@
 """The recipe of a picture inside the picture: JSON in an international text chunk (iTXt) of the PNG."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FileError
+from ..files.storage.texts import as_json, parsed
 from ..files.storage.writer import write_bytes
 from .pictures import opened
 
@@ -27,9 +27,9 @@ def save_png(
 
     chunks = PngInfo()
     if recipe is not None:
-        chunks.add_itxt(KEY, json.dumps(recipe, ensure_ascii=False))
+        chunks.add_itxt(KEY, as_json(recipe))
     if settings:
-        chunks.add_itxt(ORDER, json.dumps(list(settings), ensure_ascii=False))
+        chunks.add_itxt(ORDER, as_json(list(settings)))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=chunks)
     write_bytes(path, data.getvalue())
@@ -39,8 +39,8 @@ def order_in(sheet: Path) -> list[str]:
     """Return the settings of a contact sheet in drawing order; none if loramerge didn't write it."""
     try:
         with opened(sheet) as image:
-            found = json.loads(image.info.get(ORDER, "[]"))
-    except (FileError, ValueError, RecursionError):
+            found = parsed(f'{{"settings": {image.info.get(ORDER, "[]")}}}', str(sheet))["settings"]
+    except FileError:
         return []
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
@@ -57,9 +57,9 @@ def recipe_in(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        recipe: dict[str, Any] = json.loads(text)
+        recipe = parsed(text, str(path))
         whole = isinstance(recipe["prompt"], str) and isinstance(recipe["seed"], int)
-    except (ValueError, TypeError, KeyError):
+    except (FileError, KeyError):
         whole = False
     if not whole:
         raise FileError(

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ..files.storage.paths import path_of
 from ..files.storage.scratch import make_folder
+from ..files.storage.texts import as_json
 from ..files.storage.writer import write_text
 from .bootstrap import Interval
 from .scores import Metric, Row, Scores
@@ -30,7 +30,7 @@ def save_scores(all_scores: Sequence[Scores], folder: str | os.PathLike[str]) ->
     folder = make_folder(path_of(folder))
     data = [to_dict(scores) for scores in all_scores]
     texts = {
-        "scores.json": json.dumps(data, indent=1, ensure_ascii=False),
+        "scores.json": as_json(data, 1),
         **{f"{name}.csv": _csv([row for entry in data for row in _lines(entry, name)]) for name in TABLES},
     }
     for name, text in texts.items():

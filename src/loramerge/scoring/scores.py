@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..errors import FileError, OptionError
+from ..errors import FileError, OptionError, check_callable
 from ..files.storage.paths import path_of
 from ..files.storage.writer import Progress
 from ..tensors import Array
@@ -168,6 +168,7 @@ def score(
             prompt and seed.
         OptionError: There is nothing to score, or a picture has no seed and ``cluster`` is ``"seed"``.
     """
+    check_callable(progress=progress)
     known = encoder_of(encoder)
     shots = list(shots_of(settings) if isinstance(settings, Mapping) else settings)
     sets = (

@@ -2,12 +2,13 @@
 
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError
 from ..files.storage.paths import path_of
+from ..files.storage.texts import visible
 from .pictures import read
 from .png import save_png
 from .scores import Shot
@@ -38,14 +39,14 @@ def sheet(shots: Sequence[Shot], *, side: int = 192, seeds: int = 1) -> "Image":
     font = _font(side)
     line = font.size + 2
     above = _wrapped(prompts, max(8, int(seeds * side / (0.55 * font.size))))
-    head, left = line * max(map(len, above)) + 2 * MARGIN, _widest(font, settings) + 2 * MARGIN
+    head, left = line * max(map(len, above)) + 2 * MARGIN, _widest(font, map(visible, settings)) + 2 * MARGIN
     step = side + MARGIN
     canvas = Image.new("RGB", (left + step * seeds * len(prompts), head + step * len(settings)), "white")
     draw = ImageDraw.Draw(canvas)
     for x, words in enumerate(above):
         draw.multiline_text((left + x * seeds * step, MARGIN), "\n".join(words), fill="black", font=font, spacing=2)
     for y, setting in enumerate(settings):
-        draw.text((MARGIN, head + y * step + (side - line) // 2), setting, fill="black", font=font)
+        draw.text((MARGIN, head + y * step + (side - line) // 2), visible(setting), fill="black", font=font)
         for x, prompt in enumerate(prompts):
             for i, shot in enumerate(_first(shots, setting, prompt, seeds)):
                 canvas.paste(_fitted(read(shot.path), side), (left + (x * seeds + i) * step, head + y * step))
@@ -68,7 +69,7 @@ def _fitted(image: "Image", side: int) -> "Image":
 
 
 def _wrapped(texts: Sequence[str], width: int) -> list[list[str]]:
-    return [textwrap.wrap(text, width) or [""] for text in texts]
+    return [textwrap.wrap(visible(text), width) or [""] for text in texts]
 
 
 def _first(shots: Sequence[Shot], setting: str, prompt: str, count: int) -> list[Shot]:
@@ -82,5 +83,5 @@ def _font(side: int) -> Any:
     return ImageFont.load_default(max(10, side // 14))
 
 
-def _widest(font: Any, texts: Sequence[str]) -> int:
+def _widest(font: Any, texts: Iterable[str]) -> int:
     return int(max(font.getlength(text) for text in texts)) + 1

@@ -1,7 +1,6 @@
 """Put a composition to work in a pipeline of diffusers, whose code is not changed."""
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MergeError, OptionError
+from ...files.storage.digests import file_digest
 from ...files.storage.paths import path_of
 from ...learned.attach import Attachment, attach
 from ..apply import check_fits
@@ -86,7 +86,7 @@ def _said(use: Use) -> dict[str, Any]:
         "words": use.called,
         "noun": use.noun,
         "box": list(astuple(use.box)) if use.box else None,
-        "mask": hashlib.sha256(path_of(use.mask).read_bytes()).hexdigest() if use.mask else None,
+        "mask": file_digest(path_of(use.mask)) if use.mask else None,
         "curve": [list(map(float, point)) for point in use.curve],
     }
 

@@ -1,12 +1,12 @@
 """Metadata of a trained LoRA: ModelSpec, kohya's ``ss_`` entries, and every setting."""
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 from ..._version import __version__
 from ...files.architectures.labels import LABELS
+from ...files.storage.texts import as_json
 from .settings import TrainSettings
 
 KEY = "loramerge.training"
@@ -43,7 +43,7 @@ def described(
         "format": "pt",
         **_specification(about, architecture, name, trigger),
         **_kohya(settings, about, architecture, steps),
-        KEY: json.dumps(training, ensure_ascii=False),
+        KEY: as_json(training),
     }
     return {key: value for key, value in found.items() if value}
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from ...errors import OptionError
+from ..expressions import Effort, Expression
 from . import ARCHITECTURES, sgm
 
 
@@ -50,9 +51,9 @@ def block(module: str, architecture: str | None = None) -> str:
         return "BASE"
     if component == "unet":
         return _unet_block(path)
-    if match := re.match(r"(single_)?transformer_blocks\.(\d+)\.", path):
+    if match := re.match(r"(single_)?transformer_blocks\.(\d{1,9})\.", path):
         return f"{'S' if match[1] else 'D'}{int(match[2]):02d}"
-    if match := re.match(r"([a-z][a-z_.]*?[a-z])[._](\d+)(?=[._])", path):
+    if match := re.match(r"([a-z][a-z_.]*?[a-z])[._](\d{1,9})(?=[._])", path):
         return f"{match[1]}.{match[2]}"
     if component == "transformer" and architecture is not None:
         return "OUT" if path.startswith(("proj_out", "norm_out")) else "IN"
@@ -99,19 +100,36 @@ def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, floa
     return weights
 
 
-def matches(pattern: str, module: str, architecture: str | None = None) -> bool:
-    """Return whether a pattern matches a module.
+class Selector:
+    """Patterns that select modules.
 
     A pattern may be a component (``text_encoder``), a block (``OUT03``), a glob over the module's name
     (``unet.up_blocks.*``) or, after ``re:``, a regular expression to be found in it.
+
+    Args:
+        patterns: The patterns.
+        architecture: The modules' family, which names the blocks.
+
+    Raises:
+        OptionError: A regular expression isn't one, or would take too long.
     """
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], module) is not None
-        except re.error as error:
-            raise OptionError(f"{pattern!r} is not a regular expression: {error}.") from None
-    component = module.partition(".")[0]
-    return pattern == component or fnmatchcase(module, pattern) or fnmatchcase(block(module, architecture), pattern)
+
+    def __init__(self, patterns: Iterable[str], architecture: str | None = None) -> None:
+        effort = Effort()
+        self.patterns = {p: Expression(p[3:], effort) if p.startswith("re:") else None for p in patterns}
+        self.architecture = architecture
+
+    def matching(self, module: str) -> list[str]:
+        """Return the patterns that match a module."""
+        names = (module, block(module, self.architecture))
+        component = module.partition(".")[0]
+
+        def matches(pattern: str, expression: Expression | None) -> bool:
+            if expression:
+                return expression.found_in(module)
+            return pattern == component or any(fnmatchcase(name, pattern) for name in names)
+
+        return [pattern for pattern, expression in self.patterns.items() if matches(pattern, expression)]
 
 
 def offered(modules: Iterable[str], architecture: str | None = None) -> str:

@@ -4,15 +4,15 @@ In order of precedence: a tensor of the module's own (``.alpha``, or ``.scale`` 
 ``lora_adapter_metadata`` or PEFT's ``adapter_config.json``, else alpha = rank.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import FileError, LayerError, NumberError
+from ...errors import LayerError, NumberError
 from ...layers import RANKED_BY
 from ...tensors import LARGEST, Tensor, scalar
 from ..architectures.names import COMPONENTS
+from ..storage.texts import parsed
 from .fields import WHOLE, Config, checked
 
 UNSCALED = {"alpha", "scale", "diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight"}
@@ -63,12 +63,7 @@ def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -
 
 def _in_header(text: str) -> dict[str, Config]:
     """Parse diffusers' configurations: one flat object whose keys begin with the component."""
-    try:
-        flat = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"lora_adapter_metadata in the file's header is not JSON: {error}") from error
-    if not isinstance(flat, dict):
-        raise FileError("lora_adapter_metadata in the file's header is not a JSON object")
+    flat = parsed(text, "lora_adapter_metadata in the file's header")
     found: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, dot, option = key.partition(".")

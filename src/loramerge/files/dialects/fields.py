@@ -40,6 +40,9 @@ SCALED = frozenset(role for kind in KINDS.values() for role in kind.roles)
 WHOLE = frozenset({"lokr_w1", "lokr_w2"})
 """Roles of a LoKr without factors, which PEFT scales and LyCORIS doesn't."""
 
+SWITCHES = ("use_rslora", "use_dora")
+"""Fields of `READ` that are true or false."""
+
 READ = frozenset(
     {"peft_type", "r", "init_r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
     | {"init_lora_weights"}
@@ -92,6 +95,9 @@ def checked(config: Config) -> dict[str, Any]:
             f"its configuration is of PEFT's {config['peft_type']}, and read are {', '.join(KINDS)}. Way out, if PEFT "
             f"can merge it: {WAY_OUT}"
         )
+    for field in SWITCHES:
+        if not isinstance(config.get(field, False), bool | None):
+            raise FileError(f"its configuration's {field} is {config[field]!r}, wanted true or false")
     for field, why in REFUSED.items():
         if config.get(field):
             raise FileError(f"its configuration has {field}: {why}. Way out, if PEFT can merge it: {WAY_OUT}")
@@ -154,7 +160,7 @@ def alpha(config: Config, names: Sequence[str], rank: int, roles: Set[str]) -> f
     if whole:
         return value / max(stated, 1)
     _check_rank(config, stated, rank)
-    return value * math.sqrt(rank) if config.get("use_rslora") else value
+    return value * math.sqrt(rank) if config.get("use_rslora") and config["peft_type"] == "LORA" else value
 
 
 def as_trained(layer: Layer, config: Config) -> Layer:

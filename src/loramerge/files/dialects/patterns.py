@@ -1,33 +1,18 @@
 """PEFT's patterns: values by module, under names, ends of names, or regular expressions.
 
-A configuration may come from anyone, and Python's regular expressions can take exponential time: names are
-looked up, and the work of the other patterns is bounded before any is tried.
+Names are looked up; the work of the other patterns is bounded.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
-from ...errors import FileError
+from ...errors import FileError, OptionError
+from ..expressions import Effort, Expression
 
 NAME = re.compile(r"\^?\w(?:[\w.-]|\\\.)*\$?")
 """Matches patterns that are names; their dots are taken as dots."""
-
-ENDLESS = re.compile(r"\)[*+?{]|\(\?(?!:)|\\\d")
-"""Repeated groups, lookarounds and back-references: with these a few characters can take exponential time."""
-
-MAX_WORK = 10_000_000
-"""Estimated steps that the regular expressions of a configuration may take for all modules together."""
-
-
-class Expression(NamedTuple):
-    """A regular expression among the patterns."""
-
-    place: int
-    compiled: re.Pattern[str]
-    repeats: int
-    choices: int
-    value: Any
 
 
 class Patterns:
@@ -47,13 +32,17 @@ class Patterns:
         self.field = field
         self.count = len(patterns)
         self.names: dict[str, tuple[int, Any]] = {}
-        self.expressions: list[Expression] = []
-        self._work = 0
+        self.expressions: list[tuple[int, Expression, Any]] = []
+        effort = Effort()
         for place, (pattern, value) in enumerate(patterns.items()):
             if NAME.fullmatch(pattern):
                 self.names.setdefault(pattern.rstrip("$").replace("\\.", "."), (place, value))
             else:
-                self.expressions.append(_expression(place, pattern, value, field))
+                # PEFT's rule; a leading ``.*`` is made part of what may stand before a match.
+                rest = re.sub(r"^\.\*(?![?+*{])(?!.*\|)", "", pattern)
+                before = r"(.*\.)?" if rest == pattern else ".*"
+                with self._named():
+                    self.expressions.append((place, Expression(rf"^{before}({rest})$", effort), value))
 
     def of(self, path: str, default: Any) -> Any:
         """Return the value for a module's path.
@@ -65,28 +54,21 @@ class Patterns:
             return default
         matching = (self.names[end] for end in _ends(path) if end in self.names)
         place, value = min(matching, key=lambda placed: placed[0], default=(self.count, default))
-        for expression in self.expressions:
-            if expression.place > place:
+        for at, expression, given in self.expressions:
+            if at > place:
                 break
-            self._work += max(1, len(path)) ** expression.repeats * 2**expression.choices
-            if self._work > MAX_WORK:
-                raise FileError(f"{self.field} in the configuration is too much work. Way out: name the modules in it")
-            if expression.compiled.match(path):
-                return expression.value
+            with self._named():
+                if expression.found_in(path):
+                    return given
         return value
 
-
-def _expression(place: int, pattern: str, value: Any, field: str) -> Expression:
-    """Compile a pattern by PEFT's rule; a leading ``.*`` is made part of what may stand before a match."""
-    rest = re.sub(r"^\.\*(?![?+*{])(?!.*\|)", "", pattern)
-    plain = re.sub(r"\\.|\[\^?.[^\]]*\]", "c", rest)
-    if ENDLESS.search(rest) or len(plain) > 1000:
-        raise FileError(f"{field} {pattern[:80]!r} is too much work. Way out: name the modules in it")
-    try:
-        compiled = re.compile(rf"(.*\.)?({rest})$" if rest == pattern else rf".*({rest})$")
-    except (re.error, RecursionError, OverflowError) as error:
-        raise FileError(f"{field} {pattern[:80]!r} is no regular expression: {error}") from None
-    return Expression(place, compiled, len(re.findall(r"[*+{]|(?<!\()\?", plain)), plain.count("|"), value)
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the field in an error about a pattern."""
+        try:
+            yield
+        except OptionError as error:
+            raise FileError(f"{self.field} in the configuration: {error}") from None
 
 
 def _ends(path: str) -> Iterator[str]:

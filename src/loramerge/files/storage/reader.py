@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import stat
 import struct
 import threading
 from collections.abc import Mapping
@@ -19,18 +18,13 @@ from typing import Any
 
 from ...errors import FileError
 from ...tensors import SIZES, Stored
+from .texts import HALF, open_regular, too_large
 
 MAX_HEADER = 100_000_000
 """The reference implementation's limit, in bytes."""
 
-MAX_QUOTES, MAX_STRUCTURE, MAX_WIDE = 1_000_000, 4_000_000, 40_000_000
-"""Limits of a header: its quotation marks (a tensor has ten), its bytes outside of strings, and its bytes if some are
-not ASCII.  Python needs 20 times the bytes of lists and numbers, and four times those of a text with an emoji."""
-
 MAX_AXES, MAX_BYTES = 64, 2**63
 """numpy's limit of a shape's axes, and the file system's limit of a tensor's bytes, counting sizes of 0 as 1."""
-
-STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
 NUMBER, AHEAD = 8, 4096
 """Tensors of up to this many bytes (alphas) are stored side by side, so a block of the second size is read at once."""
@@ -135,32 +129,36 @@ class SafetensorsFile(dict[str, Stored]):
     def _header(self) -> tuple[dict[str, str], dict[str, Stored]]:
         size = self.opened.size
         if size < 8:
-            raise FileError(f"{self.path} is no safetensors file: {size} bytes, wanted at least 8.")
+            raise self._refused(f"is no safetensors file: {size} bytes, wanted at least 8")
         (length,) = struct.unpack("<Q", self.opened.read(0, 8))
         if length > MAX_HEADER:
-            if what := _instead(self.opened.read(0, min(size, 256))):
-                raise FileError(f"{self.path} is no safetensors file but {what}.")
-            raise FileError(
-                f"{self.path} is no safetensors file, or a hostile one: its header claims {length} bytes, "
-                f"at most {MAX_HEADER} are allowed."
+            raise self._refused(
+                f"is no safetensors file, or a hostile one: its header claims {length} bytes, at most {MAX_HEADER} are allowed"
             )
         if 8 + length > size:
-            raise FileError(
-                f"{self.path} is truncated or no safetensors file: its header claims {length} bytes, {size - 8} are there."
+            raise self._refused(
+                f"is truncated or no safetensors file: its header claims {length} bytes, {size - 8} are there"
             )
         header = self._json(self.opened.read(8, length))
         metadata = self._checked_metadata(header.pop("__metadata__", {}))
         self.opened.start = 8 + length
         return metadata, self._tensors(header, size - 8 - length)
 
+    def _refused(self, why: str) -> FileError:
+        """Return the error that says what the file is instead, or else why it isn't one of safetensors."""
+        start = self.opened.read(0, min(512, self.opened.size))
+        what = next((what for beginning, what in INSTEAD if re.match(beginning, start, re.DOTALL)), None)
+        return FileError(f"{self.path} is no safetensors file but {what}." if what else f"{self.path} {why}.")
+
     def _json(self, data: bytes) -> dict[str, Any]:
-        if reason := _too_large(data):
+        if reason := too_large(data):
             raise FileError(f"{self.path} is no safetensors file, or a hostile one: its header {reason}.")
         try:
-            header = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
-            _check_unicode(data, header)
+            text = data.decode("utf-8")
+            header = json.loads(text, object_pairs_hook=_unique)
+            _check_unicode(text, header)
         except (ValueError, RecursionError) as error:
-            raise FileError(f"{self.path} is no safetensors file: its header is not JSON ({error}).") from None
+            raise self._refused(f"is no safetensors file: its header is not JSON ({error})") from None
         if not isinstance(header, dict):
             raise FileError(f"{self.path} is no safetensors file: its header is not a JSON object.")
         return header
@@ -206,93 +204,47 @@ class SafetensorsFile(dict[str, Stored]):
         return shape, dtype, begin, end
 
 
+LENGTH = rb"(?!.{4}\0{4})"
+"""Matches where no length of a header stands: the first eight bytes are a large number."""
+
 INSTEAD = (
     (
         rb"PK\x03\x04|\x80[\x02-\x05]",
         "a zip file or a pickle, such as torch.save writes. Way out: torch.load(…, weights_only=True) gives a state dict, "
         "which loramerge.load takes",
     ),
-    (rb"\s*<", "a web page, such as one that asks to log in. Way out: download the file itself"),
+    (
+        rb"PK(\x05\x06|\x07\x08)|7z\xbc\xaf|Rar!|\x1f\x8b\x08|BZh[1-9]|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar",
+        "an archive",
+    ),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|.{4}ftyp(avif|heic|mif1)|II\*\0|MM\0\*|BM.{4}\0{4}", "a picture"),
+    (rb"RIFF.{4}(AVI |WAVE)|.{4}ftyp|\x1aE\xdf\xa3|OggS|ID3", "a video or a sound"),
+    (
+        rb"GGUF|GGML|ggjt",
+        "a GGUF file, whose weights are quantised. Way out: the LoRA as safetensors, from where it was made",
+    ),
+    (rb"\x93NUMPY|\x89HDF|SQLite format 3", "a file of other data: NumPy's, HDF5 or SQLite"),
+    (rb"%PDF", "a PDF"),
+    (rb"\x7fELF|MZ.{6}|\xcf\xfa\xed\xfe", "a program"),
+    (LENGTH + rb"\s*<", "a web page, such as one that asks to log in. Way out: download the file itself"),
     (rb"version https://git-lfs", "a Git LFS pointer, which stands for the file. Way out: git lfs pull"),
-    (rb"\s*[\[{]", "a JSON file"),
-    (rb"[\t\n\r -~]{8,}\Z", "a text file"),
+    (LENGTH + rb"\s*[\[{]", "a JSON file"),
+    (LENGTH + rb"(\xef\xbb\xbf)?[\t\n\r -~]{8,}\Z", "a text file"),
 )
 """Beginnings of other files that users take for safetensors files."""
 
 
-def _instead(start: bytes) -> str | None:
-    """Say what a file is by its first bytes; None if they are none of `INSTEAD`."""
-    return next((what for beginning, what in INSTEAD if re.match(beginning, start)), None)
-
-
-def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a file for reading; refuse pipes and devices, which may never end.
-
-    Raises:
-        FileError: It can't be opened, or is not a regular file.
-    """
-    try:
-        # Without O_NONBLOCK, opening a pipe that nobody writes to blocks.
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-    except (OSError, ValueError) as error:
-        raise FileError(f"Can't open {path}: {getattr(error, 'strerror', error)}.") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise FileError(f"Can't open {path}: it is a directory, a pipe or a device, wanted a file.")
-    return fd
-
-
-MAX_TEXT = 10_000_000
-"""The most bytes of a text file, such as a configuration."""
-
-
-def read_text(path: str | os.PathLike[str], most: int = MAX_TEXT) -> str:
-    """Read a small text file.
-
-    Args:
-        path: The file.
-        most: The most bytes that it may have.
-
-    Raises:
-        FileError: It can't be read, is not UTF-8, or is too large.
-    """
-    with open(open_regular(path), "rb") as file:
-        data = file.read(most + 1)
-    if len(data) > most:
-        raise FileError(f"Can't read {path}: it has more than {most} bytes.")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FileError(f"Can't read {path}: it is not UTF-8 ({error}).") from None
-
-
-def _too_large(data: bytes) -> str | None:
-    """Say why a header would need many times its size in memory; None if it would not."""
-    if len(data) > MAX_WIDE and not data.isascii():
-        return f"has {len(data)} bytes, not all of them ASCII; at most {MAX_WIDE} are allowed then"
-    if len(data) <= MAX_STRUCTURE:
-        return None
-    if data.count(b'"') - data.count(b'\\"') > MAX_QUOTES:
-        return f"has more than {MAX_QUOTES // 10} tensors, or {MAX_QUOTES // 4} entries of metadata"
-    if len(data) - sum(found.end() - found.start() for found in STRING.finditer(data)) > MAX_STRUCTURE:
-        return f"has more than {MAX_STRUCTURE} bytes outside of strings"
-    return None
-
-
-def _check_unicode(data: bytes, header: Any) -> None:
+def _check_unicode(source: str, header: Any) -> None:
     """Refuse an escaped half of a surrogate pair, which JSON can write and UTF-8 can't.
 
     Raises:
         ValueError: There is one.
     """
-    if HALF.search(data) and isinstance(header, dict):
+    if HALF.search(source) and isinstance(header, dict):
         metadata = header.get("__metadata__")
         values = metadata if isinstance(metadata, dict) else {}
         for text in (*header, *values, *(v for v in values.values() if isinstance(v, str))):
             text.encode()
-
-
-HALF = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Option:
     def allows(self, value: Any) -> bool:
         """True if the value has the option's type, and lies within the range or among the choices."""
         fits = isinstance(value, (int, float) if self.kind is float else self.kind)
+        fits = fits and not (isinstance(value, int) and abs(value) >= 2**63)
         if not fits or (isinstance(value, bool) and self.kind is not bool):
             return False
         return (not self.choices or value in self.choices) and (self.range is None or value in self.range)

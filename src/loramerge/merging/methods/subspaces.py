@@ -71,7 +71,7 @@ def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Float64[Arr
 
 
 def _has_a_mean(weights: Weights) -> None:
-    if any(weights) and abs(math.fsum(weights)) < 1e-9:
+    if any(weights) and abs(math.fsum(weights)) < 1e-9 * math.fsum(map(abs, weights)):
         raise MergeError("cart: the weights add up to zero, so that there is no mean. Way out: other weights")
 
 

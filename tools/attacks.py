@@ -71,7 +71,9 @@ def child(path: str, allow_pickle: bool, recipe: bool) -> None:
 def measured(name: str, flags: list[bool]) -> dict[str, object]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
-        made = subprocess.run([sys.executable, "-c", MAKE, name, folder], env=environment, capture_output=True, check=True)
+        made = subprocess.run(
+            [sys.executable, "-c", MAKE, name, folder], env=environment, capture_output=True, check=True
+        )
         path = os.fsdecode(made.stdout)
         size = sum(file.stat().st_size for file in (Path(path), *Path(path).rglob("*")) if file.is_file()) / 1e6
         words = [sys.executable, __file__, "--child", json.dumps([path, *flags])]

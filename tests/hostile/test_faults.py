@@ -146,6 +146,7 @@ def test_a_disk_that_is_full_for_real_leaves_the_old_file_and_a_reason(inputs: P
 
     assert done.returncode == 1
     assert done.stderr.startswith("Error: Can't write out/m.safetensors")
+    assert done.stderr.count("\n") == 1
     assert files(inputs) == before
 
 

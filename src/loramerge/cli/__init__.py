@@ -64,9 +64,9 @@ def _run() -> None:
 
 def _explain(error: BaseException, done: bool) -> NoReturn:
     """End after Ctrl-C, or where standard output can't be written to; raise any other error."""
-    # typer exits by itself in both cases, in silence, with what happened as the cause or the context.
-    cause = (getattr(error.__context__, "__cause__", None) or error.__context__) if type(error) is SystemExit else error
-    if isinstance(cause, KeyboardInterrupt):
+    # typer exits by itself in both cases, in silence; what happened is the context, or the cause of that.
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if KeyboardInterrupt in (type(cause), type(getattr(cause, "__cause__", None))):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one has nothing to stop
         print("Interrupted; nothing was written.", file=sys.stderr)
         sys.exit(130)

@@ -248,7 +248,7 @@ def _setting(text: str, loras: ExitStack, architecture: str | None) -> tuple[str
 
 
 def _use(text: str, loras: ExitStack, architecture: str | None) -> "Use":
-    from ..diffusion.generation import Use
+    from ..diffusion.composing import Use
     from ..files.reading import open
 
     file, colon, weight = text.rpartition(":")

@@ -16,7 +16,12 @@ from ..registry import face
 if TYPE_CHECKING:
     from ..devices import within_memory as within_memory
     from .apply import applied as applied, check_fits as check_fits
-    from .composing import COMPOSITIONS as COMPOSITIONS, Composition as Composition, composition as composition
+    from .composing import (
+        COMPOSITIONS as COMPOSITIONS,
+        Composition as Composition,
+        Use as Use,
+        composition as composition,
+    )
     from .composing.running import Composed as Composed, composed as composed
     from .denoiser import Denoiser as Denoiser, load as load
     from .examples import (
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
         from_images as from_images,
         from_prompts as from_prompts,
     )
-    from .generation import Drawn as Drawn, Sampling as Sampling, Use as Use, generate as generate, slug as slug
+    from .generation import Drawn as Drawn, Sampling as Sampling, generate as generate, slug as slug
     from .pipelines import load_pipeline as load_pipeline, use_scheduler as use_scheduler
     from .processes import Team as Team, team as team
     from .training import (
@@ -47,6 +52,7 @@ else:
             "composing": (
                 "COMPOSITIONS",
                 "Composition",
+                "Use",
                 "composition",
             ),
             "composing.running": (
@@ -66,7 +72,6 @@ else:
             "generation": (
                 "Drawn",
                 "Sampling",
-                "Use",
                 "generate",
                 "slug",
             ),

@@ -55,7 +55,7 @@ def composed(pipe: Any, uses: Sequence[Use], name: Composition | str = "blend", 
             raise MergeError(
                 f"{use.lora.name} changes {outside}, where compositions don't act: lora.exclude({outside!r})."
             )
-    denoiser = next(models[component] for component in DENOISERS if component in models)
+    denoiser: Any = next(models[component] for component in DENOISERS if component in models)
     with attach(models, [use.lora for use in uses], dtype=denoiser.dtype) as attached:
         stage = _Stage(pipe, denoiser, uses, attached, lambda call: composition.function(call, **chosen))
         with stage.installed():
@@ -253,7 +253,7 @@ class _Stage:
             found = self.encode(**kept, **own)
             self._all_in_text()
             memory[key] = {"prompt": found[0]} | ({"pooled": found[2]} if len(found) > 2 else {})
-        return memory[key]  # type: ignore[no-any-return]
+        return memory[key]
 
 
 def _restore(owner: Any, name: str, before: Any) -> None:

@@ -69,7 +69,9 @@ class Plan:
         found = joins_of(self.steps, self.loras, self.dialect, self.architecture, exact, self.rank)
         if self.ranks is None:
             return found
-        chosen = {join.modules: replace(join, rank=self.ranks[join.modules[0]]) for join in found.values()}
+        chosen = {
+            join.modules: replace(join, rank=self.ranks[join.modules[0]], sought=join.rank) for join in found.values()
+        }
         return {module: chosen[join.modules] for module, join in found.items()}
 
     def rank_of(self, module: str) -> int:
@@ -176,7 +178,8 @@ class Plan:
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
         """Return the same plan at given ranks, which were chosen for a budget."""
         given = {module: ranks[self.first(module)] for module, step in self.steps.items() if not step.rankless}
-        cut = {m: replace(self.steps[m], rank=rank) for m, rank in given.items() if m not in self.joins}
+        alone = {m: self.steps[m] for m in given if m not in self.joins}
+        cut = {m: replace(step, rank=given[m], sought=step.rank) for m, step in alone.items()}
         steps = {m: cut.get(m, step) for m, step in self.steps.items()}
         return replace(self, steps=steps, budget=budget, ranks=given)
 

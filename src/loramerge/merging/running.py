@@ -163,7 +163,7 @@ class Merger:
         parts = apart(join, whole.layer, layers)
         if whole.energy is None:
             return {m: Outcome(m, part, None, 0.0) for m, part in parts.items()}
-        shares = lost_by(whole.lost, layers, list(parts.values()))
+        shares = lost_by(layers, list(parts.values()))
         return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
 
     def joined(self, join: Join, layers: Sequence[Merged]) -> Merged:
@@ -251,9 +251,9 @@ def _merged(layer: Layer) -> Merged:
 def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
     """Bring a merged layer to exactly the planned rank, which the layout announced: cut it, or pad it with zeros."""
     if isinstance(layer, Full):
-        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank, within=step.sought)
     elif step.rank < layer.rank:
-        cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank)
+        cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank, exact=step.sought > 0)
     else:
         found = layer if layer.rank == step.rank else _zero_padded(layer, step.rank)
         return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)

@@ -34,6 +34,8 @@ class Step:
     """True if the result is one layer times its weight, which keeps its form unless it is cut."""
     dense: bool = False
     """True if an input has no factors, so that the result has none."""
+    sought: int = 0
+    """With a budget the rank that it chose within, so that the cut loses just what was counted; else 0."""
 
     @property
     def cut(self) -> bool:

@@ -33,7 +33,7 @@ def gram(matrix: Float[Array, "r n"]) -> Float64[Array, "r r"]:
 
 def norm(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> float:
     """Return the Frobenius norm of ``up @ down``, from the Gram matrices."""
-    gram_up, gram_down = grams(up, down)
+    gram_up, gram_down = grams(*thin(up, down))
     return math.sqrt(max(float((gram_up * gram_down).sum()), 0.0))
 
 
@@ -129,6 +129,28 @@ def tucker(core: Float[Array, "r inner kh kw"], down: Float[Array, "inner in"]) 
     rank, inner = core.shape[:2]
     by_place = xp.permute_dims(core.reshape((rank, inner, -1)), (2, 0, 1)) @ down
     return xp.permute_dims(by_place, (1, 2, 0)).reshape((rank, -1))
+
+
+def tucker_norm(
+    up: Float[Array, "out r"], core: Float[Array, "r inner kh kw"], down: Float[Array, "inner in"]
+) -> float:
+    """Return the norm of the ΔW of a Tucker decomposition, from the Gram matrices of its factors."""
+    xp = namespace(core)
+    gram_up, gram_down = gram(up.T), gram(down)
+    places = xp.permute_dims(core.reshape((*core.shape[:2], -1)), (2, 0, 1))
+    step = max(1, 2**20 // math.prod(core.shape[:2]))
+    square = 0.0
+    for start in range(0, places.shape[0], step):
+        part = xp.astype(places[start : start + step], xp.float64)
+        square += float(((gram_up @ part) * (part @ gram_down)).sum())
+    return math.sqrt(max(square, 0.0))
+
+
+def thin(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> tuple[Float[Array, "out k"], Float[Array, "k in"]]:
+    """Return factors of the same product that are no wider than its smaller side, if many are."""
+    if up.shape[1] <= max(GRAM_LIMIT, min(up.shape[0], down.shape[1])):
+        return up, down
+    return trivial(up @ down)
 
 
 def padded(
@@ -303,6 +325,8 @@ def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int, e
     total = up.shape[1]
     if rank >= total:
         return Cut(up, down, norm(up, down) ** 2, 0.0)
+    up, down = thin(up, down)
+    total = up.shape[1]
     if total > GRAM_LIMIT and total > 3 * rank and not exact and power_of_two(up) == power_of_two(down) == 1:
         return _truncate_randomised(up, down, rank)
     return _truncate_gram(up, down, rank)
@@ -310,7 +334,7 @@ def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int, e
 
 def squares(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> "np.ndarray":
     """Return the squared singular values of ``up @ down``, falling, float64; the last are left out if ΔW rounds to the rest."""
-    found = as_numpy(spectrum(*grams(up, down), ROUNDING / 10).sigma) ** 2
+    found = as_numpy(spectrum(*grams(*thin(up, down)), ROUNDING / 10).sigma) ** 2
     return found[found[::-1].cumsum()[::-1] > ROUNDING**2 * found.sum()]
 
 
@@ -507,7 +531,8 @@ def distance(
     xp = namespace(first[0])
     up = xp.concat([xp.astype(first[0], xp.float64), -xp.astype(second[0], xp.float64)], axis=1)
     down = xp.concat([xp.astype(first[1], xp.float64), xp.astype(second[1], xp.float64)], axis=0)
-    core = xp.linalg.qr(up)[1] @ xp.linalg.qr(down.T)[1].T
+    wide = up.shape[1] > min(up.shape[0], down.shape[1])
+    core = up @ down if wide else xp.linalg.qr(up)[1] @ xp.linalg.qr(down.T)[1].T
     return math.sqrt(float((core**2).sum()))
 
 

@@ -216,7 +216,17 @@ def nbytes(shape: Shape, dtype: str) -> int:
 
 
 def float32(array: Array) -> Array:
-    """Convert to float32."""
+    """Convert to float32.
+
+    Raises:
+        NumberError: Numbers of float64 are too large or too small for it.
+    """
+    if code(array) == "F64" and math.prod(array.shape):
+        largest = max(float(array.max()), -float(array.min()))
+        if not largest <= LARGEST["F32"] or 0 < largest < 2.0**-126:
+            raise NumberError(
+                f"its largest value, {largest:.4g}, is outside of float32's range, in which layers are merged"
+            )
     if is_torch(array):
         return array.float()
     import numpy as np
@@ -234,6 +244,26 @@ def _half_to_float(array: Array) -> Array:
     wide = bits.view(np.float32)
     wide *= np.float32(2.0**112)
     return wide
+
+
+def times(array: Array, factor: float) -> Array:
+    """Multiply a float32 array by a weight, a scale, or both.
+
+    Raises:
+        NumberError: The product is too large for float32.
+    """
+    if factor == 1 or not math.prod(array.shape):
+        return array
+    if abs(factor) > 1:
+        largest = abs(factor) * max(float(array.max()), -float(array.min()))
+        if not largest <= LARGEST["F32"]:
+            raise NumberError(
+                f"a value is infinite: {largest:.4g} is too large for float32. Way out: a smaller weight or alpha"
+            )
+    if 1e-30 < abs(factor) < 1e30:
+        return array * factor
+    xp = namespace(array)  # the factor itself may be outside of float32
+    return xp.astype(xp.astype(array, xp.float64) * factor, xp.float32)
 
 
 def check_finite(array: Array) -> None:

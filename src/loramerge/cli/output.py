@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..errors import LoRAMergeError, needed, size
+from ..errors import LoRAMergeError, first_line, needed, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +22,9 @@ def guarded(command: Callable[[], object]) -> None:
         sys.stdout.flush()
     except LoRAMergeError as error:
         print(f"Error: {as_typed(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError as error:
+        print(f"Error: out of memory: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted; nothing was written.", file=sys.stderr)

@@ -173,7 +173,9 @@ def down_id(join: Join) -> tuple[str, ...]:
 
 def lost_by(layers: Sequence[Layer], kept: Sequence[LowRank]) -> list[tuple[float, float]]:
     """Return each module's ‖ΔW‖², and the part of it that is missing in what is kept."""
-    return [(layer.norm() ** 2, _missing(layer, *part.factors()) ** 2) for layer, part in zip(layers, kept, strict=True)]
+    return [
+        (layer.norm() ** 2, _missing(layer, *part.factors()) ** 2) for layer, part in zip(layers, kept, strict=True)
+    ]
 
 
 def _missing(layer: Layer, up: Array, down: Array) -> float:

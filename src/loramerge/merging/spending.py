@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from .. import linalg
-from ..errors import OptionError, size, within
+from ..errors import OptionError, computing, size
 from ..files.writing import saved_size
 from ..layers import Full, Layer, LowRank
 from ..layers.base import matrix
@@ -54,7 +54,7 @@ def _spectrum_of(plan: Plan, module: str) -> Spectrum:
     if join is not None:
         parts = [] if join.exact else plan.merger.uncut_parts(join)
         return _spectrum(plan.merger.joined(join, parts), join.step)
-    with within(module):
+    with computing(module):
         return _spectrum(plan.merger.uncut(plan.steps[module]), plan.steps[module])
 
 
@@ -78,7 +78,9 @@ def _check_least(plan: Plan, budget: Budget) -> int:
 def _spectrum(layer: Layer, step: Step) -> Spectrum:
     """Compute the spectrum of a layer, up to the rank of its step."""
     missed = 0.0  # what no rank that is looked at would keep, measured by itself: a difference of energies is rounding
-    if not isinstance(layer, LowRank | Full):
+    if near := layer.nearest(1):
+        squares = linalg.as_numpy(near[2]).astype("float64") ** 2
+    elif not isinstance(layer, LowRank | Full):
         squares = linalg.as_numpy(layer.spectrum(lambda: linalg.grams(*layer.factors())).sigma) ** 2
     elif isinstance(layer, Full):
         cut = linalg.truncate_dense(matrix(layer.diff), step.rank, within=step.rank)

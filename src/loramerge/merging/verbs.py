@@ -70,7 +70,7 @@ def plan(
     opened, architecture = of_one_family(opened)
     model = None if base is None else base if isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
     limit = budget(max_error, energy, max_size)
-    resolved = resolve(opened, weights, scope, chosen.default_weight)
+    resolved = resolve(opened, weights, scope, chosen.default_weight, model)
     weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
     steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
     if not steps:

@@ -375,10 +375,10 @@ def scaled(tensor: Array | Spec | None, weight: float) -> Array | Spec | None:
     return times(float32(tensor), weight)
 
 
-LARGEST_WEIGHT = 2**28
+LARGEST_WEIGHT = 2**27
 """Numbers of a ΔW that may be written out from its factors: no model has a larger weight."""
 
-IMPLIED = 2**24
+IMPLIED = 2**23
 """The same for a kind of a few numbers that imply many, if no architecture knows the weight."""
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from .. import linalg
 from ..errors import LayerError
-from ..tensors import Array, Shape, Spec, float32, largest_rank, times
+from ..tensors import Array, Shape, Spec, float32, float64, largest_rank, times
 from .base import LARGEST_WEIGHT, Layer, check_size, dense_norm, matrix, scaled
 
 
@@ -101,8 +101,10 @@ class LoHa(Layer):
 
     def norm(self) -> float:
         rows, columns = self.shape[0], math.prod(self.shape[1:])
+        if self.rank**2 <= min(rows, columns):
+            return super().norm()
         check_size(self, rows * columns, LARGEST_WEIGHT)
-        (up1, down1), (up2, down2) = self._halves()
+        (up1, down1), (up2, down2) = (tuple(map(float64, half)) for half in self._halves())
         step = max(1, 2**20 // columns)
         parts = [slice(start, start + step) for start in range(0, rows, step)]
         norms = [dense_norm((up1[part] @ down1) * (up2[part] @ down2)) for part in parts]

@@ -168,6 +168,7 @@ class LoKr(Layer):
 
     def nearest(self, rank: int) -> tuple[Array, Array, Array]:
         """Return the best factors of a rank: the singular triples of w1 ⊗ w2 are products of those of w1 and w2."""
+        check_size(self, rank * (self.shape[0] + math.prod(self.shape[1:])))
         xp = namespace(self._parts[0][0])
         (u1, s1, v1), (u2, s2, v2) = (xp.linalg.svd(up @ down, full_matrices=False) for up, down in self._parts)
         values = xp.reshape(s1[:, None] * s2[None, :], (-1,)) * abs(self.scale)

@@ -119,11 +119,11 @@ def _check_tuples(path: str, file: BinaryIO) -> None:
                 if opcode.name.startswith("TUPLE"):
                     taken = [1 + sum(taken)]
                 elif "GET" in opcode.name:
-                    taken = [memo.get(int(argument), 0)]
+                    taken = [memo.get(int(argument or 0), 0)]
                 elif opcode.name == "MEMOIZE":
                     memo[len(memo)] = taken[0]
                 elif "PUT" in opcode.name:
-                    memo[int(argument)] = stack[-1] or 0
+                    memo[int(argument or 0)] = stack[-1] or 0
                 made = [taken[0] if taken else 0] * len(opcode.stack_after)
                 stack += [None] if opcode.name == "MARK" else made
                 if max(made, default=0) > MAX_NESTED or number > MAX_OPCODES:

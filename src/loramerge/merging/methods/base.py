@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from ...errors import LoRAMergeError, MergeError, NumberError, OptionError, did_you_mean, first_line
 from ...layers import Full, Layer, LowRank
-from ...tensors import Array, check_finite, float32, times
+from ...tensors import Array, check_finite, flatten, float32, times
 from .options import Option, options_of
 
 Merged = LowRank | Full
@@ -156,8 +156,16 @@ def alive(layers: Sequence[Layer], weights: Weights) -> tuple[Sequence[Layer], W
     Returns:
         The other layers, their weights, and their places among all.
     """
-    kept = [i for i, weight in enumerate(weights) if weight and layers[i].norm()] or [0]
+    kept = [i for i, weight in enumerate(weights) if weight and not _is_zero(layers[i])] or [0]
     return [layers[i] for i in kept], [weights[i] for i in kept], kept
+
+
+def _is_zero(layer: Layer) -> bool:
+    if isinstance(layer, LowRank) and layer.mid is None:  # one entry that isn't zero says it for less than the norm
+        entry = float32(flatten(layer.up)[:1]) @ float32(flatten(layer.down)[:, :1])
+        if layer.scale and float(entry[0, 0]):
+            return False
+    return not layer.norm()
 
 
 def sum_of_ranks(layers: Sequence[Layer], **_: Any) -> int:

@@ -150,7 +150,8 @@ def thin(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> tuple[Float[A
     """Return factors of the same product that are no wider than its smaller side, if many are."""
     if up.shape[1] <= max(GRAM_LIMIT, min(up.shape[0], down.shape[1])):
         return up, down
-    return trivial(up @ down)
+    xp = namespace(up)
+    return trivial(xp.astype(xp.astype(up, xp.float64) @ xp.astype(down, xp.float64), up.dtype))
 
 
 def padded(

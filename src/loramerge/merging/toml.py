@@ -41,7 +41,7 @@ def text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(int(value))
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and not math.isnan(value):
         return repr(float(value))
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

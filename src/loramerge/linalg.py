@@ -335,8 +335,9 @@ def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int, e
 
 def squares(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> "np.ndarray":
     """Return the squared singular values of ``up @ down``, falling, float64; the last are left out if ΔW rounds to the rest."""
-    found: np.ndarray = as_numpy(spectrum(*grams(*thin(up, down)), ROUNDING / 10).sigma) ** 2
-    return found[found[::-1].cumsum()[::-1] > ROUNDING**2 * found.sum()]
+    found = as_numpy(spectrum(*grams(*thin(up, down)), ROUNDING / 10).sigma) ** 2
+    kept: np.ndarray = found[found[::-1].cumsum()[::-1] > ROUNDING**2 * found.sum()]
+    return kept
 
 
 def as_numpy(array: Array) -> "np.ndarray":

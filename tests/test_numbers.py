@@ -99,7 +99,7 @@ def large(seed: int, rank: int, decay: float) -> Pair:
 
 
 BUDGETS: dict[str, tuple[list[Pair], dict[str, Any], tuple[float, ...]]] = {
-    "many ranks": ([large(i, 16, 0.97) for i in range(24)], {}, (0.3, 0.1)),
+    "many ranks": ([large(i, 16, 0.97) for i in range(24)], {}, (0.5, 0.3)),
     "few ranks": ([decaying(i, 16, 0.5) for i in (1, 2)], {}, (0.1, 1e-2, 1e-3, 1e-4, 1e-5, 0.0)),
     "faint": ([decaying(1, 20, 0.4)], {}, (1e-5, 0.0)),
     "more ranks than rows": ([decaying(i, 96, 0.9) for i in range(4)], {}, (0.1, 1e-3, 0.0)),
@@ -130,7 +130,10 @@ def test_a_budget_is_kept_and_what_is_told_is_there(case: str, limit: float) -> 
     plan = lm.plan([lora(p) for p in pairs], weights=weights, max_error=limit, **options)
     error, told = measured(wanted, plan)
 
+    sigma = np.linalg.svd(wanted, compute_uv=False)
+    best = float(np.linalg.norm(sigma[plan.rank_of(MODULE) :]) / np.linalg.norm(sigma))
     assert error <= limit + 3e-7
+    assert error <= best * (1 + (1e-5 if "method" in options else 1e-7)) + 3e-7
     assert told == pytest.approx(error, rel=1e-4, abs=3e-7)
 
 
@@ -166,10 +169,11 @@ def refactored(pair: Pair, seed: int) -> Pair:
 
 
 def strong_and_weak() -> list[Pair]:
-    """Two LoRAs on other rows, one a thousandth of the other: the common directions are all of one."""
+    """Two LoRAs at right angles, one a thousandth of the other: the common directions are all of one."""
     (up, down), (low, wide) = normal(1, 96, 16, 80), normal(2, 96, 4, 80)
-    up[48:], low[:48] = 0, 0
-    return [(up, down), (1e-3 * low, wide)]
+    up[48:], low[:48], down[:, 40:], wide[:, :40] = 0, 0, 0, 0
+    turn, other = (np.linalg.qr(normal(seed, n, n, 1)[0])[0] for seed, n in ((5, 96), (6, 80)))
+    return [(turn @ up, down @ other), (1e-3 * turn @ low, wide @ other)]
 
 
 @pytest.mark.parametrize("pairs", [strong_and_weak(), [normal(3, 96, 16, 80)] * 2], ids=["disjoint", "itself"])
@@ -354,7 +358,7 @@ def test_a_merge_in_memory_of_bfloat16_still_has_values_of_bfloat16(largest: flo
 
     def given(dtype: Any, scale: float) -> LoRA:
         factors = {role: torch.from_numpy(f).to(dtype) for role, f in zip(("up", "down"), normal(1), strict=True)}
-        factors["down"] *= scale
+        factors["up"] *= scale  # a sum has its ups in float32, and its downs as they were
         return lm.load({f"lora_unet_m.lora_{role}.weight": factor for role, factor in factors.items()})
 
     merged = lm.merge([given(torch.bfloat16, largest)] * 2)

@@ -225,6 +225,7 @@ def test_different_ranks_in_one_weight_are_refused(tmp_path: Path) -> None:
 def test_the_size_counts_a_shared_down_once() -> None:
     planned = plan([flux(0), flux(1)], rank=3)
 
-    assert planned.size == 4 * 3 * (3 * SIDE + SIDE + SIDE + SIDE)
+    alphas = 2
+    assert planned.size == 4 * (3 * (3 * SIDE + SIDE + SIDE + SIDE) + alphas)
     assert math.isclose(planned.joins[QKV[0]].rank, 3)
     assert not fuse.depends(planned.lora().layout(QKV[0]))

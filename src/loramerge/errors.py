@@ -89,6 +89,22 @@ def within(where: str) -> Iterator[None]:
         raise error.at(where) from None
 
 
+@contextmanager
+def computing(where: str) -> Iterator[None]:
+    """Do as `within` does, for a block that computes: memory that doesn't suffice is an error of loramerge, too.
+
+    Raises:
+        DeviceMemoryError: Memory ran out.
+    """
+    import numpy as np
+
+    with within(where), np.errstate(over="ignore", invalid="ignore"):  # infinity is refused by name, not warned of
+        try:
+            yield
+        except MemoryError as error:
+            raise DeviceMemoryError(f"out of memory: {first_line(error)}") from error
+
+
 EXTRAS = {
     "torch": "torch",
     "array_api_compat": "torch",

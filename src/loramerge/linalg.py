@@ -33,12 +33,15 @@ def gram(matrix: Float[Array, "r n"]) -> Float64[Array, "r r"]:
 
 def norm(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> float:
     """Return the Frobenius norm of ``up @ down``, from the Gram matrices."""
-    gram_up, gram_down = grams(up, down)
+    gram_up, gram_down = grams(*thin(up, down))
     return math.sqrt(max(float((gram_up * gram_down).sum()), 0.0))
 
 
 RANK_TOLERANCE = 1e-6
 """Singular values below this share of the largest count as zero: float32 factors hold seven digits."""
+
+ROUNDING = 1e-7
+"""A relative error of ΔW that is none: float32 factors have as much."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,18 @@ class Spectrum:
         return int(self.sigma.shape[0])
 
 
-def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -> Spectrum:
+def spectrum(
+    gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"], least: float = RANK_TOLERANCE
+) -> Spectrum:
     """Compute ΔW's SVD from the Gram matrices of its factors.
 
     Args:
         gram_up: ``upᵀ up``.
         gram_down: ``down downᵀ``.
+        least: The share of the largest singular value from which on others count as zero.
 
     Returns:
-        The singular values above `RANK_TOLERANCE` times the largest, with their vectors; none for ΔW = 0.
+        The singular values that aren't zero, with their vectors; none for ΔW = 0.
     """
     # down downᵀ = H Hᵀ makes ΔW = (up H) Q with orthonormal rows Q, so that Hᵀ (upᵀ up) H = X Σ² Xᵀ gives
     # the left vectors up H X Σ⁻¹ and the right ones Xᵀ Q.  Rows of down are given length one first:
@@ -81,7 +87,7 @@ def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -
     half = vectors * squares**0.5
     # Where the parts of a sum cancel, only their rounding errors are left.
     rounding = RANK_TOLERANCE**2 / 100 * float(xp.linalg.trace(gram_up))
-    energy, rotation = eigenpairs(half.T @ gram_up @ half, RANK_TOLERANCE**2, rounding)
+    energy, rotation = eigenpairs(half.T @ gram_up @ half, least**2, rounding)
     sigma = energy**0.5
     return Spectrum(
         sigma,
@@ -123,6 +129,29 @@ def tucker(core: Float[Array, "r inner kh kw"], down: Float[Array, "inner in"]) 
     rank, inner = core.shape[:2]
     by_place = xp.permute_dims(core.reshape((rank, inner, -1)), (2, 0, 1)) @ down
     return xp.permute_dims(by_place, (1, 2, 0)).reshape((rank, -1))
+
+
+def tucker_norm(
+    up: Float[Array, "out r"], core: Float[Array, "r inner kh kw"], down: Float[Array, "inner in"]
+) -> float:
+    """Return the norm of the ΔW of a Tucker decomposition, from the Gram matrices of its factors."""
+    xp = namespace(core)
+    gram_up, gram_down = gram(up.T), gram(down)
+    places = xp.permute_dims(core.reshape((*core.shape[:2], -1)), (2, 0, 1))
+    step = max(1, 2**20 // math.prod(core.shape[:2]))
+    square = 0.0
+    for start in range(0, places.shape[0], step):
+        part = xp.astype(places[start : start + step], xp.float64)
+        square += float(((gram_up @ part) * (part @ gram_down)).sum())
+    return math.sqrt(max(square, 0.0))
+
+
+def thin(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> tuple[Float[Array, "out k"], Float[Array, "k in"]]:
+    """Return factors of the same product that are no wider than its smaller side, if many are."""
+    if up.shape[1] <= max(GRAM_LIMIT, min(up.shape[0], down.shape[1])):
+        return up, down
+    xp = namespace(up)
+    return trivial(xp.astype(xp.astype(up, xp.float64) @ xp.astype(down, xp.float64), up.dtype))
 
 
 def padded(
@@ -273,13 +302,14 @@ class Cut:
     """‖ΔW − up @ down‖²: the part of the energy that is cut off."""
 
 
-def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -> Cut:
+def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int, exact: bool = False) -> Cut:
     """Compute the best factors of a given rank.
 
     Args:
         up: ΔW = up @ down.
         down: The other factor.
         rank: Rank of the result, at least 1.
+        exact: Never use the randomised range finder, because the error is promised.
 
     Returns:
         Factors of shape ``(out, rank)`` and ``(rank, in)`` whose product is the nearest to
@@ -296,14 +326,18 @@ def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int) -
     total = up.shape[1]
     if rank >= total:
         return Cut(up, down, norm(up, down) ** 2, 0.0)
-    if total > GRAM_LIMIT and total > 3 * rank:
+    up, down = thin(up, down)
+    total = up.shape[1]
+    if total > GRAM_LIMIT and total > 3 * rank and not exact and power_of_two(up) == power_of_two(down) == 1:
         return _truncate_randomised(up, down, rank)
     return _truncate_gram(up, down, rank)
 
 
 def squares(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> "np.ndarray":
-    """Return the squared singular values of ``up @ down``, falling, float64; zeros are left out."""
-    return as_numpy(spectrum(*grams(up, down)).sigma) ** 2
+    """Return the squared singular values of ``up @ down``, falling, float64; the last are left out if ΔW rounds to the rest."""
+    found = as_numpy(spectrum(*grams(*thin(up, down)), ROUNDING / 10).sigma) ** 2
+    kept: np.ndarray = found[found[::-1].cumsum()[::-1] > ROUNDING**2 * found.sum()]
+    return kept
 
 
 def as_numpy(array: Array) -> "np.ndarray":
@@ -334,7 +368,7 @@ def _truncate_gram(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: 
 
 
 def truncate_dense(
-    delta: Float[Array, "out in"], rank: int, oversampling: int | None = None, iterations: int = 3
+    delta: Float[Array, "out in"], rank: int, oversampling: int | None = None, iterations: int = 3, within: int = 0
 ) -> Cut:
     """Compute the best factors of a given rank for a dense matrix.
 
@@ -343,6 +377,8 @@ def truncate_dense(
         rank: Rank of the result, at least 1.
         oversampling: Columns of the random projection beyond the rank; half of it, at least 16, unless given.
         iterations: Power iterations.
+        within: A larger rank whose directions are found first.  At any smaller rank the result then loses what it does
+            at this one, and the squares of the singular values between.
 
     Returns:
         Factors as from `truncate`.  For ranks from a third of the smaller side on they are exact, by
@@ -351,27 +387,42 @@ def truncate_dense(
     Source:
         Halko, Martinsson and Tropp, 2011, algorithm 4.4, https://arxiv.org/abs/0909.4061
     """
-    oversampling = max(16, rank // 2) if oversampling is None else oversampling
-    side = min(delta.shape)
-    if 3 * (rank + oversampling) >= side:
-        xp = namespace(delta)
-        eye = xp.eye(side, dtype=delta.dtype, device=delta.device)
-        wide = delta.shape[0] <= delta.shape[1]
-        found = _project(eye, delta, rank) if wide else _project(eye, delta.T, rank)
-        up, down = (found[0], found[1]) if wide else (found[1].T, found[0].T)
-    else:
-        basis = delta @ _gaussian(delta, rank + oversampling)
-        for _ in range(iterations):
-            basis = delta @ (delta.T @ _orthonormal(basis))
-        basis = _orthonormal(basis)
-        up, down = _project(basis, basis.T @ delta, rank)[:2]
-    return Cut(up, down, _energy(delta), _energy(delta - up @ down))
+    xp, dtype, unit = namespace(delta), delta.dtype, power_of_two(delta)
+    delta = delta if unit == 1 else delta / unit
+    found = max(rank, within)
+    found += max(16, found // 2) if oversampling is None else oversampling
+    exact = 3 * found >= min(delta.shape)
+    turned = exact and delta.shape[0] > delta.shape[1]
+    side = delta.T if turned else delta
+    basis = xp.eye(side.shape[0], dtype=dtype, device=side.device) if exact else _columns(side, found, iterations)
+    if within:  # what is promised isn't spoilt by sums in float32
+        side, basis = xp.astype(side, xp.float64), xp.astype(basis, xp.float64)
+    left, right, _ = _project(basis, side if exact else basis.T @ side, rank)
+    lost = _energy(side - left @ right) * unit**2
+    up, down = (xp.astype(part, dtype) for part in ((right.T, left.T) if turned else (left, right)))
+    return Cut(up if unit == 1 else up * unit, down, _energy(side) * unit**2, lost)
+
+
+def _columns(delta: Float[Array, "out in"], count: int, iterations: int) -> Float[Array, "out count"]:
+    """Return an orthonormal basis that nearly holds the leading left singular vectors, by a random projection."""
+    basis = delta @ _gaussian(delta, count)
+    for _ in range(iterations):
+        basis = delta @ (delta.T @ _orthonormal(basis))
+    return _orthonormal(basis)
+
+
+def power_of_two(array: Float[Array, "*shape"]) -> float:
+    """Return 1, or the power of two near the largest magnitude if squares and products would leave float32."""
+    xp = namespace(array)
+    largest = max(float(xp.max(array)), -float(xp.min(array)))
+    return 1.0 if 1e-9 < largest < 1e9 or not 0 < largest < math.inf else 2.0 ** math.floor(math.log2(largest))
 
 
 def _energy(delta: Float[Array, "out in"]) -> float:
-    """Return ‖ΔW‖², in row sums of float32 that are added up in float64."""
+    """Return ‖ΔW‖², summed in float64."""
     xp = namespace(delta)
-    return float(xp.sum(xp.astype(xp.sum(delta * delta, axis=1), xp.float64)))
+    wide = xp.astype(delta, xp.float64).reshape((-1,))
+    return float(wide @ wide)
 
 
 def faint(up: Float[Array, "out r"]) -> bool:
@@ -410,13 +461,17 @@ def _inverse(sigma: Float[Array, " k"]) -> Float[Array, " k"]:
 
 
 def cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
-    """Return the lower Cholesky factor of a Gram matrix, which may be rank-deficient."""
-    # The jitter keeps a rank-deficient Gram matrix (two equal LoRAs, a zero row) positive.
+    """Return the lower Cholesky factor of a Gram matrix, which may be rank-deficient and have rows of any size."""
+    # The jitter keeps a rank-deficient Gram matrix (two equal LoRAs, a zero row) positive.  Rows that it would
+    # swamp are raised before, by powers of two, which round nothing; the rest share one power, so nothing changes.
     xp = namespace(gram)
-    size = gram.shape[0]
     # The inverse must fit in float32 even when all is zero: an untrained module, a weight of 0.
-    trace = max(float(xp.linalg.trace(gram)), 1e-60)
-    return xp.linalg.cholesky(gram + 1e-13 * trace * xp.eye(size, dtype=gram.dtype, device=gram.device))
+    lengths = 2.0 ** xp.floor(0.5 * xp.log2(xp.linalg.diagonal(gram).clip(1e-60)))
+    lengths = xp.where(lengths < 0.01 * xp.max(lengths), lengths, xp.max(lengths))
+    gram = gram / lengths[:, None] / lengths[None, :]
+    jitter = 1e-13 * max(float(xp.linalg.trace(gram)), 1.0)
+    eye = xp.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return lengths[:, None] * xp.linalg.cholesky(gram + jitter * eye)
 
 
 def _truncate_randomised(
@@ -478,7 +533,8 @@ def distance(
     xp = namespace(first[0])
     up = xp.concat([xp.astype(first[0], xp.float64), -xp.astype(second[0], xp.float64)], axis=1)
     down = xp.concat([xp.astype(first[1], xp.float64), xp.astype(second[1], xp.float64)], axis=0)
-    core = xp.linalg.qr(up)[1] @ xp.linalg.qr(down.T)[1].T
+    wide = up.shape[1] > min(up.shape[0], down.shape[1])
+    core = up @ down if wide else xp.linalg.qr(up)[1] @ xp.linalg.qr(down.T)[1].T
     return math.sqrt(float((core**2).sum()))
 
 

@@ -216,12 +216,24 @@ def nbytes(shape: Shape, dtype: str) -> int:
 
 
 def float32(array: Array) -> Array:
-    """Convert to float32."""
+    """Convert to float32.
+
+    Raises:
+        NumberError: Numbers of float64 are too large or too small for it.
+    """
+    if code(array) == "F64" and math.prod(array.shape):
+        _check_float32(_largest(array))
     if is_torch(array):
         return array.float()
     import numpy as np
 
     return _half_to_float(array) if array.dtype == np.float16 else array.astype(np.float32, copy=False)
+
+
+def float64(array: Array) -> Array:
+    """Convert to float64."""
+    xp = namespace(array)
+    return xp.astype(array, xp.float64)
 
 
 def _half_to_float(array: Array) -> Array:
@@ -234,6 +246,32 @@ def _half_to_float(array: Array) -> Array:
     wide = bits.view(np.float32)
     wide *= np.float32(2.0**112)
     return wide
+
+
+def times(array: Array, factor: float) -> Array:
+    """Multiply a float32 array by a weight, a scale, or both.
+
+    Raises:
+        NumberError: The factor or the product is outside of float32's range.
+    """
+    if factor == 1 or not math.prod(array.shape):
+        return array
+    if factor and not 1e-30 < abs(factor) <= 1:
+        _check_float32(abs(factor) * max(_largest(array), float(abs(factor) > LARGEST["F32"])))
+    return array * factor
+
+
+def _largest(array: Array) -> float:
+    """Return the largest magnitude."""
+    return max(float(array.max()), -float(array.min()))
+
+
+def _check_float32(largest: float) -> None:
+    if not largest <= LARGEST["F32"] or 0 < largest < 2.0**-126:
+        raise NumberError(
+            f"its largest value, {largest:.4g}, is outside of the range of float32, in which layers are merged. "
+            "Way out: another weight or alpha"
+        )
 
 
 def check_finite(array: Array) -> None:
@@ -303,7 +341,7 @@ def _float_to_half(array: Array) -> Array:
 
 def _check_range(array: Array, dtype: str) -> None:
     known = float32(array) if code(array).startswith("F8") else array  # torch can't take the maximum of float8
-    largest = max(float(known.max()), -float(known.min()))
+    largest = _largest(known)
     if 0 < largest < SMALLEST[dtype]:
         raise NumberError(f"every value is 0 in {NAMES[dtype]}, the largest is {largest:.4g}; save as float32")
     if not largest <= LARGEST[dtype]:  # False for NaN too

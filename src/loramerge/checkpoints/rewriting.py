@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import FileError, NumberError, within
+from ..errors import FileError, NumberError, computing
 from ..files.metadata import HASHES
 from ..files.storage import scratch
 from ..files.storage.reader import SafetensorsFile
@@ -119,7 +119,7 @@ class _Sums:
     def _add(self, exact: Array, update: Update) -> Array:
         """Add an update to its rows, in place; return what was added."""
         weight = _part(exact, update.place)
-        with within(update.name):
+        with computing(update.name):
             delta = update.delta(float32(weight))
         if update.place.rows is None:
             weight += delta

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..errors import computing
 from ..files.architectures import blocks, titles
 from ..files.architectures.labels import SPECIFICATION, VERSION
 from ..files.dialects import DIALECTS
@@ -139,7 +140,12 @@ def _by_block(lora: LoRA, norms: dict[str, float]) -> Block:
 
 def _norms(lora: LoRA) -> dict[str, float]:
     """Return the norms of the modules whose ΔW depends on the file alone."""
-    return {m: lora[m].norm() for m in lora if lora.layout(m).kind in ("lora", "loha", "lokr", "full", "norm")}
+    return {m: _norm(lora, m) for m in lora if lora.layout(m).kind in ("lora", "loha", "lokr", "full", "norm")}
+
+
+def _norm(lora: LoRA, module: str) -> float:
+    with computing(module):
+        return lora[module].norm()
 
 
 def _base_model(lora: LoRA) -> str:

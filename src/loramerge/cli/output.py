@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..errors import LoRAMergeError, needed, size
+from ..errors import LoRAMergeError, first_line, needed, size
 from ..files.storage.texts import finite, visible
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def guarded(command: Callable[[], object]) -> None:
             command()
     except LoRAMergeError as error:
         say(f"Error: {as_typed(_short(str(error)))}", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError as error:
+        say(f"Error: out of memory: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any, TypeVar
 
 from ..checkpoints.models import Checkpoint, on_base, open_checkpoint
-from ..errors import MergeError, NoFactorsError, OptionError, check_callable, within
+from ..errors import MergeError, NoFactorsError, OptionError, check_callable, computing
 from ..files.architectures import blocks
 from ..files.families import spelled_alike
 from ..files.lora import LoRA, in_one_library, without
@@ -185,7 +185,8 @@ def compare(
         modules = list(dict.fromkeys(m for lora in opened for m in lora if _is_compared(lora.layout(m), model)))
         found = []
         for module in modules:
-            found.append(_row(_updates(opened, module, model), len(opened), module, architecture, rows, seed))
+            with computing(module):
+                found.append(_row(_updates(opened, module, model), len(opened), module, architecture, rows, seed))
             if progress:
                 progress(len(found), len(modules))
     layers = [(i, module, layout) for i, lora in enumerate(opened) for module, layout in lora.layouts.items()]
@@ -257,9 +258,8 @@ def _updates(loras: Sequence[LoRA], module: str, base: Checkpoint | None) -> tup
     """Return the numbers of the LoRAs whose layer of a module can be compared, and those updates."""
     present = [i for i, lora in enumerate(loras) if module in lora and _is_compared(lora.layout(module), base)]
     layers = [loras[i][module] for i in present]
-    with within(module):
-        whole = [on_base(x, module, base) if base and x.needs_base else x for x in layers]
-        return present, Updates(in_one_library(whole))
+    whole = [on_base(x, module, base) if base and x.needs_base else x for x in layers]
+    return present, Updates(in_one_library(whole))
 
 
 def _row(

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .. import linalg
-from ..errors import NoFactorsError
+from ..errors import NoFactorsError, computing
 from ..files.architectures import name_family
 from ..files.lora import LoRA, in_one_library
 from ..layers import DoRA, Layer
 from ..layers.base import dense_norm
-from ..tensors import Array, float32
+from ..tensors import Array, float32, largest_rank
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,16 @@ class Difference:
         """The distance in units of the norm."""
         if not self.distance:
             return 0.0
-        return self.distance / self.norm if 0 < self.norm < math.inf else math.inf
+        known = 0 < self.norm < math.inf and not math.isnan(self.distance)
+        return self.distance / self.norm if known else math.inf
 
 
 def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
     """Yield the difference of every module that either LoRA has, in order."""
     for module in dict.fromkeys((*first, *second)):
-        yield Difference(module, *_compared(first.get(module), second.get(module)))
+        with computing(module):
+            found = Difference(module, *_compared(first.get(module), second.get(module)))
+        yield found
 
 
 def apart(first: LoRA, second: LoRA) -> str:
@@ -79,7 +82,7 @@ def _compared_updates(first: Layer, second: Layer) -> tuple[float, float]:
         return _norm(first), math.inf
     if isinstance(first, DoRA) and isinstance(second, DoRA):
         return _compared_doras(first, second)
-    if first.factored and second.factored:
+    if first.factored and second.factored and _thin(first, second):
         up, down = first.factors()
         return linalg.norm(up, down), linalg.distance((up, down), second.factors())
     try:
@@ -87,6 +90,12 @@ def _compared_updates(first: Layer, second: Layer) -> tuple[float, float]:
         return dense_norm(delta), dense_norm(delta - second.delta().reshape(delta.shape))
     except NoFactorsError:
         return math.inf, 0.0 if _same_tensors(first, second) else math.inf
+
+
+def _thin(first: Layer, second: Layer) -> bool:
+    """Return whether two layers' factors are smaller than ΔW, or the layers plain LoRAs."""
+    wide = (first.rank or 0) + (second.rank or 0) > largest_rank(first.shape)
+    return not wide or {first.kind, second.kind} == {"lora"}
 
 
 def _compared_doras(first: DoRA, second: DoRA) -> tuple[float, float]:

@@ -188,7 +188,7 @@ def _signs(first: Array, second: Array) -> tuple[float, float]:
 
 def factors_of(layer: Layer) -> tuple[Array, Array]:
     """Return the factors of a layer; if it has none, ΔW and the identity."""
-    return layer.factors() if layer.factored else linalg.trivial(matrix(layer.delta()))
+    return linalg.thin(*layer.factors()) if layer.factored else linalg.trivial(matrix(layer.delta()))
 
 
 def chosen_rows(height: int, rows: int | None, seed: int, module: str) -> list[int] | None:

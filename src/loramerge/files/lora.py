@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..devices import to_torch
-from ..errors import LoRAMergeError, OptionError, check_callable, span
+from ..errors import LoRAMergeError, OptionError, check_callable, computing, span
 from ..layers import Layer
 from ..tensors import Array, Held, Shape, Tensor, is_torch, nbytes
 from .architectures.blocks import Selector, offered
@@ -149,7 +149,11 @@ class LoRA(Mapping[str, Layer]):
 
     def norm(self) -> float:
         """Return the Frobenius norm of the whole update, over all modules."""
-        return math.sqrt(sum(layer.norm() ** 2 for layer in self.values()))
+        squares = 0.0
+        for module in self:
+            with computing(module):
+                squares += self[module].norm() ** 2
+        return math.sqrt(squares)
 
     def select(self, *patterns: str) -> "LoRA":
         """Return the part whose modules match one of the patterns, as in weights: ``"unet.*attn2*"``, ``"OUT03"``."""

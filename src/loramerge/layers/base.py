@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from .. import linalg
-from ..errors import NoFactorsError, an
+from ..errors import LayerError, NoFactorsError, an
 from ..tensors import (
     Array,
     Ranges,
@@ -23,6 +23,7 @@ from ..tensors import (
     put_rows,
     same_weight,
     take_rows,
+    times,
     widest,
 )
 
@@ -184,6 +185,7 @@ class Layer:
 
     def delta(self) -> Array:
         """Return ΔW as a dense float32 array of the weight's shape."""
+        check_size(self, math.prod(self.shape), LARGEST_WEIGHT)
         up, down = self.factors()
         return (up @ down).reshape(self.shape)
 
@@ -370,13 +372,35 @@ def scaled(tensor: Array | Spec | None, weight: float) -> Array | Spec | None:
     """Multiply a tensor by a number, in float32; None stays None."""
     if tensor is None or isinstance(tensor, Spec):
         return tensor and Spec(tensor.shape, "F32")
-    return float32(tensor) * weight
+    return times(float32(tensor), weight)
+
+
+LARGEST_WEIGHT = 2**27
+"""Numbers of a ΔW that may be written out from its factors: no model has a larger weight."""
+
+IMPLIED = 2**23
+"""The same for a kind of a few numbers that imply many, if no architecture knows the weight."""
+
+
+def check_size(layer: Layer, numbers: int, most: int = IMPLIED) -> None:
+    """Refuse to write out what a file implies and does not hold, before memory is taken for it.
+
+    Raises:
+        LayerError: It has more numbers than ``most``, and no architecture knows such a weight.
+    """
+    if numbers > most and getattr(layer, "weight", None) is None:
+        raise LayerError(
+            f"{an(layer.kind)} layer of the shape {layer.shape} would be written out to {numbers:.3g} numbers, wanted "
+            f"{most:.3g} at most. Ways out: name the model family (architecture), or leave the module out (exclude)"
+        )
 
 
 def dense_norm(array: Array) -> float:
-    """Return the Frobenius norm of an array, summed in float64."""
-    xp = namespace(array)
-    return math.sqrt(float((xp.astype(array, xp.float64) ** 2).sum()))
+    """Return the Frobenius norm of an array, summed in float64, some rows at a time."""
+    xp, rows = namespace(array), array.reshape((array.shape[0], -1)) if array.ndim else array.reshape((1, 1))
+    step = max(1, 2**20 // max(1, rows.shape[1]))
+    blocks = (xp.astype(rows[start : start + step], xp.float64) for start in range(0, rows.shape[0], step))
+    return math.sqrt(sum(float((block * block).sum()) for block in blocks))
 
 
 def matrix(tensor: Array) -> Array:

@@ -6,13 +6,14 @@ likewise for the rows of ``down`` (the face-splitting product).
 Source: Hyeon-Woo et al., 2021, https://arxiv.org/abs/2108.06098; LyCORIS, modules/loha.py.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from .. import linalg
 from ..errors import LayerError
-from ..tensors import Array, Shape, Spec, float32
-from .base import Layer, matrix, scaled
+from ..tensors import Array, Shape, Spec, float32, float64, largest_rank, times
+from .base import LARGEST_WEIGHT, Layer, check_size, dense_norm, matrix, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -56,7 +57,7 @@ class LoHa(Layer):
 
     @property
     def rank(self) -> int:
-        return self._half(1).rank * self._half(2).rank
+        return min(self._half(1).rank * self._half(2).rank, largest_rank(self.shape))
 
     @property
     def dim(self) -> int:
@@ -83,10 +84,37 @@ class LoHa(Layer):
         return replace(self, alpha=self.scale * self.dim * weight, diff_b=scaled(self.diff_b, weight))
 
     def factors(self) -> tuple[Array, Array]:
-        (up1, down1), (up2, down2) = self._half(1).factors(), self._half(2).factors()
+        check_size(self, self.rank * (self.shape[0] + math.prod(self.shape[1:])))
+        (up1, down1), (up2, down2) = self._halves()
+        if up1.shape[1] * up2.shape[1] > self.rank:  # as wide as ΔW
+            return linalg.trivial(matrix(self.delta()))
         up = (up1[:, :, None] * up2[:, None, :]).reshape((up1.shape[0], -1))
         down = (down1[:, None, :] * down2[None, :, :]).reshape((-1, down1.shape[1]))
-        return up * self.scale, down
+        return times(up, self.scale), down
+
+    def delta(self) -> Array:
+        check_size(self, math.prod(self.shape))
+        (up1, down1), (up2, down2) = self._halves()
+        product = up1 @ down1
+        product *= up2 @ down2
+        return times(product, self.scale).reshape(self.shape)
+
+    def norm(self) -> float:
+        rows, columns = self.shape[0], math.prod(self.shape[1:])
+        if self.rank**2 <= min(rows, columns):
+            return super().norm()
+        check_size(self, rows * columns, LARGEST_WEIGHT)
+        (up1, down1), (up2, down2) = (tuple(map(float64, half)) for half in self._halves())
+        step = max(1, 2**20 // columns)
+        parts = [slice(start, start + step) for start in range(0, rows, step)]
+        norms = [dense_norm((up1[part] @ down1) * (up2[part] @ down2)) for part in parts]
+        return abs(self.scale) * math.hypot(*norms)
+
+    def _halves(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Return the factors of both matrices."""
+        halves = self._half(1), self._half(2)
+        check_size(self, max(half.rank for half in halves) * math.prod(self.shape[1:]) if self.has_core else 0)
+        return halves[0].factors(), halves[1].factors()
 
 
 class _Half:

@@ -14,8 +14,8 @@ from typing import ClassVar
 from .. import linalg
 from ..errors import LayerError
 from ..linalg import Spectrum, kron
-from ..tensors import Array, Shape, Spec, float32, namespace
-from .base import Layer, identity, matrix, scaled
+from ..tensors import Array, Shape, Spec, float32, largest_rank, namespace, times
+from .base import Layer, check_size, dense_norm, identity, matrix, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -93,10 +93,9 @@ class LoKr(Layer):
 
     @property
     def rank(self) -> int:
-        rank1 = min(self._outer) if self.lokr_w1_b is None else self.lokr_w1_b.shape[0]
-        o2, *rest = self._inner
-        rank2 = min(o2, math.prod(rest)) if self.lokr_w2_b is None else self.lokr_w2_b.shape[0]
-        return int(rank1 * rank2)
+        limits = [(largest_rank(self._outer), self.lokr_w1_b), (largest_rank(self._inner), self.lokr_w2_b)]
+        ranks = [limit if b is None else min(limit, b.shape[0]) for limit, b in limits]
+        return int(math.prod(ranks))
 
     @property
     def dim(self) -> int | None:
@@ -116,8 +115,9 @@ class LoKr(Layer):
         return self.alpha / self.dim
 
     def factors(self) -> tuple[Array, Array]:
+        check_size(self, self.rank * (self.shape[0] + math.prod(self.shape[1:])))
         (up1, down1), (up2, down2) = self._parts
-        return kron(up1, up2) * self.scale, kron(down1, down2)
+        return times(kron(up1, up2), self.scale), kron(down1, down2)
 
     def times(self, weight: float) -> "LoKr":
         if weight == 1:
@@ -135,11 +135,17 @@ class LoKr(Layer):
         a, b = (eye, w1) if rows <= columns else (w1, eye)
         return replace(self, lokr_w1=None, lokr_w1_a=a, lokr_w1_b=b, alpha=None)
 
+    def norm(self) -> float:
+        first = _norm(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None)
+        return abs(self.scale) * first * _norm(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2)
+
     def delta(self) -> Array:
+        check_size(self, math.prod(self.shape))
         outer, inner = (up @ down for up, down in self._parts)
-        return (kron(outer, inner) * self.scale).reshape(self.shape)
+        return times(kron(outer, inner), self.scale).reshape(self.shape)
 
     def spectrum(self, grams: Callable[[], tuple[Array, Array]]) -> Spectrum:
+        check_size(self, self.rank**2)
         first, second = (linalg.spectrum(*linalg.grams(up, down)) for up, down in self._parts)
         return linalg.kron_spectrum(first, second, self.scale)
 
@@ -157,11 +163,12 @@ class LoKr(Layer):
             whole: Array | Spec = Spec(self._inner, "F32")
         else:
             up, down = self._parts[1]
-            whole = (up @ down * self.scale).reshape(self._inner)
+            whole = times(up @ down, self.scale).reshape(self._inner)
         return replace(self, lokr_w2=whole, lokr_w2_a=None, lokr_w2_b=None, lokr_t2=None, alpha=None)
 
     def nearest(self, rank: int) -> tuple[Array, Array, Array]:
         """Return the best factors of a rank: the singular triples of w1 ⊗ w2 are products of those of w1 and w2."""
+        check_size(self, rank * (self.shape[0] + math.prod(self.shape[1:])))
         xp = namespace(self._parts[0][0])
         (u1, s1, v1), (u2, s2, v2) = (xp.linalg.svd(up @ down, full_matrices=False) for up, down in self._parts)
         values = xp.reshape(s1[:, None] * s2[None, :], (-1,)) * abs(self.scale)
@@ -176,6 +183,8 @@ class LoKr(Layer):
     @property
     def _parts(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Factors of w1 and of w2."""
+        core: Shape = () if self.lokr_t2 is None else self.lokr_t2.shape
+        check_size(self, math.prod((core[0], *self._inner[1:])) if core else 0)
         return (
             _factored(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None),
             _factored(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
@@ -184,11 +193,19 @@ class LoKr(Layer):
 
 def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array | None) -> tuple[Array, Array]:
     """Return factors (o, k) and (k, i·kh·kw) of w1 or w2, with the smallest k that its form allows."""
+    if full is not None:
+        return linalg.trivial(matrix(full))
+    up, down = (matrix(a), matrix(b)) if core is None else (matrix(a).T, linalg.tucker(float32(core), matrix(b)))
+    return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else linalg.trivial(up @ down)
+
+
+def _norm(full: Array | None, a: Array | None, b: Array | None, core: Array | None) -> float:
+    """Return ‖w1‖ or ‖w2‖."""
+    if full is not None:
+        return dense_norm(matrix(full))
     if core is not None:
-        return matrix(a).T, linalg.tucker(float32(core), matrix(b))
-    if full is None:
-        return matrix(a), matrix(b)
-    return linalg.trivial(matrix(full))
+        return linalg.tucker_norm(matrix(a).T, float32(core), matrix(b))
+    return linalg.norm(matrix(a), matrix(b))
 
 
 def _identity(size: int, like: Array | Spec) -> Array | Spec:

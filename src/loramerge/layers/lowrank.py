@@ -4,14 +4,15 @@ Sources: Hu et al., 2021, https://arxiv.org/abs/2106.09685; the Tucker form with
 LyCORIS's, https://arxiv.org/abs/2309.14859, section 3.
 """
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from .. import linalg
 from ..errors import LayerError
-from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, reshape, take_rows
-from .base import Layer, matrix, scaled
+from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, reshape, take_rows, times
+from .base import Layer, check_size, matrix, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -73,18 +74,22 @@ class LowRank(Layer):
         return self.down_id
 
     def factors(self) -> tuple[Array, Array]:
-        up, down = matrix(self.up), matrix(self.down)
-        if self.mid is not None:
-            down = linalg.tucker(float32(self.mid), down)
-        return (up if self.scale == 1.0 else up * self.scale), down
+        plain = self.without_core()
+        up, down = matrix(plain.up), matrix(plain.down)
+        return times(up, self.scale), down
 
     def stored_factors(self) -> tuple[Array, Array, float]:
         plain = self.without_core()
         return flatten(plain.up), flatten(plain.down), plain.scale
 
+    def norm(self) -> float:
+        if self.mid is None:
+            return super().norm()
+        return abs(self.scale) * linalg.tucker_norm(matrix(self.up), float32(self.mid), matrix(self.down))
+
     def bias(self) -> Array | None:
         """Return the update of the module's bias that ``up`` carries, scale folded in; None without one."""
-        return None if self.up_bias is None else float32(self.up_bias) * self.scale
+        return None if self.up_bias is None else times(float32(self.up_bias), self.scale)
 
     def delta_bias(self) -> Array | Spec | None:
         up_bias: Array | Spec | None = self.up_bias
@@ -115,6 +120,7 @@ class LowRank(Layer):
         mid: Array = self.mid
         down = Spec((self.rank, *self.shape[1:]), "F32")
         if not isinstance(mid, Spec):
+            check_size(self, math.prod(down.shape))
             down = linalg.tucker(float32(mid), matrix(self.down)).reshape(down.shape)
         return replace(self, down=down, mid=None)
 

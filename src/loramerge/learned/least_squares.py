@@ -224,7 +224,8 @@ def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "au
 
 def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: int = 500) -> Float[Tensor, "N n"]:
     """Solve by conjugate gradients, preconditioned by the diagonal; H v = colsum(E ∘ ((Σⱼ Eⱼ ∘ vⱼ) C)) without H."""
-    assert p.gram is not None
+    if p.gram is None:
+        raise MergeError("the granularity column needs moments of the kind 'gram'.")
     root = torch.linalg.qr(p.up)[1]
     e = [root[:, s] @ p.down[s] for s in p.slices]
     gram = p.gram

@@ -156,7 +156,8 @@ class Moments:
         if (self._leaders(), self.kind, self.marks) != (other._leaders(), other.kind, other.marks):
             raise MergeError("These moments were taken with other LoRAs, or are of another kind.")
         summed = {m: _sum(self.modules[m], other.modules[m]) for m in self.modules}
-        return Moments(self.kind, self.names, self.marks, summed, self.identity)
+        identity = self.identity if self.identity == other.identity else {"mean of": [self.identity, other.identity]}
+        return Moments(self.kind, self.names, self.marks, summed, identity)
 
     def _leaders(self) -> dict[str, str | None]:
         return {name: module.leader for name, module in self.modules.items()}

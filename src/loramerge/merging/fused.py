@@ -16,8 +16,8 @@ from ..files.dialects import DIALECTS, fuse
 from ..files.dialects.base import table
 from ..files.lora import LoRA
 from ..layers import Full, Layer, LowRank, low_rank
-from ..layers.base import matrix
-from ..tensors import Shape, largest_rank
+from ..layers.base import dense_norm, matrix
+from ..tensors import Array, Shape, concat, largest_rank
 from .methods.base import Merged, shared_down
 from .methods.linear import linear
 from .ranks import Rank, rule
@@ -41,6 +41,8 @@ class Join:
     """Rank of the result."""
     exact: bool = False
     """True if the result before the cut is a concatenation of the inputs' own joined weights."""
+    sought: int = 0
+    """The rank that a budget chose within, see `Step.sought`."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ class Join:
     @property
     def step(self) -> Step:
         """The step of the fused weight."""
-        return Step(", ".join(self.modules), self.shape, (), (), self.full_rank, self.rank)
+        return Step(", ".join(self.modules), self.shape, (), (), self.full_rank, self.rank, sought=self.sought)
 
 
 def joins_of(
@@ -169,16 +171,16 @@ def down_id(join: Join) -> tuple[str, ...]:
     return ("cut as one", *join.modules)
 
 
-def lost_by(lost: float, layers: Sequence[Layer], kept: Sequence[LowRank]) -> list[tuple[float, float]]:
-    """Return each module's ‖ΔW‖² and its share of the energy that was cut off the whole.
-
-    The kept part is a projection of the whole onto a subspace of its inputs, so each module's loss is
-    the difference of its energies.  The losses are scaled to add up to the loss of the whole.
-    """
-    energies = [layer.norm() ** 2 for layer in layers]
-    losses = [max(energy - linalg.norm(*part.factors()) ** 2, 0.0) for energy, part in zip(energies, kept, strict=True)]
-    total = math.fsum(losses)
+def lost_by(layers: Sequence[Layer], kept: Sequence[LowRank]) -> list[tuple[float, float]]:
+    """Return each module's ‖ΔW‖², and the part of it that is missing in what is kept."""
     return [
-        (energy, lost * loss / total if total else lost / len(losses))
-        for energy, loss in zip(energies, losses, strict=True)
+        (layer.norm() ** 2, _missing(layer, *part.factors()) ** 2) for layer, part in zip(layers, kept, strict=True)
     ]
+
+
+def _missing(layer: Layer, up: Array, down: Array) -> float:
+    """Return ‖ΔW − up @ down‖."""
+    if layer.dense:
+        return dense_norm(matrix(layer.delta()) - up @ down)
+    own_up, own_down = layer.factors()
+    return linalg.norm(concat([own_up, -up], axis=1), concat([own_down, down]))

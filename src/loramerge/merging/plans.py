@@ -8,11 +8,13 @@ from typing import Any
 
 from ..checkpoints.models import Checkpoint
 from ..files.dialects import DIALECTS
+from ..files.dialects.write import spell
 from ..files.families import alike
 from ..files.lora import LoRA, agreed
 from ..files.metadata import RECIPE, lasting
 from ..files.storage.header import Awaited
 from ..files.triggers import PHRASE, TAGS, joined
+from ..files.writing import tensors_size
 from ..layers import Full, Layer, low_rank
 from ..tensors import Spec, Tensor, code, largest_rank, nbytes
 from .fused import Join, down_id, joins_of
@@ -69,7 +71,9 @@ class Plan:
         found = joins_of(self.steps, self.loras, self.dialect, self.architecture, exact, self.rank)
         if self.ranks is None:
             return found
-        chosen = {join.modules: replace(join, rank=self.ranks[join.modules[0]]) for join in found.values()}
+        chosen = {
+            join.modules: replace(join, rank=self.ranks[join.modules[0]], sought=join.rank) for join in found.values()
+        }
         return {module: chosen[join.modules] for module, join in found.items()}
 
     def rank_of(self, module: str) -> int:
@@ -176,7 +180,8 @@ class Plan:
     def at(self, ranks: Mapping[str, int], budget: Budget | None) -> "Plan":
         """Return the same plan at given ranks, which were chosen for a budget."""
         given = {module: ranks[self.first(module)] for module, step in self.steps.items() if not step.rankless}
-        cut = {m: replace(self.steps[m], rank=rank) for m, rank in given.items() if m not in self.joins}
+        alone = {m: self.steps[m] for m in given if m not in self.joins}
+        cut = {m: replace(step, rank=given[m], sought=step.rank) for m, step in alone.items()}
         steps = {m: cut.get(m, step) for m, step in self.steps.items()}
         return replace(self, steps=steps, budget=budget, ranks=given)
 
@@ -193,12 +198,12 @@ class Plan:
 
     @property
     def size(self) -> int:
-        """Bytes of the result's tensors in the dtype that saving uses."""
-        alone = [step for module, step in self.steps.items() if module not in self.joins]
-        whole = [s for s in alone if s.kept or s.rankless or self._stays_dense(s)]
-        left = sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in whole if not s.rankless)
-        kept = [self._layout(step).tensors().values() for step in whole]
-        return self.ranked_size - left + sum(nbytes(t.shape, self.dtype) for tensors in kept for t in tensors)
+        """Bytes of the result's tensors as they are saved.
+
+        Raises:
+            DialectError: The plan's dialect can't hold them.
+        """
+        return tensors_size(spell(self.lora()))
 
     @property
     def ranked_size(self) -> int:

@@ -4,6 +4,7 @@ A record is written from a plan (`record`, `as_text`), compared with another (`c
 of a recipe (`from_metadata`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
         base: SHA-256 of the base model, see `Checkpoint.sha256`, if ΔW depends on it.
     """
     weights = plan.weights.given
-    found: dict[str, Any] = {"loramerge": __version__, **_method(plan.method), "options": dict(plan.options)}
+    # JSON has no infinity; an option reads the text.
+    options = {name: "inf" if value == math.inf else value for name, value in plan.options.items()}
+    found: dict[str, Any] = {"loramerge": __version__, **_method(plan.method), "options": options}
     found |= {"weights": weights} if isinstance(weights, str) else {}
     found |= {"scope": plan.scope} if weights == "l2" else {}
     found |= {"rank": plan.rank}

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from ..errors import OptionError
-from ..linalg import whole_number
+from ..linalg import ROUNDING, whole_number
 
 Rank: TypeAlias = int | str
 """A number, ``"sum"`` or ``"max"``."""
@@ -185,7 +185,7 @@ def _within_error(
     order: np.ndarray, owners: np.ndarray, squares: np.ndarray, allowed: float, least: int
 ) -> np.ndarray | None:
     """Take the fewest first directions that lose no more than is allowed, then drop those that may go as well."""
-    if allowed < -1e-12 * float(squares.sum()):
+    if allowed < -((3 * ROUNDING) ** 2) * float(squares.sum()):
         return None
     left_out = np.cumsum(squares[order][::-1])[::-1]  # of what is left out from each place on
     keep = max(int((left_out > allowed).sum()), least)

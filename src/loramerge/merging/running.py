@@ -13,11 +13,11 @@ from typing import Any
 
 from .. import linalg
 from ..checkpoints.models import Checkpoint, on_base
-from ..errors import MergeError, within
+from ..errors import MergeError, computing
 from ..files.lora import LoRA, in_one_library
 from ..layers import Full, Layer, LowRank, low_rank
 from ..layers.base import matrix
-from ..tensors import float32, largest_rank
+from ..tensors import float32, largest_rank, times
 from .fused import Join, apart, lost_by, one, side_by_side
 from .methods import Method
 from .methods.base import Merged, applied
@@ -115,11 +115,10 @@ class Merger:
 
     def outcome(self, module: str) -> Outcome:
         """Merge one module and bring it to its rank."""
-        join = self.joins.get(module)
-        if join is not None and join.as_one:
-            return self._cut_as_one(join)[module]
-        step = self.steps[module]
-        with within(module):
+        join, step = self.joins.get(module), self.steps[module]
+        with computing(module):
+            if join is not None and join.as_one:
+                return self._cut_as_one(join)[module]
             layers = self.inputs(module)
             if nearest := self._nearest(step, layers):
                 return nearest
@@ -137,8 +136,8 @@ class Merger:
         up, down, values = nearest
         squares = linalg.as_numpy(values).astype("float64") ** 2
         weight = self.weights.of(step.module)[step.inputs[0]]
-        bias = None if layer.diff_b is None else float32(layer.diff_b) * weight
-        found = low_rank(up * weight, down, step.shape, diff_b=bias)
+        bias = None if layer.diff_b is None else times(float32(layer.diff_b), weight)
+        found = low_rank(times(up, weight), down, step.shape, diff_b=bias)
         found = found if found.rank == step.rank else _zero_padded(found, step.rank)
         energy, lost = (float(part.sum()) * weight**2 for part in (squares, squares[step.rank :]))
         return Outcome(step.module, found, energy, lost)
@@ -163,7 +162,7 @@ class Merger:
         parts = apart(join, whole.layer, layers)
         if whole.energy is None:
             return {m: Outcome(m, part, None, 0.0) for m, part in parts.items()}
-        shares = lost_by(whole.lost, layers, list(parts.values()))
+        shares = lost_by(layers, list(parts.values()))
         return {m: Outcome(m, part, *share) for (m, part), share in zip(parts.items(), shares, strict=True)}
 
     def joined(self, join: Join, layers: Sequence[Merged]) -> Merged:
@@ -178,7 +177,7 @@ class Merger:
         found: dict[int, dict[str, LowRank]] = {}
         for module in join.modules:
             weights = self.weights.of(module)
-            with within(module):
+            with computing(module):
                 for i, layer in zip(self.steps[module].inputs, self.inputs(module), strict=True):
                     if not layer.bias_only:
                         part = linear.merge([layer], [weights[i]])
@@ -190,7 +189,7 @@ class Merger:
         """Merge every module of a join, before the whole is cut."""
         found = []
         for module in join.modules:
-            with within(module):
+            with computing(module):
                 # A method that fills its rank gets a share of it, so that the parts together fit into the whole's rank.
                 share = max(1, join.rank // len(join.modules))
                 found.append(_merged(self.uncut(replace(self.steps[module], rank=share, alone=False))))
@@ -251,9 +250,9 @@ def _merged(layer: Layer) -> Merged:
 def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
     """Bring a merged layer to exactly the planned rank, which the layout announced: cut it, or pad it with zeros."""
     if isinstance(layer, Full):
-        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank, within=step.sought)
     elif step.rank < layer.rank:
-        cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank)
+        cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank, exact=step.sought > 0)
     else:
         found = layer if layer.rank == step.rank else _zero_padded(layer, step.rank)
         return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING
 
 from .. import linalg
-from ..errors import OptionError, size, within
+from ..errors import OptionError, computing, size
 from ..files.writing import saved_size
 from ..layers import Full, Layer, LowRank
 from ..layers.base import matrix
@@ -54,7 +54,7 @@ def _spectrum_of(plan: Plan, module: str) -> Spectrum:
     if join is not None:
         parts = [] if join.exact else plan.merger.uncut_parts(join)
         return _spectrum(plan.merger.joined(join, parts), join.step)
-    with within(module):
+    with computing(module):
         return _spectrum(plan.merger.uncut(plan.steps[module]), plan.steps[module])
 
 
@@ -77,13 +77,14 @@ def _check_least(plan: Plan, budget: Budget) -> int:
 
 def _spectrum(layer: Layer, step: Step) -> Spectrum:
     """Compute the spectrum of a layer, up to the rank of its step."""
-    if not isinstance(layer, LowRank | Full):
+    missed = 0.0  # what no rank that is looked at would keep, measured by itself: a difference of energies is rounding
+    if near := layer.nearest(1):
+        squares = linalg.as_numpy(near[2]).astype("float64") ** 2
+    elif not isinstance(layer, LowRank | Full):
         squares = linalg.as_numpy(layer.spectrum(lambda: linalg.grams(*layer.factors())).sigma) ** 2
-        energy = float(squares.sum())
     elif isinstance(layer, Full):
-        cut = linalg.truncate_dense(matrix(layer.diff), step.rank)
-        squares, energy = linalg.squares(cut.up, cut.down), cut.energy
+        cut = linalg.truncate_dense(matrix(layer.diff), step.rank, within=step.rank)
+        squares, missed = linalg.squares(cut.up, cut.down), cut.lost
     else:
         squares = linalg.squares(matrix(layer.up), matrix(layer.down))
-        energy = float(squares.sum())
-    return Spectrum(squares[: step.rank], energy, step.shape[0] + math.prod(step.shape[1:]))
+    return Spectrum(squares[: step.rank], float(squares.sum()) + missed, step.shape[0] + math.prod(step.shape[1:]))

@@ -34,6 +34,8 @@ class Step:
     """True if the result is one layer times its weight, which keeps its form unless it is cut."""
     dense: bool = False
     """True if an input has no factors, so that the result has none."""
+    sought: int = 0
+    """With a budget the rank that it chose within, so that the cut loses just what was counted; else 0."""
 
     @property
     def cut(self) -> bool:
@@ -61,7 +63,6 @@ def steps_of(
     rank: Rank,
     base: "Checkpoint | None",
     weights: Weigh | None = None,
-    whole: bool = True,
 ) -> dict[str, Step]:
     """Plan the merge of every module, in order.
 
@@ -72,7 +73,6 @@ def steps_of(
         rank: The rule that gives each module's rank.
         base: The base model, for layers whose ΔW depends on it.
         weights: Gives the weights of a module; None if they depend on the tensors.
-        whole: True if a layer without factors may stay as it is, because there is no budget.
 
     Returns:
         The steps of the modules in which a LoRA has a weight other than 0.
@@ -93,7 +93,7 @@ def steps_of(
             merged[module] = inputs
         _common_shape([loras[i] for i in present], module)
     single = len({i for inputs in merged.values() for i in inputs}) == 1
-    maker = _Maker(loras, method, options, rank, base, takes_dense, whole and isinstance(rank, str), single)
+    maker = _Maker(loras, method, options, rank, base, takes_dense, isinstance(rank, str), single)
     shapes = {module: _common_shape([loras[i] for i in inputs], module) for module, inputs in merged.items()}
     return {module: maker.step(module, shapes[module], inputs, given[module]) for module, inputs in merged.items()}
 

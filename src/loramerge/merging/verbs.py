@@ -4,12 +4,12 @@ import operator
 import os
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.models import Checkpoint, open_checkpoint
 from ..devices import check_device
-from ..errors import MergeError, OptionError, check_callable, within
+from ..errors import DialectError, MergeError, OptionError, check_callable, within
 from ..files.architectures import ARCHITECTURES
 from ..files.dialects import DIALECTS
 from ..files.families import of_one_family
@@ -75,9 +75,9 @@ def plan(
         if chosen.count not in (None, len(opened)):
             raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
         opened, architecture = of_one_family(opened)
-        resolved = resolve(opened, weights, scope, chosen.default_weight)
+        resolved = resolve(opened, weights, scope, chosen.default_weight, model)
         weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
-        steps = steps_of(opened, chosen, checked, rank, model, weigh, limit is None)
+        steps = steps_of(opened, chosen, checked, rank, model, weigh)
         if not steps:
             raise MergeError(_nothing(chosen, opened))
         if resolved.columns and chosen.name != "linear":
@@ -187,7 +187,10 @@ def merge(
         **options,
     )
     made = planned.lora()
-    check_growth(made, planned.size, made.dialect)
+    # Plain LoRAs never grow so much; what the dialect can't hold may be saved in another.
+    if any(layout.kind != "lora" or layout.has_core for lora in loaded for layout in lora.layouts.values()):
+        with suppress(DialectError):
+            check_growth(made, planned.size, made.dialect)
     return made.in_memory(progress)
 
 
@@ -283,7 +286,10 @@ def _dtypes(lora: LoRA) -> list[str]:
 
 def _fits_half(lora: LoRA) -> bool:
     """Return whether float16 holds a LoRA's bfloat16 values with all their digits; small values in ``up`` can be scaled."""
-    roles = {m: [r for r, t in layout.tensors().items() if code(t) == "BF16"] for m, layout in lora.layouts.items()}
+    roles = {
+        m: [r for r, t in layout.tensors().items() if (lora.dtype or code(t)) == "BF16"]
+        for m, layout in lora.layouts.items()
+    }
     for module in filter(roles.__getitem__, lora):
         tensors = lora[module].tensors()
         if not all(fits_half(tensors[role], role != "up") for role in roles[module]):

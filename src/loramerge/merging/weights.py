@@ -11,7 +11,8 @@ from functools import cache
 from numbers import Real
 from typing import Any, Literal, Protocol, SupportsFloat, TypeAlias
 
-from ..errors import OptionError
+from ..checkpoints.models import Checkpoint, on_base
+from ..errors import NoFactorsError, OptionError, computing
 from ..files.architectures import blocks
 from ..files.lora import LoRA
 from .coefficients import Coefficients
@@ -65,7 +66,11 @@ class ModuleWeights:
 
 
 def resolve(
-    loras: Sequence[LoRA], weights: Weights, scope: Scope = "module", default: float | None = None
+    loras: Sequence[LoRA],
+    weights: Weights,
+    scope: Scope = "module",
+    default: float | None = None,
+    base: Checkpoint | None = None,
 ) -> ModuleWeights:
     """Turn the weights that the user gave into the weights of each module.
 
@@ -77,6 +82,7 @@ def resolve(
         scope: For ``"l2"``, what the norms are taken over: each ``module``, each ``component``
             (UNet, text encoder), or the ``whole`` file.
         default: The weight of each LoRA if ``weights`` is None; None for 1/N.
+        base: The base model, for the norms of layers whose ΔW depends on it.
 
     Raises:
         OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
@@ -93,7 +99,7 @@ def resolve(
         if scope not in SCOPES:
             raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
         labels = tuple(f"l2 ({scope})" for _ in loras)
-        return ModuleWeights(_shares(loras, scope), labels, deferred=True, given="l2")
+        return ModuleWeights(_shares(loras, scope, base), labels, deferred=True, given="l2")
     if isinstance(weights, str) and weights.endswith(".safetensors"):
         weights = Coefficients.read(weights)
     if isinstance(weights, Coefficients):
@@ -229,7 +235,7 @@ def _label(weight: float | Mapping[str, float]) -> str:
     return f"{float(weight):g}"
 
 
-def _shares(loras: Sequence[LoRA], scope: Scope) -> Callable[[str], list[float]]:
+def _shares(loras: Sequence[LoRA], scope: Scope, base: Checkpoint | None) -> Callable[[str], list[float]]:
     """Return a function that gives each LoRA's share of the norms in a module; 0 for all if every norm is 0."""
     totals: dict[str, list[float]] = {}
 
@@ -239,20 +245,32 @@ def _shares(loras: Sequence[LoRA], scope: Scope) -> Callable[[str], list[float]]
     def shares(module: str) -> list[float]:
         name = group(module)
         if scope == "module":
-            return _proportions([lora[module].norm() if module in lora else 0.0 for lora in loras])
+            return _proportions([_norm(lora, module, base) if module in lora else 0.0 for lora in loras])
         if not totals:
-            totals.update(_norms(loras, group))
+            totals.update(_norms(loras, group, base))
         return _proportions(totals[name])
 
     return shares
 
 
-def _norms(loras: Sequence[LoRA], group: Callable[[str], str]) -> dict[str, list[float]]:
+def _norms(loras: Sequence[LoRA], group: Callable[[str], str], base: Checkpoint | None) -> dict[str, list[float]]:
     squares: dict[str, list[float]] = {}
     for i, lora in enumerate(loras):
         for module in lora:
-            squares.setdefault(group(module), [0.0] * len(loras))[i] += lora[module].norm() ** 2
+            squares.setdefault(group(module), [0.0] * len(loras))[i] += _norm(lora, module, base) ** 2
     return {name: [math.sqrt(s) for s in sums] for name, sums in squares.items()}
+
+
+def _norm(lora: LoRA, module: str, base: Checkpoint | None) -> float:
+    """Return ‖ΔW‖ of a layer, on the base if it depends on that."""
+    with computing(f"{lora.name}: {module}"):
+        layer = lora[module]
+        try:
+            return layer.norm()
+        except NoFactorsError:
+            if base is None or not layer.computable:
+                raise
+            return on_base(layer, module, base).norm()
 
 
 def _proportions(norms: Iterable[float]) -> list[float]:

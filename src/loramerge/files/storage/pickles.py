@@ -1,7 +1,8 @@
 """Tensors out of pickles, by torch's weights_only loader: nothing else in the file is made or run."""
 
+import io
 import os
-from typing import Any
+from typing import Any, BinaryIO
 
 from ...errors import FileError, NotALoRAError, first_line, needed
 from ...tensors import Array, Held, Tensor, code, is_known, numpy_dtype
@@ -46,8 +47,12 @@ def pickled(path: str, allow: bool) -> tuple[dict[str, Tensor], str | None]:
 
 def _tensors(path: str, found: dict[Any, Any]) -> tuple[dict[str, Any], str | None]:
     """Return the tensors of a dictionary, or of the only inner one that holds a LoRA, and its name."""
-    tensors = _among(found)
-    inner = {str(name): held for name, value in found.items() if isinstance(value, dict) and (held := _among(value))}
+    tensors = _among(path, found)
+    inner = {
+        _text(path, name): held
+        for name, value in found.items()
+        if isinstance(value, dict) and (held := _among(path, value))
+    }
     if not inner or any(map(parse, tensors)):
         return tensors, None
     loras = [name for name, held in inner.items() if any(map(parse, held))]
@@ -60,23 +65,86 @@ def _tensors(path: str, found: dict[Any, Any]) -> tuple[dict[str, Any], str | No
     )
 
 
-def _among(found: dict[Any, Any]) -> dict[str, Any]:
+def _among(path: str, found: dict[Any, Any]) -> dict[str, Any]:
     import torch
 
-    return {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+    return {_text(path, key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _text(path: str, key: object) -> str:
+    if not isinstance(key, str):
+        raise FileError(f"{path}: a key is a {type(key).__name__}, wanted text.")
+    return key
 
 
 def _check_zip(path: str) -> None:
-    """Reject zips with compressed records: torch never compresses, so they are likely zip bombs."""
+    """Reject zips with compressed records (torch never compresses, so they are likely zip bombs) and tuple bombs."""
     import zipfile
 
     try:
         with zipfile.ZipFile(path) as file:
             packed = [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]
+            for record in file.infolist():
+                if record.filename.endswith("data.pkl") and not packed:
+                    _check_tuples(path, io.BytesIO(file.read(record)))
     except (OSError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
-        return  # not a zip, like pickles before torch 1.6, or one that torch will refuse
+        # Not a zip, like pickles before torch 1.6, or one that torch will refuse.
+        with open(path, "rb") as plain:
+            _check_tuples(path, plain)
+        return
     if packed:
         raise FileError(f"Can't read {path} as tensors only: its record {packed[0]!r} is compressed; torch's are not.")
+
+
+MAX_NESTED = 1_000_000
+"""Tuples that a tuple in a pickle may hold, on all levels; one that is named twice counts twice."""
+
+MAX_OPCODES = 2_000_000
+"""Opcodes that a pickle may have: a tensor takes about thirty."""
+
+
+def _check_tuples(path: str, file: BinaryIO) -> None:
+    """Reject tuples that name the tuple below several times, on many levels: to hash one as a key never ends.
+
+    Nothing is built: the opcodes are followed, with the size of a tuple in its place on the stack.
+    """
+    import pickletools
+
+    try:
+        for _ in range(5):  # before torch 1.6 a file was five pickles one after the other, and the numbers
+            stack: list[int | None] = []
+            memo: dict[int, int] = {}
+            for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+                taken = _taken(stack, [each.name for each in opcode.stack_before])
+                if opcode.name.startswith("TUPLE"):
+                    taken = [1 + sum(taken)]
+                elif "GET" in opcode.name:
+                    taken = [memo.get(int(argument or 0), 0)]
+                elif opcode.name == "MEMOIZE":
+                    memo[len(memo)] = taken[0]
+                elif "PUT" in opcode.name:
+                    memo[int(argument or 0)] = stack[-1] or 0
+                made = [taken[0] if taken else 0] * len(opcode.stack_after)
+                stack += [None] if opcode.name == "MARK" else made
+                if max(made, default=0) > MAX_NESTED or number > MAX_OPCODES:
+                    what = (
+                        "it has too many entries"
+                        if number > MAX_OPCODES
+                        else "it nests tuples in tuples without measure"
+                    )
+                    raise FileError(f"Can't read {path} as tensors only: {what}.")
+    except (ValueError, IndexError):  # no pickle, or the numbers after one
+        return
+
+
+def _taken(stack: list[int | None], names: list[str]) -> list[int]:
+    """Take what an opcode uses off the stack, down to the last mark for one that uses a slice."""
+    taken = []
+    if "mark" in names:
+        while (size := stack.pop()) is not None:
+            taken.append(size)
+        names = names[: names.index("mark")]
+    return [stack.pop() or 0 for _ in names][::-1] + taken
 
 
 def _check_plain(path: str, key: str, tensor: Any) -> None:

@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from ...errors import LoRAMergeError, MergeError, first_line
+from ...errors import LoRAMergeError, MergeError, NumberError, first_line
 from ...layers import Full, Layer, LowRank
-from ...tensors import Array, check_finite, float32
+from ...tensors import Array, check_finite, flatten, float32, times
 from .options import Option, checked, options_of
 
 Merged = LowRank | Full
 """The result for one module: factors, or a dense ΔW that is then cut to a rank."""
+
+Weights = Sequence[float]
 
 Merge = Callable[..., Merged]
 """``merge(layers, weights, **options) -> layer``, for one module; ``weights`` has one float per layer."""
@@ -118,8 +120,11 @@ def applied(
         )
     if isinstance(merged, LowRank):
         _check_factors(method, merged, layers, rank)
-    for tensor in merged.tensors().values():
-        check_finite(tensor)
+    try:
+        for tensor in merged.tensors().values():
+            check_finite(tensor)
+    except NumberError as error:
+        raise NumberError(f"{error}. Way out: a smaller weight or alpha") from None
     return merged
 
 
@@ -139,6 +144,24 @@ def shared_down(layers: Sequence[Layer]) -> object:
     """Return an identity of the concatenated ``down``, or None unless every layer knows that of its own."""
     ids = tuple(layer.down_key for layer in layers)
     return ids if None not in ids else None
+
+
+def alive(layers: Sequence[Layer], weights: Weights) -> tuple[Sequence[Layer], Weights, Sequence[int]]:
+    """Drop layers that count as absent, those of weight 0 and those whose ΔW is zero; keep at least one.
+
+    Returns:
+        The other layers, their weights, and their places among all.
+    """
+    kept = [i for i, weight in enumerate(weights) if weight and not _is_zero(layers[i])] or [0]
+    return [layers[i] for i in kept], [weights[i] for i in kept], kept
+
+
+def _is_zero(layer: Layer) -> bool:
+    if isinstance(layer, LowRank) and layer.mid is None:  # one entry that isn't zero says it for less than the norm
+        entry = float32(flatten(layer.up)[:1]) @ float32(flatten(layer.down)[:, :1])
+        if layer.scale and float(entry[0, 0]):
+            return False
+    return not layer.norm()
 
 
 def sum_of_ranks(layers: Sequence[Layer], **_: Any) -> int:
@@ -167,8 +190,7 @@ def with_bias(merged: L, layers: Sequence[Layer], weights: Sequence[float]) -> L
     for layer, weight in zip(layers, weights, strict=True):
         bias: Array | None = layer.delta_bias()
         if bias is not None:
-            scale = (
-                weight if isinstance(weight, float | int) else 1.0
-            )  # learned weights are per column of ΔW, not of its bias
-            total = float32(bias) * scale if total is None else total + float32(bias) * scale
+            scale = weight if isinstance(weight, float | int) else 1.0  # learned weights are per column of ΔW
+            part = times(float32(bias), scale)
+            total = part if total is None else total + part
     return merged if total is None else replace(merged, diff_b=total)

@@ -13,14 +13,11 @@ from typing import Any
 
 from ...layers import Full, Layer, LowRank
 from ...tensors import Array, largest_rank
-from .base import Merged, Method, sum_of_ranks, with_bias
+from .base import Merged, Method, Weights, alive, sum_of_ranks, with_bias
 from .linear import linear
 from .options import Option, options_of
 from .selection import Streams
 from .spaces import Deltas, core, inner_products
-
-Weights = Sequence[float]
-
 
 Allows = Callable[[Weights], None]
 
@@ -39,11 +36,11 @@ def combination(
 
     def named(formula: Callable[..., Weights]) -> Method:
         def merge(layers: Sequence[Layer], weights: Weights, **options: Any) -> Merged:
-            live, shares = alive(layers, weights)
+            live, shares, kept = alive(layers, weights)
             if len(live) == 1:
                 return linear.merge(layers, weights)
-            chosen = iter(formula(inner_products(live), shares, **options))
-            return linear.merge(layers, [next(chosen) if weight else 0.0 for weight in weights])
+            chosen = dict(zip(kept, formula(inner_products(live), shares, **options), strict=True))
+            return linear.merge(layers, [chosen.get(i, 0.0) for i in range(len(layers))])
 
         options = options_of(formula)
         return Method(name, formula, merge, source, sum_of_ranks, options, count=count, linear=True, allows=allows)
@@ -74,9 +71,9 @@ def on_core(
     def named(formula: Callable[..., Array]) -> Method:
         def merge(layers: Sequence[Layer], weights: Weights, *, most: int | None = None, **options: Any) -> LowRank:
             counted = 1 if of_first else len(layers)
-            live, shares = alive(layers, weights)
+            live, shares, kept = alive(layers, weights)
             space = replace(core(live), most=most)
-            nothing = space.empty or not any(weights[:counted])
+            nothing = space.empty or kept[0] >= counted or not any(weights[:counted])
             merged = 0.0 * space.parts[0] if nothing else formula(space, shares, **options)
             return with_bias(space.layer(merged), layers[:counted], weights[:counted])
 
@@ -87,20 +84,10 @@ def on_core(
     return named
 
 
-def alive(layers: Sequence[Layer], weights: Weights) -> tuple[Sequence[Layer], Weights]:
-    """Drop layers of weight 0, which counts as absent, and their weights; keep at least one."""
-    kept = _counted(weights)
-    return [layers[i] for i in kept], [weights[i] for i in kept]
-
-
-def _counted(weights: Weights) -> list[int]:
-    return [i for i, weight in enumerate(weights) if weight] or [0]
-
-
-def alive_streams(seed: int | Streams, weights: Weights) -> Streams:
-    """Return the random streams of the layers whose weight isn't 0; they don't depend on the other layers."""
-    streams = seed if isinstance(seed, Streams) else Streams(seed, tuple(range(len(weights))))
-    return streams.some(_counted(weights))
+def alive_streams(seed: int | Streams, kept: Sequence[int]) -> Streams:
+    """Return the random streams of the layers that are kept; they don't depend on the other layers."""
+    streams = seed if isinstance(seed, Streams) else Streams(seed, tuple(range(max(kept) + 1)))
+    return streams.some(kept)
 
 
 SPACE = Option("space", str, "delta", ("delta", "core"))
@@ -121,9 +108,9 @@ def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], M
 
     def named(formula: Callable[..., Array]) -> Method:
         def merge(layers: Sequence[Layer], weights: Weights, *, space: str = "delta", **options: Any) -> Merged:
-            live, shares = alive(layers, weights)
+            live, shares, kept = alive(layers, weights)
             if "seed" in options:
-                options["seed"] = alive_streams(options["seed"], weights)
+                options["seed"] = alive_streams(options["seed"], kept)
             if space == "core":
                 common = core(live)
                 entries = common.parts[0] if common.empty else formula(common.parts, shares, **options)

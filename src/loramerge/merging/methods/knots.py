@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ...layers import Layer, LowRank
-from .base import method, sum_of_ranks, with_bias
-from .engines import alive, alive_streams
+from .base import alive, method, sum_of_ranks, with_bias
+from .engines import alive_streams
 from .options import Density, Seed
 from .spaces import aligned
 from .sparse import dare, ties
@@ -26,14 +26,14 @@ def knots(
     random choice for dare, or the weighted sum.  Each module has its own threshold; the published
     code has one for the whole model.
     """
-    live, shares = alive(layers, weights)
+    live, shares, kept = alive(layers, weights)
     space = aligned(live)
     if space.empty:
         merged = space.parts[0]
     elif inside == "linear":
         merged = sum(w * part for w, part in zip(shares, space.parts, strict=True))
     elif inside == "dare":
-        merged = dare.function(space.parts, shares, density=density, seed=alive_streams(seed, weights))
+        merged = dare.function(space.parts, shares, density=density, seed=alive_streams(seed, kept))
     else:
         merged = ties.function(space.parts, shares, density=density)
     return with_bias(space.layer(merged), layers, weights)

@@ -6,8 +6,8 @@ from typing import Any
 
 from ...errors import MergeError
 from ...layers import Full, Layer, LowRank, low_rank
-from ...tensors import Array, Float, concat, float32, namespace
-from .base import equal_rank, method, shared_down, sum_of_ranks, with_bias
+from ...tensors import Array, Float, concat, float32, namespace, times
+from .base import alive, equal_rank, method, shared_down, sum_of_ranks, with_bias
 
 
 @method(
@@ -27,14 +27,8 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
         return with_bias(_dense_sum(layers, weights), layers, weights)
     weighted = [_weighted(layer, weight) for layer, weight in zip(layers, weights, strict=True)]
     ups, downs, scales = zip(*weighted, strict=True)
-    up = float32(concat(ups, axis=1))
+    up = concat([times(float32(up), scale) for up, scale in zip(ups, scales, strict=True)], axis=1)
     down = concat(downs) if len(downs) > 1 else downs[0]
-    if len(set(scales)) > 1:
-        xp = namespace(up)
-        columns = [scale for scale, each in zip(scales, ups, strict=True) for _ in range(each.shape[1])]
-        up = up * xp.asarray(columns, dtype=up.dtype, device=up.device)
-    elif scales[0] != 1:
-        up = up * scales[0]
     return with_bias(low_rank(up, down, layers[0].shape, shared_down(layers)), layers, weights)
 
 
@@ -54,7 +48,8 @@ def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank
     """
     up: Array = 0.0
     down: Array = 0.0
-    for layer, weight in zip(layers, weights, strict=True):
+    live, shares, _ = alive(layers, weights)
+    for layer, weight in zip(live, shares, strict=True):
         layer_up, layer_down, scale = layer.stored_factors()  # PEFT takes the root of the scale on both
         root = math.sqrt(abs(weight * scale))
         up = up + root * float32(layer_up)
@@ -68,7 +63,7 @@ def _dense_sum(layers: Sequence[Layer], weights: Sequence[Any]) -> Full:
     for layer, weight in zip(layers, weights, strict=True):
         if not isinstance(weight, float | int):
             raise MergeError("learned coefficients need factors, and a layer here is a whole difference")
-        total = total + weight * layer.delta()
+        total = total + times(layer.delta(), weight)
     return Full(diff=total)
 
 

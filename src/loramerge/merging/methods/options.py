@@ -86,6 +86,7 @@ class Option:
         Raises:
             OptionError: It has another type, is out of range, or isn't one of the choices.
         """
+        value = math.inf if self.kind is float and value == "inf" else value  # as JSON holds it
         if not self.allows(value):
             raise OptionError(f"The option {self.name} wants {self.wanted}, got {value!r}.")
         return float(value) if self.kind is float else value

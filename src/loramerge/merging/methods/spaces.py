@@ -74,7 +74,7 @@ def stack(layers: Sequence[Layer]) -> Stack:
     Raises:
         NoFactorsError: A layer has no factors.
     """
-    factors = [layer.factors() for layer in layers]
+    factors = [linalg.thin(*layer.factors()) for layer in layers]
     xp = namespace(factors[0][0])
     up = xp.concat([up for up, _ in factors], axis=1)
     down = xp.concat([down for _, down in factors], axis=0)

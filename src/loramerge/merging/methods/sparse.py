@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Literal
 
 from ...errors import OptionError
+from ...linalg import power_of_two
 from ...tensors import Array, Bool, Float, namespace
 from .engines import elementwise
 from .options import Density, Range, Seed
@@ -116,6 +117,10 @@ def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Float[Ar
     Σ|w| scales the mean of the others, as in ties.  With a single LoRA nothing is selected.
     """
     xp = namespace(deltas[0])
+    unit, scale = max(map(power_of_two, deltas)), power_of_two(xp.asarray(weights))
+    if unit != 1 or scale != 1:  # squares of the entries would leave float32
+        one = sce.function([d / unit for d in deltas], [w / scale for w in weights], density=density)
+        return one * unit * scale
     selected = _differing(deltas, weights, density) if len(deltas) > 1 and density < 1 else xp.ones_like(deltas[0])
     energies = [float(xp.sum(xp.astype((d * selected) ** 2, xp.float64))) for d in deltas]
     counts = [abs(w) * energy for w, energy in zip(weights, energies, strict=True)]

@@ -40,8 +40,8 @@ def iso_c(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     directions that no LoRA has.  A smaller rank takes the sum's leading directions before they are made
     equal.
     """
-    u, s, vt = (x[:, : core.most] if i == 0 else x[: core.most] for i, x in enumerate(_svd(_sum(core, weights))))
-    return s.mean() * (u @ vt)
+    u, s, vt = _svd(_sum(core, weights), _size(core, weights), core.most)
+    return s.mean() * (u @ vt) if s.shape[0] else u @ vt
 
 
 @on_core("iso_cts", source="Marczak et al., 2025, section 4, https://arxiv.org/abs/2502.04959", ranked=True)
@@ -55,17 +55,22 @@ def iso_cts(core: Core, weights: Weights, *, common: Share = 0.8) -> Float64[Arr
     divided in the same way.
     """
     xp = namespace(core.parts[0])
-    u, s, vt = _svd(_sum(core, weights))
-    rank, n = min(s.shape[0], core.most or s.shape[0]), len(weights)
+    u, s, vt = _svd(_sum(core, weights), _size(core, weights), core.most)
+    rank, n = s.shape[0], len(weights)
+    if not rank:
+        return u @ vt
     each = min(round((rank - int(common * rank)) / n), (rank - 1) // n)
     shared = rank - n * each
     lefts, values, rights = [u[:, :shared]], [s[:shared]], [vt[:shared]]
     for weight, (part_u, part_s, part_vt) in zip(weights, core.spectra, strict=True):
         own = weight * part_s * part_u
-        own_u, own_s, turn = xp.linalg.svd(own - lefts[0] @ (lefts[0].T @ own), full_matrices=False)
-        lefts.append(own_u[:, :each])
-        values.append(own_s[:each])
-        rights.append((turn @ part_vt)[:each])
+        own = own - lefts[0] @ (lefts[0].T @ own)
+        own_u, own_s, turn = _svd(
+            own, abs(weight) * float(part_s[:1].sum()), each
+        )  # of a LoRA within the sum nothing is left
+        lefts.append(own_u)
+        values.append(own_s)
+        rights.append(turn @ part_vt)
     mean = xp.concat(values).mean()
     return mean * (_polar(xp.concat(lefts, axis=1)) @ _polar(xp.concat(rights, axis=0)))
 
@@ -151,12 +156,24 @@ def _sum(core: Core, weights: Weights) -> Float64[Array, "p q"]:
     return total
 
 
+def _size(core: Core, weights: Weights) -> float:
+    """Return the size below which the sum's singular values are the rounding errors of parts that cancel."""
+    return sum(abs(w) * float(s[:1].sum()) for w, (_, s, _) in zip(weights, core.spectra, strict=True)) / 10
+
+
 def _svd(
-    matrix: Float64[Array, "m n"],
+    matrix: Float64[Array, "m n"], size: float = 0.0, most: int | None = None
 ) -> tuple[Float64[Array, "m k"], Float64[Array, " k"], Float64[Array, "k n"]]:
-    """Compute the singular value decomposition without the values that are rounding noise."""
+    """Compute the singular value decomposition without the values that are rounding noise.
+
+    Args:
+        matrix: The matrix.
+        size: Values are noise below `FAINT` times the largest, or times this.
+        most: The number of values to keep, at most.
+    """
     u, s, vt = namespace(matrix).linalg.svd(matrix, full_matrices=False)
-    kept = max(1, int((s > FAINT * s[:1]).sum()))
+    kept = int((s > FAINT * max(float(s[0]), size)).sum()) if s.shape[0] else 0
+    kept = kept if most is None else min(kept, most)
     return u[:, :kept], s[:kept], vt[:kept]
 
 
@@ -167,8 +184,8 @@ def _leading(matrix: Float64[Array, "m n"], k: int) -> Float64[Array, "m n"]:
 
 
 def _polar(matrix: Float64[Array, "m n"]) -> Float64[Array, "m n"]:
-    """Return the nearest matrix with orthonormal columns, or orthonormal rows if it is wide."""
-    u, _, vt = namespace(matrix).linalg.svd(matrix, full_matrices=False)
+    """Return the nearest matrix with orthonormal columns, or orthonormal rows if it is wide, within its numerical rank."""
+    u, _, vt = _svd(matrix)
     return u @ vt
 
 

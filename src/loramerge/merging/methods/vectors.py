@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...layers import BiasOnly, Full, Layer
-from ...tensors import Array, Spec, float32
+from ...tensors import Array, Spec, float32, times
 
 
 def vectors(layers: Sequence[Layer], weights: Sequence[float]) -> Layer:
@@ -36,7 +36,7 @@ def total(tensors: Sequence[Array | Spec | None], weights: Sequence[Any]) -> Any
         if isinstance(tensor, Spec):
             found = Spec(tuple(tensor.shape), "F32")
         elif tensor is not None:
-            part = float32(tensor) * (weight if isinstance(weight, float | int) else 1.0)
+            part = times(float32(tensor), weight if isinstance(weight, float | int) else 1.0)
             found = part if found is None else found + part
     return found
 

@@ -171,12 +171,14 @@ def _options(method: Any) -> str:
 
 def blocks() -> str:
     """List the blocks that each length of a vector gives numbers for."""
-    from loramerge.files.architectures.blocks import FAMILY, VECTORS
+    from loramerge.files.architectures import ARCHITECTURES
+    from loramerge.files.architectures.blocks import vectors
 
-    rows = []
-    for family, lengths in VECTORS.items():
-        members = ", ".join(f"`{name}`" for name, of in FAMILY.items() if of == family)
-        rows += [[members, str(length), _shortened(names)] for length, names in lengths.items()]
+    families: dict[tuple[int, str], list[str]] = {}
+    for a in ARCHITECTURES:
+        for length, names in vectors(a).items():
+            families.setdefault((length, _shortened(names)), []).append(f"`{a}`")
+    rows = [[", ".join(members), str(length), names] for (length, names), members in families.items()]
     return table(["families", "numbers", "blocks, in order"], rows)
 
 
@@ -195,12 +197,15 @@ def _shortened(names: list[str]) -> str:
 
 def readers() -> str:
     """List what each reader leaves out, by dialect."""
-    from loramerge.files.dialects.readers import DROPS, UNETS
+    from loramerge.files.architectures import ARCHITECTURES
+    from loramerge.files.dialects.readers import DROPS
 
+    unets = {a.name for a in ARCHITECTURES.values() if a.denoiser == "unet"}
     rows = []
     for drop in DROPS:
-        families = [name for name in drop.families if name not in UNETS or not set(UNETS) <= set(drop.families)]
-        named = [*(["all UNets"] if set(UNETS) <= set(drop.families) else []), *(f"`{name}`" for name in families)]
+        families = [] if drop.concerns(None) else [a.name for a in ARCHITECTURES.values() if drop.concerns(a)]
+        all_unets = unets <= set(families)
+        named = ["all UNets"] * all_unets + [f"`{name}`" for name in families if not all_unets or name not in unets]
         rows.append(
             [
                 drop.reader,

@@ -1,5 +1,6 @@
 """Which model a file is for: named rightly, one of several that fit alike, or not at all."""
 
+import ast
 import importlib.util
 import json
 import lzma
@@ -19,7 +20,7 @@ from loramerge.errors import DialectError, FamilyError, LayerError, MergeError, 
 from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.architectures.blocks import block
 from loramerge.files.architectures.hints import named
-from loramerge.files.architectures.labels import ARCHITECTURE, LABELS
+from loramerge.files.architectures.labels import ARCHITECTURE, label_of
 from loramerge.files.families import alike, of_one_family
 from loramerge.files.lora import LoRA, from_tensors
 from loramerge.tensors import Held, numpy_dtype
@@ -96,9 +97,11 @@ def test_metadata_that_names_another_family_is_refused_with_both_sides(said: str
     assert read(keys, {"modelspec.architecture": said}, architecture="flux").families == ("flux",)
 
 
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if label_of(name)])
 def test_every_label_is_read_as_its_family(name: str) -> None:
-    label = LABELS[name]
+    label = label_of(name)
+
+    assert label
 
     for value in (*label.specifications, *(f"{s}/lora" for s in label.specifications)):
         assert name in named({"modelspec.architecture": value}).families
@@ -349,3 +352,33 @@ def test_the_family_that_is_chosen_takes_no_other_away() -> None:
 
     assert (one.families, other.families) == (("sdxl", "ssd-1b"), ("sdxl", "ssd-1b"))
     assert alike([one, other], chosen) == ("ssd-1b",)
+
+
+ROOT = HERE.parent / "src" / "loramerge"
+TABLE = ROOT / "files" / "architectures" / "table.py"
+SAMPLE = ROOT / "cli" / "doctor.py"
+"""It makes a LoRA of some family, to try a merge."""
+
+
+def strings(path: Path) -> set[str]:
+    """The strings in a file's code, without its comments and docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return {
+        n.value
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in alone
+    }
+
+
+def test_a_family_is_one_entry_and_one_json() -> None:
+    models = {path.stem for path in (ROOT / "files" / "architectures" / "models").glob("*.json")}
+    used = {a.model for a in ARCHITECTURES.values()} | {
+        e.model for a in ARCHITECTURES.values() for e in a.text_encoders
+    }
+    names = {*ARCHITECTURES, *ARCHITECTURES.aliases}
+
+    elsewhere = {path: found for path in ROOT.rglob("*.py") if (found := names & strings(path))}
+
+    assert used == models
+    assert elsewhere.keys() - {TABLE, SAMPLE} == set()

@@ -7,36 +7,10 @@ from typing import NamedTuple
 
 from . import ARCHITECTURES
 from .labels import ARCHITECTURE, SPECIFICATION, VERSION
+from .table import ELSEWHERE
 
 KEYS = (SPECIFICATION, VERSION)
 """Entries of a header that name the family."""
-
-ELSEWHERE: Mapping[str, tuple[str, ...]] = {
-    "Stable Cascade": ("stable-cascade", "cascade", "wuerstchen"),
-    "OmniGen": ("omnigen",),
-    "HiDream-O1": ("hidream-o1",),
-    "FLUX.3": ("flux3", "flux-3"),
-    "Qwen-Image 2": ("qwen-image-2",),
-    "Kandinsky": ("kandinsky",),
-    "CogView": ("cogview",),
-    "HunyuanDiT": ("hunyuan-dit", "hunyuandit", "hydit"),
-    "Stable Video Diffusion": ("svd", "stable-video-diffusion"),
-    "AnimateDiff": ("animatediff", "animate-diff"),
-    "Lumina-Next": ("lumina-next", "lumina-t2x", "lumina"),
-    "DeepFloyd IF": ("deepfloyd",),
-    "Bria": ("bria", "fibo"),
-    "GLM-Image": ("glm-image",),
-    "JoyImage": ("joyimage", "joy-image"),
-    "Allegro": ("allegro",),
-    "Helios": ("helios",),
-    "ACE-Step": ("ace-step", "acestep"),
-    "Stable Audio": ("stable-audio",),
-    "NewBie": ("newbie",),
-    "Step": ("step1x", "step-video"),
-    "SkyReels": ("skyreels-a",),
-    "Hunyuan": ("hunyuan",),
-}
-"""Families that loramerge doesn't know, each with the words that name it."""
 
 
 class Named(NamedTuple):

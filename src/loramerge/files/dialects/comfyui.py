@@ -21,13 +21,9 @@ def comfyui_other_names(a: Architecture) -> Mapping[str, Parts]:
     return {f"diffusion_model.{path}": parts for path, parts in a.other_paths.items()}
 
 
-DOWN_UP = frozenset({"flux", "chroma"})
-"""Transformers for which diffusers reads ``lora_down`` behind ``diffusion_model.``; for others only ``lora_A``."""
-
-
 def comfyui_style(a: Architecture) -> str:
     """Choose the style: ComfyUI reads both, and diffusers stops at an alpha of ``lora_A``, so scales are folded in."""
-    return "kohya" if a.denoiser == "unet" or a.name in DOWN_UP else "peft"
+    return "kohya" if a.denoiser == "unet" or a.down_up else "peft"
 
 
 COMFYUI = Dialect(

@@ -90,8 +90,14 @@ LOADERS: dict[str, Any] = {
     "hidream": pipelines.HiDreamImageLoraLoaderMixin,
     "ernie-image": pipelines.ErnieImageLoraLoaderMixin,
     "qwen-image": pipelines.QwenImageLoraLoaderMixin,
-    "kandinsky5-lite": pipelines.KandinskyLoraLoaderMixin,
-    "sana-1.6b": pipelines.SanaLoraLoaderMixin,
+    "ideogram4": pipelines.Ideogram4LoraLoaderMixin,
+    "minimax-h3": pipelines.MiniMaxH3LoraLoaderMixin,
+    "flux3": pipelines.Flux3LoraLoaderMixin,
+    "ace-step": pipelines.AceStepLoraLoaderMixin,
+    "bria-fibo2": pipelines.BriaFibo2LoraLoaderMixin,
+    "cogview4": pipelines.CogView4LoraLoaderMixin,
+    **dict.fromkeys(("kandinsky5-lite", "kandinsky5-pro", "kandinsky5-image"), pipelines.KandinskyLoraLoaderMixin),
+    **dict.fromkeys(("sana-0.6b", "sana-1.6b", "sana-4.8b"), pipelines.SanaLoraLoaderMixin),
     "cogvideox-5b": pipelines.CogVideoXLoraLoaderMixin,
 }
 """diffusers' readers of LoRA files."""
@@ -166,8 +172,9 @@ READ = {
     **dict.fromkeys(("flux", "chroma", "flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "qwen-image", "z-image"), BOTH),
     **dict.fromkeys(("wan-14b", "wan-1.3b", "wan-5b"), BOTH),
     **dict.fromkeys(
-        ("lumina2", "hidream", "anima", "ltx2", "ltxv-2b", "ltxv-13b", "krea2", "ernie-image"), ("comfyui",)
+        ("lumina2", "hidream", "anima", "ltx2", "ltxv-2b", "ltxv-13b", "krea2", "ernie-image", "flux3"), ("comfyui",)
     ),
+    **dict.fromkeys(("ideogram4", "minimax-h3"), BOTH),
 }
 """Dialects beside its own that diffusers reads."""
 
@@ -301,7 +308,7 @@ def ours(lora: LoRA) -> dict[str, np.ndarray]:
     found = {}
     for module in lora:
         layout = lora.layout(module)
-        if len(layout.shape) > 1 and module.startswith("transformer."):
+        if len(layout.shape) > 1 and not module.startswith("text_encoder"):
             delta = None if isinstance(layout, LowRank) else np.asarray(lora[module].delta())
             found[module] = product(*lora[module].factors()) if delta is None else delta @ probe(delta.shape[1])
     return found
@@ -319,7 +326,7 @@ def theirs(family: str, keys: Mapping[str, np.ndarray], metadata: Mapping[str, s
     }
     for stem in stems_of(found, ".lokr_w1"):
         effects |= parted(stem, kron(found[f"{stem}.lokr_w1"], found[f"{stem}.lokr_w2"]))
-    return {own(stem): effect for stem, effect in effects.items() if not stem.startswith("text_encoder")}
+    return {stem: effect for stem, effect in effects.items() if not stem.startswith("text_encoder")}
 
 
 def stems_of(found: Mapping[str, Any], end: str) -> list[str]:
@@ -334,11 +341,6 @@ def parted(stem: str, effect: np.ndarray) -> dict[str, np.ndarray]:
     block, _, name = stem.rpartition(".")
     names = FUSED.get(name, (name,))
     return {f"{block}.{part}": rows for part, rows in zip(names, np.split(effect, len(names)), strict=True)}
-
-
-def own(stem: str) -> str:
-    """loramerge's name: Anima's adapter is a component of its own in diffusers."""
-    return stem.replace("text_conditioner.", "transformer.llm_adapter.")
 
 
 def errors(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> dict[str, float]:

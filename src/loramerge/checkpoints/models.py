@@ -292,13 +292,15 @@ def _spellings(a: Architecture) -> Iterator[tuple[str, Mapping[str, Parts]]]:
         yield prefix, a.denoiser_paths
     for prefix in DENOISERS:
         yield prefix, a.native_paths
+    for part in a.beside:
+        yield f"{part.component}.", a.text_paths(part)
     for position, encoder in enumerate(a.text_encoders):
         paths = a.text_paths(encoder)
         # transformers 5 leaves a level out, and so did ldm's first text encoders.
         short = {**{path.removeprefix("text_model."): parts for path, parts in paths.items()}, **paths}
         holders = (f"conditioner.embedders.{position}.", *["cond_stage_model."] * (position == 0))
         yield f"{encoder.component}.", short
-        yield f"text_encoders.{encoder.comfyui}.transformer.", paths
+        yield f"text_encoders.{encoder.comfyui}.transformer.{encoder.inside}", paths
         for holder in holders:
             yield f"{holder}transformer.", short
             if encoder.model in openclip.MODELS:

@@ -46,7 +46,7 @@ def block(module: str, architecture: str | None = None) -> str:
     The result is ``-`` for a module outside of all blocks, such as the time embedding.
     """
     component, _, path = module.partition(".")
-    if component.startswith("text_encoder"):
+    if component.startswith("text"):
         if architecture and ARCHITECTURES[architecture].kin is Kin.FLUX:
             return "CLIP" if component == "text_encoder" else "T5"
         return "BASE"
@@ -107,7 +107,7 @@ def vectors(architecture: str) -> Mapping[int, list[str]]:
     the text encoders in front if there are any, and with what is before and behind the blocks.
     """
     family = ARCHITECTURES[architecture]
-    if family.kin in VECTORS:
+    if family.kin and family.kin in VECTORS:
         return VECTORS[family.kin]
     found = dict.fromkeys(block(module, architecture) for module in family.shapes)
     names = sorted(found.keys() - {"-", "BASE"}, key=list(found).index)

@@ -57,16 +57,32 @@ NUMBERED = re.compile(r"(?<![a-z])([a-z][a-z_]*)_(\d{1,4})(?=_|$)")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TextEncoder:
-    """One text encoder of a family, and the tools' names of it."""
+class Companion:
+    """A model of a family besides its denoiser."""
 
     component: str
     """``text_encoder``, ``text_encoder_2`` …: the attribute of diffusers' pipeline."""
     model: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextEncoder(Companion):
+    """One text encoder of a family, and the tools' names of it."""
+
     kohya: str
     """Its number in kohya's prefix: ``lora_te<number>_``."""
     comfyui: str
     """Its name in ComfyUI, also OMI's for the CLIPs."""
+    inside: str = ""
+    """What ComfyUI has in front of its paths."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Beside(Companion):
+    """A model that other code has inside the denoiser, and diffusers beside it."""
+
+    native: str
+    """Its name inside the denoiser."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +121,17 @@ class Architecture:
     name: str
     title: str
     denoiser: str = "transformer"
-    """``"unet"`` or ``"transformer"``."""
+    """``"unet"``, ``"transformer"`` or ``"prior"``."""
     model: str
     text_encoders: tuple[TextEncoder, ...] = ()
     native: Naming | None = same
     """The denoiser's own names, each with the modules that it holds; None if they aren't listed yet."""
     also_native: tuple[Naming, ...] = ()
     """Other names of the denoiser that files have: read, never written."""
-    also: tuple[str, ...] = ()
-    """Prefixes of native paths that the model has besides the listed ones."""
+    by_head: Naming | None = None
+    """Native names whose rows alternate head by head in files whose keys name an adapter: DiffSynth's."""
+    beside: tuple[Beside, ...] = ()
+    """Models that other code has inside the denoiser."""
     kohya_uses_diffusers_names: bool = False
     """True for SD 1 and 2, which sd-scripts trains on diffusers' UNet; it trains later families on their own code."""
     within: str | None = None
@@ -128,12 +146,17 @@ class Architecture:
     down_up: bool = False
     """True if diffusers reads ``lora_down`` behind ``diffusion_model.``; for other transformers only ``lora_A``."""
 
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        """Its models besides the denoiser."""
+        return (*self.beside, *self.text_encoders)
+
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
         """Weight shape of every module, by ``component.path``."""
         modules = {f"{self.denoiser}.{path}": shape for path, shape in model(self.model).items()}
-        for encoder in self.text_encoders:
-            modules |= {f"{encoder.component}.{path}": shape for path, shape in model(encoder.model).items()}
+        for other in self.companions:
+            modules |= {f"{other.component}.{path}": shape for path, shape in model(other.model).items()}
         return modules
 
     @cached_property
@@ -144,13 +167,23 @@ class Architecture:
     @cached_property
     def native_paths(self) -> Mapping[str, Parts]:
         """The denoiser's modules by the native path of the weight that holds them."""
-        return self.native(model(self.model)) if self.native else {}
+        paths = self.native(model(self.model)) if self.native else {}
+        return {
+            **paths,
+            **{f"{b.native}.{path}": parts for b in self.beside for path, parts in self.text_paths(b).items()},
+        }
 
     @cached_property
     def other_paths(self) -> Mapping[str, Parts]:
         """The same by the paths of all other code, without `native_paths`: read, never written."""
         also = {path: parts for naming in self.also_native for path, parts in naming(model(self.model)).items()}
         return {path: parts for path, parts in {**self.denoiser_paths, **also}.items() if path not in self.native_paths}
+
+    @cached_property
+    def alternating(self) -> Mapping[str, Parts]:
+        """The modules of the weights of `by_head`, by the first of them."""
+        paths = self.by_head(model(self.model)) if self.by_head else {}
+        return {parts[0].module: parts for parts in paths.values()}
 
     def outlined(self) -> Outline:
         """Compute the outline that ``outlines.json`` keeps."""
@@ -166,6 +199,6 @@ class Architecture:
         """A summary of the denoiser's paths, read from ``outlines.json``."""
         return outlines()[self.name]
 
-    def text_paths(self, encoder: TextEncoder) -> Mapping[str, Parts]:
-        """Return a text encoder's modules by path."""
-        return {path: whole(f"{encoder.component}.{path}") for path in model(encoder.model)}
+    def text_paths(self, companion: Companion) -> Mapping[str, Parts]:
+        """Return the modules of a text encoder, or of another companion of the denoiser, by path."""
+        return {path: whole(f"{companion.component}.{path}") for path in model(companion.model)}

@@ -6,24 +6,42 @@ Whatever else knows a family asks its entry; the modules and shapes of its model
 from collections.abc import Mapping
 from typing import Any
 
-from . import auraflow, cosmos, flux, flux2, hunyuan, krea, ltx, lumina, mochi, pixart, sd3, sgm, wan
-from .family import Architecture, Kin, Label, TextEncoder
+from . import (
+    acestep,
+    auraflow,
+    cosmos,
+    flux,
+    flux2,
+    flux3,
+    hunyuan,
+    ideogram,
+    krea,
+    ltx,
+    lumina,
+    minimax,
+    mochi,
+    pixart,
+    sd3,
+    sgm,
+    wan,
+)
+from .family import Architecture, Beside, Kin, Label, TextEncoder
 
 CLIP_L = TextEncoder(component="text_encoder", model="clip-l", kohya="1", comfyui="clip_l")
 CLIP_G = TextEncoder(component="text_encoder_2", model="clip-g", kohya="2", comfyui="clip_g")
-T5 = {"model": "t5-xxl", "kohya": "3", "comfyui": "t5xxl"}
+T5: Mapping[str, Any] = {"model": "t5-xxl", "kohya": "3", "comfyui": "t5xxl"}
 SD3_TEXT = (
     TextEncoder(component="text_encoder", model="clip-l-projection", kohya="1", comfyui="clip_l"),
     CLIP_G,
     TextEncoder(component="text_encoder_3", **T5),
 )
-SD3_HINTS = ("sd3", "sd3m", "stable-diffusion-3", "stable-diffusion-v3")
+SD3_HINTS = ("sd3", "sd-3", "sd3m", "stable-diffusion-3", "stable-diffusion-v3")
 
 
 def _unet(name: str, title: str, *hints: str, **options: Any) -> Architecture:
     """Make a family whose denoiser is a UNet."""
-    given = {"name": name, "title": title, "denoiser": "unet", "model": f"unet-{name}", "native": sgm.native}
-    return Architecture(**given | {"hints": hints} | options)
+    given: dict[str, Any] = {"name": name, "title": title, "denoiser": "unet", "model": f"unet-{name}", "hints": hints}
+    return Architecture(**given | {"native": sgm.native} | options)
 
 
 def _dit(name: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -64,7 +82,7 @@ def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     return _dit(f"flux2-{size}", title, *words, **{"native": flux2.native, "label": label} | options)
 
 
-_HUNYUAN = {"native": hunyuan.comfyui, "also_native": (hunyuan.tencent,)}
+_HUNYUAN: Mapping[str, Any] = {"native": hunyuan.comfyui, "also_native": (hunyuan.tencent,)}
 _KLEIN = ("flux-2-klein", "flux2-klein")
 
 FAMILIES = (
@@ -92,6 +110,7 @@ FAMILIES = (
         *("flux", "flux-1", "flux1"),
         text_encoders=(CLIP_L, TextEncoder(component="text_encoder_2", **T5)),
         native=flux.native,
+        also_native=(flux.diffsynth,),
         aliases=("flux.1", "flux-dev"),
         label=Label(("flux-1",), ("flux1",), "networks.lora_flux"),
         kin=Kin.FLUX,
@@ -159,7 +178,10 @@ FAMILIES = (
         "anima",
         model="transformer-cosmos-predict2-2b",
         native=cosmos.native,
-        also=("llm_adapter.",),
+        beside=(Beside(component="text_conditioner", model="text-conditioner-anima", native="llm_adapter"),),
+        text_encoders=(
+            TextEncoder(component="text_encoder", model="qwen3-0.6b", kohya="", comfyui="qwen3_06b", inside="model."),
+        ),
         label=Label(("anima",), ("anima",), "networks.lora_anima"),
     ),
     _wan("14b", "Wan 2.1 and 2.2, 14B", "skyreels", aliases=("wan",)),
@@ -196,14 +218,20 @@ FAMILIES = (
         label=Label(("chroma",), ("chroma",), "networks.lora_flux"),
         down_up=True,
     ),
-    _dit("ltx2", "LTX-2", "ltx2", "ltx-2", "ltxv2", native=ltx.native, aliases=("ltx-2",)),
+    _dit(
+        "ltx2",
+        "LTX-2, 2.3 and 2.5",
+        *("ltx2", "ltx-2", "ltxv2", "ltx-2-3", "ltx2-3", "ltx-2-5", "ltx2-5"),
+        native=ltx.native,
+        aliases=("ltx-2",),
+    ),
     _dit("ltxv-2b", "LTX-Video 2B", "ltxv", "ltx-video", native=ltx.native),
     _dit("ltxv-13b", "LTX-Video 13B", "ltxv", "ltx-video", native=ltx.native),
     _dit("hidream", "HiDream-I1", "hidream"),
     _dit(
         "lumina2",
         "Lumina 2",
-        *("lumina-2", "lumina2", "lumina-image-2"),
+        *("lumina-2", "lumina2", "lumina-image-2", "lumina"),
         native=lumina.lumina2,
         label=Label(("lumina-2",), ("lumina2",), "networks.lora_lumina"),
     ),
@@ -213,30 +241,58 @@ FAMILIES = (
     _dit("cogvideox-2b", "CogVideoX 2B", "cogvideox", "cogvideo"),
     _dit("cogvideox-5b", "CogVideoX 5B", "cogvideox", "cogvideo"),
     _dit("kandinsky5-lite", "Kandinsky 5 Lite", "kandinsky5", "kandinsky-5"),
+    _dit("kandinsky5-pro", "Kandinsky 5 Pro", "kandinsky5", "kandinsky-5"),
+    _dit("kandinsky5-image", "Kandinsky 5 Image Lite", "kandinsky5", "kandinsky-5"),
     _dit("sana-1.6b", "Sana 1.6B", "sana"),
+    _dit("sana-0.6b", "Sana 0.6B", "sana"),
+    _dit("sana-4.8b", "Sana 4.8B", "sana"),
     _dit("cosmos-predict2-2b", "Cosmos-Predict2 2B", "cosmos-predict2", "cosmos", native=cosmos.native),
     _dit("pixart-sigma", "PixArt-Σ", "pixart", native=pixart.native),
     _dit("mochi", "Mochi 1", "mochi", native=mochi.native),
     _unet("kolors", "Kolors", "kolors"),
     _dit("longcat-image", "LongCat-Image", "longcat", native=None),
     _dit("ovis-image", "Ovis-Image", "ovis", native=None),
-    _dit("ideogram4", "Ideogram 4", "ideogram", native=None),
-    _dit("minimax-h3", "MiniMax H3", "minimax", native=None),
+    _dit(
+        "ideogram4",
+        "Ideogram 4",
+        "ideogram",
+        native=ideogram.native,
+        label=Label(("Ideogram-4", "ideogram-4"), ("ideogram4",), "networks.lora_ideogram4"),
+    ),
+    _dit("minimax-h3", "MiniMax H3", "minimax", native=minimax.native, by_head=minimax.by_head),
+    _dit("omnigen2", "OmniGen2", "omnigen2", "omnigen-2"),
+    _dit("omnigen", "OmniGen", "omnigen", "omnigen-1", "omnigen1", native=None),
+    _dit("flux3", "FLUX.3", "flux3", "flux-3", native=flux3.native),
+    _dit("bria-fibo2", "Bria FIBO 2", "fibo2", "fibo-2", "bria-fibo-2", native=None),
+    _dit("cogview4", "CogView4", "cogview4", "cogview-4", native=None),
+    _dit("ace-step", "ACE-Step 1.5", "ace-step-1-5", "acestep-1-5", "ace-step15", native=acestep.native),
+    Architecture(
+        name="stable-cascade",
+        title="Stable Cascade, stage C",
+        denoiser="prior",
+        model="prior-stable-cascade",
+        native=None,
+        hints=("stable-cascade", "cascade", "wuerstchen"),
+        aliases=("cascade",),
+    ),
 )
 """If several families fit a file, the first is taken to be the likeliest."""
 
 ELSEWHERE: Mapping[str, tuple[str, ...]] = {
-    "Stable Cascade": ("stable-cascade", "cascade", "wuerstchen"),
-    "OmniGen": ("omnigen",),
     "HiDream-O1": ("hidream-o1",),
-    "FLUX.3": ("flux3", "flux-3"),
     "Qwen-Image 2": ("qwen-image-2",),
     "Kandinsky": ("kandinsky",),
     "CogView": ("cogview",),
     "HunyuanDiT": ("hunyuan-dit", "hunyuandit", "hydit"),
     "Stable Video Diffusion": ("svd", "stable-video-diffusion"),
     "AnimateDiff": ("animatediff", "animate-diff"),
-    "Lumina-Next": ("lumina-next", "lumina-t2x", "lumina"),
+    "Lumina-Next": ("lumina-next", "lumina-t2x"),
+    "Zeta-Chroma": ("zeta-chroma",),
+    "Boogu": ("boogu",),
+    "MageFlow": ("mageflow",),
+    "PRX": ("prx",),
+    "F Lite": ("f-lite",),
+    "Nucleus": ("nucleus",),
     "DeepFloyd IF": ("deepfloyd",),
     "Bria": ("bria", "fibo"),
     "GLM-Image": ("glm-image",),

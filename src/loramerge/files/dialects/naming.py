@@ -10,7 +10,7 @@ from ...errors import FamilyError, LayerError, OptionError
 from ...tensors import Shape
 from ..architectures import ARCHITECTURES, Architecture, last_numbers, titles
 from ..architectures.hints import Named
-from ..architectures.names import Parts, flat, whole
+from ..architectures.names import INPUTS, Parts, flat, whole
 from . import DIALECTS
 from .base import Dialect, table
 from .records import Record
@@ -24,15 +24,9 @@ TEXT = re.compile(
 
 BEFORE = re.compile(
     r"(?:module\.|_orig_mod\.|pipe\.|lora_unet_+(?:unet_)?|lora_transformer_|lycoris_|oft_unet_|diffusion_model\.|model\.|"
-    r"base_model\.model\.|unet[./]|transformer[./]|Hunyuan_video_I2V_lora_)*"
+    r"base_model\.model\.|lora_prior_unet_|(?:unet|transformer|prior|text_conditioner)[./]|net\.|Hunyuan_video_I2V_lora_)*"
 )
 """Prefixes of the denoiser's paths, in any dialect."""
-
-INPUTS = (
-    *("conv_in", "x_embedder", "x_embedder.proj", "img_in", "proj_in", "pos_embed.proj"),
-    *("patch_embedding", "patch_embed.proj", "all_x_embedder.2-1"),
-)
-"""Input layers, which models with more latent channels (FLUX control, inpainting, image to video) widen."""
 
 INSIDE = re.compile(r"attn|attention|\.ff|mlp|ffn|feed_forward")
 """Matches modules whose inputs and outputs are both hidden widths of the model."""
@@ -137,14 +131,12 @@ class Matcher:
     def beside(self, a: Architecture, stem: str) -> bool:
         """Return whether a layer may be in a LoRA of the family though the family doesn't list it.
 
-        It may be that of a widened input (FLUX control has 128 channels), of a text encoder that the family
-        doesn't list, or of a part that the model has besides its denoiser.
+        It may be that of a widened input (FLUX control has 128 channels), or of a text encoder that the family
+        doesn't list.
         """
         parts = self.lookup(a, stem)
         if parts is None:
-            return (stem in self.text and len(self.text) < len(self.records)) or any(
-                flat(part) in flat(stem) for part in a.also
-            )
+            return stem in self.text and len(self.text) < len(self.records)
         return _is_widened(self.shapes[stem], parts, a)
 
     def most_own(self, families: list[Architecture]) -> list[Architecture]:
@@ -217,7 +209,7 @@ class Matcher:
                 if not left:
                     return found
                 known = table(names, a)
-                here = {s: known[s] for s in left if s in known and _fits(self.shapes[s], known[s], a)}
+                here = {s: self.rows(a, s, known[s]) for s in left if s in known and _fits(self.shapes[s], known[s], a)}
                 if dialect.numbered and len(here) < len(self.records):
                     continue
                 found |= here
@@ -229,6 +221,10 @@ class Matcher:
                 found[stem] = parts
                 self._repairs.setdefault(a.name, {})[stem] = fix[0]
         return found
+
+    def rows(self, a: Architecture, stem: str, parts: Parts) -> Parts:
+        """Return the modules with the rows that they have in this tool's weight."""
+        return a.alternating.get(parts[0].module, parts) if self.records[stem].style == "peft-named" else parts
 
     def known(self, a: Architecture) -> int:
         """Count the stems that have a name in a family, whatever their shape."""
@@ -333,7 +329,7 @@ def _path(stem: str) -> str:
 
 @cache
 def _heads(a: Architecture) -> tuple[str, ...]:
-    return tuple(f"{head}_" for head in (*a.outline.own, *a.outline.others, *map(flat, a.also)))
+    return tuple(f"{head}_" for head in (*a.outline.own, *a.outline.others))
 
 
 @cache

@@ -62,7 +62,7 @@ NOT_RENAMED = {
     **dict.fromkeys(
         ("ltx2", "ltxv-2b", "ltxv-13b"),
         r"(audio_)?(caption_projection\.linear_[12]|proj_out)|transformer_blocks\.\d+\.(audio_)?ff\.net\.(0\.proj|2)"
-        r"|transformer_blocks\.\d+\.\w+\.to_(q|k|v|out\.0)",
+        r"|transformer_blocks\.\d+\.\w+\.to_(q|k|v|out\.0|gate_logits)",
     ),
     "lumina2": r"x_embedder",
 }
@@ -126,12 +126,23 @@ UNREAD = {
     "wan21-t2v-14b__videox-fun": "the converter does not know lora_unet__",
     "wan22-ti2v-5b__diffsynth": "the loader wants diffusion_model. in front",
     "z-image__simpletuner-lokr": "the converter keeps LyCORIS' flat names",
+    "anima__sdscripts": "the converter takes diffusion_model. only",
+    "cogvideox-5b__videox-fun": ONLY_DIFFUSERS_NAMES,
+    "flux1__simpletuner-lokr": "the converter has no LoKr",
+    "flux1__diffsynth": "the converter does not know its names",
+    "flux2-dev__diffsynth": "the loader wants diffusion_model. in front",
+    "hunyuanvideo__onetrainer-legacy": "the loader has no converter of lora_transformer_",
+    "wan21-t2v-1.3b__musubi-loha": "the converter has no LoHa",
+    "wan21-t2v-1.3b__simpletuner-lokr": "the converter has no LoKr",
+    "wan21-t2v-14b__diffsynth": "the loader wants diffusion_model. in front",
 }
 """Files of today's tools of which diffusers loads nothing."""
 
 NOT_TRIED = {
-    "flux1__diffsynth": "loramerge does not know its names",
+    "flux1__onetrainer-legacy": "the converter reads a part of its layers",
     "flux2-dev__aitoolkit-lokr": "as klein 4B's, with four times the rows and columns",
+    "flux2-dev__simpletuner-lokr": "as klein 4B's, with four times the rows and columns",
+    "z-image__diffusion-pipe": "the loader leaves attention.qkv as it is, see the known faults",
 }
 
 LOADED = [name for name, tool in TOOLS.items() if tool["family"] in LOADERS and name not in {*UNREAD, *NOT_TRIED}]
@@ -157,6 +168,7 @@ INSIDE = {
     ("flux", "comfyui"): "what is outside of the blocks gets names without transformer.",
     ("chroma", "kohya"): "the converter refuses distilled_guidance_layer",
     ("chroma", "comfyui"): "the converter refuses distilled_guidance_layer",
+    ("ideogram4", "comfyui"): "the converter refuses what is outside of the blocks",
     ("lumina2", "comfyui"): "the converter refuses what is outside of the blocks",
     ("ltxv-2b", "comfyui"): "the converter leaves patchify_proj and adaln_single as they are",
     ("ltxv-13b", "comfyui"): "the converter leaves patchify_proj and adaln_single as they are",
@@ -174,7 +186,8 @@ READ = {
     **dict.fromkeys(
         ("lumina2", "hidream", "anima", "ltx2", "ltxv-2b", "ltxv-13b", "krea2", "ernie-image", "flux3"), ("comfyui",)
     ),
-    **dict.fromkeys(("ideogram4", "minimax-h3"), BOTH),
+    "ideogram4": ("comfyui",),
+    "minimax-h3": BOTH,
 }
 """Dialects beside its own that diffusers reads."""
 
@@ -206,7 +219,15 @@ def shapes(family: str) -> Mapping[str, tuple[int, ...]]:
 def native(family: str) -> Mapping[str, Parts]:
     """The names that diffusers' converter of checkpoints reads."""
     own = {"hunyuanvideo": hunyuan.tencent, "z-image": lumina.z_image}
-    return own[family](shapes(family)) if family in own else ARCHITECTURES[family].native_paths
+    found = own[family](shapes(family)) if family in own else ARCHITECTURES[family].native_paths
+    return {
+        path: parts for path, parts in found.items() if parts[0].module.startswith("transformer.") and not new(parts)
+    }
+
+
+def new(parts: Parts) -> bool:
+    """Whether a weight is of LTX-2.3, of which diffusers has no converter."""
+    return "prompt_adaln" in parts[0].module
 
 
 def comfyui(path: str) -> str:
@@ -241,7 +262,7 @@ def converted(family: str, columns: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def layers(family: str) -> list[str]:
-    return [module for module in shapes(family) if module not in PARAMETERS]
+    return [module for module in shapes(family) if module not in PARAMETERS and "prompt_adaln" not in module]
 
 
 def taken(part: Part, column: torch.Tensor) -> torch.Tensor:
@@ -308,7 +329,7 @@ def ours(lora: LoRA) -> dict[str, np.ndarray]:
     found = {}
     for module in lora:
         layout = lora.layout(module)
-        if len(layout.shape) > 1 and not module.startswith("text_encoder"):
+        if layout.factored and not module.startswith("text_encoder"):
             delta = None if isinstance(layout, LowRank) else np.asarray(lora[module].delta())
             found[module] = product(*lora[module].factors()) if delta is None else delta @ probe(delta.shape[1])
     return found
@@ -486,7 +507,7 @@ def small(family: str, blocks_only: bool) -> LoRA:
     chosen = {
         module: shape
         for module, shape in shapes(family).items()
-        if is_layer(module, shape) and len(shape) == 2 and first(module, 1)
+        if is_layer(module, shape) and len(shape) == 2 and first(module, 1) and "prompt_adaln" not in module
         if not blocks_only or (inside.search(module) and "guidance_layer" not in module)
     }
     keys = {
@@ -519,3 +540,17 @@ def test_what_is_written_has_its_deltas_in_a_checkpoint(family: str, dialect: st
     lora = small(family, False)
 
     assert errors(as_weights(family, written(lora, dialect)), ours(lora)) == {}
+
+
+def test_diffsynths_minimax_has_its_rows_head_by_head_as_diffusers_reads_them() -> None:
+    keys = {
+        key.removeprefix("diffusion_model.").replace(".weight", ".default.weight"): value
+        for key, value in of_native_names("minimax-h3").items()
+    }
+
+    lora = from_tensors({key: Held(value) for key, value in keys.items()}, {}, "x")
+
+    assert lora.families == ("minimax-h3",)
+    assert errors(theirs("minimax-h3", keys, {}), ours(lora)) == {}
+    plain = {key.replace(".default.", "."): value for key, value in keys.items()}
+    assert errors(ours(from_tensors({key: Held(value) for key, value in plain.items()}, {}, "x")), ours(lora)) != {}

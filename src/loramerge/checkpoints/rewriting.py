@@ -94,26 +94,31 @@ class _Sums:
     dtype: str
     updates: Sequence[Update]
     report: Callable[[Change], None]
+    scale: Array | None
+    """What float8 numbers are multiplied by; None if by nothing."""
 
     @property
     def specs(self) -> Mapping[str, Spec]:
         return {self.key: Spec(self.stored.shape, self.dtype)}
 
     def arrays(self) -> Mapping[str, Array]:
-        old = self.stored.read()
+        old = self._values(self.stored.read())
         exact = widened(old)
-        exact = exact if exact.flags.writeable else exact.copy()
+        exact = exact if exact.flags.writeable and exact is not old else exact.copy()
         deltas = [self._add(exact, update) for update in self.updates]
         try:
             check_finite(exact)
-            new = cast(exact, self.dtype)
+            new = cast(exact if self.scale is None else exact / self.scale, self.dtype)
         except NumberError as error:
             names = ", ".join(update.name for update in self.updates)
             raise NumberError(f"{names}: {error}") from None
         for update, delta in zip(self.updates, deltas, strict=True):
-            before, after = _part(old, update.place), _part(new, update.place)
+            before, after = _part(old, update.place), _part(self._values(new), update.place)
             self.report(_change(update, delta, before, after, self.dtype))
         return {self.key: new}
+
+    def _values(self, stored: Array) -> Array:
+        return stored if self.scale is None else float32(stored) * self.scale
 
     def _add(self, exact: Array, update: Update) -> Array:
         """Add an update to its rows, in place; return what was added."""
@@ -177,6 +182,12 @@ class Job:
     def changed(self) -> list[Path]:
         """List the files to rewrite: those with an update; for a new dtype, all of their components."""
         touched = {update.place.file for update in self.updates}
+        scaled = [update.place.key for update in self.updates if self._is_scaled(update.place)]
+        if self.dtype and scaled:
+            raise FileError(
+                f"{self.model.name}: {scaled[0]} and {len(scaled) - 1} others are float8 with a scale beside them, which "
+                "another dtype has no place for. Way out: leave the dtype out (--dtype), and they stay float8."
+            )
         folders = {path.parent for path in touched} if self.dtype else set()
         return [path for path in self.model.files if path in touched or path.parent in folders]
 
@@ -202,9 +213,12 @@ class Job:
         for key, stored in source.items():
             dtype = self.dtype_of(stored)
             if key in updates:
-                yield _Sums(key, stored, dtype, updates[key], self._report)
+                yield _Sums(key, stored, dtype, updates[key], self._report, self.model.scale(file, key))
             else:
                 yield _Copy(key, stored) if dtype == stored.dtype else _Rounded(key, stored, dtype)
+
+    def _is_scaled(self, place: Place) -> bool:
+        return self.model.scale(place.file, place.key) is not None
 
     def dtype_of(self, stored: Stored) -> str:
         """Return a tensor's dtype as written."""

@@ -541,5 +541,5 @@ def test_a_float8_weight_with_a_scale_stays_one(tmp_path: Path) -> None:
     assert found[f"{stem}.weight"].dtype == torch.float8_e4m3fn
     np.testing.assert_array_equal(found[f"{stem}.weight"].float().numpy(), nearest.astype(np.float32))
     np.testing.assert_array_equal(found[f"{stem}.scale_weight"].numpy(), scale)
-    with pytest.raises(FileError, match="float8 with a scale beside them"):
+    with pytest.raises(FileError, match="float8 with a scale beside it"):
         lm.bake(lora, base, tmp_path / "half.safetensors", dtype="float16")

@@ -182,12 +182,6 @@ class Job:
     def changed(self) -> list[Path]:
         """List the files to rewrite: those with an update; for a new dtype, all of their components."""
         touched = {update.place.file for update in self.updates}
-        scaled = [update.place.key for update in self.updates if self._is_scaled(update.place)]
-        if self.dtype and scaled:
-            raise FileError(
-                f"{self.model.name}: {scaled[0]} and {len(scaled) - 1} others are float8 with a scale beside them, which "
-                "another dtype has no place for. Way out: leave the dtype out (--dtype), and they stay float8."
-            )
         folders = {path.parent for path in touched} if self.dtype else set()
         return [path for path in self.model.files if path in touched or path.parent in folders]
 
@@ -213,12 +207,23 @@ class Job:
         for key, stored in source.items():
             dtype = self.dtype_of(stored)
             if key in updates:
-                yield _Sums(key, stored, dtype, updates[key], self._report, self.model.scale(file, key))
+                yield _Sums(key, stored, dtype, updates[key], self._report, self._scale(file, key))
             else:
                 yield _Copy(key, stored) if dtype == stored.dtype else _Rounded(key, stored, dtype)
 
-    def _is_scaled(self, place: Place) -> bool:
-        return self.model.scale(place.file, place.key) is not None
+    def _scale(self, file: Path, key: str) -> Array | None:
+        """Return what a tensor's numbers are multiplied by.
+
+        Raises:
+            FileError: They are, and all tensors shall be of another dtype.
+        """
+        scale = self.model.scale(file, key)
+        if self.dtype and scale is not None:
+            raise FileError(
+                f"{self.model.name}: {key} is float8 with a scale beside it, which another dtype has no place for. "
+                "Way out: leave the dtype out (--dtype), and it stays float8."
+            )
+        return scale
 
     def dtype_of(self, stored: Stored) -> str:
         """Return a tensor's dtype as written."""

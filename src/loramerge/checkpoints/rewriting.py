@@ -205,9 +205,9 @@ class Job:
             if update.place.file == file:
                 updates.setdefault(update.place.key, []).append(update)
         for key, stored in source.items():
-            dtype = self.dtype_of(stored)
+            dtype, scale = self.dtype_of(stored), self._scale(file, key)
             if key in updates:
-                yield _Sums(key, stored, dtype, updates[key], self._report, self._scale(file, key))
+                yield _Sums(key, stored, dtype, updates[key], self._report, scale)
             else:
                 yield _Copy(key, stored) if dtype == stored.dtype else _Rounded(key, stored, dtype)
 

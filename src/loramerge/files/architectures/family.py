@@ -1,6 +1,7 @@
 """What a model family is: its modules, the names that tools have for them, and what its readers take."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,8 @@ class Outline(NamedTuple):
     """First names of the paths of other code."""
     last: dict[str, int]
     """The largest number that follows each name in the paths: the last of its blocks."""
+    inputs: list[int]
+    """The numbers of inputs, with their kernels, that its weights have."""
 
 
 @cache
@@ -192,6 +195,7 @@ class Architecture:
             _heads(self.denoiser_paths),
             _heads(others),
             last_numbers(map(flat, (*self.denoiser_paths, *others))),
+            sorted({math.prod(shape[1:]) for shape in self.shapes.values() if len(shape) > 1}),
         )
 
     @property

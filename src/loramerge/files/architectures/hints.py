@@ -1,7 +1,7 @@
 """Finding the model family that a file's metadata names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ def named(metadata: Mapping[str, str]) -> Named:
 
 def _names(text: str) -> list[str]:
     """Find the families that a text names by its longest words; it is in lower case, its words joined by hyphens."""
-    matches = [(m.start(), m.end(), names) for word, names in _words().items() for m in word.finditer(text)]
+    matches = [(*place, names) for word, names in _words().items() for place in _places(word, text)]
     longest = [
         (start, end, names)
         for start, end, names in matches
@@ -57,9 +57,19 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(name for *_, names in sorted(longest) for name in names))
 
 
+def _places(word: str, text: str) -> Iterator[tuple[int, int]]:
+    """Yield where a text has a word: no letter or number is before it, and no letter behind it."""
+    start = text.find(word)
+    while start >= 0:
+        end = start + len(word)
+        if not text[max(0, start - 1) : start].isalnum() and not text[end : end + 1].isalpha():
+            yield start, end
+        start = text.find(word, start + 1)
+
+
 @cache
-def _words() -> dict[re.Pattern[str], list[str]]:
-    """Map each word that names families, as a pattern that matches whole words only, to those families."""
+def _words() -> dict[str, list[str]]:
+    """Map each word that names families to those families."""
     words: dict[str, list[str]] = {}
     for a in ARCHITECTURES.values():
         for word in dict.fromkeys((a.name.replace(".", "-"), *a.hints)):
@@ -67,4 +77,4 @@ def _words() -> dict[re.Pattern[str], list[str]]:
     for title, others in ELSEWHERE.items():
         for word in others:
             words.setdefault(word, []).append(title)
-    return {re.compile(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z])"): names for word, names in words.items()}
+    return words

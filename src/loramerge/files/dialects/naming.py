@@ -52,6 +52,7 @@ class Matcher:
         self.text = {stem for stem in records if is_text(stem)}
         paths = sorted(_path(stem) for stem in records.keys() - self.text)
         self.sample = [paths[i] for i in (0, len(paths) // 2, -1)] if paths else []
+        self.inputs = [math.prod(shape[1:]) for shape in spread([*self.shapes.values()]) if len(shape) > 1]
         self.numbers = last_numbers(path.removesuffix("_") for path in paths)
         heads = {stem[:48] for stem in records}
         meant = {fix[0] for head in heads if (fix := repaired(head))}
@@ -65,8 +66,9 @@ class Matcher:
         Raises:
             FamilyError: The metadata names another family.
         """
-        some = [a for a in ARCHITECTURES.values() if self.plausible(a)]
-        fits = [a for a in some or ARCHITECTURES.values() if self.has_all(a)]
+        named = [a for a in ARCHITECTURES.values() if self.plausible(a)] or list(ARCHITECTURES.values())
+        some = [a for a in named if self.sized(a)]
+        fits = [a for a in some if self.has_all(a)]
         fits = fits or [a for a in some if self.has_all(a, beside=len(self.records) // STRAYS)]
         hinted = [a for a in fits if a.name in said.families]
         if fits and not hinted and (said.families or said.unknown):
@@ -84,7 +86,7 @@ class Matcher:
         sizes = [] if a.name == name else [b for b in ARCHITECTURES.values() if {*a.hints} & {*b.hints}]
         a = next((b for b in sizes if self.has_all(b)), a)
         if not self.has_all(a):
-            others = [b.name for b in ARCHITECTURES.values() if self.plausible(b) and self.has_all(b)]
+            others = [b.name for b in ARCHITECTURES.values() if self.plausible(b) and self.sized(b) and self.has_all(b)]
             if others:
                 raise OptionError(
                     f"This isn't a LoRA of {a.name}: the names and shapes of all {len(self.records)} layers are those of "
@@ -111,6 +113,10 @@ class Matcher:
         if sum(number > last.get(name, number) for name, number in self.numbers.items()):
             return False
         return sum(path.startswith(_heads(a)) for path in self.sample) > 1
+
+    def sized(self, a: Architecture) -> bool:
+        """Return whether weights of the family have as many inputs as a sample of the layers: nearly all have."""
+        return 4 * sum(count not in a.outline.inputs for count in self.inputs) <= len(self.inputs)
 
     def has_all(self, a: Architecture, beside: int = 0) -> bool:
         """Return whether every layer is one of a family's, or may be there beside them.
@@ -320,6 +326,11 @@ class Matcher:
             for stem in (stem for stem in styled if stem not in own):
                 points += any(name in other for other in others for name in (stem, self.meant.get(stem)))
         return points
+
+
+def spread(listed: list[Shape]) -> list[Shape]:
+    """Return up to about 16 of the shapes, from all over the file."""
+    return listed[:: max(1, len(listed) // 16)]
 
 
 def _path(stem: str) -> str:

@@ -98,6 +98,28 @@ def architectures() -> str:
     return table(["name", "family", "other names", "modules with a weight"], rows)
 
 
+def families() -> str:
+    """List what ComfyUI and diffusers read of each family, and the words of its headers."""
+    from loramerge.files.architectures import ARCHITECTURES
+    from loramerge.files.dialects import DIALECTS
+    from loramerge.files.dialects.base import table as named
+
+    rows = []
+    for a in ARCHITECTURES.values():
+        written = [d.name for d in DIALECTS.values() if d.writes and d.name != "peft" and named(d.names, a)]
+        unet = a.denoiser == "unet"
+        own = "diffusers" if unet else "diffusers-peft"
+        comfyui = [d for d in ("comfyui", "kohya", *["diffusers-peft"] * a.comfyui_reads_diffusers) if d in written]
+        diffusers = [own, *("kohya" for _ in [0] if unet), *a.diffusers_reads]
+        words = [*a.label.specifications, *a.label.versions] if a.label else list(a.hints[:1])
+        rows.append([a.title, f"`{a.name}`", _code(comfyui), _code(diffusers), _code(words)])
+    return table(["model", "name", "ComfyUI reads", "diffusers reads", "names in headers"], rows)
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "–"
+
+
 def methods() -> str:
     """List every merge method."""
     from loramerge.merging.methods import METHODS
@@ -248,6 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dialect-sources": sources,
     "dialect-aliases": aliases,
     "architectures": architectures,
+    "families": families,
     "methods": methods,
     "method-gallery": method_gallery,
     "method-figures": method_figures,

@@ -180,15 +180,7 @@ INSIDE = {
 """Dialects of which diffusers reads the blocks only."""
 
 BOTH = ("kohya", "comfyui")
-READ = {
-    **dict.fromkeys(("flux", "chroma", "flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "qwen-image", "z-image"), BOTH),
-    **dict.fromkeys(("wan-14b", "wan-1.3b", "wan-5b"), BOTH),
-    **dict.fromkeys(
-        ("lumina2", "hidream", "anima", "ltx2", "ltxv-2b", "ltxv-13b", "krea2", "ernie-image", "flux3"), ("comfyui",)
-    ),
-    "ideogram4": ("comfyui",),
-    "minimax-h3": BOTH,
-}
+READ = {name: ARCHITECTURES[name].diffusers_reads for name in LOADERS}
 """Dialects beside its own that diffusers reads."""
 
 WRITTEN = [(family, dialect) for family in LOADERS for dialect in (*READ.get(family, ()), "diffusers-peft")]

@@ -115,6 +115,7 @@ class Kin(Enum):
     SD3 = auto()
     FLUX = auto()
     QWEN = auto()
+    Z_IMAGE = auto()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,6 +147,10 @@ class Architecture:
     label: Label | None = None
     """The names that other tools have for it; None if they have none, and only our own entry is written."""
     kin: Kin | None = None
+    diffusers_reads: tuple[str, ...] = ()
+    """Dialects besides its own that diffusers reads, at least for the blocks."""
+    comfyui_reads_diffusers: bool = False
+    """True if ComfyUI reads a transformer's LoRAs under diffusers' names."""
     down_up: bool = False
     """True if diffusers reads ``lora_down`` behind ``diffusion_model.``; for other transformers only ``lora_A``."""
 

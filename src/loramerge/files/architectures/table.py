@@ -38,6 +38,10 @@ SD3_TEXT = (
 SD3_HINTS = ("sd3", "sd-3", "sd3m", "stable-diffusion-3", "stable-diffusion-v3")
 
 
+_BOTH: Mapping[str, Any] = {"diffusers_reads": ("kohya", "comfyui")}
+_COMFYUI: Mapping[str, Any] = {"diffusers_reads": ("comfyui",)}
+
+
 def _unet(name: str, title: str, *hints: str, **options: Any) -> Architecture:
     """Make a family whose denoiser is a UNet."""
     given: dict[str, Any] = {"name": name, "title": title, "denoiser": "unet", "model": f"unet-{name}", "hints": hints}
@@ -64,6 +68,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
         native=sd3.native,
         label=Label((f"stable-diffusion-v{dotted}-{size}",), (f"sd{dotted}-{size}",), "networks.lora_sd3"),
         kin=Kin.SD3,
+        comfyui_reads_diffusers=True,
         **options,
     )
 
@@ -71,7 +76,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
 def _wan(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     """Make a size of Wan."""
     label = Label(("wan2.1", "wan2.2"), ("wan",), "networks.lora_wan")
-    return _dit(f"wan-{size}", title, "wan", *hints, native=wan.native, label=label, **options)
+    return _dit(f"wan-{size}", title, "wan", *hints, native=wan.native, label=label, **_BOTH, **options)
 
 
 def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -79,7 +84,12 @@ def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     name = size.replace("-", "_")
     label = Label((f"Flux.2-{size}",), (f"flux_2_{name}", f"flux2_{name}"), "networks.lora_flux_2")
     words = ("flux2", "flux-2", *hints, f"flux-2-{size}", f"flux2-{size}")
-    return _dit(f"flux2-{size}", title, *words, **{"native": flux2.native, "label": label} | options)
+    return _dit(
+        f"flux2-{size}",
+        title,
+        *words,
+        **{"native": flux2.native, "label": label, "comfyui_reads_diffusers": True} | _BOTH | options,
+    )
 
 
 _HUNYUAN: Mapping[str, Any] = {"native": hunyuan.comfyui, "also_native": (hunyuan.tencent,)}
@@ -114,6 +124,8 @@ FAMILIES = (
         aliases=("flux.1", "flux-dev"),
         label=Label(("flux-1",), ("flux1",), "networks.lora_flux"),
         kin=Kin.FLUX,
+        **_BOTH,
+        comfyui_reads_diffusers=True,
         down_up=True,
     ),
     _sd3("3", "medium", aliases=("sd3",)),
@@ -162,6 +174,8 @@ FAMILIES = (
         aliases=("qwen",),
         label=Label(("qwen-image", "Qwen-Image"), ("qwen_image",), "networks.lora_qwen_image"),
         kin=Kin.QWEN,
+        **_BOTH,
+        comfyui_reads_diffusers=True,
     ),
     _dit(
         "z-image",
@@ -170,8 +184,11 @@ FAMILIES = (
         also_native=(lumina.z_image,),
         aliases=("zimage",),
         label=Label(("Z-Image",), ("z_image", "zimage"), "networks.lora_zimage"),
+        kin=Kin.Z_IMAGE,
+        **_BOTH,
+        comfyui_reads_diffusers=True,
     ),
-    _dit("krea2", "Krea 2", "krea-2", "krea2", native=krea.native, label=Label(("Krea-2",), ("krea2",))),
+    _dit("krea2", "Krea 2", "krea-2", "krea2", native=krea.native, **_COMFYUI, label=Label(("Krea-2",), ("krea2",))),
     _dit(
         "anima",
         "Anima",
@@ -182,6 +199,7 @@ FAMILIES = (
         text_encoders=(
             TextEncoder(component="text_encoder", model="qwen3-0.6b", kohya="", comfyui="qwen3_06b", inside="model."),
         ),
+        **_COMFYUI,
         label=Label(("anima",), ("anima",), "networks.lora_anima"),
     ),
     _wan("14b", "Wan 2.1 and 2.2, 14B", "skyreels", aliases=("wan",)),
@@ -215,7 +233,9 @@ FAMILIES = (
         "Chroma",
         "chroma",
         native=flux.chroma,
+        **_BOTH,
         label=Label(("chroma",), ("chroma",), "networks.lora_flux"),
+        comfyui_reads_diffusers=True,
         down_up=True,
     ),
     _dit(
@@ -223,31 +243,42 @@ FAMILIES = (
         "LTX-2, 2.3 and 2.5",
         *("ltx2", "ltx-2", "ltxv2", "ltx-2-3", "ltx2-3", "ltx-2-5", "ltx2-5"),
         native=ltx.native,
+        **_COMFYUI,
         aliases=("ltx-2",),
     ),
-    _dit("ltxv-2b", "LTX-Video 2B", "ltxv", "ltx-video", native=ltx.native),
-    _dit("ltxv-13b", "LTX-Video 13B", "ltxv", "ltx-video", native=ltx.native),
-    _dit("hidream", "HiDream-I1", "hidream"),
+    _dit("ltxv-2b", "LTX-Video 2B", "ltxv", "ltx-video", native=ltx.native, **_COMFYUI),
+    _dit("ltxv-13b", "LTX-Video 13B", "ltxv", "ltx-video", native=ltx.native, **_COMFYUI),
+    _dit("hidream", "HiDream-I1", "hidream", comfyui_reads_diffusers=True, **_COMFYUI),
     _dit(
         "lumina2",
         "Lumina 2",
         *("lumina-2", "lumina2", "lumina-image-2", "lumina"),
         native=lumina.lumina2,
+        **_COMFYUI,
         label=Label(("lumina-2",), ("lumina2",), "networks.lora_lumina"),
     ),
     _dit("hunyuanimage", "HunyuanImage 2.1", "hunyuan-image", "hunyuanimage", **_HUNYUAN),
-    _dit("auraflow", "AuraFlow, Pony V7", "auraflow", "aura-flow", "pony-v7", "pony7", native=auraflow.native),
-    _dit("ernie-image", "ERNIE-Image", "ernie"),
+    _dit(
+        "auraflow",
+        "AuraFlow, Pony V7",
+        "auraflow",
+        "aura-flow",
+        "pony-v7",
+        "pony7",
+        native=auraflow.native,
+        comfyui_reads_diffusers=True,
+    ),
+    _dit("ernie-image", "ERNIE-Image", "ernie", **_COMFYUI),
     _dit("cogvideox-2b", "CogVideoX 2B", "cogvideox", "cogvideo"),
     _dit("cogvideox-5b", "CogVideoX 5B", "cogvideox", "cogvideo"),
-    _dit("kandinsky5-lite", "Kandinsky 5 Lite", "kandinsky5", "kandinsky-5"),
-    _dit("kandinsky5-pro", "Kandinsky 5 Pro", "kandinsky5", "kandinsky-5"),
-    _dit("kandinsky5-image", "Kandinsky 5 Image Lite", "kandinsky5", "kandinsky-5"),
+    _dit("kandinsky5-lite", "Kandinsky 5 Lite", "kandinsky5", "kandinsky-5", comfyui_reads_diffusers=True),
+    _dit("kandinsky5-pro", "Kandinsky 5 Pro", "kandinsky5", "kandinsky-5", comfyui_reads_diffusers=True),
+    _dit("kandinsky5-image", "Kandinsky 5 Image Lite", "kandinsky5", "kandinsky-5", comfyui_reads_diffusers=True),
     _dit("sana-1.6b", "Sana 1.6B", "sana"),
     _dit("sana-0.6b", "Sana 0.6B", "sana"),
     _dit("sana-4.8b", "Sana 4.8B", "sana"),
     _dit("cosmos-predict2-2b", "Cosmos-Predict2 2B", "cosmos-predict2", "cosmos", native=cosmos.native),
-    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=pixart.native),
+    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=pixart.native, comfyui_reads_diffusers=True),
     _dit("mochi", "Mochi 1", "mochi", native=mochi.native),
     _unet("kolors", "Kolors", "kolors"),
     _dit("longcat-image", "LongCat-Image", "longcat", native=None),
@@ -257,12 +288,13 @@ FAMILIES = (
         "Ideogram 4",
         "ideogram",
         native=ideogram.native,
+        **_COMFYUI,
         label=Label(("Ideogram-4", "ideogram-4"), ("ideogram4",), "networks.lora_ideogram4"),
     ),
-    _dit("minimax-h3", "MiniMax H3", "minimax", native=minimax.native, by_head=minimax.by_head),
+    _dit("minimax-h3", "MiniMax H3", "minimax", native=minimax.native, by_head=minimax.by_head, **_BOTH),
     _dit("omnigen2", "OmniGen2", "omnigen2", "omnigen-2"),
     _dit("omnigen", "OmniGen", "omnigen", "omnigen-1", "omnigen1", native=None),
-    _dit("flux3", "FLUX.3", "flux3", "flux-3", native=flux3.native),
+    _dit("flux3", "FLUX.3", "flux3", "flux-3", native=flux3.native, **_COMFYUI),
     _dit("bria-fibo2", "Bria FIBO 2", "fibo2", "fibo-2", "bria-fibo-2", native=None),
     _dit("cogview4", "CogView4", "cogview4", "cogview-4", native=None),
     _dit("ace-step", "ACE-Step 1.5", "ace-step-1-5", "acestep-1-5", "ace-step15", native=acestep.native),

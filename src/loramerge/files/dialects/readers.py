@@ -70,6 +70,11 @@ def _is_outside_blocks(module: str, layer: Layer) -> bool:
     return module.startswith("transformer.") and "blocks." not in module
 
 
+def _is_fused_in_comfyui(module: str, layer: Layer) -> bool:
+    """True for Z-Image's layers that have other names in ComfyUI, where q, k and v are one weight."""
+    return ".attention.to_" in module or module.startswith("transformer.all_")
+
+
 def _is_added_embedding(module: str, layer: Layer) -> bool:
     return module.startswith("unet.add_embedding.")
 
@@ -92,6 +97,10 @@ def _every(a: Architecture | None) -> bool:
 
 def _unets(a: Architecture | None) -> bool:
     return a is not None and a.denoiser == "unet"
+
+
+def _those_unread_by_comfyui(a: Architecture | None) -> bool:
+    return a is not None and a.denoiser != "unet" and not a.comfyui_reads_diffusers
 
 
 def _those_with_t5(a: Architecture | None) -> bool:
@@ -144,6 +153,8 @@ DROPS: tuple[Drop, ...] = (
     Drop("diffusers", STOPS, "the names of UNets", ("comfyui",), _unets, each(_is_any)),
     Drop("diffusers", "ignores", "the names of SD 3", ("kohya", "comfyui"), _those_of(Kin.SD3), each(_is_any)),
     Drop("ComfyUI", "ignores", "the attention of UNets", DOTTED, _unets, each(_is_attention)),
+    Drop("ComfyUI", "ignores", "the names of diffusers", DOTTED, _those_unread_by_comfyui, each(_is_any)),
+    Drop("ComfyUI", "ignores", "attention and ends", ("kohya",), _those_of(Kin.Z_IMAGE), each(_is_fused_in_comfyui)),
     Drop("ComfyUI", "ignores", "T5's layers", DOTTED, _those_with_t5, each(_is_t5)),
     Drop("ComfyUI", "ignores", "DoRA's magnitudes", ("diffusers-peft",), _every, each(_is_dora)),
     Drop("ComfyUI", "ignores", "biases", ("diffusers-peft",), _every, each(_has_bias)),

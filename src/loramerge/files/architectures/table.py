@@ -84,12 +84,8 @@ def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     name = size.replace("-", "_")
     label = Label((f"Flux.2-{size}",), (f"flux_2_{name}", f"flux2_{name}"), "networks.lora_flux_2")
     words = ("flux2", "flux-2", *hints, f"flux-2-{size}", f"flux2-{size}")
-    return _dit(
-        f"flux2-{size}",
-        title,
-        *words,
-        **{"native": flux2.native, "label": label, "comfyui_reads_diffusers": True} | _BOTH | options,
-    )
+    given: dict[str, Any] = {"native": flux2.native, "label": label, "comfyui_reads_diffusers": True}
+    return _dit(f"flux2-{size}", title, *words, **given | {**_BOTH} | options)
 
 
 _HUNYUAN: Mapping[str, Any] = {"native": hunyuan.comfyui, "also_native": (hunyuan.tencent,)}

@@ -98,6 +98,28 @@ def architectures() -> str:
     return table(["name", "family", "other names", "modules with a weight"], rows)
 
 
+def families() -> str:
+    """List what ComfyUI and diffusers read of each family, and the words of its headers."""
+    from loramerge.files.architectures import ARCHITECTURES
+    from loramerge.files.dialects import DIALECTS
+    from loramerge.files.dialects.base import table as named
+
+    rows = []
+    for a in ARCHITECTURES.values():
+        written = [d.name for d in DIALECTS.values() if d.writes and d.name != "peft" and named(d.names, a)]
+        unet = a.denoiser == "unet"
+        own = "diffusers" if unet else "diffusers-peft"
+        comfyui = [d for d in ("comfyui", "kohya", *["diffusers-peft"] * a.comfyui_reads_diffusers) if d in written]
+        diffusers = [own, *("kohya" for _ in [0] if unet), *a.diffusers_reads]
+        words = [*a.label.specifications, *a.label.versions] if a.label else list(a.hints[:1])
+        rows.append([a.title, f"`{a.name}`", _code(comfyui), _code(diffusers), _code(words)])
+    return table(["model", "name", "ComfyUI reads", "diffusers reads", "names in headers"], rows)
+
+
+def _code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "–"
+
+
 def methods() -> str:
     """List every merge method."""
     from loramerge.merging.methods import METHODS
@@ -171,12 +193,14 @@ def _options(method: Any) -> str:
 
 def blocks() -> str:
     """List the blocks that each length of a vector gives numbers for."""
-    from loramerge.files.architectures.blocks import FAMILY, VECTORS
+    from loramerge.files.architectures import ARCHITECTURES
+    from loramerge.files.architectures.blocks import vectors
 
-    rows = []
-    for family, lengths in VECTORS.items():
-        members = ", ".join(f"`{name}`" for name, of in FAMILY.items() if of == family)
-        rows += [[members, str(length), _shortened(names)] for length, names in lengths.items()]
+    families: dict[tuple[int, str], list[str]] = {}
+    for a in ARCHITECTURES:
+        for length, names in vectors(a).items():
+            families.setdefault((length, _shortened(names)), []).append(f"`{a}`")
+    rows = [[", ".join(members), str(length), names] for (length, names), members in families.items()]
     return table(["families", "numbers", "blocks, in order"], rows)
 
 
@@ -195,12 +219,15 @@ def _shortened(names: list[str]) -> str:
 
 def readers() -> str:
     """List what each reader leaves out, by dialect."""
-    from loramerge.files.dialects.readers import DROPS, UNETS
+    from loramerge.files.architectures import ARCHITECTURES
+    from loramerge.files.dialects.readers import DROPS
 
+    unets = {a.name for a in ARCHITECTURES.values() if a.denoiser == "unet"}
     rows = []
     for drop in DROPS:
-        families = [name for name in drop.families if name not in UNETS or not set(UNETS) <= set(drop.families)]
-        named = [*(["all UNets"] if set(UNETS) <= set(drop.families) else []), *(f"`{name}`" for name in families)]
+        families = [] if drop.concerns(None) else [a.name for a in ARCHITECTURES.values() if drop.concerns(a)]
+        all_unets = unets <= set(families)
+        named = ["all UNets"] * all_unets + [f"`{name}`" for name in families if not all_unets or name not in unets]
         rows.append(
             [
                 drop.reader,
@@ -243,6 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "dialect-sources": sources,
     "dialect-aliases": aliases,
     "architectures": architectures,
+    "families": families,
     "methods": methods,
     "method-gallery": method_gallery,
     "method-figures": method_figures,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as torch_file
 
 import loramerge as lm
 import models
@@ -520,3 +521,25 @@ def test_the_command_bakes_and_reports(tmp_path: Path) -> None:
     assert json.loads(data.stdout)["rounding_loss"] == found.loss
     written = [(tmp_path / f"{n}.safetensors").read_bytes() for n in (1, 2, 3)]
     assert written[0] == written[1] == written[2]
+
+
+def test_a_float8_weight_with_a_scale_stays_one(tmp_path: Path) -> None:
+    """ComfyUI's scaled float8: what is stored is the nearest to the sum divided by the scale."""
+    rng = np.random.default_rng(0)
+    stored, scale = rng.standard_normal((12, 4)).astype(ml_dtypes.float8_e4m3fn), np.array([0.25], np.float32)
+    stem, module = "double_blocks.0.img_attn.qkv", "transformer.transformer_blocks.0.attn.to_k"
+    base = tmp_path / "base.safetensors"
+    save_file({f"{stem}.weight": stored, f"{stem}.scale_weight": scale}, base)
+    lora = one(module, random_layer((4, 4), rank=1, alpha=1.0), "flux")
+
+    lm.bake(lora, base, tmp_path / "new.safetensors")
+
+    found = torch_file(tmp_path / "new.safetensors")
+    wanted = stored.astype(np.float64) * 0.25
+    wanted[4:8] += lora[module].delta()
+    nearest = (wanted / 0.25).astype(np.float32).astype(stored.dtype)
+    assert found[f"{stem}.weight"].dtype == torch.float8_e4m3fn
+    np.testing.assert_array_equal(found[f"{stem}.weight"].float().numpy(), nearest.astype(np.float32))
+    np.testing.assert_array_equal(found[f"{stem}.scale_weight"].numpy(), scale)
+    with pytest.raises(FileError, match="float8 with a scale beside it"):
+        lm.bake(lora, base, tmp_path / "half.safetensors", dtype="float16")

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import models
-from loramerge.checkpoints.models import open_checkpoint, stored_names
+from loramerge.checkpoints.models import _architecture as recognised, open_checkpoint, stored_names
 from loramerge.errors import FileError
 from loramerge.files.architectures import ARCHITECTURES
 from small import small
@@ -165,6 +165,23 @@ def test_a_quantised_weight_is_refused_when_it_is_read(beside: str, tmp_path: Pa
         checkpoint.weight("transformer.transformer_blocks.0.attn.to_out.0")
 
 
+@pytest.mark.parametrize("end", [".scale_weight", ".weight_scale"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_float8_weight_is_its_numbers_times_its_scale(end: str, by_row: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    stored = rng.standard_normal((12, 4)).astype(ml_dtypes.float8_e4m3fn)
+    scale = rng.uniform(0.5, 2, 12 if by_row else 1).astype(np.float32)
+    stem = "double_blocks.0.img_attn.qkv"
+    path = tmp_path / "m.safetensors"
+    save_file({f"{stem}.weight": stored, stem + end: scale}, path)
+
+    with open_checkpoint(path) as checkpoint:
+        found = [checkpoint.weight(f"transformer.transformer_blocks.0.attn.to_{x}") for x in "qkv"]
+
+    wanted = stored.astype(np.float64) * scale.astype(np.float64)[:, None]
+    np.testing.assert_allclose(np.concatenate(found), wanted, rtol=1e-6)
+
+
 def test_a_fused_weight_out_of_proportion_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     save_file({"single_blocks.0.linear1.weight": np.ones((84, 11), np.float32)}, path)
@@ -223,3 +240,26 @@ def test_a_base_in_a_directory_is_known_by_its_weights_and_indexes(tmp_path: Pat
 
     assert first == same
     assert len({first, second, known()}) == 3
+
+
+TAKEN_FOR = {"anima diffusers": "cosmos-predict2-2b"}
+"""Checkpoints that are those of another family: Anima's transformer without its adapter."""
+
+
+@pytest.mark.parametrize("names", ["native", "diffusers"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_denoiser_alone_is_of_its_family(family: str, names: str) -> None:
+    """ComfyUI's split files and the files in a folder of diffusers have the denoiser's names without a prefix."""
+    a = ARCHITECTURES[family]
+    paths = a.native_paths if names == "native" else a.denoiser_paths
+
+    found = recognised(
+        {
+            f"{path}.weight": (sum(a.shapes[part.module][0] for part in parts), *a.shapes[parts[0].module][1:])
+            for path, parts in paths.items()
+        }
+    )
+
+    if paths:
+        assert found
+        assert found.name == TAKEN_FOR.get(f"{family} {names}", family)

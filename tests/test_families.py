@@ -1,11 +1,13 @@
 """Which model a file is for: named rightly, one of several that fit alike, or not at all."""
 
+import ast
 import importlib.util
 import json
 import lzma
+import re
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +21,10 @@ from loramerge.errors import DialectError, FamilyError, LayerError, MergeError, 
 from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.architectures.blocks import block
 from loramerge.files.architectures.hints import named
-from loramerge.files.architectures.labels import ARCHITECTURE, LABELS
+from loramerge.files.architectures.labels import ARCHITECTURE, label_of
 from loramerge.files.families import alike, of_one_family
 from loramerge.files.lora import LoRA, from_tensors
+from loramerge.layers import LowRank
 from loramerge.tensors import Held, numpy_dtype
 from loramerge.testing import random_lora, relative_error
 
@@ -29,15 +32,17 @@ HERE = Path(__file__).parent
 TOOLS: dict[str, Any] = json.loads(lzma.decompress((HERE / "data" / "families.json.xz").read_bytes()))
 """Key listings of what today's tools write at real size, with the family of each."""
 
-UNLISTED = ("flux1__diffsynth", "omnigen2__aitoolkit")
-"""Namings that loramerge doesn't know."""
-
 ALIKE = {
     "anima__diffusers": ("anima", "cosmos-predict2-2b"),
-    "chroma__diffusers-attn-meta": ("flux", "chroma", "longcat-image"),
+    **dict.fromkeys(
+        ("chroma__diffusers-attn-meta", "flux1__diffusers-attn-meta", "flux1__simpletuner-lokr"),
+        ("flux", "chroma", "longcat-image"),
+    ),
     "cosmos-predict2-2b__diffusers": ("anima", "cosmos-predict2-2b"),
     "cosmos-predict2-2b__diffusion-pipe": ("anima", "cosmos-predict2-2b"),
-    "flux1__diffusers": ("flux", "longcat-image"),
+    **dict.fromkeys(
+        ("flux1__diffusers", "flux1__onetrainer-legacy", "longcat-image__diffusers"), ("flux", "longcat-image")
+    ),
     "kolors__diffusers": ("sdxl", "kolors"),
 }
 """Listings that name no family and whose layers are the same in several."""
@@ -57,31 +62,73 @@ def read(keys: dict[str, Any], metadata: dict[str, str], name: str = "x", **opti
 def test_a_tools_file_is_of_its_family_or_said_to_be_of_one_of_several(name: str) -> None:
     lora = tool(name)
 
-    unlisted: tuple[str, ...] = ()
-    assert lora.families == (unlisted if name in UNLISTED else ALIKE.get(name, (TOOLS[name]["family"],)))
+    assert lora.families == ALIKE.get(name, (TOOLS[name]["family"],))
     assert not lora.extras
 
 
 def pairs() -> list[tuple[str, str]]:
-    names = [name for name in TOOLS if name not in UNLISTED and "lokr" not in name]
-    return [(a, b) for a, b in pairwise(names) if TOOLS[a]["family"] == TOOLS[b]["family"]]
+    """Every two files of one family; LoKr's factors that are whole would make LoRAs of full rank."""
+    names = [name for name in TOOLS if "lokr" not in name]
+    return [(a, b) for a, b in combinations(names, 2) if TOOLS[a]["family"] == TOOLS[b]["family"]]
 
 
 @pytest.mark.parametrize(("first", "second"), pairs())
 def test_two_tools_files_of_one_family_merge_module_by_module(first: str, second: str) -> None:
     loras = [tool(first), tool(second)]
 
-    planned = lm.plan(loras, weights=[1, 1])
+    planned = lm.plan(loras, weights=[1, 0.5])
 
     assert planned.architecture in loras[0].families
     assert set(planned.steps) == {module for lora in loras for module in lora}
-    listed = ARCHITECTURES[planned.architecture].shapes
-    beside = ("llm_adapter", "text_conditioner")
-    assert all(module in listed for module in planned.steps if not any(part in module for part in beside))
+    assert planned.steps.keys() <= ARCHITECTURES[planned.architecture].shapes.keys()
+
+
+def filled(name: str, seed: int) -> LoRA:
+    """The first block of a listing with random values, and what is outside of blocks."""
+    rng = np.random.default_rng(seed)
+    pool = rng.standard_normal(1 << 20, dtype=np.float32)
+    keys = {k: v for k, v in TOOLS[name]["keys"].items() if re.search(r"(blocks|layers|refiner)[._]0[._]", k)}
+    tensors = {
+        key: Held(np.resize(pool[rng.integers(1 << 10) :], shape) if shape else np.float32(2))
+        for key, (_, shape) in keys.items()
+    }
+    return from_tensors(tensors, TOOLS[name]["metadata"], name, architecture=TOOLS[name]["family"])
+
+
+def effect(lora: LoRA, module: str) -> np.ndarray:
+    """What ΔW of a module does to a random vector, in float64."""
+    layer = lora[module]
+    if isinstance(layer, LowRank):
+        up, down = (np.asarray(factor, np.float64) for factor in layer.factors())
+        down = down.reshape(len(down), -1)
+        vector = np.random.default_rng(1).standard_normal(down.shape[1])
+        return np.asarray(up.reshape(len(up), -1) @ (down @ vector))
+    delta = np.asarray(layer.delta(), np.float64)
+    return np.asarray(delta.reshape(len(delta), -1) @ np.random.default_rng(1).standard_normal(delta[0].size))
+
+
+NEIGHBOURS = [
+    (a, b)
+    for a, b in pairs()
+    if (a, b) in set(pairwise(TOOLS)) and "unet" not in ARCHITECTURES[TOOLS[a]["family"]].model
+]
+
+
+@pytest.mark.parametrize(("first", "second"), NEIGHBOURS)
+def test_a_merge_of_two_tools_files_is_the_sum_of_both(first: str, second: str) -> None:
+    loras = [filled(first, 1), filled(second, 2)]
+
+    merged = lm.merge(loras, weights=[0.5, -2])
+
+    for module in {module for lora in loras for module in lora}:
+        if merged.layout(module).bias_only or merged.layout(module).kind == "set":
+            continue
+        wanted = sum(w * effect(lora, module) for w, lora in zip((0.5, -2), loras, strict=True) if module in lora)
+        assert relative_error(effect(merged, module), np.asarray(wanted)) <= 1e-5
 
 
 def test_files_of_two_families_are_refused() -> None:
-    for first, second in pairwise(name for name in TOOLS if name not in UNLISTED):
+    for first, second in pairwise(TOOLS):
         if not set(tool(first).families) & set(tool(second).families):
             with pytest.raises(MergeError, match="different model families"):
                 lm.plan([tool(first), tool(second)])
@@ -96,9 +143,11 @@ def test_metadata_that_names_another_family_is_refused_with_both_sides(said: str
     assert read(keys, {"modelspec.architecture": said}, architecture="flux").families == ("flux",)
 
 
-@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if label_of(name)])
 def test_every_label_is_read_as_its_family(name: str) -> None:
-    label = LABELS[name]
+    label = label_of(name)
+
+    assert label
 
     for value in (*label.specifications, *(f"{s}/lora" for s in label.specifications)):
         assert name in named({"modelspec.architecture": value}).families
@@ -112,7 +161,8 @@ def test_the_longest_word_names_the_family() -> None:
     assert named({"modelspec.architecture": "Flux.2-klein-9b/lora"}).families == ("flux2-klein-9b",)
     assert named({"ss_base_model_version": "hunyuan_video_1_5"}).families == ("hunyuanvideo15",)
     assert named({"ss_base_model_version": "pony-v7"}).families == ("auraflow",)
-    assert named({"ss_base_model_version": "flux3"})[1:] == ((), "FLUX.3")
+    assert named({"ss_base_model_version": "flux3"}).families == ("flux3",)
+    assert named({"ss_base_model_version": "zeta_chroma"})[1:] == ((), "Zeta-Chroma")
     assert named({"ss_base_model_version": "my swan"})[1:] == ((), "")
 
 
@@ -349,3 +399,31 @@ def test_the_family_that_is_chosen_takes_no_other_away() -> None:
 
     assert (one.families, other.families) == (("sdxl", "ssd-1b"), ("sdxl", "ssd-1b"))
     assert alike([one, other], chosen) == ("ssd-1b",)
+
+
+ROOT = HERE.parent / "src" / "loramerge"
+TABLE = ROOT / "files" / "architectures" / "table.py"
+SAMPLE = ROOT / "cli" / "doctor.py"
+"""It makes a LoRA of some family, to try a merge."""
+
+
+def strings(path: Path) -> set[str]:
+    """The strings in a file's code, without its comments and docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return {
+        n.value
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in alone
+    }
+
+
+def test_a_family_is_one_entry_and_one_json() -> None:
+    models = {path.stem for path in (ROOT / "files" / "architectures" / "models").glob("*.json")}
+    used = {one.model for a in ARCHITECTURES.values() for one in (a, *a.companions)}
+    names = {*ARCHITECTURES, *ARCHITECTURES.aliases}
+
+    elsewhere = {path: found for path in ROOT.rglob("*.py") if (found := names & strings(path))}
+
+    assert used == models
+    assert elsewhere.keys() - {TABLE, SAMPLE} == set()

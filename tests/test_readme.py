@@ -1,5 +1,7 @@
 """Everything that the README and the guides tell users to type works, and prints what they say it prints."""
 
+import json
+import lzma
 import re
 import shlex
 import subprocess
@@ -46,6 +48,45 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FILES = {
+    "wan-style": "wan21-t2v-14b__musubi",
+    "wan-lightning": "wan21-t2v-14b__lightx2v",
+    "wan-lokr": "wan21-t2v-1.3b__simpletuner-lokr",
+    "wan-small": "wan21-t2v-1.3b__musubi",
+    "qwen-style": "qwen-image__musubi",
+    "qwen-lightning": "qwen-image__lightning",
+    "flux-style": "flux1__sdscripts",
+    "kontext": "flux1__onetrainer-comfy",
+    "klein-ai-toolkit": "flux2-klein-4b__aitoolkit",
+    "klein-musubi": "flux2-klein-4b__musubi",
+    "zimage-musubi": "z-image__musubi",
+    "zimage-pipe": "z-image__diffusion-pipe",
+}
+"""Files of the guides, each with the listing of a tool's file."""
+
+
+@pytest.fixture(scope="session")
+def files_of_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first block of each file."""
+    listings = json.loads(lzma.decompress((ROOT / "tests" / "data" / "families.json.xz").read_bytes()))
+    folder = tmp_path_factory.mktemp("tools")
+    rng = np.random.default_rng(0)
+    for name, listing in FILES.items():
+        keys = {
+            k: shape for k, (_, shape) in listings[listing]["keys"].items() if re.search(r"(blocks|layers)[._]0[._]", k)
+        }
+        tensors = {
+            key: (0.02 * rng.standard_normal(shape, dtype=np.float32)).astype(np.float16) if shape else np.float16(2)
+            for key, shape in keys.items()
+        }
+        save_file(
+            {k: np.asarray(v) for k, v in tensors.items()},
+            folder / f"{name}.safetensors",
+            listings[listing]["metadata"],
+        )
+    return folder
+
+
 def base_model(path: Path) -> None:
     """A part of an SDXL file: the weights that the LoRAs change."""
     sdxl = ARCHITECTURES["sdxl"]
@@ -67,11 +108,12 @@ def base_model(path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_blocks_run_and_print_what_they_show(
-    page: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if page.stem == "compare":  # it draws a heat map
         pytest.importorskip("matplotlib")
-    for sample in samples.iterdir():
+    more = request.getfixturevalue("files_of_tools").iterdir() if page.stem == "families" else ()
+    for sample in (*samples.iterdir(), *more):
         (tmp_path / sample.name).symlink_to(sample)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

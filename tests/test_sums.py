@@ -222,15 +222,38 @@ def replacing(seed: int) -> LoRA:
     return lm.load({key.replace("txt_in.scale", "txt_in.set_weight"): t for key, t in tensors.items()})
 
 
-def test_a_replaced_weight_is_handed_on_at_weight_one_and_refused_else() -> None:
+@pytest.mark.parametrize("weight", [1, 0.5])
+def test_a_replaced_weight_is_handed_on_at_every_weight_but_never_summed(weight: float) -> None:
+    """ComfyUI's calculate_weight copies it, and diffusers loads it, whatever the strength of the LoRA is."""
     first, other = replacing(1), lm.load(style(2))
 
-    merged = lm.merge([first, other], weights=[1, 0.5])
+    merged = lm.merge([first, other], weights=[weight, 0.5])
 
     np.testing.assert_array_equal(merged["transformer.txt_in"].set_weight, first["transformer.txt_in"].set_weight)
-    for loras, weights in (([first, other], [0.5, 1]), ([first, replacing(2)], [1, 1])):
-        with pytest.raises(MergeError, match=r"replaces the weight.*Ways out: the weight 1"):
-            lm.merge(loras, weights=weights)
+    assert "transformer.txt_in" not in lm.merge([first, other], weights=[0, 0.5])
+    with pytest.raises(MergeError, match=r"replaces the weight.*Ways out: the weight 0"):
+        lm.merge([first, replacing(2)], weights=[weight, 1])
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kernel", [(), (1, 2, 2)])
+def test_a_wider_input_takes_the_other_in_its_first_columns(kind: str, kernel: tuple[int, ...]) -> None:
+    module = "transformer.patch_embedding" if kernel else "transformer.x_embedder"
+    layers = [random_layer((32, columns, *kernel), kind=kind, seed=columns) for columns in (16, 36)]
+    loras = [LoRA(name="x", architecture=None, dialect="comfyui", layouts={module: layer}) for layer in layers]
+
+    merged = lm.merge(loras, weights=[0.5, -2])
+
+    narrow, wide = (np.asarray(layer.delta(), np.float64) for layer in layers)
+    wanted = -2 * wide
+    wanted[:, :16] += 0.5 * narrow
+    assert relative_error(merged[module].delta(), wanted) <= 1e-6
+    elsewhere = [
+        LoRA(name="x", architecture=None, dialect="comfyui", layouts={"transformer.blocks.0.ff": layer})
+        for layer in layers
+    ]
+    with pytest.raises(MergeError, match="made for different models"):
+        lm.merge(elsewhere)
 
 
 def test_a_tensor_that_nobody_knows_is_never_copied_unweighed() -> None:

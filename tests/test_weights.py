@@ -10,7 +10,7 @@ import pytest
 
 import loramerge as lm
 from listings import DATA
-from loramerge.files.architectures import blocks
+from loramerge.files.architectures import ARCHITECTURES, blocks
 from loramerge.files.architectures.blocks import Selector
 from loramerge.merging.weights import parse, resolve
 from loramerge.testing import relative_error, weighted_sum
@@ -124,7 +124,7 @@ def test_blocks_are_sgms(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "length"),
-    [(a, n) for a, family in (("sd15", "sd"), ("sdxl", "sdxl"), ("flux", "flux")) for n in blocks.VECTORS[family]],
+    [(a, n) for a in ARCHITECTURES for n in blocks.vectors(a)],
 )
 def test_a_block_vector_has_a_number_for_each_of_its_blocks(architecture: str, length: int) -> None:
     weights = blocks.vector(list(range(length)), architecture)

@@ -1,8 +1,10 @@
 """Test what ComfyUI's own loader takes from our files: a row per family, dialect and kind of layer.
 
     python tools/comfyui.py CHECKOUT [FAMILY …]
+    python tools/comfyui.py CHECKOUT --whole [FAMILY …]
 
-CHECKOUT is a clone of https://github.com/Comfy-Org/ComfyUI; only its folder ``comfy`` is imported, on the CPU and
+With ``--whole`` there is one row per family and dialect: a file with a LoRA on every layer of the denoiser, and how many
+of its modules ComfyUI takes.  CHECKOUT is a clone of https://github.com/Comfy-Org/ComfyUI; only its folder ``comfy`` is imported, on the CPU and
 without a model.  Its key maps name the model's weights, its adapters compute ΔW, and both are compared with ours.
 """
 
@@ -23,7 +25,7 @@ from safetensors.torch import load_file
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.files.architectures import ARCHITECTURES, Architecture
+from loramerge.files.architectures import ARCHITECTURES, Architecture, lumina, model
 from loramerge.files.architectures.names import Parts
 from loramerge.files.dialects import DIALECTS
 from loramerge.layers import BiasOnly, Layer
@@ -43,6 +45,24 @@ MODELS = {
     "qwen-image": ("QwenImage", {"image_model": "qwen_image"}),
 }
 """ComfyUI's class of each family, and the part of its configuration that the key maps read."""
+
+CLASSES = {
+    "hunyuanvideo": "HunyuanVideo",
+    "hunyuanvideo15": "HunyuanVideo",
+    "hunyuanimage": "HunyuanVideo",
+    "hidream": "HiDream",
+    "auraflow": "AuraFlow",
+    "pixart-sigma": "PixArt",
+    "mochi": "GenmoMochi",
+    "omnigen2": "Omnigen2",
+    "z-image": "Lumina2",
+    "lumina2": "Lumina2",
+    "ace-step": "ACEStep15",
+    "stable-cascade": "StableCascade_C",
+    **dict.fromkeys(("flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "chroma"), "Flux"),
+    **dict.fromkeys(("kandinsky5-lite", "kandinsky5-pro", "kandinsky5-image"), "Kandinsky5"),
+}
+"""ComfyUI's classes of the families for which its key maps have more than the model's own names."""
 
 MORE: Mapping[str, dict[str, Any]] = {
     "sdxl": {"transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10},
@@ -78,13 +98,34 @@ def imported(checkout: Path) -> types.ModuleType:
 
 def key_map(comfy: Any, a: Architecture) -> dict[str, Any]:
     """Return ComfyUI's names of a family's weights, for every name that it reads."""
-    kind, config = MODELS[a.name]
+    kind, config = MODELS.get(a.name) or (CLASSES.get(a.name, "BaseModel"), counted(a))
     model = getattr(comfy.model_base, kind)()
     model.model_config = types.SimpleNamespace(unet_config={**config, **MORE.get(a.name, {})})
-    weights = [f"diffusion_model.{path}.{end}" for path in a.native_paths for end in ("weight", "bias")]
+    weights = [f"diffusion_model.{path}.{end}" for path in own_paths(a) for end in ("weight", "bias")]
     model.state_dict = lambda: dict.fromkeys(weights)
     clip = types.SimpleNamespace(state_dict=lambda: dict.fromkeys(text_weights(a)))
     return comfy.lora.model_lora_keys_clip(clip, comfy.lora.model_lora_keys_unet(model, {}))  # type: ignore[no-any-return]
+
+
+def own_paths(a: Architecture) -> Mapping[str, Parts]:
+    """Return the modules by the path of ComfyUI's weight: Z-Image's trainers have other names than it."""
+    return lumina.z_image(model(a.model)) if a.name == "z-image" else a.native_paths
+
+
+def counted(a: Architecture) -> dict[str, Any]:
+    """Return the part of a configuration that ComfyUI's maps of diffusers' names read, from the family's modules."""
+    last = {name: number + 1 for name, number in a.outline.last.items()}
+    width = next((shape[1] for module, shape in a.shapes.items() if module.endswith("to_q")), 0)
+    found = {
+        "depth": last.get("transformer_blocks", 0),
+        "depth_single_blocks": last.get("single_transformer_blocks", 0),
+    }
+    found |= {"n_layers": last.get("layers", 0), "n_refiner_layers": last.get("noise_refiner", 0)}
+    found |= {"n_double_layers": last.get("joint_transformer_blocks", 0)}
+    found["n_layers"] += found["n_double_layers"] + last.get("single_transformer_blocks", 0) * bool(
+        found["n_double_layers"]
+    )
+    return {**found, "hidden_size": width, "dim": width}
 
 
 def text_weights(a: Architecture) -> Iterator[str]:
@@ -175,6 +216,32 @@ def rows(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
         )
 
 
+def taken(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
+    """Count for every dialect the modules of a denoiser that ComfyUI takes from a file with all of them."""
+    a = ARCHITECTURES[name]
+    layers = {m: random_layer(s, rank=1) for m, s in a.shapes.items() if len(s) > 1 and m.startswith(f"{a.denoiser}.")}
+    lora = LoRA(name=name, architecture=name, dialect="diffusers-peft", layouts=layers)
+    for dialect in [d for d in DIALECTS if DIALECTS[d].writes and d != "peft"]:
+        try:
+            with TemporaryDirectory() as folder:
+                file = lm.save(lora, Path(folder) / "lora.safetensors", dialect=dialect)
+                found = patches(comfy, a, file)
+        except lm.errors.DialectError:
+            yield name, dialect, "not written"
+            continue
+        places = [(place, (0, 0, 1 << 60)) if isinstance(place, str) else place[:2] for place in found]
+        covered = {key: {span[1:] if span else (0, 1 << 60) for k, span in places if k == key} for key, _ in places}
+        missed = [m for m in layers if not _covers(covered, *homes(a).get(m, ("", ())), m)]
+        yield name, dialect, str(len(layers)), str(len(layers) - len(missed)), ", ".join(missed[:3])
+
+
+def _covers(covered: Mapping[str, set[tuple[int, int]]], key: str, parts: Parts, module: str) -> bool:
+    """Return whether a module's rows of a weight are among those that are changed."""
+    rows = next((part.rows for part in parts if part.module == module), None) or ((0, 1),)
+    spans = covered.get(f"{key}.weight", covered.get(key, set()))
+    return all(any(start <= a and b <= start + length for start, length in spans) for a, b in rows)
+
+
 def right(a: Architecture, lora: LoRA, module: str, found: Mapping[Any, Any]) -> bool:
     """Return whether ComfyUI changes a module's weight as its layer says."""
     key, parts = homes(a)[module]
@@ -193,7 +260,7 @@ def right(a: Architecture, lora: LoRA, module: str, found: Mapping[Any, Any]) ->
 @cache
 def homes(a: Architecture) -> dict[str, tuple[str, Parts]]:
     """Return ComfyUI's weight of each module."""
-    native = {p.module: (f"diffusion_model.{path}", parts) for path, parts in a.native_paths.items() for p in parts}
+    native = {p.module: (f"diffusion_model.{path}", parts) for path, parts in own_paths(a).items() for p in parts}
     for encoder in a.text_encoders:
         for path, parts in a.text_paths(encoder).items():
             native[parts[0].module] = (f"{encoder.comfyui}.transformer.{path}", parts)
@@ -208,9 +275,11 @@ def main() -> None:
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     checkout, *families = sys.argv[1:]
+    whole = "--whole" in families
+    families = [name for name in families if name != "--whole"]
     comfy = imported(Path(checkout))
-    for name in families or MODELS:
-        for row in rows(comfy, name):
+    for name in families or (ARCHITECTURES if whole else MODELS):
+        for row in (taken if whole else rows)(comfy, name):
             print(" | ".join(row), flush=True)
 
 

@@ -6,11 +6,15 @@ family is added or a library renames a module:
 
     python tools/dump_architectures.py [model …]
 
+Models that diffusers lacks are built from a checkout of their own code, of which an environment variable has the path:
+OMNIGEN2 (https://github.com/VectorSpaceLab/OmniGen2, commit 0f72fa9). Without it they keep their file.
+
 It writes ``src/loramerge/files/architectures/models/<model>.json``: {module: weight shape}, and ``outlines.json``, what
 the names of each family begin with and how far their numbers go.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +68,69 @@ COSMOS = dict(
     extra_pos_embed_type=None,
 )
 
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+CASCADE = dict(
+    in_channels=16,
+    out_channels=16,
+    timestep_conditioning_type=("sca", "crp"),
+    patch_size=1,
+    conditioning_dim=2048,
+    block_out_channels=(2048, 2048),
+    num_attention_heads=(32, 32),
+    down_num_layers_per_block=(8, 24),
+    up_num_layers_per_block=(24, 8),
+    down_blocks_repeat_mappers=(1, 1),
+    up_blocks_repeat_mappers=(1, 1),
+    block_types_per_layer=(("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),) * 2,
+    clip_text_in_channels=1280,
+    clip_text_pooled_in_channels=1280,
+    clip_image_in_channels=768,
+    kernel_size=3,
+    self_attn=True,
+    switch_level=(False,),
+)
+LTX23 = dict(
+    gated_attn=True,
+    cross_attn_mod=True,
+    audio_gated_attn=True,
+    audio_cross_attn_mod=True,
+    use_prompt_embeddings=False,
+    perturbed_attn=True,
+)
+
+
+def omnigen2() -> torch.nn.Module | None:
+    if not (checkout := os.environ.get("OMNIGEN2")):
+        return None
+    sys.path.insert(0, checkout)
+    from omnigen2.models.transformers.transformer_omnigen2 import OmniGen2Transformer2DModel
+
+    return OmniGen2Transformer2DModel(
+        in_channels=16,
+        hidden_size=2520,
+        num_layers=32,
+        num_refiner_layers=2,
+        num_attention_heads=21,
+        num_kv_heads=7,
+        axes_dim_rope=(40, 40, 40),
+        axes_lens=(1024, 1664, 1664),
+        text_feat_dim=2048,
+    )
+
+
+def qwen3(hidden: int, inner: int) -> torch.nn.Module:
+    return transformers.Qwen3Model(
+        transformers.Qwen3Config(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+        )
+    )
+
+
+MODELS: dict[str, Callable[[], torch.nn.Module | list[torch.nn.Module] | None]] = {
     "unet-sd15": lambda: unet(cross_attention_dim=768),
     "unet-sd21": lambda: unet(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
     "unet-sdxl": lambda: unet(**XL, transformer_layers_per_block=(1, 2, 10)),
@@ -141,7 +207,11 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "transformer-ltxv-13b": lambda: diffusers.LTXVideoTransformer3DModel(
         num_attention_heads=32, attention_head_dim=128, num_layers=48, cross_attention_dim=4096
     ),
-    "transformer-ltx2": lambda: diffusers.LTX2VideoTransformer3DModel(),
+    # 2.3 and 2.5 have modules that 2.0 lacks, and 2.0 some that they lack.
+    "transformer-ltx2": lambda: [
+        diffusers.LTX2VideoTransformer3DModel(),
+        diffusers.LTX2VideoTransformer3DModel(**LTX23),
+    ],
     "transformer-hidream": lambda: diffusers.HiDreamImageTransformer2DModel(
         in_channels=16,
         out_channels=16,
@@ -164,7 +234,21 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "transformer-kandinsky5-lite": lambda: diffusers.Kandinsky5Transformer3DModel(
         model_dim=1792, ff_dim=7168, time_dim=512, num_text_blocks=2, num_visual_blocks=32
     ),
+    "transformer-kandinsky5-pro": lambda: diffusers.Kandinsky5Transformer3DModel(
+        model_dim=4096, ff_dim=16384, time_dim=1024, num_text_blocks=4, num_visual_blocks=60
+    ),
+    "transformer-kandinsky5-image": lambda: diffusers.Kandinsky5Transformer3DModel(
+        model_dim=2560, ff_dim=10240, time_dim=512, num_text_blocks=2, num_visual_blocks=50
+    ),
     "transformer-sana-1.6b": lambda: diffusers.SanaTransformer2DModel(),
+    "transformer-sana-0.6b": lambda: diffusers.SanaTransformer2DModel(
+        num_attention_heads=36,
+        num_layers=28,
+        num_cross_attention_heads=16,
+        cross_attention_head_dim=72,
+        cross_attention_dim=1152,
+    ),
+    "transformer-sana-4.8b": lambda: diffusers.SanaTransformer2DModel(num_layers=60),
     "transformer-cogvideox-2b": lambda: diffusers.CogVideoXTransformer3DModel(),
     "transformer-cogvideox-5b": lambda: diffusers.CogVideoXTransformer3DModel(num_attention_heads=48, num_layers=42),
     "transformer-auraflow": lambda: diffusers.AuraFlowTransformer2DModel(),
@@ -172,6 +256,19 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "transformer-pixart-sigma": lambda: diffusers.PixArtTransformer2DModel(),
     "transformer-ideogram4": lambda: diffusers.Ideogram4Transformer2DModel(),
     "transformer-minimax-h3": lambda: diffusers.MiniMaxH3Transformer3DModel(),
+    "transformer-flux3": lambda: diffusers.Flux3Transformer2DModel(),
+    "transformer-bria-fibo2": lambda: diffusers.BriaFibo2Transformer2DModel(),
+    "transformer-ace-step": lambda: diffusers.AceStepTransformer1DModel(),
+    "transformer-cogview4": lambda: diffusers.CogView4Transformer2DModel(
+        num_layers=28, num_attention_heads=32, attention_head_dim=128
+    ),
+    "transformer-omnigen": lambda: diffusers.OmniGenTransformer2DModel(
+        rope_scaling=dict(short_factor=[1.0] * 48, long_factor=[1.0] * 48, original_max_position_embeddings=4096)
+    ),
+    "transformer-omnigen2": omnigen2,
+    "prior-stable-cascade": lambda: diffusers.StableCascadeUNet(**CASCADE),
+    "text-conditioner-anima": lambda: diffusers.AnimaTextConditioner(),
+    "qwen3-0.6b": lambda: qwen3(1024, 3072),
     "clip-l": lambda: clip(768, 12),
     "clip-l-projection": lambda: clip(768, 12, projection=True),
     "clip-h": lambda: clip(1024, 23),
@@ -196,6 +293,14 @@ def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
     return found
 
 
+def joined(models: list[torch.nn.Module]) -> dict[str, list[int]]:
+    """Return the modules of versions that are one family; the first one's shapes hold."""
+    found: dict[str, list[int]] = {}
+    for model in models:
+        found |= {name: shape for name, shape in shapes(model).items() if name not in found}
+    return found
+
+
 def text_model_names(names: dict[str, list[int]]) -> dict[str, list[int]]:
     """Return CLIP's names as every LoRA file has them: transformers 5 drops ``text_model.`` in one class."""
     return {
@@ -210,7 +315,11 @@ def main() -> None:
         if sys.argv[1:] and name not in sys.argv[1:]:
             continue
         with torch.device("meta"):
-            names = shapes(build())
+            built = build()
+        if built is None:
+            print(f"{name}: kept, its own code isn't here")
+            continue
+        names = joined(built if isinstance(built, list) else [built])
         if name.startswith("clip-"):
             names = text_model_names(names)
         lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(s, separators=(',', ':'))}" for n, s in names.items())

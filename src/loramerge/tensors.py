@@ -407,6 +407,14 @@ def concat(arrays: Sequence[Array], axis: int = 0) -> Array:
     return namespace(arrays[0]).concat(arrays, axis=axis)
 
 
+def widened(tensor: Array | Spec, columns: int) -> Array | Spec:
+    """Return a tensor with zeros behind the last of its columns, the second axis."""
+    shape = (tensor.shape[0], columns - tensor.shape[1], *tensor.shape[2:])
+    if isinstance(tensor, Spec):
+        return Spec((shape[0], columns, *shape[2:]), tensor.dtype)
+    return concat([tensor, namespace(tensor).zeros(shape, dtype=tensor.dtype, device=tensor.device)], axis=1)
+
+
 def same_weight(a: Shape, b: Shape) -> bool:
     """Return whether two shapes are those of one weight, whose kernel is maybe flattened in one of them."""
     return a[:1] == b[:1] and math.prod(a) == math.prod(b)

@@ -62,7 +62,7 @@ NOT_RENAMED = {
     **dict.fromkeys(
         ("ltx2", "ltxv-2b", "ltxv-13b"),
         r"(audio_)?(caption_projection\.linear_[12]|proj_out)|transformer_blocks\.\d+\.(audio_)?ff\.net\.(0\.proj|2)"
-        r"|transformer_blocks\.\d+\.\w+\.to_(q|k|v|out\.0)",
+        r"|transformer_blocks\.\d+\.\w+\.to_(q|k|v|out\.0|gate_logits)",
     ),
     "lumina2": r"x_embedder",
 }
@@ -90,8 +90,14 @@ LOADERS: dict[str, Any] = {
     "hidream": pipelines.HiDreamImageLoraLoaderMixin,
     "ernie-image": pipelines.ErnieImageLoraLoaderMixin,
     "qwen-image": pipelines.QwenImageLoraLoaderMixin,
-    "kandinsky5-lite": pipelines.KandinskyLoraLoaderMixin,
-    "sana-1.6b": pipelines.SanaLoraLoaderMixin,
+    "ideogram4": pipelines.Ideogram4LoraLoaderMixin,
+    "minimax-h3": pipelines.MiniMaxH3LoraLoaderMixin,
+    "flux3": pipelines.Flux3LoraLoaderMixin,
+    "ace-step": pipelines.AceStepLoraLoaderMixin,
+    "bria-fibo2": pipelines.BriaFibo2LoraLoaderMixin,
+    "cogview4": pipelines.CogView4LoraLoaderMixin,
+    **dict.fromkeys(("kandinsky5-lite", "kandinsky5-pro", "kandinsky5-image"), pipelines.KandinskyLoraLoaderMixin),
+    **dict.fromkeys(("sana-0.6b", "sana-1.6b", "sana-4.8b"), pipelines.SanaLoraLoaderMixin),
     "cogvideox-5b": pipelines.CogVideoXLoraLoaderMixin,
 }
 """diffusers' readers of LoRA files."""
@@ -120,12 +126,23 @@ UNREAD = {
     "wan21-t2v-14b__videox-fun": "the converter does not know lora_unet__",
     "wan22-ti2v-5b__diffsynth": "the loader wants diffusion_model. in front",
     "z-image__simpletuner-lokr": "the converter keeps LyCORIS' flat names",
+    "anima__sdscripts": "the converter takes diffusion_model. only",
+    "cogvideox-5b__videox-fun": ONLY_DIFFUSERS_NAMES,
+    "flux1__simpletuner-lokr": "the converter has no LoKr",
+    "flux1__diffsynth": "the converter does not know its names",
+    "flux2-dev__diffsynth": "the loader wants diffusion_model. in front",
+    "hunyuanvideo__onetrainer-legacy": "the loader has no converter of lora_transformer_",
+    "wan21-t2v-1.3b__musubi-loha": "the converter has no LoHa",
+    "wan21-t2v-1.3b__simpletuner-lokr": "the converter has no LoKr",
+    "wan21-t2v-14b__diffsynth": "the loader wants diffusion_model. in front",
 }
 """Files of today's tools of which diffusers loads nothing."""
 
 NOT_TRIED = {
-    "flux1__diffsynth": "loramerge does not know its names",
+    "flux1__onetrainer-legacy": "the converter reads a part of its layers",
     "flux2-dev__aitoolkit-lokr": "as klein 4B's, with four times the rows and columns",
+    "flux2-dev__simpletuner-lokr": "as klein 4B's, with four times the rows and columns",
+    "z-image__diffusion-pipe": "the loader leaves attention.qkv as it is, see the known faults",
 }
 
 LOADED = [name for name, tool in TOOLS.items() if tool["family"] in LOADERS and name not in {*UNREAD, *NOT_TRIED}]
@@ -151,6 +168,7 @@ INSIDE = {
     ("flux", "comfyui"): "what is outside of the blocks gets names without transformer.",
     ("chroma", "kohya"): "the converter refuses distilled_guidance_layer",
     ("chroma", "comfyui"): "the converter refuses distilled_guidance_layer",
+    ("ideogram4", "comfyui"): "the converter refuses what is outside of the blocks",
     ("lumina2", "comfyui"): "the converter refuses what is outside of the blocks",
     ("ltxv-2b", "comfyui"): "the converter leaves patchify_proj and adaln_single as they are",
     ("ltxv-13b", "comfyui"): "the converter leaves patchify_proj and adaln_single as they are",
@@ -162,13 +180,7 @@ INSIDE = {
 """Dialects of which diffusers reads the blocks only."""
 
 BOTH = ("kohya", "comfyui")
-READ = {
-    **dict.fromkeys(("flux", "chroma", "flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "qwen-image", "z-image"), BOTH),
-    **dict.fromkeys(("wan-14b", "wan-1.3b", "wan-5b"), BOTH),
-    **dict.fromkeys(
-        ("lumina2", "hidream", "anima", "ltx2", "ltxv-2b", "ltxv-13b", "krea2", "ernie-image"), ("comfyui",)
-    ),
-}
+READ = {name: ARCHITECTURES[name].diffusers_reads for name in LOADERS}
 """Dialects beside its own that diffusers reads."""
 
 WRITTEN = [(family, dialect) for family in LOADERS for dialect in (*READ.get(family, ()), "diffusers-peft")]
@@ -199,7 +211,15 @@ def shapes(family: str) -> Mapping[str, tuple[int, ...]]:
 def native(family: str) -> Mapping[str, Parts]:
     """The names that diffusers' converter of checkpoints reads."""
     own = {"hunyuanvideo": hunyuan.tencent, "z-image": lumina.z_image}
-    return own[family](shapes(family)) if family in own else ARCHITECTURES[family].native_paths
+    found = own[family](shapes(family)) if family in own else ARCHITECTURES[family].native_paths
+    return {
+        path: parts for path, parts in found.items() if parts[0].module.startswith("transformer.") and not new(parts)
+    }
+
+
+def new(parts: Parts) -> bool:
+    """Whether a weight is of LTX-2.3, of which diffusers has no converter."""
+    return "prompt_adaln" in parts[0].module
 
 
 def comfyui(path: str) -> str:
@@ -234,7 +254,7 @@ def converted(family: str, columns: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 def layers(family: str) -> list[str]:
-    return [module for module in shapes(family) if module not in PARAMETERS]
+    return [module for module in shapes(family) if module not in PARAMETERS and "prompt_adaln" not in module]
 
 
 def taken(part: Part, column: torch.Tensor) -> torch.Tensor:
@@ -301,7 +321,7 @@ def ours(lora: LoRA) -> dict[str, np.ndarray]:
     found = {}
     for module in lora:
         layout = lora.layout(module)
-        if len(layout.shape) > 1 and module.startswith("transformer."):
+        if layout.factored and not module.startswith("text_encoder"):
             delta = None if isinstance(layout, LowRank) else np.asarray(lora[module].delta())
             found[module] = product(*lora[module].factors()) if delta is None else delta @ probe(delta.shape[1])
     return found
@@ -319,7 +339,7 @@ def theirs(family: str, keys: Mapping[str, np.ndarray], metadata: Mapping[str, s
     }
     for stem in stems_of(found, ".lokr_w1"):
         effects |= parted(stem, kron(found[f"{stem}.lokr_w1"], found[f"{stem}.lokr_w2"]))
-    return {own(stem): effect for stem, effect in effects.items() if not stem.startswith("text_encoder")}
+    return {stem: effect for stem, effect in effects.items() if not stem.startswith("text_encoder")}
 
 
 def stems_of(found: Mapping[str, Any], end: str) -> list[str]:
@@ -334,11 +354,6 @@ def parted(stem: str, effect: np.ndarray) -> dict[str, np.ndarray]:
     block, _, name = stem.rpartition(".")
     names = FUSED.get(name, (name,))
     return {f"{block}.{part}": rows for part, rows in zip(names, np.split(effect, len(names)), strict=True)}
-
-
-def own(stem: str) -> str:
-    """loramerge's name: Anima's adapter is a component of its own in diffusers."""
-    return stem.replace("text_conditioner.", "transformer.llm_adapter.")
 
 
 def errors(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -484,7 +499,7 @@ def small(family: str, blocks_only: bool) -> LoRA:
     chosen = {
         module: shape
         for module, shape in shapes(family).items()
-        if is_layer(module, shape) and len(shape) == 2 and first(module, 1)
+        if is_layer(module, shape) and len(shape) == 2 and first(module, 1) and "prompt_adaln" not in module
         if not blocks_only or (inside.search(module) and "guidance_layer" not in module)
     }
     keys = {
@@ -517,3 +532,17 @@ def test_what_is_written_has_its_deltas_in_a_checkpoint(family: str, dialect: st
     lora = small(family, False)
 
     assert errors(as_weights(family, written(lora, dialect)), ours(lora)) == {}
+
+
+def test_diffsynths_minimax_has_its_rows_head_by_head_as_diffusers_reads_them() -> None:
+    keys = {
+        key.removeprefix("diffusion_model.").replace(".weight", ".default.weight"): value
+        for key, value in of_native_names("minimax-h3").items()
+    }
+
+    lora = from_tensors({key: Held(value) for key, value in keys.items()}, {}, "x")
+
+    assert lora.families == ("minimax-h3",)
+    assert errors(theirs("minimax-h3", keys, {}), ours(lora)) == {}
+    plain = {key.replace(".default.", "."): value for key, value in keys.items()}
+    assert errors(ours(from_tensors({key: Held(value) for key, value in plain.items()}, {}, "x")), ours(lora)) != {}

@@ -5,6 +5,7 @@ A checkpoint is a diffusers directory, or one file under the names of the model'
 shapes are taken from the file.  Headers are read when it is opened, a weight when it is asked for.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +22,8 @@ from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.texts import read_json
 from ..layers import Full, Layer
-from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, is_torch, namespace, same_weight
+from ..linalg import as_numpy
+from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, is_torch, namespace, same_weight, take_rows
 
 DENOISERS = ("model.diffusion_model.", "diffusion_model.", "")
 """Prefixes of a denoiser's own names in single files."""
@@ -33,6 +35,9 @@ BIAS_ENDS = (".bias", "_bias")
 
 QUANTISED = (".scale_weight", ".weight_scale", ".weight.absmax", ".weight.quant_state", ".qweight")
 """Ends of the keys of scales: with one of them, a weight's stored numbers are not its values."""
+
+SCALES = (".scale_weight", ".weight_scale")
+"""Ends of the keys by which ComfyUI's float8 files scale a weight: by one number, or one for each row."""
 
 SHARD = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?"
@@ -134,10 +139,26 @@ class Checkpoint(Mapping[str, Place]):
         """Return the values at a place, in the module's shape."""
         self.check(place)
         stored = self.files[place.file][place.key]
+        scale = self.scale(place.file, place.key)
         if place.rows is None:
-            return stored.read().T if place.transposed else stored.read()
+            values = stored.read() if scale is None else float32(stored.read()) * scale
+            return values.T if place.transposed else values
         cuts = [_cut(stored, start, stop).read() for start, stop in place.rows]
-        return cuts[0] if len(cuts) == 1 else namespace(cuts[0]).concat(cuts)
+        values = cuts[0] if len(cuts) == 1 else namespace(cuts[0]).concat(cuts)
+        if scale is None:
+            return values
+        return float32(values) * (scale if scale.size == 1 else take_rows(scale, place.rows))
+
+    def scale(self, file: Path, key: str) -> Array | None:
+        """Return what a float8 tensor's stored numbers are multiplied by, in a shape for that; None if by nothing."""
+        stored, found = self.files[file][key], self._scale_key(file, key)
+        if found is None or not found.endswith(SCALES) or not _scales(self.files[file][found], stored):
+            return None
+        return as_numpy(float32(self.files[file][found].read())).reshape(-1, *[1] * (len(stored.shape) - 1))
+
+    def _scale_key(self, file: Path, key: str) -> str | None:
+        stem = key.removesuffix(".weight")
+        return next((stem + end for end in QUANTISED if key != stem and stem + end in self.files[file]), None)
 
     def check(self, place: Place) -> None:
         """Refuse a tensor whose stored numbers aren't the weight's values.
@@ -145,14 +166,19 @@ class Checkpoint(Mapping[str, Place]):
         Raises:
             FileError: It is quantised.
         """
-        stem = place.key.removesuffix(".weight")
-        scale = next((stem + end for end in QUANTISED if stem + end in self.files[place.file]), None)
-        if place.dtype not in FLOATS or scale:
+        scale = self._scale_key(place.file, place.key)
+        if place.dtype not in FLOATS or (scale and self.scale(place.file, place.key) is None):
             why = f"its scale is {scale!r}" if scale else f"dtype {place.dtype}"
             raise FileError(
                 f"{self.name}: {place.key} is quantised ({why}), and a LoRA can't be added to the stored numbers. "
                 "Way out: the same model in float16, bfloat16 or float32."
             )
+
+
+def _scales(scale: Stored, stored: Stored) -> bool:
+    """Return whether a tensor scales a float8 weight as a whole or row by row."""
+    known = stored.dtype.startswith("F8") and scale.dtype in FLOATS
+    return known and math.prod(scale.shape) in (1, stored.shape[0])
 
 
 def _cut(stored: Stored, start: int, stop: int) -> Stored:
@@ -297,13 +323,15 @@ def _spellings(a: Architecture) -> Iterator[tuple[str, Mapping[str, Parts]]]:
         yield prefix, a.denoiser_paths
     for prefix in DENOISERS:
         yield prefix, a.native_paths
+    for part in a.beside:
+        yield f"{part.component}.", a.text_paths(part)
     for position, encoder in enumerate(a.text_encoders):
         paths = a.text_paths(encoder)
         # transformers 5 leaves a level out, and so did ldm's first text encoders.
         short = {**{path.removeprefix("text_model."): parts for path, parts in paths.items()}, **paths}
         holders = (f"conditioner.embedders.{position}.", *["cond_stage_model."] * (position == 0))
         yield f"{encoder.component}.", short
-        yield f"text_encoders.{encoder.comfyui}.transformer.", paths
+        yield f"text_encoders.{encoder.comfyui}.transformer.{encoder.inside}", paths
         for holder in holders:
             yield f"{holder}transformer.", short
             if encoder.model in openclip.MODELS:
@@ -322,8 +350,8 @@ def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int,
     """Return how well a family fits, to compare by.
 
     Returns:
-        The number of modules that the family names, of weights with as many axes as its own, of weights
-        with its shapes, and whether the whole denoiser is there.  All are 0 if the family doesn't name nine
+        The number of weights that the family names, of weights with as many axes as its own, of weights
+        with its shapes, and whether the whole denoiser is there, with what its own code has in it.  All are 0 if the family doesn't name nine
         in ten of the denoiser's weights.
     """
     names = stored_names(a, shapes)
@@ -332,8 +360,8 @@ def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int,
         for key, shape in shapes.items()
         if len(shape) > 1 and (parts := names.get(_stem(key), ()))
     }
-    inside = [key for key, shape in shapes.items() if len(shape) > 1 and key.endswith(".weight") and _denoises(key)]
-    if sum(_stem(key) in names for key in inside) < 0.9 * len(inside):
+    listed = [key for key, shape in shapes.items() if len(shape) > 1 and key.endswith(".weight") and _denoises(key)]
+    if sum(_stem(key) in names for key in listed) < 0.9 * len(listed):
         return 0, 0, 0, False
     alike = sum(len(shape) == len(a.shapes[module]) for module, (shape, _) in modules.items())
     same = sum(
@@ -341,10 +369,9 @@ def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int,
         for module, (shape, parts) in modules.items()
     )
     there = {part.module for _, parts in modules.values() for part in parts}
-    whole_denoiser = all(
-        module in there for module, s in a.shapes.items() if len(s) > 1 and module.startswith(f"{a.denoiser}.")
-    )
-    return len(there), alike, same, whole_denoiser
+    inside = tuple(f"{component}." for component in (a.denoiser, *(other.component for other in a.beside)))
+    whole_denoiser = all(module in there for module, s in a.shapes.items() if len(s) > 1 and module.startswith(inside))
+    return len(modules), alike, same, whole_denoiser
 
 
 def _denoises(key: str) -> bool:

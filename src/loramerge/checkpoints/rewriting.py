@@ -95,26 +95,31 @@ class _Sums:
     dtype: str
     updates: Sequence[Update]
     report: Callable[[Change], None]
+    scale: Array | None
+    """What float8 numbers are multiplied by; None if by nothing."""
 
     @property
     def specs(self) -> Mapping[str, Spec]:
         return {self.key: Spec(self.stored.shape, self.dtype)}
 
     def arrays(self) -> Mapping[str, Array]:
-        old = self.stored.read()
+        old = self._values(self.stored.read())
         exact = widened(old)
-        exact = exact if exact.flags.writeable else exact.copy()
+        exact = exact if exact.flags.writeable and exact is not old else exact.copy()
         deltas = [self._add(exact, update) for update in self.updates]
         try:
             check_finite(exact)
-            new = cast(exact, self.dtype)
+            new = cast(exact if self.scale is None else exact / self.scale, self.dtype)
         except NumberError as error:
             names = ", ".join(update.name for update in self.updates)
             raise NumberError(f"{names}: {error}") from None
         for update, delta in zip(self.updates, deltas, strict=True):
-            before, after = _part(old, update.place), _part(new, update.place)
+            before, after = _part(old, update.place), _part(self._values(new), update.place)
             self.report(_change(update, delta, before, after, self.dtype))
         return {self.key: new}
+
+    def _values(self, stored: Array) -> Array:
+        return stored if self.scale is None else float32(stored) * self.scale
 
     def _add(self, exact: Array, update: Update) -> Array:
         """Add an update to its rows, in place; return what was added."""
@@ -201,11 +206,25 @@ class Job:
             if update.place.file == file:
                 updates.setdefault(update.place.key, []).append(update)
         for key, stored in source.items():
-            dtype = self.dtype_of(stored)
+            dtype, scale = self.dtype_of(stored), self._scale(file, key)
             if key in updates:
-                yield _Sums(key, stored, dtype, updates[key], self._report)
+                yield _Sums(key, stored, dtype, updates[key], self._report, scale)
             else:
                 yield _Copy(key, stored) if dtype == stored.dtype else _Rounded(key, stored, dtype)
+
+    def _scale(self, file: Path, key: str) -> Array | None:
+        """Return what a tensor's numbers are multiplied by.
+
+        Raises:
+            FileError: They are, and all tensors shall be of another dtype.
+        """
+        scale = self.model.scale(file, key)
+        if self.dtype and scale is not None:
+            raise FileError(
+                f"{self.model.name}: {key} is float8 with a scale beside it, which another dtype has no place for. "
+                "Way out: leave the dtype out (--dtype), and it stays float8."
+            )
+        return scale
 
     def dtype_of(self, stored: Stored) -> str:
         """Return a tensor's dtype as written."""

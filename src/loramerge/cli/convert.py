@@ -35,6 +35,10 @@ class Options:
     dtype: Dtype = None
     architecture: Arch = None
     adapter: Adapter = None
+    map: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="Other numbers for a list of blocks, such as 'blocks.{i}=blocks.{i+12}'."),
+    ] = None
     allow_lossy: Lossy = False
     allow_growth: Growth = False
     allow_pickle: Pickle = False
@@ -50,6 +54,7 @@ def run(given: Options) -> None:
     """
     from ..files.dialects import written_dialect
     from ..files.reading import open
+    from ..files.renumbering import pairs, renumbered
     from ..files.writing import check_apart, check_growth, check_target, save, saved_size
 
     target = check_target(given.output, given.to)
@@ -57,9 +62,10 @@ def run(given: Options) -> None:
     with (
         open(
             given.file, architecture=given.architecture, adapter=given.adapter, allow_pickle=given.allow_pickle
-        ) as lora,
+        ) as opened,
         progress("Converting", given.quiet) as report,
     ):
+        lora = renumbered(opened, pairs(given.map)) if given.map else opened
         kept = lora.exclude(*given.exclude) if given.exclude else lora
         dialect = written_dialect(given.to).name
         length = saved_size(kept, given.to, given.dtype, allow_lossy=given.allow_lossy)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
+from ..files.architectures import ARCHITECTURES, Kin
 
 Conditions: TypeAlias = Mapping[str, Tensor]
 """The denoiser's inputs besides latents and timestep; the first axis is the batch."""
@@ -23,8 +24,8 @@ class Family:
     pipelines: tuple[str, ...]
     """Class names."""
     denoiser: str
-    architectures: tuple[str, ...]
-    """Families of the LoRAs that fit it."""
+    kin: Kin
+    """The families of the LoRAs that fit it."""
     encode: Callable[[Any, list[str], torch.device], dict[str, Tensor]]
     """Encodes prompts into conditions."""
     call: Callable[[nn.Module, Tensor, Tensor, Conditions], Tensor]
@@ -37,6 +38,11 @@ class Family:
     """Scale of the classifier-free guidance that pictures are usually made with; 1 for none."""
     packed: bool = False
     """True if the denoiser takes 2 × 2 latents as one token."""
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Names of the families of the LoRAs that fit it."""
+        return tuple(a.name for a in ARCHITECTURES.values() if a.kin is self.kin)
 
 
 def _sd_encode(pipe: Any, prompts: list[str], device: torch.device) -> dict[str, Tensor]:
@@ -111,7 +117,7 @@ FAMILIES = (
     Family(
         pipelines=("StableDiffusionXLPipeline",),
         denoiser="unet",
-        architectures=("sdxl", "ssd-1b", "segmind-vega"),
+        kin=Kin.SDXL,
         encode=_sdxl_encode,
         call=_sdxl_call,
         place=_sdxl_place,
@@ -120,7 +126,7 @@ FAMILIES = (
     Family(
         pipelines=("StableDiffusionPipeline",),
         denoiser="unet",
-        architectures=("sd15", "sd21"),
+        kin=Kin.SD,
         encode=_sd_encode,
         call=_sd_call,
         guidance=7.5,
@@ -128,7 +134,7 @@ FAMILIES = (
     Family(
         pipelines=("StableDiffusion3Pipeline",),
         denoiser="transformer",
-        architectures=("sd3-medium", "sd3.5-medium", "sd3.5-large"),
+        kin=Kin.SD3,
         encode=_sd3_encode,
         call=_sd3_call,
         flow=True,
@@ -137,7 +143,7 @@ FAMILIES = (
     Family(
         pipelines=("FluxPipeline",),
         denoiser="transformer",
-        architectures=("flux",),
+        kin=Kin.FLUX,
         encode=_flux_encode,
         call=_flux_call,
         flow=True,

@@ -9,7 +9,7 @@ from ..errors import MergeError
 from ..tensors import Shape
 from .architectures import ARCHITECTURES, name_family
 from .architectures.hints import KEYS
-from .architectures.names import flat
+from .architectures.names import INPUTS, flat
 from .lora import LoRA
 
 
@@ -40,7 +40,17 @@ def shaped_alike(loras: Sequence[LoRA]) -> list[LoRA]:
     for lora in loras:
         for module, layout in lora.layouts.items():
             shapes[module] = max(shapes.get(module, ()), layout.shape, key=len)
-    return [lora.shaped(shapes) for lora in loras]
+    return _as_wide([lora.shaped(shapes) for lora in loras])
+
+
+def _as_wide(loras: Sequence[LoRA]) -> list[LoRA]:
+    """Return the LoRAs with input layers as wide as the widest: where a model has more channels, they are behind."""
+    widest: dict[str, Shape] = {}
+    for lora in loras:
+        for module, layout in lora.layouts.items():
+            if module.partition(".")[2] in INPUTS:
+                widest[module] = max(widest.get(module, ()), layout.shape, key=lambda shape: (len(shape), *shape[1:2]))
+    return [lora.widened(widest) for lora in loras]
 
 
 def alike(loras: Sequence[LoRA], chosen: str | None) -> tuple[str, ...]:

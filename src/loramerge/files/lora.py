@@ -189,12 +189,21 @@ class LoRA(Mapping[str, Layer]):
         Args:
             weights: The weights' shapes by module.
         """
-        changed = {m: form for m, layout in self.layouts.items() if (form := layout.shaped(weights[m])) is not layout}
+        return self._formed(lambda module, layer: layer.shaped(weights[module]))
+
+    def widened(self, weights: Mapping[str, Shape]) -> "LoRA":
+        """Return the LoRA with some layers for weights with more inputs, on which the further ones have no effect.
+
+        Args:
+            weights: The weights' shapes by module.
+        """
+        return self._formed(lambda module, layer: layer.widened(weights[module]) if module in weights else layer)
+
+    def _formed(self, form: Callable[[str, Layer], Layer]) -> "LoRA":
+        changed = {m: made for m, layout in self.layouts.items() if (made := form(m, layout)) is not layout}
         if not changed:
             return self
-        return replace(
-            self, layouts={**self.layouts, **changed}, origin=None, compute=lambda m: self[m].shaped(weights[m])
-        )
+        return replace(self, layouts={**self.layouts, **changed}, origin=None, compute=lambda m: form(m, self[m]))
 
     def renamed(self, names: Mapping[str, str]) -> "LoRA":
         """Return the LoRA with other names for some of its modules.

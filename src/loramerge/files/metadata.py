@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..layers import Layer
 from ..tensors import NAMES
-from .architectures.labels import LABELS, Label, labelled
+from .architectures import Label
+from .architectures.labels import label_of, labelled
 from .dialects.config import adapter_metadata, component_configs
 from .storage.header import Awaited
 from .storage.texts import as_json, parsed
@@ -55,7 +56,7 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], 
     if spelling.dialect.name == "diffusers-peft":
         kept["lora_adapter_metadata"] = adapter_metadata(component_configs(spelling.layers, lora.about))
     if spelling.dialect.name in HASHED_DIALECTS:
-        kept |= network(LABELS.get(lora.architecture or ""), list(spelling.layers.values()))
+        kept |= network(label_of(lora.architecture), list(spelling.layers.values()))
     hashed = spelling.dialect.name in HASHED_DIALECTS
     if late:
         text = _with_output(late.draft, spelling)

@@ -13,6 +13,7 @@ from .architectures.names import COMPONENTS
 from .dialects import written_dialect
 from .lora import LoRA
 from .reading import PEFT_CONFIG, PEFT_FILE, PEFT_FILES, Source, open
+from .renumbering import renumbered
 from .storage.paths import path_of
 
 if TYPE_CHECKING:
@@ -277,6 +278,7 @@ def convert(
     workers: int = 1,
     progress: "Progress | None" = None,
     allow_growth: bool = False,
+    block_map: Mapping[str, str] | None = None,
 ) -> "Path":
     """Write a LoRA in another dialect; ΔW stays what it is.
 
@@ -292,6 +294,8 @@ def convert(
         workers: Processes or threads, as in `save`.
         progress: Called with the number of modules done and of all.
         allow_growth: As in `save`.
+        block_map: New numbers for the blocks, for a model that was pruned or stretched: ``{"blocks.{i}":
+            "blocks.{i+12}"}``, the names as the file has them. Blocks of such a list without a number are left out.
 
     Returns:
         The path that was written.
@@ -304,7 +308,7 @@ def convert(
     """
     with open(source, architecture=architecture, adapter=adapter, allow_pickle=allow_pickle) as lora:
         return save(
-            lora,
+            renumbered(lora, block_map) if block_map else lora,
             path,
             dialect=dialect,
             dtype=dtype,

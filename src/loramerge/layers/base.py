@@ -234,6 +234,18 @@ class Layer:
     def _shaped(self, weight: Shape) -> "Layer":
         return self
 
+    def widened(self, weight: Shape) -> "Layer":
+        """Return the layer for a weight with more inputs, on which the further ones have no effect.
+
+        A layer for another weight, or of a kind that has no such form, stays what it is.
+        """
+        own = self.shape
+        fits = len(own) == len(weight) > 1 and own[1] < weight[1] and (own[0], own[2:]) == (weight[0], weight[2:])
+        return self._widened(weight) if fits else self
+
+    def _widened(self, weight: Shape) -> "Layer":
+        return self
+
     @property
     def by_rows(self) -> bool:
         """True if a row of ΔW depends on the same row of the weight only."""

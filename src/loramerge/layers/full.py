@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..errors import LayerError, NoFactorsError
-from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, reshape, take_rows
+from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, reshape, take_rows, widened
 from .base import Layer, dense_norm, scaled
 
 LEAVE_OUT = "leave the module out (exclude)"
@@ -69,6 +69,9 @@ class Full(_Summed):
 
     def norm(self) -> float:
         return dense_norm(self.delta())
+
+    def _widened(self, weight: Shape) -> "Full":
+        return replace(self, diff=widened(self.diff, weight[1]))
 
     def rows(self, ranges: Ranges, source: object) -> "Full":
         return replace(self, **{role: take_rows(tensor, ranges) for role, tensor in self.tensors().items()})
@@ -198,9 +201,13 @@ class Replaced(Layer):
     @property
     def no_factors(self) -> str:
         return (
-            "it replaces the weight instead of changing it, so it has no sum with others and no other strength than 1. "
-            f"Ways out: the weight 1 where no other LoRA changes the module, or {LEAVE_OUT}"
+            "it replaces the weight instead of changing it, so it has no sum with others. "
+            f"Ways out: the weight 0 for the LoRA or for the others that change the module, or {LEAVE_OUT}"
         )
+
+    def times(self, weight: float) -> "Replaced":
+        """Return the layer: ComfyUI and diffusers put the new value in whatever the LoRA's strength is."""
+        return self
 
     def delta(self) -> Array:
         raise NoFactorsError(self.no_factors)

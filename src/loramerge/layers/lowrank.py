@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from .. import linalg
 from ..errors import LayerError
-from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, reshape, take_rows, times
+from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, reshape, take_rows, times, widened
 from .base import Layer, check_size, matrix, scaled
 
 
@@ -142,6 +142,9 @@ class LowRank(Layer):
             return self
         up = reshape(self.up, (weight[0], self.rank, *(1,) * (len(weight) - 2)))
         return replace(self, up=up, down=reshape(self.down, (self.rank, *weight[1:])))
+
+    def _widened(self, weight: Shape) -> "LowRank":
+        return self if self.mid is not None else replace(self, down=widened(self.down, weight[1]), down_id=None)
 
 
 def low_rank(

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..._version import __version__
-from ...files.architectures.labels import LABELS
+from ...files.architectures.labels import label_of
 from ...files.storage.texts import as_json
 from .settings import TrainSettings
 
@@ -54,9 +54,9 @@ def _specification(
     """Return entries of https://github.com/Stability-AI/ModelSpec, without a date: the same run gives the same file."""
     side = about["data"]["resolution"]
     velocity = about["prediction"] == "v_prediction"
-    label = LABELS.get(architecture or "")
+    label = label_of(architecture)
     family = label.specifications[0] if label else architecture or ""
-    if architecture == "sd21":
+    if label and label.v2 == "True":
         family += "-768-v" if velocity else "-512"
     return {
         "modelspec.sai_model_spec": "1.0.0",
@@ -72,7 +72,7 @@ def _specification(
 def _kohya(settings: TrainSettings, about: Mapping[str, Any], architecture: str | None, steps: int) -> dict[str, str]:
     """Return the entries that kohya-ss/sd-scripts, train_network.py, writes."""
     data, text = about["data"], about["text_encoders"]
-    label = LABELS.get(architecture or "")
+    label = label_of(architecture)
     pictures = data["images"]
     batch = settings.batch_size * about["processes"]
     found = {

@@ -6,10 +6,11 @@ Source: https://github.com/hako-mikan/sd-webui-lora-block-weight
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 
 from ...errors import OptionError
 from ..expressions import Effort, Expression
-from . import ARCHITECTURES, sgm
+from . import ARCHITECTURES, Kin, sgm
 
 
 def _numbered(prefix: str, numbers: Sequence[int]) -> list[str]:
@@ -18,24 +19,25 @@ def _numbered(prefix: str, numbers: Sequence[int]) -> list[str]:
 
 FLUX_BLOCKS = [*_numbered("D", range(19)), *_numbered("S", range(38))]
 
-VECTORS: Mapping[str, Mapping[int, list[str]]] = {
-    "sd": {
+VECTORS: Mapping[Kin, Mapping[int, list[str]]] = {
+    Kin.SD: {
         17: ["BASE", *_numbered("IN", (1, 2, 4, 5, 7, 8)), "MID", *_numbered("OUT", range(3, 12))],
         26: ["BASE", *_numbered("IN", range(12)), "MID", *_numbered("OUT", range(12))],
     },
-    "sdxl": {
+    Kin.SDXL: {
         12: ["BASE", *_numbered("IN", (4, 5, 7, 8)), "MID", *_numbered("OUT", range(6))],
         20: ["BASE", *_numbered("IN", range(9)), "MID", *_numbered("OUT", range(9))],
     },
-    "flux": {
+    Kin.FLUX: {
         57: FLUX_BLOCKS,
         58: ["BASE", *FLUX_BLOCKS],
         61: ["CLIP", "T5", "IN", *FLUX_BLOCKS, "OUT"],
     },
 }
-"""Names of the blocks that a vector has numbers for, by family and length; BASE is the text encoders."""
+"""Names of the blocks that the WebUI's vectors have numbers for, by length; BASE is the text encoders."""
 
-FAMILY = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl", "ssd-1b": "sdxl", "segmind-vega": "sdxl", "flux": "flux"}
+LAST = ("proj_out", "norm_out", "final_layer", "all_final_layer", "scale_shift_table", "audio_proj_out")
+"""Beginnings of the modules behind a transformer's last block."""
 
 
 def block(module: str, architecture: str | None = None) -> str:
@@ -45,8 +47,8 @@ def block(module: str, architecture: str | None = None) -> str:
     The result is ``-`` for a module outside of all blocks, such as the time embedding.
     """
     component, _, path = module.partition(".")
-    if component.startswith("text_encoder"):
-        if architecture == "flux":
+    if component.startswith("text"):
+        if architecture and ARCHITECTURES[architecture].kin is Kin.FLUX:
             return "CLIP" if component == "text_encoder" else "T5"
         return "BASE"
     if component == "unet":
@@ -56,7 +58,7 @@ def block(module: str, architecture: str | None = None) -> str:
     if match := re.match(r"([a-z][a-z_.]*?[a-z])[._](\d{1,9})(?=[._])", path):
         return f"{match[1]}.{match[2]}"
     if component == "transformer" and architecture is not None:
-        return "OUT" if path.startswith(("proj_out", "norm_out")) else "IN"
+        return "OUT" if path.startswith(LAST) else "IN"
     return "-"
 
 
@@ -85,19 +87,37 @@ def vector(numbers: Sequence[float], architecture: str | None) -> dict[str, floa
     Raises:
         OptionError: The family has no vectors of that length.
     """
-    family = FAMILY.get(architecture or "")
-    if family is None:
-        raise OptionError(f"There are no block vectors for {architecture or 'an unknown architecture'}; use patterns.")
-    lengths = VECTORS[family]
+    if architecture is None:
+        raise OptionError("There are no block vectors for an unknown architecture; use patterns.")
+    family = ARCHITECTURES[architecture]
+    lengths = vectors(family.name)
     if len(numbers) not in lengths:
         wanted = ", ".join(map(str, lengths))
-        raise OptionError(
-            f"A block vector of {len(numbers)} numbers; {ARCHITECTURES[architecture or ''].title} takes {wanted}."
-        )
+        raise OptionError(f"A block vector of {len(numbers)} numbers; {family.title} takes {wanted}.")
     weights = dict(zip(lengths[len(numbers)], numbers, strict=True))
-    if family == "flux" and "BASE" in weights:
+    if family.kin is Kin.FLUX and "BASE" in weights:
         weights |= {"CLIP": weights["BASE"], "T5": weights.pop("BASE")}
     return weights
+
+
+@cache
+def vectors(architecture: str) -> Mapping[int, list[str]]:
+    """Return the names of the blocks that a family's vectors have numbers for, by length.
+
+    Where the WebUI has no vectors, there is one number for each block in the order in which the model lists them, with
+    the text encoders in front if there are any, and with what is before and behind the blocks.
+    """
+    family = ARCHITECTURES[architecture]
+    if family.kin and family.kin in VECTORS:
+        return VECTORS[family.kin]
+    found = dict.fromkeys(block(module, architecture) for module in family.shapes)
+    names = sorted(found.keys() - {"-", "BASE"}, key=list(found).index)
+    if family.denoiser == "unet":
+        names.sort(key=lambda name: position("", name))
+    inside = [name for name in names if family.denoiser == "unet" or name not in ("IN", "OUT")]
+    base = ["BASE"] * ("BASE" in found)
+    ends = [[end] * (end in names and end not in inside) for end in ("IN", "OUT")]
+    return {len(some): some for some in (inside, base + inside, base + ends[0] + inside + ends[1])}
 
 
 class Selector:

@@ -68,6 +68,41 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+DIFFSYNTH = (
+    ("double_blocks.", "blocks."),
+    *(
+        pair
+        for own, theirs in (("img", "a"), ("txt", "b"))
+        for pair in (
+            (f".{own}_attn.qkv", f".attn.{theirs}_to_qkv"),
+            (f".{own}_attn.proj", f".attn.{theirs}_to_out"),
+            (f".{own}_attn.norm.query_norm", f".attn.norm_q_{theirs}"),
+            (f".{own}_attn.norm.key_norm", f".attn.norm_k_{theirs}"),
+            (f".{own}_mlp.", f".ff_{theirs}."),
+            (f".{own}_mod.lin", f".norm1_{theirs}.linear"),
+        )
+    ),
+    (".linear1", ".to_qkv_mlp"),
+    (".linear2", ".proj_out"),
+    (".modulation.lin", ".norm.linear"),
+    (".norm.query_norm", ".norm_q_a"),
+    (".norm.key_norm", ".norm_k_a"),
+    ("time_in.in_layer", "time_embedder.timestep_embedder.0"),
+    ("time_in.out_layer", "time_embedder.timestep_embedder.2"),
+    ("guidance_in.in_layer", "guidance_embedder.timestep_embedder.0"),
+    ("guidance_in.out_layer", "guidance_embedder.timestep_embedder.2"),
+    ("vector_in.in_layer", "pooled_text_embedder.0"),
+    ("vector_in.out_layer", "pooled_text_embedder.2"),
+    ("txt_in", "context_embedder"),
+    ("img_in", "x_embedder"),
+    ("final_layer.linear", "final_proj_out"),
+    ("final_layer.adaLN_modulation.1", "final_norm_out.linear"),
+)
+"""What DiffSynth-Studio calls the parts of Black Forest Labs' names.
+
+Source: https://github.com/modelscope/DiffSynth-Studio, diffsynth/utils/state_dict_converters/flux_dit.py
+"""
+
 GUIDANCE = "distilled_guidance_layer.layers.{i}."
 
 CHROMA: tuple[Rule, ...] = (
@@ -86,3 +121,14 @@ def native(modules: Mapping[str, Shape]) -> dict[str, Parts]:
 def chroma(modules: Mapping[str, Shape]) -> dict[str, Parts]:
     """Name each weight of the transformer as Chroma's code does."""
     return apply(CHROMA, modules, "transformer")
+
+
+def diffsynth(modules: Mapping[str, Shape]) -> dict[str, Parts]:
+    """Name each weight of the transformer as DiffSynth-Studio does, which fuses as Black Forest Labs do."""
+    return {_as_diffsynth(path): parts for path, parts in native(modules).items()}
+
+
+def _as_diffsynth(path: str) -> str:
+    for own, theirs in DIFFSYNTH:
+        path = path.replace(own, theirs)
+    return path

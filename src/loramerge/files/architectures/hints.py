@@ -1,42 +1,16 @@
 """Finding the model family that a file's metadata names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import NamedTuple
 
 from . import ARCHITECTURES
 from .labels import ARCHITECTURE, SPECIFICATION, VERSION
+from .table import ELSEWHERE
 
 KEYS = (SPECIFICATION, VERSION)
 """Entries of a header that name the family."""
-
-ELSEWHERE: Mapping[str, tuple[str, ...]] = {
-    "Stable Cascade": ("stable-cascade", "cascade", "wuerstchen"),
-    "OmniGen": ("omnigen",),
-    "HiDream-O1": ("hidream-o1",),
-    "FLUX.3": ("flux3", "flux-3"),
-    "Qwen-Image 2": ("qwen-image-2",),
-    "Kandinsky": ("kandinsky",),
-    "CogView": ("cogview",),
-    "HunyuanDiT": ("hunyuan-dit", "hunyuandit", "hydit"),
-    "Stable Video Diffusion": ("svd", "stable-video-diffusion"),
-    "AnimateDiff": ("animatediff", "animate-diff"),
-    "Lumina-Next": ("lumina-next", "lumina-t2x", "lumina"),
-    "DeepFloyd IF": ("deepfloyd",),
-    "Bria": ("bria", "fibo"),
-    "GLM-Image": ("glm-image",),
-    "JoyImage": ("joyimage", "joy-image"),
-    "Allegro": ("allegro",),
-    "Helios": ("helios",),
-    "ACE-Step": ("ace-step", "acestep"),
-    "Stable Audio": ("stable-audio",),
-    "NewBie": ("newbie",),
-    "Step": ("step1x", "step-video"),
-    "SkyReels": ("skyreels-a",),
-    "Hunyuan": ("hunyuan",),
-}
-"""Families that loramerge doesn't know, each with the words that name it."""
 
 
 class Named(NamedTuple):
@@ -74,7 +48,7 @@ def named(metadata: Mapping[str, str]) -> Named:
 
 def _names(text: str) -> list[str]:
     """Find the families that a text names by its longest words; it is in lower case, its words joined by hyphens."""
-    matches = [(m.start(), m.end(), names) for word, names in _words().items() for m in word.finditer(text)]
+    matches = [(*place, names) for word, names in _words().items() for place in _places(word, text)]
     longest = [
         (start, end, names)
         for start, end, names in matches
@@ -83,9 +57,19 @@ def _names(text: str) -> list[str]:
     return list(dict.fromkeys(name for *_, names in sorted(longest) for name in names))
 
 
+def _places(word: str, text: str) -> Iterator[tuple[int, int]]:
+    """Yield where a text has a word: no letter or number is before it, and no letter behind it."""
+    start = text.find(word)
+    while start >= 0:
+        end = start + len(word)
+        if not text[max(0, start - 1) : start].isalnum() and not text[end : end + 1].isalpha():
+            yield start, end
+        start = text.find(word, start + 1)
+
+
 @cache
-def _words() -> dict[re.Pattern[str], list[str]]:
-    """Map each word that names families, as a pattern that matches whole words only, to those families."""
+def _words() -> dict[str, list[str]]:
+    """Map each word that names families to those families."""
     words: dict[str, list[str]] = {}
     for a in ARCHITECTURES.values():
         for word in dict.fromkeys((a.name.replace(".", "-"), *a.hints)):
@@ -93,4 +77,4 @@ def _words() -> dict[re.Pattern[str], list[str]]:
     for title, others in ELSEWHERE.items():
         for word in others:
             words.setdefault(word, []).append(title)
-    return {re.compile(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z])"): names for word, names in words.items()}
+    return words

@@ -3,7 +3,7 @@
 Source: https://github.com/kohya-ss/musubi-tuner, src/musubi_tuner/krea2; ComfyUI, comfy/ldm/krea2
 """
 
-from .names import Rule, by
+from .names import Rule, by, inside
 
 INSIDE = (
     ("attn.wq", "attn.to_q"),
@@ -30,7 +30,7 @@ RULES: tuple[Rule, ...] = (
     ("txtmlp.1", "txt_in.linear_1"),
     ("txtmlp.3", "txt_in.linear_2"),
     ("txtfusion.projector", "text_fusion.projector"),
-    *((own + a, theirs + b) for own, theirs in BLOCKS for a, b in INSIDE),
+    *inside(BLOCKS, INSIDE),
 )
 
 native = by(*RULES)

@@ -9,6 +9,8 @@ LAYERS = ("linear", "emb.timestep_embedder.linear_1", "emb.timestep_embedder.lin
 MODULATIONS = (
     ("adaln_single", "time_embed"),
     ("audio_adaln_single", "audio_time_embed"),
+    ("prompt_adaln_single", "prompt_adaln"),
+    ("audio_prompt_adaln_single", "audio_prompt_adaln"),
     ("av_ca_video_scale_shift_adaln_single", "av_cross_attn_video_scale_shift"),
     ("av_ca_a2v_gate_adaln_single", "av_cross_attn_video_a2v_gate"),
     ("av_ca_audio_scale_shift_adaln_single", "av_cross_attn_audio_scale_shift"),

@@ -5,8 +5,15 @@ from typing import NamedTuple, TypeAlias
 
 from ...tensors import Ranges, Shape
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner")
 """Components that LoRAs are made for: folders of diffusers' layout, and first parts of modules' names."""
+
+
+INPUTS = (
+    *("conv_in", "x_embedder", "x_embedder.proj", "img_in", "proj_in", "pos_embed.proj"),
+    *("patch_embedding", "patch_embed.proj", "all_x_embedder.2-1"),
+)
+"""Input layers, which models with more latent channels (FLUX control, inpainting, image to video) widen."""
 
 
 class Part(NamedTuple):
@@ -73,6 +80,21 @@ def apply(rules: Iterable[Rule], modules: Mapping[str, Shape], component: str) -
 def by(*rules: Rule) -> "Naming":
     """Make the naming of a transformer from rules."""
     return lambda modules: apply(rules, modules, "transformer")
+
+
+def inside(blocks: Iterable[tuple[str, str]], layers: Iterable[tuple[str, ...]]) -> tuple[Rule, ...]:
+    """Make the rules of layers inside blocks.
+
+    Args:
+        blocks: The native prefix of each list of blocks, and diffusers'.
+        layers: Rules for the paths behind the prefixes.
+    """
+    kept = tuple(layers)
+    return tuple(
+        (own + native, *(name if name == SWAP else theirs + name for name in targets))
+        for own, theirs in blocks
+        for native, *targets in kept
+    )
 
 
 def same(modules: Mapping[str, Shape]) -> Mapping[str, Parts]:

@@ -12,7 +12,8 @@ def comfyui_names(a: Architecture) -> Mapping[str, Parts]:
     names = {f"diffusion_model.{path}": parts for path, parts in a.native_paths.items()}
     for encoder in a.text_encoders:
         paths = a.text_paths(encoder).items()
-        names |= {f"text_encoders.{encoder.comfyui}.transformer.{path}": parts for path, parts in paths}
+        start = f"text_encoders.{encoder.comfyui}.transformer.{encoder.inside}"
+        names |= {f"{start}{path}": parts for path, parts in paths}
     return names
 
 
@@ -21,13 +22,9 @@ def comfyui_other_names(a: Architecture) -> Mapping[str, Parts]:
     return {f"diffusion_model.{path}": parts for path, parts in a.other_paths.items()}
 
 
-DOWN_UP = frozenset({"flux", "chroma"})
-"""Transformers for which diffusers reads ``lora_down`` behind ``diffusion_model.``; for others only ``lora_A``."""
-
-
 def comfyui_style(a: Architecture) -> str:
     """Choose the style: ComfyUI reads both, and diffusers stops at an alpha of ``lora_A``, so scales are folded in."""
-    return "kohya" if a.denoiser == "unet" or a.name in DOWN_UP else "peft"
+    return "kohya" if a.denoiser == "unet" or a.down_up else "peft"
 
 
 COMFYUI = Dialect(
@@ -56,7 +53,7 @@ def omi_names(a: Architecture) -> Mapping[str, Parts]:
             names[f"{a.denoiser}.{path}"] = parts
         else:
             names |= {f"{a.denoiser}.{path}.{i}": (part._replace(rows=None),) for i, part in enumerate(parts)}
-    for encoder in a.text_encoders:
+    for encoder in (encoder for encoder in a.text_encoders if encoder.model.startswith(("clip-", "t5-"))):
         prefix = "t5" if encoder.comfyui == "t5xxl" else encoder.comfyui
         names |= {f"{prefix}.{path}": parts for path, parts in a.text_paths(encoder).items()}
     return names
@@ -68,7 +65,7 @@ OMI = Dialect(
     source="https://github.com/Open-Model-Initiative/OMI-Model-Standards",
     names=omi_names,
     style="kohya",
-    begins=("unet.", "transformer.", "clip_", "t5."),
+    begins=("unet.", "transformer.", "prior.", "clip_", "t5."),
     alpha="keep",
     rewrites=True,
     free=Free(prefix="{}.", paths="other"),

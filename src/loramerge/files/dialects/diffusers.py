@@ -11,14 +11,14 @@ from .free import DENOISERS, UNETS, Free, has_dots
 
 ATTENTION = r"(.*\.attn\d*)\.to_(q|k|v|out)(?:\.0)?"
 TEXT_ATTENTION = r"(.*\.self_attn)\.(q|k|v|out)_proj"
-COMPONENT = r"(unet|transformer|text_encoder(_\d)?)\."
+COMPONENT = r"(unet|transformer|prior|text_encoder(_\d)?|text_conditioner)\."
 
 
 def module_names(a: Architecture) -> Mapping[str, Parts]:
     """Name modules ``component.path``, as loramerge itself does."""
     names = {f"{a.denoiser}.{path}": parts for path, parts in a.denoiser_paths.items()}
-    for encoder in a.text_encoders:
-        names |= {f"{encoder.component}.{path}": parts for path, parts in a.text_paths(encoder).items()}
+    for other in a.companions:
+        names |= {f"{other.component}.{path}": parts for path, parts in a.text_paths(other).items()}
     return names
 
 
@@ -61,12 +61,12 @@ def _old(name: str) -> str | None:
 
 
 def _peft_text_names(a: Architecture, prefix: str, plain: tuple[str, ...]) -> dict[str, Parts]:
-    """Name text encoders' modules, for the models in `plain` without ``text_model.``."""
+    """Name the modules of the denoiser's companions, for the models in `plain` without ``text_model.``."""
     names: dict[str, Parts] = {}
-    for encoder in reversed(a.text_encoders):
-        start = prefix.format(component=encoder.component)
-        for path, parts in a.text_paths(encoder).items():
-            names[start + (path.removeprefix("text_model.") if encoder.model in plain else path)] = parts
+    for other in reversed(a.companions):
+        start = prefix.format(component=other.component)
+        for path, parts in a.text_paths(other).items():
+            names[start + (path.removeprefix("text_model.") if other.model in plain else path)] = parts
     return names
 
 
@@ -110,7 +110,7 @@ def peft_text_names(folder: str, number: int) -> Names:
     return names
 
 
-FOLDERS = ("", *(f"{component}/" for component in COMPONENTS[2:]))
+FOLDERS = ("", *(f"{component}/" for component in COMPONENTS if component.startswith("text_encoder")))
 """Directories that the adapter of a text encoder may be in."""
 
 
@@ -142,7 +142,7 @@ DIFFUSERS = Dialect(
     style="diffusers",
     text_style="diffusers-text",
     even_rank=("text_projection",),
-    begins=("unet.", "transformer.", "text_encoder"),
+    begins=tuple(f"{component}." for component in COMPONENTS),
     writes=True,
     free=DIFFUSERS_FREE,
 )
@@ -155,7 +155,7 @@ DIFFUSERS_PEFT = Dialect(
     also_names=(bare_names, native_names),
     style="peft",
     also_reads=frozenset({"peft-short", "peft-named", "diffusers-text"}),
-    begins=("unet.", "transformer.", "text_encoder"),
+    begins=tuple(f"{component}." for component in COMPONENTS),
     writes=True,
     holds=PEFT_KINDS,
     dora_axis="out",
@@ -186,7 +186,7 @@ PEFT = Dialect(
     ),
     style="peft",
     also_reads=frozenset({"peft-short", "peft-named"}),
-    begins=("base_model.model.", "unet/", "transformer/", "text_encoder"),
+    begins=("base_model.model.", *(f"{component}/" for component in COMPONENTS)),
     writes=True,
     holds=PEFT_KINDS,
     dora_axis="out",

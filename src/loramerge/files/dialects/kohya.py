@@ -28,10 +28,14 @@ def diffusers_names(a: Architecture) -> dict[str, Parts]:
 
 
 def other_names(a: Architecture) -> Mapping[str, Parts]:
-    """Name a transformer's weights as other code does: flux-sliders writes diffusers' names, musubi-tuner Tencent's."""
+    """Name a transformer's weights as other code does: flux-sliders writes diffusers' names, musubi-tuner Tencent's.
+
+    OneTrainer has a prefix of its own for Stable Cascade's prior.
+    """
     if a.denoiser == "unet":
         return {}
-    return {f"lora_unet_{flat(path)}": parts for path, parts in a.other_paths.items()}
+    prefix = "lora_prior_unet_" if a.denoiser == "prior" else "lora_unet_"
+    return {f"{prefix}{flat(path)}": parts for path, parts in a.other_paths.items()}
 
 
 def own_names(a: Architecture) -> Mapping[str, Parts]:
@@ -73,7 +77,7 @@ KOHYA = Dialect(
     free=Free(prefix="lora_unet_", flat=True, paths="native", text="lora_te{}_"),
     also_names=(native_names, other_names, other_text_names),
     style="kohya",
-    begins=("lora_unet_", "lora_te"),
+    begins=("lora_unet_", "lora_te", "lora_prior_unet_"),
     writes=True,
     alpha="constant",
     even_rank=("text_projection",),

@@ -10,7 +10,7 @@ from ...errors import FamilyError, LayerError, OptionError
 from ...tensors import Shape
 from ..architectures import ARCHITECTURES, Architecture, last_numbers, titles
 from ..architectures.hints import Named
-from ..architectures.names import Parts, flat, whole
+from ..architectures.names import INPUTS, Parts, flat, whole
 from . import DIALECTS
 from .base import Dialect, table
 from .records import Record
@@ -24,15 +24,9 @@ TEXT = re.compile(
 
 BEFORE = re.compile(
     r"(?:module\.|_orig_mod\.|pipe\.|lora_unet_+(?:unet_)?|lora_transformer_|lycoris_|oft_unet_|diffusion_model\.|model\.|"
-    r"base_model\.model\.|unet[./]|transformer[./]|Hunyuan_video_I2V_lora_)*"
+    r"base_model\.model\.|lora_prior_unet_|(?:unet|transformer|prior|text_conditioner)[./]|net\.|Hunyuan_video_I2V_lora_)*"
 )
 """Prefixes of the denoiser's paths, in any dialect."""
-
-INPUTS = (
-    *("conv_in", "x_embedder", "x_embedder.proj", "img_in", "proj_in", "pos_embed.proj"),
-    *("patch_embedding", "patch_embed.proj", "all_x_embedder.2-1"),
-)
-"""Input layers, which models with more latent channels (FLUX control, inpainting, image to video) widen."""
 
 INSIDE = re.compile(r"attn|attention|\.ff|mlp|ffn|feed_forward")
 """Matches modules whose inputs and outputs are both hidden widths of the model."""
@@ -58,6 +52,7 @@ class Matcher:
         self.text = {stem for stem in records if is_text(stem)}
         paths = sorted(_path(stem) for stem in records.keys() - self.text)
         self.sample = [paths[i] for i in (0, len(paths) // 2, -1)] if paths else []
+        self.inputs = [math.prod(shape[1:]) for shape in spread([*self.shapes.values()]) if len(shape) > 1]
         self.numbers = last_numbers(path.removesuffix("_") for path in paths)
         heads = {stem[:48] for stem in records}
         meant = {fix[0] for head in heads if (fix := repaired(head))}
@@ -71,8 +66,9 @@ class Matcher:
         Raises:
             FamilyError: The metadata names another family.
         """
-        some = [a for a in ARCHITECTURES.values() if self.plausible(a)]
-        fits = [a for a in some or ARCHITECTURES.values() if self.has_all(a)]
+        named = [a for a in ARCHITECTURES.values() if self.plausible(a)] or list(ARCHITECTURES.values())
+        some = [a for a in named if self.sized(a)]
+        fits = [a for a in some if self.has_all(a)]
         fits = fits or [a for a in some if self.has_all(a, beside=len(self.records) // STRAYS)]
         hinted = [a for a in fits if a.name in said.families]
         if fits and not hinted and (said.families or said.unknown):
@@ -90,7 +86,7 @@ class Matcher:
         sizes = [] if a.name == name else [b for b in ARCHITECTURES.values() if {*a.hints} & {*b.hints}]
         a = next((b for b in sizes if self.has_all(b)), a)
         if not self.has_all(a):
-            others = [b.name for b in ARCHITECTURES.values() if self.plausible(b) and self.has_all(b)]
+            others = [b.name for b in ARCHITECTURES.values() if self.plausible(b) and self.sized(b) and self.has_all(b)]
             if others:
                 raise OptionError(
                     f"This isn't a LoRA of {a.name}: the names and shapes of all {len(self.records)} layers are those of "
@@ -118,6 +114,10 @@ class Matcher:
             return False
         return sum(path.startswith(_heads(a)) for path in self.sample) > 1
 
+    def sized(self, a: Architecture) -> bool:
+        """Return whether weights of the family have as many inputs as a sample of the layers: nearly all have."""
+        return 4 * sum(count not in a.outline.inputs for count in self.inputs) <= len(self.inputs)
+
     def has_all(self, a: Architecture, beside: int = 0) -> bool:
         """Return whether every layer is one of a family's, or may be there beside them.
 
@@ -137,14 +137,12 @@ class Matcher:
     def beside(self, a: Architecture, stem: str) -> bool:
         """Return whether a layer may be in a LoRA of the family though the family doesn't list it.
 
-        It may be that of a widened input (FLUX control has 128 channels), of a text encoder that the family
-        doesn't list, or of a part that the model has besides its denoiser.
+        It may be that of a widened input (FLUX control has 128 channels), or of a text encoder that the family
+        doesn't list.
         """
         parts = self.lookup(a, stem)
         if parts is None:
-            return (stem in self.text and len(self.text) < len(self.records)) or any(
-                flat(part) in flat(stem) for part in a.also
-            )
+            return stem in self.text and len(self.text) < len(self.records)
         return _is_widened(self.shapes[stem], parts, a)
 
     def most_own(self, families: list[Architecture]) -> list[Architecture]:
@@ -217,7 +215,7 @@ class Matcher:
                 if not left:
                     return found
                 known = table(names, a)
-                here = {s: known[s] for s in left if s in known and _fits(self.shapes[s], known[s], a)}
+                here = {s: self.rows(a, s, known[s]) for s in left if s in known and _fits(self.shapes[s], known[s], a)}
                 if dialect.numbered and len(here) < len(self.records):
                     continue
                 found |= here
@@ -229,6 +227,10 @@ class Matcher:
                 found[stem] = parts
                 self._repairs.setdefault(a.name, {})[stem] = fix[0]
         return found
+
+    def rows(self, a: Architecture, stem: str, parts: Parts) -> Parts:
+        """Return the modules with the rows that they have in this tool's weight."""
+        return a.alternating.get(parts[0].module, parts) if self.records[stem].style == "peft-named" else parts
 
     def known(self, a: Architecture) -> int:
         """Count the stems that have a name in a family, whatever their shape."""
@@ -326,6 +328,11 @@ class Matcher:
         return points
 
 
+def spread(listed: list[Shape]) -> list[Shape]:
+    """Return up to about 16 of the shapes, from all over the file."""
+    return listed[:: max(1, len(listed) // 16)]
+
+
 def _path(stem: str) -> str:
     """Return a denoiser's stem without its prefix, with underscores for dots and one more at the end."""
     return flat(BEFORE.sub("", stem, count=1)) + "_"
@@ -333,7 +340,7 @@ def _path(stem: str) -> str:
 
 @cache
 def _heads(a: Architecture) -> tuple[str, ...]:
-    return tuple(f"{head}_" for head in (*a.outline.own, *a.outline.others, *map(flat, a.also)))
+    return tuple(f"{head}_" for head in (*a.outline.own, *a.outline.others))
 
 
 @cache

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ...layers import Layer
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, Architecture, Kin
 
 Finds = Callable[[Mapping[str, Layer]], Iterable[str]]
 """Picks the modules that a row is about from the layers as they are written."""
@@ -23,8 +23,8 @@ class Drop:
     """``ignores``, or ``stops with an error at``: then it reads nothing at all."""
     what: str
     dialects: tuple[str, ...]
-    families: tuple[str, ...]
-    """Names of families; empty for all of them."""
+    concerns: Callable[[Architecture | None], bool]
+    """Returns whether it is true of a family."""
     finds: Finds
 
 
@@ -70,6 +70,11 @@ def _is_outside_blocks(module: str, layer: Layer) -> bool:
     return module.startswith("transformer.") and "blocks." not in module
 
 
+def _is_fused_in_comfyui(module: str, layer: Layer) -> bool:
+    """True for Z-Image's layers that have other names in ComfyUI, where q, k and v are one weight."""
+    return ".attention.to_" in module or module.startswith("transformer.all_")
+
+
 def _is_added_embedding(module: str, layer: Layer) -> bool:
     return module.startswith("unet.add_embedding.")
 
@@ -86,48 +91,85 @@ def _incomplete_clip_g(layers: Mapping[str, Layer]) -> Iterable[str]:
     return [m for m in projections if not all(f"{m.rpartition('.')[0]}.{end}" in layers for end in ends)]
 
 
-UNETS = tuple(a.name for a in ARCHITECTURES.values() if a.denoiser == "unet")
-XL = ("sdxl", "ssd-1b", "segmind-vega")
-SD3 = ("sd3-medium", "sd3.5-medium", "sd3.5-large")
+def _every(a: Architecture | None) -> bool:
+    return True
+
+
+def _unets(a: Architecture | None) -> bool:
+    return a is not None and a.denoiser == "unet"
+
+
+def _those_unread_by_comfyui(a: Architecture | None) -> bool:
+    return a is not None and a.denoiser != "unet" and not a.comfyui_reads_diffusers
+
+
+def _those_with_t5(a: Architecture | None) -> bool:
+    return a is not None and any(encoder.model == "t5-xxl" for encoder in a.text_encoders)
+
+
+def _those_of(*kin: Kin) -> Callable[[Architecture | None], bool]:
+    return lambda a: a is not None and a.kin in kin
+
+
+def _unets_and(*kin: Kin) -> Callable[[Architecture | None], bool]:
+    return lambda a: _unets(a) or _those_of(*kin)(a)
+
+
 KOHYA = ("kohya", "kohya-diffusers")
 DOTTED = ("diffusers", "diffusers-peft")
 STOPS = "stops with an error at"
 
 DROPS: tuple[Drop, ...] = (
-    Drop("diffusers", "ignores", "T5's layers", (*DOTTED, *KOHYA, "comfyui"), ("flux", *SD3), each(_is_t5)),
+    Drop("diffusers", "ignores", "T5's layers", (*DOTTED, *KOHYA, "comfyui"), _those_with_t5, each(_is_t5)),
     Drop(
-        "diffusers", "ignores", "DoRA's magnitudes", (*KOHYA, "comfyui"), (*UNETS, "flux", "qwen-image"), each(_is_dora)
+        "diffusers", "ignores", "DoRA's magnitudes", (*KOHYA, "comfyui"), _unets_and(Kin.FLUX, Kin.QWEN), each(_is_dora)
     ),
     Drop(
         "diffusers",
         STOPS,
         "LoHa, LoKr, Tucker cores, whole weights and norms",
         (*KOHYA, "comfyui"),
-        (*UNETS, "flux", "qwen-image"),
+        _unets_and(Kin.FLUX, Kin.QWEN),
         each(_is_no_lora),
     ),
-    Drop("diffusers", STOPS, "biases", (*KOHYA, "comfyui"), (*UNETS, "qwen-image"), each(_has_bias)),
-    Drop("diffusers", "ignores", "biases", ("kohya", "comfyui"), ("flux",), each(_has_bias)),
+    Drop("diffusers", STOPS, "biases", (*KOHYA, "comfyui"), _unets_and(Kin.QWEN), each(_has_bias)),
+    Drop("diffusers", "ignores", "biases", ("kohya", "comfyui"), _those_of(Kin.FLUX), each(_has_bias)),
     Drop(
         "diffusers",
         "ignores",
         "layers outside of the blocks",
         ("kohya", "comfyui"),
-        ("flux",),
+        _those_of(Kin.FLUX),
         each(_is_outside_blocks),
     ),
-    Drop("diffusers", "ignores", "the added embeddings", ("kohya-diffusers",), XL, each(_is_added_embedding)),
-    Drop("diffusers", STOPS, "the names of UNets", ("comfyui",), UNETS, each(_is_any)),
-    Drop("diffusers", "ignores", "the names of SD 3", ("kohya", "comfyui"), SD3, each(_is_any)),
-    Drop("ComfyUI", "ignores", "the attention of UNets", DOTTED, UNETS, each(_is_attention)),
-    Drop("ComfyUI", "ignores", "T5's layers", DOTTED, ("flux", *SD3), each(_is_t5)),
-    Drop("ComfyUI", "ignores", "DoRA's magnitudes", ("diffusers-peft",), (), each(_is_dora)),
-    Drop("ComfyUI", "ignores", "biases", ("diffusers-peft",), (), each(_has_bias)),
-    Drop("ComfyUI", "ignores", "LoKr's Tucker cores", KOHYA, (), each(_has_lokr_core)),
-    Drop("A1111", "ignores", "CLIP-G's attention without all of q, k, v and out", KOHYA, XL, _incomplete_clip_g),
-    Drop("A1111", STOPS, "the alphas of fused weights", ("kohya",), SD3, each(_is_any)),
-    Drop("Forge", "ignores", "files with text encoders", ("comfyui",), UNETS, _beside_text),
-    Drop("sd-scripts", "ignores", "Tucker cores of LoRA layers", KOHYA, (), each(_has_core)),
+    Drop(
+        "diffusers",
+        "ignores",
+        "the added embeddings",
+        ("kohya-diffusers",),
+        _those_of(Kin.SDXL),
+        each(_is_added_embedding),
+    ),
+    Drop("diffusers", STOPS, "the names of UNets", ("comfyui",), _unets, each(_is_any)),
+    Drop("diffusers", "ignores", "the names of SD 3", ("kohya", "comfyui"), _those_of(Kin.SD3), each(_is_any)),
+    Drop("ComfyUI", "ignores", "the attention of UNets", DOTTED, _unets, each(_is_attention)),
+    Drop("ComfyUI", "ignores", "the names of diffusers", DOTTED, _those_unread_by_comfyui, each(_is_any)),
+    Drop("ComfyUI", "ignores", "attention and ends", ("kohya",), _those_of(Kin.Z_IMAGE), each(_is_fused_in_comfyui)),
+    Drop("ComfyUI", "ignores", "T5's layers", DOTTED, _those_with_t5, each(_is_t5)),
+    Drop("ComfyUI", "ignores", "DoRA's magnitudes", ("diffusers-peft",), _every, each(_is_dora)),
+    Drop("ComfyUI", "ignores", "biases", ("diffusers-peft",), _every, each(_has_bias)),
+    Drop("ComfyUI", "ignores", "LoKr's Tucker cores", KOHYA, _every, each(_has_lokr_core)),
+    Drop(
+        "A1111",
+        "ignores",
+        "CLIP-G's attention without all of q, k, v and out",
+        KOHYA,
+        _those_of(Kin.SDXL),
+        _incomplete_clip_g,
+    ),
+    Drop("A1111", STOPS, "the alphas of fused weights", ("kohya",), _those_of(Kin.SD3), each(_is_any)),
+    Drop("Forge", "ignores", "files with text encoders", ("comfyui",), _unets, _beside_text),
+    Drop("sd-scripts", "ignores", "Tucker cores of LoRA layers", KOHYA, _every, each(_has_core)),
 )
 
 
@@ -139,7 +181,8 @@ def dropped(dialect: str, architecture: str | None, layers: Mapping[str, Layer])
         architecture: Name of the family, if it is known.
         layers: The layers as written, by module.
     """
-    rows = [d for d in DROPS if dialect in d.dialects and (not d.families or architecture in d.families)]
+    family = ARCHITECTURES[architecture] if architecture else None
+    rows = [d for d in DROPS if dialect in d.dialects and d.concerns(family)]
     concerned = [(drop, list(drop.finds(layers))) for drop in rows]
     return [(drop, modules) for drop, modules in concerned if modules]
 

@@ -24,6 +24,11 @@ REPAIRS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         ),
         (r"lora_unet_unet_", "lora_unet_", "'unet' twice"),
         (r"lora_unet__", "lora_unet_", "two underscores"),
+        (
+            r"((?:diffusion_model\.)?)net\.(?=blocks\.|llm_adapter\.|[xt]_embedder\.|final_layer\.)",
+            r"\1",
+            "NVIDIA's 'net.' in front",
+        ),
         (r"Hunyuan_video_I2V_lora_", "lora_unet_", "HunyuanVideo-I2V's prefix"),
         (
             r"diffusion_model\.(?=(?:double|single)_blocks\.\d+\.processor\.)",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from ..architectures import Architecture
+from ..architectures import Architecture, Kin
 from ..architectures.names import Parts, stacked
 from .base import Dialect
 
@@ -10,7 +10,7 @@ from .base import Dialect
 def xlabs_names(a: Architecture) -> Mapping[str, Parts]:
     """Name the attention of FLUX blocks by their processors."""
     names: dict[str, Parts] = {}
-    if a.name != "flux":  # XLabs' trainer supports no other family
+    if a.kin is not Kin.FLUX:  # XLabs' trainer supports no other family
         return names
     for path, parts in a.native_paths.items():
         block, _, rest = path.rpartition("_attn.")

@@ -1,0 +1,87 @@
+"""Other numbers for the blocks of a LoRA."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import loramerge as lm
+from loramerge.cli.app import app
+from loramerge.errors import DialectError, LoRAMergeError, OptionError
+from loramerge.files.renumbering import renumbered
+
+
+def file(folder: Path, names: str = "diffusion_model.blocks.{}.mlp.fc", count: int = 4) -> Path:
+    rng = np.random.default_rng(0)
+    keys = {}
+    for i in range(count):
+        keys[f"{names.format(i)}.lora_down.weight"] = rng.standard_normal((2, 16), dtype=np.float32)
+        keys[f"{names.format(i)}.lora_up.weight"] = rng.standard_normal((8, 2), dtype=np.float32)
+    keys["other.lora_down.weight"], keys["other.lora_up.weight"] = (
+        np.ones((1, 4), np.float32),
+        np.ones((3, 1), np.float32),
+    )
+    return lm.save(lm.load(keys), folder / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "names", ["diffusion_model.blocks.{}.mlp.fc", "lora_unet_blocks_{}_mlp_fc", "blocks.{}.mlp.fc"]
+)
+@pytest.mark.parametrize(
+    ("rules", "wanted"),
+    [
+        ({"blocks.{i}": "blocks.{i+12}"}, {0: 12, 1: 13, 2: 14, 3: 15}),
+        ({"blocks.{i}": "layers.{i-2}"}, {2: 0, 3: 1}),
+        ({"blocks.{i}": "blocks.{i*40/28}"}, {0: 0, 1: 1, 2: 2, 3: 4}),
+        ({"blocks.0": "blocks.0", "blocks.3": "blocks.1"}, {0: 0, 3: 1}),
+    ],
+)
+def test_each_block_keeps_its_update_under_its_new_number(
+    tmp_path: Path, names: str, rules: dict[str, str], wanted: dict[int, int]
+) -> None:
+    before = lm.load(file(tmp_path, names))
+
+    after = renumbered(before, rules)
+
+    old, new = next(iter(rules)).partition(".")[0], next(iter(rules.values())).partition(".")[0]
+    stems = {module.replace("_", "."): module for module in after}
+    for i, j in wanted.items():
+        module = next(m for m in before if f"{old}.{i}." in m.replace("_", "."))
+        found = stems[module.replace("_", ".").replace(f"{old}.{i}.", f"{new}.{j}.")]
+        np.testing.assert_array_equal(after[found].delta(), before[module].delta())
+    assert len(after) == len(wanted) + 1
+    assert any("left out" in note for note in after.notes) == (len(wanted) < 4)
+
+
+def test_the_command_writes_the_map_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    source, target = file(tmp_path), tmp_path / "b.safetensors"
+
+    done = CliRunner().invoke(
+        app, ["convert", str(source), "-o", str(target), "--to", "comfyui", "--map", "blocks.{i}=blocks.{i-1}"]
+    )
+
+    assert done.exit_code == 0, done.output
+    assert "left out: 2 tensors of blocks" in done.output
+    assert [module for module in lm.open(target) if "blocks" in module] == [
+        f"transformer.blocks.{i}.mlp.fc" for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "said"),
+    [
+        ({"blocks.{i}": "blocks.{j}"}, OptionError, "has to be said with i"),
+        ({"blocks": "blocks.{i}"}, OptionError, "Can't read the map 'blocks=blocks.{i}'"),
+        ({"layers.{i}": "layers.{i+1}"}, OptionError, "changes nothing; the file's names are such as diffusion_model"),
+        ({"blocks.{i}": "blocks.{i*1/2}"}, DialectError, "two blocks would have the tensor"),
+        ({"blocks.1": "blocks.2", "blocks.2": "blocks.2"}, DialectError, "two blocks would have the tensor"),
+    ],
+)
+def test_a_map_that_says_too_little_is_refused(
+    tmp_path: Path, rules: dict[str, str], error: type[LoRAMergeError], said: str
+) -> None:
+    with pytest.raises(error) as raised:
+        renumbered(lm.load(file(tmp_path)), rules)
+
+    assert said in str(raised.value)

@@ -337,6 +337,9 @@ LINKS = {
         lambda folder: linked("adapter_model.safetensors", str(folder))(folder), "directory, a pipe or a device"
     ),
     "a pipe as the adapter": Attack(pipe("adapter_model.safetensors"), "directory, a pipe or a device"),
+    "a pipe as a pickle": Attack(
+        lambda folder: os.mkfifo(folder / "lora.pt") or folder / "lora.pt", "a pipe or a device", allow_pickle=True
+    ),
     "a pipe as the configuration": Attack(pipe("adapter_config.json"), "directory, a pipe or a device"),
     "a link to itself": Attack(linked("adapter_config.json", "adapter_config.json"), "symbolic links"),
     "a link to another file": Attack(linked("adapter_model.safetensors", "/etc/hostname"), "safetensors file"),

@@ -126,7 +126,7 @@ def renumbered(lora: LoRA, rules: Mapping[str, str]) -> LoRA:
         config=lora.origin.config,
         dialect=lora.origin.forced.get("dialect"),
         notes=[f"blocks renumbered: {', '.join(rule.text for rule in parsed)}", *[note] * bool(note)],
-        files=lora.origin.files,
+        files=lora.files,
     )
 
 

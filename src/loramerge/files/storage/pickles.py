@@ -7,6 +7,7 @@ from typing import Any, BinaryIO
 from ...errors import FileError, NotALoRAError, first_line, needed
 from ...tensors import Array, Held, Tensor, code, is_known, numpy_dtype
 from ..dialects.suffixes import parse
+from .texts import open_regular
 
 PICKLES = (".pt", ".bin", ".ckpt", ".pth")
 """Ends of their file names."""
@@ -81,6 +82,7 @@ def _check_zip(path: str) -> None:
     """Reject zips with compressed records (torch never compresses, so they are likely zip bombs) and tuple bombs."""
     import zipfile
 
+    os.close(open_regular(path))  # torch would wait for a pipe
     try:
         with zipfile.ZipFile(path) as file:
             packed = [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]

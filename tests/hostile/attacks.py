@@ -292,7 +292,7 @@ VALUES = {
     "alpha beyond float32": Attack(written(alpha(1e300)), r"alpha is 1e\+300"),
     "negative alpha": Attack(written(alpha(-2.0))),
     "alpha 0": Attack(written(alpha(0.0))),
-    "subnormal alpha": Attack(written(alpha(1e-310))),
+    "subnormal alpha": Attack(written(alpha(1e-310)), "outside of the range of float32"),
     "subnormal values": Attack(written(safetensors.numpy.save(lora(value=1e-42)))),
     "subnormal half values": Attack(written(safetensors.numpy.save(lora(np.float16, 6e-8)))),
     "alpha as int8": Attack(written(alpha(2, np.int8))),

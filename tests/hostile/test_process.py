@@ -34,6 +34,14 @@ main()
 """The command line, halted where it has written half of a file."""
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Have processes answer Ctrl-C, which a shell makes its background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     for i, name in enumerate("ab"):

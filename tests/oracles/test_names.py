@@ -113,7 +113,10 @@ def dump() -> ModuleType:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_shapes_are_those_of_a_model_made_now(model: str) -> None:
     with torch.device("meta"):
-        shapes = dump().shapes(dump().MODELS[model]())
+        built = dump().MODELS[model]()
+    if built is None:
+        pytest.skip("its own code isn't here")
+    shapes = dump().joined(built if isinstance(built, list) else [built])
     if model.startswith("clip-"):
         shapes = dump().text_model_names(shapes)
 

@@ -75,7 +75,7 @@ def test_a_large_picture_is_made_smaller_and_a_small_one_stays(report: Report) -
 def test_markdown_has_the_tables_and_escapes_bars(report: Report) -> None:
     text = markdown(report)
 
-    assert "| **0.1** | <b> & \"quotes\" \\| 'pipes' |" in text
+    assert "| **0.1** | &lt;b> &amp; \"quotes\" \\| 'pipes' |" in text
     assert "svg" not in text
 
 

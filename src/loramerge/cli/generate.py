@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import OptionError, need
 from ..files.storage.paths import is_there
 from .options import ArchOfAll, Quiet, TrustRemoteCode
 from .output import progress, resumable, say, table
@@ -101,6 +101,7 @@ def run(given: Options) -> None:
     Example: loramerge generate --base stabilityai/stable-diffusion-xl-base-1.0 --lora person.safetensors
     --lora both=person.safetensors:0.7+jersey.safetensors:0.5 -p "a psq-person" --seeds 8 -o out/
     """
+    need("Drawing", "diffusers", "transformers", "peft", "accelerate")
     from ..diffusion import generation, pipelines
     from ..scoring.scores import Shot
     from ..scoring.sheets import save_sheet

@@ -1,7 +1,7 @@
 """Several modules as one weight of the model's own code: fused projections and moved rows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from ... import linalg
 from ...errors import LayerError
@@ -115,6 +115,7 @@ def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:
 
 def _fused_low_rank(by_part: list[Layer | None], rows: list[int]) -> LowRank:
     """Join LoRAs and biases: under one ``down`` if all have the same, else block-diagonally."""
+    by_part = _of_one_sort(by_part)
     bias = _fused_bias(by_part, rows)
     loras = [layer if isinstance(layer, LowRank) else None for layer in by_part]
     present = [lora for lora in loras if lora is not None]
@@ -139,6 +140,19 @@ def _fused_low_rank(by_part: list[Layer | None], rows: list[int]) -> LowRank:
         down, up, down_id = _concat([lora.down for lora in present]), _block_diagonal(loras, rows), None
     alpha = None if first.alpha is None else first.scale * down.shape[0]
     return LowRank(up=up, down=down, alpha=alpha, down_id=down_id, diff_b=bias)
+
+
+def _of_one_sort(layers: list[Layer | None]) -> list[Layer | None]:
+    """Return layouts of all layers if one is a layout: a plan has them beside layers that stay as they are in memory."""
+    tensors = [tensor for layer in layers if layer is not None for tensor in layer.tensors().values()]
+    if not any(isinstance(tensor, Spec) for tensor in tensors):
+        return layers
+    return [None if layer is None else replace(layer, **_specs(layer)) for layer in layers]
+
+
+def _specs(layer: Layer) -> dict[str, Spec]:
+    arrays = {f.name: v for f in fields(layer) if hasattr(v := getattr(layer, f.name), "dtype")}
+    return {name: v if isinstance(v, Spec) else Spec(tuple(v.shape), code(v)) for name, v in arrays.items()}
 
 
 def _fused_bias(layers: Sequence[Layer | None], rows: list[int]) -> Array | Spec | None:

@@ -262,7 +262,7 @@ def benchmarks() -> str:
 
 def _order(path: Path) -> tuple[bool, str]:
     """Sort what everybody uses first, and learned merges last."""
-    return path.stem.startswith(("learned", "miniature", "ziplora")), path.name
+    return path.stem.startswith(("composing", "learned", "miniature", "ziplora")), path.name
 
 
 TABLES: dict[str, Callable[[], str]] = {

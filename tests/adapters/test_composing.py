@@ -23,8 +23,10 @@ from torch import Tensor
 
 import loramerge as lm
 from loramerge.diffusion import COMPOSITIONS, Composed, Sampling, Use, applied, composed, composition, generate
+from loramerge.diffusion.composing import places
 from loramerge.diffusion.composing.attention import Maps, looking, tokens
 from loramerge.diffusion.composing.clora import contrast
+from loramerge.diffusion.composing.regions import Regions
 from loramerge.scoring import Box
 from loramerge.scoring.png import recipe_in
 
@@ -318,8 +320,8 @@ def test_attention_is_that_of_diffusers_own_processor(architecture: str) -> None
         summed = probabilities.unflatten(0, (2, -1)).sum(1)[..., 3:5]
         wanted[summed.shape[1]] = wanted.get(summed.shape[1], 0) + summed
     assert passes[0].keys() == wanted.keys()
-    for places, found in passes[0].items():
-        torch.testing.assert_close(found, wanted[places], rtol=1e-5, atol=1e-6)
+    for count, found in passes[0].items():
+        torch.testing.assert_close(found, wanted[count], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", ["sd3-medium", "flux"])
@@ -363,6 +365,28 @@ def test_joint_attention_is_the_dense_softmax_of_what_the_model_computes(archite
     else:
         first = matrices[0][-len(columns) :].sum(1)[:, length:, :length] @ columns
         torch.testing.assert_close(found, first, rtol=1e-4, atol=1e-6)
+
+
+def test_in_regions_a_lora_acts_on_all_words_but_those_of_others() -> None:
+    pipe, (first, second) = pipe_of("sdxl"), loras("sdxl")
+    uses = [Use(first, 0.5, words="psq"), Use(second, 2.0, words="barca")]
+    read: list[Tensor] = []
+
+    @composition("read", source="this test", passes="1")
+    def reading(call: Any) -> Tensor:
+        found, masks = Regions(call), torch.ones(call.pictures, 2, *call.latents.shape[-2:])
+        gate = places.gates(masks, call.weights, found.words(), call.latents, found.size)
+        module = next(name for name in call.attached.sites if name.endswith("attn2.to_k"))
+        read.append(gate(module, call.attached.sites[module], call.given["encoder_hidden_states"]))
+        return call.together()
+
+    with composed(pipe, uses, reading):
+        drawn(pipe)
+
+    wanted = torch.tensor([0.5, 2.0]).repeat(4, 24, 1)
+    wanted[:, tokens(pipe, PROMPT, "barca"), 0] = 0
+    wanted[:, tokens(pipe, PROMPT, "psq"), 1] = 0
+    assert torch.equal(read[0], wanted)
 
 
 def test_words_are_found_every_time_they_occur_and_only_there() -> None:

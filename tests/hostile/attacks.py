@@ -300,7 +300,9 @@ VALUES = {
     "factors as bool": Attack(written(safetensors.numpy.save(lora(np.bool_))), "quantised"),
     "factors as int64": Attack(written(safetensors.numpy.save(lora(np.int64))), "quantised"),
     "rank 0": Attack(written(safetensors.numpy.save(lora(rank=0))), "rank or size 0"),
-    "rank 50,000 of a small module": Attack(written(lambda: safetensors.numpy.save(lora(rank=50_000))), large=True),
+    "rank 50,000 of a small module": Attack(
+        written(lambda: safetensors.numpy.save(lora(rank=50_000))), "are exchanged", large=True
+    ),
 }
 
 NAMES = {

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -123,9 +124,14 @@ def doors(code: str) -> set[str]:
     return DOORS.keys() & {name for call in calls for name in spelled(call)}
 
 
+@cache
+def doors_of_files() -> dict[str, set[str]]:
+    return {path.relative_to(SRC).as_posix(): doors(path.read_text()) for path in SRC.rglob("*.py")}
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_a_guarded_call_is_made_where_its_guard_is(door: str) -> None:
-    found = {path.relative_to(SRC).as_posix() for path in SRC.rglob("*.py") if door in doors(path.read_text())}
+    found = {name for name, there in doors_of_files().items() if door in there}
 
     assert found == DOORS[door]
 

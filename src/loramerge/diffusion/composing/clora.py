@@ -7,19 +7,17 @@ the latents is off unless asked for, because it brought nothing in our miniature
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import OptionError
-from ...merging.methods.options import NonNegative, Positive, Range
+from ...merging.methods.options import NonNegative, Positive, Share
 from . import attention, places
 from .base import Call, composition
 from .regions import blended
-
-Share = Annotated[float, Range(0, 1)]
 
 
 @composition("clora", source="Meral et al., 2024, CLoRA, https://arxiv.org/abs/2403.19776", passes="N + 1", placed=True)
@@ -48,13 +46,13 @@ def clora(
     with call.looking(columns) as passes:
         predicted = call.each(shares, given)
     size = places.grid_of(call.given, call.latents)
-    maps = torch.stack([attention.chosen(each, *size)[0] for each in passes])  # (N + 1, pictures, places, N)
+    found, grids = zip(*(attention.chosen(each, *size) for each in passes), strict=True)
+    maps = torch.stack(found)  # (N + 1, pictures, places, N)
     if step_size and call.progress < until:
         nudge = -step_size * _descent(call, given, columns, shares, maps, temperature)
         call.drawing.memory["nudge"] = nudge
-    grid = attention.chosen(passes[0], *size)[1]
     masks = _masks(maps, threshold)
-    return blended(predicted, F.interpolate(masks.reshape(*masks.shape[:-1], *grid), size, mode="nearest"), call)
+    return blended(predicted, F.interpolate(masks.reshape(*masks.shape[:-1], *grids[0]), size, mode="nearest"), call)
 
 
 def _said(call: Call, i: int, slot: int) -> str:

@@ -2,17 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...merging.methods.options import NonNegative, Range
+from ...learned.attach import Gates
+from ...merging.methods.options import NonNegative, Share
 from . import attention, places
 from .base import Call, composition
-
-Share = Annotated[float, Range(0, 1)]
 
 INERTIA = 0.7
 """Share of the earlier steps in the maps: those of a single step are noisy."""
@@ -68,10 +66,11 @@ def regions(call: Call, *, hard: bool = False, warm: Share = WARM) -> Tensor:
     """
     found = Regions(call)
     masks = found.acting(hard) if call.progress >= warm or not found.by_words else None
-    if masks is None:
-        with found.looking():
-            return call.together(call.weights / (call.count if call.count > 2 else 1))
-    gates = places.gates(masks, call.weights, found.words(), call.latents, found.size)
+    gates: Gates | Tensor = (
+        call.weights / (call.count if call.count > 2 else 1)
+        if masks is None
+        else places.gates(masks, call.weights, found.words(), call.latents, found.size)
+    )
     with found.looking():
         return call.together(gates)
 
@@ -82,13 +81,13 @@ class Regions:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.size = places.grid_of(call.given, call.latents)
-        self.given = [places.drawn(use.box, use.mask, self.size) for use in call.uses]
+        self.given = _given(call, self.size)
         self.by_words = any(mask is None for mask in self.given)
         # A pipeline may call the denoiser several times per step: the first time with the prompt.
-        self.first = call.drawing.calls == 0
+        first = call.drawing.calls == 0
         self.columns = (
             call.columns([use.required() if use.found_by_words else "" for use in call.uses])
-            if self.by_words and self.first
+            if self.by_words and first
             else None
         )
 
@@ -140,6 +139,15 @@ class Regions:
             return None
         mine = self.columns > 0
         return (~(mine.any(-1, keepdim=True) & ~mine)).to(self.call.weights)
+
+
+def _given(call: Call, size: tuple[int, int]) -> list[Tensor | None]:
+    """Return the masks that the user gave; pictures are read once per drawing, not once per step."""
+    name = f"masks {size[0]} × {size[1]}"
+    if name not in call.drawing.memory:
+        call.drawing.memory[name] = [places.drawn(use.box, use.mask, size) for use in call.uses]
+    found: list[Tensor | None] = call.drawing.memory[name]
+    return found
 
 
 def _hard(found: Tensor) -> Tensor:

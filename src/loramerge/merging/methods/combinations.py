@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
 
 from ...errors import MergeError
 from ...tensors import Array, Float64
 from .engines import combination
-from .options import Range
+from .options import Count, Share
 
 PARALLEL = 0.9995
 """From this cosine on the arc counts as a straight line: sin Ω would be a small number in a denominator."""
@@ -51,8 +50,8 @@ def karcher(
     products: Float64[Array, "n n"],
     weights: Sequence[float],
     *,
-    steps: Annotated[int, Range(1)] = 50,
-    tolerance: Annotated[float, Range(0, 1)] = 1e-9,
+    steps: Count = 50,
+    tolerance: Share = 1e-9,
 ) -> list[float]:
     """The Karcher mean: slerp for any number of LoRAs, the point of the sphere nearest to all directions.
 

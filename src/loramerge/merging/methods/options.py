@@ -42,6 +42,9 @@ NonNegative = Annotated[float, Range(0, open_high=True)]
 Positive = Annotated[float, Range(0, open_low=True, open_high=True)]
 """A finite number above 0."""
 
+Share = Annotated[float, Range(0, 1)]
+"""From nothing to all of it."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -61,6 +64,11 @@ class Option:
             return " or ".join(self.choices)
         name = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.kind]
         return f"{name} {self.range}" if self.range else name
+
+    @property
+    def usage(self) -> str:
+        """The option as typed on a command line: its default, and the values that it takes."""
+        return f"-O {self.name}={self.default}  {self.wanted}"
 
     def parse(self, text: str) -> Any:
         """Parse a value as typed on a command line."""
@@ -100,6 +108,11 @@ def options_of(function: Callable[..., Any]) -> Mapping[str, Option]:
     """
     parameters = inspect.signature(function).parameters.values()
     return {p.name: _option(p, function) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def title_of(function: Callable[..., Any], name: str) -> str:
+    """Return the first line of a function's docstring, or the name of a function that has none."""
+    return (inspect.getdoc(function) or name).splitlines()[0]
 
 
 def checked(what: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:

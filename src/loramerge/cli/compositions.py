@@ -22,6 +22,6 @@ def run(json: Json = False) -> None:
     rows = []
     for each in COMPOSITIONS.values():
         rows.append([each.name, each.passes, each.title])
-        rows += [["", "", f"-O {o.name}={o.default}  {o.wanted}"] for o in each.options.values()]
+        rows += [["", "", option.usage] for option in each.options.values()]
     say(table(["composition", "passes", "what it does, and its options"], rows))
     say("Passes: of the denoiser per step, for N LoRAs. loramerge generate --compose NAME draws with one.")

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import OptionError, need
 from ..files.storage.paths import is_there
-from .options import ArchOfAll, Quiet, TrustRemoteCode
+from .options import ArchOfAll, Quiet, TrustRemoteCode, named
 from .output import progress, resumable, say, table
 from .settings import command
 
@@ -182,7 +182,7 @@ def read_compositions(settings: Mapping[str, Sequence["Use"]], given: Options) -
         raise OptionError(
             "Nothing to compose: wanted a setting of two LoRAs or more, --lora a.safetensors+b.safetensors."
         )
-    texts = dict(_pair(text, "=", "-O") for text in given.option or ())
+    texts = dict(named("option", given.option or ()))
     for name in texts:
         if not any(name in each.options for each in chosen):
             chosen[0].check(texts)
@@ -222,9 +222,7 @@ def placed(uses: Sequence["Use"], given: Options) -> list["Use"]:
 def read_curve(text: str) -> list[tuple[float, float]]:
     """Read keyframes: ``0:1,0.5:0`` fades a LoRA out over the first half."""
     try:
-        points = [
-            (float(at), float(factor)) for at, factor in (_pair(part, ":", "--curve") for part in text.split(","))
-        ]
+        points = [(float(at), float(factor)) for at, _, factor in (part.partition(":") for part in text.split(","))]
     except ValueError:
         points = []
     if not points or not all(0 <= at <= 1 and math.isfinite(factor) for at, factor in points):
@@ -232,20 +230,13 @@ def read_curve(text: str) -> list[tuple[float, float]]:
     return points
 
 
-def _pair(text: str, sign: str, option: str) -> tuple[str, str]:
-    name, found, value = text.partition(sign)
-    if not (name and found and value):
-        raise OptionError(f"Can't read {option} {text!r}: wanted two values with {sign!r} between them.")
-    return name, value
-
-
 def _setting(text: str, loras: ExitStack, architecture: str | None) -> tuple[str, list["Use"]]:
-    named, equals, rest = text.partition("=")
+    name, equals, rest = text.partition("=")
     if not equals or is_there(text):
-        named, rest = "", text
+        name, rest = "", text
     uses = [_use(part, loras, architecture) for part in ([rest] if is_there(rest) else rest.split("+"))]
     stems = [Path(use.lora.name).stem + ("" if use.weight == 1 else f"@{use.weight:g}") for use in uses]
-    return named or "+".join(stems), uses
+    return name or "+".join(stems), uses
 
 
 def _use(text: str, loras: ExitStack, architecture: str | None) -> "Use":

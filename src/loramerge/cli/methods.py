@@ -28,7 +28,7 @@ def run(json: Json = False) -> None:
             rows.append([name, f"can't be used: {method}"])
             continue
         rows.append([name, method.title if package == FROM else f"{method.title} (of {package})"])
-        rows += [["", f"-O {option.name}={option.default}  {option.wanted}"] for option in method.options.values()]
+        rows += [["", option.usage] for option in method.options.values()]
     say(table(["method", "what it does, and its options"], rows))
 
 

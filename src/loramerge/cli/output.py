@@ -23,6 +23,11 @@ def joined(lines: Iterable[str]) -> Block:
     return Block("\n".join(line if isinstance(line, Block) else visible(line) for line in lines))
 
 
+def spaced(parts: Iterable[str]) -> Block:
+    """Join lines and blocks like `joined`, with a blank line between any two."""
+    return joined([line for part in parts for line in ("", part)][1:])
+
+
 def say(*lines: str, end: str = "\n", file: TextIO | None = None) -> None:
     """Print lines: every text of the command line passes here."""
     print(joined(lines), end=end, file=file, flush=file is not None)

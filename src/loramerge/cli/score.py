@@ -10,7 +10,7 @@ import typer
 from ..errors import FileError, OptionError
 from ..files.storage.paths import path_of
 from .options import Quiet
-from .output import Block, joined, note_left_out, progress, say, table
+from .output import Block, note_left_out, progress, say, spaced, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def run(given: Options) -> None:
     written = reports.save_scores(found, given.output) if given.output else []
     if not given.quiet:
         tables = [shown(scores, given.against, given.by_prompt) for scores in found]
-        say(*[line for text in tables for line in ("", text)][1:])
+        say(spaced(tables))
         for path in written:
             say(f"→ {path}")
 
@@ -193,7 +193,7 @@ def shown(scores: "Scores", against: str | None, by_prompt: bool) -> Block:
         parts += ["by prompt: cosine with the mean embedding", _prompts(scores)]
     if against is not None:
         parts += [f"difference from {against}, over pictures of the same prompt and seed", _against(scores, against)]
-    return joined([line for part in parts for line in ("", part)][1:])
+    return spaced(parts)
 
 
 def _clusters(scores: "Scores") -> str:

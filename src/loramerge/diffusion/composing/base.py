@@ -4,7 +4,6 @@ A composition works by two primitives. ``together`` runs the denoiser once, each
 module, row and place; ``each`` runs it once per share of the LoRAs, and the composition combines the predictions.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from ...errors import OptionError
 from ...files.lora import LoRA
 from ...files.triggers import PHRASE
 from ...learned.attach import Attachment, Gates
-from ...merging.methods.options import Option, checked, options_of
+from ...merging.methods.options import Option, checked, options_of, title_of
 from ...scoring.pictures import Box
 from . import attention, places
 
@@ -34,9 +33,9 @@ class Use:
     lora: LoRA
     weight: float = 1.0
     words: str | None = None
-    """What the prompt calls it, such as ``psq-person``; the file's trigger phrase by default."""
+    """Its name in the prompt, such as ``psq-person``; the file's trigger phrase by default."""
     noun: str | None = None
-    """What it is, such as ``person``: `clora` tells the other LoRAs' passes no more than that."""
+    """A common noun for it, such as ``person``: `clora` tells the other LoRAs' passes no more than that."""
     box: Box | None = None
     """The part of the picture where it acts."""
     mask: str | PathLike[str] | None = None
@@ -98,7 +97,7 @@ class Composition:
     @property
     def title(self) -> str:
         """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
+        return title_of(self.function, self.name)
 
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options: those given, and the defaults of the others.
@@ -123,7 +122,7 @@ def composition(name: str, *, source: str, passes: str, placed: bool = False) ->
 
 @dataclass
 class Drawing:
-    """What a composition knows of the drawing at work: its prompts, how far it is, and what was remembered."""
+    """The drawing at work, as compositions see it: its prompts, its step, and values that they remembered."""
 
     prompts: list[str] = field(default_factory=list)
     """One per picture; empty if the pipeline was given embeddings."""

@@ -1,6 +1,5 @@
 """Merge methods: functions of one module's layers and weights, with a name, a source and options."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -8,7 +7,7 @@ from typing import Any, TypeVar
 from ...errors import LoRAMergeError, MergeError, NumberError, first_line
 from ...layers import Full, Layer, LowRank
 from ...tensors import Array, check_finite, flatten, float32, times
-from .options import Option, checked, options_of
+from .options import Option, checked, options_of, title_of
 
 Merged = LowRank | Full
 """The result for one module: factors, or a dense ΔW that is then cut to a rank."""
@@ -54,7 +53,7 @@ class Method:
     @property
     def title(self) -> str:
         """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or self.name).splitlines()[0]
+        return title_of(self.function, self.name)
 
     def check(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options of the method: those given, and the defaults of the others.

@@ -273,7 +273,7 @@ ODD: list[Any] = [
     ),
     *([], {}, [1], [[]], [None], {"a": 1}, {"*": 0.5}, {"": ""}, {"re:(a+)+$": 1}, {"max_error": 10**400}, _deep()),
 ]
-"""What a stranger may put in place of a value."""
+"""Values that a hostile file may have in place of the right ones."""
 
 QUERY = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 PAIR = [

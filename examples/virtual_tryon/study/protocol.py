@@ -99,7 +99,7 @@ class Concept:
     identifier: str
     """Its trigger words in prompts."""
     noun: str | None = None
-    """What it is, such as ``person``, for compositions that draw with prompts without its identifier."""
+    """A common noun for it, such as ``person``, for compositions that draw with prompts without its identifier."""
     crop: Box | None = None
     """The box in which generated pictures show it."""
     own_crop: Box | None = None

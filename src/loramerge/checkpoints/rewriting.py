@@ -96,7 +96,7 @@ class _Sums:
     updates: Sequence[Update]
     report: Callable[[Change], None]
     scale: Array | None
-    """What float8 numbers are multiplied by; None if by nothing."""
+    """The factor on float8 numbers; None if there is none."""
 
     @property
     def specs(self) -> Mapping[str, Spec]:

@@ -260,7 +260,7 @@ def _open_folder(
 
 
 REPLACED = "{} was replaced while it was read. Way out: read it again when the process that writes it is done."
-"""What is said where several files are one adapter, and were read when some of them were the old ones' and some the new."""
+"""The message if an adapter of several files was read while they were replaced: some were old, and some new."""
 
 
 def _adapters_in(folder: "Path") -> "dict[Path, Path]":

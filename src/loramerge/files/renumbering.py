@@ -22,7 +22,7 @@ FORMS = "blocks.{i}=blocks.{i+12}, blocks.{i}=blocks.{i*40/28}, or blocks.5=bloc
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the blocks of one list."""
+    """The new numbers of the blocks of one list."""
 
     text: str
     source: str

@@ -32,7 +32,7 @@ class Listed(Protocol):
 PlainWeights: TypeAlias = Sequence[Weight] | Literal["uniform", "l2"] | Coefficients | str | None
 
 Weights: TypeAlias = PlainWeights | Sequence[Weight | SupportsFloat | Mapping[str, SupportsFloat]] | Listed
-"""What is taken for weights: numbers may be scalars of numpy or torch, or one array."""
+"""The values that are taken for weights: numbers may be scalars of numpy or torch, or one array."""
 
 Scope: TypeAlias = Literal["module", "component", "whole"]
 SCOPES: tuple[Scope, ...] = ("module", "component", "whole")

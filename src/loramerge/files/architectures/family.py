@@ -1,4 +1,4 @@
-"""What a model family is: its modules, the names that tools have for them, and what its readers take."""
+"""Model families: their modules, the names that tools have for them, and the names that their readers take."""
 
 import json
 import math
@@ -77,7 +77,7 @@ class TextEncoder(Companion):
     comfyui: str
     """Its name in ComfyUI, also OMI's for the CLIPs."""
     inside: str = ""
-    """What ComfyUI has in front of its paths."""
+    """The prefix that ComfyUI puts before its paths."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -98,7 +98,7 @@ DIFFSYNTH = (
     ("final_layer.linear", "final_proj_out"),
     ("final_layer.adaLN_modulation.1", "final_norm_out.linear"),
 )
-"""What DiffSynth-Studio calls the parts of Black Forest Labs' names.
+"""DiffSynth-Studio's names for the parts of Black Forest Labs' names.
 
 Source: https://github.com/modelscope/DiffSynth-Studio, diffsynth/utils/state_dict_converters/flux_dit.py
 """

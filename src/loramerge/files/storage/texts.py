@@ -141,7 +141,7 @@ def check_plain(values: Iterable[Any], *, infinite: bool = False, depth: int = 0
 
 INFINITE = (math.inf, -math.inf)
 SPELLED = {"Infinity": "inf", "-Infinity": "-inf", "NaN": "nan"}
-"""How numbers that JSON lacks are written, by what Python's own writer makes of them."""
+"""Texts for the numbers that JSON lacks, by the words that Python's own writer has for them."""
 
 
 def escaped(text: str, escape: Callable[[str], str]) -> str:

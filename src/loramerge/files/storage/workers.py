@@ -28,9 +28,10 @@ PORTIONS = 64
 def safe() -> bool:
     """Return whether this process can be forked safely: on Linux, with one thread only, and without torch.
 
-    Nobody else may wait for its children: where SIGCHLD is ignored the system does, and a handler may.  A lock that another thread holds during the fork is never released in the child, and neither
-    torch's thread pool nor a GPU's context survives a fork.  Threads that Python didn't start
-    count too: OpenBLAS has some unless ``OPENBLAS_NUM_THREADS`` is 1.
+    Nobody else may wait for its children: where SIGCHLD is ignored the system does, and a handler may.  A lock
+    that another thread holds during the fork is never released in the child, and neither torch's thread pool nor
+    a GPU's context survives a fork.  Threads that Python didn't start count too: OpenBLAS has some unless
+    ``OPENBLAS_NUM_THREADS`` is 1.
     """
     if sys.platform != "linux" or "torch" in sys.modules or signal.getsignal(signal.SIGCHLD) != signal.SIG_DFL:
         return False

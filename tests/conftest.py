@@ -6,7 +6,9 @@ torch is in ``test_core.py``, where nothing is skipped.
 """
 
 import ast
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -16,6 +18,12 @@ import pytest
 
 for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
+
+if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    # Freed memory stays with the process: most of the system time went into mapping the same arrays again and again.
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 HERE = Path(__file__).parent
 CORE = os.environ.get("LORAMERGE_TESTS") == "core"

@@ -338,7 +338,7 @@ def test_numbers_of_every_kind_are_weights(weights: object) -> None:
         ({"loras": "a.safetensors"}, "Give a list"),
         ({"weights": 0.5}, "one entry per LoRA"),
         ({"weights": [None, 0.5]}, "Can't read the weight"),
-        ({"scope": "whole"}, "goes with the weights 'l2'"),
+        ({"scope": "whole"}, "goes with weights by a rule on norms"),
         ({"weights": ["0.7;0.5", 1]}, "twice"),
     ],
 )

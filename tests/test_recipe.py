@@ -86,6 +86,9 @@ MERGES: dict[str, dict[str, Any]] = {
     "ties": {"method": "ties", "density": 0.3, "rank": 4},
     "dare": {"method": "dare", "seed": 7, "space": "core"},
     "l2": {"weights": "l2", "scope": "component", "rank": "max"},
+    "energy": {"weights": "energy"},
+    "equal by module": {"weights": "equal", "scope": "module"},
+    "sqrt": {"weights": "sqrt"},
     "max_error": {"weights": [1.0, 0.5], "max_error": "10%"},
     "max_size": {"max_size": 60_000},
     "exclude": {"exclude": ["text_encoder*"]},
@@ -271,7 +274,7 @@ def test_a_strange_header_is_an_error_of_ours(text: str, tmp_path: Path) -> None
         ("max_error = 2\n" + TWO, ["recipe.toml: max_error is a share"]),
         ("max_error = 0.1\nenergy = 0.9\n" + TWO, ["Give one budget"]),
         ("exclude = 'unet'\n" + TWO, ["exclude: got 'unet', text, wanted a list of texts"]),
-        ("weights = 'l3'\n" + TWO, ["'l3'", "'l2'"]),
+        ("weights = 'l3'\n" + TWO, ["weights: Unknown weights 'l3'", "sqrt, l2,"]),
         ("weights = [1, 2]\n" + TWO, ["weights: got a list", "each LoRA"]),
         ("weights = 'l2'\n" + TWO + "weight = 1\n", ["not both"]),
         (TWO + "weight = 1\n", ["loras 1 has no weight"]),
@@ -282,7 +285,7 @@ def test_a_strange_header_is_an_error_of_ours(text: str, tmp_path: Path) -> None
         ("[[loras]]\nhub = 'a/b@x'\nrevision = 'y'\n", ["loras 1", "named once"]),
         ("", ["no LoRA is named"]),
         ("loras = 3", ["loras: got 3", "[[loras]]"]),
-        ("scope = 'whole'\n" + TWO, ["'l2' only"]),
+        ("scope = 'whole'\n" + TWO, ["'whole'", "rule on norms only: l2, equal"]),
         ("architecture = 'sdxxl'\n" + TWO, ["Did you mean 'sdxl'?"]),
         ("method = 'ties'\n" + TWO + "[options]\ndensity = 2\n", ["density", "got 2"]),
         (TWO + "[options]\ndensity = 0.2\n", ["has no option 'density'"]),
@@ -381,7 +384,9 @@ INPUTS = st.builds(
 def recipes(draw: st.DrawFn) -> lm.Recipe:
     loras = draw(st.lists(INPUTS, min_size=1, max_size=3))
     size = len(loras)
-    weights = st.lists(WEIGHTS, min_size=size, max_size=size).map(tuple) | st.sampled_from([None, "l2", "uniform"])
+    weights = st.lists(WEIGHTS, min_size=size, max_size=size).map(tuple) | st.sampled_from(
+        [None, "l2", "energy-sum", "uniform"]
+    )
     chosen: dict[str, Any] = draw(
         st.sampled_from([{}, {"max_error": "1%"}, {"max_error": 0.01}, {"energy": 0.9}, {"max_size": 150_000}])
     )
@@ -389,7 +394,7 @@ def recipes(draw: st.DrawFn) -> lm.Recipe:
     return lm.Recipe(
         loras=tuple(loras),
         weights=given_weights,
-        scope="whole" if given_weights == "l2" else "module",
+        scope=draw(st.sampled_from([None, "module", "whole"])) if given_weights in ("l2", "energy-sum") else None,
         method="dare",
         options=draw(st.fixed_dictionaries({}, optional={"density": st.floats(0.1, 1), "seed": st.integers(0, 2**40)})),
         rank=draw(st.integers(1, 99) | st.sampled_from(["sum", "max"])),

@@ -246,25 +246,29 @@ def dora_base(folder: Path) -> tuple[LoRA, LoRA, str, np.ndarray]:
     return *loras, str(folder / "base"), weight  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("scope", ["module", "component", "whole"])
-def test_shares_of_the_norms_take_a_dora_layer_on_its_base(scope: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rule", "scope"), [("l2", "module"), ("l2", "component"), ("l2", "whole"), ("energy", "whole")]
+)
+def test_rules_on_norms_take_a_dora_layer_on_its_base(rule: str, scope: Any, tmp_path: Path) -> None:
     dora, lora, base, weight = dora_base(tmp_path)
     module = next(iter(dora))
     deltas = [dora[module].delta_on(weight).astype(float), lora[module].delta().astype(float)]
     norms = [np.linalg.norm(d) for d in deltas]
-    wanted = sum(n / sum(norms) * d for n, d in zip(norms, deltas, strict=True))
+    same = np.sqrt(np.mean(np.square(norms))) / np.linalg.norm(sum(deltas))
+    weights = [n / sum(norms) for n in norms] if rule == "l2" else [same, same]
+    wanted = sum(w * d for w, d in zip(weights, deltas, strict=True))
 
-    merged = lm.merge([dora, lora], weights="l2", scope=scope, base=base, rank=640)
+    merged = lm.merge([dora, lora], weights=rule, scope=scope, base=base, rank=640)
     files = [str(lm.save(x, tmp_path / f"{x.name}.safetensors")) for x in (dora, lora)]
     recipe = Recipe(
-        loras=tuple(Input(path=f) for f in files), weights="l2", scope=scope, base=base, rank=640, output=Output()
+        loras=tuple(Input(path=f) for f in files), weights=rule, scope=scope, base=base, rank=640, output=Output()
     )
-    baked = bake([dora, lora], base, tmp_path / "baked", weights="l2", scope=scope)
+    baked = bake([dora, lora], base, tmp_path / "baked", weights=rule, scope=scope)
 
     assert relative_error(merged[module].delta(), wanted) < 1e-6
     assert relative_error(recipe.plan().lora()[module].delta(), wanted) < 1e-6
     assert baked.norm == pytest.approx(np.linalg.norm(wanted), rel=1e-6)
-    done = CliRunner().invoke(app, ["merge", *files, "--base", base, "-r", "8", "--weights", "l2", "--scope", scope, "-o", str(tmp_path / "o.safetensors")])  # fmt: skip
+    done = CliRunner().invoke(app, ["merge", *files, "--base", base, "-r", "8", "--weights", rule, "--scope", scope, "-o", str(tmp_path / "o.safetensors")])  # fmt: skip
     assert done.exit_code == 0, done.output
 
 

@@ -52,6 +52,114 @@ def test_l2_merges_a_module_that_is_zero_everywhere() -> None:
     assert not lm.merge([lora, lora], weights="l2")[TO_Q].delta().any()
 
 
+@pytest.mark.parametrize(("rule", "weight"), [("uniform", 1 / 3), ("sum", 1.0), ("sqrt", 3**-0.5)])
+def test_rules_on_the_number_of_loras_give_each_the_same(rule: str, weight: float) -> None:
+    loras = [small(seed=i) for i in range(3)]
+
+    merged = lm.merge(loras, weights=rule)
+
+    assert resolve(loras, rule).of(TO_Q) == pytest.approx([weight] * 3)
+    assert relative_error(merged[TO_Q].delta(), weighted_sum(loras, [weight] * 3, TO_Q)) <= 1e-6
+
+
+def of_kinds() -> list[lm.LoRA]:
+    """Three LoRAs of different kinds, strengths and modules; the first has no convolution, the second no text encoder."""
+    return [
+        small(seed=1, alpha=8, modules=(TO_Q, SHORTCUT, TEXT)),
+        small(seed=2, kind="lokr", alpha=2, modules=(TO_Q, CONV, SHORTCUT)),
+        small(seed=3, kind="full", modules=(TO_Q, CONV, TEXT)),
+    ]
+
+
+def groups(scope: str) -> list[tuple[str, ...]]:
+    return {
+        "module": [(module,) for module in MODULES["sdxl"]],
+        "component": [(TO_Q, CONV, SHORTCUT), (TEXT,)],
+        "whole": [MODULES["sdxl"]],
+    }[scope]
+
+
+def updates(loras: list[lm.LoRA], modules: tuple[str, ...]) -> list[np.ndarray]:
+    """Each LoRA's ΔW of some modules in one row, float64; zeros where it has none."""
+    return [
+        np.concatenate(
+            [
+                lora[m].delta().astype(np.float64).ravel()
+                if m in lora
+                else np.zeros(next(other for other in loras if m in other)[m].delta().size)
+                for m in modules
+            ]
+        )
+        for lora in loras
+    ]
+
+
+@pytest.mark.parametrize("scope", [None, "module", "component", "whole"])
+@pytest.mark.parametrize(("rule", "share"), [("energy", "mean"), ("energy-sum", "sum")])
+def test_energy_keeps_the_mean_or_the_sum_of_the_energies(rule: str, share: str, scope: str | None) -> None:
+    loras = of_kinds()
+    found = resolve(loras, rule, scope)
+
+    for modules in groups(scope or "whole"):
+        rows = updates(loras, modules)
+        weights = np.array(found.of(modules[0]))
+        acting = [row @ row for row in rows if row.any()]
+        assert all(found.of(module) == found.of(modules[0]) for module in modules)
+        assert len({*weights}) == 1
+        np.testing.assert_allclose(np.sum((weights @ rows) ** 2), getattr(np, share)(acting), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scope", [None, "module", "component", "whole"])
+def test_equal_makes_the_updates_equally_strong_and_their_sum_one_over_root_n(scope: str | None) -> None:
+    loras = of_kinds()
+    found = resolve(loras, "equal", scope)
+
+    for modules in groups(scope or "whole"):
+        norms = np.array([np.linalg.norm(row) for row in updates(loras, modules)])
+        acting = norms > 0
+        strength = np.sqrt(np.mean(norms[acting] ** 2) / acting.sum())
+        np.testing.assert_allclose(np.array(found.of(modules[0])) * norms, np.where(acting, strength, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["l2", "equal", "energy", "energy-sum"])
+def test_one_lora_by_a_rule_on_norms_is_itself(rule: str) -> None:
+    assert resolve([small()], rule).of(TO_Q) == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("rule", ["l2", "equal", "energy", "energy-sum"])
+def test_loras_that_are_zero_stay_zero(rule: str) -> None:
+    zero = small(alpha=0.0)
+
+    assert not lm.merge([zero, zero], weights=rule)[TO_Q].delta().any()
+
+
+def test_energy_of_loras_that_cancel_each_other_is_refused() -> None:
+    lora = small()
+
+    with pytest.raises(lm.errors.MergeError, match=r"whole.*cancel.*--weights sqrt"):
+        lm.merge([lora, lm.merge([lora], weights=[-1])], weights="energy")
+
+
+def test_energy_of_loras_that_nearly_cancel_each_other_is_kept() -> None:
+    lora = small()
+    loras = [lora, lm.merge([lora], weights=[-0.999])]
+
+    merged = lm.merge(loras, weights="energy", rank=4)
+
+    rows = updates(loras, MODULES["sdxl"])
+    (kept,) = updates([merged], MODULES["sdxl"])
+    np.testing.assert_allclose(kept @ kept, np.mean([row @ row for row in rows]), rtol=1e-3)
+
+
+def test_rules_ignore_how_a_lora_is_stored() -> None:
+    as_lokr = small(seed=2, kind="lokr", alpha=2)
+    written_out = lm.merge([as_lokr], weights=[1.0])
+
+    assert resolve([small(), as_lokr], "energy").of(TO_Q) == pytest.approx(
+        resolve([small(), written_out], "energy").of(TO_Q), rel=1e-6
+    )
+
+
 def test_patterns_weigh_components_blocks_and_names() -> None:
     weight = {"*": 0.5, "text_encoder": 0.0, "IN01": 0.7, "re:conv_short": 0.9}
     loras = [small(seed=1), small(seed=2)]

@@ -29,7 +29,7 @@ class Options:
         typer.Option("--weight", "-w", help="One per file: 0.8, or '0.8;text_encoder=0;OUT*=0.5'. Default 1/N."),
     ] = None
     weights: WeightRule = None
-    scope: Annotated[Scope, typer.Option("--scope", help="What l2 takes the norms over.")] = Scope.module
+    scope: Annotated[Scope | None, typer.Option("--scope", help="What l2, equal and energy take norms over.")] = None
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Modules to leave as they are: patterns as in --weight.")
     ] = None
@@ -68,7 +68,7 @@ def run(given: Options) -> None:
             given.base,
             given.output,
             weights=cast(Any, chosen),
-            scope=given.scope.value,
+            scope=given.scope.value if given.scope else None,
             exclude=given.exclude or (),
             dtype=given.dtype,
             variant=given.variant,

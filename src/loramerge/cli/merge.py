@@ -93,7 +93,7 @@ class Options(Making):
         ),
     ] = None
     weights: WeightRule = None
-    scope: Annotated[Scope | None, typer.Option("--scope", help="What l2 takes the norms over; default module.")] = None
+    scope: Annotated[Scope | None, typer.Option("--scope", help="What l2, equal and energy take norms over.")] = None
     method: Annotated[
         str | None,
         typer.Option("--method", "-m", help="See 'loramerge methods', or package.module:name; default linear."),
@@ -215,6 +215,12 @@ def _announce(recipe: "Recipe", planned: "Plan", quiet: bool) -> None:
         length = saved_size(made, allow_lossy=recipe.output.allow_lossy)
     if not quiet:
         say(_plan_table(planned, made.families, length))
+        number = len(planned.loras)
+        if recipe.weights is None and planned.method.linear and number > 1:
+            say(
+                f"note: no weights were given, so each LoRA acts at 1/{number} of its strength; "
+                "--weights sum does what loading all of them does"
+            )
     check_growth(made, length, made.dialect)
 
 

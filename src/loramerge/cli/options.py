@@ -58,7 +58,9 @@ MaxSize = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Threads = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads; each holds a weight in memory.")]
-WeightRule = Annotated[str | None, typer.Option("--weights", help="uniform, or l2: shares of the norms.")]
+WeightRule = Annotated[
+    str | None, typer.Option("--weights", help="A rule: uniform (1/N), sum (1), sqrt (1/√N), l2, equal, energy.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; look at it first.")
 ]
@@ -90,7 +92,7 @@ def workers_or_cores(given: int | None, widest: int = 0) -> int:
 
 
 class Scope(StrEnum):
-    """The modules over which "l2" takes the norms."""
+    """The modules over which a rule for weights takes norms."""
 
     module = "module"
     component = "component"

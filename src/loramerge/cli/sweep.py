@@ -121,12 +121,13 @@ def _split(text: str) -> list[str]:
 def _value(name: str, text: str, methods: "Sequence[Method | str]") -> Any:
     from ..merging.grid import SETTINGS
     from ..merging.methods import find
+    from ..merging.rules import RULES
     from ..merging.weights import parse
 
     if name == "rank":
         return rank_of(text)
     if name == "weights":
-        return text if text in ("l2", "uniform") else tuple(parse(weight) for weight in text.split("/"))
+        return text if text in RULES else tuple(parse(weight) for weight in text.split("/"))
     if name in SETTINGS:
         return text
     options = [method.options[name] for method in map(find, methods) if name in method.options]

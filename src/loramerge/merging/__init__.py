@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from .plans import Plan as Plan
     from .recipe import Recipe as Recipe
     from .recipe_text import Input as Input, Output as Output
+    from .rules import RULES as RULES, Rule as Rule, Scope as Scope
     from .running import Kept as Kept, Outcome as Outcome
     from .steps import Step as Step
     from .sweeping import sweep as sweep
     from .toml import Table as Table, parse_toml as parse_toml
     from .verbs import merge as merge, plan as plan, resize as resize
-    from .weights import Scope as Scope, Weight as Weight, Weights as Weights
+    from .weights import Weight as Weight, Weights as Weights
 else:
     __getattr__, __dir__, __all__ = face(
         __name__,
@@ -27,11 +28,12 @@ else:
             "plans": ("Plan",),
             "recipe": ("Recipe",),
             "recipe_text": ("Input", "Output"),
+            "rules": ("RULES", "Rule", "Scope"),
             "running": ("Kept", "Outcome"),
             "steps": ("Step",),
             "sweeping": ("sweep",),
             "toml": ("Table", "parse_toml"),
             "verbs": ("merge", "plan", "resize"),
-            "weights": ("Scope", "Weight", "Weights"),
+            "weights": ("Weight", "Weights"),
         },
     )

@@ -24,7 +24,8 @@ from ..files.storage.writer import Progress
 from ..layers import Rows
 from ..linalg import as_numpy
 from ..tensors import Array, Shape, float32, parse_dtype, put_rows, take_rows
-from .weights import ModuleWeights, Scope, Weights, resolve
+from .rules import Scope
+from .weights import ModuleWeights, Weights, resolve
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def bake(
     output: str | Path,
     *,
     weights: Weights = None,
-    scope: Scope = "module",
+    scope: Scope | None = None,
     exclude: Sequence[str] = (),
     dtype: str | None = None,
     variant: str | None = None,

@@ -25,7 +25,7 @@ from .provenance import UNKNOWN, as_text, record
 from .ranks import Budget, Rank
 from .running import Kept, Merger, scaled_layer
 from .steps import Step
-from .weights import ModuleWeights, Scope
+from .weights import ModuleWeights
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -51,7 +51,6 @@ class Plan:
     given: tuple[LoRA, ...] = ()
     """The LoRAs as they were given, with the modules that ``exclude`` leaves out."""
     exclude: tuple[str, ...] = ()
-    scope: Scope = "module"
     allow_growth: bool = False
     """True if the result may be more than ten times as large as the inputs."""
     ranks: Mapping[str, int] | None = None

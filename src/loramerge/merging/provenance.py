@@ -40,7 +40,7 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
     options = {name: "inf" if value == math.inf else value for name, value in plan.options.items()}
     found: dict[str, Any] = {"loramerge": __version__, **_method(plan.method), "options": options}
     found |= {"weights": weights} if isinstance(weights, str) else {}
-    found |= {"scope": plan.scope} if weights == "l2" else {}
+    found |= {"scope": plan.weights.scope} if plan.weights.scope else {}
     found |= {"rank": plan.rank}
     if plan.budget:
         value = plan.budget.value

@@ -47,10 +47,11 @@ from .plans import Plan
 from .provenance import from_metadata
 from .ranks import BUDGETS, Rank, budget, rule
 from .recipe_text import Input, Output, entries
+from .rules import Scope
 from .running import Kept
 from .spending import spent
 from .verbs import plan
-from .weights import SCOPES, PlainWeights, Scope, Weight
+from .weights import PlainWeights, Weight, check_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,8 +71,9 @@ class Recipe:
 
     loras: tuple[Input, ...]
     weights: PlainWeights = None
-    """One per LoRA, ``"l2"``, ``"uniform"``, a file of learned coefficients, or None for the method's default."""
-    scope: Scope = "module"
+    """One per LoRA, the name of a rule, a file of learned coefficients, or None for the method's default."""
+    scope: Scope | None = None
+    """What a rule on norms takes them over; None for the rule's own."""
     method: Method | str = "linear"
     """A name, ``package.module:name``, or the method itself."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -133,7 +135,7 @@ class Recipe:
         head["method"] = self.method if isinstance(self.method, str) else _name(self.method)
         each: Sequence[Weight | None] = [None] * len(self.loras)
         if isinstance(self.weights, str):
-            head |= {"weights": self.weights, "scope": self.scope if self.weights == "l2" else None}
+            head |= {"weights": self.weights, "scope": self.scope}
         elif isinstance(self.weights, Coefficients):
             raise OptionError("Learned coefficients in memory have no place in a recipe. Way out: save them first.")
         elif self.weights is not None:
@@ -152,15 +154,15 @@ class Recipe:
         """Return a copy with some entries replaced.
 
         ``options`` are added to those of the recipe; ``to``, ``dtype``, ``allow_lossy`` and ``allow_growth`` go to
-        `output`.  A new budget replaces the old one, and weights other than ``"l2"`` reset the scope.  A new
+        `output`.  A new budget replaces the old one, and new weights reset the scope.  A new
         method drops the options that it doesn't have.  Ranks chosen for a budget are dropped by any change.
         """
         output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy", "allow_growth") if k in changes}
         options = {**self.options, **changes.pop("options", {})}
         if any(name in changes for name in BUDGETS):
             changes = dict.fromkeys(BUDGETS) | changes
-        if changes.get("weights", "l2") != "l2":
-            changes = {"scope": "module"} | changes
+        if changes.get("weights", self.weights) != self.weights:
+            changes = {"scope": None} | changes
         changed = replace(self, **changes, output=replace(self.output, **output))
         if changed.method != self.method:
             known = find(changed.method).options
@@ -385,10 +387,7 @@ def check(recipe: Recipe) -> None:
     _check_method(recipe.method, recipe.options)
     rule(recipe.rank)
     budget(recipe.max_error, recipe.energy, recipe.max_size)
-    if recipe.scope not in SCOPES:
-        raise OptionError(f"Unknown scope {recipe.scope!r}. Available: {', '.join(SCOPES)}.")
-    if recipe.scope != "module" and recipe.weights != "l2":
-        raise OptionError(f"The scope {recipe.scope!r} goes with weights = 'l2' only.")
+    check_scope(recipe.weights, recipe.scope)
     if recipe.architecture is not None:
         ARCHITECTURES[recipe.architecture]
     if recipe.output.to is not None:

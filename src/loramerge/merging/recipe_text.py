@@ -10,7 +10,7 @@ from ..files import hub
 from ..files.storage.paths import path_of
 from .ranks import BUDGETS
 from .toml import Table
-from .weights import PlainWeights, Weight, parse
+from .weights import PlainWeights, Weight, parse, rule_of
 
 KEYS = (
     "method",
@@ -89,7 +89,7 @@ def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {
         "loras": tuple(lora for lora, _ in given),
         "weights": _weights(table, [weight for _, weight in given]),
-        "scope": table.get("scope", str, default="module"),
+        "scope": table.get("scope", str),
         "method": table.get("method", str, default="linear"),
         "options": table.get("options", dict, default={}),
         "rank": table.get("rank", int, str, wanted='a number from 1, "sum" or "max"', default="sum"),
@@ -129,15 +129,15 @@ def _on_the_hub(text: str, revision: str | None, filename: str | None) -> dict[s
 
 
 def _weights(table: Table, each: Sequence[Weight | None]) -> PlainWeights:
-    weights = table.get("weights", str, wanted='"l2" or "uniform"; numbers go to each LoRA, as its weight')
+    weights = table.get("weights", str, wanted='a rule such as "sqrt"; numbers go to each LoRA, as its weight')
     given = [weight for weight in each if weight is not None]
     if weights is not None and given:
         raise OptionError(f"{table.where}: give either weights = {weights!r}, or each LoRA's weight, not both.")
-    if weights not in (None, "l2", "uniform") and not weights.endswith(".safetensors"):
-        raise OptionError(
-            f"{table.where}: weights: got {weights!r}, wanted 'l2', 'uniform' or a file of learned coefficients "
-            "(.safetensors)."
-        )
+    if weights is not None and not weights.endswith(".safetensors"):
+        try:
+            weights = rule_of(weights).name
+        except OptionError as error:
+            raise OptionError(f"{table.where}: weights: {error}") from None
     if weights is not None or not given:
         return cast(PlainWeights, weights)
     if len(given) != len(each):

@@ -20,9 +20,10 @@ from ..tensors import FLOATS, code, computed, fits_half
 from .methods import Method, check_options, find
 from .plans import Plan
 from .ranks import Rank, budget
+from .rules import Scope
 from .spending import spent
 from .steps import common_extras, steps_of
-from .weights import Scope, Weights, resolve
+from .weights import Weights, resolve
 
 if TYPE_CHECKING:
     from ..files.storage.writer import Progress
@@ -34,7 +35,7 @@ def plan(
     weights: Weights = None,
     method: Method | str = "linear",
     rank: Rank = "sum",
-    scope: Scope = "module",
+    scope: Scope | None = None,
     exclude: Sequence[str] = (),
     device: str | None = None,
     max_error: float | str | None = None,
@@ -76,7 +77,7 @@ def plan(
             raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
         opened, architecture = of_one_family(opened)
         resolved = resolve(opened, weights, scope, chosen.default_weight, model)
-        weigh = None if resolved.deferred else resolved.of  # l2 and learned weights aren't known from headers
+        weigh = None if resolved.deferred else resolved.of  # norms and learned weights aren't known from headers
         steps = steps_of(opened, chosen, checked, rank, model, weigh)
         if not steps:
             raise MergeError(_nothing(chosen, opened))
@@ -103,7 +104,6 @@ def plan(
             base=model,
             given=tuple(given),
             exclude=left_out,
-            scope=scope,
             allow_growth=allow_growth,
         )
         planned = spent(planned, limit, progress) if limit else planned
@@ -117,7 +117,7 @@ def merge(
     weights: Weights = None,
     method: Method | str = "linear",
     rank: Rank = "sum",
-    scope: Scope = "module",
+    scope: Scope | None = None,
     exclude: Sequence[str] = (),
     device: str | None = None,
     max_error: float | str | None = None,
@@ -133,13 +133,16 @@ def merge(
     Args:
         loras: LoRAs, or what `load` takes.
         weights: One weight per LoRA: a number (which may be negative), a table of patterns such as
-            ``{"*": 0.8, "text_encoder": 0}``, or ``"lbw:1,0,…"``.  ``"uniform"`` (the default)
-            is 1/N each, ``"l2"`` each LoRA's share of the norms.
+            ``{"*": 0.8, "text_encoder": 0}``, or ``"lbw:1,0,…"``; or a rule for all: ``"uniform"``
+            (the default) is 1/N each, ``"sum"`` 1 each, ``"sqrt"`` 1/√N each, ``"l2"`` each LoRA's
+            share of the norms, ``"equal"`` equal norms, ``"energy"`` and ``"energy-sum"`` keep the
+            mean or the sum of ‖ΔWᵢ‖².
         method: Name of a merge method; ``"package.module:name"`` for one that isn't loramerge's own, or the `Method`
             itself.
         rank: ``"sum"`` is exact, ``"max"`` is the largest of the inputs' ranks, a number is that
             rank; below the sum, the result is the nearest one in Frobenius norm.
-        scope: What ``"l2"`` takes the norms over: ``"module"``, ``"component"``, ``"whole"``.
+        scope: What a rule on norms takes them over: ``"module"`` (if None, for ``"l2"``), ``"component"``, or
+            ``"whole"`` (for the others).
         exclude: Glob patterns of modules to leave out.
         device: The device to compute on, such as ``"cuda"``; by default the CPU, with numpy.
         max_error: Choose each module's rank so that the error of all together, ‖ΔW − kept‖ / ‖ΔW‖,

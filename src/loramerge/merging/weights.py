@@ -1,21 +1,21 @@
 """The weight of each LoRA in each module.
 
-A weight is a number, a table of patterns, or a vector of one number per block; ``"l2"`` gives each
-LoRA its share of the modules' norms.
+A weight is a number, a table of patterns, or a vector of one number per block; or one of the `RULES` chooses all.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
-from typing import Any, Literal, Protocol, SupportsFloat, TypeAlias
+from typing import Any, Protocol, SupportsFloat, TypeAlias
 
-from ..checkpoints.models import Checkpoint, on_base
-from ..errors import NoFactorsError, OptionError, computing
+from ..checkpoints.models import Checkpoint
+from ..errors import OptionError
 from ..files.architectures import blocks
 from ..files.lora import LoRA
 from .coefficients import Coefficients
+from .rules import RULES, SCOPES, Rule, Scope, measured
 
 Weight: TypeAlias = float | Mapping[str, float] | str
 """A number; ``{pattern: number}``; or text, see `parse`."""
@@ -29,14 +29,10 @@ class Listed(Protocol):
         ...
 
 
-PlainWeights: TypeAlias = Sequence[Weight] | Literal["uniform", "l2"] | Coefficients | str | None
+PlainWeights: TypeAlias = Sequence[Weight] | Coefficients | str | None
 
 Weights: TypeAlias = PlainWeights | Sequence[Weight | SupportsFloat | Mapping[str, SupportsFloat]] | Listed
 """The values that are taken for weights: numbers may be scalars of numpy or torch, or one array."""
-
-Scope: TypeAlias = Literal["module", "component", "whole"]
-SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
-
 
 ONE_EACH = "One weight per LoRA: weights=[0.7, 0.5]"
 
@@ -63,12 +59,14 @@ class ModuleWeights:
     """True if a weight may be an array with one number per input column."""
     given: tuple[Weight, ...] | str = ()
     """The argument with which `resolve` gives the same weights again."""
+    scope: Scope | None = None
+    """What the norms are taken over, if the weights are by a rule on norms."""
 
 
 def resolve(
     loras: Sequence[LoRA],
     weights: Weights,
-    scope: Scope = "module",
+    scope: Scope | None = None,
     default: float | None = None,
     base: Checkpoint | None = None,
 ) -> ModuleWeights:
@@ -76,11 +74,10 @@ def resolve(
 
     Args:
         loras: The LoRAs that are merged.
-        weights: None or ``"uniform"`` for 1/N each; ``"l2"`` for each LoRA's share of the norms,
-            wᵢ = ‖ΔWᵢ‖ / Σₖ ‖ΔWₖ‖; learned coefficients, or the path of their file; or one weight
-            per LoRA.
-        scope: For ``"l2"``, what the norms are taken over: each ``module``, each ``component``
-            (UNet, text encoder), or the ``whole`` file.
+        weights: The name of one of the `RULES`; learned coefficients, or the path of their file; or one
+            weight per LoRA. None is ``"uniform"``.
+        scope: For a rule on norms, what they are taken over: each ``module``, each ``component``
+            (UNet, text encoder), or the ``whole`` file; None for the rule's own.
         default: The weight of each LoRA if ``weights`` is None; None for 1/N.
         base: The base model, for the norms of layers whose ΔW depends on it.
 
@@ -88,27 +85,21 @@ def resolve(
         OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
     """
     weights = plain(weights)
-    if scope != "module" and weights != "l2":
-        raise OptionError(f"The scope {scope!r} goes with the weights 'l2' only.")
-    if weights is None or weights == "uniform":
-        share = 1.0 / len(loras) if weights or default is None else default
-        return ModuleWeights(
-            lambda module: [share] * len(loras), tuple(f"{share:.4g}" for _ in loras), given=(share,) * len(loras)
-        )
-    if weights == "l2":
-        if scope not in SCOPES:
-            raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
-        labels = tuple(f"l2 ({scope})" for _ in loras)
-        return ModuleWeights(_shares(loras, scope, base), labels, deferred=True, given="l2")
+    check_scope(weights, scope)
     if isinstance(weights, str) and weights.endswith(".safetensors"):
         weights = Coefficients.read(weights)
     if isinstance(weights, Coefficients):
         weights.check(loras)
         return ModuleWeights(weights.of_module, ("learned",) * len(loras), True, True, weights.source)
-    if isinstance(weights, str):
-        raise OptionError(
-            f"Unknown weights {weights!r}. Available: uniform, l2, a file of learned coefficients "
-            f"(.safetensors). {ONE_EACH}."
+    if weights is None or isinstance(weights, str):
+        rule = rule_of(weights or "uniform")
+        if rule.count is None:
+            over = scope or rule.scope
+            labels = (f"{rule.name} ({over})",) * len(loras)
+            return ModuleWeights(measured(rule, loras, over, base), labels, True, given=rule.name, scope=over)
+        share = rule.count(len(loras)) if weights or default is None else default
+        return ModuleWeights(
+            lambda module: [share] * len(loras), (f"{share:.4g}",) * len(loras), given=(share,) * len(loras)
         )
     if len(weights) != len(loras):
         raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. {ONE_EACH}.")
@@ -118,6 +109,33 @@ def resolve(
         tuple(g.label for g in given),
         given=tuple(g.weight for g in given),
     )
+
+
+def rule_of(name: str) -> Rule:
+    """Return the rule for weights with this name.
+
+    Raises:
+        OptionError: There is none.
+    """
+    try:
+        return RULES[name]
+    except OptionError as error:
+        raise OptionError(f"{error} Or a file of learned coefficients (.safetensors). {ONE_EACH}.") from None
+
+
+def check_scope(weights: object, scope: Scope | None) -> None:
+    """Check that the scope is one, and that the weights are those of a rule on norms, if a scope was given.
+
+    Raises:
+        OptionError: It isn't, or they aren't.
+    """
+    if scope is None:
+        return
+    if scope not in SCOPES:
+        raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
+    if not isinstance(weights, str) or weights not in RULES or RULES[weights].count:
+        names = ", ".join(name for name, rule in RULES.items() if rule.sizes)
+        raise OptionError(f"The scope {scope!r} goes with weights by a rule on norms only: {names}.")
 
 
 def plain(weights: object) -> PlainWeights:
@@ -233,47 +251,3 @@ def _label(weight: float | Mapping[str, float]) -> str:
     if isinstance(weight, Mapping):
         return ";".join(f"{pattern}={float(number):g}" for pattern, number in weight.items())
     return f"{float(weight):g}"
-
-
-def _shares(loras: Sequence[LoRA], scope: Scope, base: Checkpoint | None) -> Callable[[str], list[float]]:
-    """Return a function that gives each LoRA's share of the norms in a module; 0 for all if every norm is 0."""
-    totals: dict[str, list[float]] = {}
-
-    def group(module: str) -> str:
-        return {"module": module, "component": module.partition(".")[0], "whole": ""}[scope]
-
-    def shares(module: str) -> list[float]:
-        name = group(module)
-        if scope == "module":
-            return _proportions([_norm(lora, module, base) if module in lora else 0.0 for lora in loras])
-        if not totals:
-            totals.update(_norms(loras, group, base))
-        return _proportions(totals[name])
-
-    return shares
-
-
-def _norms(loras: Sequence[LoRA], group: Callable[[str], str], base: Checkpoint | None) -> dict[str, list[float]]:
-    squares: dict[str, list[float]] = {}
-    for i, lora in enumerate(loras):
-        for module in lora:
-            squares.setdefault(group(module), [0.0] * len(loras))[i] += _norm(lora, module, base) ** 2
-    return {name: [math.sqrt(s) for s in sums] for name, sums in squares.items()}
-
-
-def _norm(lora: LoRA, module: str, base: Checkpoint | None) -> float:
-    """Return ‖ΔW‖ of a layer, on the base if it depends on that."""
-    with computing(f"{lora.name}: {module}"):
-        layer = lora[module]
-        try:
-            return layer.norm()
-        except NoFactorsError:
-            if base is None or not layer.computable:
-                raise
-            return on_base(layer, module, base).norm()
-
-
-def _proportions(norms: Iterable[float]) -> list[float]:
-    norms = list(norms)
-    total = sum(norms)
-    return [n / total if total else 0.0 for n in norms]

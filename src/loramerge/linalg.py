@@ -76,24 +76,28 @@ def spectrum(
     Returns:
         The singular values that aren't zero, with their vectors; none for ΔW = 0.
     """
-    # down downᵀ = H Hᵀ makes ΔW = (up H) Q with orthonormal rows Q, so that Hᵀ (upᵀ up) H = X Σ² Xᵀ gives
-    # the left vectors up H X Σ⁻¹ and the right ones Xᵀ Q.  Rows of down are given length one first:
-    # else factors of very different sizes, whose product is harmless, would lose digits.
+    # up = Qᵤ Rᵤ and down = R_dᵀ Q_d with orthonormal columns Qᵤ and rows Q_d, so that the SVD of Rᵤ R_dᵀ is ΔW's.
+    # That of a Gram matrix would square the condition: directions of 10⁻⁶ of the largest would be noise.
     xp = namespace(gram_up)
-    lengths = xp.linalg.diagonal(gram_down).clip(0.0) ** 0.5
-    lengths = xp.where(lengths > 0, lengths, xp.ones_like(lengths))
-    gram_up = gram_up * lengths[:, None] * lengths[None, :]
-    squares, vectors = eigenpairs(gram_down / lengths[:, None] / lengths[None, :], 1e-13)
-    half = vectors * squares**0.5
+    (to_up, r_up), (to_down, r_down) = _triangle(gram_up), _triangle(gram_down)
+    left, sigma, right = xp.linalg.svd(r_up @ r_down.T, full_matrices=False)
     # Where the parts of a sum cancel, only their rounding errors are left.
-    rounding = RANK_TOLERANCE**2 / 100 * float(xp.linalg.trace(gram_up))
-    energy, rotation = eigenpairs(half.T @ gram_up @ half, least**2, rounding)
-    sigma = energy**0.5
-    return Spectrum(
-        sigma,
-        lengths[:, None] * (half @ rotation) / sigma,
-        (vectors / squares**0.5) @ rotation / lengths[:, None],
-    )
+    sizes = xp.linalg.diagonal(gram_up) * xp.linalg.diagonal(gram_down)
+    noise = RANK_TOLERANCE / 10 * float(xp.sum(sizes)) ** 0.5
+    kept = int(xp.sum(xp.astype(sigma > max(least * float(xp.max(sigma)), noise), xp.int64))) if len(sigma) else 0
+    return Spectrum(sigma[:kept], to_up @ left[:, :kept], to_down @ right[:kept].T)
+
+
+def _triangle(gram: Float64[Array, "r r"]) -> tuple[Float64[Array, "r k"], Float64[Array, "k r"]]:
+    """Return T and R with X = (X T) R for orthonormal columns X T, from the Gram matrix of X.
+
+    Columns are given length one first: else those of very different sizes would lose digits.
+    """
+    xp = namespace(gram)
+    lengths = xp.linalg.diagonal(gram).clip(0.0) ** 0.5
+    lengths = xp.where(lengths > 0, lengths, xp.ones_like(lengths))
+    squares, vectors = eigenpairs(gram / lengths[:, None] / lengths[None, :], 1e-13)
+    return vectors / squares**0.5 / lengths[:, None], (vectors * squares**0.5).T * lengths
 
 
 def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:

@@ -107,9 +107,9 @@ def error(name: str, kind: str, seed: int) -> float | None:
     if min(formulas.gaps, default=1.0) < 1e-6:
         return None
     space = {"space": "core"} if in_core else {}
-    merged = lm.merge(loras, weights=weights, method=name, rank=1000, allow_growth=True, **options, **space)
+    planned = lm.plan(loras, weights=weights, method=name, rank=1000, **options, **space)
     size = sum(abs(w) * float(np.linalg.norm(d)) for w, d in zip(weights, deltas, strict=True))
-    result = merged[MODULE]
+    result = planned.lora()[MODULE]
     found = formulas.delta(result.kind, result.tensors(), result.own_alpha, shape)
     difference = float(np.linalg.norm(found - wanted.reshape(found.shape)))
     return difference / max(float(np.linalg.norm(wanted)), size / 10)

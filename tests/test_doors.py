@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-SRC = Path(__file__).parents[1] / "src/loramerge"
+ROOT = Path(__file__).parents[1]
+SRC, STUDY = ROOT / "src/loramerge", ROOT / "examples/virtual_tryon/study"
 
 DOORS: dict[str, set[str]] = {
     # Text becomes a path once.
@@ -134,6 +135,12 @@ def test_a_guarded_call_is_made_where_its_guard_is(door: str) -> None:
     found = {name for name, there in doors_of_files().items() if door in there}
 
     assert found == DOORS[door]
+
+
+def test_the_study_reads_and_writes_its_state_as_the_library_does() -> None:
+    second = {".read_text", ".read_bytes", ".write_bytes", "open to read", "open to write", "json.load"}
+
+    assert {path.name for path in STUDY.glob("*.py") if doors(path.read_text()) & second} == set()
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import ast
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import typer
@@ -57,6 +58,19 @@ def test_a_command_gets_what_was_typed_as_one_object() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_list_of_commands_says_what_each_says_of_itself(verb: str) -> None:
     assert real(verb).help.split("\n\n")[0] == VERBS[verb]
+
+
+def test_a_path_that_no_system_has_is_refused_by_every_option() -> None:
+    found = []
+    for verb in VERBS:
+        for parameter in signature(import_module(f"loramerge.cli.{verb}").run).parameters.values():
+            kind, info = get_args(parameter.annotation)
+            if Path in (kind, *get_args(kind)):
+                found.append(verb)
+                with pytest.raises(lm.errors.FileError, match="too long"):
+                    info.parser("x" * 300)
+
+    assert {"merge", "score", "generate", "bake"} <= set(found)
 
 
 def test_no_function_of_the_command_line_has_more_than_twelve_parameters() -> None:

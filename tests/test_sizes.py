@@ -23,7 +23,7 @@ from loramerge.files.lora import LoRA
 from loramerge.files.writing import saved_size, tensors_size
 from loramerge.layers import LowRank
 from loramerge.layers.base import dense_norm
-from loramerge.learned.least_squares import column_solution
+from loramerge.learned.least_squares import column_solution, solve
 from loramerge.learned.moments import Moments
 from loramerge.merging.baking import bake
 from loramerge.merging.recipe import Input, Output, Recipe
@@ -299,14 +299,23 @@ def test_a_mean_of_moments_says_what_both_depend_on() -> None:
     assert first.averaged(first).identity == {"seed": 1}
 
 
-@pytest.mark.parametrize("solver", ["auto", "direct", "pcg"])
-def test_columns_without_their_moments_are_refused(solver: Any) -> None:
+NEEDS_SUMS: dict[str, Callable[[Any], object]] = {
+    "columns, direct": lambda p: column_solution(p, 0.1, 1.0, "direct"),
+    "columns, pcg": lambda p: column_solution(p, 0.1, 1.0, "pcg"),
+    "full": lambda p: solve(p, "full", 0.1, "sum"),
+    "a loss": lambda p: p.loss(p.down),
+}
+
+
+@pytest.mark.parametrize("missing", ["gram", "cross"])
+@pytest.mark.parametrize("work", NEEDS_SUMS)
+def test_what_needs_other_moments_is_refused(work: str, missing: str) -> None:
     from dataclasses import replace
 
     from dense import World
 
-    with pytest.raises(MergeError, match="needs moments of the kind 'gram'"):
-        column_solution(replace(World().problem, gram=None), 0.1, 1.0, solver)
+    with pytest.raises(MergeError, match="need moments of the kind 'gram'"):
+        NEEDS_SUMS[work](replace(World().problem, **{missing: None}))
 
 
 def test_what_grows_is_still_refused_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,37 +63,43 @@ class Spectrum:
         return int(self.sigma.shape[0])
 
 
-def spectrum(
-    gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"], least: float = RANK_TOLERANCE
-) -> Spectrum:
+def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -> Spectrum:
     """Compute ΔW's SVD from the Gram matrices of its factors.
 
     Args:
         gram_up: ``upᵀ up``.
         gram_down: ``down downᵀ``.
-        least: The share of the largest singular value from which on others count as zero.
 
     Returns:
         The singular values that aren't zero, with their vectors; none for ΔW = 0.
     """
-    # down downᵀ = H Hᵀ makes ΔW = (up H) Q with orthonormal rows Q, so that Hᵀ (upᵀ up) H = X Σ² Xᵀ gives
-    # the left vectors up H X Σ⁻¹ and the right ones Xᵀ Q.  Rows of down are given length one first:
-    # else factors of very different sizes, whose product is harmless, would lose digits.
+    # up = Qᵤ Rᵤ and down = R_dᵀ Q_d with orthonormal columns Qᵤ and rows Q_d, so that the SVD of Rᵤ R_dᵀ is ΔW's.
+    # That of a Gram matrix would square the condition: directions of 10⁻⁶ of the largest would be noise.
     xp = namespace(gram_up)
-    lengths = xp.linalg.diagonal(gram_down).clip(0.0) ** 0.5
+    (to_up, r_up), (to_down, r_down) = _triangle(gram_up), _triangle(gram_down)
+    left, sigma, right = xp.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    least = max(RANK_TOLERANCE * float(xp.max(sigma)), _noise(gram_up, gram_down)) if len(sigma) else 0.0
+    kept = int(xp.sum(xp.astype(sigma > least, xp.int64)))
+    return Spectrum(sigma[:kept], to_up @ left[:, :kept], to_down @ right[:kept].T)
+
+
+def _noise(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -> float:
+    """Return the size of singular values that are rounding errors, which are all that is left where a sum's parts cancel."""
+    xp = namespace(gram_up)
+    sizes = xp.linalg.diagonal(gram_up) * xp.linalg.diagonal(gram_down)
+    return RANK_TOLERANCE / 10 * math.sqrt(max(float(xp.sum(sizes)), 0.0))
+
+
+def _triangle(gram: Float64[Array, "r r"]) -> tuple[Float64[Array, "r k"], Float64[Array, "k r"]]:
+    """Return T and R with X = (X T) R for orthonormal columns X T, from the Gram matrix of X.
+
+    Columns are given length one first: else those of very different sizes would lose digits.
+    """
+    xp = namespace(gram)
+    lengths = xp.linalg.diagonal(gram).clip(0.0) ** 0.5
     lengths = xp.where(lengths > 0, lengths, xp.ones_like(lengths))
-    gram_up = gram_up * lengths[:, None] * lengths[None, :]
-    squares, vectors = eigenpairs(gram_down / lengths[:, None] / lengths[None, :], 1e-13)
-    half = vectors * squares**0.5
-    # Where the parts of a sum cancel, only their rounding errors are left.
-    rounding = RANK_TOLERANCE**2 / 100 * float(xp.linalg.trace(gram_up))
-    energy, rotation = eigenpairs(half.T @ gram_up @ half, least**2, rounding)
-    sigma = energy**0.5
-    return Spectrum(
-        sigma,
-        lengths[:, None] * (half @ rotation) / sigma,
-        (vectors / squares**0.5) @ rotation / lengths[:, None],
-    )
+    squares, vectors = eigenpairs(gram / lengths[:, None] / lengths[None, :], 1e-13)
+    return vectors / squares**0.5 / lengths[:, None], (vectors * squares**0.5).T * lengths
 
 
 def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:
@@ -335,7 +341,9 @@ def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int, e
 
 def squares(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> "np.ndarray":
     """Return the squared singular values of ``up @ down``, falling, float64; the last are left out if ΔW rounds to the rest."""
-    found = as_numpy(spectrum(*grams(*thin(up, down)), ROUNDING / 10).sigma) ** 2
+    gram_up, gram_down = grams(*thin(up, down))
+    sigma = namespace(up).linalg.svdvals(_triangle(gram_up)[1] @ _triangle(gram_down)[1].T)
+    found = as_numpy(sigma[sigma > _noise(gram_up, gram_down)]) ** 2
     kept: np.ndarray = found[found[::-1].cumsum()[::-1] > ROUNDING**2 * found.sum()]
     return kept
 

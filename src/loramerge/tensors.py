@@ -221,8 +221,7 @@ def float32(array: Array) -> Array:
     Raises:
         NumberError: Numbers of float64 are too large or too small for it.
     """
-    if code(array) == "F64" and math.prod(array.shape):
-        _check_float32(_largest(array))
+    _in_range(array)
     if is_torch(array):
         return array.float()
     import numpy as np
@@ -231,9 +230,15 @@ def float32(array: Array) -> Array:
 
 
 def float64(array: Array) -> Array:
-    """Convert to float64."""
+    """Convert to float64, within the range of float32; the errors are those of `float32`."""
+    _in_range(array)
     xp = namespace(array)
-    return xp.astype(array, xp.float64)
+    return array if code(array) == "F64" else xp.astype(float32(array), xp.float64)
+
+
+def _in_range(array: Array) -> None:
+    if code(array) == "F64" and math.prod(array.shape):
+        _check_float32(_largest(array))
 
 
 def _half_to_float(array: Array) -> Array:
@@ -249,7 +254,7 @@ def _half_to_float(array: Array) -> Array:
 
 
 def times(array: Array, factor: float) -> Array:
-    """Multiply a float32 array by a weight, a scale, or both.
+    """Multiply an array, float32 or float64, by a weight, a scale, or both.
 
     Raises:
         NumberError: The factor or the product is outside of float32's range.

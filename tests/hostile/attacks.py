@@ -191,7 +191,7 @@ HEADERS = {
                 + b"}"
             )
         ),
-        "more than 100000 tensors",
+        "quotation marks: 100000 tensors",
         large=True,
     ),
     "three million entries of metadata": Attack(

@@ -140,6 +140,23 @@ list(workers.each(range(400), work, 2))
     assert len(lines(log)) <= before + 2
 
 
+@pytest.mark.parametrize("number", ["signal.SIGHUP", "signal.SIGINT"])
+def test_a_worker_leaves_what_goes_to_the_whole_group_to_its_parent(number: str) -> None:
+    code = f"""
+import os, signal
+from loramerge.files.storage import workers
+workers.cores = lambda: 2
+parent = os.getpid()
+def work(item):
+    if os.getpid() != parent:
+        os.kill(os.getpid(), {number})
+assert len(list(workers.each(range(20), work, 2))) == 20
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

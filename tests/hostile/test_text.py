@@ -419,6 +419,15 @@ def test_names_in_pictures_are_text(tmp_path: Path) -> None:
     assert "a$^$" in (tmp_path / "heat.svg").read_text()
 
 
+def test_a_legend_has_names_that_begin_with_an_underscore(tmp_path: Path) -> None:
+    loras = [small(seed=i, name=name, modules=(QUERY,)) for i, name in enumerate(["_x", "y"])]
+
+    path = draw(Coefficients.of({QUERY: np.ones((2, 640), np.float32)}, loras, [1.0, 1.0]), tmp_path / "plot.svg")
+
+    drawn = path.read_text()
+    assert [drawn.count(f"<!-- {name} -->") for name in ("_x", "y")] == [1, 1]
+
+
 def coefficients(path: Path, matrix: np.ndarray, module: str = MODULE, **said: Any) -> Path:
     found = {"others": [1.0, 1.0], "names": ["a", "b"], "provenance": {}, **said}
     safetensors.numpy.save_file({module: matrix} if module else {}, path, {KEY: json.dumps(found)})

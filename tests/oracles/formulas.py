@@ -78,13 +78,6 @@ def svd(matrix: Array, size: float = 0.0) -> tuple[Array, Array, Array]:
     return u[:, :k], s[:k], vt[:k]
 
 
-def directions(matrix: Array) -> tuple[Array, Array, Array]:
-    """The same where each direction counts, however faint: float32 has few digits of those below a thousandth."""
-    u, s, vt = svd(matrix)
-    gaps.extend([0.0] * bool(len(s) and s[-1] < 1e-3 * s[0]))
-    return u, s, vt
-
-
 def polar(matrix: Array) -> Array:
     u, _, vt = svd(matrix)
     return u @ vt
@@ -201,7 +194,7 @@ def spaces(deltas: Deltas) -> tuple[Array, Array]:
 
 
 def tsv(deltas: Deltas, weights: Weights, **_: Any) -> Array:
-    parts = [directions(d) for d in deltas]
+    parts = [svd(d) for d in deltas]
     s = np.concatenate([w * s for w, (_, s, _) in zip(weights, parts, strict=True)])
     return polar(np.concatenate([u for u, _, _ in parts], 1)) * s @ polar(np.concatenate([vt for _, _, vt in parts], 0))
 
@@ -245,7 +238,7 @@ def np_lora(deltas: Deltas, weights: Weights, *, mu: float, **_: Any) -> Array:
     damping = 1.0 if math.isinf(mu) else mu / (1 + mu)
     found = weights[0] * deltas[0]
     for i in range(1, len(deltas)):
-        rows = directions(np.concatenate([directions(d)[2] for d in deltas[:i]]))[2]
+        rows = svd(np.concatenate([svd(d)[2] for d in deltas[:i]]))[2]
         found = found + weights[i] * (deltas[i] - damping * deltas[i] @ rows.T @ rows)
     return found
 
@@ -253,7 +246,7 @@ def np_lora(deltas: Deltas, weights: Weights, *, mu: float, **_: Any) -> Array:
 def subtract(deltas: Deltas, weights: Weights, **_: Any) -> Array:
     found = weights[0] * deltas[0]
     for w, d in zip(weights[1:], deltas[1:], strict=True):
-        u, _, vt = directions(d)
+        u, _, vt = svd(d)
         found = found - w * u @ (u.T @ found @ vt.T) @ vt
     return found
 

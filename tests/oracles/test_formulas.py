@@ -1,9 +1,10 @@
 """Every merge method, over every kind of layers, against its paper's formula in dense float64 algebra.
 
-``LORAMERGE_CASES=1000`` runs as many cases of each pair instead of 20.
+``LORAMERGE_CASES=1000`` runs as many cases of each pair instead of 20; ``--junitxml`` writes the largest errors down.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 import loramerge as lm
 from loramerge.files.lora import LoRA
-from loramerge.layers import DoRA, Full, Layer
+from loramerge.layers import DoRA, Full, Layer, LowRank
 from loramerge.merging.methods import METHODS
 from loramerge.testing import random_layer, relative_error
 from oracles import formulas
@@ -32,10 +33,10 @@ KINDS = (*FACTORED, "full", "dora", "dora-in")
 ENTRIES = tuple(name for name, method in METHODS.items() if method.dense)
 SHAPES: tuple[tuple[int, ...], ...] = ((24, 16), (16, 24), (12, 6, 2, 2))
 MODULE = "unet.m"
-LIMITS = dict.fromkeys(("linear", "slerp", "karcher", "model_stock", "factor_average"), 3e-7) | {"tsv": 1e-4}
-"""Largest relative errors of float32 results.  In tsv the faintest direction counts as much as the strongest."""
-LIMIT = 3e-5
-"""That of all other methods."""
+LIMITS = dict.fromkeys(("linear", "slerp", "karcher", "model_stock", "factor_average"), 3e-7)
+"""Largest relative errors of float32 results."""
+LIMIT = 3e-6
+"""That of all other methods, which may drop what is below 10⁻⁶ of the largest."""
 
 
 def made(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> tuple[Layer, np.ndarray]:
@@ -106,22 +107,59 @@ def error(name: str, kind: str, seed: int) -> float | None:
     if min(formulas.gaps, default=1.0) < 1e-6:
         return None
     space = {"space": "core"} if in_core else {}
-    merged = lm.merge(loras, weights=weights, method=name, rank=1000, allow_growth=True, **options, **space)
+    planned = lm.plan(loras, weights=weights, method=name, rank=1000, **options, **space)
     size = sum(abs(w) * float(np.linalg.norm(d)) for w, d in zip(weights, deltas, strict=True))
-    difference = float(np.linalg.norm(formulas.wide(merged[MODULE].delta()) - wanted.reshape(shape)))
+    result = planned.lora()[MODULE]
+    found = formulas.delta(result.kind, result.tensors(), result.own_alpha, shape)
+    difference = float(np.linalg.norm(found - wanted.reshape(found.shape)))
     return difference / max(float(np.linalg.norm(wanted)), size / 10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", formulas.METHODS)
-def test_a_method_is_its_formula(name: str, kind: str) -> None:
+def test_a_method_is_its_formula(name: str, kind: str, record_property: Callable[[str, Any], None]) -> None:
     if kind not in FACTORED and name not in ENTRIES:
         pytest.skip("this method works on factors, which such a layer has none of")
     found = [error(name, kind, seed) for seed in range(CASES)]
     measured = [e for e in found if e is not None]
 
+    record_property("merges", len(measured))
+    record_property("largest error", max(measured))
     assert len(measured) >= 0.6 * CASES
     assert max(measured) < LIMITS.get(name, LIMIT)
+
+
+SHARED = [
+    ("np_lora", "lokr-both", 61),
+    ("np_lora", "lokr-w1", 37),
+    ("np_lora", "lokr-tucker", 109),
+    ("subtract", "lokr", 166),
+    ("tsv", "tucker", 130),
+]
+"""Merges where spaces share a direction exactly, or nearly, that is 10⁻³ to 10⁻⁵ of a LoRA's largest."""
+
+
+@pytest.mark.parametrize(("name", "kind", "seed"), SHARED)
+def test_whether_a_faint_direction_is_shared_is_decided_in_float64(name: str, kind: str, seed: int) -> None:
+    found = error(name, kind, seed)
+
+    assert found is not None
+    assert found < LIMIT
+
+
+@pytest.mark.parametrize("name", ["knots", "cart", "np_lora", "tsv", "subtract", "iso_c", "iso_cts"])
+def test_a_rank_is_that_of_the_product_not_of_the_factors(name: str) -> None:
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+    down, up = normal(32, 96), normal(128, 64)
+    layers = [LowRank(up=up, down=np.concatenate([down, down])), LowRank(up=normal(128, 4), down=normal(4, 96))]
+    options = {key: option.default for key, option in METHODS[name].options.items()}
+    deltas = [formulas.delta("lora", layer.tensors(), None, layer.shape) for layer in layers]
+    wanted = formulas.METHODS[name](deltas, [0.5, 0.5], module="", **options)
+
+    found = METHODS[name].merge(layers, [0.5, 0.5], **options).delta()
+
+    assert relative_error(found, wanted) < LIMIT
 
 
 def test_every_method_has_a_formula_here() -> None:

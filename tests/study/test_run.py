@@ -1,5 +1,6 @@
 """Whole runs of both presets on tiny untrained models: what is done is kept, and done again it is the same."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,16 @@ def work(job: Job, **options: object) -> list[str]:
 def again(job: Job, tmp_path: Path) -> Job:
     shutil.copytree(job.out, tmp_path / "out")
     return stand_ins.job(job.protocol, tmp_path / "out", *job.families[1:])
+
+
+def test_a_state_file_that_is_no_text_is_no_result_and_no_wait(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.add("a", "1")
+    (tmp_path / "b.json").write_bytes(b"\xff")
+    (tmp_path / "c.json").write_text('["fingerprint"]')
+    os.mkfifo(tmp_path / "d.json")
+
+    assert [ledger.has(result, "1") for result in "abcde"] == [True, False, False, False, False]
 
 
 def test_the_papers_preset_runs_from_photographs_to_the_report(paper: Job) -> None:

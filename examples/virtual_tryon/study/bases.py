@@ -1,11 +1,11 @@
 """Load the base model: as a pipeline that draws, and as a denoiser to learn on."""
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from loramerge.errors import FileError
+from loramerge.files import read_json
 
 from .protocol import Base
 
@@ -26,8 +26,7 @@ def check(base: Base) -> None:
 def resolution(base: Base) -> int:
     """Return the side of the miniature's pictures in pixels."""
     check(base)
-    config = json.loads((Path(base.model) / "vae" / "config.json").read_text(encoding="utf-8"))
-    return int(config["sample_size"])
+    return int(read_json(Path(base.model) / "vae" / "config.json")["sample_size"])
 
 
 def denoiser(base: Base, device: str, *, checkpointing: bool = False) -> Any:

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loramerge.files import listing_digest, make_folder, write_text
+from loramerge.errors import FileError
+from loramerge.files import listing_digest, make_folder, read_json, write_text
 
 MODEL = (".json", ".safetensors", ".txt")
 """Suffixes of a model's files."""
@@ -24,8 +25,8 @@ class Ledger:
     def has(self, result: str, fingerprint: str, files: Iterable[Path] = ()) -> bool:
         """Return whether a result has this fingerprint and its files still exist."""
         try:
-            kept = json.loads(self._file(result).read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, ValueError, KeyError, TypeError):
+            kept = read_json(self._file(result)).get("fingerprint")
+        except FileError:
             return False
         return kept == fingerprint and all(file.exists() for file in files)
 

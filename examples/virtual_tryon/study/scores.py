@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loramerge.errors import FileError
-from loramerge.files import file_digest, make_folder, write_text
+from loramerge.files import file_digest, make_folder, read_json, write_text
 from loramerge.scoring import Encoder, Reference, Row, Scores, Shot, dinov2, images_in, pixels, score
 
 from .job import Job, needed
@@ -134,7 +134,7 @@ def read(job: Job, group: str, names: Sequence[str]) -> dict[str, Scores]:
     for name in names:
         file = needed(job.score_file(group, name), "score")
         shots = {(shot.prompt, shot.seed): shot for shot in shots_of(job, (group, name))}
-        for view, found in json.loads(file.read_text(encoding="utf-8")).items():
+        for view, found in read_json(file).items():
             rows.setdefault(view, []).extend(
                 Row(shots[prompt, seed], reference, cosine, pairwise)
                 for prompt, seed, reference, cosine, pairwise in found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loramerge.errors import FileError
-from loramerge.files import file_digest, make_folder, write_text
+from loramerge.files import file_digest, make_folder, read_text, write_text
 from loramerge.scoring import METADATA, Interval, interval, read as read_picture
 
 from ..world import CONCEPTS
@@ -131,7 +131,7 @@ def run(job: Job, subject: Subject) -> bool:
 
 def truth(job: Job, group: str) -> dict[str, dict[tuple[str, str], str]]:
     """Return the values that all true pictures of a prompt show, by prompt, then concept and attribute."""
-    lines = (job.truth_folder(group, REFERENCE) / METADATA).read_text(encoding="utf-8").splitlines()
+    lines = read_text(job.truth_folder(group, REFERENCE) / METADATA).splitlines()
     entries = [json.loads(line) for line in lines]
     owners = {
         attribute: concept.name
@@ -178,5 +178,5 @@ def read(job: Job, group: str, names: Sequence[str]) -> Findings:
     rows = []
     for name in names:
         file = needed(job.judged_file(group, name), "truth")
-        rows += [Finding(name, *entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+        rows += [Finding(name, *entry) for entry in json.loads(read_text(file))]
     return Findings(tuple(rows))

@@ -27,6 +27,9 @@ from ..tensors import (
     widest,
 )
 
+Convert = Callable[[Array], Array]
+"""`float32` or `float64`."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Layer:
@@ -153,12 +156,14 @@ class Layer:
         """Apply a function to every tensor."""
         return replace(self, **{role: function(t) for role, t in self.tensors().items()})
 
-    def factors(self) -> tuple[Array, Array]:
+    def factors(self, to: Convert = float32) -> tuple[Array, Array]:
         """Return the update as a product, with every scale folded in.
 
+        Args:
+            to: Converts the layer's tensors, to float32 or, where its faintest directions count, to float64.
+
         Returns:
-            ``up`` of shape ``(out, r)`` and ``down`` of shape ``(r, in·kh·kw)``, float32, with
-            ΔW = up @ down.
+            ``up`` of shape ``(out, r)`` and ``down`` of shape ``(r, in·kh·kw)``, with ΔW = up @ down.
 
         Raises:
             NoFactorsError: The layer has no exact low-rank form.
@@ -349,8 +354,8 @@ class Rows(Layer):
         bias = None if self.diff_b is None else function(self.diff_b)
         return replace(self, whole=self.whole.map(function), diff_b=bias)
 
-    def factors(self) -> tuple[Array, Array]:
-        up, down = self.whole.factors()
+    def factors(self, to: Convert = float32) -> tuple[Array, Array]:
+        up, down = self.whole.factors(to)
         return take_rows(up, self.ranges), down
 
     @property
@@ -415,9 +420,9 @@ def dense_norm(array: Array) -> float:
     return math.sqrt(sum(float((block * block).sum()) for block in blocks))
 
 
-def matrix(tensor: Array) -> Array:
-    """Return a tensor as a float32 matrix ``(rows, columns)``."""
-    return flatten(float32(tensor))
+def matrix(tensor: Array, to: Convert = float32) -> Array:
+    """Return a tensor as a matrix ``(rows, columns)``, float32 or float64."""
+    return flatten(to(tensor))
 
 
 def identity(size: int, like: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import ClassVar
 from .. import linalg
 from ..errors import LayerError
 from ..tensors import Array, Shape, Spec, float32, float64, largest_rank, times
-from .base import LARGEST_WEIGHT, Layer, check_size, dense_norm, matrix, scaled
+from .base import LARGEST_WEIGHT, Convert, Layer, check_size, dense_norm, matrix, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -83,11 +83,11 @@ class LoHa(Layer):
             return self
         return replace(self, alpha=self.scale * self.dim * weight, diff_b=scaled(self.diff_b, weight))
 
-    def factors(self) -> tuple[Array, Array]:
+    def factors(self, to: Convert = float32) -> tuple[Array, Array]:
         check_size(self, self.rank * (self.shape[0] + math.prod(self.shape[1:])))
-        (up1, down1), (up2, down2) = self._halves()
+        (up1, down1), (up2, down2) = self._halves(to)
         if up1.shape[1] * up2.shape[1] > self.rank:  # as wide as ΔW
-            return linalg.trivial(matrix(self.delta()))
+            return linalg.trivial(times((up1 @ down1) * (up2 @ down2), self.scale))
         up = (up1[:, :, None] * up2[:, None, :]).reshape((up1.shape[0], -1))
         down = (down1[:, None, :] * down2[None, :, :]).reshape((-1, down1.shape[1]))
         return times(up, self.scale), down
@@ -104,17 +104,17 @@ class LoHa(Layer):
         if self.rank**2 <= min(rows, columns):
             return super().norm()
         check_size(self, rows * columns, LARGEST_WEIGHT)
-        (up1, down1), (up2, down2) = (tuple(map(float64, half)) for half in self._halves())
+        (up1, down1), (up2, down2) = self._halves(float64)
         step = max(1, 2**20 // columns)
         parts = [slice(start, start + step) for start in range(0, rows, step)]
         norms = [dense_norm((up1[part] @ down1) * (up2[part] @ down2)) for part in parts]
         return abs(self.scale) * math.hypot(*norms)
 
-    def _halves(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    def _halves(self, to: Convert = float32) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Return the factors of both matrices."""
         halves = self._half(1), self._half(2)
         check_size(self, max(half.rank for half in halves) * math.prod(self.shape[1:]) if self.has_core else 0)
-        return halves[0].factors(), halves[1].factors()
+        return halves[0].factors(to), halves[1].factors(to)
 
 
 class _Half:
@@ -140,7 +140,6 @@ class _Half:
             return (self.a.shape[0], self.b.shape[1])
         return (self.a.shape[1], self.b.shape[1], *self.core.shape[2:])
 
-    def factors(self) -> tuple[Array, Array]:
-        if self.core is None:
-            return matrix(self.a), matrix(self.b)
-        return matrix(self.a).T, linalg.tucker(float32(self.core), matrix(self.b))
+    def factors(self, to: Convert) -> tuple[Array, Array]:
+        a, b = matrix(self.a, to), matrix(self.b, to)
+        return (a, b) if self.core is None else (a.T, linalg.tucker(to(self.core), b))

@@ -15,7 +15,7 @@ from .. import linalg
 from ..errors import LayerError
 from ..linalg import Spectrum, kron
 from ..tensors import Array, Shape, Spec, float32, largest_rank, namespace, times
-from .base import Layer, check_size, dense_norm, identity, matrix, scaled
+from .base import Convert, Layer, check_size, dense_norm, identity, matrix, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -114,9 +114,9 @@ class LoKr(Layer):
             return 1.0
         return self.alpha / self.dim
 
-    def factors(self) -> tuple[Array, Array]:
+    def factors(self, to: Convert = float32) -> tuple[Array, Array]:
         check_size(self, self.rank * (self.shape[0] + math.prod(self.shape[1:])))
-        (up1, down1), (up2, down2) = self._parts
+        (up1, down1), (up2, down2) = self._parts(to)
         return times(kron(up1, up2), self.scale), kron(down1, down2)
 
     def times(self, weight: float) -> "LoKr":
@@ -141,12 +141,12 @@ class LoKr(Layer):
 
     def delta(self) -> Array:
         check_size(self, math.prod(self.shape))
-        outer, inner = (up @ down for up, down in self._parts)
+        outer, inner = (up @ down for up, down in self._parts())
         return times(kron(outer, inner), self.scale).reshape(self.shape)
 
     def spectrum(self, grams: Callable[[], tuple[Array, Array]]) -> Spectrum:
         check_size(self, self.rank**2)
-        first, second = (linalg.spectrum(*linalg.grams(up, down)) for up, down in self._parts)
+        first, second = (linalg.spectrum(*linalg.grams(up, down)) for up, down in self._parts())
         return linalg.kron_spectrum(first, second, self.scale)
 
     def with_alpha(self) -> "LoKr":
@@ -162,15 +162,15 @@ class LoKr(Layer):
         if any(isinstance(tensor, Spec) for tensor in self.tensors().values()):
             whole: Array | Spec = Spec(self._inner, "F32")
         else:
-            up, down = self._parts[1]
+            up, down = self._parts()[1]
             whole = times(up @ down, self.scale).reshape(self._inner)
         return replace(self, lokr_w2=whole, lokr_w2_a=None, lokr_w2_b=None, lokr_t2=None, alpha=None)
 
     def nearest(self, rank: int) -> tuple[Array, Array, Array]:
         """Return the best factors of a rank: the singular triples of w1 ⊗ w2 are products of those of w1 and w2."""
         check_size(self, rank * (self.shape[0] + math.prod(self.shape[1:])))
-        xp = namespace(self._parts[0][0])
-        (u1, s1, v1), (u2, s2, v2) = (xp.linalg.svd(up @ down, full_matrices=False) for up, down in self._parts)
+        xp = namespace(self._parts()[0][0])
+        (u1, s1, v1), (u2, s2, v2) = (xp.linalg.svd(up @ down, full_matrices=False) for up, down in self._parts())
         values = xp.reshape(s1[:, None] * s2[None, :], (-1,)) * abs(self.scale)
         order = xp.argsort(-values)
         largest = order[:rank]
@@ -180,22 +180,25 @@ class LoKr(Layer):
         down = (v1[i][:, :, None] * v2[j][:, None, :]).reshape((largest.shape[0], -1)) * root[:, None]
         return up if self.scale >= 0 else -up, down, values[order]
 
-    @property
-    def _parts(self) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    def _parts(self, to: Convert = float32) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         """Factors of w1 and of w2."""
         core: Shape = () if self.lokr_t2 is None else self.lokr_t2.shape
         check_size(self, math.prod((core[0], *self._inner[1:])) if core else 0)
         return (
-            _factored(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None),
-            _factored(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
+            _factored(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None, to),
+            _factored(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2, to),
         )
 
 
-def _factored(full: Array | None, a: Array | None, b: Array | None, core: Array | None) -> tuple[Array, Array]:
+def _factored(
+    full: Array | None, a: Array | None, b: Array | None, core: Array | None, to: Convert
+) -> tuple[Array, Array]:
     """Return factors (o, k) and (k, i·kh·kw) of w1 or w2, with the smallest k that its form allows."""
     if full is not None:
-        return linalg.trivial(matrix(full))
-    up, down = (matrix(a), matrix(b)) if core is None else (matrix(a).T, linalg.tucker(float32(core), matrix(b)))
+        return linalg.trivial(matrix(full, to))
+    up, down = matrix(a, to), matrix(b, to)
+    if core is not None:
+        up, down = up.T, linalg.tucker(to(core), down)
     return (up, down) if up.shape[1] <= min(up.shape[0], down.shape[1]) else linalg.trivial(up @ down)
 
 

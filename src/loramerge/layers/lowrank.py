@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from .. import linalg
 from ..errors import LayerError
 from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, reshape, take_rows, times, widened
-from .base import Layer, check_size, matrix, scaled
+from .base import Convert, Layer, check_size, matrix, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -73,10 +73,9 @@ class LowRank(Layer):
     def down_key(self) -> Hashable:
         return self.down_id
 
-    def factors(self) -> tuple[Array, Array]:
-        plain = self.without_core()
-        up, down = matrix(plain.up), matrix(plain.down)
-        return times(up, self.scale), down
+    def factors(self, to: Convert = float32) -> tuple[Array, Array]:
+        plain = self.without_core(to)
+        return times(matrix(plain.up, to), self.scale), matrix(plain.down, to)
 
     def stored_factors(self) -> tuple[Array, Array, float]:
         plain = self.without_core()
@@ -114,14 +113,14 @@ class LowRank(Layer):
     def with_alpha(self) -> "LowRank":
         return self if self.alpha is not None else replace(self, alpha=float(self.rank))
 
-    def without_core(self) -> "LowRank":
+    def without_core(self, to: Convert = float32) -> "LowRank":
         if self.mid is None:
             return self
         mid: Array = self.mid
         down = Spec((self.rank, *self.shape[1:]), "F32")
         if not isinstance(mid, Spec):
             check_size(self, math.prod(down.shape))
-            down = linalg.tucker(float32(mid), matrix(self.down)).reshape(down.shape)
+            down = linalg.tucker(to(mid), matrix(self.down, to)).reshape(down.shape)
         return replace(self, down=down, mid=None)
 
     def padded(self, rank: int) -> "LowRank":

@@ -120,7 +120,7 @@ def lsq(
     moments.check(loras)
     shares = _weights(weights, len(loras), granularity)
     planned = plan_sum(loras)
-    _check_modules(moments, planned, granularity)
+    _check_modules(moments, planned)
     chosen = RIDGE[granularity] if ridge is None else ridge
 
     def posed(module: str) -> Problem:
@@ -204,10 +204,9 @@ def core_solution(p: Problem, ridge: float, prior: Prior) -> Float[Tensor, "R R"
 
 def full_solution(p: Problem, ridge: float, prior: Prior) -> Float[Tensor, "R n"]:
     """Return V = (Aᵢ (Cᵢ + λᵢ)) (C + λ)⁻¹, row by row with its own LoRA's moments."""
-    if p.gram is None or p.cross is None:
-        raise MergeError("the granularity full needs moments of the kind 'gram'.")
-    pull = (ridge + p.least_ridge + LEAST) * p.gram.diagonal().mean().clamp_min(TINY)
-    return _divide(p.cross + _prior(p, prior) * pull * p.down, p.gram + pull * eye_like(p.gram))
+    gram, cross = p.sums()
+    pull = (ridge + p.least_ridge + LEAST) * gram.diagonal().mean().clamp_min(TINY)
+    return _divide(cross + _prior(p, prior) * pull * p.down, gram + pull * eye_like(gram))
 
 
 def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "auto") -> Float[Tensor, "N n"]:
@@ -224,11 +223,9 @@ def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "au
 
 def _pcg(p: Problem, ridge: float, prior: float, tolerance: float = 1e-7, most: int = 500) -> Float[Tensor, "N n"]:
     """Solve by conjugate gradients, preconditioned by the diagonal; H v = colsum(E ∘ ((Σⱼ Eⱼ ∘ vⱼ) C)) without H."""
-    if p.gram is None:
-        raise MergeError("the granularity column needs moments of the kind 'gram'.")
+    gram, _ = p.sums()
     root = torch.linalg.qr(p.up)[1]
     e = [root[:, s] @ p.down[s] for s in p.slices]
-    gram = p.gram
     diagonal = torch.stack([(x**2).sum(0) for x in e]) * gram.diagonal()
     pull = _pull(diagonal, ridge)
 
@@ -374,9 +371,7 @@ def _weights(weights: Sequence[float] | None, count: int, granularity: str) -> l
     return found
 
 
-def _check_modules(moments: Moments, planned: Plan, granularity: str) -> None:
-    if granularity in ("column", "full") and moments.kind != "gram":
-        raise MergeError(f"The granularity {granularity} needs moments of the kind 'gram', got {moments.kind!r}.")
+def _check_modules(moments: Moments, planned: Plan) -> None:
     missing = [module for module in moments.modules if module not in planned.steps]
     if missing:
         raise MergeError(f"The moments have the module {missing[0]}, which none of the LoRAs has.")

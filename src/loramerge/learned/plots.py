@@ -67,12 +67,13 @@ def _histograms(coefficients: Coefficients) -> "Figure":
     figure = Figure(figsize=(6.5, 0.8 * len(blocks) + 1.2), layout="constrained")
     grid = figure.subplots(len(blocks), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, values) in zip(grid, blocks.items(), strict=True):
-        for lora, mine in zip(coefficients.names, values, strict=True):
-            axes.hist(mine, edges, histtype="stepfilled", alpha=0.5, label=visible(lora))
+        drawn = [axes.hist(mine, edges, histtype="stepfilled", alpha=0.5)[2][0] for mine in values]
         axes.set_yticks([])
         axes.set_ylabel(visible(name), rotation=0, ha="right", va="center")
         axes.spines[["top", "left", "right"]].set_visible(False)
-    grid[0].legend(frameon=False, loc="upper left")
+    texts = grid[0].legend(drawn, range(len(drawn)), frameon=False, loc="upper left").get_texts()
+    for text, lora in zip(texts, coefficients.names, strict=True):
+        text.set_text(visible(lora))  # matplotlib leaves out a label that begins with an underscore
     grid[-1].set_xlabel(f"coefficient of a column\n{outside(blocks, low, high)}")
     return figure
 

@@ -58,20 +58,28 @@ class Problem:
         mask[self.slices[i]] = 1.0
         return mask
 
+    def sums(self) -> tuple[Float[Tensor, "n n"], Float[Tensor, "R n"]]:
+        """Return Σ Cᵢ and the Aᵢ Cᵢ, for results that aren't of the form V = K A.
+
+        Raises:
+            MergeError: The moments are of the kind ``core``, or there are weights.
+        """
+        if self.gram is None or self.cross is None:
+            raise MergeError(
+                "the granularities column and full need moments of the kind 'gram', without weights. "
+                "Way out: calibrate for one of them, or choose core, rank or layer."
+            )
+        return self.gram, self.cross
+
     def loss(self, down: Float[Tensor, "R n"]) -> float:
         """Return J of ``up @ down`` without the ridge.
 
         Args:
             down: V.
-
-        Raises:
-            MergeError: The moments are of the kind ``core``, which are only enough for V = K A.
         """
-        if self.gram is None or self.cross is None:
-            raise MergeError("the loss of any down factor needs moments of the kind 'gram'.")
-        g = self.gram_up
+        (gram, cross), g = self.sums(), self.gram_up
         constant = sum(float((g[s, s] * self.core[i][s, s]).sum()) for i, s in enumerate(self.slices))
-        return float((g * (down @ self.gram @ down.T)).sum() - 2 * ((g @ self.cross) * down).sum()) + constant
+        return float((g * (down @ gram @ down.T)).sum() - 2 * ((g @ cross) * down).sum()) + constant
 
     def core_loss(self, k: Float[Tensor, "R R"]) -> float:
         """Return J of ``up @ k @ down`` without the ridge."""
@@ -172,18 +180,14 @@ def rank_system(p: Problem) -> tuple[Float[Tensor, "R R"], Float[Tensor, " R"]]:
 
 def column_system(p: Problem) -> tuple[Float[Tensor, "Nn Nn"], Float[Tensor, " Nn"]]:
     """Return H and b for one factor per LoRA and column: Hⱼₖ = (DⱼᵀDₖ) ∘ C."""
-    if p.gram is None:
-        raise MergeError("the granularity column needs moments of the kind 'gram'.")
-    g = p.gram_up
-    blocks = [[(p.down[s].T @ g[s, t] @ p.down[t]) * p.gram for t in p.slices] for s in p.slices]
+    g, gram = p.gram_up, p.sums()[0]
+    blocks = [[(p.down[s].T @ g[s, t] @ p.down[t]) * gram for t in p.slices] for s in p.slices]
     return torch.cat([torch.cat(row, 1) for row in blocks], 0), column_target(p).reshape(-1)
 
 
 def column_target(p: Problem) -> Float[Tensor, "N n"]:
     """Return bⱼ = Σᵢ ((DⱼᵀDᵢ) ∘ Cᵢ) 1 = colsum(Aⱼ ∘ (BⱼᵀB · (Aᵢ Cᵢ)))."""
-    if p.cross is None:
-        raise MergeError("the granularity column needs moments of the kind 'gram'.")
-    response = p.gram_up @ p.cross
+    response = p.gram_up @ p.sums()[1]
     return torch.stack([(p.down[s] * response[s]).sum(0) for s in p.slices])
 
 

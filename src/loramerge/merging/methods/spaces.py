@@ -12,7 +12,7 @@ from itertools import accumulate
 from ... import linalg
 from ...layers import Layer, LowRank, low_rank
 from ...layers.base import matrix
-from ...tensors import Array, Float, Float32, Float64, Shape, namespace
+from ...tensors import Array, Float, Float32, Float64, Shape, float32, float64, namespace
 
 FAINT = 1e-6
 """Directions below this share of the largest are rounding noise and don't count as part of the span."""
@@ -40,9 +40,9 @@ class Deltas(Sequence[Array]):
 class Stack:
     """The factors of all LoRAs of a module, concatenated: Σ ΔWᵢ = up @ down."""
 
-    up: Float32[Array, "out R"]
-    """R = Σr."""
-    down: Float32[Array, "R in"]
+    up: Float64[Array, "out R"]
+    """R = Σr; float64, so that a direction's accuracy doesn't depend on its strength."""
+    down: Float64[Array, "R in"]
     """A convolution's kernel is flattened into ``in``."""
     slices: tuple[slice, ...]
     """Each LoRA's columns of up and rows of down."""
@@ -58,14 +58,16 @@ class Stack:
         """``down downᵀ``."""
         return linalg.gram(self.down)
 
+    @cached_property
+    def spectra(self) -> tuple[linalg.Spectrum, ...]:
+        """Each LoRA's SVD, in coordinates of its own factors."""
+        return tuple(linalg.spectrum(self.gram_up[s, s], self.gram_down[s, s]) for s in self.slices)
+
     def layer(self, left: Float64[Array, "R k"], right: Float64[Array, "k R"]) -> LowRank:
         """Make the layer (up @ left) @ (right @ down)."""
-        xp = namespace(self.up)
         if not left.shape[1]:  # every LoRA is zero
-            return low_rank(xp.zeros_like(self.up[:, :1]), xp.zeros_like(self.down[:1]), self.shape)
-        up = self.up @ xp.astype(left, xp.float32)
-        down = xp.astype(right, xp.float32) @ self.down
-        return low_rank(up, down, self.shape)
+            left, right = 0.0 * self.gram_up[:, :1], 0.0 * self.gram_down[:1]
+        return low_rank(float32(self.up @ left), float32(right @ self.down), self.shape)
 
 
 def stack(layers: Sequence[Layer]) -> Stack:
@@ -74,13 +76,11 @@ def stack(layers: Sequence[Layer]) -> Stack:
     Raises:
         NoFactorsError: A layer has no factors.
     """
-    factors = [linalg.thin(*layer.factors()) for layer in layers]
+    factors = [linalg.thin(*layer.factors(float64)) for layer in layers]
     xp = namespace(factors[0][0])
     up = xp.concat([up for up, _ in factors], axis=1)
     down = xp.concat([down for _, down in factors], axis=0)
-    stops = list(accumulate(up.shape[1] for up, _ in factors))
-    slices = tuple(slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False))
-    return Stack(up, down, slices, layers[0].shape)
+    return Stack(up, down, _behind([up.shape[1] for up, _ in factors]), layers[0].shape)
 
 
 @dataclass(frozen=True)
@@ -127,40 +127,36 @@ def core(layers: Sequence[Layer]) -> Core:
         NoFactorsError: A layer has no factors.
     """
     stacked = stack(layers)
-    own = [_own_factors(stacked.gram_up[s, s], stacked.gram_down[s, s]) for s in stacked.slices]
-    to_up = linalg.block_diagonal([left for left, _, _ in own])
-    to_down = linalg.block_diagonal([right for _, _, right in own])
-    left, into = _orthonormal(to_up.T @ stacked.gram_up @ to_up)
-    right, onto = _orthonormal(to_down @ stacked.gram_down @ to_down.T)
-    stops = list(accumulate(values.shape[0] for _, values, _ in own))
+    own = stacked.spectra
+    left, into = _orthonormal([x.left * x.sigma**0.5 for x in own], stacked.gram_up)
+    right, onto = _orthonormal([x.right * x.sigma**0.5 for x in own], stacked.gram_down)
     parts, spectra = [], []
-    for start, stop, (_, values, _) in zip([0, *stops], stops, own, strict=False):
-        root = values**0.5
-        u, v = into[:, start:stop], onto[:, start:stop]
-        parts.append(u @ v.T)
-        spectra.append((u / root, values, (v / root).T))
-    return Core(stacked, to_up @ left, tuple(parts), right.T @ to_down, tuple(spectra))
+    for x, s in zip(own, _behind([x.rank for x in own]), strict=True):
+        u, v, root = into[s].T, onto[s], x.sigma**0.5
+        parts.append(u @ v)
+        spectra.append((u / root, x.sigma, v / root[:, None]))
+    return Core(stacked, left, tuple(parts), right.T, tuple(spectra))
 
 
-def _own_factors(
-    gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]
-) -> tuple[Float64[Array, "r k"], Float64[Array, " k"], Float64[Array, "k r"]]:
-    """Return P, S and Q with up @ P = U√S and Q @ down = √SVᵀ, for one LoRA's ΔW = USVᵀ."""
-    found = linalg.spectrum(gram_up, gram_down)
-    root = found.sigma**0.5
-    return found.left * root, found.sigma, (found.right * root).T
+def _orthonormal(
+    blocks: Sequence[Float64[Array, "_ _"]], gram: Float64[Array, "R R"]
+) -> tuple[Float64[Array, "R k"], Float64[Array, "n k"]]:
+    """Return T, for which X T are the left singular vectors of Y = [X₁B₁ … X_N B_N], and YᵀX T, from the Gram matrix of X."""
+    turned = [block.T for block in blocks]
+    squares, vectors = linalg.eigenpairs(_spread(turned, _spread(turned, gram).T), FAINT**2)
+    return _spread(blocks, vectors / squares**0.5), vectors * squares**0.5
 
 
-def _orthonormal(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, "n k"], Float64[Array, "k n"]]:
-    """Return T, which makes the columns X @ T orthonormal, and (X @ T)ᵀ X, from the Gram matrix of X."""
-    values, vectors = _falling(gram)
-    return vectors / values, (vectors * values).T
+def _spread(blocks: Sequence[Float64[Array, "_ _"]], matrix: Float64[Array, "n m"]) -> Float64[Array, "R m"]:
+    """Multiply a matrix by blocks along a diagonal."""
+    rows = _behind([block.shape[1] for block in blocks])
+    return namespace(matrix).concat([block @ matrix[s] for block, s in zip(blocks, rows, strict=True)])
 
 
-def _falling(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, " k"], Float64[Array, "n k"]]:
-    """Return the singular values of X, the largest first, and its right singular vectors, from the Gram matrix of X."""
-    squares, vectors = linalg.eigenpairs(gram, FAINT**2)
-    return squares**0.5, vectors
+def _behind(sizes: Sequence[int]) -> tuple[slice, ...]:
+    """Return slices of these sizes, one behind the other."""
+    stops = list(accumulate(sizes))
+    return tuple(slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -203,10 +199,9 @@ class Aligned:
 
     def layer(self, merged: Float[Array, "p in"]) -> LowRank:
         """Make the layer U @ merged."""
-        xp = namespace(merged)
         if not merged.shape[0]:
             return self.stack.layer(self.left, self.left.T)
-        return low_rank(self.stack.up @ xp.astype(self.left, xp.float32), merged, self.stack.shape)
+        return low_rank(float32(self.stack.up @ self.left), merged, self.stack.shape)
 
 
 def aligned(layers: Sequence[Layer]) -> Aligned:
@@ -216,15 +211,10 @@ def aligned(layers: Sequence[Layer]) -> Aligned:
         NoFactorsError: A layer has no factors.
     """
     stacked = stack(layers)
-    xp = namespace(stacked.up)
-    # [ΔW₁ … ΔW_N] = up @ L @ Q with L block-diagonal and Q's rows orthonormal, so only blocks are multiplied.
-    lower = [(s, linalg.cholesky(linalg.gram(stacked.down[s]))) for s in stacked.slices]
-    half = xp.concat([block.T @ stacked.gram_up[s] for s, block in lower], axis=0)
-    values, vectors = _falling(xp.concat([half[:, s] @ block for s, block in lower], axis=1))
-    vectors = vectors / values
-    left = xp.concat([block @ vectors[s] for s, block in lower], axis=0)
-    onto = vectors.T @ half
-    return Aligned(stacked, left, Parts(xp.astype(onto, xp.float32), stacked.down, stacked.slices))
+    # With ΔWᵢ = Uᵢ Sᵢ Vᵢᵀ the left singular vectors of all are those of [U₁S₁ … U_N S_N].
+    left, _ = _orthonormal([own.left * own.sigma for own in stacked.spectra], stacked.gram_up)
+    parts = Parts(float32(left.T @ stacked.gram_up), float32(stacked.down), stacked.slices)
+    return Aligned(stacked, left, parts)
 
 
 def inner_products(layers: Sequence[Layer]) -> Float64[Array, "n n"]:

@@ -157,14 +157,19 @@ def measured_readers() -> str:
         [f"`{family}`", f"`{dialect}`", *cells]
         for family in ARCHITECTURES
         for dialect in _named(family)
-        if any(cells := [_cell(_verdicts(reader, family).get(dialect)) for reader in READERS])
+        if any(cells := [_cells(reader, family, dialect) for reader in READERS])
     ]
     return table(["family", "dialect", *READERS], rows)
 
 
-def _cell(verdict: list[Any] | None) -> str:
-    if verdict is None:
-        return ""
+def _cells(reader: str, family: str, dialect: str) -> str:
+    """Say what a reader takes, for each of its models of a family."""
+    models = measured()[reader]["rows"].get(family) or {}
+    told = {model: _cell(found[dialect]) for model, found in models.items() if dialect in found}
+    return "<br>".join(f"{model}: {cell}" if model else cell for model, cell in told.items())
+
+
+def _cell(verdict: list[Any]) -> str:
     taken, modules, lost = verdict
     if taken == modules:
         return "whole; stops at kernels" if lost else "whole"

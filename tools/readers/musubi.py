@@ -142,12 +142,6 @@ def paths(family: str, model: str) -> list[str]:
     return [k.removesuffix(".weight").replace(".", "_") for k, w in weights if k.endswith(".weight") and w.ndim > 1]
 
 
-def resumed(family: str, model: str, file: Path) -> Changes:
-    """Return what a file changes when training goes on from it."""
-    trained = MODELS[family][model]
-    return _merged(built(family, model), load_file(file), trained)
-
-
 def _hooked(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Changes:
     """Run the loader of checkpoints that merges LoRAs, on weights of zeros with a few columns."""
     utils = _of("utils.lora_utils")

@@ -5,8 +5,10 @@ a session takes the commands alone.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -99,21 +101,95 @@ def architectures() -> str:
 
 
 def families() -> str:
-    """List what ComfyUI and diffusers read of each family, and the words of its headers."""
+    """List the dialects that each reader takes whole of each family, and in part, and the words of its headers."""
     from loramerge.files.architectures import ARCHITECTURES
-    from loramerge.files.dialects import DIALECTS
-    from loramerge.files.dialects.base import table as named
 
     rows = []
     for a in ARCHITECTURES.values():
-        written = [d.name for d in DIALECTS.values() if d.writes and d.name != "peft" and named(d.names, a)]
-        unet = a.denoiser == "unet"
-        own = "diffusers" if unet else "diffusers-peft"
-        comfyui = [d for d in ("comfyui", "kohya", *["diffusers-peft"] * a.comfyui_reads_diffusers) if d in written]
-        diffusers = [own, *("kohya" for _ in [0] if unet), *a.diffusers_reads]
+        trainers = [f"{name}: {_code(found)}" for name in READERS[2:] if (found := _nearly(name, a.name))]
         words = [*a.label.specifications, *a.label.versions] if a.label else list(a.hints[:1])
-        rows.append([a.title, f"`{a.name}`", _code(comfyui), _code(diffusers), _code(words)])
-    return table(["model", "name", "ComfyUI reads", "diffusers reads", "names in headers"], rows)
+        cells = [_taken("ComfyUI", a.name), _taken("diffusers", a.name), "<br>".join(trainers) or "–", _code(words)]
+        rows.append([a.title, f"`{a.name}`", *cells])
+    return table(["model", "name", "ComfyUI reads", "diffusers reads", "trainers read", "names in headers"], rows)
+
+
+READERS = ("ComfyUI", "diffusers", "musubi-tuner", "sd-scripts", "ai-toolkit", "OneTrainer")
+
+
+@cache
+def measured() -> dict[str, Any]:
+    """Read what `tools/readers` measured: by reader and family the verdicts of each of its models, by dialect."""
+    return json.loads((ROOT / "docs/reference/readers.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _verdicts(reader: str, family: str) -> dict[str, Any]:
+    """Return a reader's verdicts by dialect: of several models of a family that of the first."""
+    models = measured()[reader]["rows"].get(family) or {"": {}}
+    return next(iter(models.values()))  # type: ignore[no-any-return]
+
+
+def _taken(reader: str, family: str) -> str:
+    found = _verdicts(reader, family)
+    whole = [d for d, (taken, modules, _) in found.items() if taken == modules and d in _named(family)]
+    part = [d for d, (taken, modules, _) in found.items() if 0 < taken < modules and d in _named(family)]
+    return "; ".join([_code(whole)] * bool(whole) + [f"in part {_code(part)}"] * bool(part)) or "–"
+
+
+def _nearly(reader: str, family: str) -> list[str]:
+    """Return the dialects of which a trainer takes all, or all but the few layers that it doesn't train."""
+    found = _verdicts(reader, family)
+    return [d for d in _named(family) if d in found and found[d][0] > 0.85 * found[d][1]]
+
+
+def _named(family: str) -> tuple[str, ...]:
+    """Return the dialects in which a family is commonly written: diffusers has one for UNets, one for all else."""
+    from loramerge.files.architectures import ARCHITECTURES
+
+    unet = ARCHITECTURES[family].denoiser == "unet"
+    return ("comfyui", "kohya", *(["kohya-diffusers", "diffusers"] if unet else []), "diffusers-peft")
+
+
+def measured_readers() -> str:
+    """List for every family and dialect what each reader takes of a file with a LoRA on every layer."""
+    from loramerge.files.architectures import ARCHITECTURES
+
+    rows = [
+        [f"`{family}`", f"`{dialect}`", *cells]
+        for family in ARCHITECTURES
+        for dialect in _named(family)
+        if any(cells := [_cells(reader, family, dialect) for reader in READERS])
+    ]
+    return table(["family", "dialect", *READERS], rows)
+
+
+def _cells(reader: str, family: str, dialect: str) -> str:
+    """Say what a reader takes, for each of its models of a family."""
+    models = measured()[reader]["rows"].get(family) or {}
+    told = {model: _cell(found[dialect]) for model, found in models.items() if dialect in found}
+    return "<br>".join(f"{model}: {cell}" if model else cell for model, cell in told.items())
+
+
+def _cell(verdict: list[Any]) -> str:
+    taken, modules, lost = verdict
+    if taken == modules:
+        return "whole; stops at kernels" if lost else "whole"
+    how, _, named = (
+        lost.partition(" at ") if lost.startswith("stops") else ("wrong" * lost.startswith("wrong"), "", lost)
+    )
+    names = [f"`{name}`" for name in named.removeprefix("wrong: ").split(", ")]
+    told = ", ".join(names if len(names) < 5 else [*names[:3], f"and {len(names) - 3} more"])
+    verb = "stops at" if how.startswith("stops") else how or "without"
+    return f"{taken} of {modules}, {verb} {told}" if taken else "no"
+
+
+def reader_sources() -> str:
+    """List the repositories and commits that were run."""
+    rows = [
+        [name, f"<https://github.com/{where}>", commit, date]
+        for name in READERS
+        for where, commit, date in [measured()[name]["source"]]
+    ]
+    return table(["reader", "repository", "commit or version", "of"], rows)
 
 
 def _code(names: Iterable[str]) -> str:
@@ -220,11 +296,12 @@ def _shortened(names: list[str]) -> str:
 def readers() -> str:
     """List what each reader leaves out, by dialect."""
     from loramerge.files.architectures import ARCHITECTURES
-    from loramerge.files.dialects.readers import DROPS
+    from loramerge.files.dialects.readers import DROPS, drops_of
 
     unets = {a.name for a in ARCHITECTURES.values() if a.denoiser == "unet"}
     rows = []
-    for drop in DROPS:
+    own = dict.fromkeys(drop for a in ARCHITECTURES.values() for drop in drops_of(a))
+    for drop in (*DROPS, *own):
         families = [] if drop.concerns(None) else [a.name for a in ARCHITECTURES.values() if drop.concerns(a)]
         all_unets = unets <= set(families)
         named = ["all UNets"] * all_unets + [f"`{name}`" for name in families if not all_unets or name not in unets]
@@ -277,6 +354,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "method-sections": method_sections,
     "block-vectors": blocks,
     "readers": readers,
+    "measured-readers": measured_readers,
+    "reader-sources": reader_sources,
     "commands": commands,
     "benchmarks": benchmarks,
 }

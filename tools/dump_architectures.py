@@ -191,7 +191,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module | list[torch.nn.Module] | None]] 
         num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288
     ),
     "transformer-z-image": lambda: diffusers.ZImageTransformer2DModel(),
-    "transformer-lumina2": lambda: diffusers.Lumina2Transformer2DModel(),
+    "transformer-lumina2": lambda: diffusers.Lumina2Transformer2DModel(cap_feat_dim=2304),
     "transformer-krea2": lambda: diffusers.Krea2Transformer2DModel(),
     "transformer-cosmos-predict2-2b": lambda: diffusers.CosmosTransformer3DModel(**COSMOS),
     "transformer-wan-1.3b": lambda: diffusers.WanTransformer3DModel(**WAN),

@@ -7,7 +7,7 @@ The names inside loramerge are diffusers'; ``native`` says how the model's own c
 from collections.abc import Iterable
 
 from ...registry import Registry
-from .family import Architecture, Kin, Label, TextEncoder, last_numbers, model, outlines
+from .family import STOPS, Architecture, Kin, Label, TextEncoder, Unread, last_numbers, model, outlines
 from .names import Part, Parts, flat
 from .table import FAMILIES
 
@@ -32,12 +32,14 @@ def name_family() -> str:
 
 __all__ = [
     "ARCHITECTURES",
+    "STOPS",
     "Architecture",
     "Kin",
     "Label",
     "Part",
     "Parts",
     "TextEncoder",
+    "Unread",
     "flat",
     "last_numbers",
     "model",

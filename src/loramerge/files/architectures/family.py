@@ -107,6 +107,22 @@ class Label:
         return self.versions[0].partition("_")[0], self.v2
 
 
+STOPS = "stops with an error at"
+"""What a reader does that then reads nothing of a file; others ignore a part of it."""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A part of a family's files that one reader doesn't take, as `tools/readers` measures it."""
+
+    reader: str
+    does: str
+    what: str
+    dialects: tuple[str, ...]
+    modules: str
+    """A pattern of the modules, without the denoiser's name."""
+
+
 class Kin(Enum):
     """Groups of families for which other tools have the same code: WebUI's block vectors, readers, pipelines."""
 
@@ -130,6 +146,9 @@ class Architecture:
     text_encoders: tuple[TextEncoder, ...] = ()
     native: Naming | None = same
     """The denoiser's own names, each with the modules that it holds; None if they aren't listed yet."""
+    trained: Naming | None = None
+    """The denoiser's names in musubi-tuner or sd-scripts, if they aren't `native`; these read no others behind
+    ``lora_unet_``, so that `kohya` has them."""
     also_native: tuple[Naming, ...] = ()
     """Other names of the denoiser that files have: read, never written."""
     by_head: Naming | None = None
@@ -151,6 +170,8 @@ class Architecture:
     """Dialects besides its own that diffusers reads, at least for the blocks."""
     comfyui_reads_diffusers: bool = False
     """True if ComfyUI reads a transformer's LoRAs under diffusers' names."""
+    unread: tuple[Unread, ...] = ()
+    """What its readers leave out, besides what they leave out of several families: `files.dialects.readers`."""
     down_up: bool = False
     """True if diffusers reads ``lora_down`` behind ``diffusion_model.``; for other transformers only ``lora_A``."""
 
@@ -182,10 +203,16 @@ class Architecture:
         }
 
     @cached_property
+    def trained_paths(self) -> Mapping[str, Parts]:
+        """The same by the path in the code of kohya's trainers."""
+        return self.trained(model(self.model)) if self.trained else self.native_paths
+
+    @cached_property
     def other_paths(self) -> Mapping[str, Parts]:
         """The same by the paths of all other code, without `native_paths`: read, never written."""
         also = {path: parts for naming in self.also_native for path, parts in naming(model(self.model)).items()}
-        return {path: parts for path, parts in {**self.denoiser_paths, **also}.items() if path not in self.native_paths}
+        others = {**self.denoiser_paths, **also, **self.trained_paths}
+        return {path: parts for path, parts in others.items() if path not in self.native_paths}
 
     @cached_property
     def alternating(self) -> Mapping[str, Parts]:

@@ -4,6 +4,8 @@ Sources: https://github.com/Tencent-Hunyuan/HunyuanVideo, hyvideo/modules/models
 comfy/ldm/hunyuan_video/model.py; https://github.com/kohya-ss/musubi-tuner, hunyuan_video_1_5.
 """
 
+import re
+
 from .flux import DOUBLE, SINGLE, SINGLE_LINEARS
 from .names import SWAP, Rule, by
 
@@ -94,14 +96,16 @@ def rules(attention: str, mlp: tuple[str, str], modulation: str) -> tuple[Rule, 
 
 
 def _split() -> tuple[Rule, ...]:
-    """Make the rules of separate q, k and v, as musubi-tuner trains 1.5."""
-    apart = [(f"{NATIVE_REFINER}self_attn_{letter}", f"{REFINER}attn.to_{letter}") for letter in "qkv"]
-    for stream, _, _, qkv, _ in STREAMS:
-        block = f"double_blocks.{{i}}.{stream}_attn_"
-        apart += [(block + letter, f"{DOUBLE}attn.{name}") for letter, name in zip("qkv", qkv, strict=True)]
-    return tuple(apart)
+    """Make the rules of 1.5 in Tencent's code, where q, k and v of the streams are separate, of the refiner fused."""
+    kept = (rule for rule in rules("_attn_", ("fc1", "fc2"), "linear") if not re.search("(img|txt)_attn_qkv", rule[0]))
+    apart = (
+        (f"double_blocks.{{i}}.{stream}_attn_{letter}", f"{DOUBLE}attn.{name}")
+        for stream, _, _, qkv, _ in STREAMS
+        for letter, name in zip("qkv", qkv, strict=True)
+    )
+    return (*kept, *apart)
 
 
 comfyui = by(*COMFYUI, *rules("_attn.", ("0", "2"), "lin"))
 tencent = by(*TENCENT, *rules("_attn_", ("fc1", "fc2"), "linear"))
-split = by(*TENCENT, *rules("_attn_", ("fc1", "fc2"), "linear"), *_split())
+split = by(*TENCENT, *_split())

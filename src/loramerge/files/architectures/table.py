@@ -25,7 +25,7 @@ from . import (
     sgm,
     wan,
 )
-from .family import Architecture, Beside, Kin, Label, TextEncoder
+from .family import STOPS, Architecture, Beside, Kin, Label, TextEncoder, Unread
 
 CLIP_L = TextEncoder(component="text_encoder", model="clip-l", kohya="1", comfyui="clip_l")
 CLIP_G = TextEncoder(component="text_encoder_2", model="clip-g", kohya="2", comfyui="clip_g")
@@ -76,7 +76,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
 def _wan(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     """Make a size of Wan."""
     label = Label(("wan2.1", "wan2.2"), ("wan",), "networks.lora_wan")
-    return _dit(f"wan-{size}", title, "wan", *hints, native=wan.native, label=label, **_BOTH, **options)
+    return _dit(f"wan-{size}", title, "wan", *hints, native=wan.native, label=label, unread=_WAN, **_BOTH, **options)
 
 
 def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -84,11 +84,44 @@ def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     name = size.replace("-", "_")
     label = Label((f"Flux.2-{size}",), (f"flux_2_{name}", f"flux2_{name}"), "networks.lora_flux_2")
     words = ("flux2", "flux-2", *hints, f"flux-2-{size}", f"flux2-{size}")
-    given: dict[str, Any] = {"native": flux2.native, "label": label, "comfyui_reads_diffusers": True}
+    given: dict[str, Any] = {"native": flux2.native, "label": label, "comfyui_reads_diffusers": True, "unread": _FLUX2}
     return _dit(f"flux2-{size}", title, *words, **given | {**_BOTH} | options)
 
 
-_HUNYUAN: Mapping[str, Any] = {"native": hunyuan.comfyui, "also_native": (hunyuan.tencent,)}
+OUTSIDE = "layers outside of the blocks"
+DIFFUSERS_NAMES = ("diffusers", "diffusers-peft")
+_REFINER = (
+    Unread("diffusers", STOPS, "the names of this model", ("kohya",), r".*"),
+    Unread("diffusers", "ignores", "the added embeddings", ("kohya-diffusers",), r"add_embedding\."),
+)
+_CHROMA = (
+    Unread("ComfyUI", "ignores", "the guidance's layers", DIFFUSERS_NAMES, r"distilled_guidance_layer\."),
+    Unread("diffusers", STOPS, OUTSIDE, ("kohya", "comfyui"), r"(?!\w*transformer_blocks\.)"),
+)
+_WAN = (
+    Unread("diffusers", STOPS, OUTSIDE, ("kohya",), r"(?!blocks\.)"),
+    Unread("diffusers", STOPS, "the first layer", ("comfyui",), r"patch_embedding$"),
+)
+_FLUX2 = (
+    Unread("ComfyUI", "ignores", "guidance and modulations", DIFFUSERS_NAMES, r"time_guidance_embed\.|\w+_modulation"),
+    Unread(
+        "diffusers", "ignores", "guidance and modulations", ("kohya",), r".*guidance_embedder\.|\w+_modulation|norm_out"
+    ),
+    Unread("diffusers", "reads", "the halves of the last modulation exchanged", ("comfyui",), r"norm_out\."),
+)
+_LTX = (Unread("diffusers", "ignores", "the first layer and the time's", ("comfyui",), r"proj_in$|time_embed\."),)
+_IDEOGRAM = (Unread("diffusers", STOPS, OUTSIDE, ("comfyui",), r"(?!layers\.|embed_)"),)
+_LUMINA = (Unread("diffusers", STOPS, OUTSIDE, ("comfyui",), r"(?!layers\.|\w+_refiner\.)"),)
+_KOLORS = (
+    Unread("diffusers", "ignores", "the text's projection", ("kohya", "kohya-diffusers"), r"encoder_hid_proj$"),
+    Unread("ComfyUI", "ignores", "the text's projection", DIFFUSERS_NAMES, r"encoder_hid_proj$"),
+    Unread("diffusers", "ignores", "the added embeddings", ("kohya-diffusers",), r"add_embedding\."),
+)
+_ACE_STEP = (Unread("diffusers", STOPS, "the first layer", DIFFUSERS_NAMES, r"proj_in_conv$"),)
+_NO_LOADER = (Unread("diffusers", "has no loader for", "this model", DIFFUSERS_NAMES, r".*"),)
+"""What readers leave out of some families."""
+
+_HUNYUAN: Mapping[str, Any] = {"native": hunyuan.comfyui, "trained": hunyuan.tencent}
 _KLEIN = ("flux-2-klein", "flux2-klein")
 
 FAMILIES = (
@@ -143,6 +176,7 @@ FAMILIES = (
         *("stable-diffusion-xl-v1-refiner", "stable-diffusion-xl-refiner", "sdxl-refiner"),
         text_encoders=(TextEncoder(component="text_encoder_2", model="clip-g", kohya="", comfyui="clip_g"),),
         label=Label(("stable-diffusion-xl-v1-refiner",), ("sdxl_refiner_v1-0", "sdxl_refiner")),
+        unread=_REFINER,
     ),
     _unet(
         "ssd-1b",
@@ -184,7 +218,16 @@ FAMILIES = (
         **_BOTH,
         comfyui_reads_diffusers=True,
     ),
-    _dit("krea2", "Krea 2", "krea-2", "krea2", native=krea.native, **_COMFYUI, label=Label(("Krea-2",), ("krea2",))),
+    _dit(
+        "krea2",
+        "Krea 2",
+        "krea-2",
+        "krea2",
+        native=krea.native,
+        **_COMFYUI,
+        label=Label(("Krea-2",), ("krea2",)),
+        comfyui_reads_diffusers=True,
+    ),
     _dit(
         "anima",
         "Anima",
@@ -222,13 +265,15 @@ FAMILIES = (
         "HunyuanVideo 1.5",
         *("hunyuan-video-1-5", "hunyuanvideo-1-5", "hunyuanvideo15"),
         native=hunyuan.comfyui,
-        also_native=(hunyuan.split,),
+        trained=hunyuan.split,
+        also_native=(hunyuan.tencent,),
     ),
     _dit(
         "chroma",
         "Chroma",
         "chroma",
         native=flux.chroma,
+        unread=_CHROMA,
         **_BOTH,
         label=Label(("chroma",), ("chroma",), "networks.lora_flux"),
         comfyui_reads_diffusers=True,
@@ -242,14 +287,15 @@ FAMILIES = (
         **_COMFYUI,
         aliases=("ltx-2",),
     ),
-    _dit("ltxv-2b", "LTX-Video 2B", "ltxv", "ltx-video", native=ltx.native, **_COMFYUI),
-    _dit("ltxv-13b", "LTX-Video 13B", "ltxv", "ltx-video", native=ltx.native, **_COMFYUI),
+    _dit("ltxv-2b", "LTX-Video 2B", "ltxv", "ltx-video", native=ltx.native, unread=_LTX, **_COMFYUI),
+    _dit("ltxv-13b", "LTX-Video 13B", "ltxv", "ltx-video", native=ltx.native, unread=_LTX, **_COMFYUI),
     _dit("hidream", "HiDream-I1", "hidream", comfyui_reads_diffusers=True, **_COMFYUI),
     _dit(
         "lumina2",
         "Lumina 2",
         *("lumina-2", "lumina2", "lumina-image-2", "lumina"),
         native=lumina.lumina2,
+        unread=_LUMINA,
         **_COMFYUI,
         label=Label(("lumina-2",), ("lumina2",), "networks.lora_lumina"),
     ),
@@ -264,7 +310,7 @@ FAMILIES = (
         native=auraflow.native,
         comfyui_reads_diffusers=True,
     ),
-    _dit("ernie-image", "ERNIE-Image", "ernie", **_COMFYUI),
+    _dit("ernie-image", "ERNIE-Image", "ernie", **_COMFYUI, comfyui_reads_diffusers=True),
     _dit("cogvideox-2b", "CogVideoX 2B", "cogvideox", "cogvideo"),
     _dit("cogvideox-5b", "CogVideoX 5B", "cogvideox", "cogvideo"),
     _dit("kandinsky5-lite", "Kandinsky 5 Lite", "kandinsky5", "kandinsky-5", comfyui_reads_diffusers=True),
@@ -274,9 +320,9 @@ FAMILIES = (
     _dit("sana-0.6b", "Sana 0.6B", "sana"),
     _dit("sana-4.8b", "Sana 4.8B", "sana"),
     _dit("cosmos-predict2-2b", "Cosmos-Predict2 2B", "cosmos-predict2", "cosmos", native=cosmos.native),
-    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=pixart.native, comfyui_reads_diffusers=True),
+    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=pixart.native, comfyui_reads_diffusers=True, unread=_NO_LOADER),
     _dit("mochi", "Mochi 1", "mochi", native=mochi.native),
-    _unet("kolors", "Kolors", "kolors"),
+    _unet("kolors", "Kolors", "kolors", unread=_KOLORS),
     _dit("longcat-image", "LongCat-Image", "longcat", native=None),
     _dit("ovis-image", "Ovis-Image", "ovis", native=None),
     _dit(
@@ -284,16 +330,19 @@ FAMILIES = (
         "Ideogram 4",
         "ideogram",
         native=ideogram.native,
+        unread=_IDEOGRAM,
         **_COMFYUI,
         label=Label(("Ideogram-4", "ideogram-4"), ("ideogram4",), "networks.lora_ideogram4"),
     ),
     _dit("minimax-h3", "MiniMax H3", "minimax", native=minimax.native, by_head=minimax.by_head, **_BOTH),
     _dit("omnigen2", "OmniGen2", "omnigen2", "omnigen-2"),
-    _dit("omnigen", "OmniGen", "omnigen", "omnigen-1", "omnigen1", native=None),
+    _dit("omnigen", "OmniGen", "omnigen", "omnigen-1", "omnigen1", native=None, unread=_NO_LOADER),
     _dit("flux3", "FLUX.3", "flux3", "flux-3", native=flux3.native, **_COMFYUI),
     _dit("bria-fibo2", "Bria FIBO 2", "fibo2", "fibo-2", "bria-fibo-2", native=None),
     _dit("cogview4", "CogView4", "cogview4", "cogview-4", native=None),
-    _dit("ace-step", "ACE-Step 1.5", "ace-step-1-5", "acestep-1-5", "ace-step15", native=acestep.native),
+    _dit(
+        "ace-step", "ACE-Step 1.5", "ace-step-1-5", "acestep-1-5", "ace-step15", native=acestep.native, unread=_ACE_STEP
+    ),
     Architecture(
         name="stable-cascade",
         title="Stable Cascade, stage C",
@@ -302,6 +351,7 @@ FAMILIES = (
         native=None,
         hints=("stable-cascade", "cascade", "wuerstchen"),
         aliases=("cascade",),
+        unread=_NO_LOADER,
     ),
 )
 """If several families fit a file, the first is taken to be the likeliest."""

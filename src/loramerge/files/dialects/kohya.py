@@ -18,8 +18,8 @@ def text_names(a: Architecture) -> dict[str, Parts]:
 
 
 def native_names(a: Architecture) -> dict[str, Parts]:
-    """Name the denoiser's weights by the model's own paths."""
-    return {f"lora_unet_{flat(path)}": parts for path, parts in a.native_paths.items()}
+    """Name the denoiser's weights by the paths of the code that is trained."""
+    return {f"lora_unet_{flat(path)}": parts for path, parts in a.trained_paths.items()}
 
 
 def diffusers_names(a: Architecture) -> dict[str, Parts]:
@@ -28,14 +28,15 @@ def diffusers_names(a: Architecture) -> dict[str, Parts]:
 
 
 def other_names(a: Architecture) -> Mapping[str, Parts]:
-    """Name a transformer's weights as other code does: flux-sliders writes diffusers' names, musubi-tuner Tencent's.
+    """Name a transformer's weights as other code does: flux-sliders writes diffusers' names, converters ComfyUI's.
 
     OneTrainer has a prefix of its own for Stable Cascade's prior.
     """
     if a.denoiser == "unet":
         return {}
     prefix = "lora_prior_unet_" if a.denoiser == "prior" else "lora_unet_"
-    return {f"{prefix}{flat(path)}": parts for path, parts in a.other_paths.items()}
+    paths = {**a.other_paths, **a.native_paths}
+    return {f"{prefix}{flat(path)}": parts for path, parts in paths.items() if path not in a.trained_paths}
 
 
 def own_names(a: Architecture) -> Mapping[str, Parts]:
@@ -70,7 +71,7 @@ def _other_numbers(a: Architecture, encoder: TextEncoder, position: int) -> list
 
 KOHYA = Dialect(
     name="kohya",
-    title="kohya sd-scripts, A1111, Forge, Civitai",
+    title="kohya sd-scripts, musubi-tuner, A1111, Forge, Civitai",
     source="https://github.com/kohya-ss/sd-scripts, networks/lora.py; lora_flux.py; lora_sd3.py",
     names=kohya_names,
     recognised_by=own_names,

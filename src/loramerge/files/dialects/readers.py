@@ -1,17 +1,20 @@
 """Parts of files that readers are known to leave out: a row per reader, dialect and kind of layer.
 
-The rows of diffusers are held by tests/oracles/test_readers.py, those of ComfyUI by tools/comfyui.py, which runs
-ComfyUI's own loader; those of A1111, Forge and sd-scripts were found by running theirs.
+What diffusers and ComfyUI take of each family, tools/readers measures with their own code; tests/test_readers.py holds the
+rows to it, tests/oracles/test_readers.py those about kinds of layers to diffusers.  The rows of A1111, Forge and
+sd-scripts were found by running theirs.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from ...layers import Layer
-from ..architectures import ARCHITECTURES, Architecture, Kin
+from ..architectures import ARCHITECTURES, STOPS, Architecture, Kin, Unread, flat
 
-Finds = Callable[[Mapping[str, Layer]], Iterable[str]]
-"""Picks the modules that a row is about from the layers as they are written."""
+Finds = Callable[[Architecture | None, Mapping[str, Layer]], Iterable[str]]
+"""Picks the modules that a row is about from a family's layers as they are written."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Drop:
 
 def each(concerns: Callable[[str, Layer], bool]) -> Finds:
     """Pick the modules for which a test is true."""
-    return lambda layers: [module for module, layer in layers.items() if concerns(module, layer)]
+    return lambda a, layers: [module for module, layer in layers.items() if concerns(module, layer)]
 
 
 def _is_dora(module: str, layer: Layer) -> bool:
@@ -52,6 +55,11 @@ def _has_core(module: str, layer: Layer) -> bool:
 
 def _has_lokr_core(module: str, layer: Layer) -> bool:
     return layer.inner.kind == "lokr" and layer.has_core
+
+
+def _matching(pattern: str) -> Finds:
+    """Pick a denoiser's modules by their paths in it."""
+    return each(lambda module, _: re.match(rf"(unet|transformer|prior)\.({pattern})", module) is not None)
 
 
 def _is_any(module: str, layer: Layer) -> bool:
@@ -79,12 +87,21 @@ def _is_added_embedding(module: str, layer: Layer) -> bool:
     return module.startswith("unet.add_embedding.")
 
 
-def _beside_text(layers: Mapping[str, Layer]) -> Iterable[str]:
+def _renamed(a: Architecture | None, layers: Mapping[str, Layer]) -> Iterable[str]:
+    """Pick the modules that kohya's trainers have under another name than ComfyUI."""
+    assert a is not None
+    own = {flat(path): parts for path, parts in a.native_paths.items()}
+    trained = ((flat(path), parts) for path, parts in a.trained_paths.items())
+    unread = {part.module for path, parts in trained if own.get(path) != parts for part in parts}
+    return [module for module in layers if module in unread]
+
+
+def _beside_text(a: Architecture | None, layers: Mapping[str, Layer]) -> Iterable[str]:
     """Pick all modules if text encoders are among them."""
     return layers if any(module.startswith("text_encoder") for module in layers) else ()
 
 
-def _incomplete_clip_g(layers: Mapping[str, Layer]) -> Iterable[str]:
+def _incomplete_clip_g(a: Architecture | None, layers: Mapping[str, Layer]) -> Iterable[str]:
     """Pick q, k, v and out of CLIP-G's attentions that lack one of the four."""
     ends = ("q_proj", "k_proj", "v_proj", "out_proj")
     projections = [m for m in layers if m.startswith("text_encoder_2.") and m.endswith(ends)]
@@ -103,6 +120,17 @@ def _those_unread_by_comfyui(a: Architecture | None) -> bool:
     return a is not None and a.denoiser != "unet" and not a.comfyui_reads_diffusers
 
 
+def _those_trained_under_other_names(a: Architecture | None) -> bool:
+    return a is not None and a.trained is not None
+
+
+def _those_unread_by_diffusers(dialect: str) -> Callable[[Architecture | None], bool]:
+    """Return whether diffusers reads nothing of a transformer's file in a dialect besides its own."""
+    return lambda a: (
+        a is not None and a.denoiser != "unet" and dialect not in a.diffusers_reads and a.kin is not Kin.SD3
+    )
+
+
 def _those_with_t5(a: Architecture | None) -> bool:
     return a is not None and any(encoder.model == "t5-xxl" for encoder in a.text_encoders)
 
@@ -117,7 +145,6 @@ def _unets_and(*kin: Kin) -> Callable[[Architecture | None], bool]:
 
 KOHYA = ("kohya", "kohya-diffusers")
 DOTTED = ("diffusers", "diffusers-peft")
-STOPS = "stops with an error at"
 
 DROPS: tuple[Drop, ...] = (
     Drop("diffusers", "ignores", "T5's layers", (*DOTTED, *KOHYA, "comfyui"), _those_with_t5, each(_is_t5)),
@@ -152,9 +179,19 @@ DROPS: tuple[Drop, ...] = (
     ),
     Drop("diffusers", STOPS, "the names of UNets", ("comfyui",), _unets, each(_is_any)),
     Drop("diffusers", "ignores", "the names of SD 3", ("kohya", "comfyui"), _those_of(Kin.SD3), each(_is_any)),
+    Drop("diffusers", "reads", "nothing of this model", ("kohya",), _those_unread_by_diffusers("kohya"), each(_is_any)),
+    Drop(
+        "diffusers",
+        "reads",
+        "nothing of this model",
+        ("comfyui",),
+        _those_unread_by_diffusers("comfyui"),
+        each(_is_any),
+    ),
     Drop("ComfyUI", "ignores", "the attention of UNets", DOTTED, _unets, each(_is_attention)),
     Drop("ComfyUI", "ignores", "the names of diffusers", DOTTED, _those_unread_by_comfyui, each(_is_any)),
     Drop("ComfyUI", "ignores", "attention and ends", ("kohya",), _those_of(Kin.Z_IMAGE), each(_is_fused_in_comfyui)),
+    Drop("ComfyUI", "ignores", "trainers' names", ("kohya",), _those_trained_under_other_names, _renamed),
     Drop("ComfyUI", "ignores", "T5's layers", DOTTED, _those_with_t5, each(_is_t5)),
     Drop("ComfyUI", "ignores", "DoRA's magnitudes", ("diffusers-peft",), _every, each(_is_dora)),
     Drop("ComfyUI", "ignores", "biases", ("diffusers-peft",), _every, each(_has_bias)),
@@ -173,6 +210,19 @@ DROPS: tuple[Drop, ...] = (
 )
 
 
+def drops_of(a: Architecture | None) -> tuple[Drop, ...]:
+    """Return the rows that are about one family alone."""
+    return tuple(map(_of, a.unread)) if a else ()
+
+
+@cache
+def _of(part: Unread) -> Drop:
+    def concerns(a: Architecture | None) -> bool:
+        return a is not None and part in a.unread
+
+    return Drop(part.reader, part.does, part.what, part.dialects, concerns, _matching(part.modules))
+
+
 def dropped(dialect: str, architecture: str | None, layers: Mapping[str, Layer]) -> list[tuple[Drop, list[str]]]:
     """Return the rows that apply to a file, each with its modules.
 
@@ -182,8 +232,8 @@ def dropped(dialect: str, architecture: str | None, layers: Mapping[str, Layer])
         layers: The layers as written, by module.
     """
     family = ARCHITECTURES[architecture] if architecture else None
-    rows = [d for d in DROPS if dialect in d.dialects and d.concerns(family)]
-    concerned = [(drop, list(drop.finds(layers))) for drop in rows]
+    rows = [d for d in (*DROPS, *drops_of(family)) if dialect in d.dialects and d.concerns(family)]
+    concerned = [(drop, list(drop.finds(family, layers))) for drop in rows]
     return [(drop, modules) for drop, modules in concerned if modules]
 
 

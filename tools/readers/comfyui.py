@@ -1,18 +1,11 @@
-"""Test what ComfyUI's own loader takes from our files: a row per family, dialect and kind of layer.
+"""ComfyUI: its key maps name the model's weights, its adapters compute ΔW; neither needs a model."""
 
-    python tools/comfyui.py CHECKOUT [FAMILY …]
-    python tools/comfyui.py CHECKOUT --whole [FAMILY …]
-
-With ``--whole`` there is one row per family and dialect: a file with a LoRA on every layer of the denoiser, and how many
-of its modules ComfyUI takes.  CHECKOUT is a clone of https://github.com/Comfy-Org/ComfyUI; only its folder ``comfy`` is imported, on the CPU and
-without a model.  Its key maps name the model's weights, its adapters compute ΔW, and both are compared with ours.
-"""
-
-import logging
+import math
 import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -21,32 +14,47 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkout import enter
+from judging import COLUMNS, Changes, dialects, narrow
 from safetensors.torch import load_file
 
 import loramerge as lm
 from loramerge import LoRA
 from loramerge.files.architectures import ARCHITECTURES, Architecture, lumina, model
-from loramerge.files.architectures.names import Parts
-from loramerge.files.dialects import DIALECTS
+from loramerge.files.architectures.names import Parts, flat
 from loramerge.layers import BiasOnly, Layer
 from loramerge.testing import random_layer, relative_error
 
-MODELS = {
-    "sdxl": (
-        "SDXL",
-        {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10]},
-    ),
-    "sd15": (
-        "BaseModel",
-        {"num_res_blocks": [2] * 4, "channel_mult": [1, 2, 4, 4], "transformer_depth": [1] * 6 + [0] * 2},
-    ),
-    "flux": ("Flux", {"depth": 19, "depth_single_blocks": 38, "hidden_size": 3072}),
-    "sd3-medium": ("SD3", {"depth": 24, "num_blocks": 24}),
-    "qwen-image": ("QwenImage", {"image_model": "qwen_image"}),
+TRIED = ("sdxl", "sd15", "flux", "sd3-medium", "qwen-image")
+"""Families whose kinds of layers are tried."""
+
+
+def _unet(down: list[int], up: list[int], middle: int) -> dict[str, Any]:
+    """Return a UNet's configuration: the transformers in each of its blocks."""
+    found = {"num_res_blocks": [2] * (len(down) // 2), "channel_mult": [1, 2, 4, 4][: len(down) // 2]}
+    return {**found, "transformer_depth": down, "transformer_depth_output": up, "transformer_depth_middle": middle}
+
+
+XL, ONE = (
+    _unet([0, 0, 2, 2, 10, 10], [0, 0, 0, 2, 2, 2, 10, 10, 10], 10),
+    _unet([1] * 6 + [0] * 2, [1] * 9 + [0] * 3, 1),
+)
+UNETS = {
+    "sdxl": XL,
+    "kolors": XL,
+    "sd15": ONE,
+    "sd21": ONE,
+    "sdxl-refiner": _unet([0, 0, 4, 4, 4, 4, 0, 0], [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0], 4),
+    "ssd-1b": _unet([0, 0, 2, 2, 4, 4], [0, 0, 0, 1, 1, 2, 10, 4, 4], -1),
+    "segmind-vega": _unet([0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1, 2, 2, 2], -1),
 }
-"""ComfyUI's class of each family, and the part of its configuration that the key maps read."""
+"""The part of the configurations that the key maps read."""
 
 CLASSES = {
+    "sdxl": "SDXL",
+    "flux": "Flux",
+    **dict.fromkeys(("sd3-medium", "sd3.5-medium", "sd3.5-large"), "SD3"),
+    "qwen-image": "QwenImage",
     "hunyuanvideo": "HunyuanVideo",
     "hunyuanvideo15": "HunyuanVideo",
     "hunyuanimage": "HunyuanVideo",
@@ -59,27 +67,28 @@ CLASSES = {
     "lumina2": "Lumina2",
     "ace-step": "ACEStep15",
     "stable-cascade": "StableCascade_C",
+    "krea2": "Krea2",
+    "ernie-image": "ErnieImage",
+    "ltx2": "LTXAV",
+    **dict.fromkeys(("ltxv-2b", "ltxv-13b"), "LTXV"),
     **dict.fromkeys(("flux2-dev", "flux2-klein-4b", "flux2-klein-9b", "chroma"), "Flux"),
     **dict.fromkeys(("kandinsky5-lite", "kandinsky5-pro", "kandinsky5-image"), "Kandinsky5"),
 }
 """ComfyUI's classes of the families for which its key maps have more than the model's own names."""
 
-MORE: Mapping[str, dict[str, Any]] = {
-    "sdxl": {"transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10},
-    "sd15": {"transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1},
-}
+MODELS = {a.name: {"": None} for a in ARCHITECTURES.values() if a.native}
 PLACES = (
     r"mid_block\.attentions\.0\.(proj_|transformer_blocks\.0\.(attn|ff))|down_blocks\.1\.resnets\.0\.|conv_in|time_emb|add_emb"
     r"|^transformer\.((single_)?transformer_blocks\.0\.|[^.]*embed|norm_out|proj_out)|layers\.0\.|block\.0\.layer"
 )
 ATTENTION = re.compile(r"^unet.mid.*attn1|^transformer\.transformer_blocks\.0\.attn\.(to|add)_")
-KINDS = ("lora", "tucker", "loha", "lokr", "lokr-tucker", "dora", "full", "bias", "norm")
+REPOSITORY = "Comfy-Org/ComfyUI"
+KINDS = ("lora", "tucker", "loha", "lokr", "lokr-tucker", "dora", "full", "bias", "biased", "norm")
 
 
-def imported(checkout: Path) -> types.ModuleType:
+def open_checkout(folder: Path) -> None:
     """Import ``comfy.lora``, with the models replaced by classes of their names, which its key maps ask for."""
-    sys.path.insert(0, str(checkout))
-    sys.argv = [sys.argv[0]]
+    enter(folder)
     import comfy.options  # type: ignore[import-not-found]
 
     comfy.options.enable_args_parsing(False)
@@ -92,15 +101,14 @@ def imported(checkout: Path) -> types.ModuleType:
     import comfy.lora  # type: ignore[import-not-found]
     import comfy.lora_convert  # type: ignore[import-not-found]
 
-    logging.disable(logging.CRITICAL)
-    return comfy
 
-
-def key_map(comfy: Any, a: Architecture) -> dict[str, Any]:
+@cache
+def key_map(a: Architecture) -> dict[str, Any]:
     """Return ComfyUI's names of a family's weights, for every name that it reads."""
-    kind, config = MODELS.get(a.name) or (CLASSES.get(a.name, "BaseModel"), counted(a))
-    model = getattr(comfy.model_base, kind)()
-    model.model_config = types.SimpleNamespace(unet_config={**config, **MORE.get(a.name, {})})
+    import comfy  # type: ignore[import-not-found]
+
+    model = getattr(comfy.model_base, CLASSES.get(a.name, "BaseModel"))()
+    model.model_config = types.SimpleNamespace(unet_config=UNETS.get(a.name) or counted(a))
     weights = [f"diffusion_model.{path}.{end}" for path in own_paths(a) for end in ("weight", "bias")]
     model.state_dict = lambda: dict.fromkeys(weights)
     clip = types.SimpleNamespace(state_dict=lambda: dict.fromkeys(text_weights(a)))
@@ -114,18 +122,25 @@ def own_paths(a: Architecture) -> Mapping[str, Parts]:
 
 def counted(a: Architecture) -> dict[str, Any]:
     """Return the part of a configuration that ComfyUI's maps of diffusers' names read, from the family's modules."""
-    last = {name: number + 1 for name, number in a.outline.last.items()}
-    width = next((shape[1] for module, shape in a.shapes.items() if module.endswith("to_q")), 0)
-    found = {
-        "depth": last.get("transformer_blocks", 0),
-        "depth_single_blocks": last.get("single_transformer_blocks", 0),
-    }
-    found |= {"n_layers": last.get("layers", 0), "n_refiner_layers": last.get("noise_refiner", 0)}
-    found |= {"n_double_layers": last.get("joint_transformer_blocks", 0)}
-    found["n_layers"] += found["n_double_layers"] + last.get("single_transformer_blocks", 0) * bool(
-        found["n_double_layers"]
+    blocks, single, double, layers, refiner = (
+        a.outline.last.get(name, -1) + 1
+        for name in (
+            "transformer_blocks",
+            "single_transformer_blocks",
+            "joint_transformer_blocks",
+            "layers",
+            "noise_refiner",
+        )
     )
-    return {**found, "hidden_size": width, "dim": width}
+    width = next((shape[1] for module, shape in a.shapes.items() if module.endswith("to_q")), 0)
+    return {
+        **dict.fromkeys(("depth", "num_blocks", "layers"), blocks),
+        **dict.fromkeys(("hidden_size", "dim"), width),
+        "depth_single_blocks": single,
+        "n_double_layers": double,
+        "n_layers": layers + double + single * bool(double),
+        "n_refiner_layers": refiner,
+    }
 
 
 def text_weights(a: Architecture) -> Iterator[str]:
@@ -134,10 +149,32 @@ def text_weights(a: Architecture) -> Iterator[str]:
             yield f"{encoder.comfyui}.transformer.{path}.weight"
 
 
-def patches(comfy: Any, a: Architecture, file: Path) -> dict[Any, Any]:
+def patches(a: Architecture, tensors: dict[str, torch.Tensor]) -> dict[Any, Any]:
     """Return ComfyUI's own patches of each weight."""
-    tensors = comfy.lora_convert.convert_lora(load_file(file))
-    return comfy.lora.load_lora(tensors, key_map(comfy, a), log_missing=False)  # type: ignore[no-any-return]
+    import comfy  # type: ignore[import-not-found]
+
+    return comfy.lora.load_lora(comfy.lora_convert.convert_lora(tensors), key_map(a), log_missing=False)  # type: ignore[no-any-return]
+
+
+def paths(family: str, model: str) -> list[str]:
+    """Return the paths of a model's layers, with underscores for dots."""
+    return [flat(path) for path in own_paths(ARCHITECTURES[family])]
+
+
+def read(family: str, model: str, file: Path) -> Changes:
+    """Return what a file changes."""
+    a = ARCHITECTURES[family]
+    found = patches(a, narrow(load_file(file), kernels=True))
+    of: dict[str, dict[Any, Any]] = {}
+    for place, patch in found.items():
+        of.setdefault(place if isinstance(place, str) else place[0], {})[place] = patch
+    weights = {f"diffusion_model.{path}.weight": (path, parts) for path, parts in own_paths(a).items()}
+    return {flat(weights[key][0]): change(of[key], key, _zeros(a, weights[key][1])) for key in of if key in weights}
+
+
+def _zeros(a: Architecture, parts: Parts) -> torch.Tensor:
+    columns = math.prod(a.shapes[parts[0].module][1:])
+    return torch.zeros(sum(a.shapes[part.module][0] for part in parts), min(columns, COLUMNS))
 
 
 def change(found: Mapping[Any, Any], key: str, weight: torch.Tensor) -> torch.Tensor:
@@ -188,13 +225,17 @@ def modules(a: Architecture, kind: str) -> list[str]:
 def layer_of(kind: str, shape: tuple[int, ...], seed: int) -> Layer:
     if kind == "bias":
         return BiasOnly(diff_b=np.ones(shape[0], np.float32))
-    return random_layer(shape, kind="lora" if kind == "norm" else kind, seed=seed, alpha=2.0)
+    made = random_layer(shape, kind="lora" if kind in ("norm", "biased") else kind, seed=seed, alpha=2.0)
+    return replace(made, diff_b=np.ones(shape[0], np.float32)) if kind == "biased" else made
 
 
-def rows(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
-    """Count for every dialect and kind a file's modules and those that ComfyUI gets right; name the others."""
+def kinds(name: str) -> Iterator[tuple[str, ...]]:
+    """Count for every dialect and kind a file's modules and those that ComfyUI gets right; name the others' components.
+
+    A kind that a dialect doesn't hold has no row.
+    """
     a = ARCHITECTURES[name]
-    for dialect, kind in product([d for d in DIALECTS if DIALECTS[d].writes and d != "peft"], KINDS):
+    for dialect, kind in product(dialects(), KINDS):
         layers = {m: layer_of(kind, a.shapes[m], i) for i, m in enumerate(modules(a, kind))}
         if not layers:
             continue
@@ -202,7 +243,7 @@ def rows(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
         try:
             with TemporaryDirectory() as folder:
                 file = lm.save(lora, Path(folder) / "lora.safetensors", dialect=dialect)
-                found = patches(comfy, a, file)
+                found = patches(a, load_file(file))
         except lm.errors.DialectError:
             continue
         wrong = [m for m in layers if not right(a, lora, m, found)]
@@ -216,38 +257,14 @@ def rows(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
         )
 
 
-def taken(comfy: Any, name: str) -> Iterator[tuple[str, ...]]:
-    """Count for every dialect the modules of a denoiser that ComfyUI takes from a file with all of them."""
-    a = ARCHITECTURES[name]
-    layers = {m: random_layer(s, rank=1) for m, s in a.shapes.items() if len(s) > 1 and m.startswith(f"{a.denoiser}.")}
-    lora = LoRA(name=name, architecture=name, dialect="diffusers-peft", layouts=layers)
-    for dialect in [d for d in DIALECTS if DIALECTS[d].writes and d != "peft"]:
-        try:
-            with TemporaryDirectory() as folder:
-                file = lm.save(lora, Path(folder) / "lora.safetensors", dialect=dialect)
-                found = patches(comfy, a, file)
-        except lm.errors.DialectError:
-            yield name, dialect, "not written"
-            continue
-        places = [(place, (0, 0, 1 << 60)) if isinstance(place, str) else place[:2] for place in found]
-        covered = {key: {span[1:] if span else (0, 1 << 60) for k, span in places if k == key} for key, _ in places}
-        missed = [m for m in layers if not _covers(covered, *homes(a).get(m, ("", ())), m)]
-        yield name, dialect, str(len(layers)), str(len(layers) - len(missed)), ", ".join(missed[:3])
-
-
-def _covers(covered: Mapping[str, set[tuple[int, int]]], key: str, parts: Parts, module: str) -> bool:
-    """Return whether a module's rows of a weight are among those that are changed."""
-    rows = next((part.rows for part in parts if part.module == module), None) or ((0, 1),)
-    spans = covered.get(f"{key}.weight", covered.get(key, set()))
-    return all(any(start <= a and b <= start + length for start, length in spans) for a, b in rows)
-
-
 def right(a: Architecture, lora: LoRA, module: str, found: Mapping[Any, Any]) -> bool:
     """Return whether ComfyUI changes a module's weight as its layer says."""
     key, parts = homes(a)[module]
     height = sum(a.shapes[part.module][0] for part in parts)
+    if lora[module].delta_bias() is not None and not (change(found, f"{key}.bias", torch.zeros(height)) == 1).all():
+        return False
     if isinstance(lora[module], BiasOnly):
-        return bool((change(found, f"{key}.bias", torch.zeros(height)) == 1).all())
+        return True
     weight = torch.randn(height, *a.shapes[module][1:], generator=torch.Generator().manual_seed(1))
     try:
         return (
@@ -269,19 +286,3 @@ def homes(a: Architecture) -> dict[str, tuple[str, Parts]]:
 
 def _group(module: str) -> str:
     return module.partition(".")[0]
-
-
-def main() -> None:
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    checkout, *families = sys.argv[1:]
-    whole = "--whole" in families
-    families = [name for name in families if name != "--whole"]
-    comfy = imported(Path(checkout))
-    for name in families or (ARCHITECTURES if whole else MODELS):
-        for row in (taken if whole else rows)(comfy, name):
-            print(" | ".join(row), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,6 +13,7 @@ import loramerge as lm
 from loramerge.files.architectures import ARCHITECTURES, outlines
 from loramerge.files.dialects import DIALECTS
 from loramerge.files.dialects.base import table
+from loramerge.files.dialects.forms import index, made
 from loramerge.files.dialects.repairs import repaired
 from loramerge.files.dialects.suffixes import STYLES, parse
 from loramerge.files.lora import LoRA
@@ -47,6 +48,10 @@ def test_names_begin_as_their_dialect_says(family: str) -> None:
     assert outlines()[family] == a.outlined()
     for name in ("kohya", "comfyui", "native", "bare", "diffusers", "peft", "onetrainer", "lycoris", "omi"):
         assert all(stem.startswith(DIALECTS[name].begins) for stem in table(DIALECTS[name].names, a))
+
+
+def test_the_index_of_forms_has_every_name_and_size_of_the_tables() -> None:
+    assert index() == made()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

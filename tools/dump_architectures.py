@@ -10,7 +10,7 @@ Models that diffusers lacks are built from a checkout of their own code, of whic
 OMNIGEN2 (https://github.com/VectorSpaceLab/OmniGen2, commit 0f72fa9). Without it they keep their file.
 
 It writes ``src/loramerge/files/architectures/models/<model>.json``: {module: weight shape}, and ``outlines.json``, what
-the names of each family begin with and how far their numbers go.
+the names of each family begin with and how far their numbers go; and ``forms.json``, an index of all names and sizes.
 """
 
 import json
@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.dialects.forms import made
 
 OUT = Path(__file__).parents[1] / "src/loramerge/files/architectures/models"
 
@@ -328,6 +329,9 @@ def main() -> None:
     found = {a.name: a.outlined() for a in ARCHITECTURES.values()}
     lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(outline, separators=(',', ':'))}" for n, outline in found.items())
     (OUT.parent / "outlines.json").write_text(f"{{\n{lines}\n}}\n")
+    families, forms = made()
+    lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(sizes, separators=(',', ':'))}" for n, sizes in forms.items())
+    (OUT.parent / "forms.json").write_text(f"[\n{json.dumps(families)},\n{{\n{lines}\n}}\n]\n")
 
 
 if __name__ == "__main__":

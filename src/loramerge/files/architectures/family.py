@@ -45,9 +45,8 @@ def outlines() -> Mapping[str, Outline]:
 def last_numbers(paths: Iterable[str]) -> dict[str, int]:
     """Return the largest number that follows each name in paths with underscores for dots."""
     last: dict[str, int] = {}
-    for path in paths:
-        for name, number in NUMBERED.findall(path):
-            last[name] = max(last.get(name, 0), int(number))
+    for name, number in {found for path in paths for found in NUMBERED.findall(path)}:
+        last[name] = max(last.get(name, 0), int(number))
     return last
 
 

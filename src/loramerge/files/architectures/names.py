@@ -1,6 +1,7 @@
 """Rules that map weights of a model's own code to modules of diffusers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from typing import NamedTuple, TypeAlias
 
 from ...tensors import Ranges, Shape
@@ -36,6 +37,20 @@ Rule: TypeAlias = tuple[str, ...]
 
 Naming: TypeAlias = Callable[[Mapping[str, Shape]], Mapping[str, Parts]]
 """Native names of a model's weights, from its modules, each with the modules that it holds."""
+
+
+class Rules:
+    """The namings in a file of rules beside this one, which is imported when one of them is used.
+
+    Args:
+        file: Its name.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Naming:
+        return lambda modules: getattr(import_module(f".{self._file}", __package__), name)(modules)
 
 
 def flat(path: str) -> str:

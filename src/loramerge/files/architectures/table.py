@@ -6,26 +6,16 @@ Whatever else knows a family asks its entry; the modules and shapes of its model
 from collections.abc import Mapping
 from typing import Any
 
-from . import (
-    acestep,
-    auraflow,
-    cosmos,
-    flux,
-    flux2,
-    flux3,
-    hunyuan,
-    ideogram,
-    krea,
-    ltx,
-    lumina,
-    minimax,
-    mochi,
-    pixart,
-    sd3,
-    sgm,
-    wan,
-)
 from .family import Architecture, Beside, Kin, Label, TextEncoder
+from .names import Rules
+
+acestep, auraflow, cosmos, flux, flux2, flux3, hunyuan, ideogram, krea, ltx = map(
+    Rules,
+    ("acestep", "auraflow", "cosmos", "flux", "flux2", "flux3", "hunyuan", "ideogram", "krea", "ltx"),
+)
+lumina, minimax, mochi, pixart, sd3, sgm, wan = map(
+    Rules, ("lumina", "minimax", "mochi", "pixart", "sd3", "sgm", "wan")
+)
 
 CLIP_L = TextEncoder(component="text_encoder", model="clip-l", kohya="1", comfyui="clip_l")
 CLIP_G = TextEncoder(component="text_encoder_2", model="clip-g", kohya="2", comfyui="clip_g")

@@ -127,6 +127,34 @@ def test_a_merge_of_two_tools_files_is_the_sum_of_both(first: str, second: str) 
         assert relative_error(effect(merged, module), np.asarray(wanted)) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("module", "native", "shapes"),
+    [
+        ("time_embed.linear", "adaln_single.linear", [(24576, 4096), (36864, 4096)]),
+        ("audio_time_embed.linear", "audio_adaln_single.linear", [(12288, 2048), (18432, 2048)]),
+    ],
+)
+def test_a_weight_that_grew_with_a_version_of_the_model_is_of_the_family_in_both_sizes(
+    module: str, native: str, shapes: list[tuple[int, int]]
+) -> None:
+    attention = TOOLS["ltx2__diffusers"]["keys"]
+    made = [sized(f"transformer.{module}", *shape) for shape in shapes]
+
+    older, newer = (read(attention | keys, {}) for keys in made)
+
+    assert older.families == newer.families == ("ltx2",)
+    assert [lora.layout(f"transformer.{module}").shape for lora in (older, newer)] == shapes
+    assert not older.notes + newer.notes
+    assert f"diffusion_model.{native}.lora_B.weight" in newer.state_dict("comfyui")
+    assert read(sized(f"transformer.{module}", shapes[1][0] + 8, shapes[1][1]) | attention, {}).families == ()
+    with pytest.raises(MergeError, match=re.escape(module)):
+        lm.plan([older, newer])
+
+
+def sized(module: str, rows: int, columns: int) -> dict[str, Any]:
+    return {f"{module}.lora_A.weight": ("F32", (4, columns)), f"{module}.lora_B.weight": ("F32", (rows, 4))}
+
+
 def test_files_of_two_families_are_refused() -> None:
     for first, second in pairwise(TOOLS):
         if not set(tool(first).families) & set(tool(second).families):

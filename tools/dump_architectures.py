@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -294,15 +295,18 @@ def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
     return found
 
 
-def joined(models: list[torch.nn.Module]) -> dict[str, list[int]]:
-    """Return the modules of versions that are one family; the first one's shapes hold."""
-    found: dict[str, list[int]] = {}
+def joined(models: list[torch.nn.Module]) -> dict[str, list[int] | list[list[int]]]:
+    """Return the modules of versions that are one family: a shape, or a list of shapes where the versions differ."""
+    found: dict[str, list[list[int]]] = {}
     for model in models:
-        found |= {name: shape for name, shape in shapes(model).items() if name not in found}
-    return found
+        for name, shape in shapes(model).items():
+            sizes = found.setdefault(name, [])
+            if shape not in sizes:
+                sizes.append(shape)
+    return {name: sizes[0] if len(sizes) == 1 else sizes for name, sizes in found.items()}
 
 
-def text_model_names(names: dict[str, list[int]]) -> dict[str, list[int]]:
+def text_model_names(names: dict[str, Any]) -> dict[str, Any]:
     """Return CLIP's names as every LoRA file has them: transformers 5 drops ``text_model.`` in one class."""
     return {
         n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": shape

@@ -106,8 +106,8 @@ class Extraction:
         """The base's family; None if the model has other widths, because dialects only know the family's fused weights."""
         if self.base.architecture is None:
             return None
-        shapes = ARCHITECTURES[self.base.architecture].shapes
-        same = all(module in shapes and shapes[module][0] == self.base[module].shape[0] for module in self.ranks)
+        a = ARCHITECTURES[self.base.architecture]
+        same = all(self.base[m].shape[0] in [shape[0] for shape in a.sizes(m)] for m in self.ranks)
         return self.base.architecture if same else None
 
     def _layout(self, module: str, rank: int) -> LowRank:

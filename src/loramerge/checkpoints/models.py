@@ -365,7 +365,7 @@ def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int,
         return 0, 0, 0, False
     alike = sum(len(shape) == len(a.shapes[module]) for module, (shape, _) in modules.items())
     same = sum(
-        shape == (sum(a.shapes[p.module][0] for p in parts), *a.shapes[module][1:])
+        shape == (sum(a.shapes[p.module][0] for p in parts), *a.shapes[module][1:]) or shape in a.sizes(module)
         for module, (shape, parts) in modules.items()
     )
     there = {part.module for _, parts in modules.values() for part in parts}

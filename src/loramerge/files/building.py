@@ -102,7 +102,9 @@ class LayerBuilder:
         if self.architecture is None:
             return None
         if len(record.parts) == 1:
-            return self.architecture.shapes.get(record.parts[0].module)
+            sizes = self.architecture.sizes(record.parts[0].module)
+            own = record.layer.shape if record.layer is not None and len(sizes) > 1 else ()
+            return own if own in sizes else next(iter(sizes), None)
         shapes = [self.architecture.shapes.get(part.module) for part in record.parts]
         known = [shape for shape in shapes if shape is not None]
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None

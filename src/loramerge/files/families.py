@@ -65,9 +65,9 @@ def _common(loras: Sequence[LoRA]) -> list[str]:
 
 
 def _all_fit(loras: Sequence[LoRA], architecture: str) -> bool:
-    shapes = ARCHITECTURES[architecture].shapes
+    a = ARCHITECTURES[architecture]
     unknown = [lora for lora in loras if not lora.families]
-    return all(shapes.get(module) == lora.layout(module).shape for lora in unknown for module in lora)
+    return all(lora.layout(module).shape in a.sizes(module) for lora in unknown for module in lora)
 
 
 def _different(loras: Sequence[LoRA]) -> str:

@@ -393,7 +393,7 @@ def scaled(tensor: Array | Spec | None, weight: float) -> Array | Spec | None:
     return times(float32(tensor), weight)
 
 
-LARGEST_WEIGHT = 2**27
+LARGEST_WEIGHT = 2**29
 """Numbers of a ΔW that may be written out from its factors: no model has a larger weight."""
 
 IMPLIED = 2**23

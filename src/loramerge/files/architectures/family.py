@@ -15,11 +15,23 @@ from .names import Naming, Parts, flat, same, whole
 
 
 @cache
-def model(name: str) -> Mapping[str, Shape]:
-    """Read the module names and weight shapes of one model, in the order in which it registers them."""
+def versions(name: str) -> Mapping[str, tuple[Shape, ...]]:
+    """Read the modules of one model, in the order in which it registers them, and the shapes of their weights.
+
+    A module has several shapes if the model has versions: LTX-2's embedding of time has 24,576 rows, LTX-2.3's 36,864.
+    """
     with open(os.path.join(os.path.dirname(__file__), "models", f"{name}.json"), "rb") as file:
         data = json.loads(file.read())
-    return {module: tuple(shape) for module, shape in data.items()}
+    return {
+        module: (tuple(found),) if isinstance(found[0], int) else tuple(map(tuple, found))
+        for module, found in data.items()
+    }
+
+
+@cache
+def model(name: str) -> Mapping[str, Shape]:
+    """Return the module names and weight shapes of one model; of its first version, if it has several."""
+    return {module: shapes[0] for module, shapes in versions(name).items()}
 
 
 class Outline(NamedTuple):
@@ -45,7 +57,7 @@ def outlines() -> Mapping[str, Outline]:
 def last_numbers(paths: Iterable[str]) -> dict[str, int]:
     """Return the largest number that follows each name in paths with underscores for dots."""
     last: dict[str, int] = {}
-    for name, number in {found for path in paths for found in NUMBERED.findall(path)}:
+    for name, number in dict.fromkeys(found for path in paths for found in NUMBERED.findall(path)):
         last[name] = max(last.get(name, 0), int(number))
     return last
 
@@ -165,6 +177,18 @@ class Architecture:
         for other in self.companions:
             modules |= {f"{other.component}.{path}": shape for path, shape in model(other.model).items()}
         return modules
+
+    def sizes(self, module: str) -> tuple[Shape, ...]:
+        """Return the shapes that a module's weight has in the versions of the model; none for an unknown module."""
+        if module in self.other_sizes:
+            return self.other_sizes[module]
+        return (self.shapes[module],) if module in self.shapes else ()
+
+    @cached_property
+    def other_sizes(self) -> Mapping[str, tuple[Shape, ...]]:
+        """The denoiser's modules whose weight has several shapes, with all of them."""
+        found = versions(self.model).items()
+        return {f"{self.denoiser}.{path}": shapes for path, shapes in found if len(shapes) > 1}
 
     @cached_property
     def denoiser_paths(self) -> Mapping[str, Parts]:

@@ -60,9 +60,10 @@ def made() -> Index:
     namings = {names: None for d in DIALECTS.values() if not d.numbered for names in d.tables}
     for place, a in enumerate(ARCHITECTURES.values()):
         for stem, parts in (item for names in namings for item in table(names, a).items() if not is_text(item[0])):
-            places = forms.setdefault(form(stem), {}).setdefault(size(wanted(parts, a)), [])
-            if places[-1:] != [place]:
-                places.append(place)
+            for shape in a.sizes(parts[0].module) if len(parts) == 1 else (wanted(parts, a),):
+                places = forms.setdefault(form(stem), {}).setdefault(size(shape), [])
+                if places[-1:] != [place]:
+                    places.append(place)
     return Index(families, {form: forms[form] for form in sorted(forms)})
 
 

@@ -375,6 +375,12 @@ def _fits(shape: Shape, parts: Parts, a: Architecture) -> bool:
     weight = wanted(parts, a)
     if not shape or shape == weight:
         return True
+    if len(parts) == 1 and parts[0].module in a.other_sizes:
+        return any(_is_of(shape, known) for known in a.sizes(parts[0].module))
+    return _is_of(shape, weight)
+
+
+def _is_of(shape: Shape, weight: Shape) -> bool:
     if len(shape) == 1:
         return shape[0] == weight[0]
     return len(weight) > 1 and same_weight(shape, weight)

@@ -59,12 +59,21 @@ def models(family: str) -> Iterator[torch.nn.Module]:
     yield from built if isinstance(built, list) else [built]
 
 
+def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The layers that PEFT can put a LoRA on: not the convolutions of each channel by itself."""
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, LAYERS) and getattr(layer, "groups", 1) == 1
+    }
+
+
 def lora_for(model: torch.nn.Module, family: str) -> LoRA:
     """A LoRA of rank 1 on every layer that the model and the family have."""
     component = ARCHITECTURES[family].denoiser
     layers = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, LAYERS) and (module := f"{component}.{path}") in ARCHITECTURES[family].shapes:
+    for path, layer in layers_of(model).items():
+        if (module := f"{component}.{path}") in ARCHITECTURES[family].shapes:
             out, columns, *kernel = layer.weight.shape
             up, down = np.broadcast_to(np.float32(1), (out, 1)), np.broadcast_to(np.float32(1), (1, columns, *kernel))
             layers[module] = LowRank(up=up.reshape(out, 1, *[1] * len(kernel)), down=down)
@@ -81,7 +90,7 @@ def test_a_written_file_loads_whole_into_the_full_size_model(family: str, monkey
     component = ARCHITECTURES[family].denoiser
     for model in models(family):
         lora = lora_for(model, family)
-        layers = [name for name, layer in model.named_modules() if isinstance(layer, LAYERS)]
+        layers = layers_of(model)
         assert len(lora) == len(layers)
 
         found = LOADERS[family].lora_state_dict(lora.state_dict("diffusers-peft"))

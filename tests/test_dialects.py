@@ -11,10 +11,10 @@ import safetensors.numpy
 from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
-from loramerge.files.architectures import ARCHITECTURES, outlines
+from loramerge.files.architectures import ARCHITECTURES, forms, outlines
 from loramerge.files.dialects import DIALECTS
 from loramerge.files.dialects.base import table
-from loramerge.files.dialects.forms import index, made
+from loramerge.files.dialects.forms import made
 from loramerge.files.dialects.repairs import repaired
 from loramerge.files.dialects.suffixes import STYLES, parse
 from loramerge.files.lora import LoRA
@@ -60,7 +60,7 @@ def test_no_weight_of_a_family_is_too_large_to_be_written_out(family: str) -> No
 
 
 def test_the_index_of_forms_has_every_name_and_size_of_the_tables() -> None:
-    assert index() == made()
+    assert forms() == made()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,7 +7,7 @@ The names inside loramerge are diffusers'; ``native`` says how the model's own c
 from collections.abc import Iterable
 
 from ...registry import Registry
-from .family import Architecture, Kin, Label, TextEncoder, last_numbers, model, outlines
+from .family import Architecture, Forms, Kin, Label, TextEncoder, forms, last_numbers, model, outlines
 from .names import Part, Parts, flat
 from .table import FAMILIES
 
@@ -33,12 +33,14 @@ def name_family() -> str:
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "Forms",
     "Kin",
     "Label",
     "Part",
     "Parts",
     "TextEncoder",
     "flat",
+    "forms",
     "last_numbers",
     "model",
     "outlines",

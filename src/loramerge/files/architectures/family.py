@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...tensors import Shape
 from .names import Naming, Parts, flat, same, whole
@@ -20,11 +20,9 @@ def versions(name: str) -> Mapping[str, tuple[Shape, ...]]:
 
     A module has several shapes if the model has versions: LTX-2's embedding of time has 24,576 rows, LTX-2.3's 36,864.
     """
-    with open(os.path.join(os.path.dirname(__file__), "models", f"{name}.json"), "rb") as file:
-        data = json.loads(file.read())
     return {
         module: (tuple(found),) if isinstance(found[0], int) else tuple(map(tuple, found))
-        for module, found in data.items()
+        for module, found in _data(os.path.join("models", f"{name}.json")).items()
     }
 
 
@@ -50,8 +48,27 @@ class Outline(NamedTuple):
 @cache
 def outlines() -> Mapping[str, Outline]:
     """Read the outline of each family."""
-    with open(os.path.join(os.path.dirname(__file__), "outlines.json"), "rb") as file:
-        return {name: Outline(*parts) for name, parts in json.loads(file.read()).items()}
+    return {name: Outline(*parts) for name, parts in _data("outlines.json").items()}
+
+
+class Forms(NamedTuple):
+    """An index of the names and sizes of all families' weights, see `dialects.forms`."""
+
+    families: list[str]
+    forms: dict[str, dict[str, list[int]]]
+    """By form and size, ``"rows,columns"``, the places in `families` of those that have such a weight."""
+
+
+@cache
+def forms() -> Forms:
+    """Read the index of forms."""
+    return Forms(*_data("forms.json"))
+
+
+def _data(name: str) -> Any:
+    """Read a file of our own data."""
+    with open(os.path.join(os.path.dirname(__file__), name), "rb") as file:
+        return json.loads(file.read())
 
 
 def last_numbers(paths: Iterable[str]) -> dict[str, int]:

@@ -5,18 +5,13 @@ of a thousand layers has some fifty forms, and a family whose weights have other
 of its tables is built.
 """
 
-import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import cache
-from typing import NamedTuple
 
 from ...tensors import Shape
-from .. import architectures
-from ..architectures import ARCHITECTURES, Architecture, flat
+from ..architectures import ARCHITECTURES, Architecture, Forms, flat, forms as index
 from ..architectures.names import Parts
 
 TEXT = re.compile(
@@ -33,30 +28,14 @@ BEFORE = re.compile(
 
 MASK = str.maketrans("0123456789", "##########")
 
-Sizes = dict[str, list[int]]
-"""The places in the index's list of families of those that have a form, by the size of its weight: ``"rows,columns"``."""
 
-
-class Index(NamedTuple):
-    """The content of ``forms.json``."""
-
-    families: list[str]
-    forms: dict[str, Sizes]
-
-
-@cache
-def index() -> Index:
-    """Read the index."""
-    with open(os.path.join(os.path.dirname(architectures.__file__), "forms.json"), "rb") as file:
-        return Index(*json.loads(file.read()))
-
-
-def made() -> Index:
+def made() -> Forms:
     """Compute the index from the tables of every dialect and family."""
     from . import DIALECTS
     from .base import table
 
-    families, forms = list(ARCHITECTURES), dict[str, Sizes]()
+    families = list(ARCHITECTURES)
+    forms: dict[str, dict[str, list[int]]] = {}
     namings = {names: None for d in DIALECTS.values() if not d.numbered for names in d.tables}
     for place, a in enumerate(ARCHITECTURES.values()):
         for stem, parts in (item for names in namings for item in table(names, a).items() if not is_text(item[0])):
@@ -64,7 +43,7 @@ def made() -> Index:
                 places = forms.setdefault(form(stem), {}).setdefault(size(shape), [])
                 if places[-1:] != [place]:
                     places.append(place)
-    return Index(families, {form: forms[form] for form in sorted(forms)})
+    return Forms(families, {name: forms[name] for name in sorted(forms)})
 
 
 def is_text(stem: str) -> bool:

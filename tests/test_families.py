@@ -1,9 +1,11 @@
 """Which model a file is for: named rightly, one of several that fit alike, or not at all."""
 
 import ast
+import copy
 import importlib.util
 import json
 import lzma
+import pickle
 import re
 from dataclasses import replace
 from functools import cache
@@ -210,6 +212,12 @@ def test_every_label_is_read_as_its_family(name: str) -> None:
     for value in label.versions:
         assert name in named({"ss_base_model_version": value}).families
     assert named({ARCHITECTURE: name, "modelspec.architecture": "chroma"}).families == (name,)
+
+
+def test_families_can_be_copied_and_pickled() -> None:
+    for family in ARCHITECTURES.values():
+        for again in (pickle.loads(pickle.dumps(family)), copy.deepcopy(family)):
+            assert (again.name, again.native, again.also_native) == (family.name, family.native, family.also_native)
 
 
 def test_the_longest_word_names_the_family() -> None:

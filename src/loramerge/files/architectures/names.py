@@ -39,18 +39,16 @@ Naming: TypeAlias = Callable[[Mapping[str, Shape]], Mapping[str, Parts]]
 """Native names of a model's weights, from its modules, each with the modules that it holds."""
 
 
-class Rules:
-    """The namings in a file of rules beside this one, which is imported when one of them is used.
+class Rules(NamedTuple):
+    """A naming by the rules in a file beside this one, which is imported when they are used."""
 
-    Args:
-        file: Its name.
-    """
+    file: str
+    name: str = "native"
 
-    def __init__(self, file: str) -> None:
-        self._file = file
-
-    def __getattr__(self, name: str) -> Naming:
-        return lambda modules: getattr(import_module(f".{self._file}", __package__), name)(modules)
+    def __call__(self, modules: Mapping[str, Shape]) -> Mapping[str, Parts]:
+        """Name a model's weights."""
+        naming: Naming = getattr(import_module(f".{self.file}", __package__), self.name)
+        return naming(modules)
 
 
 def flat(path: str) -> str:

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from .full import Carried
 
 KINDS = (
-    *(("lowrank", "LowRank"), ("loha", "LoHa"), ("lokr", "LoKr")),
+    ("lowrank", "LowRank"),
+    ("loha", "LoHa"),
     *(("full", name) for name in ("BiasOnly", "Full", "Norm", "Table", "Replaced")),
+    ("lokr", "LoKr"),
 )
 """Modules and names of the kinds that are recognised by the roles of their tensors; the first that fits is taken.
-
-Each is imported when no kind before it fits: a file of plain LoRA needs one of them.
+LoKr is the last, as no single tensor must be there.  Each is imported when no kind before it fits: a file of plain LoRA needs one of them.
 """
 
 

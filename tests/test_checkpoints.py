@@ -203,7 +203,7 @@ def test_one_module_under_two_names_is_refused(tmp_path: Path) -> None:
     [
         ("lora", "holds no model that loramerge knows"),
         ("nothing", "No such file or directory"),
-        ("empty folder", "is no diffusers model"),
+        ("empty folder", "is no model: none of unet"),
         ("pickle", "is no .safetensors file"),
     ],
 )

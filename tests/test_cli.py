@@ -178,7 +178,8 @@ def test_inspect_draws_norms_and_gives_json(files: tuple[Path, Path]) -> None:
 def test_inspect_reads_no_tensor_and_imports_no_numpy(files: tuple[Path, Path]) -> None:
     code = (
         "import sys; sys.argv = ['loramerge', 'inspect', sys.argv[1]]; from loramerge.cli import main; main();"
-        "assert not {'numpy', 'torch', 'typer', 'rich'} & set(sys.modules)"
+        "assert not {'numpy', 'torch', 'typer', 'rich'} & set(sys.modules);"
+        "assert not {'loramerge.linalg', 'loramerge.layers.lokr', 'loramerge.files.architectures.wan'} & set(sys.modules)"
     )
 
     assert subprocess.run([sys.executable, "-c", code, files[0]], capture_output=True, check=False).returncode == 0

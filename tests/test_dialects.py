@@ -1,6 +1,7 @@
 """Laws of every dialect."""
 
 import json
+import math
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import safetensors.numpy
 from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
-from loramerge.files.architectures import ARCHITECTURES, outlines
+from loramerge.files.architectures import ARCHITECTURES, forms, outlines
 from loramerge.files.dialects import DIALECTS
 from loramerge.files.dialects.base import table
+from loramerge.files.dialects.forms import made
 from loramerge.files.dialects.repairs import repaired
 from loramerge.files.dialects.suffixes import STYLES, parse
 from loramerge.files.lora import LoRA
+from loramerge.layers.base import LARGEST_WEIGHT
 from loramerge.testing import random_lora, relative_error
 from small import MODULES, WRITTEN, small
 
@@ -47,6 +50,17 @@ def test_names_begin_as_their_dialect_says(family: str) -> None:
     assert outlines()[family] == a.outlined()
     for name in ("kohya", "comfyui", "native", "bare", "diffusers", "peft", "onetrainer", "lycoris", "omi"):
         assert all(stem.startswith(DIALECTS[name].begins) for stem in table(DIALECTS[name].names, a))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_weight_of_a_family_is_too_large_to_be_written_out(family: str) -> None:
+    a = ARCHITECTURES[family]
+
+    assert max(math.prod(shape) for module in a.shapes for shape in a.sizes(module)) <= LARGEST_WEIGHT
+
+
+def test_the_index_of_forms_has_every_name_and_size_of_the_tables() -> None:
+    assert forms() == made()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

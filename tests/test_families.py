@@ -1,9 +1,11 @@
 """Which model a file is for: named rightly, one of several that fit alike, or not at all."""
 
 import ast
+import copy
 import importlib.util
 import json
 import lzma
+import pickle
 import re
 from dataclasses import replace
 from functools import cache
@@ -80,17 +82,31 @@ def test_two_tools_files_of_one_family_merge_module_by_module(first: str, second
 
     assert planned.architecture in loras[0].families
     assert set(planned.steps) == {module for lora in loras for module in lora}
+    shared = [module for module in loras[0] if module in loras[1]]
+    apart = [m for m in shared if len({lora.layout(m).shape for lora in loras}) > 1]
+    assert apart == ([WIDENED[first, second]] if (first, second) in WIDENED else [])
     assert planned.steps.keys() <= ARCHITECTURES[planned.architecture].shapes.keys()
 
 
-def filled(name: str, seed: int) -> LoRA:
-    """The first block of a listing with random values, and what is outside of blocks."""
+WIDENED = {
+    ("flux1__bfl-control", "flux1__onetrainer-comfy"): "transformer.x_embedder",
+    ("wan21-i2v-14b__lightx2v", "wan21-t2v-14b__lightx2v"): "transformer.patch_embedding",
+    ("wan21-t2v-14b__lightx2v", "wan22-i2v-a14b__lightx2v"): "transformer.patch_embedding",
+}
+"""Pairs of files of which one is for a model with more channels, and the layer that has them."""
+
+FIRST = r"(blocks|layers|refiner)[._]0[._]"
+"""Matches the keys of the first blocks."""
+
+
+def filled(name: str, seed: int, keys: str = FIRST) -> LoRA:
+    """The keys of a listing that match a pattern, those of the first blocks by default, with random values."""
     rng = np.random.default_rng(seed)
     pool = rng.standard_normal(1 << 20, dtype=np.float32)
-    keys = {k: v for k, v in TOOLS[name]["keys"].items() if re.search(r"(blocks|layers|refiner)[._]0[._]", k)}
+    chosen = {k: v for k, v in TOOLS[name]["keys"].items() if re.search(keys, k)}
     tensors = {
         key: Held(np.resize(pool[rng.integers(1 << 10) :], shape) if shape else np.float32(2))
-        for key, (_, shape) in keys.items()
+        for key, (_, shape) in chosen.items()
     }
     return from_tensors(tensors, TOOLS[name]["metadata"], name, architecture=TOOLS[name]["family"])
 
@@ -127,6 +143,48 @@ def test_a_merge_of_two_tools_files_is_the_sum_of_both(first: str, second: str) 
         assert relative_error(effect(merged, module), np.asarray(wanted)) <= 1e-5
 
 
+@pytest.mark.parametrize(("first", "second"), WIDENED)
+def test_a_narrow_input_layer_is_added_to_the_first_channels_of_a_wide_one(first: str, second: str) -> None:
+    module = WIDENED[first, second]
+    some = r"img_in|patch_embedding|double_blocks\.0\.img_attn\.proj\.|\bblocks\.0\.self_attn\.q\."
+    loras = [filled(name, seed, some) for seed, name in enumerate((first, second))]
+    deltas = [np.asarray(lora[module].delta(), np.float64) for lora in loras]
+    channels = max(delta.shape[1] for delta in deltas)
+
+    merged = lm.merge(loras, weights=[0.5, -2])
+
+    padded = [np.pad(d, [(0, 0), (0, channels - d.shape[1]), *[(0, 0)] * (d.ndim - 2)]) for d in deltas]
+    assert relative_error(merged[module].delta(), 0.5 * padded[0] - 2 * padded[1]) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("module", "native", "shapes"),
+    [
+        ("time_embed.linear", "adaln_single.linear", [(24576, 4096), (36864, 4096)]),
+        ("audio_time_embed.linear", "audio_adaln_single.linear", [(12288, 2048), (18432, 2048)]),
+    ],
+)
+def test_a_weight_that_grew_with_a_version_of_the_model_is_of_the_family_in_both_sizes(
+    module: str, native: str, shapes: list[tuple[int, int]]
+) -> None:
+    attention = TOOLS["ltx2__diffusers"]["keys"]
+    made = [sized(f"transformer.{module}", *shape) for shape in shapes]
+
+    older, newer = (read(attention | keys, {}) for keys in made)
+
+    assert older.families == newer.families == ("ltx2",)
+    assert [lora.layout(f"transformer.{module}").shape for lora in (older, newer)] == shapes
+    assert not older.notes + newer.notes
+    assert f"diffusion_model.{native}.lora_B.weight" in newer.state_dict("comfyui")
+    assert read(sized(f"transformer.{module}", shapes[1][0] + 8, shapes[1][1]) | attention, {}).families == ()
+    with pytest.raises(MergeError, match=re.escape(module)):
+        lm.plan([older, newer])
+
+
+def sized(module: str, rows: int, columns: int) -> dict[str, Any]:
+    return {f"{module}.lora_A.weight": ("F32", (4, columns)), f"{module}.lora_B.weight": ("F32", (rows, 4))}
+
+
 def test_files_of_two_families_are_refused() -> None:
     for first, second in pairwise(TOOLS):
         if not set(tool(first).families) & set(tool(second).families):
@@ -154,6 +212,12 @@ def test_every_label_is_read_as_its_family(name: str) -> None:
     for value in label.versions:
         assert name in named({"ss_base_model_version": value}).families
     assert named({ARCHITECTURE: name, "modelspec.architecture": "chroma"}).families == (name,)
+
+
+def test_families_can_be_copied_and_pickled() -> None:
+    for family in ARCHITECTURES.values():
+        for again in (pickle.loads(pickle.dumps(family)), copy.deepcopy(family)):
+            assert (again.name, again.native, again.also_native) == (family.name, family.native, family.also_native)
 
 
 def test_the_longest_word_names_the_family() -> None:

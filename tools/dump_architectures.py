@@ -10,7 +10,7 @@ Models that diffusers lacks are built from a checkout of their own code, of whic
 OMNIGEN2 (https://github.com/VectorSpaceLab/OmniGen2, commit 0f72fa9). Without it they keep their file.
 
 It writes ``src/loramerge/files/architectures/models/<model>.json``: {module: weight shape}, and ``outlines.json``, what
-the names of each family begin with and how far their numbers go.
+the names of each family begin with and how far their numbers go; and ``forms.json``, an index of all names and sizes.
 """
 
 import json
@@ -18,12 +18,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 
 from loramerge.files.architectures import ARCHITECTURES
+from loramerge.files.dialects.forms import made
 
 OUT = Path(__file__).parents[1] / "src/loramerge/files/architectures/models"
 
@@ -293,15 +295,18 @@ def shapes(model: torch.nn.Module) -> dict[str, list[int]]:
     return found
 
 
-def joined(models: list[torch.nn.Module]) -> dict[str, list[int]]:
-    """Return the modules of versions that are one family; the first one's shapes hold."""
-    found: dict[str, list[int]] = {}
+def joined(models: list[torch.nn.Module]) -> dict[str, list[int] | list[list[int]]]:
+    """Return the modules of versions that are one family: a shape, or a list of shapes where the versions differ."""
+    found: dict[str, list[list[int]]] = {}
     for model in models:
-        found |= {name: shape for name, shape in shapes(model).items() if name not in found}
-    return found
+        for name, shape in shapes(model).items():
+            sizes = found.setdefault(name, [])
+            if shape not in sizes:
+                sizes.append(shape)
+    return {name: sizes[0] if len(sizes) == 1 else sizes for name, sizes in found.items()}
 
 
-def text_model_names(names: dict[str, list[int]]) -> dict[str, list[int]]:
+def text_model_names(names: dict[str, Any]) -> dict[str, Any]:
     """Return CLIP's names as every LoRA file has them: transformers 5 drops ``text_model.`` in one class."""
     return {
         n if n.startswith(("text_model.", "text_projection")) else f"text_model.{n}": shape
@@ -328,6 +333,9 @@ def main() -> None:
     found = {a.name: a.outlined() for a in ARCHITECTURES.values()}
     lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(outline, separators=(',', ':'))}" for n, outline in found.items())
     (OUT.parent / "outlines.json").write_text(f"{{\n{lines}\n}}\n")
+    families, forms = made()
+    lines = ",\n".join(f"{json.dumps(n)}:{json.dumps(sizes, separators=(',', ':'))}" for n, sizes in forms.items())
+    (OUT.parent / "forms.json").write_text(f"[\n{json.dumps(families)},\n{{\n{lines}\n}}\n]\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import loramerge as lm
 from loramerge.cli.sweep import read_grid
-from loramerge.files.storage.paths import path_of
+from loramerge.files.storage.paths import located, path_of
 from loramerge.merging.grid import points
 from loramerge.merging.recipe import Recipe
 from small import MODULES, small
@@ -55,6 +55,15 @@ def test_a_tilde_is_read_in_the_text_as_it_was_typed_and_once(text: str, place: 
 
     assert os.path.abspath(found) == str(here.parent / place)
     assert path_of(found) == path_of(str(found)) == path_of(found.name, found.parent) == found
+
+
+@pytest.mark.parametrize(
+    "text", ["x", "./x", "a//b", "a/./b", "a/../b", "x/", "/x/", ".", "..", ".x/y", "a b", "./~/x", "~/x"]
+)
+@pytest.mark.parametrize("folder", ["", "f", "f/"])
+def test_a_path_as_text_is_the_path(text: str, folder: str, here: Path) -> None:
+    assert located(text, folder) == str(path_of(text, folder))
+    assert Path(located(text)) == (Path(os.path.expanduser(text)) if "./~" not in text else here / "~/x")
 
 
 @pytest.mark.parametrize("text", ["", "a\0b", "\ud800", "x" * 256, "~\0"])

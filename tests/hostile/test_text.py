@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import loramerge as lm
 import models
 from loramerge.checkpoints import open_checkpoint
-from loramerge.checkpoints.models import shard_indexes
+from loramerge.checkpoints.folders import shard_indexes
 from loramerge.cli.app import app
 from loramerge.cli.output import joined, say, table
 from loramerge.comparing.plots import save_heatmap

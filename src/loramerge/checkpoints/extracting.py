@@ -106,8 +106,8 @@ class Extraction:
         """The base's family; None if the model has other widths, because dialects only know the family's fused weights."""
         if self.base.architecture is None:
             return None
-        shapes = ARCHITECTURES[self.base.architecture].shapes
-        same = all(module in shapes and shapes[module][0] == self.base[module].shape[0] for module in self.ranks)
+        a = ARCHITECTURES[self.base.architecture]
+        same = all(self.base[m].shape[0] in [shape[0] for shape in a.sizes(m)] for m in self.ranks)
         return self.base.architecture if same else None
 
     def _layout(self, module: str, rank: int) -> LowRank:
@@ -143,6 +143,7 @@ def plan_extraction(
     ranks: Mapping[str, int] | None = None,
     dtype: str | None = None,
     variant: str | None = None,
+    architecture: str | None = None,
     progress: Progress | None = None,
 ) -> Extraction:
     """Find what differs between two models; the arguments are those of `extract`.
@@ -161,7 +162,9 @@ def plan_extraction(
     check_callable(progress=progress)
     with ExitStack() as opened:
         first, second = (
-            m if isinstance(m, Checkpoint) else opened.enter_context(open_checkpoint(m, variant=variant))
+            m
+            if isinstance(m, Checkpoint)
+            else opened.enter_context(open_checkpoint(m, architecture=architecture, variant=variant))
             for m in (tuned, base)
         )
         found = _planned(first, second, rank, ranks or {}, dtype, progress)
@@ -217,6 +220,7 @@ def extract(
     ranks: Mapping[str, int] | None = None,
     dtype: str | None = None,
     variant: str | None = None,
+    architecture: str | None = None,
 ) -> LoRA:
     """Return the LoRA that comes nearest to the difference of two models.
 
@@ -232,6 +236,7 @@ def extract(
         ranks: Ranks of single modules, by name.
         dtype: Dtype of the factors; by default that of the tuned model.
         variant: The variant of the files, if a directory has several.
+        architecture: The models' family, if names and shapes leave it open: a text encoder alone.
 
     Returns:
         The LoRA, in memory.
@@ -242,7 +247,9 @@ def extract(
         FileError: A model can't be read.
         NumberError: A weight is NaN or infinite.
     """
-    planned = plan_extraction(tuned, base, rank=rank, ranks=ranks, dtype=dtype, variant=variant)
+    planned = plan_extraction(
+        tuned, base, rank=rank, ranks=ranks, dtype=dtype, variant=variant, architecture=architecture
+    )
     try:
         return planned.lora().in_memory()
     finally:

@@ -7,23 +7,22 @@ shapes are taken from the file.  Headers are read when it is opened, a weight wh
 
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ..devices import to_torch
 from ..errors import FileError, MergeError
 from ..files.architectures import ARCHITECTURES, Architecture, openclip
-from ..files.architectures.names import COMPONENTS, Part, Parts, whole
+from ..files.architectures.names import Part, Parts, whole
 from ..files.storage import digests
 from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
-from ..files.storage.texts import read_json
 from ..layers import Full, Layer
 from ..linalg import as_numpy
 from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, is_torch, namespace, same_weight, take_rows
+from .encoders import family_of, hosts, prefixes
+from .folders import files_of, shard_indexes
 
 DENOISERS = ("model.diffusion_model.", "diffusion_model.", "")
 """Prefixes of a denoiser's own names in single files."""
@@ -38,12 +37,6 @@ QUANTISED = (".scale_weight", ".weight_scale", ".weight.absmax", ".weight.quant_
 
 SCALES = (".scale_weight", ".weight_scale")
 """Ends of the keys by which ComfyUI's float8 files scale a weight: by one number, or one for each row."""
-
-SHARD = re.compile(
-    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?"
-    r"(?:-(?P<number>\d{5})-of-(?P<count>\d{5})(?:\.(?P<late>\w+))?)?\.safetensors"
-)
-"""A file of weights in a diffusers folder; the variant is named before or after the shard's number."""
 
 
 @dataclass(frozen=True)
@@ -195,15 +188,21 @@ def widened(array: Array) -> Array:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], *, architecture: str | None = None, variant: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    architecture: str | None = None,
+    variant: str | None = None,
+    likely: Sequence[str] = (),
 ) -> Checkpoint:
     """Open a base model; weights are read when they are asked for.
 
     Args:
         path: A ``.safetensors`` file, a directory in diffusers' layout (or one of its components, ``unet``
-            or ``transformer``), whole or in part: a missing module is an error only when it is asked for.
+            or ``transformer``), or one with ComfyUI's ``diffusion_models`` and ``text_encoders``, whole or in
+            part: a missing module is an error only when it is asked for.
         architecture: The model family, if names and shapes leave it open.
         variant: ``"fp16"`` and the like, if a directory has files of several variants; by default those of none.
+        likely: Families to take a text encoder for that is alone, which several have: those of the LoRAs.
 
     Raises:
         FileError: The path is missing, or holds no model that loramerge knows.
@@ -215,78 +214,44 @@ def open_checkpoint(
         )
     if root.is_file() and root.suffix != ".safetensors":
         raise FileError(f"{root} is no .safetensors file. Way out: convert the model to safetensors first.")
-    found = _folder(root, variant) if root.is_dir() else {root: ""}
+    found = files_of(root, variant) if root.is_dir() else {root: ""}
     files: dict[Path, SafetensorsFile] = {}
     try:
         for file in found:
             files[file] = SafetensorsFile(file)
-        return _recognised(root, files, found, architecture)
+        free = any(found.values())
+        texts = {} if free else {path: kin for path, file in files.items() if (kin := hosts(_shapes_of([file])))}
+        if texts:
+            others = _shapes_of(file for path, file in files.items() if path not in texts)
+            denoiser = _architecture(others) if others and not architecture else None
+            architecture = family_of(root, texts, denoiser.name if denoiser else architecture, likely)
+            found |= prefixes(architecture, texts, files)
+        return _recognised(root, files, found, architecture, free=free)
     except BaseException:
         for opened in files.values():
             opened.close()
         raise
 
 
-def _folder(root: Path, variant: str | None) -> dict[Path, str]:
-    """Map each file of weights in a diffusers directory to the prefix of its component."""
-    components = [name for name in COMPONENTS if (root / name).is_dir()]
-    folders = [root / name for name in components] or [root]
-    if variant and not any(variant in _variants(folder) for folder in folders):
-        raise FileError(f"{root} has no file of the variant {variant!r}.")
-    found = {file: f"{name}." for name in components for file in weight_files(root / name, variant)}
-    alone = {} if found else dict.fromkeys(weight_files(root, variant), "")
-    if not found and not alone:
-        raise FileError(f"{root} is no diffusers model: none of {', '.join(COMPONENTS)} in it has a .safetensors file.")
-    return found or alone
-
-
-def weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """List the files of one variant of a component's weights: one, or every shard.
-
-    Raises:
-        FileError: The variant is left open, or a shard is missing.
-    """
-    variants = _variants(folder)
-    if variant and variant in variants:
-        chosen = variants[variant]
-    elif len(variants) > 1 and "" not in variants:
-        raise FileError(f"{folder} has the variants {', '.join(variants)}; name one.")
-    else:  # a component may lack the variant that others have
-        chosen = variants.get("") or next(iter(variants.values()), {})
-    return _all_shards(folder, chosen)
-
-
-def _variants(folder: Path) -> dict[str, dict[Path, re.Match[str]]]:
-    """Find the files of weights in a folder, by variant."""
-    variants: dict[str, dict[Path, re.Match[str]]] = {}
-    for file in sorted(folder.iterdir()):
-        if match := SHARD.fullmatch(file.name):
-            variants.setdefault(match["variant"] or match["late"] or "", {})[file] = match
-    return variants
-
-
-def _all_shards(folder: Path, files: Mapping[Path, re.Match[str]]) -> list[Path]:
-    counts = {int(match["count"] or 0) for match in files.values()}
-    numbers = {int(match["number"] or 0) for match in files.values()}
-    if len(counts) > 1:
-        raise FileError(f"{folder} has the files of several models: {', '.join(file.name for file in files)}.")
-    missing = sorted(set(range(1, max(counts, default=0) + 1)) - numbers)
-    if missing:
-        named = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        raise FileError(f"{folder}: of {max(counts)} shards these are missing: {named}.")
-    return list(files)
+def _shapes_of(files: Iterable[SafetensorsFile]) -> dict[str, Shape]:
+    return {key: stored.shape for file in files for key, stored in file.items()}
 
 
 def _recognised(
-    root: Path, files: Mapping[Path, SafetensorsFile], prefixes: Mapping[Path, str], architecture: str | None
+    root: Path,
+    files: Mapping[Path, SafetensorsFile],
+    starts: Mapping[Path, str],
+    architecture: str | None,
+    *,
+    free: bool,
 ) -> Checkpoint:
-    keys = {prefixes[path] + key: (path, key) for path, file in files.items() for key in file}
+    keys = {starts[path] + key: (path, key) for path, file in files.items() for key in file}
     if len(keys) != sum(map(len, files.values())):
         raise FileError(f"{root}: two of its files hold the same tensor.")
     shapes = {name: files[path][key].shape for name, (path, key) in keys.items()}
     family = ARCHITECTURES[architecture] if architecture else _architecture(shapes)
     names = stored_names(family, shapes) if family else {}
-    finder = _Finder(root, files, keys, names, family.shapes if family else {}, free=any(prefixes.values()))
+    finder = _Finder(root, files, keys, names, family.shapes if family else {}, free=free)
     weights, biases = finder.places(WEIGHT_ENDS), finder.places(BIAS_ENDS)
     if not weights:
         some = ", ".join(list(keys)[:3])
@@ -365,7 +330,7 @@ def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int,
         return 0, 0, 0, False
     alike = sum(len(shape) == len(a.shapes[module]) for module, (shape, _) in modules.items())
     same = sum(
-        shape == (sum(a.shapes[p.module][0] for p in parts), *a.shapes[module][1:])
+        shape == (sum(a.shapes[p.module][0] for p in parts), *a.shapes[module][1:]) or shape in a.sizes(module)
         for module, (shape, parts) in modules.items()
     )
     there = {part.module for _, parts in modules.values() for part in parts}
@@ -447,19 +412,6 @@ class _Finder:
                 f"{self.root}: {stem} has the shape {list(stored.shape)}; its parts are known in ({known}, {inner})."
             )
         return tuple((start * stored.shape[0] // known, stop * stored.shape[0] // known) for start, stop in rows)
-
-
-def shard_indexes(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Read the indexes in a folder that list shards: which tensor is in which file."""
-    found = {}
-    for path in sorted(folder.glob("*.index*.json")):
-        index = found[path] = read_json(path)
-        shards, about = index.get("weight_map"), index.get("metadata", {})
-        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-            raise FileError(f"{path} is no index of shards: its weight_map doesn't map tensors to files.")
-        if not isinstance(about, dict):
-            raise FileError(f"{path} is no index of shards: its metadata is not an object.")
-    return found
 
 
 def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:

@@ -14,7 +14,8 @@ from ..files.storage import scratch
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.writer import Progress, write, write_text
 from ..tensors import FLOATS, Array, Spec, Stored, cast, check_finite, float32, nbytes, put_rows, take_rows
-from .models import Checkpoint, Place, shard_indexes, widened
+from .folders import shard_indexes
+from .models import Checkpoint, Place, widened
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 """Ends of the names of files that hold weights."""

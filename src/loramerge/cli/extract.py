@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from .options import Quiet, Threads, rank_of
+from .options import Arch, Quiet, Threads, rank_of
 from .output import more, print_json, progress, say, table, written
 from .settings import command
 
@@ -29,6 +29,7 @@ class Options:
         str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; the model's by default.")
     ] = None
     variant: Annotated[str | None, typer.Option("--variant", help="Which of both models' files, such as fp16.")] = None
+    architecture: Arch = None
     most: Annotated[
         int, typer.Option("--most", min=0, help="Rows to print: the modules with the largest relative errors.")
     ] = 10
@@ -55,6 +56,7 @@ def run(given: Options) -> None:
             rank=cast(Any, rank_of(given.rank)),
             dtype=given.dtype,
             variant=given.variant,
+            architecture=given.architecture,
             progress=report,
         )
     with progress("Extracting", silent) as report:

@@ -12,9 +12,7 @@ from ..files.dialects import DIALECTS
 from ..files.lora import LoRA
 from ..files.reading import open
 from ..files.storage.texts import said
-from ..files.triggers import by_parent
 from ..layers import Layer
-from ..merging import toml
 from ..tensors import code
 from .output import Block, bar, joined, print_json, say, table
 
@@ -44,6 +42,7 @@ def show(
 
 def show_recipe(source: str, *, architecture: str | None = None, pickle: bool = False) -> None:
     """Print how a LoRA was merged, as a recipe that can be run again."""
+    from ..merging import toml
     from ..merging.recipe import Recipe
 
     with open(source, architecture=architecture, allow_pickle=pickle) as lora:
@@ -161,7 +160,11 @@ def _first(metadata: Mapping[str, str], *keys: str) -> str:
 
 def _triggers(lora: LoRA) -> list[tuple[str, list[str]]]:
     """Return the trigger words of each parent of a merge, or else the LoRA's own."""
-    return by_parent(lora.name, lora.metadata) if lora.metadata else []
+    if not lora.metadata:
+        return []
+    from ..files.triggers import by_parent
+
+    return by_parent(lora.name, lora.metadata)
 
 
 def _shown(triggers: Sequence[tuple[str, Sequence[str]]]) -> str:

@@ -31,7 +31,7 @@ Processes = Annotated[int, typer.Option("--workers", "-j", min=1, help=PROCESSES
 Workers = Annotated[
     int | None, typer.Option("--workers", "-j", min=1, help=PROCESSES, show_default="one per core, up to 4")
 ]
-Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the file leaves it open.")]
+Arch = Annotated[str | None, typer.Option("--architecture", help="The model family, where the files leave it open.")]
 ArchOfAll = Annotated[
     str | None, typer.Option("--architecture", help="The LoRAs' family, where the files leave it open.")
 ]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ..checkpoints.models import Checkpoint, on_base, open_checkpoint
 from ..errors import MergeError, NoFactorsError, OptionError, check_callable, computing
 from ..files.architectures import blocks
-from ..files.families import spelled_alike
+from ..files.families import common, spelled_alike
 from ..files.lora import LoRA, in_one_library, without
 from ..files.reading import Source, is_list, open
 from ..layers import Layer
@@ -178,7 +178,11 @@ def compare(
         opened = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in loras]
         opened = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
         opened = spelled_alike(opened, next((lora.architecture for lora in opened if lora.architecture), None))
-        model = base if base is None or isinstance(base, Checkpoint) else open_checkpoint(os.fspath(base))
+        model = (
+            base
+            if base is None or isinstance(base, Checkpoint)
+            else open_checkpoint(os.fspath(base), likely=common(opened))
+        )
         if model is not None and model is not base:
             stack.enter_context(model)
         architecture = _checked(opened, model)

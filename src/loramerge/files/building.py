@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 from ..errors import LayerError, LoRAMergeError, NumberError, within
@@ -32,6 +31,7 @@ class LayerBuilder:
         self._recent: dict[str, Layer] = {}
         self._layouts: dict[str, Layer] = {}
         self._alphas: dict[str, float | None] = {}
+        self._configured: dict[tuple[int, int, frozenset[str]], float] = {}
 
     def of(self, tensors: Mapping[str, Tensor]) -> "LayerBuilder":
         """Return a builder for the same records, from other tensors with the same keys."""
@@ -71,7 +71,7 @@ class LayerBuilder:
             if value == getattr(layer, "alpha", None):
                 return self._as_trained(record, layer)
             if isinstance(layer, LowRank):
-                return self._as_trained(record, replace(layer, alpha=value))
+                return self._as_trained(record, _with_alpha(layer, value))
         return self._build(record, lambda tensor: tensor, value)
 
     def _as_trained(self, record: Record, layer: Layer) -> Layer:
@@ -102,7 +102,9 @@ class LayerBuilder:
         if self.architecture is None:
             return None
         if len(record.parts) == 1:
-            return self.architecture.shapes.get(record.parts[0].module)
+            sizes = self.architecture.sizes(record.parts[0].module)
+            own = record.layer.shape if record.layer is not None and len(sizes) > 1 else ()
+            return own if own in sizes else next(iter(sizes), None)
         shapes = [self.architecture.shapes.get(part.module) for part in record.parts]
         known = [shape for shape in shapes if shape is not None]
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
@@ -126,10 +128,22 @@ class LayerBuilder:
         if config is None or not roles & fields.SCALED:
             return None
         rank = alphas.rank(record.keys, self.tensors)
+        if fields.is_uniform(config):
+            like = (id(config), rank, frozenset(roles))
+            if like not in self._configured:
+                self._configured[like] = fields.alpha(config, names_of(record)[0], rank, roles)
+            return self._configured[like]
         found = {fields.alpha(config, names, rank, roles) for names in names_of(record)}
         if len(found) > 1:
             raise LayerError(f"the configuration gives the parts of this weight the alphas {sorted(found)}")
         return found.pop()
+
+
+def _with_alpha(layer: LowRank, alpha: float | None) -> LowRank:
+    """Return a layer with another alpha: `dataclasses.replace` without the checks, which the layer has passed."""
+    made = object.__new__(LowRank)
+    made.__dict__.update(layer.__dict__, alpha=alpha)
+    return made
 
 
 PREFIX = re.compile(r".*base_model\.model\.|(?:unet|transformer|text_encoder(?:_\d)?|diffusion_model)\.")

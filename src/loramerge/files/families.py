@@ -19,7 +19,7 @@ def of_one_family(loras: Sequence[LoRA]) -> tuple[list[LoRA], str | None]:
     Raises:
         MergeError: There is no such family, or nobody can tell whether they update the same modules.
     """
-    chosen = next(iter(_common(loras)), None)
+    chosen = next(iter(common(loras)), None)
     known = [lora for lora in loras if lora.families]
     if (known and chosen is None) or (chosen and len(known) < len(loras) and not _all_fit(loras, chosen)):
         raise MergeError(_different(loras))
@@ -55,19 +55,19 @@ def _as_wide(loras: Sequence[LoRA]) -> list[LoRA]:
 
 def alike(loras: Sequence[LoRA], chosen: str | None) -> tuple[str, ...]:
     """Return the other families that all LoRAs may be for."""
-    return tuple(name for name in _common(loras) if name != chosen)
+    return tuple(name for name in common(loras) if name != chosen)
 
 
-def _common(loras: Sequence[LoRA]) -> list[str]:
+def common(loras: Sequence[LoRA]) -> list[str]:
     """Return the families that every LoRA may be for, unknown ones apart, in the order of the least ambiguous LoRA."""
     known = sorted((lora.families for lora in loras if lora.families), key=len)
     return [name for name in known[0] if all(name in families for families in known)] if known else []
 
 
 def _all_fit(loras: Sequence[LoRA], architecture: str) -> bool:
-    shapes = ARCHITECTURES[architecture].shapes
+    a = ARCHITECTURES[architecture]
     unknown = [lora for lora in loras if not lora.families]
-    return all(shapes.get(module) == lora.layout(module).shape for lora in unknown for module in lora)
+    return all(lora.layout(module).shape in a.sizes(module) for lora in unknown for module in lora)
 
 
 def _different(loras: Sequence[LoRA]) -> str:

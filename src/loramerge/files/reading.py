@@ -8,7 +8,7 @@ from ..errors import FileError, OptionError, first_line
 from ..tensors import Array, Held, Tensor, is_known
 from .architectures.names import COMPONENTS
 from .lora import LoRA, from_tensors
-from .storage.paths import path_of, printable
+from .storage.paths import located, printable
 from .storage.pickles import PICKLES, pickled
 from .storage.reader import SafetensorsFile
 from .storage.texts import read_json
@@ -186,7 +186,7 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
     """Find the file or directory; return its path, and the name for recipes: the Hub's, or without parent directories."""
     text = os.fspath(source)
     uri = isinstance(source, str) and text.startswith("hf://")
-    path = "" if uri else os.fspath(path_of(source))
+    path = "" if uri else located(source)
     if path.endswith(".toml") and os.path.isfile(path):
         raise FileError(
             f"{path} is a recipe, not a LoRA. Ways out: 'loramerge merge {path}' merges as it says, and with --dry-run "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..errors import DialectError, OptionError
-from .dialects.naming import BEFORE
+from .dialects.forms import BEFORE
 from .lora import LoRA, from_tensors
 
 NUMBER = re.compile(r"\{i(?:(?P<sign>[+-])(?P<shift>\d+)|\*(?P<times>\d+)/(?P<over>[1-9]\d*))?\}")

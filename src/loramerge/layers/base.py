@@ -7,9 +7,8 @@ where it overrides `rank` and `factors`, its ΔW, norm and spectrum follow from 
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from .. import linalg
 from ..errors import LayerError, NoFactorsError, an
 from ..tensors import (
     Array,
@@ -26,6 +25,9 @@ from ..tensors import (
     times,
     widest,
 )
+
+if TYPE_CHECKING:
+    from ..linalg import Spectrum
 
 Convert = Callable[[Array], Array]
 """`float32` or `float64`."""
@@ -262,16 +264,20 @@ class Layer:
 
     def norm(self) -> float:
         """Return the Frobenius norm of ΔW."""
-        return linalg.norm(*self.factors())
+        from ..linalg import norm
 
-    def spectrum(self, grams: Callable[[], tuple[Array, Array]]) -> linalg.Spectrum:
+        return norm(*self.factors())
+
+    def spectrum(self, grams: Callable[[], tuple[Array, Array]]) -> "Spectrum":
         """Return ΔW's SVD, in coordinates of `factors`.
 
         Args:
             grams: Returns the Gram matrices of the factors, see `linalg.grams`; a layer that knows a
                 shorter way doesn't call it.
         """
-        return linalg.spectrum(*grams())
+        from ..linalg import spectrum
+
+        return spectrum(*grams())
 
     def rows(self, ranges: Ranges, source: object) -> "Layer":
         """Return the update of some rows of the weight: a part of a fused projection.
@@ -392,7 +398,7 @@ def scaled(tensor: Array | Spec | None, weight: float) -> Array | Spec | None:
     return times(float32(tensor), weight)
 
 
-LARGEST_WEIGHT = 2**27
+LARGEST_WEIGHT = 2**29
 """Numbers of a ΔW that may be written out from its factors: no model has a larger weight."""
 
 IMPLIED = 2**23

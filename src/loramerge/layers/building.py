@@ -1,24 +1,45 @@
 """The index of the kinds of layers, and the layer that tensors make up."""
 
 import math
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterator, Mapping
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ..errors import LayerError
 from ..tensors import FLOATS, NAMES, Array, Shape, Spec, code, float32, reshape, same_weight
 from .base import Layer
-from .dora import DoRA
-from .full import BiasOnly, Carried, Full, Norm, Replaced, Table
-from .loha import LoHa
-from .lokr import LoKr
-from .lowrank import LowRank
 
-KINDS: tuple[type[Layer], ...] = (BiasOnly, LowRank, LoHa, Full, Norm, Table, Replaced, LoKr)
-"""Kinds that are recognised by the roles of their tensors; the first that fits is taken."""
+if TYPE_CHECKING:
+    from .dora import DoRA
+    from .full import Carried
 
-RANKED_BY = tuple(role for kind in KINDS for role in kind.ranked_by)
-"""Roles of the factors whose first axis is the rank that alpha is divided by, of all kinds."""
+KINDS = (
+    ("lowrank", "LowRank"),
+    ("loha", "LoHa"),
+    *(("full", name) for name in ("BiasOnly", "Full", "Norm", "Table", "Replaced")),
+    ("lokr", "LoKr"),
+)
+"""Modules and names of the kinds that are recognised by the roles of their tensors; the first that fits is taken.
+LoKr is the last, as no single tensor must be there.  Each is imported when no kind before it fits: a file of plain LoRA needs one of them.
+"""
+
+
+def kinds() -> Iterator[type[Layer]]:
+    """Yield the kinds of `KINDS`, each imported when it is asked for."""
+    return (_imported(*kind) for kind in KINDS)
+
+
+@cache
+def _imported(module: str, name: str) -> type[Layer]:
+    found: type[Layer] = getattr(import_module(f".{module}", __package__), name)
+    return found
+
+
+def ranked_by() -> Iterator[str]:
+    """Yield the roles of the factors whose first axis is the rank that alpha is divided by, of all kinds."""
+    return (role for kind in kinds() for role in kind.ranked_by)
+
 
 CARRIED = {
     "oft_blocks": "oft",
@@ -59,12 +80,13 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     if "diagonal" in tensors and "down" in tensors:
         _check_floats(tensors)
         tensors = _folded(tensors)
-    kind = _kind(frozenset(tensors))
-    if kind is Carried:
+    roles = frozenset(tensors)
+    if _is_carried(roles):
         return _carried(tensors, alpha)
     _check_floats(tensors)
-    if kind is DoRA:
+    if roles & MAGNITUDES:
         return _dora(tensors, alpha, weight)
+    kind = _kind(roles)
     options: dict[str, Any] = dict(tensors)
     if "alpha" in kind.__dataclass_fields__:
         options["alpha"] = alpha
@@ -75,12 +97,15 @@ def build(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
     return layer.shaped(weight) if weight and not layer.dense else layer
 
 
-def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> Carried:
+def _carried(tensors: Mapping[str, Array | Spec], alpha: float | None) -> "Carried":
+    from .dora import DoRA
+    from .full import Carried
+
     known = next((CARRIED[role] for role in tensors if role in CARRIED), None)
     unknown = [role.removeprefix(UNKNOWN) for role in tensors if role.startswith(UNKNOWN)]
     oft = bool(unknown) and unknown[0].startswith("oft_")
     algorithm = known or ("oft" if oft else unknown[0])
-    if algorithm in {DoRA.kind_name, *(kind.kind_name for kind in KINDS)}:  # a tensor that is only named like a kind
+    if algorithm in {DoRA.kind_name, *(kind.kind_name for kind in kinds())}:  # a tensor that is only named like a kind
         algorithm = f"unknown tensor {algorithm}"
     return Carried(algorithm=algorithm, held=dict(tensors), alpha=alpha)
 
@@ -103,7 +128,9 @@ def _check_floats(tensors: Mapping[str, Array | Spec]) -> None:
             )
 
 
-def _dora(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shape | None) -> DoRA:
+def _dora(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shape | None) -> "DoRA":
+    from .dora import DoRA
+
     magnitude = tensors["magnitude"] if "magnitude" in tensors else tensors["row_magnitude"]
     factors = {role: tensor for role, tensor in tensors.items() if role not in MAGNITUDES}
     if not factors:
@@ -116,15 +143,16 @@ def _dora(tensors: Mapping[str, Array | Spec], alpha: float | None, weight: Shap
 
 
 @lru_cache(maxsize=256)
+def _is_carried(roles: frozenset[str]) -> bool:
+    return any(role in CARRIED or role.startswith(UNKNOWN) for role in roles)
+
+
+@lru_cache(maxsize=256)
 def _kind(roles: frozenset[str]) -> type[Layer]:
-    if any(role in CARRIED or role.startswith(UNKNOWN) for role in roles):
-        return Carried
-    if roles & MAGNITUDES:
-        return DoRA
-    for kind in KINDS:
+    for kind in kinds():
         if roles >= set(kind.required) and roles <= {*kind.required, *kind.optional, "diff_b"}:
             return kind
-    nearest = max(KINDS, key=lambda kind: len(roles & {*kind.required, *kind.optional}))
+    nearest = max(kinds(), key=lambda kind: len(roles & {*kind.required, *kind.optional}))
     missing = [role for role in nearest.required if role not in roles]
     strange = sorted(roles - {*nearest.required, *nearest.optional, "diff_b"})
     problems = [f"missing {', '.join(missing)}"] * bool(missing) + [f"not wanted {', '.join(strange)}"] * bool(strange)

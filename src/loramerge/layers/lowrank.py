@@ -9,7 +9,6 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from .. import linalg
 from ..errors import LayerError
 from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, reshape, take_rows, times, widened
 from .base import Convert, Layer, check_size, matrix, scaled
@@ -84,7 +83,9 @@ class LowRank(Layer):
     def norm(self) -> float:
         if self.mid is None:
             return super().norm()
-        return abs(self.scale) * linalg.tucker_norm(matrix(self.up), float32(self.mid), matrix(self.down))
+        from ..linalg import tucker_norm
+
+        return abs(self.scale) * tucker_norm(matrix(self.up), float32(self.mid), matrix(self.down))
 
     def bias(self) -> Array | None:
         """Return the update of the module's bias that ``up`` carries, scale folded in; None without one."""
@@ -116,21 +117,25 @@ class LowRank(Layer):
     def without_core(self, to: Convert = float32) -> "LowRank":
         if self.mid is None:
             return self
+        from ..linalg import tucker
+
         mid: Array = self.mid
         down = Spec((self.rank, *self.shape[1:]), "F32")
         if not isinstance(mid, Spec):
             check_size(self, math.prod(down.shape))
-            down = linalg.tucker(to(mid), matrix(self.down, to)).reshape(down.shape)
+            down = tucker(to(mid), matrix(self.down, to)).reshape(down.shape)
         return replace(self, down=down, mid=None)
 
     def padded(self, rank: int) -> "LowRank":
         if rank <= self.rank or self.mid is not None:
             return self
+        from ..linalg import padded
+
         up, down = self.up, self.down
         if isinstance(up, Spec) or isinstance(down, Spec):
             up, down = Spec((up.shape[0], rank, *up.shape[2:]), code(up)), Spec((rank, *down.shape[1:]), code(down))
         else:
-            up, down = linalg.padded(up, down, rank)
+            up, down = padded(up, down, rank)
         padded_id = None if self.down_id is None else ("padded", self.down_id, rank)
         return replace(
             self, up=up, down=down, alpha=None if self.scale == 1.0 else self.scale * rank, down_id=padded_id

@@ -15,6 +15,7 @@ from typing import Any
 from ..checkpoints.models import Checkpoint, delta_on, open_checkpoint
 from ..checkpoints.rewriting import Change, Job, Update, write_folder
 from ..errors import FileError, MergeError, OptionError, check_callable
+from ..files.families import common
 from ..files.lora import LoRA, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
@@ -100,7 +101,7 @@ def bake(
     if not opened:
         raise OptionError("Nothing to bake: give at least one LoRA.")
     kept = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
-    model = base if isinstance(base, Checkpoint) else open_checkpoint(base, variant=variant)
+    model = base if isinstance(base, Checkpoint) else open_checkpoint(base, variant=variant, likely=common(kept))
     target = _checked_target(path_of(output), model)
     _check_not_an_input(target, listed)
     left_out = _strays(kept, allow_lossy)

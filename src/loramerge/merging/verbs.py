@@ -12,7 +12,7 @@ from ..devices import check_device
 from ..errors import DialectError, MergeError, OptionError, check_callable, within
 from ..files.architectures import ARCHITECTURES
 from ..files.dialects import DIALECTS
-from ..files.families import of_one_family
+from ..files.families import common, of_one_family
 from ..files.lora import LoRA, without
 from ..files.reading import Source, is_list, load, open
 from ..files.writing import check_growth
@@ -57,7 +57,11 @@ def plan(
     """
     with ExitStack() as stack:
         given = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in _listed(loras)]
-        model = base if base is None or isinstance(base, Checkpoint) else stack.enter_context(open_checkpoint(base))
+        model = (
+            base
+            if base is None or isinstance(base, Checkpoint)
+            else stack.enter_context(open_checkpoint(base, likely=common(given)))
+        )
         limit = budget(max_error, energy, max_size)
         opened = given
         rank = int(rank) if isinstance(rank, str) and re.fullmatch("[0-9]{1,9}", rank) else rank

@@ -7,7 +7,7 @@ The names inside loramerge are diffusers'; ``native`` says how the model's own c
 from collections.abc import Iterable
 
 from ...registry import Registry
-from .family import STOPS, Architecture, Kin, Label, TextEncoder, Unread, last_numbers, model, outlines
+from .family import STOPS, Architecture, Forms, Kin, Label, TextEncoder, Unread, forms, last_numbers, model, outlines
 from .names import Part, Parts, flat
 from .table import FAMILIES
 
@@ -34,6 +34,7 @@ __all__ = [
     "ARCHITECTURES",
     "STOPS",
     "Architecture",
+    "Forms",
     "Kin",
     "Label",
     "Part",
@@ -41,6 +42,7 @@ __all__ = [
     "TextEncoder",
     "Unread",
     "flat",
+    "forms",
     "last_numbers",
     "model",
     "outlines",

@@ -8,18 +8,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cache, cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...tensors import Shape
 from .names import Naming, Parts, flat, same, whole
 
 
 @cache
+def versions(name: str) -> Mapping[str, tuple[Shape, ...]]:
+    """Read the modules of one model, in the order in which it registers them, and the shapes of their weights.
+
+    A module has several shapes if the model has versions: LTX-2's embedding of time has 24,576 rows, LTX-2.3's 36,864.
+    """
+    return {
+        module: (tuple(found),) if isinstance(found[0], int) else tuple(map(tuple, found))
+        for module, found in _data(os.path.join("models", f"{name}.json")).items()
+    }
+
+
+@cache
 def model(name: str) -> Mapping[str, Shape]:
-    """Read the module names and weight shapes of one model, in the order in which it registers them."""
-    with open(os.path.join(os.path.dirname(__file__), "models", f"{name}.json"), "rb") as file:
-        data = json.loads(file.read())
-    return {module: tuple(shape) for module, shape in data.items()}
+    """Return the module names and weight shapes of one model; of its first version, if it has several."""
+    return {module: shapes[0] for module, shapes in versions(name).items()}
 
 
 class Outline(NamedTuple):
@@ -38,16 +48,34 @@ class Outline(NamedTuple):
 @cache
 def outlines() -> Mapping[str, Outline]:
     """Read the outline of each family."""
-    with open(os.path.join(os.path.dirname(__file__), "outlines.json"), "rb") as file:
-        return {name: Outline(*parts) for name, parts in json.loads(file.read()).items()}
+    return {name: Outline(*parts) for name, parts in _data("outlines.json").items()}
+
+
+class Forms(NamedTuple):
+    """An index of the names and sizes of all families' weights, see `dialects.forms`."""
+
+    families: list[str]
+    forms: dict[str, dict[str, list[int]]]
+    """By form and size, ``"rows,columns"``, the places in `families` of those that have such a weight."""
+
+
+@cache
+def forms() -> Forms:
+    """Read the index of forms."""
+    return Forms(*_data("forms.json"))
+
+
+def _data(name: str) -> Any:
+    """Read a file of our own data."""
+    with open(os.path.join(os.path.dirname(__file__), name), "rb") as file:
+        return json.loads(file.read())
 
 
 def last_numbers(paths: Iterable[str]) -> dict[str, int]:
     """Return the largest number that follows each name in paths with underscores for dots."""
     last: dict[str, int] = {}
-    for path in paths:
-        for name, number in NUMBERED.findall(path):
-            last[name] = max(last.get(name, 0), int(number))
+    for name, number in dict.fromkeys(found for path in paths for found in NUMBERED.findall(path)):
+        last[name] = max(last.get(name, 0), int(number))
     return last
 
 
@@ -187,6 +215,18 @@ class Architecture:
         for other in self.companions:
             modules |= {f"{other.component}.{path}": shape for path, shape in model(other.model).items()}
         return modules
+
+    def sizes(self, module: str) -> tuple[Shape, ...]:
+        """Return the shapes that a module's weight has in the versions of the model; none for an unknown module."""
+        if module in self.other_sizes:
+            return self.other_sizes[module]
+        return (self.shapes[module],) if module in self.shapes else ()
+
+    @cached_property
+    def other_sizes(self) -> Mapping[str, tuple[Shape, ...]]:
+        """The denoiser's modules whose weight has several shapes, with all of them."""
+        found = versions(self.model).items()
+        return {f"{self.denoiser}.{path}": shapes for path, shapes in found if len(shapes) > 1}
 
     @cached_property
     def denoiser_paths(self) -> Mapping[str, Parts]:

@@ -1,6 +1,7 @@
 """Rules that map weights of a model's own code to modules of diffusers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import import_module
 from typing import NamedTuple, TypeAlias
 
 from ...tensors import Ranges, Shape
@@ -36,6 +37,18 @@ Rule: TypeAlias = tuple[str, ...]
 
 Naming: TypeAlias = Callable[[Mapping[str, Shape]], Mapping[str, Parts]]
 """Native names of a model's weights, from its modules, each with the modules that it holds."""
+
+
+class Rules(NamedTuple):
+    """A naming by the rules in a file beside this one, which is imported when they are used."""
+
+    file: str
+    name: str = "native"
+
+    def __call__(self, modules: Mapping[str, Shape]) -> Mapping[str, Parts]:
+        """Name a model's weights."""
+        naming: Naming = getattr(import_module(f".{self.file}", __package__), self.name)
+        return naming(modules)
 
 
 def flat(path: str) -> str:

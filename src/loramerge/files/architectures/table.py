@@ -6,26 +6,8 @@ Whatever else knows a family asks its entry; the modules and shapes of its model
 from collections.abc import Mapping
 from typing import Any
 
-from . import (
-    acestep,
-    auraflow,
-    cosmos,
-    flux,
-    flux2,
-    flux3,
-    hunyuan,
-    ideogram,
-    krea,
-    ltx,
-    lumina,
-    minimax,
-    mochi,
-    pixart,
-    sd3,
-    sgm,
-    wan,
-)
 from .family import STOPS, Architecture, Beside, Kin, Label, TextEncoder, Unread
+from .names import Rules
 
 CLIP_L = TextEncoder(component="text_encoder", model="clip-l", kohya="1", comfyui="clip_l")
 CLIP_G = TextEncoder(component="text_encoder_2", model="clip-g", kohya="2", comfyui="clip_g")
@@ -45,7 +27,7 @@ _COMFYUI: Mapping[str, Any] = {"diffusers_reads": ("comfyui",)}
 def _unet(name: str, title: str, *hints: str, **options: Any) -> Architecture:
     """Make a family whose denoiser is a UNet."""
     given: dict[str, Any] = {"name": name, "title": title, "denoiser": "unet", "model": f"unet-{name}", "hints": hints}
-    return Architecture(**given | {"native": sgm.native} | options)
+    return Architecture(**given | {"native": Rules("sgm")} | options)
 
 
 def _dit(name: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -65,7 +47,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
         *(*SD3_HINTS, *hints),
         model=f"transformer-sd{version.replace('-', '')}-{size}",
         text_encoders=SD3_TEXT,
-        native=sd3.native,
+        native=Rules("sd3"),
         label=Label((f"stable-diffusion-v{dotted}-{size}",), (f"sd{dotted}-{size}",), "networks.lora_sd3"),
         kin=Kin.SD3,
         comfyui_reads_diffusers=True,
@@ -76,7 +58,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
 def _wan(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     """Make a size of Wan."""
     label = Label(("wan2.1", "wan2.2"), ("wan",), "networks.lora_wan")
-    return _dit(f"wan-{size}", title, "wan", *hints, native=wan.native, label=label, unread=_WAN, **_BOTH, **options)
+    return _dit(f"wan-{size}", title, "wan", *hints, native=Rules("wan"), label=label, unread=_WAN, **_BOTH, **options)
 
 
 def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -84,7 +66,12 @@ def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     name = size.replace("-", "_")
     label = Label((f"Flux.2-{size}",), (f"flux_2_{name}", f"flux2_{name}"), "networks.lora_flux_2")
     words = ("flux2", "flux-2", *hints, f"flux-2-{size}", f"flux2-{size}")
-    given: dict[str, Any] = {"native": flux2.native, "label": label, "comfyui_reads_diffusers": True, "unread": _FLUX2}
+    given: dict[str, Any] = {
+        "native": Rules("flux2"),
+        "label": label,
+        "comfyui_reads_diffusers": True,
+        "unread": _FLUX2,
+    }
     return _dit(f"flux2-{size}", title, *words, **given | {**_BOTH} | options)
 
 
@@ -121,7 +108,7 @@ _ACE_STEP = (Unread("diffusers", STOPS, "the first layer", DIFFUSERS_NAMES, r"pr
 _NO_LOADER = (Unread("diffusers", "has no loader for", "this model", DIFFUSERS_NAMES, r".*"),)
 """What readers leave out of some families."""
 
-_HUNYUAN: Mapping[str, Any] = {"native": hunyuan.comfyui, "trained": hunyuan.tencent}
+_HUNYUAN: Mapping[str, Any] = {"native": Rules("hunyuan", "comfyui"), "trained": Rules("hunyuan", "tencent")}
 _KLEIN = ("flux-2-klein", "flux2-klein")
 
 FAMILIES = (
@@ -148,8 +135,8 @@ FAMILIES = (
         "FLUX.1",
         *("flux", "flux-1", "flux1"),
         text_encoders=(CLIP_L, TextEncoder(component="text_encoder_2", **T5)),
-        native=flux.native,
-        also_native=(flux.diffsynth,),
+        native=Rules("flux"),
+        also_native=(Rules("flux", "diffsynth"),),
         aliases=("flux.1", "flux-dev"),
         label=Label(("flux-1",), ("flux1",), "networks.lora_flux"),
         kin=Kin.FLUX,
@@ -211,7 +198,7 @@ FAMILIES = (
         "z-image",
         "Z-Image",
         *("z-image", "zimage"),
-        also_native=(lumina.z_image,),
+        also_native=(Rules("lumina", "z_image"),),
         aliases=("zimage",),
         label=Label(("Z-Image",), ("z_image", "zimage"), "networks.lora_zimage"),
         kin=Kin.Z_IMAGE,
@@ -223,7 +210,7 @@ FAMILIES = (
         "Krea 2",
         "krea-2",
         "krea2",
-        native=krea.native,
+        native=Rules("krea"),
         **_COMFYUI,
         label=Label(("Krea-2",), ("krea2",)),
         comfyui_reads_diffusers=True,
@@ -233,7 +220,7 @@ FAMILIES = (
         "Anima",
         "anima",
         model="transformer-cosmos-predict2-2b",
-        native=cosmos.native,
+        native=Rules("cosmos"),
         beside=(Beside(component="text_conditioner", model="text-conditioner-anima", native="llm_adapter"),),
         text_encoders=(
             TextEncoder(component="text_encoder", model="qwen3-0.6b", kohya="", comfyui="qwen3_06b", inside="model."),
@@ -264,15 +251,15 @@ FAMILIES = (
         "hunyuanvideo15",
         "HunyuanVideo 1.5",
         *("hunyuan-video-1-5", "hunyuanvideo-1-5", "hunyuanvideo15"),
-        native=hunyuan.comfyui,
-        trained=hunyuan.split,
-        also_native=(hunyuan.tencent,),
+        native=Rules("hunyuan", "comfyui"),
+        trained=Rules("hunyuan", "split"),
+        also_native=(Rules("hunyuan", "tencent"),),
     ),
     _dit(
         "chroma",
         "Chroma",
         "chroma",
-        native=flux.chroma,
+        native=Rules("flux", "chroma"),
         unread=_CHROMA,
         **_BOTH,
         label=Label(("chroma",), ("chroma",), "networks.lora_flux"),
@@ -283,18 +270,18 @@ FAMILIES = (
         "ltx2",
         "LTX-2, 2.3 and 2.5",
         *("ltx2", "ltx-2", "ltxv2", "ltx-2-3", "ltx2-3", "ltx-2-5", "ltx2-5"),
-        native=ltx.native,
+        native=Rules("ltx"),
         **_COMFYUI,
         aliases=("ltx-2",),
     ),
-    _dit("ltxv-2b", "LTX-Video 2B", "ltxv", "ltx-video", native=ltx.native, unread=_LTX, **_COMFYUI),
-    _dit("ltxv-13b", "LTX-Video 13B", "ltxv", "ltx-video", native=ltx.native, unread=_LTX, **_COMFYUI),
+    _dit("ltxv-2b", "LTX-Video 2B", "ltxv", "ltx-video", native=Rules("ltx"), unread=_LTX, **_COMFYUI),
+    _dit("ltxv-13b", "LTX-Video 13B", "ltxv", "ltx-video", native=Rules("ltx"), unread=_LTX, **_COMFYUI),
     _dit("hidream", "HiDream-I1", "hidream", comfyui_reads_diffusers=True, **_COMFYUI),
     _dit(
         "lumina2",
         "Lumina 2",
         *("lumina-2", "lumina2", "lumina-image-2", "lumina"),
-        native=lumina.lumina2,
+        native=Rules("lumina", "lumina2"),
         unread=_LUMINA,
         **_COMFYUI,
         label=Label(("lumina-2",), ("lumina2",), "networks.lora_lumina"),
@@ -307,7 +294,7 @@ FAMILIES = (
         "aura-flow",
         "pony-v7",
         "pony7",
-        native=auraflow.native,
+        native=Rules("auraflow"),
         comfyui_reads_diffusers=True,
     ),
     _dit("ernie-image", "ERNIE-Image", "ernie", **_COMFYUI, comfyui_reads_diffusers=True),
@@ -319,9 +306,9 @@ FAMILIES = (
     _dit("sana-1.6b", "Sana 1.6B", "sana"),
     _dit("sana-0.6b", "Sana 0.6B", "sana"),
     _dit("sana-4.8b", "Sana 4.8B", "sana"),
-    _dit("cosmos-predict2-2b", "Cosmos-Predict2 2B", "cosmos-predict2", "cosmos", native=cosmos.native),
-    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=pixart.native, comfyui_reads_diffusers=True, unread=_NO_LOADER),
-    _dit("mochi", "Mochi 1", "mochi", native=mochi.native),
+    _dit("cosmos-predict2-2b", "Cosmos-Predict2 2B", "cosmos-predict2", "cosmos", native=Rules("cosmos")),
+    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=Rules("pixart"), comfyui_reads_diffusers=True, unread=_NO_LOADER),
+    _dit("mochi", "Mochi 1", "mochi", native=Rules("mochi")),
     _unet("kolors", "Kolors", "kolors", unread=_KOLORS),
     _dit("longcat-image", "LongCat-Image", "longcat", native=None),
     _dit("ovis-image", "Ovis-Image", "ovis", native=None),
@@ -329,19 +316,25 @@ FAMILIES = (
         "ideogram4",
         "Ideogram 4",
         "ideogram",
-        native=ideogram.native,
+        native=Rules("ideogram"),
         unread=_IDEOGRAM,
         **_COMFYUI,
         label=Label(("Ideogram-4", "ideogram-4"), ("ideogram4",), "networks.lora_ideogram4"),
     ),
-    _dit("minimax-h3", "MiniMax H3", "minimax", native=minimax.native, by_head=minimax.by_head, **_BOTH),
+    _dit("minimax-h3", "MiniMax H3", "minimax", native=Rules("minimax"), by_head=Rules("minimax", "by_head"), **_BOTH),
     _dit("omnigen2", "OmniGen2", "omnigen2", "omnigen-2"),
     _dit("omnigen", "OmniGen", "omnigen", "omnigen-1", "omnigen1", native=None, unread=_NO_LOADER),
-    _dit("flux3", "FLUX.3", "flux3", "flux-3", native=flux3.native, **_COMFYUI),
+    _dit("flux3", "FLUX.3", "flux3", "flux-3", native=Rules("flux3"), **_COMFYUI),
     _dit("bria-fibo2", "Bria FIBO 2", "fibo2", "fibo-2", "bria-fibo-2", native=None),
     _dit("cogview4", "CogView4", "cogview4", "cogview-4", native=None),
     _dit(
-        "ace-step", "ACE-Step 1.5", "ace-step-1-5", "acestep-1-5", "ace-step15", native=acestep.native, unread=_ACE_STEP
+        "ace-step",
+        "ACE-Step 1.5",
+        "ace-step-1-5",
+        "acestep-1-5",
+        "ace-step15",
+        native=Rules("acestep"),
+        unread=_ACE_STEP,
     ),
     Architecture(
         name="stable-cascade",

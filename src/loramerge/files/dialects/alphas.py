@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import LayerError, NumberError
-from ...layers import RANKED_BY
+from ...layers import ranked_by
 from ...tensors import LARGEST, Tensor, scalar
 from ..architectures.names import COMPONENTS
 from ..storage.texts import parsed
@@ -35,7 +35,7 @@ def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | No
 
 def rank(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:
     """Return the rank that alpha is divided by: of LoHa's and LoKr's own factors, not of their product."""
-    return next((int(tensors[keys[role]].shape[0]) for role in RANKED_BY if role in keys), 1)
+    return next((int(tensors[keys[role]].shape[0]) for role in ranked_by() if role in keys), 1)
 
 
 def _one(tensors: Mapping[str, Tensor], key: str) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from ...errors import FileError, LayerError, NumberError
-from ...layers import Layer, LowRank, Relative
+from ...layers import Layer, LowRank
 from ...tensors import LARGEST
 from .patterns import Patterns
 
@@ -136,6 +136,12 @@ def start(config: Config) -> str | None:
     return None if plain else str(value).lower()
 
 
+def is_uniform(config: Config) -> bool:
+    """Return whether a `checked` configuration means the same for every module of one rank: it has no patterns."""
+    patterns = (config["alpha_pattern"], config["rank_pattern"])
+    return not any(pattern.count if isinstance(pattern, Patterns) else pattern for pattern in patterns)
+
+
 def alpha(config: Config, names: Sequence[str], rank: int, roles: Set[str]) -> float:
     """Return the effective alpha of a module: alpha / rank is PEFT's scale.
 
@@ -176,7 +182,11 @@ def as_trained(layer: Layer, config: Config) -> Layer:
         raise LayerError("the configuration has use_dora, and the layer has no magnitude, so it is not whole")
     if initial and layer.axis is not None:
         raise LayerError(f"a DoRA layer with init_lora_weights {initial!r} can't be read. Way out: {WAY_OUT}")
-    return Relative(trained=layer, start=initial) if initial and isinstance(layer, LowRank) else layer
+    if not initial or not isinstance(layer, LowRank):
+        return layer
+    from ...layers import Relative
+
+    return Relative(trained=layer, start=initial)
 
 
 def _adalora(config: Config, names: Sequence[str], rank: int) -> float:

@@ -7,32 +7,24 @@ from collections.abc import Set
 from functools import cache
 
 from ...errors import FamilyError, LayerError, OptionError
-from ...tensors import Shape
+from ...tensors import Shape, same_weight
 from ..architectures import ARCHITECTURES, Architecture, last_numbers, titles
 from ..architectures.hints import Named
 from ..architectures.names import INPUTS, Parts, flat, whole
 from . import DIALECTS
 from .base import Dialect, table
+from .forms import MASK, form, having, is_text, path_of, wanted
 from .records import Record
 from .repairs import repaired
-
-TEXT = re.compile(
-    r"(?:module\.|_orig_mod\.|pipe\.)*(?:lora_te\d?_|text_encoders?[._/\d]|base_model\.model\.(?:text_model|encoder)\.|"
-    r"clip_\w\.|t5\.|lycoris_text_model_|text_model\.|te\d?:)"
-)
-"""Beginnings of text encoders' stems, in any dialect."""
-
-BEFORE = re.compile(
-    r"(?:module\.|_orig_mod\.|pipe\.|lora_unet_+(?:unet_)?|lora_transformer_|lycoris_|oft_unet_|diffusion_model\.|model\.|"
-    r"base_model\.model\.|lora_prior_unet_|(?:unet|transformer|prior|text_conditioner)[./]|net\.|Hunyuan_video_I2V_lora_)*"
-)
-"""Prefixes of the denoiser's paths, in any dialect."""
 
 INSIDE = re.compile(r"attn|attention|\.ff|mlp|ffn|feed_forward")
 """Matches modules whose inputs and outputs are both hidden widths of the model."""
 
 STRAYS = 20
 """At most one layer in 20 may belong to a part that the family lacks: some trainers add one."""
+
+WIDENED = 2
+"""At most so many input layers of one model are widened."""
 
 ENOUGH = 8
 """With fewer modules, having every module of a family doesn't rule out a larger family."""
@@ -49,12 +41,14 @@ class Matcher:
         self._repairs: dict[str, dict[str, str]] = {}
         self._fitting: dict[str, dict[str, Parts]] = {}
         self.extras = extras
-        self.text = {stem for stem in records if is_text(stem)}
-        paths = sorted(_path(stem) for stem in records.keys() - self.text)
-        self.sample = [paths[i] for i in (0, len(paths) // 2, -1)] if paths else []
+        self.forms: dict[str, list[str]] = {}
+        """The stems that differ in their numbers only, by one with ``#`` for every digit."""
+        for stem in records:
+            self.forms.setdefault(stem.translate(MASK), []).append(stem)
+        first = [stems[0] for stems in self.forms.values()]
+        self.text = {stem for stems in self.forms.values() if is_text(stems[0]) for stem in stems}
         self.inputs = [math.prod(shape[1:]) for shape in spread([*self.shapes.values()]) if len(shape) > 1]
-        self.numbers = last_numbers(path.removesuffix("_") for path in paths)
-        heads = {stem[:48] for stem in records}
+        heads = {stem[:48] for stem in first}
         meant = {fix[0] for head in heads if (fix := repaired(head))}
         self.candidates = [
             d for d in DIALECTS.values() if any(h.startswith(d.begins) for h in heads | meant) and d.name != "other"
@@ -66,15 +60,15 @@ class Matcher:
         Raises:
             FamilyError: The metadata names another family.
         """
-        named = [a for a in ARCHITECTURES.values() if self.plausible(a)] or list(ARCHITECTURES.values())
-        some = [a for a in named if self.sized(a)]
-        fits = [a for a in some if self.has_all(a)]
+        some = self.likely()
+        fits = [a for a in some if (a.text_encoders or not self.text) and self.has_all(a)]
+        fits = fits or [a for a in some if self.has_all(a)]
         fits = fits or [a for a in some if self.has_all(a, beside=len(self.records) // STRAYS)]
         hinted = [a for a in fits if a.name in said.families]
         if fits and not hinted and (said.families or said.unknown):
             raise FamilyError(self.contradiction(fits, said))
         fits = self.most_own(hinted or fits)
-        return [a for a in fits if self.covers(a)] or fits
+        return [a for a in fits if self.covers(a)] or fits if len(fits) > 1 else fits
 
     def told(self, name: str) -> Architecture:
         """Return the family that the caller names, or the size of it that fits.
@@ -86,7 +80,7 @@ class Matcher:
         sizes = [] if a.name == name else [b for b in ARCHITECTURES.values() if {*a.hints} & {*b.hints}]
         a = next((b for b in sizes if self.has_all(b)), a)
         if not self.has_all(a):
-            others = [b.name for b in ARCHITECTURES.values() if self.plausible(b) and self.sized(b) and self.has_all(b)]
+            others = [b.name for b in self.likely() if self.has_all(b)]
             if others:
                 raise OptionError(
                     f"This isn't a LoRA of {a.name}: the names and shapes of all {len(self.records)} layers are those of "
@@ -98,21 +92,33 @@ class Matcher:
         fits = len(self.fitting(a)) + sum(self.beside(a, stem) for stem in self.records if stem not in self.fitting(a))
         if 2 * fits <= count and not all(self.proportions(a)):
             stem = next(stem for stem in self.records if stem not in self.fitting(a) and self.lookup(a, stem))
-            wanted = self.wanted(self.lookup(a, stem) or (), a)
+            weight = wanted(self.lookup(a, stem) or (), a)
             raise OptionError(
                 f"This isn't a LoRA of {a.name}: of {count} layers {fits} have the shape of its weight; {stem} is for one "
-                f"of {self.shapes[stem]}, and {a.name} has {wanted} there."
+                f"of {self.shapes[stem]}, and {a.name} has {weight} there."
             )
         return a
 
-    def plausible(self, a: Architecture) -> bool:
-        """Return whether the layers' names could be the family's: a quick test before any table is built."""
+    def likely(self) -> list[Architecture]:
+        """Return the families that the layers' names and shapes may be of: a quick test before any table is built.
+
+        If there is none, the nearest is returned, if it has most of the layers.
+        """
+        every = list(ARCHITECTURES.values())
         if any(d.numbered for d in self.candidates) or len(self.text) == len(self.records):
-            return True
-        last = a.outline.last
-        if sum(number > last.get(name, number) for name, number in self.numbers.items()):
-            return False
-        return sum(path.startswith(_heads(a)) for path in self.sample) > 1
+            return [a for a in every if self.sized(a)]
+        denoiser = [stems for stems in self.forms.values() if stems[0] not in self.text]
+        forms = [form((repaired(stems[0]) or stems)[0]) for stems in denoiser]
+        layers = [(name, self.shapes.get(s, ())) for name, stems in zip(forms, denoiser, strict=True) for s in stems]
+        counts = having(layers)
+        least = len(layers) - len(self.records) // STRAYS - WIDENED
+        some = [a for a in every if counts.get(a.name, 0) >= max(1, least)]
+        if len(some) > 1:
+            paths = (flat(s[len(stems[0]) - len(path_of(stems[0])) + 1 :]) for stems in denoiser for s in stems)
+            last = last_numbers(paths)
+            some = [a for a in some if all(number <= a.outline.last.get(name, number) for name, number in last.items())]
+        nearest = max(counts, key=counts.__getitem__, default="")
+        return some or [a for a in every if a.name == nearest and 2 * counts[nearest] > len(layers)]
 
     def sized(self, a: Architecture) -> bool:
         """Return whether weights of the family have as many inputs as a sample of the layers: nearly all have."""
@@ -129,7 +135,7 @@ class Matcher:
         for stem in self.records:
             if stem in fitting or self.beside(a, stem):
                 continue
-            if beside == 0 or self.lookup(a, stem) or _path(stem).startswith(_heads(a)):
+            if beside == 0 or self.lookup(a, stem) or path_of(stem).startswith(_heads(a)):
                 return False
             beside -= 1
         return bool(fitting)
@@ -174,17 +180,12 @@ class Matcher:
     def proportions(self, a: Architecture) -> list[bool]:
         """Compare the proportions of layers with the family's, layer by layer: square if that is square, and so on."""
         pairs = [
-            (shape, self.wanted(parts, a))
+            (shape, wanted(parts, a))
             for stem, shape in self.shapes.items()
             if len(shape) > 1 and (parts := self.lookup(a, stem)) and INSIDE.search(parts[0].module)
         ]
         even = [(shape, weight) for shape, weight in pairs if max(weight[:2]) % min(weight[:2]) == 0]
         return [shape[0] * weight[1] == shape[1] * weight[0] for shape, weight in even]
-
-    def wanted(self, parts: Parts, a: Architecture) -> Shape:
-        """Return the shape of the family's weight that holds the modules."""
-        shapes = [a.shapes[part.module] for part in parts]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def contradiction(self, fits: list[Architecture], said: Named) -> str:
         """Say that the metadata names another family than the layers do."""
@@ -333,11 +334,6 @@ def spread(listed: list[Shape]) -> list[Shape]:
     return listed[:: max(1, len(listed) // 16)]
 
 
-def _path(stem: str) -> str:
-    """Return a denoiser's stem without its prefix, with underscores for dots and one more at the end."""
-    return flat(BEFORE.sub("", stem, count=1)) + "_"
-
-
 @cache
 def _heads(a: Architecture) -> tuple[str, ...]:
     return tuple(f"{head}_" for head in (*a.outline.own, *a.outline.others))
@@ -354,18 +350,13 @@ def _leaf(module: str) -> str:
     return ".".join(module.split(".")[-3:]) if module[-1].isdigit() else ".".join(module.split(".")[-2:])
 
 
-def is_text(stem: str) -> bool:
-    """Return whether a stem is that of a text encoder in any dialect."""
-    return TEXT.match(stem) is not None
-
-
 def _is_widened(shape: Shape, parts: Parts, a: Architecture) -> bool:
     """Return whether a layer is for a model's input with more channels than the family's."""
     module = parts[0].module
     if len(parts) > 1 or module.partition(".")[2] not in INPUTS:
         return False
-    wanted = a.shapes[module]
-    return len(shape) > 1 and shape[0] == wanted[0] and math.prod(shape[1:]) > math.prod(wanted[1:])
+    weight = a.shapes[module]
+    return len(shape) > 1 and shape[0] == weight[0] and math.prod(shape[1:]) > math.prod(weight[1:])
 
 
 def _scaled(parts: Parts, shape: Shape, a: Architecture) -> Parts | None:
@@ -381,12 +372,15 @@ def _scaled(parts: Parts, shape: Shape, a: Architecture) -> Parts | None:
 
 def _fits(shape: Shape, parts: Parts, a: Architecture) -> bool:
     """Return whether a layer of a shape, its kernel maybe flattened, updates the weights of these modules."""
-    wanted = [a.shapes[part.module] for part in parts]
-    if not shape:
+    weight = wanted(parts, a)
+    if not shape or shape == weight:
         return True
-    rows = sum(w[0] for w in wanted)
+    if len(parts) == 1 and parts[0].module in a.other_sizes:
+        return any(_is_of(shape, known) for known in a.sizes(parts[0].module))
+    return _is_of(shape, weight)
+
+
+def _is_of(shape: Shape, weight: Shape) -> bool:
     if len(shape) == 1:
-        return shape[0] == rows
-    if shape[0] != rows or len(wanted[0]) < 2:
-        return False
-    return math.prod(shape[1:]) == math.prod(wanted[0][1:])
+        return shape[0] == weight[0]
+    return len(weight) > 1 and same_weight(shape, weight)

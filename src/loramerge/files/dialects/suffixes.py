@@ -85,6 +85,9 @@ _GLUED = tuple(suffix for suffix in _EXACT if suffix[0] not in ".:")
 _NAMED = (
     r"(.+)\.(lora_(?:A|B|E|magnitude_vector|embedding_A|embedding_B)|hada_\w+|lokr_\w+)\.([^.]+?)(\.weight|\.bias|)"
 )
+_NAMELESS = (".lora_down.weight", ".lora_up.weight", ".lora_A.weight", ".lora_B.weight", ".alpha")
+"""Ends of most keys, which name no adapter."""
+
 _NAMED_ROLES = {("lora_A", ""): "down", ("lora_B", ""): "up", ("lora_B", ".bias"): "up_bias"}
 _NAMED_ROLES |= {("lora_magnitude_vector", ""): "row_magnitude"}
 _NAMED_ROLES |= {
@@ -137,6 +140,8 @@ def spelled(stem: str, suffix: str) -> str:
 
 def adapter(key: str) -> str | None:
     """Return the adapter that a PEFT key names, such as ``person`` in ``….lora_A.person.weight``."""
+    if key.endswith(_NAMELESS):
+        return None
     named = re.fullmatch(_NAMED, key)
     return named[3] if named and named[3] not in ("weight", "bias") else None
 

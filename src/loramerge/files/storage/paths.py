@@ -2,12 +2,15 @@
 
 import os
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import FileError
 
+if TYPE_CHECKING:
+    from pathlib import Path
 
-def path_of(text: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> Path:
+
+def path_of(text: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> "Path":
     """Return the path that a text means; text becomes a path here and nowhere else.
 
     A ``~`` or ``~user`` at the beginning is a home directory, as in a shell; in ``./~`` it is a name, and so is one of
@@ -20,17 +23,33 @@ def path_of(text: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -
     Raises:
         FileError: The system can't look it up: a name that is too long, a NUL, a loop of links, no permission.
     """
+    from pathlib import Path
+
+    return Path(located(text, folder))
+
+
+def located(text: str | os.PathLike[str], folder: str | os.PathLike[str] = "") -> str:
+    """Return `path_of` as text, without pathlib where that would change nothing: its import takes some milliseconds."""
     if not os.fspath(text):
         raise FileError("The path is empty. Wanted the name of a file or of a directory.")
     try:
-        spelled = Path(folder, os.path.expanduser(text))
-        found = Path(os.getcwd(), spelled) if str(spelled).startswith("~") else spelled
+        spelled = _plain(os.path.join(folder, os.path.expanduser(text)))
+        found = os.path.join(os.getcwd(), spelled) if spelled.startswith("~") else spelled
         with suppress(FileNotFoundError, NotADirectoryError):
             os.stat(found)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", "it has a NUL in it, or half a character, which no file's name can have")
         raise FileError(f"Can't use the path {os.fspath(text)!r}: {reason}.") from None
     return found
+
+
+def _plain(path: str) -> str:
+    """Return a path as pathlib writes it: without ``./``, doubled slashes and a slash at the end."""
+    if os.sep == "/" and not path.startswith("./") and not path.endswith("/") and "//" not in path and "/." not in path:
+        return path
+    from pathlib import Path
+
+    return str(Path(path))
 
 
 def is_there(text: str) -> bool:

@@ -23,6 +23,9 @@ from .texts import HALF, open_regular, too_large
 MAX_HEADER = 100_000_000
 """The reference implementation's limit, in bytes."""
 
+INTEGERS = {int}
+"""The types of a shape's and an offset's numbers."""
+
 MAX_AXES, MAX_BYTES = 64, 2**63
 """numpy's limit of a shape's axes, and the file system's limit of a tensor's bytes, counting sizes of 0 as 1."""
 
@@ -169,8 +172,8 @@ class SafetensorsFile(dict[str, Stored]):
         return metadata
 
     def _tensors(self, header: Mapping[str, Any], size: int) -> dict[str, Stored]:
-        source = self.opened.tensor
-        tensors = {key: Stored(*self._entry(key, value), source) for key, value in header.items()}
+        source, entry = self.opened.tensor, self._entry
+        tensors = {key: Stored(*entry(key, value), source) for key, value in header.items()}
         at = 0
         for tensor in sorted(tensors.values(), key=attrgetter("begin", "end")):
             if tensor.begin != at:
@@ -186,7 +189,7 @@ class SafetensorsFile(dict[str, Stored]):
         try:
             dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
             numbers = (*shape, begin, end)
-            if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 2**63:
+            if {*map(type, numbers)} != INTEGERS or min(numbers) < 0 or max(numbers) >= 2**63:
                 raise ValueError
             if len(value) != 3 or type(dtype) is not str or len(shape) > MAX_AXES:
                 raise ValueError

@@ -99,7 +99,8 @@ def architectures() -> str:
 
 
 def families() -> str:
-    """List what ComfyUI and diffusers read of each family, and the words of its headers."""
+    """List what ComfyUI and diffusers read of each family, where merges are learned, and the words of its headers."""
+    from loramerge.diffusion.families import FAMILIES
     from loramerge.files.architectures import ARCHITECTURES
     from loramerge.files.dialects import DIALECTS
     from loramerge.files.dialects.base import table as named
@@ -112,8 +113,9 @@ def families() -> str:
         comfyui = [d for d in ("comfyui", "kohya", *["diffusers-peft"] * a.comfyui_reads_diffusers) if d in written]
         diffusers = [own, *("kohya" for _ in [0] if unet), *a.diffusers_reads]
         words = [*a.label.specifications, *a.label.versions] if a.label else list(a.hints[:1])
-        rows.append([a.title, f"`{a.name}`", _code(comfyui), _code(diffusers), _code(words)])
-    return table(["model", "name", "ComfyUI reads", "diffusers reads", "names in headers"], rows)
+        learned = "yes" if any(a.name in family.architectures for family in FAMILIES) else "–"
+        rows.append([a.title, f"`{a.name}`", _code(comfyui), _code(diffusers), learned, _code(words)])
+    return table(["model", "name", "ComfyUI reads", "diffusers reads", "learned merges", "names in headers"], rows)
 
 
 def _code(names: Iterable[str]) -> str:

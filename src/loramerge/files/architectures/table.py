@@ -25,6 +25,7 @@ from . import (
     sgm,
     wan,
 )
+from .calls import FlowCall
 from .family import Architecture, Beside, Kin, Label, TextEncoder
 
 CLIP_L = TextEncoder(component="text_encoder", model="clip-l", kohya="1", comfyui="clip_l")
@@ -37,6 +38,20 @@ SD3_TEXT = (
 )
 SD3_HINTS = ("sd3", "sd-3", "sd3m", "stable-diffusion-3", "stable-diffusion-v3")
 
+
+SD3_CALL = FlowCall(
+    pipelines=("StableDiffusion3Pipeline",),
+    text=("encoder_hidden_states", "", "pooled_projections"),
+    guidance=5.0,
+)
+WAN_CALL = FlowCall(pipelines=("WanPipeline",), latents="frames", side=60, guidance=5.0)
+FLUX2_CALL = FlowCall(
+    pipelines=("Flux2KleinPipeline", "Flux2Pipeline"),
+    text=("encoder_hidden_states", "txt_ids"),
+    latents="tokens",
+    clock="sigma",
+    even=True,
+)
 
 _BOTH: Mapping[str, Any] = {"diffusers_reads": ("kohya", "comfyui")}
 _COMFYUI: Mapping[str, Any] = {"diffusers_reads": ("comfyui",)}
@@ -68,6 +83,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
         native=sd3.native,
         label=Label((f"stable-diffusion-v{dotted}-{size}",), (f"sd{dotted}-{size}",), "networks.lora_sd3"),
         kin=Kin.SD3,
+        flow=SD3_CALL,
         comfyui_reads_diffusers=True,
         **options,
     )
@@ -76,7 +92,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
 def _wan(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     """Make a size of Wan."""
     label = Label(("wan2.1", "wan2.2"), ("wan",), "networks.lora_wan")
-    return _dit(f"wan-{size}", title, "wan", *hints, native=wan.native, label=label, **_BOTH, **options)
+    return _dit(f"wan-{size}", title, "wan", *hints, native=wan.native, label=label, flow=WAN_CALL, **_BOTH, **options)
 
 
 def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -84,7 +100,12 @@ def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     name = size.replace("-", "_")
     label = Label((f"Flux.2-{size}",), (f"flux_2_{name}", f"flux2_{name}"), "networks.lora_flux_2")
     words = ("flux2", "flux-2", *hints, f"flux-2-{size}", f"flux2-{size}")
-    given: dict[str, Any] = {"native": flux2.native, "label": label, "comfyui_reads_diffusers": True}
+    given: dict[str, Any] = {
+        "native": flux2.native,
+        "label": label,
+        "comfyui_reads_diffusers": True,
+        "flow": FLUX2_CALL,
+    }
     return _dit(f"flux2-{size}", title, *words, **given | {**_BOTH} | options)
 
 
@@ -120,6 +141,13 @@ FAMILIES = (
         aliases=("flux.1", "flux-dev"),
         label=Label(("flux-1",), ("flux1",), "networks.lora_flux"),
         kin=Kin.FLUX,
+        flow=FlowCall(
+            pipelines=("FluxPipeline",),
+            text=("encoder_hidden_states", "pooled_projections", "txt_ids"),
+            latents="tokens",
+            clock="sigma",
+            even=True,
+        ),
         **_BOTH,
         comfyui_reads_diffusers=True,
         down_up=True,
@@ -170,6 +198,15 @@ FAMILIES = (
         aliases=("qwen",),
         label=Label(("qwen-image", "Qwen-Image"), ("qwen_image",), "networks.lora_qwen_image"),
         kin=Kin.QWEN,
+        flow=FlowCall(
+            pipelines=("QwenImagePipeline",),
+            text=("encoder_hidden_states", "encoder_hidden_states_mask"),
+            latents="tokens",
+            clock="sigma",
+            guidance=4.0,
+            rescaled=True,
+            even=True,
+        ),
         **_BOTH,
         comfyui_reads_diffusers=True,
     ),
@@ -181,6 +218,16 @@ FAMILIES = (
         aliases=("zimage",),
         label=Label(("Z-Image",), ("z_image", "zimage"), "networks.lora_zimage"),
         kin=Kin.Z_IMAGE,
+        flow=FlowCall(
+            pipelines=("ZImagePipeline",),
+            text=("cap_feats",),
+            sample="x",
+            latents="list",
+            time="t",
+            clock="signal",
+            reversed=True,
+            even=True,
+        ),
         **_BOTH,
         comfyui_reads_diffusers=True,
     ),

@@ -101,16 +101,19 @@ def architectures() -> str:
 
 
 def families() -> str:
-    """List the dialects that each reader takes whole of each family, and in part, and the words of its headers."""
+    """List what each reader takes of each family, where merges are learned, and the words of its headers."""
+    from loramerge.diffusion.families import FAMILIES
     from loramerge.files.architectures import ARCHITECTURES
 
     rows = []
     for a in ARCHITECTURES.values():
         trainers = [f"{name}: {_code(found)}" for name in READERS[2:] if (found := _nearly(name, a.name))]
         words = [*a.label.specifications, *a.label.versions] if a.label else list(a.hints[:1])
-        cells = [_taken("ComfyUI", a.name), _taken("diffusers", a.name), "<br>".join(trainers) or "–", _code(words)]
-        rows.append([a.title, f"`{a.name}`", *cells])
-    return table(["model", "name", "ComfyUI reads", "diffusers reads", "trainers read", "names in headers"], rows)
+        learned = "yes" if any(a.name in family.architectures for family in FAMILIES) else "–"
+        cells = [_taken("ComfyUI", a.name), _taken("diffusers", a.name), "<br>".join(trainers) or "–"]
+        rows.append([a.title, f"`{a.name}`", *cells, learned, _code(words)])
+    head = ["model", "name", "ComfyUI reads", "diffusers reads", "trainers read", "learned merges", "names in headers"]
+    return table(head, rows)
 
 
 READERS = ("ComfyUI", "diffusers", "musubi-tuner", "sd-scripts", "ai-toolkit", "OneTrainer")

@@ -11,6 +11,7 @@ import safetensors.numpy
 from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
+from loramerge.errors import DialectError
 from loramerge.files.architectures import ARCHITECTURES, forms, outlines
 from loramerge.files.dialects import DIALECTS
 from loramerge.files.dialects.base import table
@@ -19,7 +20,7 @@ from loramerge.files.dialects.repairs import repaired
 from loramerge.files.dialects.suffixes import STYLES, parse
 from loramerge.files.lora import LoRA
 from loramerge.layers.base import LARGEST_WEIGHT
-from loramerge.testing import random_lora, relative_error
+from loramerge.testing import random_layer, random_lora, relative_error
 from small import MODULES, WRITTEN, small
 
 FAMILIES = list(ARCHITECTURES)
@@ -489,15 +490,25 @@ def test_a_part_of_a_fused_projection_alone_leaves_the_others_unchanged() -> Non
     assert not found[QKV[1]].delta().any()
 
 
-def test_exchanged_halves_are_exchanged_back() -> None:
+@pytest.mark.parametrize("width", [3072, 16])
+def test_exchanged_halves_are_exchanged_back_at_any_width(width: int) -> None:
     module = "transformer.norm_out.linear"
-    lora = small("flux", (module,), rank=2)
+    layer = random_layer((2 * width, width), rank=2, seed=1)
+    lora = LoRA(name="x", architecture="flux", dialect="comfyui", layouts={module: layer})
 
     native = lora.state_dict("comfyui")
     up = native["diffusion_model.final_layer.adaLN_modulation.1.lora_up.weight"].numpy()
 
-    np.testing.assert_array_equal(up, np.concatenate([lora[module].up[3072:], lora[module].up[:3072]]))
-    np.testing.assert_array_equal(lm.load(native)[module].delta(), lora[module].delta())
+    np.testing.assert_array_equal(up, np.concatenate([lora[module].up[width:], lora[module].up[:width]]))
+    np.testing.assert_array_equal(lm.load(native, architecture="flux")[module].delta(), lora[module].delta())
+
+
+def test_halves_of_no_even_number_of_rows_are_refused() -> None:
+    layer = random_layer((7, 16), rank=2, seed=1)
+    lora = LoRA(name="x", architecture="flux", dialect="comfyui", layouts={"transformer.norm_out.linear": layer})
+
+    with pytest.raises(DialectError, match=r"norm_out.linear: its 7 rows can't be exchanged as the 6144"):
+        lora.state_dict("comfyui")
 
 
 ALPHA_CASES = {

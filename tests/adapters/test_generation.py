@@ -26,7 +26,8 @@ from loramerge.cli.app import app
 from loramerge.cli.generate import read_seeds, read_settings, read_size
 from loramerge.diffusion import pipelines
 from loramerge.diffusion.apply import applied, fingerprint
-from loramerge.diffusion.generation import Drawn, Sampling, Use, generate
+from loramerge.diffusion.drawing import Sampling
+from loramerge.diffusion.generation import Drawn, Use, generate
 from loramerge.errors import (
     DeviceMemoryError,
     DialectError,

@@ -551,10 +551,13 @@ def test_what_does_not_fit_the_model_is_told(sdxl: Denoiser, photos: Path, tmp_p
         trained(sdxl, photos, {"resolution": 17})
     with pytest.raises(OptionError, match="Training in fp16 needs CUDA"):
         trained(load(tiny.pipeline("sdxl"), dtype="fp16"), photos)
-    with pytest.raises(
-        OptionError, match="is a StableDiffusion3Pipeline; LoRAs are trained for Stable Diffusion 1, 2 and XL"
-    ):
-        trained(load(tiny.pipeline("sd3-medium")), photos)
+    sd3 = tiny.pipeline("sd3-medium")
+    with pytest.raises(OptionError, match=r"is a StableDiffusion3Pipeline, whose text encoders aren't trained here"):
+        trained(load(sd3, text_encoders=True), photos)
+    with pytest.raises(OptionError, match=r"no layers besides its blocks' to train. Way out: targets 'transformers'"):
+        trained(load(sd3), photos, {"targets": "all"})
+    with pytest.raises(OptionError, match=r"this model is a flow. Way out: no snr_gamma"):
+        trained(load(sd3), photos, {"snr_gamma": 5.0})
     with pytest.raises(FileError, match="Can't write"):
         trained(sdxl, photos, checkpoint=tmp_path / "nowhere" / "state.safetensors", on_step=killer(1))
     pipe = tiny.pipeline("sdxl")

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import flows
 import numpy as np
 import torch
 from diffusers import (
@@ -187,6 +188,7 @@ BUILDERS: Mapping[str, Callable[[], DiffusionPipeline]] = {
     "sd21": lambda: sd15("v_prediction"),
     "sd3-medium": sd3,
     "flux": flux,
+    **flows.BUILDERS,
 }
 
 
@@ -221,7 +223,7 @@ def shapes(architecture: str) -> Mapping[str, tuple[int, ...]]:
 
 
 def attention(module: str) -> bool:
-    return "attn" in module and module.endswith(("to_q", "to_k", "to_v", "to_out.0"))
+    return module.endswith(("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"))
 
 
 def lora(

@@ -13,7 +13,7 @@ VERBS = {
     "inspect": "Say what a LoRA is: its dialect, family, ranks, alphas, kinds, blocks.",
     "convert": "Write a LoRA under another tool's names; what it does to the model stays the same.",
     "merge": "Merge LoRAs into one: the exact weighted sum, or its best fit at a smaller rank; or as a recipe says.",
-    "train": "Train a LoRA on pictures with captions: Stable Diffusion 1, 2 and XL, through diffusers and PEFT.",
+    "train": "Train a LoRA on pictures with captions, through diffusers and PEFT.",
     "zip": "Merge LoRAs by coefficients learned on the base model (ZipLoRA): an ordinary LoRA comes out.",
     "calibrate": "Merge LoRAs by least squares on what the base model's modules see: no gradients, an ordinary LoRA comes out.",
     "coefficients": "Show learned coefficients: for every block and LoRA how they spread.",

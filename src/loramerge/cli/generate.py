@@ -75,6 +75,10 @@ class Options:
     guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own by default.")] = None
     size: Annotated[str | None, typer.Option("--size", help="512, or WIDTHxHEIGHT; the model's own by default.")] = None
     negative: Annotated[str | None, typer.Option("--negative", help="A negative prompt.")] = None
+    frames: Annotated[
+        int | None,
+        typer.Option("--frames", min=1, help="Frames of a model for videos: 1, a picture, by default; more move."),
+    ] = None
     scheduler: Annotated[
         str | None, typer.Option("--scheduler", help="A class of diffusers, such as DPMSolverMultistepScheduler.")
     ] = None
@@ -102,14 +106,19 @@ def run(given: Options) -> None:
     --lora both=person.safetensors:0.7+jersey.safetensors:0.5 -p "a psq-person" --seeds 8 -o out/
     """
     need("Drawing", "diffusers", "transformers", "peft", "accelerate")
-    from ..diffusion import generation, pipelines
+    from ..diffusion import drawing, generation, pipelines
     from ..scoring.scores import Shot
     from ..scoring.sheets import save_sheet
 
     numbers = read_seeds(given.seeds)
     width, height = read_size(given.size)
-    sampling = generation.Sampling(
-        steps=given.steps, guidance=given.guidance, height=height, width=width, negative_prompt=given.negative
+    sampling = drawing.Sampling(
+        steps=given.steps,
+        guidance=given.guidance,
+        height=height,
+        width=width,
+        negative_prompt=given.negative,
+        frames=given.frames,
     )
     with ExitStack() as loras:
         plain = read_settings(given.lora or [], loras, none=given.none, architecture=given.architecture)

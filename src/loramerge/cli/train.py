@@ -108,7 +108,7 @@ class Options(OnModel, Saved):
 
 @command
 def run(given: Options) -> None:
-    """Train a LoRA on pictures with captions: Stable Diffusion 1, 2 and XL, through diffusers and PEFT.
+    """Train a LoRA on pictures with captions, through diffusers and PEFT.
 
     The same command goes on with a run that was interrupted.
 

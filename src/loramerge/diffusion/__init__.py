@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     )
     from .composing.running import Composed as Composed, composed as composed
     from .denoiser import Denoiser as Denoiser, load as load
+    from .drawing import Sampling as Sampling
     from .examples import (
         Images as Images,
         Trajectories as Trajectories,
         from_images as from_images,
         from_prompts as from_prompts,
     )
-    from .generation import Drawn as Drawn, Sampling as Sampling, generate as generate, slug as slug
+    from .generation import Drawn as Drawn, generate as generate, slug as slug
     from .pipelines import load_pipeline as load_pipeline, use_scheduler as use_scheduler
     from .processes import Team as Team, team as team
     from .training import (
@@ -63,6 +64,7 @@ else:
                 "Denoiser",
                 "load",
             ),
+            "drawing": ("Sampling",),
             "examples": (
                 "Images",
                 "Trajectories",
@@ -71,7 +73,6 @@ else:
             ),
             "generation": (
                 "Drawn",
-                "Sampling",
                 "generate",
                 "slug",
             ),

@@ -18,15 +18,13 @@ def applied(pipe: Any, loras: Sequence[tuple[LoRA, float]]) -> Iterator[None]:
     """Load LoRAs at their weights inside the block and unload them at the end.
 
     Raises:
-        OptionError: There are LoRAs in the pipeline already.
+        OptionError: There are LoRAs in the pipeline already, diffusers loads none into it, or it has two denoisers.
         MergeError: A LoRA has modules or shapes that the model doesn't have, or diffusers left some out.
         DialectError: diffusers' file format can't hold a layer.
         NumberError: A value of a LoRA is NaN or infinite.
     """
-    if any(pipe.get_list_adapters().values()):
-        raise OptionError(
-            f"The pipeline has LoRAs already: {pipe.get_list_adapters()}. Call unload_lora_weights() first."
-        )
+    if there := [name for name, found in _adapters(pipe).items() if found]:
+        raise OptionError(f"The pipeline has LoRAs already, in {', '.join(there)}. Call unload_lora_weights() first.")
     check_fits(pipe, [lora for lora, _ in loras])
     names = [f"loramerge_{i}" for i in range(len(loras))]
     try:
@@ -36,18 +34,41 @@ def applied(pipe: Any, loras: Sequence[tuple[LoRA, float]]) -> Iterator[None]:
             pipe.set_adapters(names, adapter_weights=[weight for _, weight in loras])
         yield
     finally:
-        pipe.unload_lora_weights()
+        if names:
+            pipe.unload_lora_weights()
+
+
+def _adapters(pipe: Any) -> Mapping[str, Sequence[str]]:
+    """Return the names of the LoRAs in each component; there are none where diffusers loads none."""
+    found: Mapping[str, Sequence[str]] = pipe.get_list_adapters() if hasattr(pipe, "get_list_adapters") else {}
+    return found
 
 
 def check_fits(pipe: Any, loras: Iterable[LoRA]) -> None:
     """Refuse LoRAs whose modules or shapes the pipeline doesn't have.
 
     Raises:
+        OptionError: diffusers loads no LoRAs into the pipeline, or it has two denoisers.
         MergeError: One was made for another model.
     """
+    given = list(loras)
+    if given:
+        _check_takes(pipe)
     weights = modules(pipe)
-    for lora in loras:
+    for lora in given:
         _check(lora, weights)
+
+
+def _check_takes(pipe: Any) -> None:
+    name = type(pipe).__name__
+    if not hasattr(pipe, "load_lora_weights"):
+        raise OptionError(f"diffusers loads no LoRAs into a {name}. Way out: 'loramerge bake' into the model.")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise OptionError(
+            f"This {name} has two denoisers, transformer and transformer_2, each with LoRAs of its own, and a LoRA doesn't "
+            "say whose it is. Way out, in Python: pipe.load_lora_weights(lora.state_dict('diffusers-peft')), with "
+            "load_into_transformer_2=True for the second."
+        )
 
 
 def check_loads(pipe: Any, loras: Sequence[LoRA]) -> None:

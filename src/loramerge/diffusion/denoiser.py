@@ -1,7 +1,7 @@
 """Wrap a diffusion model as the function that loramerge learns on."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..devices import check_device
 from ..errors import MergeError, OptionError, need
 from ..files.lora import LoRA
 from ..files.storage.paths import path_of, printable
 from ..learned.batches import Batch
+from . import flows
 from .families import Conditions, Family, Size, family_of
 from .pipelines import opened
 from .schedules import Schedule, schedule
@@ -63,31 +65,41 @@ class Denoiser:
     @property
     def resolution(self) -> int:
         """Return the side of the square images that the model was made for, in pixels."""
-        size = 128 if self.family.packed else self.model.config.sample_size
-        return int(size) * int(self.pipe.vae_scale_factor)
+        flow = self.family.flow
+        side: int = getattr(self.model.config, "sample_size", flow.side if flow else 0)
+        return side * self._pixels
+
+    @property
+    def _pixels(self) -> int:
+        """Return the side of the square of pixels that a latent covers."""
+        name = next(n for n in ("vae_scale_factor", "vae_scale_factor_spatial") if hasattr(self.pipe, n))
+        return int(getattr(self.pipe, name))
+
+    @property
+    def _patch(self) -> int:
+        """Return the side of the square of latents that is one token."""
+        return self.family.flow.patch if self.family.flow else 1
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
         """Return the shape of an image's latents, as the denoiser takes them.
 
         Raises:
-            OptionError: The resolution isn't a multiple of the pixels that a latent covers.
+            OptionError: The resolution isn't a multiple of the pixels that a token covers.
         """
-        step = self.pipe.vae_scale_factor * (2 if self.family.packed else 1)
+        step = self._pixels * self._patch
         if resolution % step or resolution <= 0:
             raise OptionError(f"The resolution must be a multiple of {step}, got {resolution}.")
-        side, channels = resolution // step, self.model.config.in_channels
-        return (side * side, channels) if self.family.packed else (channels, side, side)
+        side, channels = resolution // self._pixels, int(self.model.config.in_channels)
+        flow = self.family.flow
+        return flows.shape(flow, channels, side) if flow else (channels, side, side)
 
     def schedule(self, resolution: int) -> Schedule:
         """Return the noise schedule that the model was trained with."""
-        return schedule(self.pipe, self.family.flow, self.tokens(resolution))
+        return schedule(self.pipe, self.family.flow is not None, self.tokens(resolution))
 
     def tokens(self, resolution: int) -> int:
         """Count the tokens of an image of this side, for denoisers that are transformers."""
-        shape = self.latent_shape(resolution)
-        if self.family.packed:
-            return shape[0]
-        return shape[1] * shape[2] // int(getattr(self.model.config, "patch_size", 1)) ** 2
+        return (resolution // self._pixels // self._patch) ** 2
 
     def predict(self, batch: Batch) -> Tensor:
         """Predict noise, velocity or flow from a batch.
@@ -107,7 +119,7 @@ class Denoiser:
             if "prompt" in placed:
                 prompts = [self.prompts[i] for i in placed["prompt"].tolist()]
                 given |= self.family.encode(self.pipe, prompts, self.device)
-            return self.family.call(self.model, placed["sample"], placed["timestep"], given)
+            return self.family.call(self.pipe, placed["sample"], placed["timestep"], given)
 
     def _placed(self, batch: Batch) -> dict[str, Any]:
         """Move a batch to the device, and cast the model's inputs to its dtype."""
@@ -124,10 +136,10 @@ class Denoiser:
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
 
     def encoded(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode prompts into conditions, on the CPU in float32."""
+        """Encode prompts into conditions, on the CPU in float32; texts are padded at their end to the longest."""
         with torch.no_grad(), self._at_work(*self.encoders.values()):
             rows = [self.family.encode(self.pipe, [prompt], self.device) for prompt in prompts]
-        return {name: torch.cat([row[name].float().cpu() for row in rows]) for name in rows[0]}
+        return below({name: _kept(value) for name, value in row.items()} for row in rows)
 
     def unconditional(self) -> dict[str, Tensor]:
         """Return the conditions of the empty prompt, which are zeros for some models."""
@@ -144,24 +156,20 @@ class Denoiser:
         vae = self.pipe.vae
         if vae is None:
             raise OptionError("Images need the pipeline's VAE, and it has none. Way out: prompts instead of images.")
-        dtype = vae.dtype
+        dtype, video = vae.dtype, any(weight.ndim == 5 for weight in vae.parameters())
         with torch.no_grad(), self._at_work(vae):
             nn.Module.to(vae, torch.float32)  # SDXL's overflows in float16, and this is done once
             try:
-                found = vae.encode(pixels.to(self.device)).latent_dist.mode().cpu()
+                placed = pixels.to(self.device)
+                found = vae.encode(placed[:, :, None] if video else placed).latent_dist.mode().cpu()
             finally:
                 nn.Module.to(vae, dtype)
-        mean, std = (_statistic(vae.config, name) for name in ("latents_mean", "latents_std"))
-        if mean is not None and std is not None:
-            latents = (found - mean) * vae.config.scaling_factor / std
-        else:
-            latents = (found - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
-        return self._packed(latents) if self.family.packed else latents
-
-    def _packed(self, latents: Tensor) -> Tensor:
-        count, channels, height, width = latents.shape
-        tokens = latents.reshape(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-        return tokens.reshape(count, height * width // 4, 4 * channels)
+        latents = _normalised(found[:, :, 0] if video else found, vae.config)
+        arranged = flows.arranged(self.family.flow, latents) if self.family.flow else latents
+        norm = getattr(vae, "bn", None)  # of tokens, where the VAE has no statistics of latents
+        if norm is None:
+            return arranged
+        return (arranged - norm.running_mean.cpu()) / (norm.running_var.cpu() + vae.config.batch_norm_eps).sqrt()
 
     def placed_at(self, sizes: Sequence[Size]) -> Conditions:
         """Return the conditions that say how each example was cropped out of its picture."""
@@ -240,9 +248,35 @@ def _called(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
+def _normalised(latents: Tensor, config: Any) -> Tensor:
+    """Bring what a VAE gave, ``(count, channels, side, side)``, to the scale that the denoiser knows."""
+    mean, std = (_statistic(config, name) for name in ("latents_mean", "latents_std"))
+    scale = getattr(config, "scaling_factor", None) or 1.0
+    if mean is not None and std is not None:
+        return (latents - mean) * scale / std
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * scale
+
+
 def _statistic(config: Any, name: str) -> Tensor | None:
     values = getattr(config, name, None)
     return None if values is None else torch.tensor(values).reshape(1, -1, 1, 1)
+
+
+def _kept(value: Tensor) -> Tensor:
+    """Return a copy on the CPU, in float32 if it isn't of whole numbers."""
+    return value.cpu().float() if value.is_floating_point() else value.cpu()
+
+
+def below(rows: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put conditions below each other; texts are padded at their end, with zeros, to the longest."""
+    found = list(rows)
+    return {name: _padded([row[name] for row in found]) for name in found[0]}
+
+
+def _padded(values: Sequence[Tensor]) -> Tensor:
+    if values[0].ndim == 1:
+        return torch.cat(list(values))
+    return pad_sequence([row for value in values for row in value], batch_first=True)
 
 
 def load(

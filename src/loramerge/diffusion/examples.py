@@ -18,7 +18,7 @@ from ..learned.attach import attach
 from ..learned.batches import Batch
 from ..learned.calibration import Progress
 from ..scoring.captions import Picture, captioned, cropped, digest
-from .denoiser import Denoiser
+from .denoiser import Denoiser, below
 from .families import Size
 from .schedules import Schedule, shift
 
@@ -296,16 +296,24 @@ class _Sampler:
             batch = given.batch(seen.expand(self.rows, *self.shape), timestep.expand(self.rows), rows)
             found = self.denoiser.predict(batch).float().cpu()
             if self.rows == 2:
-                found = found[1:] + self.guidance * (found[:1] - found[1:])
+                found = self._guided(found[:1], found[1:])
             step = scheduler.step(found, timestep, latents, **self._random(scheduler, generator))
             latents = step.prev_sample
+
+    def _guided(self, prompt: Tensor, empty: Tensor) -> Tensor:
+        """Go from the prediction without the prompt beyond the one with it."""
+        found = empty + self.guidance * (prompt - empty)
+        flow = self.denoiser.family.flow
+        if flow is None or not flow.rescaled:
+            return found
+        return found * prompt.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True)
 
     def _both(self, given: Conditions) -> Conditions:
         """Stack the conditions of the prompt on those of the empty prompt."""
         if not given.texts:
             which = torch.cat([given.which, torch.tensor([self.empty_number])])
             return Conditions({}, which, self.place(2))
-        texts = {n: torch.cat([v[given.which], self.empty[n]]) for n, v in given.texts.items()}
+        texts = below([{n: v[given.which] for n, v in given.texts.items()}, self.empty])
         return Conditions(texts, torch.arange(2), self.place(2))
 
     @cached_property
@@ -322,10 +330,10 @@ class _Sampler:
     def _begin(self, scheduler: Any) -> None:
         """Set the timesteps, as the family's pipeline does."""
         given: dict[str, Any] = {}
-        family = self.denoiser.family
-        if family.flow and (mu := shift(scheduler.config, self.tokens)) is not None:
+        flow = self.denoiser.family.flow
+        if flow and (mu := shift(self.denoiser.pipe, self.tokens, self.steps)) is not None:
             given["mu"] = mu
-        if family.packed:
+        if flow and flow.even:
             given["sigmas"] = torch.linspace(1, 1 / self.steps, self.steps).tolist()
         scheduler.set_timesteps(self.steps, **given)
 

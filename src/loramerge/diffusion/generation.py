@@ -11,7 +11,6 @@ generate(pipe, settings, ["a psq-person wearing a barca24_jersey"], 8, "out", sa
 """
 
 import hashlib
-import inspect
 import math
 import os
 import re
@@ -32,6 +31,7 @@ from ..tensors import Array
 from .apply import applied, check_loads, fingerprint
 from .composing.base import Use
 from .composing.running import Composed, check_words, composed
+from .drawing import Sampling, drawn, settled
 
 LEGIBLE = 40
 """Number of a prompt's characters in a file's name."""
@@ -39,22 +39,6 @@ Setting: TypeAlias = Sequence[Use] | Composed
 """LoRAs that are added up, or composed."""
 
 WAYS_OUT = "Ways out: fewer at a time (--batch), float16, a smaller size (--size). What was drawn is kept; the same call goes on."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Sampling options; None for guidance, height or width takes the pipeline's default."""
-
-    steps: int = 30
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    negative_prompt: str | None = None
-
-    def __post_init__(self) -> None:
-        sides = [side for side in (self.height, self.width) if side is not None]
-        if self.steps < 1 or any(side < 1 for side in sides):
-            raise OptionError(f"Can't draw with {self}: wanted 1 step or more, and sides of 1 pixel or more.")
 
 
 @dataclass(frozen=True)
@@ -83,6 +67,8 @@ def generate(
 ) -> list[Drawn]:
     """Draw every prompt with every seed in every setting, into ``output/SETTING/PROMPT-SEED.png``.
 
+    A pipeline for videos draws one frame unless `Sampling.frames` says more, which become an animated PNG.
+
     Every LoRA is loaded once before the first picture, so that one that doesn't fit fails at once.
 
     Args:
@@ -100,7 +86,8 @@ def generate(
         Every picture, by setting, prompt and seed.
 
     Raises:
-        OptionError: There is nothing to draw, a setting's name can't be a folder's, or the pipeline has LoRAs already.
+        OptionError: There is nothing to draw, a setting's name can't be a folder's, the pipeline has LoRAs already, it
+            draws from more than a prompt, or diffusers loads no LoRAs into it.
         FileError: A picture of that name wasn't made by loramerge, or can't be written.
         MergeError: A LoRA changes modules that the model doesn't have, or diffusers can't load it whole.
         DialectError: diffusers' file format can't hold a layer.
@@ -211,16 +198,8 @@ def check(settings: Mapping[str, Setting], prompts: Sequence[str], seeds: int | 
 
 def _common(pipe: Any, sampling: Sampling, base: str | None) -> dict[str, Any]:
     """Return the recipe entries that all pictures share."""
-    defaults = {name: p.default for name, p in inspect.signature(pipe.__call__).parameters.items()}
-    guidance = defaults["guidance_scale"] if sampling.guidance is None else sampling.guidance
     return {
-        "sampling": {
-            "steps": sampling.steps,
-            "guidance": float(guidance),
-            "height": sampling.height,
-            "width": sampling.width,
-            "negative_prompt": sampling.negative_prompt,
-        },
+        "sampling": settled(pipe, sampling),
         "scheduler": {"name": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
         "base": {
             "name": base or getattr(pipe, "name_or_path", None) or type(pipe).__name__,
@@ -264,30 +243,24 @@ def _drawn(
     with _at_work(pipe, setting):
         for start in range(0, len(todo), batch):
             part = todo[start : start + batch]
-            for place, image in zip(part, _images(pipe, part, sampling), strict=True):
-                save_png(image, place.path, place.recipe)
+            for place, frames in zip(part, _images(pipe, part, sampling), strict=True):
+                save_png(frames[0], place.path, place.recipe, more=frames[1:])
             yield len(part)
 
 
-def _images(pipe: Any, part: Sequence[_Place], sampling: Mapping[str, Any]) -> list[Any]:
+def _images(pipe: Any, part: Sequence[_Place], sampling: Mapping[str, Any]) -> list[list[Any]]:
+    """Draw a batch; return the frames of each picture, of which most have one."""
     import torch
     from PIL import Image
 
-    negative = sampling["negative_prompt"]
-    given = {"negative_prompt": [negative] * len(part)} if negative is not None else {}
+    generators = [torch.Generator("cpu").manual_seed(place.seed) for place in part]
     with memory_for(f"{len(part)} pictures at a time", WAYS_OUT):
-        result = pipe(
-            prompt=[place.prompt for place in part],
-            generator=[torch.Generator("cpu").manual_seed(place.seed) for place in part],
-            num_inference_steps=sampling["steps"],
-            guidance_scale=sampling["guidance"],
-            height=sampling["height"],
-            width=sampling["width"],
-            output_type="np",
-            **given,
-        )
-    _refuse_hidden(result.get("nsfw_content_detected"), part)
-    return [Image.fromarray(_bytes(values, place)) for values, place in zip(result.images, part, strict=True)]
+        pictures, hidden = drawn(pipe, [place.prompt for place in part], generators, sampling)
+    _refuse_hidden(hidden, part)
+    return [
+        [Image.fromarray(frame) for frame in _bytes(frames, place)]
+        for frames, place in zip(pictures, part, strict=True)
+    ]
 
 
 def _bytes(values: Array, place: _Place) -> Array:
@@ -302,8 +275,8 @@ def _bytes(values: Array, place: _Place) -> Array:
     return (values * 255).round().astype("uint8")
 
 
-def _refuse_hidden(hidden: Sequence[bool] | None, part: Sequence[_Place]) -> None:
-    for place, black in zip(part, hidden or [], strict=False):
+def _refuse_hidden(hidden: Sequence[bool], part: Sequence[_Place]) -> None:
+    for place, black in zip(part, hidden, strict=False):
         if black:
             raise NumberError(
                 f"The pipeline's safety checker made {place.path.name} of {place.setting} black, which no score can use. "

@@ -1,6 +1,7 @@
 """Noise schedules: draw timesteps, add noise to latents, and compute the target of the prediction."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,18 +96,41 @@ def schedule(pipe: Any, flow: bool, tokens: int) -> Schedule:
     """
     config = pipe.scheduler.config
     if flow:
-        mu = shift(config, tokens)
-        return Flow(config.shift if mu is None else math.exp(mu), config.num_train_timesteps)
+        mu = shift(pipe, tokens)
+        return Flow(_constant(pipe.scheduler) if mu is None else math.exp(mu), config.num_train_timesteps)
     from diffusers import DDPMScheduler
 
     alphas = DDPMScheduler.from_config(config).alphas_cumprod.float()
     return Diffusion(alphas, config.prediction_type == "v_prediction")
 
 
-def shift(config: Any, tokens: int) -> float | None:
-    """Return the log of the shift for an image of so many tokens; None if the shift is constant."""
+def _constant(scheduler: Any) -> float:
+    """Return the shift that is the same for every picture."""
+    config = scheduler.config
+    if "shift" in config:
+        return float(config.shift)
+    if config.get("use_flow_sigmas"):
+        return float(config.flow_shift)
+    raise OptionError(
+        f"The model predicts a flow, and its scheduler, {type(scheduler).__name__}, isn't one for flows. Wanted "
+        "FlowMatchEulerDiscreteScheduler, or one with use_flow_sigmas."
+    )
+
+
+def shift(pipe: Any, tokens: int, steps: int = 50) -> float | None:
+    """Return the log of the shift for an image of so many tokens; None if the shift is constant.
+
+    Args:
+        pipe: The pipeline; its scheduler's configuration is read.
+        tokens: Tokens of an image.
+        steps: Sampling steps, on which some pipelines' shift depends.
+    """
+    config = pipe.scheduler.config
     if not config.get("use_dynamic_shifting"):
         return None
+    own = getattr(sys.modules[type(pipe).__module__], "compute_empirical_mu", None)
+    if own is not None:
+        return float(own(tokens, steps))
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     slope = (config.get("max_shift", 1.15) - config.get("base_shift", 0.5)) / (high - low)
     return float(config.get("base_shift", 0.5) + slope * (tokens - low))

@@ -19,10 +19,27 @@ ORDER = "loramerge.settings"
 """The keyword of a contact sheet's chunk: its settings, in drawing order."""
 
 
+RATE = 16
+"""Frames per second of an animated PNG: Wan's."""
+
+
 def save_png(
-    image: "Image", path: Path, recipe: Mapping[str, Any] | None = None, *, settings: Sequence[str] = ()
+    image: "Image",
+    path: Path,
+    recipe: Mapping[str, Any] | None = None,
+    *,
+    more: Sequence["Image"] = (),
+    settings: Sequence[str] = (),
 ) -> None:
-    """Write a picture, with its recipe or a sheet's settings if it has any: whole, or not at all."""
+    """Write a picture, with its recipe or a sheet's settings if it has any: whole, or not at all.
+
+    Args:
+        image: The picture, or the first frame.
+        path: The file.
+        recipe: What `recipe_in` gives back.
+        more: Further frames: with them it is an animated PNG.
+        settings: What `order_in` gives back.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
@@ -31,7 +48,8 @@ def save_png(
     if settings:
         chunks.add_itxt(ORDER, as_json(list(settings)))
     data = io.BytesIO()
-    image.save(data, "PNG", pnginfo=chunks)
+    frames = {"save_all": True, "append_images": list(more), "duration": 1000 / RATE} if more else {}
+    image.save(data, "PNG", pnginfo=chunks, **frames)
     write_bytes(path, data.getvalue())
 
 

@@ -59,7 +59,7 @@ def train_lora(
     processes, started by ``accelerate launch`` or ``torchrun``, each takes its share of every step's examples.
 
     Args:
-        denoiser: The model, Stable Diffusion 1, 2 or XL; it is restored afterwards.
+        denoiser: The model; it is restored afterwards.
         folder: Pictures with captions, see `loramerge.scoring.captions`.
         settings: Rank, steps, learning rate and so on.
         prompt: For pictures without a caption.
@@ -71,7 +71,7 @@ def train_lora(
         progress: Called with the number of pictures encoded and of all.
 
     Returns:
-        The LoRA, float32, in diffusers' dialect, with metadata that say how it was made.
+        The LoRA, float32, in diffusers' dialect for the model, with metadata that say how it was made.
 
     Raises:
         FileError: The folder, a picture, a caption or the checkpoint is missing or unreadable.
@@ -92,7 +92,7 @@ def train_lora(
         about = {
             **mixed.identity,
             "fingerprint": fingerprint(denoiser.pipe),
-            "prediction": denoiser.pipe.scheduler.config.prediction_type,
+            "prediction": "flow" if denoiser.family.flow else denoiser.pipe.scheduler.config.prediction_type,
             "data": dict(images.description),
             "processes": together.size,
         }
@@ -105,7 +105,7 @@ def train_lora(
     return LoRA(
         name=title,
         architecture=architecture,
-        dialect="diffusers",
+        dialect="diffusers-peft" if denoiser.family.flow else "diffusers",
         layouts=layers,
         metadata=described(chosen, about, architecture, run.reached, title, trigger),
     )
@@ -117,12 +117,13 @@ def _mixed(denoiser: Denoiser) -> Denoiser:
     Raises:
         OptionError: LoRAs can't be trained on it here.
     """
-    if denoiser.family.flow or not denoiser.family.denoiser == "unet":
+    if denoiser.family.flow and denoiser.text_encoders:
         raise OptionError(
-            f"The base model is a {type(denoiser.pipe).__name__}; LoRAs are trained for Stable Diffusion 1, 2 and XL here."
+            f"The base model is a {type(denoiser.pipe).__name__}, whose text encoders aren't trained here. Way out: the "
+            "denoiser alone (no --text-encoders)."
         )
-    predicted = denoiser.pipe.scheduler.config.prediction_type
-    if predicted not in ("epsilon", "v_prediction"):
+    predicted = denoiser.pipe.scheduler.config.get("prediction_type")
+    if denoiser.family.flow is None and predicted not in ("epsilon", "v_prediction"):
         raise OptionError(f"The base model predicts {predicted!r}; wanted 'epsilon' or 'v_prediction'.")
     if torch.float16 in (denoiser.dtype, denoiser.autocast) and denoiser.device.type == "cpu":
         raise OptionError("Training in fp16 needs CUDA. Ways out on the CPU: fp32, or bf16.")

@@ -64,7 +64,7 @@ def _specification(
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "modelspec.prediction_type": {"v_prediction": "v", "epsilon": "epsilon"}.get(about["prediction"], ""),
         "modelspec.trigger_phrase": trigger or "",
     }
 
@@ -76,7 +76,7 @@ def _kohya(settings: TrainSettings, about: Mapping[str, Any], architecture: str 
     pictures = data["images"]
     batch = settings.batch_size * about["processes"]
     found = {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": label.module if label else "networks.lora",
         "ss_network_dim": settings.rank,
         "ss_network_alpha": f"{settings.scale * settings.rank:g}",
         "ss_network_dropout": settings.dropout or None,

@@ -1,5 +1,6 @@
 """Put PEFT's trainable layers into the components of a model, and take them out again."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from ...layers import Layer
 from ...layers.lowrank import LowRank
 from ..apply import modules
 from ..denoiser import Denoiser
-from .settings import TEXT, UNET, TrainSettings
+from .settings import FLOW_ATTENTION, TEXT, UNET, Targets, TrainSettings
 
 ADAPTER = "loramerge"
+IN_A_BLOCK = re.compile(r"\.\d+\.")
+"""Found in the path of a module that is inside a numbered block."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,12 @@ def injected(denoiser: Denoiser, settings: TrainSettings) -> Iterator[Injected]:
     try:
         with seeded(settings.seed, denoiser.device):
             for component, model in models.items():
-                ends = UNET if component == denoiser.family.denoiser else TEXT
                 config = LoraConfig(
                     r=settings.rank,
                     lora_alpha=settings.scale * settings.rank,  # type: ignore[arg-type]
                     lora_dropout=settings.dropout,
                     init_lora_weights="gaussian",
-                    target_modules=list(ends[settings.targets]),
+                    target_modules=_targets(denoiser, component, settings.targets),
                 )
                 inject_adapter_in_model(config, model, ADAPTER)
                 found = {path: m for path, m in model.named_modules() if isinstance(m, LoraLayer)}
@@ -91,6 +93,23 @@ def injected(denoiser: Denoiser, settings: TrainSettings) -> Iterator[Injected]:
             _eject(model)
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+def _targets(denoiser: Denoiser, component: str, targets: Targets) -> list[str]:
+    """Return the modules to train, or the endings of their names.
+
+    Raises:
+        OptionError: The model has no such modules.
+    """
+    if component != denoiser.family.denoiser:
+        return list(TEXT[targets])
+    if denoiser.family.flow is None:
+        return list(UNET[targets])
+    if targets == "all":
+        raise OptionError("A transformer has no layers besides its blocks' to train. Way out: targets 'transformers'.")
+    linear = [path for path, module in denoiser.model.named_modules() if isinstance(module, nn.Linear)]
+    inside = [path for path in linear if IN_A_BLOCK.search(path)]
+    return inside if targets == "transformers" else [path for path in inside if path.endswith(FLOW_ATTENTION)]
 
 
 def _eject(model: nn.Module) -> None:
@@ -116,6 +135,7 @@ def architecture_of(denoiser: Denoiser, trained: Iterable[str]) -> str | None:
     there = modules(denoiser.pipe)
     names = set(trained)
     known = [ARCHITECTURES[name] for name in denoiser.family.architectures]
-    whole = [a.name for a in known if all(there.get(m) == a.shapes[m] for m in a.shapes if m.startswith("unet."))]
+    own = f"{denoiser.family.denoiser}."
+    whole = [a.name for a in known if all(there.get(m) == a.shapes[m] for m in a.shapes if m.startswith(own))]
     alike = [a.name for a in known if names <= set(a.shapes)]
     return next(iter([*whole, *alike]), None)

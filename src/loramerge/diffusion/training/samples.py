@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ...files.storage.paths import path_of
 from ...scoring.png import save_png
 from ..denoiser import Denoiser
+from ..drawing import Sampling, drawn as pictures, settled
 
 
 def draw(
@@ -34,7 +36,7 @@ def draw(
         step: Number of the step, for the files' names.
         seed: Seed of each picture's noise.
         sampling_steps: Steps of the pipeline's scheduler.
-        guidance: Scale of the classifier-free guidance; the family's usual by default.
+        guidance: The pipeline's scale of guidance; the family's usual by default.
         resolution: Side of the pictures in pixels; the model's by default.
 
     Raises:
@@ -42,20 +44,17 @@ def draw(
         FileError: A picture can't be written.
     """
     place = path_of(output)
-    scale = denoiser.family.guidance if guidance is None else guidance
+    side = resolution or denoiser.resolution
+    scale = denoiser.family.guidance if guidance is None and denoiser.family.flow is None else guidance
+    sampling = Sampling(steps=sampling_steps, guidance=scale, height=side, width=side)
     drawn = []
     # The LoRA's factors are float32, and the model may be bfloat16.
     mixed = torch.autocast(denoiser.device.type, torch.bfloat16, enabled=denoiser.dtype == torch.bfloat16)
     with denoiser.whole() as pipe, torch.no_grad(), mixed, _silent(pipe):
         for i, prompt in enumerate(prompts):
-            image = pipe(
-                prompt,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                num_inference_steps=sampling_steps,
-                guidance_scale=scale,
-                height=resolution or denoiser.resolution,
-                width=resolution or denoiser.resolution,
-            ).images[0]
+            noise = torch.Generator("cpu").manual_seed(seed)
+            [[frame]], _ = pictures(pipe, [prompt], [noise], settled(pipe, sampling))
+            image = Image.fromarray((frame * 255).round().astype("uint8"))
             path = place.with_name(f"{place.stem}-{step:06d}-{i}.png")
             save_png(image, path, {"prompt": prompt, "seed": seed, "step": step, "sampling": {"steps": sampling_steps}})
             drawn.append(path)

@@ -25,6 +25,9 @@ UNET: Mapping[Targets, tuple[str, ...]] = {
 }
 """Name endings of the modules to train: those of diffusers' scripts, kohya's LoRA and kohya's LoCon."""
 
+FLOW_ATTENTION = (*ATTENTION, "to_qkv_mlp_proj")
+"""Name endings of the attentions' projections in transformers; FLUX.2 joins some with those of its feed-forward."""
+
 TEXT: Mapping[Targets, tuple[str, ...]] = {
     "attention": TEXT_ATTENTION,
     "transformers": (*TEXT_ATTENTION, "fc1", "fc2"),
@@ -64,7 +67,8 @@ class TrainSettings:
     """Share of the factors' inputs that is dropped at random."""
     targets: Targets = "attention"
     """attention: the projections of all attention layers.  transformers: also feed-forward layers and the projections
-    in and out.  all: also the convolutions and time projections of the ResNet blocks, and the samplers."""
+    in and out; of a transformer every linear layer in its blocks.  all: also the convolutions and time projections of the
+    ResNet blocks, and the samplers."""
     resolution: Count | None = None
     """Side of the square that each picture is cut to, in pixels; None is the model's own."""
     flip: bool = True

@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 from ...tensors import Shape
+from .calls import FlowCall
 from .names import Naming, Parts, flat, same, whole
 
 
@@ -194,6 +195,8 @@ class Architecture:
     label: Label | None = None
     """The names that other tools have for it; None if they have none, and only our own entry is written."""
     kin: Kin | None = None
+    flow: FlowCall | None = None
+    """How diffusers' pipeline calls its denoiser, if that predicts a flow and merges can be learned on it."""
     diffusers_reads: tuple[str, ...] = ()
     """Dialects besides its own that diffusers reads, at least for the blocks."""
     comfyui_reads_diffusers: bool = False

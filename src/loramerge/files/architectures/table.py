@@ -6,6 +6,7 @@ Whatever else knows a family asks its entry; the modules and shapes of its model
 from collections.abc import Mapping
 from typing import Any
 
+from .calls import FlowCall
 from .family import STOPS, Architecture, Beside, Kin, Label, TextEncoder, Unread
 from .names import Rules
 
@@ -19,6 +20,20 @@ SD3_TEXT = (
 )
 SD3_HINTS = ("sd3", "sd-3", "sd3m", "stable-diffusion-3", "stable-diffusion-v3")
 
+
+SD3_CALL = FlowCall(
+    pipelines=("StableDiffusion3Pipeline",),
+    text=("encoder_hidden_states", "", "pooled_projections"),
+    guidance=5.0,
+)
+WAN_CALL = FlowCall(pipelines=("WanPipeline",), latents="frames", side=60, guidance=5.0)
+FLUX2_CALL = FlowCall(
+    pipelines=("Flux2KleinPipeline", "Flux2Pipeline"),
+    text=("encoder_hidden_states", "txt_ids"),
+    latents="tokens",
+    clock="sigma",
+    even=True,
+)
 
 _BOTH: Mapping[str, Any] = {"diffusers_reads": ("kohya", "comfyui")}
 _COMFYUI: Mapping[str, Any] = {"diffusers_reads": ("comfyui",)}
@@ -50,6 +65,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
         native=Rules("sd3"),
         label=Label((f"stable-diffusion-v{dotted}-{size}",), (f"sd{dotted}-{size}",), "networks.lora_sd3"),
         kin=Kin.SD3,
+        flow=SD3_CALL,
         comfyui_reads_diffusers=True,
         **options,
     )
@@ -58,7 +74,18 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
 def _wan(size: str, title: str, *hints: str, **options: Any) -> Architecture:
     """Make a size of Wan."""
     label = Label(("wan2.1", "wan2.2"), ("wan",), "networks.lora_wan")
-    return _dit(f"wan-{size}", title, "wan", *hints, native=Rules("wan"), label=label, unread=_WAN, **_BOTH, **options)
+    return _dit(
+        f"wan-{size}",
+        title,
+        "wan",
+        *hints,
+        native=Rules("wan"),
+        label=label,
+        flow=WAN_CALL,
+        unread=_WAN,
+        **_BOTH,
+        **options,
+    )
 
 
 def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -71,6 +98,7 @@ def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
         "label": label,
         "comfyui_reads_diffusers": True,
         "unread": _FLUX2,
+        "flow": FLUX2_CALL,
     }
     return _dit(f"flux2-{size}", title, *words, **given | {**_BOTH} | options)
 
@@ -140,6 +168,13 @@ FAMILIES = (
         aliases=("flux.1", "flux-dev"),
         label=Label(("flux-1",), ("flux1",), "networks.lora_flux"),
         kin=Kin.FLUX,
+        flow=FlowCall(
+            pipelines=("FluxPipeline",),
+            text=("encoder_hidden_states", "pooled_projections", "txt_ids"),
+            latents="tokens",
+            clock="sigma",
+            even=True,
+        ),
         **_BOTH,
         comfyui_reads_diffusers=True,
         down_up=True,
@@ -191,6 +226,15 @@ FAMILIES = (
         aliases=("qwen",),
         label=Label(("qwen-image", "Qwen-Image"), ("qwen_image",), "networks.lora_qwen_image"),
         kin=Kin.QWEN,
+        flow=FlowCall(
+            pipelines=("QwenImagePipeline",),
+            text=("encoder_hidden_states", "encoder_hidden_states_mask"),
+            latents="tokens",
+            clock="sigma",
+            guidance=4.0,
+            rescaled=True,
+            even=True,
+        ),
         **_BOTH,
         comfyui_reads_diffusers=True,
     ),
@@ -202,6 +246,16 @@ FAMILIES = (
         aliases=("zimage",),
         label=Label(("Z-Image",), ("z_image", "zimage"), "networks.lora_zimage"),
         kin=Kin.Z_IMAGE,
+        flow=FlowCall(
+            pipelines=("ZImagePipeline",),
+            text=("cap_feats",),
+            sample="x",
+            latents="list",
+            time="t",
+            clock="signal",
+            reversed=True,
+            even=True,
+        ),
         **_BOTH,
         comfyui_reads_diffusers=True,
     ),

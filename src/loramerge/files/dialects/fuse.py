@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
 from ... import linalg
-from ...errors import LayerError
+from ...errors import LayerError, within
 from ...layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows
 from ...tensors import Array, Ranges, Spec, code, concat, float32, namespace, reshape
 from ..architectures.names import Parts
@@ -44,7 +44,10 @@ def fused(
     """
     if len(parts) == 1:
         layer = layers[parts[0].module]
-        return layer if parts[0].rows is None else _moved(layer, parts[0].rows, as_lora)
+        if parts[0].rows is None:
+            return layer
+        with within(parts[0].module):
+            return _moved(layer, parts[0].rows, as_lora)
     by_part = [layers.get(part.module) for part in parts]
     present = [layer for layer in by_part if layer is not None]
     if whole := _same_whole(parts, present):
@@ -96,12 +99,21 @@ def _low_rank(layer: Layer, as_lora: Callable[[Layer], Layer]) -> Layer:
 
 def _moved(layer: Layer, rows: Ranges, as_lora: Callable[[Layer], Layer]) -> Layer:
     """Reorder the rows of a layer that has other places in the weight: halves that are exchanged."""
+    rows = _of_width(rows, layer.shape[0])
     if isinstance(layer, Rows) and layer.ranges == rows:
         return layer.whole
     starts = [sum(stop - start for start, stop in rows[:i]) for i in range(len(rows))]
     back = sorted(range(len(rows)), key=lambda i: rows[i][0])
     order = tuple((starts[i], starts[i] + rows[i][1] - rows[i][0]) for i in back)
     return (as_lora(layer) if layer.factored and layer.kind != "lora" else layer).rows(order, None)
+
+
+def _of_width(rows: Ranges, width: int) -> Ranges:
+    """Scale rows to a model with widths of its own."""
+    own = sum(stop - start for start, stop in rows)
+    if any(n * width % own for pair in rows for n in pair):
+        raise LayerError(f"its {width} rows can't be exchanged as the {own} of the model are: they don't divide evenly")
+    return tuple((start * width // own, stop * width // own) for start, stop in rows)
 
 
 def _same_whole(parts: Parts, layers: list[Layer]) -> Layer | None:

@@ -38,7 +38,8 @@ class Free:
             start = self.prefix.format(component)
             if stem.startswith(start):
                 path = stem[len(start) :]
-                return f"{component if self.says_component else guessed(path)}.{path}"
+                guess = "unet" if UNETS.match(path) else "transformer"
+                return f"{component if self.says_component else guess}.{path}"
         return stem
 
     @property
@@ -47,7 +48,7 @@ class Free:
         return "{}" in self.prefix
 
     def stem(self, module: str, own: bool) -> str | None:
-        """Return the stem of a module; None if the dots of its path aren't known, or its component would be lost.
+        """Return the stem of a module; None if the dots of its path or the dialect's name of its component aren't known.
 
         Args:
             module: The module.
@@ -58,17 +59,10 @@ class Free:
         if self.flat and spelled.startswith("_") and not own:
             return None  # readers would take the underscore for a second one of the prefix
         if component in DENOISERS:
-            if not self.says_component and guessed(path) != component:
-                return None
             return self.prefix.format(component) + spelled if self.flat or has_dots(path) else None
         if self.text is not None and (match := re.fullmatch(r"text_encoder_?(\d*)", component)):
             return self.text.format(match[1]) + spelled
         return module if not self.flat and (own or self.says_component) else None
-
-
-def guessed(path: str) -> str:
-    """Return the denoiser that a path is of, where the prefix doesn't say it."""
-    return "unet" if UNETS.match(path) else "transformer"
 
 
 def has_dots(path: str) -> bool:

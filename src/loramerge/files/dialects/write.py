@@ -29,6 +29,7 @@ from ..architectures import ARCHITECTURES, Architecture, name_family, titles
 from ..architectures.names import Part, Parts, whole
 from . import DIALECTS, fuse, written_dialect
 from .base import LOW_RANK, Dialect, table
+from .free import DENOISERS
 from .repairs import repaired
 from .suffixes import spelled
 
@@ -315,6 +316,12 @@ class _Writer:
         # A name that reads as a known mistake would come back as another module.
         if stem is None or (self.dialect.name != self.lora.dialect and repaired(stem)):
             raise DialectError(f"{self.lora.name}: {self.nameless(module)}")
+        free = self.dialect.free
+        if free and not free.says_component and {*DENOISERS} <= {name.partition(".")[0] for name in self.lora}:
+            raise DialectError(
+                f"{self.lora.name}: it has modules of a UNet and of a transformer, and names in {self.dialect.name} don't "
+                f"say which of them {module} is of. Way out: leave those of one out (exclude)."
+            )
         return stem, whole(module)
 
     def nameless(self, module: str) -> str:

@@ -1,7 +1,7 @@
 """Several LoRAs at work at once: laws that hold for every composition, on every kind of denoiser."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import loramerge as lm
 from loramerge.diffusion import COMPOSITIONS, Composed, Sampling, Use, applied, composed, composition, generate
 from loramerge.diffusion.composing import places
 from loramerge.diffusion.composing.attention import Maps, looking, tokens
-from loramerge.diffusion.composing.clora import contrast
+from loramerge.diffusion.composing.clora import _masks, contrast
 from loramerge.diffusion.composing.regions import Regions
 from loramerge.scoring import Box
 from loramerge.scoring.png import recipe_in
@@ -340,7 +340,7 @@ def test_joint_attention_is_the_dense_softmax_of_what_the_model_computes(archite
 
     @composition("read", source="this test", passes="1")
     def reading(call: Any) -> Tensor:
-        columns = call.columns([use.required() for use in uses])
+        columns = call.columns()
         dense.clear()
         with call.looking([columns]) as passes:
             found = call.together()
@@ -401,28 +401,68 @@ def test_words_are_found_every_time_they_occur_and_only_there() -> None:
 
 def test_contrast_is_nt_xent() -> None:
     """Typed from the formula, pair by pair: -log e^{s_ap/t} / (e^{s_ap/t} + sum over negatives of e^{s_an/t})."""
-    maps, temperature = torch.rand(3, 10, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.5
-    vectors = [
-        ((c, p), (maps[p, :, c] - maps[p, :, c].min()) / (maps[p, :, c].max() - maps[p, :, c].min()))
-        for c in range(2)
-        for p in range(3)
-    ]
+    vectors = torch.rand(7, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    concept, temperature = torch.tensor([0, 1, 0, 1, 2, 2, 0]), 0.5
     losses = []
-    for (c, p), a in vectors:
-        negatives = [torch.exp(torch.cosine_similarity(a, n, 0) / temperature) for (d, _), n in vectors if d != c]
-        for (d, q), b in vectors:
-            if d == c and q != p:
+    for i, a in enumerate(vectors):
+        negatives = [
+            torch.exp(torch.cosine_similarity(a, n, 0) / temperature)
+            for n, other in zip(vectors, concept, strict=True)
+            if other != concept[i]
+        ]
+        for j, b in enumerate(vectors):
+            if concept[j] == concept[i] and i != j:
                 s = torch.exp(torch.cosine_similarity(a, b, 0) / temperature)
                 losses.append(-torch.log(s / (s + sum(negatives))))
 
-    assert float(contrast(maps, temperature)) == pytest.approx(float(sum(losses) / len(losses)), rel=1e-6)
+    assert float(contrast(vectors, concept, temperature)) == pytest.approx(float(sum(losses) / len(losses)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("concept", "temperature", "wanted"),
+    [
+        ([0, 0, 0, 1, 1, 1], 0.5, 1.1858982084690786),
+        ([0, 0, 0, 1, 1, 1], 0.07, 0.6790319919736166),
+        ([0, 1, 0, 1, 2, 2], 0.5, 1.5259644530909382),
+        ([0, 1, 0, 1, 2, 2], 0.07, 1.7423510752160931),
+    ],
+)
+def test_contrast_is_that_of_pytorch_metric_learning(concept: list[int], temperature: float, wanted: float) -> None:
+    """Numbers of its 2.9.0, ``NTXentLoss(temperature)(vectors, concept)``, which brings scikit-learn with it."""
+    vectors = torch.arange(1, 31, dtype=torch.float64).reshape(6, 5).mul(0.7).sin().abs()
+
+    assert float(contrast(vectors, torch.tensor(concept), temperature)) == pytest.approx(wanted, rel=1e-13)
+
+
+def test_masks_of_clora_are_those_of_its_authors() -> None:
+    """Their algorithm typed again, picture by picture: one mask per token, united; the base where there is none."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(3, 2, 12, 2, 3, generator=generator) ** 8
+    maps[..., 1, 2] = 0  # the second name has two tokens
+    wanted = []
+    for picture in range(2):
+        masks = [torch.zeros(12)]
+        for slot, count in ((1, 3), (2, 2)):
+            each = [maps[slot, picture, :, slot - 1, token] for token in range(count)]
+            masks.append((torch.stack([(a > a.max() * 0.4).float() for a in each]).sum(0) >= 1).float())
+        masks[0] = (torch.stack(masks).sum(0) == 0).float()
+        wanted.append(torch.stack(masks) / torch.stack(masks).sum(0))
+
+    torch.testing.assert_close(_masks(maps, 0.4), torch.stack(wanted))
+    assert 0 < float(torch.stack(wanted)[:, 0].sum()) < 24, "the base has all or nothing, so the test shows little"
 
 
 @pytest.mark.parametrize("architecture", UNETS)
 def test_clora_draws_and_its_descent_lowers_the_contrast(architecture: str) -> None:
     pipe, (first, second) = pipe_of(architecture), loras(architecture)
     uses = [Use(first, words="psq", noun="x"), Use(second, words="barca", noun="y")]
+    encodings: list[Any] = []
+    theirs = pipe.encode_prompt
+    pipe.encode_prompt = wraps(theirs)(lambda *a, **k: encodings.append(k) or theirs(*a, **k))
     plain = by(pipe, uses, "clora")
+    del pipe.encode_prompt
+
+    assert len(encodings) == 4, "the pipeline's own, and once per pass: not in every step"
 
     assert plain.isfinite().all()
     assert close(by(pipe, uses, "clora", step_size=1e-12), plain)

@@ -204,9 +204,9 @@ class Call:
         Returns:
             Predictions, ``(passes, rows, …)``.
         """
-        shares = shares.to(self.weights)
+        weights = self.weights
         return torch.stack(
-            [self.together(share * self.weights, given[i] if given else None) for i, share in enumerate(shares)]
+            [self.together(share * weights, given[i] if given else None) for i, share in enumerate(shares.to(weights))]
         )
 
     @contextmanager
@@ -220,8 +220,12 @@ class Call:
         with attention.looking(self.model, self.passes, columns, self.pictures):
             yield self.passes
 
-    def columns(self, called: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
-        """Return which tokens each LoRA's words are, ``(pictures, tokens, N)``; the shares of a name's tokens add up to 1.
+    def pieces(self, called: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """Return the tokens of each LoRA's words one by one, ``(pictures, tokens, N, most)``: 1 at the token of each.
+
+        Args:
+            called: The words of each LoRA; those of a LoRA with a box or a mask aren't looked for.
+            prompts: One per picture; the drawing's by default.
 
         Raises:
             OptionError: A LoRA has no words, or a prompt lacks them.
@@ -232,13 +236,28 @@ class Call:
             raise OptionError(
                 "The pipeline was given embeddings, and a composition by words needs the prompt. Way out: box=."
             )
-        found = torch.zeros(len(prompts), length, self.count)
-        for row, prompt in enumerate(prompts):
-            for i, words in enumerate(called):
-                if self.uses[i].found_by_words:
-                    tokens = attention.tokens(self.pipe, prompt, words, length)
-                    found[row, tokens, i] = 1 / len(tokens)
-        return found.to(self.latents.device)
+        found = [
+            [attention.tokens(self.pipe, prompt, words, length) if use.found_by_words else [] for use, words in pairs]
+            for prompt in prompts
+            for pairs in [list(zip(self.uses, called, strict=True))]
+        ]
+        pieces = torch.zeros(len(prompts), length, self.count, max(len(each) for row in found for each in row))
+        for row, prompt in enumerate(found):
+            for i, tokens in enumerate(prompt):
+                pieces[row, tokens, i, range(len(tokens))] = 1
+        return pieces.to(self.latents.device)
+
+    def columns(self) -> Tensor:
+        """Return the mean of the tokens of each LoRA's words, ``(pictures, tokens, N)``, by which attention is weighed."""
+        pieces = self.pieces([use.required() if use.found_by_words else "" for use in self.uses]).sum(-1)
+        return pieces / pieces.sum(1, keepdim=True).clamp_min(1)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what was made at the first call of this drawing by that name."""
+        memory = self.drawing.memory
+        if name not in memory:
+            memory[name] = make()
+        return memory[name]
 
     def remember(self, name: str, value: Tensor, inertia: float = 0.0) -> Tensor:
         """Mix a value with that of earlier steps of this drawing, which keeps the share ``inertia``."""

@@ -81,15 +81,14 @@ class Regions:
     def __init__(self, call: Call) -> None:
         self.call = call
         self.size = places.grid_of(call.given, call.latents)
-        self.given = _given(call, self.size)
+        self.given: list[Tensor | None] = call.once(
+            f"masks {self.size[0]} × {self.size[1]}",
+            lambda: [places.drawn(use.box, use.mask, self.size) for use in call.uses],
+        )
         self.by_words = any(mask is None for mask in self.given)
         # A pipeline may call the denoiser several times per step: the first time with the prompt.
         first = call.drawing.calls == 0
-        self.columns = (
-            call.columns([use.required() if use.found_by_words else "" for use in call.uses])
-            if self.by_words and first
-            else None
-        )
+        self.columns: Tensor | None = call.once("columns", call.columns) if self.by_words and first else None
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -139,15 +138,6 @@ class Regions:
             return None
         mine = self.columns > 0
         return (~(mine.any(-1, keepdim=True) & ~mine)).to(self.call.weights)
-
-
-def _given(call: Call, size: tuple[int, int]) -> list[Tensor | None]:
-    """Return the masks that the user gave; pictures are read once per drawing, not once per step."""
-    name = f"masks {size[0]} × {size[1]}"
-    if name not in call.drawing.memory:
-        call.drawing.memory[name] = [places.drawn(use.box, use.mask, size) for use in call.uses]
-    found: list[Tensor | None] = call.drawing.memory[name]
-    return found
 
 
 def _hard(found: Tensor) -> Tensor:

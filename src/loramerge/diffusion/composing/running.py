@@ -14,7 +14,7 @@ from ...errors import MergeError, OptionError
 from ...files.storage.digests import file_digest
 from ...files.storage.paths import path_of
 from ...learned.attach import Attachment, attach
-from ..apply import check_fits
+from ..apply import check_bare, check_fits
 from . import COMPOSITIONS, attention
 from .base import Call, Composition, Drawing, Use
 from .places import everywhere
@@ -114,10 +114,7 @@ def _check(pipe: Any, uses: Sequence[Use]) -> None:
         raise OptionError(f"A {type(pipe).__name__} has neither a unet nor a transformer to compose LoRAs in.")
     if MARK in vars(denoiser):
         raise OptionError("A composition is at work in the pipeline already. Way out: one composition with all LoRAs.")
-    if hasattr(pipe, "get_list_adapters") and any(pipe.get_list_adapters().values()):
-        raise OptionError(
-            f"The pipeline has LoRAs already: {pipe.get_list_adapters()}. Way out: unload_lora_weights()."
-        )
+    check_bare(pipe)
     if hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None) is not None:
         raise OptionError(
             "The denoiser is compiled, which fixes what it computes. Way out: compose without torch.compile."
@@ -242,18 +239,13 @@ class _Stage:
 
     def _encoded(self, prompts: Sequence[str], lora: int) -> Mapping[str, Tensor]:
         """Encode prompts as the pipeline does, with one LoRA in the text encoders, or with none for a number below zero."""
-        key = f"prompts of {lora}"
-        memory = self.drawing.memory
-        if key not in memory:
-            weights = torch.tensor([use.weight * (i == lora) for i, use in enumerate(self.uses)])
-            gates = everywhere(weights.to(self.denoiser.device))
-            self.attached.gates = gates
-            own = {"prompt": list(prompts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-            kept = {key: value for key, value in self.encoding.items() if key in ("device", "clip_skip", "lora_scale")}
-            found = self.encode(**kept, **own)
-            self._all_in_text()
-            memory[key] = {"prompt": found[0]} | ({"pooled": found[2]} if len(found) > 2 else {})
-        return memory[key]
+        weights = torch.tensor([use.weight * (i == lora) for i, use in enumerate(self.uses)])
+        self.attached.gates = everywhere(weights.to(self.denoiser.device))
+        own = {"prompt": list(prompts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        kept = {key: value for key, value in self.encoding.items() if key in ("device", "clip_skip", "lora_scale")}
+        found = self.encode(**kept, **own)
+        self._all_in_text()
+        return {"prompt": found[0]} | ({"pooled": found[2]} if len(found) > 2 else {})
 
 
 def _restore(owner: Any, name: str, before: Any) -> None:

@@ -22,11 +22,24 @@ from tiny import attention, denoiser, lora, pipeline
 from torch import Tensor
 
 import loramerge as lm
-from loramerge.diffusion import COMPOSITIONS, Composed, Sampling, Use, applied, composed, composition, generate
+from loramerge.diffusion import (
+    COMPOSITIONS,
+    Composed,
+    Sampling,
+    Use,
+    applied,
+    composed,
+    composition,
+    from_prompts,
+    generate,
+    load,
+)
 from loramerge.diffusion.composing import places
 from loramerge.diffusion.composing.attention import Maps, looking, tokens
 from loramerge.diffusion.composing.clora import _masks, contrast
 from loramerge.diffusion.composing.regions import Regions
+from loramerge.files import file_digest
+from loramerge.learned import mole, settings
 from loramerge.scoring import Box
 from loramerge.scoring.png import recipe_in
 
@@ -103,13 +116,26 @@ def test_all_at_once_at_constant_weights_are_the_merged_file(architecture: str) 
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if name not in ("schedule", "clora")])
+@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if name not in ("schedule", "clora", "mole")])
 def test_one_lora_alone_is_that_lora(architecture: str, name: str) -> None:
     pipe, (first, _) = pipe_of(architecture), loras(architecture)
     plain = by(pipe, [Use(first, curve=[(0, 1)])], "schedule")
 
     assert torch.equal(by(pipe, [Use(first, words="psq")], name), plain)
     assert close(plain, by_peft(pipe, [(first, 1.0)]))
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "sd3-medium", "flux"])
+def test_gates_that_are_equal_everywhere_are_the_average(architecture: str, tmp_path: Path) -> None:
+    """Those of no step: their weights are zero."""
+    pipe, both = pipe_of(architecture), loras(architecture)
+    model = load(pipe, device="cpu")
+    draw = from_prompts(model, both, [PROMPT, PROMPT], steps=1, trajectories=1, resolution=32)
+    gates = mole(model.predict, model.models, both, draw, settings("mole", steps=0, loss="mse"))
+    found = by(pipe, constant(architecture, 2, 2), "mole", gates=str(gates.save(tmp_path / "gates.safetensors")))
+
+    assert close(found, by(pipe, constant(architecture, 1, 1), "schedule"))
+    assert set(gates.present[next(iter(gates.weights))]) == {0, 1}
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -522,6 +548,8 @@ def with_lora(pipe: Any) -> Any:
         (lambda pipe, uses: (pipe, uses, "blend", {"others": -1.0}), "others wants a number"),
         (lambda pipe, uses: (pipe, uses, "blending", {}), "Unknown composition"),
         (lambda pipe, uses: (pipe, uses, "schedule", {}), "curve"),
+        (lambda pipe, uses: (pipe, uses, "mole", {}), "zip --preset mole --set gates=input"),
+        (lambda pipe, uses: (pipe, uses, "mole", {"gates": "nowhere.safetensors"}), "nowhere.safetensors"),
         (lambda pipe, uses: (pipe, [Use(loras("sd15")[0], words="psq")], "blend", {}), "another base model"),
         (lambda pipe, uses: (compiled(pipe), uses, "blend", {}), "compiled"),
         (lambda pipe, uses: (offloaded(pipe), uses, "blend", {}), "offloaded"),
@@ -596,6 +624,22 @@ def test_the_command_draws_each_setting_of_several_loras_in_each_composition(
     }
     assert recipe["composition"]["uses"][1]["box"] == [0.5, 0, 1, 1]
     assert (recipe_in(second) or {})["composition"]["options"]["warm"] == 0.3
+
+
+def test_gates_that_zip_learned_draw_by_the_composition_and_are_in_the_recipe(
+    files: list[Path], base: Path, tmp_path: Path
+) -> None:
+    gates, out = tmp_path / "gates.safetensors", tmp_path / "out"
+    quick = ("-s", "gates=input", "-s", "steps=1", "-s", "calibration=1", "--sampling-steps", 1, "--trajectories", 1)
+    prompts = ("-p", "psq", "-p", "barca")
+    said = done("zip", *files, "-b", base, "-o", gates, "--device", "cpu", "--preset", "mole", *prompts, *quick)
+    done(*command(files, base, out, "--compose", "mole", "-O", f"gates={gates}"))
+
+    assert "gates for 'generate --compose mole'" in said
+    (drawn,) = (out / "both+mole").iterdir()
+    assert (recipe_in(drawn) or {})["composition"]["options"]["gates"] == file_digest(gates)
+    other = run("zip", *files, "-b", base, "-o", gates, "--preset", "mole", *prompts, *quick, "--coefficients", "c")
+    assert "no coefficients" in str(other.exception)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,10 @@ class Composition:
         """The first line of the function's docstring."""
         return title_of(self.function, self.name)
 
+    def files(self) -> list[str]:
+        """List the options that are files."""
+        return [name for name, option in self.options.items() if option.kind is str and not option.choices]
+
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options: those given, and the defaults of the others.
 
@@ -109,7 +113,7 @@ class Composition:
 
 
 def composition(name: str, *, source: str, passes: str, placed: bool = False) -> Callable[[Compose], Composition]:
-    """Name a composition; its keyword-only parameters become its options.
+    """Name a composition; its keyword-only parameters become its options, one of any text is a file.
 
     Args:
         name: The name that users type.

@@ -41,7 +41,8 @@ def clora(
         predicted = call.each(shares, given)
     size = places.grid_of(call.given, call.latents)
     found, grids = zip(*(attention.chosen(each, *size) for each in passes), strict=True)
-    maps = torch.stack(found).unflatten(-1, (call.count, -1))
+    maps = torch.stack(found)
+    maps = maps.reshape(*maps.shape[:-1], call.count, -1)
     if step_size and call.progress < until:
         nudge = -step_size * _descent(call, given, columns, shares, maps, temperature)
         call.drawing.memory["nudge"] = nudge

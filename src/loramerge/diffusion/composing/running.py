@@ -75,7 +75,9 @@ class Composed:
 
     def recipe(self) -> dict[str, Any]:
         """Return what a picture depends on beside the LoRAs and their weights."""
-        options = COMPOSITIONS[self.composition].check(self.options)
+        composition = COMPOSITIONS[self.composition]
+        options = composition.check(self.options)
+        options |= {name: file_digest(path_of(options[name])) for name in composition.files() if options[name]}
         return {
             "composition": {"name": self.composition, "options": options, "uses": [_said(use) for use in self.uses]}
         }

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import OptionError, needed
+from ...errors import needed
 from ...files.architectures import ARCHITECTURES
 from ...layers import Layer
 from ...layers.lowrank import LowRank

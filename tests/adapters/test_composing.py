@@ -1,5 +1,6 @@
 """Several LoRAs at work at once: laws that hold for every composition, on every kind of denoiser."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -33,6 +34,7 @@ from loramerge.diffusion import (
     from_prompts,
     generate,
     load,
+    read_composed,
 )
 from loramerge.diffusion.composing import places
 from loramerge.diffusion.composing.attention import Maps, looking, tokens
@@ -640,6 +642,72 @@ def test_gates_that_zip_learned_draw_by_the_composition_and_are_in_the_recipe(
     assert (recipe_in(drawn) or {})["composition"]["options"]["gates"] == file_digest(gates)
     other = run("zip", *files, "-b", base, "-o", gates, "--preset", "mole", *prompts, *quick, "--coefficients", "c")
     assert "no coefficients" in str(other.exception)
+
+
+DESCRIBED = """
+[compose]
+name = "regions"
+options = { warm = 0.5 }
+[[loras]]
+path = "a.safetensors"
+weight = 0.5
+words = "psq"
+noun = "person"
+[[loras]]
+path = "b.safetensors"
+box = [0.5, 0, 1, 1]
+mask = "mask.png"
+curve = [[0, 1], [0.5, 0]]
+"""
+
+
+def test_a_recipe_with_a_composition_draws_what_the_command_line_does(
+    files: list[Path], base: Path, tmp_path: Path
+) -> None:
+    shutil.copy(picture(np.full((8, 8), 255, np.uint8)), tmp_path / "mask.png")
+    (tmp_path / "couple.toml").write_text(DESCRIBED)
+    placed = ("--words", "psq=person", "--words", "-", "--box", "-", "--box", "0.5,0,1,1", "--curve", "-")
+    masks = ("--curve", "0:1,0.5:0", "--mask", "-", "--mask", tmp_path / "mask.png", "-O", "warm=0.5")
+    few = command(
+        files, base, tmp_path / "out", "--compose", "regions", *placed, *masks, "-l", tmp_path / "couple.toml"
+    )
+    done(*(str(word).replace("a.safetensors", "a.safetensors:0.5") for word in few))
+
+    one, other = (next((tmp_path / "out" / name).iterdir()) for name in ("couple", "both+regions"))
+    assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+    assert recipe_in(one) == recipe_in(other)
+    result = run("merge", tmp_path / "couple.toml", "-o", tmp_path / "x.safetensors")
+    assert "loramerge generate --lora couple.toml" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("[compose]", "[composed]", "no [compose]"),
+        ("[compose]", 'method = "ties"\n[compose]', "unknown key 'method'"),
+        ('"regions"', '"region"', "Did you mean 'regions'"),
+        ("warm = 0.5", "warm = 2", "warm wants a number in [0, 1]"),
+        ("weight = 0.5", 'weight = "lbw:1"', "one number per LoRA"),
+        ("noun", "nuon", "unknown key 'nuon'. Did you mean 'noun'"),
+        ("[0.5, 0, 1, 1]", "[0.5, 0, 1]", "box: got [0.5, 0, 1], wanted 4 numbers"),
+        ("[0.5, 0, 1, 1]", "[0.5, 0, 2, 1]", "loras 2: box:"),
+        ("[0.5, 0]]", "[5, 0]]", "progress from 0 to 1"),
+        ('path = "a.safetensors"', 'path = "a.safetensors"\nsha256 = "00"', "has changed"),
+        ('path = "a.safetensors"', 'path = "nowhere.safetensors"', "nowhere.safetensors"),
+        ('words = "psq"', "words = 3", "words: got 3, a whole number, wanted text"),
+        (DESCRIBED[DESCRIBED.index("[[loras]]") :], "", "no LoRA is named"),
+        ("[compose]", "[compose", "is not TOML"),
+    ],
+)
+def test_what_a_composition_recipe_has_wrong_is_said(
+    files: list[Path], tmp_path: Path, before: str, after: str, said: str
+) -> None:
+    assert before in DESCRIBED
+    (tmp_path / "couple.toml").write_text(DESCRIBED.replace(before, after, 1))
+
+    with pytest.raises(lm.LoRAMergeError) as caught:
+        read_composed(tmp_path / "couple.toml", architecture="sdxl")
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         OptionError: A key is unknown, or a value is of the wrong kind.
     """
-    if "compose" in data:
+    if isinstance(data, Mapping) and "compose" in data:
         raise OptionError(
             f"{where} describes a composition, [compose], which no file can hold: a merge's recipe has none. Way out: "
             f"loramerge generate --lora {where}."

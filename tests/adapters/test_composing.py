@@ -39,6 +39,7 @@ from loramerge.diffusion import (
 from loramerge.diffusion.composing import places
 from loramerge.diffusion.composing.attention import Maps, looking, tokens
 from loramerge.diffusion.composing.clora import _masks, contrast
+from loramerge.diffusion.composing.layouts import layout_of
 from loramerge.diffusion.composing.regions import Regions
 from loramerge.files import file_digest
 from loramerge.learned import mole, settings
@@ -340,7 +341,7 @@ def test_attention_is_that_of_diffusers_own_processor(architecture: str) -> None
     added = {"text_embeds": torch.randn(2, 8), "time_ids": torch.zeros(2, 6)} if architecture == "sdxl" else None
     columns = torch.eye(24)[None, :, 3:5].expand(2, -1, -1)
     passes: list[Maps] = [{}]
-    with torch.no_grad(), looking(model, passes, [columns], 2):
+    with torch.no_grad(), looking(model, passes, [columns], 2, (1, 8, 8)):
         model(torch.randn(2, 4, 8, 8), 10, text, added_cond_kwargs=added)
 
     wanted: dict[int, Tensor] = {}
@@ -403,7 +404,7 @@ def test_in_regions_a_lora_acts_on_all_words_but_those_of_others() -> None:
     @composition("read", source="this test", passes="1")
     def reading(call: Any) -> Tensor:
         found, masks = Regions(call), torch.ones(call.pictures, 2, *call.latents.shape[-2:])
-        gate = places.gates(masks, call.weights, found.words(), call.latents, found.size)
+        gate = places.gates(masks, call.weights, found.words(), call.rows, found.grid, layout_of(call.model))
         module = next(name for name in call.attached.sites if name.endswith("attn2.to_k"))
         read.append(gate(module, call.attached.sites[module], call.given["encoder_hidden_states"]))
         return call.together()

@@ -21,6 +21,7 @@ from ...learned.attach import Attachment, Gates
 from ...merging.methods.options import Option, checked, options_of, title_of
 from ...scoring.pictures import Box
 from . import attention, places
+from .layouts import Grid, grid_of, text_of
 
 Curve: TypeAlias = Sequence[tuple[float, float]]
 """Keyframes ``(progress, factor)``, progress from 0 (noise) to 1 (picture); linear in between, constant outside."""
@@ -132,6 +133,10 @@ class Drawing:
     """One per picture; empty if the pipeline was given embeddings."""
     pictures: int = 0
     """Zero until prompts were encoded."""
+    ids: list[list[int]] = field(default_factory=list)
+    """The tokens of each picture's text, where a template surrounds the prompt."""
+    begun: bool = False
+    """True once there are steps."""
     step: int = 0
     calls: int = 0
     """Calls of the denoiser since the last step."""
@@ -168,8 +173,13 @@ class Call:
     @property
     def latents(self) -> Tensor:
         """The noisy latents, ``(rows, …)``."""
-        found: Tensor = self.given[self.sample]
-        return found
+        found = self.given[self.sample]
+        return torch.stack(found) if isinstance(found, list) else found
+
+    @property
+    def grid(self) -> Grid:
+        """Frames, height and width of the latents, in places."""
+        return grid_of(self.given, self.latents)
 
     @property
     def rows(self) -> int:
@@ -221,7 +231,7 @@ class Call:
             columns: For each pass the shares of the text's tokens, ``(pictures, tokens, words)``.
         """
         self.passes = []
-        with attention.looking(self.model, self.passes, columns, self.pictures):
+        with attention.looking(self.model, self.passes, columns, self.pictures, self.grid):
             yield self.passes
 
     def pieces(self, called: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
@@ -234,16 +244,19 @@ class Call:
         Raises:
             OptionError: A LoRA has no words, or a prompt lacks them.
         """
-        length = self.given["encoder_hidden_states"].shape[1]
+        length = text_of(self.given)
+        ids: Sequence[list[int] | None] = self.drawing.ids or [None] * self.pictures
         prompts = self.drawing.prompts if prompts is None else prompts
         if not prompts:
             raise OptionError(
                 "The pipeline was given embeddings, and a composition by words needs the prompt. Way out: box=."
             )
         found = [
-            [attention.tokens(self.pipe, prompt, words, length) if use.found_by_words else [] for use, words in pairs]
-            for prompt in prompts
-            for pairs in [list(zip(self.uses, called, strict=True))]
+            [
+                attention.tokens(self.pipe, prompt, words, length, own) if use.found_by_words else []
+                for use, words in zip(self.uses, called, strict=True)
+            ]
+            for prompt, own in zip(prompts, ids, strict=True)
         ]
         pieces = torch.zeros(len(prompts), length, self.count, max(len(each) for row in found for each in row))
         for row, prompt in enumerate(found):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import OptionError
 from ...merging.methods.options import NonNegative, Positive, Share
-from . import attention, places
+from . import attention
 from .base import Call, composition
 from .regions import blended
 
@@ -39,7 +39,7 @@ def clora(
     shares = torch.cat([torch.zeros(1, call.count), torch.eye(call.count)])
     with call.looking(columns) as passes:
         predicted = call.each(shares, given)
-    size = places.grid_of(call.given, call.latents)
+    size = call.grid[1:]
     found, grids = zip(*(attention.chosen(each, *size) for each in passes), strict=True)
     maps = torch.stack(found)
     maps = maps.reshape(*maps.shape[:-1], call.count, -1)
@@ -141,7 +141,7 @@ def _descent(
     temperature: float,
 ) -> Tensor:
     """Return the gradient of the contrast by the latents, ``(pictures, …)``, one pass with gradients at a time."""
-    size = places.grid_of(call.given, call.latents)
+    size = call.grid[1:]
     with torch.enable_grad():
         wanted = maps.detach().requires_grad_()
         (pulls,) = torch.autograd.grad(_contrasts(wanted, temperature), [wanted])

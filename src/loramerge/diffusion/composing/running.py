@@ -17,6 +17,7 @@ from ...learned.attach import Attachment, attach
 from ..apply import check_bare, check_fits
 from . import COMPOSITIONS, attention
 from .base import Call, Composition, Drawing, Use
+from .layouts import layout_of
 from .places import everywhere
 
 
@@ -114,6 +115,11 @@ def _check(pipe: Any, uses: Sequence[Use]) -> None:
     denoiser = next((model for name in DENOISERS if (model := getattr(pipe, name, None)) is not None), None)
     if denoiser is None:
         raise OptionError(f"A {type(pipe).__name__} has neither a unet nor a transformer to compose LoRAs in.")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise OptionError(
+            f"This {type(pipe).__name__} has two denoisers, and a composition works in one. Way out: from_pretrained(…, "
+            "transformer_2=None), and LoRAs for the first."
+        )
     if MARK in vars(denoiser):
         raise OptionError("A composition is at work in the pipeline already. Way out: one composition with all LoRAs.")
     check_bare(pipe)
@@ -146,7 +152,7 @@ class _Stage:
         self.encode = pipe.encode_prompt
         self.encoding: Mapping[str, Any] = {}
         self.signature = inspect.signature(denoiser.forward)
-        self.sample = "sample" if "sample" in self.signature.parameters else "hidden_states"
+        self.sample = next(iter(self.signature.parameters))
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -160,6 +166,8 @@ class _Stage:
                 (scheduler, "step", self._step),
                 (scheduler, "set_timesteps", self._begin),
             ):
+                if not hasattr(owner, name):  # some pipelines check nothing
+                    continue
                 theirs = getattr(owner, name)
                 restored.callback(_restore, owner, name, vars(owner).get(name))
                 # Pipelines ask for the signatures: a scheduler that seems to take no generator gets none.
@@ -181,10 +189,16 @@ class _Stage:
         if rows not in (drawing.pictures, 2 * drawing.pictures):
             raise OptionError(
                 f"The pipeline runs {rows} rows for {drawing.pictures} pictures; wanted one per picture, or two with "
-                "guidance. Way out: no other guidance than the classifier-free one."
+                "guidance. Ways out: no other guidance than the classifier-free one, one picture per prompt."
             )
+        listed = isinstance(given[self.sample], list)
+
+        def run(**given: Any) -> Tensor:
+            found = theirs(**{**given, "return_dict": False})[0]
+            return torch.stack(list(found)) if listed else found
+
         call = Call(
-            lambda **given: theirs(**{**given, "return_dict": False})[0],
+            run,
             given,
             self.sample,
             self.uses,
@@ -200,11 +214,12 @@ class _Stage:
         finally:
             self._all_in_text()
         drawing.calls += 1
+        sample: Any = list(found) if listed else found
         if not given.get("return_dict", True):
-            return (found,)
+            return (sample,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        return Transformer2DModelOutput(sample=found)
+        return Transformer2DModelOutput(sample=sample)
 
     def _progress(self) -> float:
         scheduler = self.pipe.scheduler
@@ -212,7 +227,7 @@ class _Stage:
         return self.drawing.step / max(1, total)
 
     def _begin(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        self.drawing.step = self.drawing.calls = 0
+        self.drawing.step, self.drawing.calls, self.drawing.begun = 0, 0, True
         self.drawing.memory.clear()
         return theirs(*args, **named)
 
@@ -228,16 +243,31 @@ class _Stage:
         return theirs(*args, **named)
 
     def _encode(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        if self.drawing.begun:  # another call of a pipeline that checks nothing
+            self.drawing = Drawing()
         if self.drawing.pictures:  # a negative prompt that is encoded by itself
             return theirs(*args, **named)
         given = inspect.signature(theirs).bind(*args, **named).arguments
         prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        each = given.get("num_images_per_prompt", 1)
+        each = given.get("num_images_per_prompt", given.get("num_videos_per_prompt", 1))
         count = len(prompts) if prompts else len(embeds) if embeds is not None else 0
         self.drawing = Drawing([text for text in prompts for _ in range(each)] if embeds is None else [], count * each)
         self.encoding = given
-        return theirs(*args, **named)
+        if layout_of(self.denoiser).tokenizers:
+            return theirs(*args, **named)
+        with _read(self.pipe.text_encoder) as texts:
+            found = theirs(*args, **named)
+        if self.drawing.prompts:
+            self.drawing.ids = [ids for ids in self._told(texts, found[0]) for _ in range(each)]
+        return found
+
+    def _told(self, texts: Sequence[tuple[Tensor, Tensor]], seen: Tensor | list[Tensor]) -> list[list[int]]:
+        """Return the tokens of each text that the denoiser sees: all, or those that are no padding nor the template's head."""
+        if isinstance(seen, Tensor) and texts and len(texts[0][0]) == seen.shape[1]:
+            return [ids.tolist() for ids, _ in texts]
+        skipped = getattr(self.pipe, "prompt_template_encode_start_idx", 0)
+        return [ids[mask].tolist()[skipped:] for ids, mask in texts]
 
     def _encoded(self, prompts: Sequence[str], lora: int) -> Mapping[str, Tensor]:
         """Encode prompts as the pipeline does, with one LoRA in the text encoders, or with none for a number below zero."""
@@ -248,6 +278,24 @@ class _Stage:
         found = self.encode(**kept, **own)
         self._all_in_text()
         return {"prompt": found[0]} | ({"pooled": found[2]} if len(found) > 2 else {})
+
+
+@contextmanager
+def _read(encoder: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Read the tokens of each text that a text encoder gets in its first call inside the block, and which are no padding."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def read(_module: nn.Module, args: Any, named: Mapping[str, Any]) -> None:
+        ids = named.get("input_ids", args[0] if args else None)
+        if not found and ids is not None:
+            mask = named.get("attention_mask", torch.ones_like(ids)).bool()
+            found.extend(zip(ids, mask, strict=True))
+
+    handle = encoder.register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _restore(owner: Any, name: str, before: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload, cpu_offload_with_hook
 from commands import done, run
 from diffusers import (
     DDIMScheduler,
@@ -527,13 +528,8 @@ def wrong(change: Callable[[Any, list[Use]], tuple[Any, list[Use], str, dict[str
     return str(caught.value)
 
 
-def compiled(pipe: Any) -> Any:
-    pipe.unet.compile()
-    return pipe
-
-
-def offloaded(pipe: Any) -> Any:
-    pipe.unet._hf_hook = object()
+def compiled(pipe: Any, part: str) -> Any:
+    setattr(pipe, part, torch.compile(getattr(pipe, part)))
     return pipe
 
 
@@ -554,8 +550,8 @@ def with_lora(pipe: Any) -> Any:
         (lambda pipe, uses: (pipe, uses, "mole", {}), "zip --preset mole --set gates=input"),
         (lambda pipe, uses: (pipe, uses, "mole", {"gates": "nowhere.safetensors"}), "nowhere.safetensors"),
         (lambda pipe, uses: (pipe, [Use(loras("sd15")[0], words="psq")], "blend", {}), "another base model"),
-        (lambda pipe, uses: (compiled(pipe), uses, "blend", {}), "compiled"),
-        (lambda pipe, uses: (offloaded(pipe), uses, "blend", {}), "offloaded"),
+        (lambda pipe, uses: (compiled(pipe, "unet"), uses, "blend", {}), "pipe.unet.compile()"),
+        (lambda pipe, uses: (compiled(pipe, "text_encoder_2"), uses, "blend", {}), "pipe.text_encoder_2.compile()"),
         (lambda pipe, uses: (with_lora(pipe), uses, "blend", {}), "LoRAs already"),
         (lambda pipe, uses: (pipe, [Use(uses[0].lora, mask="nowhere.png"), uses[1]], "regions", {}), "nowhere.png"),
         (lambda pipe, uses: (pipe, [Use(uses[0].lora, box=EVERYWHERE), uses[1]], "clora", {}), "finds places by words"),
@@ -563,6 +559,37 @@ def with_lora(pipe: Any) -> Any:
 )
 def test_what_cannot_be_composed_is_refused_by_name(change: Any, said: str) -> None:
     assert said in wrong(change)
+
+
+@pytest.mark.parametrize("way", [cpu_offload, cpu_offload_with_hook])
+@pytest.mark.parametrize("name", ["blend", "regions"])
+def test_an_offloaded_model_is_composed_as_one_in_memory(way: Any, name: str) -> None:
+    """With cpu_offload the weights are on the meta device between their uses, so that nothing can lean on their place."""
+    pipe, uses = pipeline("sdxl"), worded("sdxl")
+    wanted = by(pipe, uses, name)
+    for part in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+        way(part, execution_device="cpu")
+    hooked, forward = pipe.unet._hf_hook, pipe.unet.forward
+
+    assert torch.equal(by(pipe, uses, name), wanted)
+    assert pipe.unet._hf_hook is hooked
+    assert pipe.unet.forward is forward
+    if way is cpu_offload:
+        assert next(pipe.unet.parameters()).is_meta
+
+
+def test_a_model_compiled_in_place_runs_as_it_was_inside_the_block_and_is_compiled_behind_it() -> None:
+    pipe, uses = pipeline("sdxl"), worded("sdxl")
+    wanted = by(pipe, uses, "blend")
+    parts = [pipe.unet, pipe.unet.mid_block.attentions[0].transformer_blocks[0]]
+    called: list[int] = []
+    for i, part in enumerate(parts):
+        part._compiled_call_impl = lambda *_, i=i, **__: called.append(i)
+
+    assert torch.equal(by(pipe, uses, "blend"), wanted)
+    assert not called
+    parts[1](None)
+    assert called == [1]
 
 
 def test_two_compositions_at_once_are_refused() -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -38,7 +38,8 @@ def composed(pipe: Any, uses: Sequence[Use], name: Composition | str = "blend", 
         options: Its options.
 
     Raises:
-        OptionError: An option is wrong; the pipeline has LoRAs or a composition already, or is compiled or offloaded.
+        OptionError: An option is wrong; the pipeline has LoRAs or a composition already, or a part that torch.compile
+            replaced.
         MergeError: A LoRA doesn't fit the model, or has a layer without a low-rank form.
     """
     composition = name if isinstance(name, Composition) else COMPOSITIONS[name]
@@ -57,7 +58,11 @@ def composed(pipe: Any, uses: Sequence[Use], name: Composition | str = "blend", 
                 f"{use.lora.name} changes {outside}, where compositions don't act: lora.exclude({outside!r})."
             )
     denoiser: Any = next(models[component] for component in DENOISERS if component in models)
-    with attach(models, [use.lora for use in uses], dtype=denoiser.dtype) as attached:
+    device = getattr(pipe, "_execution_device", denoiser.device)  # an offloaded model's weights are elsewhere
+    with (
+        _uncompiled(models.values()),
+        attach(models, [use.lora for use in uses], denoiser.dtype, device) as attached,
+    ):
         stage = _Stage(pipe, denoiser, uses, attached, lambda call: composition.function(call, **chosen))
         with stage.installed():
             yield
@@ -123,17 +128,27 @@ def _check(pipe: Any, uses: Sequence[Use]) -> None:
     if MARK in vars(denoiser):
         raise OptionError("A composition is at work in the pipeline already. Way out: one composition with all LoRAs.")
     check_bare(pipe)
-    if hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None) is not None:
-        raise OptionError(
-            "The denoiser is compiled, which fixes what it computes. Way out: compose without torch.compile."
-        )
-    if hasattr(denoiser, "_hf_hook"):
-        raise OptionError(
-            "The denoiser is offloaded. Way out: pipe.to(device), and fewer pictures at a time if need be."
-        )
+    for name in (*TEXT, *DENOISERS):
+        for module in model.modules() if isinstance(model := getattr(pipe, name, None), nn.Module) else ():
+            if hasattr(module, "_orig_mod"):
+                raise OptionError(
+                    f"torch.compile replaced a module of {name} by a compiled one, which ignores what is attached to it. Ways "
+                    f"out: pipe.{name}.compile(), or compose without torch.compile."
+                )
 
 
 MARK = "_loramerge_composition"
+
+
+@contextmanager
+def _uncompiled(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Run modules that compile() compiled in place as they were before: compiled code ignores what is attached later."""
+    name = "_compiled_call_impl"
+    with ExitStack() as restored:
+        for module in (module for model in models for module in model.modules() if vars(module).get(name)):
+            restored.callback(_restore, module, name, vars(module)[name])
+            object.__setattr__(module, name, None)
+        yield
 
 
 class _Stage:
@@ -151,6 +166,7 @@ class _Stage:
         self.drawing = Drawing()
         self.encode = pipe.encode_prompt
         self.encoding: Mapping[str, Any] = {}
+        self.device = next(iter(attached.sites.values())).up.device
         self.signature = inspect.signature(denoiser.forward)
         self.sample = next(iter(self.signature.parameters))
 
@@ -178,7 +194,7 @@ class _Stage:
             yield
 
     def _all_in_text(self) -> None:
-        self.attached.gates = everywhere(torch.tensor([use.weight for use in self.uses], device=self.denoiser.device))
+        self.attached.gates = everywhere(torch.tensor([use.weight for use in self.uses], device=self.device))
 
     def _forward(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
         bound = self.signature.bind(*args, **named)
@@ -272,7 +288,7 @@ class _Stage:
     def _encoded(self, prompts: Sequence[str], lora: int) -> Mapping[str, Tensor]:
         """Encode prompts as the pipeline does, with one LoRA in the text encoders, or with none for a number below zero."""
         weights = torch.tensor([use.weight * (i == lora) for i, use in enumerate(self.uses)])
-        self.attached.gates = everywhere(weights.to(self.denoiser.device))
+        self.attached.gates = everywhere(weights.to(self.device))
         own = {"prompt": list(prompts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         kept = {key: value for key, value in self.encoding.items() if key in ("device", "clip_skip", "lora_scale")}
         found = self.encode(**kept, **own)

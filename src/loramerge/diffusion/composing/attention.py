@@ -21,6 +21,8 @@ Maps: TypeAlias = dict[int, Tensor]
 
 COARSE = 4
 """Latents per side of the place that attention is read at, if modules have it: fine maps are noisy."""
+MOST = 2**24
+"""The most numbers of an attention matrix that are computed at a time."""
 FEWEST = 6
 """Places per side below which maps are too coarse."""
 
@@ -147,10 +149,14 @@ def _add(passes: list[Maps], columns: Sequence[Tensor], seen: Seen, rows: slice,
 
 
 def _looked(q: Tensor, k: Tensor, scale: float, wanted: Tensor, seen: Tensor | None) -> Tensor:
-    """Return one head's attention of places to words, ``(pictures, places, words)``."""
-    scores = q.float() @ k.float().transpose(1, 2) * scale
-    scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
-    return scores.softmax(-1)[:, :, : wanted.shape[1]] @ wanted
+    """Return one head's attention of places to words, ``(pictures, places, words)``, some places at a time."""
+    keys = k.float().transpose(1, 2)
+    found, some = [], max(1, MOST // (len(k) * k.shape[1]))
+    for at in range(0, q.shape[1], some):
+        scores = q[:, at : at + some].float() @ keys * scale
+        scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
+        found.append(scores.softmax(-1)[:, :, : wanted.shape[1]] @ wanted)
+    return torch.cat(found, 1)
 
 
 def chosen(maps: Maps, height: int, width: int) -> tuple[Tensor, tuple[int, int]]:

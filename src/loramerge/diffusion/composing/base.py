@@ -4,6 +4,7 @@ A composition works by two primitives. ``together`` runs the denoiser once, each
 module, row and place; ``each`` runs it once per share of the LoRAs, and the composition combines the predictions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,12 @@ class Use:
     """A picture, white where it acts."""
     curve: Curve = ()
     """Factors on its weight over time."""
+
+    def __post_init__(self) -> None:
+        if not all(len(point) == 2 and 0 <= point[0] <= 1 and math.isfinite(point[1]) for point in self.curve):
+            raise OptionError(
+                f"The curve {list(self.curve)}: wanted pairs of a progress from 0 to 1 and a finite factor."
+            )
 
     @property
     def called(self) -> str | None:

@@ -16,7 +16,6 @@ box = [0, 0.5, 1, 1]
 curve = [[0, 1], [0.5, 0]]
 """
 
-import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -91,8 +90,12 @@ def _use(data: Any, where: str, folder: str, architecture: str | None) -> Use:
     source, weight = listed({key: value for key, value in data.items() if key not in OWN}, where, OWN)
     if weight is not None and not isinstance(weight, int | float):
         raise OptionError(f"{where}: weight: a composition takes one number per LoRA, got {weight!r}.")
-    box, mask = _numbers(own, "box", 4), own.get("mask", str)
-    curve = [_pair(point, where) for point in own.get("curve", list, default=[])]
+    box, mask = _numbers(own, "box", own.get("box", list), 4), own.get("mask", str)
+    curve = [
+        (at, factor)
+        for point in own.get("curve", list, default=[])
+        for at, factor in [_numbers(own, "curve", point, 2)]
+    ]
     try:
         edges = Box(*box) if box else None
     except OptionError as error:
@@ -109,26 +112,24 @@ def _use(data: Any, where: str, folder: str, architecture: str | None) -> Use:
             f"{where}: {lora.name} has changed: the sha256 of its tensors is {lora.sha256}, wanted {source.sha256}. Ways "
             "out: the original file, or no sha256."
         )
-    return Use(
-        lora,
-        1.0 if weight is None else float(weight),
-        own.get("words", str),
-        own.get("noun", str),
-        edges,
-        None if mask is None else path_of(mask, folder),
-        curve,
-    )
+    try:
+        return Use(
+            lora,
+            1.0 if weight is None else float(weight),
+            own.get("words", str),
+            own.get("noun", str),
+            edges,
+            None if mask is None else path_of(mask, folder),
+            curve,
+        )
+    except OptionError as error:
+        lora.close()
+        raise OptionError(f"{where}: {error}") from None
 
 
-def _numbers(table: Table, name: str, count: int) -> list[float] | None:
-    found = table.get(name, list, wanted=f"{count} numbers")
-    if found is not None and (len(found) != count or not all(type(value) in (int, float) for value in found)):
+def _numbers(table: Table, name: str, found: Any, count: int) -> list[float]:
+    if found is None:
+        return []
+    if not isinstance(found, list) or len(found) != count or not all(type(value) in (int, float) for value in found):
         raise OptionError(f"{table.where}: {name}: got {found!r}, wanted {count} numbers.")
-    return found if found is None else [float(value) for value in found]
-
-
-def _pair(point: Any, where: str) -> tuple[float, float]:
-    at, factor = _numbers(Table({"curve": point}, where, ["curve"]), "curve", 2) or (0.0, 0.0)
-    if not (0 <= at <= 1 and math.isfinite(factor)):
-        raise OptionError(f"{where}: curve: got {[at, factor]}, wanted a progress from 0 to 1 and a finite factor.")
-    return at, factor
+    return [float(value) for value in found]

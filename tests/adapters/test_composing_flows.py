@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import loramerge as lm
 from loramerge.diffusion import Use, composed, composition
 from loramerge.diffusion.composing.attention import tokens
-from loramerge.diffusion.composing.layouts import LAYOUTS, layout_of
+from loramerge.diffusion.composing.layouts import LAYOUTS, grid_of, layout_of
 from loramerge.errors import OptionError
 from loramerge.learned.attach import attach
 from loramerge.scoring import Box
@@ -266,3 +266,11 @@ def test_words_that_a_prompt_lacks_are_refused(family: str) -> None:
 def test_clora_says_that_it_needs_cross_attention_of_pictures() -> None:
     with pytest.raises(OptionError, match="Ways out: blend, regions"):
         by("qwen-image", worded("qwen-image"), "clora")
+
+
+def test_places_beside_reference_images_are_refused() -> None:
+    with pytest.raises(OptionError, match="sees 40 places, and the picture has 4 × 6"):
+        grid_of({"img_shapes": [[(1, 4, 6), (1, 4, 4)]]}, torch.zeros(1, 40, 8))
+    with pytest.raises(OptionError, match="no height and width"):
+        grid_of({}, torch.zeros(1, 40, 8))
+    assert grid_of({"img_shapes": [[(1, 4, 6)]]}, torch.zeros(1, 24, 8)) == (1, 4, 6)

@@ -1,5 +1,6 @@
 """How denoisers lay out the words and the places that they see, by class."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,17 +56,24 @@ def grid_of(given: Mapping[str, Any], latents: Tensor) -> Grid:
     Packed latents have their rows and columns in ``img_ids`` or ``img_shapes``.
 
     Raises:
-        OptionError: They have neither.
+        OptionError: They have neither, or there are other pictures among them.
     """
     if latents.ndim > 3:
         return latents.shape[2] if latents.ndim == 5 else 1, latents.shape[-2], latents.shape[-1]
     if (ids := given.get("img_ids")) is not None:
         ids = ids.reshape(-1, ids.shape[-1])
-        return 1, int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
-    if (shapes := given.get("img_shapes")) is not None:
-        frames, height, width = shapes[0][0]
-        return int(frames), int(height), int(width)
-    raise OptionError("The denoiser's latents have no height and width, so compositions by place don't work on it.")
+        grid = 1, int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
+    elif (shapes := given.get("img_shapes")) is not None:
+        frames, height, width = map(int, shapes[0][0])
+        grid = frames, height, width
+    else:
+        raise OptionError("The denoiser's latents have no height and width, so compositions by place don't work on it.")
+    if math.prod(grid) != latents.shape[1]:
+        raise OptionError(
+            f"The denoiser sees {latents.shape[1]} places, and the picture has {' × '.join(map(str, grid[1:]))}: compositions "
+            "by place don't work beside reference images. Ways out: schedule, switch, composite."
+        )
+    return grid
 
 
 def levels(height: int, width: int) -> list[tuple[int, int]]:

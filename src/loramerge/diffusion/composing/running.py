@@ -17,7 +17,7 @@ from ...learned.attach import Attachment, attach
 from ..apply import check_bare, check_fits
 from . import COMPOSITIONS, attention
 from .base import Call, Composition, Drawing, Use
-from .layouts import layout_of
+from .layouts import LAYOUTS
 from .places import everywhere
 
 
@@ -259,7 +259,7 @@ class _Stage:
         return theirs(*args, **named)
 
     def _encode(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        if self.drawing.begun:  # another call of a pipeline that checks nothing
+        if self.drawing.begun and not hasattr(self.pipe, "check_inputs"):  # nothing else says that a drawing begins
             self.drawing = Drawing()
         if self.drawing.pictures:  # a negative prompt that is encoded by itself
             return theirs(*args, **named)
@@ -270,12 +270,12 @@ class _Stage:
         count = len(prompts) if prompts else len(embeds) if embeds is not None else 0
         self.drawing = Drawing([text for text in prompts for _ in range(each)] if embeds is None else [], count * each)
         self.encoding = given
-        if layout_of(self.denoiser).tokenizers:
+        layout = LAYOUTS.get(type(self.denoiser).__name__)
+        if layout is None or layout.tokenizers or not self.drawing.prompts:
             return theirs(*args, **named)
         with _read(self.pipe.text_encoder) as texts:
             found = theirs(*args, **named)
-        if self.drawing.prompts:
-            self.drawing.ids = [ids for ids in self._told(texts, found[0]) for _ in range(each)]
+        self.drawing.ids = [ids for ids in self._told(texts, found[0]) for _ in range(each)]
         return found
 
     def _told(self, texts: Sequence[tuple[Tensor, Tensor]], seen: Tensor | list[Tensor]) -> list[list[int]]:

@@ -76,9 +76,9 @@ def draw(lora: int, generator: torch.Generator, count: int) -> Batch:
     }
 
 
-def learn(learner: Any, model: nn.Module, given: list[LoRA], **changes: object) -> Any:
+def learn(learner: Any, model: nn.Module, given: list[LoRA], state: Path | None = None, **changes: object) -> Any:
     chosen = settings("mole", **{"steps": 3, "calibration": 2, "lr": 0.1, **changes})
-    return learner(lambda batch: model(**batch), {"transformer": model}, given, draw, chosen)
+    return learner(lambda batch: model(**batch), {"transformer": model}, given, draw, chosen, checkpoint=state)
 
 
 KINDS = [("softmax", "mean"), ("sigmoid", "ones")]
@@ -163,6 +163,15 @@ def test_gradient_checkpointing_gives_the_same_gates() -> None:
     for module, weight in plain.weights.items():
         assert torch.equal(weight, saving.weights[module])
         assert float(weight.abs().max()) > 0
+
+
+def test_learning_goes_on_from_its_checkpoint_to_the_same_gates(tmp_path: Path) -> None:
+    whole = learn(mole, blocks(), loras(2), steps=4)
+    for steps in (2, 4):
+        rest = learn(mole, blocks(), loras(2), tmp_path / "state.safetensors", steps=steps)
+
+    assert torch.equal(rest.temperature, whole.temperature)
+    assert all(torch.equal(weight, whole.weights[module]) for module, weight in rest.weights.items())
 
 
 def test_one_lora_behind_a_softmax_is_that_lora() -> None:

@@ -218,14 +218,23 @@ def picture(values: Any) -> str:
     return path
 
 
-def test_switch_runs_one_lora_after_the_other() -> None:
-    pipe, (first, second) = pipe_of("sdxl"), loras("sdxl")
-    steps = {"num_inference_steps": 4}
-    by_hand = [Use(first, curve=[(0, 1), (0.49, 1), (0.5, 0)]), Use(second, curve=[(0, 0), (0.49, 0), (0.5, 1)])]
+def test_switch_runs_one_lora_after_the_other_as_peft_does_by_hand() -> None:
+    """Zhong et al., algorithm 1, typed again: one adapter is active, and after some steps the next one."""
+    pipe, both = pipeline("sdxl"), loras("sdxl")
+    steps, every = {"num_inference_steps": 5}, 2
+    found = by(pipe, [Use(each) for each in both], "switch", steps, every=every)
+    for i, each in enumerate(both):
+        pipe.load_lora_weights(each.state_dict("diffusers"), adapter_name=str(i))
 
-    found = by(pipe, [Use(first), Use(second)], "switch", steps, every=2)
+    def next_one(pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        pipe.set_adapters([str((step + 1) // every % 2)])
+        return kept
 
-    assert torch.equal(found, by(pipe, by_hand, "schedule", steps))
+    pipe.set_adapters(["0"])
+    wanted = drawn(pipe, callback_on_step_end=next_one, **steps)
+
+    assert close(found, wanted)
+    assert not close(found, by_peft(pipeline("sdxl"), [(both[0], 1.0)], **steps), 0.1)
 
 
 def test_composite_is_the_mean_of_predictions_by_peft() -> None:

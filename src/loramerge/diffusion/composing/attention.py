@@ -209,7 +209,7 @@ def tokens(
     found = [i for i in found if i < length]
     if not found:
         raise OptionError(
-            f"The prompt {prompt!r} doesn't have the words {words!r} among the {length} tokens that the model reads. "
+            f"The prompt {prompt!r} doesn't have the words {words!r}{f' among the {length} tokens that the model reads' * bool(length)}. "
             "Way out: words that are in it (--words), or a place: box= (--box)."
         )
     return found

@@ -87,10 +87,10 @@ def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"loramerge generate --lora {where}."
         )
     table = Table(data, where, [*KEYS, "loras", "output", "ranks"])
-    listed = table.get("loras", list, wanted="[[loras]], a list of tables", default=[])
-    if not listed:
+    tables = table.get("loras", list, wanted="[[loras]], a list of tables", default=[])
+    if not tables:
         raise OptionError(f"{where}: no LoRA is named. Wanted: [[loras]] and a path, for each.")
-    given = [listed(entry, f"{where}: loras {i}") for i, entry in enumerate(listed, start=1)]
+    given = [listed(entry, f"{where}: loras {i}") for i, entry in enumerate(tables, start=1)]
     return {
         "loras": tuple(lora for lora, _ in given),
         "weights": _weights(table, [weight for _, weight in given]),

@@ -86,7 +86,7 @@ KINDS = [("softmax", "mean"), ("sigmoid", "ones")]
 
 @pytest.mark.parametrize(("kind", "init"), KINDS)
 def test_gates_of_blocks_are_weights_of_an_ordinary_merge(kind: str, init: str, tmp_path: Path) -> None:
-    given = loras(3, lacks="blocks.0.out")
+    given = loras(2, lacks="blocks.0.out")
     learned: Learned = learn(ziplora, blocks(), given, parametrisation=kind, init=init)
     assert learned.patterns is not None
 

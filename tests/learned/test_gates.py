@@ -165,6 +165,24 @@ def test_gradient_checkpointing_gives_the_same_gates() -> None:
         assert float(weight.abs().max()) > 0
 
 
+def test_the_teachers_of_every_step_are_the_loras_alone() -> None:
+    model, given = blocks(), loras(2)
+    taught: list[tuple[Batch, Tensor]] = []
+
+    def predict(batch: Batch) -> Tensor:
+        found = model(**batch)
+        if not torch.is_grad_enabled():
+            taught.append((batch, found))
+        return found
+
+    mole(predict, {"transformer": model}, given, draw, settings("mole", steps=3, lr=0.5, loss="mse"))
+    batch, found = taught[-1]
+    for i, lora in enumerate(given):
+        with torch.no_grad(), attach({"transformer": model}, [lora]):
+            alone = model(**{name: value[i : i + 1] for name, value in batch.items()})
+        assert float((found[i : i + 1] - alone).abs().max()) < 1e-5
+
+
 def test_learning_goes_on_from_its_checkpoint_to_the_same_gates(tmp_path: Path) -> None:
     whole = learn(mole, blocks(), loras(2), steps=4)
     for steps in (2, 4):

@@ -1,7 +1,8 @@
 """Several LoRAs at work at once: laws that hold for every composition, on every kind of denoiser."""
 
+import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload, cpu_offload_with_hook
 from commands import done, run
 from diffusers import (
     DDIMScheduler,
@@ -22,11 +24,26 @@ from tiny import attention, denoiser, lora, pipeline
 from torch import Tensor
 
 import loramerge as lm
-from loramerge.diffusion import COMPOSITIONS, Composed, Sampling, Use, applied, composed, composition, generate
+from loramerge.diffusion import (
+    COMPOSITIONS,
+    Composed,
+    Sampling,
+    Use,
+    applied,
+    composed,
+    composition,
+    from_prompts,
+    generate,
+    load,
+    read_composed,
+)
 from loramerge.diffusion.composing import places
 from loramerge.diffusion.composing.attention import Maps, looking, tokens
-from loramerge.diffusion.composing.clora import contrast
+from loramerge.diffusion.composing.clora import _masks, contrast
+from loramerge.diffusion.composing.layouts import layout_of
 from loramerge.diffusion.composing.regions import Regions
+from loramerge.files import file_digest
+from loramerge.learned import mole, settings
 from loramerge.scoring import Box
 from loramerge.scoring.png import recipe_in
 
@@ -103,13 +120,26 @@ def test_all_at_once_at_constant_weights_are_the_merged_file(architecture: str) 
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if name not in ("schedule", "clora")])
+@pytest.mark.parametrize("name", [name for name in COMPOSITIONS if name not in ("schedule", "clora", "mole")])
 def test_one_lora_alone_is_that_lora(architecture: str, name: str) -> None:
     pipe, (first, _) = pipe_of(architecture), loras(architecture)
     plain = by(pipe, [Use(first, curve=[(0, 1)])], "schedule")
 
     assert torch.equal(by(pipe, [Use(first, words="psq")], name), plain)
     assert close(plain, by_peft(pipe, [(first, 1.0)]))
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "sd3-medium", "flux"])
+def test_gates_that_are_equal_everywhere_are_the_average(architecture: str, tmp_path: Path) -> None:
+    """Those of no step: their weights are zero."""
+    pipe, both = pipe_of(architecture), loras(architecture)
+    model = load(pipe, device="cpu")
+    draw = from_prompts(model, both, [PROMPT, PROMPT], steps=1, trajectories=1, resolution=32)
+    gates = mole(model.predict, model.models, both, draw, settings("mole", steps=0, loss="mse"))
+    found = by(pipe, constant(architecture, 2, 2), "mole", gates=str(gates.save(tmp_path / "gates.safetensors")))
+
+    assert close(found, by(pipe, constant(architecture, 1, 1), "schedule"))
+    assert set(gates.present[next(iter(gates.weights))]) == {0, 1}
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -188,14 +218,23 @@ def picture(values: Any) -> str:
     return path
 
 
-def test_switch_runs_one_lora_after_the_other() -> None:
-    pipe, (first, second) = pipe_of("sdxl"), loras("sdxl")
-    steps = {"num_inference_steps": 4}
-    by_hand = [Use(first, curve=[(0, 1), (0.49, 1), (0.5, 0)]), Use(second, curve=[(0, 0), (0.49, 0), (0.5, 1)])]
+def test_switch_runs_one_lora_after_the_other_as_peft_does_by_hand() -> None:
+    """Zhong et al., algorithm 1, typed again: one adapter is active, and after some steps the next one."""
+    pipe, both = pipeline("sdxl"), loras("sdxl")
+    steps, every = {"num_inference_steps": 5}, 2
+    found = by(pipe, [Use(each) for each in both], "switch", steps, every=every)
+    for i, each in enumerate(both):
+        pipe.load_lora_weights(each.state_dict("diffusers"), adapter_name=str(i))
 
-    found = by(pipe, [Use(first), Use(second)], "switch", steps, every=2)
+    def next_one(pipe: Any, step: int, _time: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        pipe.set_adapters([str((step + 1) // every % 2)])
+        return kept
 
-    assert torch.equal(found, by(pipe, by_hand, "schedule", steps))
+    pipe.set_adapters(["0"])
+    wanted = drawn(pipe, callback_on_step_end=next_one, **steps)
+
+    assert close(found, wanted)
+    assert not close(found, by_peft(pipeline("sdxl"), [(both[0], 1.0)], **steps), 0.1)
 
 
 def test_composite_is_the_mean_of_predictions_by_peft() -> None:
@@ -312,7 +351,7 @@ def test_attention_is_that_of_diffusers_own_processor(architecture: str) -> None
     added = {"text_embeds": torch.randn(2, 8), "time_ids": torch.zeros(2, 6)} if architecture == "sdxl" else None
     columns = torch.eye(24)[None, :, 3:5].expand(2, -1, -1)
     passes: list[Maps] = [{}]
-    with torch.no_grad(), looking(model, passes, [columns], 2):
+    with torch.no_grad(), looking(model, passes, [columns], 2, (1, 8, 8)):
         model(torch.randn(2, 4, 8, 8), 10, text, added_cond_kwargs=added)
 
     wanted: dict[int, Tensor] = {}
@@ -340,7 +379,7 @@ def test_joint_attention_is_the_dense_softmax_of_what_the_model_computes(archite
 
     @composition("read", source="this test", passes="1")
     def reading(call: Any) -> Tensor:
-        columns = call.columns([use.required() for use in uses])
+        columns = call.columns()
         dense.clear()
         with call.looking([columns]) as passes:
             found = call.together()
@@ -375,7 +414,7 @@ def test_in_regions_a_lora_acts_on_all_words_but_those_of_others() -> None:
     @composition("read", source="this test", passes="1")
     def reading(call: Any) -> Tensor:
         found, masks = Regions(call), torch.ones(call.pictures, 2, *call.latents.shape[-2:])
-        gate = places.gates(masks, call.weights, found.words(), call.latents, found.size)
+        gate = places.gates(masks, call.weights, found.words(), call.rows, found.grid, layout_of(call.model))
         module = next(name for name in call.attached.sites if name.endswith("attn2.to_k"))
         read.append(gate(module, call.attached.sites[module], call.given["encoder_hidden_states"]))
         return call.together()
@@ -401,28 +440,68 @@ def test_words_are_found_every_time_they_occur_and_only_there() -> None:
 
 def test_contrast_is_nt_xent() -> None:
     """Typed from the formula, pair by pair: -log e^{s_ap/t} / (e^{s_ap/t} + sum over negatives of e^{s_an/t})."""
-    maps, temperature = torch.rand(3, 10, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), 0.5
-    vectors = [
-        ((c, p), (maps[p, :, c] - maps[p, :, c].min()) / (maps[p, :, c].max() - maps[p, :, c].min()))
-        for c in range(2)
-        for p in range(3)
-    ]
+    vectors = torch.rand(7, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    concept, temperature = torch.tensor([0, 1, 0, 1, 2, 2, 0]), 0.5
     losses = []
-    for (c, p), a in vectors:
-        negatives = [torch.exp(torch.cosine_similarity(a, n, 0) / temperature) for (d, _), n in vectors if d != c]
-        for (d, q), b in vectors:
-            if d == c and q != p:
+    for i, a in enumerate(vectors):
+        negatives = [
+            torch.exp(torch.cosine_similarity(a, n, 0) / temperature)
+            for n, other in zip(vectors, concept, strict=True)
+            if other != concept[i]
+        ]
+        for j, b in enumerate(vectors):
+            if concept[j] == concept[i] and i != j:
                 s = torch.exp(torch.cosine_similarity(a, b, 0) / temperature)
                 losses.append(-torch.log(s / (s + sum(negatives))))
 
-    assert float(contrast(maps, temperature)) == pytest.approx(float(sum(losses) / len(losses)), rel=1e-6)
+    assert float(contrast(vectors, concept, temperature)) == pytest.approx(float(sum(losses) / len(losses)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("concept", "temperature", "wanted"),
+    [
+        ([0, 0, 0, 1, 1, 1], 0.5, 1.1858982084690786),
+        ([0, 0, 0, 1, 1, 1], 0.07, 0.6790319919736166),
+        ([0, 1, 0, 1, 2, 2], 0.5, 1.5259644530909382),
+        ([0, 1, 0, 1, 2, 2], 0.07, 1.7423510752160931),
+    ],
+)
+def test_contrast_is_that_of_pytorch_metric_learning(concept: list[int], temperature: float, wanted: float) -> None:
+    """Numbers of its 2.9.0, ``NTXentLoss(temperature)(vectors, concept)``, which brings scikit-learn with it."""
+    vectors = torch.arange(1, 31, dtype=torch.float64).reshape(6, 5).mul(0.7).sin().abs()
+
+    assert float(contrast(vectors, torch.tensor(concept), temperature)) == pytest.approx(wanted, rel=1e-13)
+
+
+def test_masks_of_clora_are_those_of_its_authors() -> None:
+    """Their algorithm typed again, picture by picture: one mask per token, united; the base where there is none."""
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.rand(3, 2, 12, 2, 3, generator=generator) ** 8
+    maps[..., 1, 2] = 0  # the second name has two tokens
+    wanted = []
+    for picture in range(2):
+        masks = [torch.zeros(12)]
+        for slot, count in ((1, 3), (2, 2)):
+            each = [maps[slot, picture, :, slot - 1, token] for token in range(count)]
+            masks.append((torch.stack([(a > a.max() * 0.4).float() for a in each]).sum(0) >= 1).float())
+        masks[0] = (torch.stack(masks).sum(0) == 0).float()
+        wanted.append(torch.stack(masks) / torch.stack(masks).sum(0))
+
+    torch.testing.assert_close(_masks(maps, 0.4), torch.stack(wanted))
+    assert 0 < float(torch.stack(wanted)[:, 0].sum()) < 24, "the base has all or nothing, so the test shows little"
 
 
 @pytest.mark.parametrize("architecture", UNETS)
 def test_clora_draws_and_its_descent_lowers_the_contrast(architecture: str) -> None:
     pipe, (first, second) = pipe_of(architecture), loras(architecture)
     uses = [Use(first, words="psq", noun="x"), Use(second, words="barca", noun="y")]
+    encodings: list[Any] = []
+    theirs = pipe.encode_prompt
+    pipe.encode_prompt = wraps(theirs)(lambda *a, **k: encodings.append(k) or theirs(*a, **k))
     plain = by(pipe, uses, "clora")
+    del pipe.encode_prompt
+
+    assert len(encodings) == 4, "the pipeline's own, and once per pass: not in every step"
 
     assert plain.isfinite().all()
     assert close(by(pipe, uses, "clora", step_size=1e-12), plain)
@@ -458,13 +537,8 @@ def wrong(change: Callable[[Any, list[Use]], tuple[Any, list[Use], str, dict[str
     return str(caught.value)
 
 
-def compiled(pipe: Any) -> Any:
-    pipe.unet.compile()
-    return pipe
-
-
-def offloaded(pipe: Any) -> Any:
-    pipe.unet._hf_hook = object()
+def compiled(pipe: Any, part: str) -> Any:
+    setattr(pipe, part, torch.compile(getattr(pipe, part)))
     return pipe
 
 
@@ -482,9 +556,11 @@ def with_lora(pipe: Any) -> Any:
         (lambda pipe, uses: (pipe, uses, "blend", {"others": -1.0}), "others wants a number"),
         (lambda pipe, uses: (pipe, uses, "blending", {}), "Unknown composition"),
         (lambda pipe, uses: (pipe, uses, "schedule", {}), "curve"),
+        (lambda pipe, uses: (pipe, uses, "mole", {}), "zip --preset mole --set gates=input"),
+        (lambda pipe, uses: (pipe, uses, "mole", {"gates": "nowhere.safetensors"}), "nowhere.safetensors"),
         (lambda pipe, uses: (pipe, [Use(loras("sd15")[0], words="psq")], "blend", {}), "another base model"),
-        (lambda pipe, uses: (compiled(pipe), uses, "blend", {}), "compiled"),
-        (lambda pipe, uses: (offloaded(pipe), uses, "blend", {}), "offloaded"),
+        (lambda pipe, uses: (compiled(pipe, "unet"), uses, "blend", {}), "pipe.unet.compile()"),
+        (lambda pipe, uses: (compiled(pipe, "text_encoder_2"), uses, "blend", {}), "pipe.text_encoder_2.compile()"),
         (lambda pipe, uses: (with_lora(pipe), uses, "blend", {}), "LoRAs already"),
         (lambda pipe, uses: (pipe, [Use(uses[0].lora, mask="nowhere.png"), uses[1]], "regions", {}), "nowhere.png"),
         (lambda pipe, uses: (pipe, [Use(uses[0].lora, box=EVERYWHERE), uses[1]], "clora", {}), "finds places by words"),
@@ -492,6 +568,37 @@ def with_lora(pipe: Any) -> Any:
 )
 def test_what_cannot_be_composed_is_refused_by_name(change: Any, said: str) -> None:
     assert said in wrong(change)
+
+
+@pytest.mark.parametrize("way", [cpu_offload, cpu_offload_with_hook])
+@pytest.mark.parametrize("name", ["blend", "regions"])
+def test_an_offloaded_model_is_composed_as_one_in_memory(way: Any, name: str) -> None:
+    """With cpu_offload the weights are on the meta device between their uses, so that nothing can lean on their place."""
+    pipe, uses = pipeline("sdxl"), worded("sdxl")
+    wanted = by(pipe, uses, name)
+    for part in (pipe.vae, pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+        way(part, execution_device="cpu")
+    hooked, forward = pipe.unet._hf_hook, pipe.unet.forward
+
+    assert torch.equal(by(pipe, uses, name), wanted)
+    assert pipe.unet._hf_hook is hooked
+    assert pipe.unet.forward is forward
+    if way is cpu_offload:
+        assert next(pipe.unet.parameters()).is_meta
+
+
+def test_a_model_compiled_in_place_runs_as_it_was_inside_the_block_and_is_compiled_behind_it() -> None:
+    pipe, uses = pipeline("sdxl"), worded("sdxl")
+    wanted = by(pipe, uses, "blend")
+    parts = [pipe.unet, pipe.unet.mid_block.attentions[0].transformer_blocks[0]]
+    called: list[int] = []
+    for i, part in enumerate(parts):
+        part._compiled_call_impl = lambda *_, i=i, **__: called.append(i)
+
+    assert torch.equal(by(pipe, uses, "blend"), wanted)
+    assert not called
+    parts[1](None)
+    assert called == [1]
 
 
 def test_two_compositions_at_once_are_refused() -> None:
@@ -558,6 +665,88 @@ def test_the_command_draws_each_setting_of_several_loras_in_each_composition(
     assert (recipe_in(second) or {})["composition"]["options"]["warm"] == 0.3
 
 
+def test_gates_that_zip_learned_draw_by_the_composition_and_are_in_the_recipe(
+    files: list[Path], base: Path, tmp_path: Path
+) -> None:
+    gates, out = tmp_path / "gates.safetensors", tmp_path / "out"
+    quick = ("-s", "gates=input", "-s", "steps=1", "-s", "calibration=1", "--sampling-steps", 1, "--trajectories", 1)
+    prompts = ("-p", "psq", "-p", "barca")
+    said = done("zip", *files, "-b", base, "-o", gates, "--device", "cpu", "--preset", "mole", *prompts, *quick)
+    done(*command(files, base, out, "--compose", "mole", "-O", f"gates={gates}"))
+
+    assert "gates for 'generate --compose mole'" in said
+    (drawn,) = (out / "both+mole").iterdir()
+    assert (recipe_in(drawn) or {})["composition"]["options"]["gates"] == file_digest(gates)
+    other = run("zip", *files, "-b", base, "-o", gates, "--preset", "mole", *prompts, *quick, "--coefficients", "c")
+    assert "no coefficients" in str(other.exception)
+
+
+DESCRIBED = """
+[compose]
+name = "regions"
+options = { warm = 0.5 }
+[[loras]]
+path = "a.safetensors"
+weight = 0.5
+words = "psq"
+noun = "person"
+[[loras]]
+path = "b.safetensors"
+box = [0.5, 0, 1, 1]
+mask = "mask.png"
+curve = [[0, 1], [0.5, 0]]
+"""
+
+
+def test_a_recipe_with_a_composition_draws_what_the_command_line_does(
+    files: list[Path], base: Path, tmp_path: Path
+) -> None:
+    shutil.copy(picture(np.full((8, 8), 255, np.uint8)), tmp_path / "mask.png")
+    (tmp_path / "couple.toml").write_text(DESCRIBED)
+    placed = ("--words", "psq=person", "--words", "-", "--box", "-", "--box", "0.5,0,1,1", "--curve", "-")
+    masks = ("--curve", "0:1,0.5:0", "--mask", "-", "--mask", tmp_path / "mask.png", "-O", "warm=0.5")
+    few = command(
+        files, base, tmp_path / "out", "--compose", "regions", *placed, *masks, "-l", tmp_path / "couple.toml"
+    )
+    done(*(str(word).replace("a.safetensors", "a.safetensors:0.5") for word in few))
+
+    one, other = (next((tmp_path / "out" / name).iterdir()) for name in ("couple", "both+regions"))
+    assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(other)))
+    assert recipe_in(one) == recipe_in(other)
+    result = run("merge", tmp_path / "couple.toml", "-o", tmp_path / "x.safetensors")
+    assert "loramerge generate --lora couple.toml" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("[compose]", "[composed]", "no [compose]"),
+        ("[compose]", 'method = "ties"\n[compose]', "unknown key 'method'"),
+        ('"regions"', '"region"', "Did you mean 'regions'"),
+        ("warm = 0.5", "warm = 2", "warm wants a number in [0, 1]"),
+        ("weight = 0.5", 'weight = "lbw:1"', "one number per LoRA"),
+        ("noun", "nuon", "unknown key 'nuon'. Did you mean 'noun'"),
+        ("[0.5, 0, 1, 1]", "[0.5, 0, 1]", "box: got [0.5, 0, 1], wanted 4 numbers"),
+        ("[0.5, 0, 1, 1]", "[0.5, 0, 2, 1]", "loras 2: box:"),
+        ("[0.5, 0]]", "[5, 0]]", "progress from 0 to 1"),
+        ('path = "a.safetensors"', 'path = "a.safetensors"\nsha256 = "00"', "has changed"),
+        ('path = "a.safetensors"', 'path = "nowhere.safetensors"', "nowhere.safetensors"),
+        ('words = "psq"', "words = 3", "words: got 3, a whole number, wanted text"),
+        (DESCRIBED[DESCRIBED.index("[[loras]]") :], "", "no LoRA is named"),
+        ("[compose]", "[compose", "is not TOML"),
+    ],
+)
+def test_what_a_composition_recipe_has_wrong_is_said(
+    files: list[Path], tmp_path: Path, before: str, after: str, said: str
+) -> None:
+    assert before in DESCRIBED
+    (tmp_path / "couple.toml").write_text(DESCRIBED.replace(before, after, 1))
+
+    with pytest.raises(lm.LoRAMergeError) as caught:
+        read_composed(tmp_path / "couple.toml", architecture="sdxl")
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -565,7 +754,8 @@ def test_the_command_draws_each_setting_of_several_loras_in_each_composition(
         (("--words", "psq"), "give --compose too"),
         (("--compose", "blend", "-O", "every=2"), "no option 'every'"),
         (("--compose", "blend", "-O", "others"), "others"),
-        (("--compose", "schedule", "--curve", "2:1"), "wanted PROGRESS:FACTOR"),
+        (("--compose", "schedule", "--curve", "2:1"), "a progress from 0 to 1 and a finite factor"),
+        (("--compose", "schedule", "--curve", "now"), "wanted PROGRESS:FACTOR"),
         (("--compose", "blend", "--words", "psq", "--words", "dog"), "doesn't have the words 'dog'"),
         (("--compose", "blend", "--box", "0,0,2,1"), "from 0 to 1"),
     ],

@@ -10,7 +10,7 @@ import pytest
 
 from loramerge.errors import LoRAMergeError
 from virtual_tryon.study import command, reading
-from virtual_tryon.study.protocol import Protocol
+from virtual_tryon.study.protocol import Protocol, Setting
 from virtual_tryon.study.published import SETS, TABLE, published
 from virtual_tryon.world import SCENES, prompt
 
@@ -184,3 +184,8 @@ def test_paths_of_models_start_from_the_protocol() -> None:
 
     assert Path(found.base.model) == (EXAMPLE / "weights" / "base").resolve()
     assert reading.read(reading.preset("paper")).base.model == "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.mark.parametrize(("name", "passes"), [("blend", 3), ("regions", 1), ("clora", 4), (None, 1)])
+def test_a_composition_costs_its_passes_for_the_setting_s_loras(name: str | None, passes: int) -> None:
+    assert Setting(name="x", label="x", loras=("a", "b", "c"), compose=name).passes == passes

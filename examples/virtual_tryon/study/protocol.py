@@ -147,6 +147,16 @@ class Setting:
             return False
         return len(self.loras) > 1 or (bool(self.loras) and (self.weights, self.learn) != (None, None))
 
+    @property
+    def passes(self) -> int:
+        """Passes of the denoiser per step, which is nearly all that a picture costs."""
+        if not self.compose:
+            return 1
+        from loramerge.diffusion import COMPOSITIONS
+
+        terms = COMPOSITIONS[self.compose].passes.replace("N", str(len(self.loras))).split("+")
+        return sum(map(int, terms))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:

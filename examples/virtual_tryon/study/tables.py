@@ -101,6 +101,9 @@ def truth(group: Group, names: Iterable[str], *, against: str | None = None) -> 
     head = ["Setting", "all concepts", *found.concepts, "scene", "cosine with the truth"]
     if against:
         head.insert(2, f"minus {group.label(against)}")
+    costs = {setting.name: setting.passes for setting in group.settings}
+    costly = any(costs.get(name, 1) > 1 for name in order)
+    head += ["passes per step"] * costly
     rows = []
     for name in order:
         cells = [f"{found.share(name, found.concepts):.3f}"]
@@ -109,11 +112,13 @@ def truth(group: Group, names: Iterable[str], *, against: str | None = None) -> 
             cells.append("" if same else f"{found.difference(name, against, found.concepts):+.4f}")
         cells += [f"{found.share(name, [concept]).mean:.3f}" for concept in found.concepts]
         cells += [f"{found.share(name, ['scene']).mean:.3f}", f"{like.mean(name, TRUTH):.3f}"]
+        cells += [str(costs.get(name, ""))] * costly
         rows.append((group.label(name), *cells))
     note = (
         "Share of the concepts' attributes that the judge finds as they are in the true pictures; each concept counts "
         "alike. The true pictures' own row is what the judge's errors leave to be reached. Cosine: with the mean embedding "
         "of the true pictures of the same prompt."
+        f"{' A picture costs as much as its passes of the denoiser.' * costly}"
     )
     return Table(tuple(head), tuple(rows), note)
 

@@ -1,6 +1,5 @@
 """``loramerge generate``: pictures of settings × prompts × seeds."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -35,7 +34,8 @@ class Options:
         typer.Option(
             "--lora",
             "-l",
-            help="Repeat once per setting: FILE, FILE:0.8, NAME=FILE:0.7+FILE:0.5. A weight is 1 by default.",
+            help="Repeat once per setting: FILE, FILE:0.8, NAME=FILE:0.7+FILE:0.5, or a recipe.toml with [compose]. "
+            "A weight is 1 by default.",
         ),
     ] = None
     none: Annotated[bool, typer.Option("--none/--no-none", help="Draw without any LoRA too.")] = True
@@ -121,8 +121,8 @@ def run(given: Options) -> None:
         frames=given.frames,
     )
     with ExitStack() as loras:
-        plain = read_settings(given.lora or [], loras, none=given.none, architecture=given.architecture)
-        settings: dict[str, Setting] = {**plain, **read_compositions(plain, given)}
+        settings = read_settings(given.lora or [], loras, none=given.none, architecture=given.architecture)
+        settings |= read_compositions(settings, given)
         generation.check(settings, given.prompt, numbers)
         pipe = pipelines.load_pipeline(
             given.base,
@@ -154,13 +154,13 @@ def run(given: Options) -> None:
 
 def read_settings(
     given: list[str], loras: ExitStack, *, none: bool, architecture: str | None = None
-) -> dict[str, list["Use"]]:
+) -> dict[str, "Setting"]:
     """Read settings as they are typed, and return them by name; ``loras`` closes what is opened for them.
 
     Raises:
         OptionError: Two have the same name, or one can't be read.
     """
-    found: dict[str, list[Use]] = {"none": []} if none else {}
+    found: dict[str, Setting] = {"none": []} if none else {}
     for text in given:
         name, uses = _setting(text, loras, architecture)
         if name in found:
@@ -171,7 +171,7 @@ def read_settings(
     return found
 
 
-def read_compositions(settings: Mapping[str, Sequence["Use"]], given: Options) -> dict[str, "Composed"]:
+def read_compositions(settings: Mapping[str, "Setting"], given: Options) -> dict[str, "Composed"]:
     """Return every setting of several LoRAs in every composition, named ``SETTING+COMPOSITION``.
 
     Raises:
@@ -186,7 +186,8 @@ def read_compositions(settings: Mapping[str, Sequence["Use"]], given: Options) -
             raise OptionError("--words, --box, --mask, --curve and -O are for compositions: give --compose too.")
         return {}
     chosen = [COMPOSITIONS[name] for name in given.compose]
-    several = {name: placed(uses, given) for name, uses in settings.items() if len(uses) > 1}
+    plain = {name: list(uses) for name, uses in settings.items() if not isinstance(uses, Composed)}
+    several = {name: placed(uses, given) for name, uses in plain.items() if len(uses) > 1}
     if not several:
         raise OptionError(
             "Nothing to compose: wanted a setting of two LoRAs or more, --lora a.safetensors+b.safetensors."
@@ -234,15 +235,22 @@ def read_curve(text: str) -> list[tuple[float, float]]:
         points = [(float(at), float(factor)) for at, _, factor in (part.partition(":") for part in text.split(","))]
     except ValueError:
         points = []
-    if not points or not all(0 <= at <= 1 and math.isfinite(factor) for at, factor in points):
-        raise OptionError(f"Can't read the curve {text!r}: wanted PROGRESS:FACTOR,…, progress from 0 to 1: 0:1,0.5:0.")
+    if not points:
+        raise OptionError(f"Can't read the curve {text!r}: wanted PROGRESS:FACTOR,…, such as 0:1,0.5:0.")
     return points
 
 
-def _setting(text: str, loras: ExitStack, architecture: str | None) -> tuple[str, list["Use"]]:
+def _setting(text: str, loras: ExitStack, architecture: str | None) -> tuple[str, "Setting"]:
     name, equals, rest = text.partition("=")
     if not equals or is_there(text):
         name, rest = "", text
+    if rest.endswith(".toml"):
+        from ..diffusion import read_composed
+
+        described = read_composed(rest, architecture=architecture)
+        for use in described:
+            loras.enter_context(use.lora)
+        return name or Path(rest).stem, described
     uses = [_use(part, loras, architecture) for part in ([rest] if is_there(rest) else rest.split("+"))]
     stems = [Path(use.lora.name).stem + ("" if use.weight == 1 else f"@{use.weight:g}") for use in uses]
     return name or "+".join(stems), uses

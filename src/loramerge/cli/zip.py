@@ -37,7 +37,7 @@ class Options(Learning):
     base: Base
     prompt: Prompt = None
     data: Data = None
-    preset: Annotated[str, typer.Option("--preset", help="default, paper, lora.rar or mkshing.")] = "default"
+    preset: Annotated[str, typer.Option("--preset", help="default, paper, lora.rar, mkshing or mole.")] = "default"
     setting: Annotated[list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE, such as steps=20.")] = None
     weight: Annotated[
         list[float] | None, typer.Option("--weight", "-w", help="How much each LoRA counts, in order.")
@@ -57,14 +57,20 @@ class Options(Learning):
 def run(given: Options) -> None:
     """Merge LoRAs by coefficients learned on the base model (ZipLoRA): an ordinary LoRA comes out.
 
+    With --preset mole one weight per LoRA and block (MoLE's gates); with --set gates=input too they follow the picture,
+    and OUTPUT has the gates, for 'generate --compose mole -O gates=OUTPUT'.
+
     Example: loramerge zip person.safetensors jersey.safetensors -b stabilityai/stable-diffusion-xl-base-1.0
     -p "a psq-person" -p "a barca24_jersey" -o zipped.safetensors
     """
     chosen = settings_of(given.preset, given.setting or [])
     if given.precision == "fp16" or given.autocast == "fp16":
         raise OptionError("In fp16 gradients underflow, so nothing can be learned. Way out: --precision bf16, or fp32.")
-    if given.coefficients and chosen.parametrisation == "down":
-        raise OptionError("The parametrisation 'down' learns no coefficients. Way out: no --coefficients.")
+    if given.coefficients and (chosen.parametrisation == "down" or chosen.gates == "input"):
+        what = "The parametrisation 'down' learns" if chosen.parametrisation == "down" else "Gates of the input are"
+        raise OptionError(f"{what} no coefficients. Way out: no --coefficients.")
+    if chosen.gates == "input" and given.text_encoders:
+        raise OptionError("Gates of the input are the denoiser's. Way out: no --text-encoders.")
     given.check(given.snr_gamma)
     _learn(given, chosen)
 
@@ -82,7 +88,8 @@ def settings_of(preset: str, items: Sequence[str]) -> "Settings":
 
 def _learn(given: Options, chosen: "Settings") -> None:
     from ..diffusion import team, within_memory
-    from ..learned.columns import shares_of, ziplora
+    from ..learned.columns import mole, shares_of, ziplora
+    from ..learned.gates import BlockGates
 
     shares = shares_of(given.weight, len(given.files))
     planned = given.plan()
@@ -91,12 +98,13 @@ def _learn(given: Options, chosen: "Settings") -> None:
     denoiser = given.load(given.base, together, checkpointing=given.checkpointing)
     denoiser.check(planned.loras)
     names = [lora.name for lora in planned.loras]
+    losses = Losses(names, given.checkpoint, quiet=given.quiet)
     state = together.own(given.checkpoint) if given.checkpoint else None
     with within_memory(given.resolution or denoiser.resolution, chosen.batch_size, len(planned.loras)):
         draw = given.examples(denoiser, planned.loras, seed=chosen.seed, snr_gamma=given.snr_gamma)
         denoiser.release()
         with interruptible(state if together.writes else None):
-            learned = ziplora(
+            learned = (mole if chosen.gates == "input" else ziplora)(
                 denoiser.predict,
                 denoiser.models,
                 planned.loras,
@@ -105,17 +113,20 @@ def _learn(given: Options, chosen: "Settings") -> None:
                 weights=shares,
                 checkpoint=state,
                 every=given.every,
-                on_step=None if given.quiet else Losses(names, given.checkpoint),
+                on_step=losses,
                 reduce=together.reduce,
                 shard=together.shard,
                 identity=identity(denoiser, draw.description, together.size),
             )
     if together.writes:
         if not given.quiet:
-            fits = [[step.fits[i] for step in learned.history] for i in range(len(names))]
-            say(loss_table(list(zip(names, fits, strict=True))))
-        given.write(learned.lora)
-        _write_coefficients(learned, given.coefficients, given.quiet)
+            say(loss_table(list(zip(names, losses.fits, strict=True))))
+        if isinstance(learned, BlockGates):
+            learned.save(given.output)
+            say(f"→ {given.output} (gates for 'generate --compose mole')") if not given.quiet else None
+        else:
+            given.write(learned.lora)
+            _write_coefficients(learned, given.coefficients, given.quiet)
 
 
 def _write_coefficients(learned: "Learned", path: Path | None, quiet: bool) -> None:
@@ -126,13 +137,19 @@ def _write_coefficients(learned: "Learned", path: Path | None, quiet: bool) -> N
 
 
 class Losses:
-    """Shows the losses of every step."""
+    """Keeps the losses of every step, and shows them."""
 
-    def __init__(self, names: Sequence[str], state: Path | None) -> None:
+    def __init__(self, names: Sequence[str], state: Path | None, *, quiet: bool) -> None:
         self.names = names
+        self.quiet = quiet
+        self.fits: list[list[float]] = [[] for _ in names]
         self.pace = Pace(state)
 
     def __call__(self, step: "Step") -> None:
         """Show a step."""
+        for kept, fit in zip(self.fits, step.fits, strict=True):
+            kept.append(fit)
+        if self.quiet:
+            return
         fits = "  ".join(f"{name} {fit:.4g}" for name, fit in zip(self.names, step.fits, strict=True))
         self.pace.show(step.step, step.total, f"loss {step.loss:.4g}  {fits}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Use as Use,
         composition as composition,
     )
+    from .composing.recipes import read_composed as read_composed
     from .composing.running import Composed as Composed, composed as composed
     from .denoiser import Denoiser as Denoiser, load as load
     from .drawing import Sampling as Sampling
@@ -56,6 +57,7 @@ else:
                 "Use",
                 "composition",
             ),
+            "composing.recipes": ("read_composed",),
             "composing.running": (
                 "Composed",
                 "composed",

@@ -23,8 +23,7 @@ def applied(pipe: Any, loras: Sequence[tuple[LoRA, float]]) -> Iterator[None]:
         DialectError: diffusers' file format can't hold a layer.
         NumberError: A value of a LoRA is NaN or infinite.
     """
-    if there := [name for name, found in _adapters(pipe).items() if found]:
-        raise OptionError(f"The pipeline has LoRAs already, in {', '.join(there)}. Call unload_lora_weights() first.")
+    check_bare(pipe)
     check_fits(pipe, [lora for lora, _ in loras])
     names = [f"loramerge_{i}" for i in range(len(loras))]
     try:
@@ -38,10 +37,15 @@ def applied(pipe: Any, loras: Sequence[tuple[LoRA, float]]) -> Iterator[None]:
             pipe.unload_lora_weights()
 
 
-def _adapters(pipe: Any) -> Mapping[str, Sequence[str]]:
-    """Return the names of the LoRAs in each component; there are none where diffusers loads none."""
-    found: Mapping[str, Sequence[str]] = pipe.get_list_adapters() if hasattr(pipe, "get_list_adapters") else {}
-    return found
+def check_bare(pipe: Any) -> None:
+    """Refuse a pipeline with LoRAs of its own.
+
+    Raises:
+        OptionError: It has some.
+    """
+    there = pipe.get_list_adapters() if hasattr(pipe, "get_list_adapters") else {}
+    if any(there.values()):
+        raise OptionError(f"The pipeline has LoRAs already: {there}. Way out: unload_lora_weights().")
 
 
 def check_fits(pipe: Any, loras: Iterable[LoRA]) -> None:

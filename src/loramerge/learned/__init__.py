@@ -1,4 +1,4 @@
-"""Merges that are learned on the model: ZipLoRA, least squares, and a search for weights."""
+"""Merges that are learned on the model: ZipLoRA, gates by block, least squares, and a search for weights."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,8 @@ from ..registry import face
 
 if TYPE_CHECKING:
     from .calibration import calibrate as calibrate
-    from .columns import Learned as Learned, Step as Step, ziplora as ziplora
+    from .columns import Learned as Learned, Step as Step, mole as mole, ziplora as ziplora
+    from .gates import BlockGates as BlockGates
     from .interference import overlaps as overlaps
     from .least_squares import (
         Report as Report,
@@ -25,8 +26,10 @@ else:
             "columns": (
                 "Learned",
                 "Step",
+                "mole",
                 "ziplora",
             ),
+            "gates": ("BlockGates",),
             "interference": ("overlaps",),
             "least_squares": (
                 "Report",

@@ -39,10 +39,14 @@ class Site(nn.Module):
     owner: Tensor
 
     def __init__(
-        self, found: Mapping[int, tuple[Tensor, Tensor]], target: nn.Linear | nn.Conv2d, dtype: torch.dtype
+        self,
+        found: Mapping[int, tuple[Tensor, Tensor]],
+        target: nn.Linear | nn.Conv2d,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        device = target.weight.device
+        device = device or target.weight.device
         self.shape = tuple(target.weight.shape)
         self.slices: dict[int, slice] = {}
         start = 0
@@ -193,7 +197,9 @@ class Attachment:
 
 
 @contextmanager
-def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.float32) -> Iterator[Attachment]:
+def attach(
+    models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Iterator[Attachment]:
     """Attach LoRAs to a model while the context lasts.
 
     Args:
@@ -201,6 +207,7 @@ def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.flo
             left out.
         loras: Any number, of any ranks; a module may be in only some of them.
         dtype: The dtype that the factors are kept in; they are cast to the input's when they are used.
+        device: The device that the factors are kept on; by default the weights', which an offloaded model has elsewhere.
 
     Raises:
         MergeError: The model has none of the modules, lacks one of them, or has it in another shape; or PEFT
@@ -214,7 +221,7 @@ def attach(models: Models, loras: Sequence[LoRA], dtype: torch.dtype = torch.flo
             target = _target(models, module, {loras[i].name: loras[i].layout(module).shape for i in owners})
             found = {i: factors(loras[i], module) for i in owners}
             with within(module):
-                sites[module] = Site(found, target, dtype)
+                sites[module] = Site(found, target, dtype, device)
             handles.append(target.register_forward_hook(attachment.hook(module)))
         yield attachment
     finally:

@@ -8,7 +8,7 @@ gradients in one batch, all students (the merge) in another.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, NumberError, OptionError, within
+from ..files.architectures.blocks import block
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
 from ..files.storage.texts import parsed
 from ..merging.coefficients import Coefficients
-from .attach import Attachment, Models, attach, fingerprints
+from .attach import Attachment, Models, Site, attach, fingerprints
 from .batches import Batch, join, seen, weighed
 from .calibration import Draw, Predict, calibrate, seeded
+from .gates import TEMPERATURE, Activation, BlockGates, activated, balance
 from .least_squares import RIDGE, check_sound, column_solution, columns, costs_of
 from .penalties import crossings, penalty
 from .presets import PRESETS, Settings, settings
@@ -30,7 +32,7 @@ from .problems import problem
 from .result import assemble, plan_sum
 from .state import check_together, resumed, save_state
 
-__all__ = ["PRESETS", "Learned", "Settings", "Step", "join", "settings", "ziplora"]
+__all__ = ["PRESETS", "Learned", "Settings", "Step", "join", "mole", "settings", "ziplora"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Learned:
     """The same as weights of an ordinary merge of these LoRAs; None for ``parametrisation="down"``."""
     history: list[Step] = field(default_factory=list)
     """The steps of this run, without those before the checkpoint that it resumed from."""
+    patterns: tuple[dict[str, float], ...] | None = None
+    """For ``gates="block"``, each LoRA's weight by block: ``merge(loras, weights=learned.patterns)`` is `lora`."""
 
 
 def ziplora(
@@ -99,16 +103,65 @@ def ziplora(
             the other processes'.
         FileError: The checkpoint can't be read or written.
     """
+    if settings.gates == "input":
+        raise OptionError(
+            "Gates that follow the picture (gates='input') fit in no LoRA file. Ways out: gates='block', or mole(), whose "
+            "gates the composition mole draws with."
+        )
+    planned = plan_sum(loras)
+    with _running(predict, models, loras, draw, settings, weights, every, shard, identity) as run:
+        history = run.learn(checkpoint, every, on_step, reduce)
+        options = {**asdict(settings), "weights": run.weights}
+        lora = assemble(planned, run.factors(), "ziplora", options, run.about)
+        return Learned(lora, run.coefficients(parsed(lora.metadata[RECIPE], RECIPE)), history, run.patterns())
+
+
+def mole(
+    predict: Predict,
+    models: Models,
+    loras: Sequence[LoRA],
+    draw: Draw,
+    settings: Settings = PRESETS["mole"],
+    *,
+    weights: Sequence[float] | None = None,
+    checkpoint: Path | None = None,
+    every: int = 10,
+    on_step: Callable[[Step], bool | None] | None = None,
+    reduce: Callable[[Sequence[Tensor]], None] | None = None,
+    shard: int = 0,
+    identity: Mapping[str, Any] | None = None,
+) -> BlockGates:
+    """Learn MoLE's gates, which follow the picture and the step: the composition ``mole`` draws with them.
+
+    Wu et al., 2024, https://arxiv.org/abs/2404.13628.  Arguments and errors are those of `ziplora`; ``settings.gates``
+    counts as ``"input"``.  LoRAs act in the denoiser only.
+    """
+    chosen = replace(settings, gates="input")
+    plan_sum(loras)
+    with _running(predict, models, loras, draw, chosen, weights, every, shard, identity) as run:
+        run.learn(checkpoint, every, on_step, reduce)
+        about = {"settings": asdict(chosen), "weights": run.weights, "learned_on": run.about}
+        return replace(run.gates.on(), provenance=about)
+
+
+@contextmanager
+def _running(
+    predict: Predict,
+    models: Models,
+    loras: Sequence[LoRA],
+    draw: Draw,
+    settings: Settings,
+    weights: Sequence[float] | None,
+    every: int,
+    shard: int,
+    identity: Mapping[str, Any] | None,
+) -> "Iterator[_Run]":
+    """Attach LoRAs to a model inside the block, to learn how they are merged."""
     if every < 1 or shard < 0:
         raise OptionError(f"ZipLoRA: every must be a number from 1 and shard one from 0; got {every} and {shard}.")
-    planned = plan_sum(loras)
     shares = shares_of(weights, len(loras))
-    about = dict(identity or {})
     with _frozen(models), attach(models, loras) as attachment:
-        run = _Run(predict, models, loras, draw, settings, shares, attachment, shard, about)
-        history = run.learn(checkpoint, every, on_step, reduce)
-        lora = assemble(planned, run.factors(), "ziplora", {**asdict(settings), "weights": shares}, about)
-        return Learned(lora, run.coefficients(parsed(lora.metadata[RECIPE], RECIPE)), history)
+        yield _Run(predict, models, loras, draw, settings, shares, attachment, shard, dict(identity or {}))
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -143,8 +196,13 @@ class _Run:
         self.predict, self.models, self.loras, self.draw = predict, models, loras, draw
         self.settings, self.weights, self.attachment = settings, weights, attachment
         self.shard, self.about = shard, about
-        # A module that only one LoRA has stays as it is: nothing competes with it.
-        self.sites = {m: site for m, site in attachment.sites.items() if len(site.present) > 1}
+        self.architecture = next((lora.architecture for lora in loras if lora.architecture), None)
+        self.present: dict[str, list[int]] = {}
+        """The LoRAs in a module, or in all modules of its block if these share a gate."""
+        for module, site in attachment.sites.items():
+            self.present[self._group(module)] = sorted({*self.present.get(self._group(module), ()), *site.present})
+        # What only one LoRA has stays as it is: nothing competes with it.
+        self.sites = {m: site for m, site in attachment.sites.items() if len(self.present[self._group(m)]) > 1}
         if not self.sites:
             raise MergeError(
                 f"{', '.join(lora.name for lora in loras)} share no module of the model: there is nothing to learn. "
@@ -156,6 +214,12 @@ class _Run:
         self.crossings: dict[str, Tensor] = {}
         if settings.penalty == "columns":
             self.crossings = {m: crossings(s.up, s.down, list(s.slices.values())) for m, s in self.sites.items()}
+        if settings.gates == "input" and any(module.startswith("text") for module in self.sites):
+            raise OptionError("Gates that follow the picture are the denoiser's. Way out: text_encoders=False.")
+
+    def _group(self, module: str) -> str:
+        """Return what shares a gate with a module: itself, or its block."""
+        return module if self.settings.gates == "module" else block(module, self.architecture)
 
     def learn(
         self,
@@ -206,9 +270,17 @@ class _Run:
         """Set up the parameters, from a checkpoint if there is one; return the optimiser and the steps done."""
         state = resumed(checkpoint, identity, self.settings.steps)
         start = state.tensors if state else self._start()
+        homes = {name: site.down.device for m, site in self.sites.items() for name in (m, self._group(m))}
+        anywhere = next(iter(homes.values()))
         self.parameters = {
-            m: nn.Parameter(start[m].to(site.down.device, torch.float32)) for m, site in self.sites.items()
+            name: nn.Parameter(value.to(homes.get(name, anywhere), torch.float32)) for name, value in start.items()
         }
+        if self.settings.gates == "input":
+            weights = {name: value for name, value in self.parameters.items() if name != TEMPERATURE}
+            present = {module: self.present[self._group(module)] for module in weights}
+            kind = cast(Activation, self.settings.parametrisation)
+            marks = fingerprints(self.loras)
+            self.gates = BlockGates(weights, self.parameters[TEMPERATURE], present, kind, self.architecture, marks)
         optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=self.settings.lr, weight_decay=self.settings.weight_decay
         )
@@ -226,8 +298,10 @@ class _Run:
 
     def _start(self) -> dict[str, Tensor]:
         given, count = self.settings, len(self.loras)
-        if given.parametrisation == "softmax":
-            return {m: torch.zeros(count) for m in self.sites}
+        if given.gates == "input":
+            return self._first_modules()
+        if given.gated:
+            return {self._group(m): torch.zeros(count) for m in self.sites}
         if given.init == "lsq":
             columns = self._closed_form()
         else:
@@ -238,6 +312,20 @@ class _Run:
         if given.parametrisation == "column":
             return columns
         return {m: site.down.float().cpu() * columns[m][site.owner.cpu()] for m, site in self.sites.items()}
+
+    def _first_modules(self) -> dict[str, Tensor]:
+        """Return zeros for the first module of each block that runs, and for the temperature; the model runs once."""
+        order: dict[str, Site] = {}
+        self.attachment.listeners.append(lambda module, site, _x: order.setdefault(module, site))
+        self._teach(*self._data(torch.Generator().manual_seed(self.settings.seed + 1)))
+        self.attachment.listeners.clear()
+        first: dict[str, str] = {}
+        for module in order:
+            if module in self.sites:
+                first.setdefault(self._group(module), module)
+        sizes = {module: len(order[module].present) * order[module].up.shape[0] for module in first.values()}
+        count = len(self.loras)
+        return {m: torch.zeros(size, count) for m, size in sizes.items()} | {TEMPERATURE: torch.zeros(())}
 
     def _closed_form(self) -> dict[str, Tensor]:
         given = self.settings
@@ -299,7 +387,7 @@ class _Run:
         return join(batches), torch.arange(count).repeat_interleave(size)
 
     def _teach(self, joint: Batch, rows: Tensor) -> Tensor:
-        self.attachment.only(rows)
+        self.attachment.only(rows).gates = None
         with torch.no_grad():
             taught = self.predict(seen(joint))
         self.attachment.check_all_ran()
@@ -313,7 +401,10 @@ class _Run:
         teacher = self._teach(joint, rows)
         # The teacher goes first: checkpointed blocks run again in backward, and must find the student's state.
         self.attachment.all()
-        self.attachment.downs = {m: self._down(m) for m in self.sites}
+        if self.settings.gates == "input":
+            self.attachment.gates = self.gates
+        else:
+            self.attachment.downs = {m: self._down(m) for m in self.sites}
         student = self.predict(seen(joint))
         fits = self._fits(weighed(student.float() - teacher.float(), joint))
         coupling = self._coupling()
@@ -328,12 +419,14 @@ class _Run:
 
     def _columns(self, module: str) -> Tensor:
         """Return the coefficients m, ``(N, in·kh·kw)``."""
-        parameter, site = self.parameters[module], self.sites[module]
         if self.settings.parametrisation == "column":
-            return parameter
-        absent = torch.full_like(parameter, -math.inf)
-        absent[site.present] = 0.0
-        return (parameter + absent).softmax(0)[:, None].expand(-1, site.columns)
+            return self.parameters[module]
+        return self._gate(self._group(module))[:, None].expand(-1, self.sites[module].columns)
+
+    def _gate(self, group: str) -> Tensor:
+        """Return the gates of a module or a block, ``(N,)``."""
+        kind = cast(Activation, self.settings.parametrisation)
+        return activated(self.parameters[group], kind, self.present[group])
 
     def _down(self, module: str) -> Tensor:
         if self.settings.parametrisation == "down":
@@ -361,6 +454,9 @@ class _Run:
         given = self.settings
         if given.penalty == "none":
             return torch.zeros(())
+        if given.penalty == "balance":
+            found = [gate.mean(0) for gate in self.gates.opened.values()] if given.gates == "input" else None
+            return balance(torch.stack(found or [self._gate(group) for group in self.parameters]))
         terms = [
             penalty(given.penalty, self._columns(m)[site.present], self.crossings.get(m))
             for m, site in self.sites.items()
@@ -371,6 +467,16 @@ class _Run:
     def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the learned ``up`` and ``down`` of every module that the LoRAs share."""
         return {m: (site.up, self._down(m).detach()) for m, site in self.sites.items()}
+
+    def patterns(self) -> tuple[dict[str, float], ...] | None:
+        """Return each LoRA's weight by block; None if that isn't what was learned."""
+        if self.settings.gates != "block":
+            return None
+        gates = {group: self._gate(group).tolist() for group in self.parameters}
+        return tuple(
+            {group: gates[group][i] if group in gates else 1.0 for group, there in self.present.items() if i in there}
+            for i in range(len(self.loras))
+        )
 
     def coefficients(self, recipe: Mapping[str, Any]) -> Coefficients | None:
         """Return the same as weights of an ordinary merge; None if it isn't one."""

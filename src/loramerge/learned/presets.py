@@ -10,8 +10,9 @@ from ..merging.methods.options import Count, NonNegative, Positive, misfits
 
 Init = Literal["lsq", "ones", "mean"]
 Loss = Literal["normalised", "norm", "mse"]
-Parametrisation = Literal["column", "softmax", "down"]
-Penalty = Literal["none", "dot", "absmean", "cos", "columns"]
+Parametrisation = Literal["column", "softmax", "sigmoid", "down"]
+Gates = Literal["module", "block", "input"]
+Penalty = Literal["none", "dot", "absmean", "cos", "columns", "balance"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,14 @@ class Settings:
     """Coefficients to begin with: the closed form, 1 (the sum), or 1/N (the average)."""
     parametrisation: Parametrisation = "column"
     """The learned numbers.  ``column``: one factor per column.  ``down``: the whole ``down`` factors; the rank is the
-    same.  ``softmax``: one factor per module, Σ mᵢ = 1 by a softmax, like MoLE's gates but the same for every input."""
+    same.  Gates are one factor per LoRA: ``softmax``, Σ mᵢ = 1, or ``sigmoid``, each of its own in (0, 2)."""
+    gates: Gates = "module"
+    """What shares a gate: a ``module``, a ``block``, or a block in one picture and step, ``input``, as MoLE's do, which no
+    file of a LoRA can hold: see `mole`."""
     loss: Loss = "normalised"
     """normalised: Σ wᵢ ‖ε − εᵢ‖² / mean ‖εᵢ − ε_base‖².  norm: Σ wᵢ ‖ε − εᵢ‖₂, the paper's.  mse: the mean square."""
     penalty: Penalty = "none"
+    """``balance`` is MoLE's, −log Π qᵢ of each LoRA's share qᵢ of the gates; the others compare columns."""
     lam: NonNegative = 0.0
     """Weight of the penalty."""
     mean_penalty: bool = True
@@ -53,6 +58,11 @@ class Settings:
         if wrong:
             raise OptionError(f"ZipLoRA: {'; '.join(wrong)}.")
 
+    @property
+    def gated(self) -> bool:
+        """True if there is one factor per LoRA."""
+        return self.parametrisation in ("softmax", "sigmoid")
+
     def _of_no_effect(self) -> list[str]:
         return [
             message
@@ -63,6 +73,18 @@ class Settings:
                 (
                     "softmax begins at the average: init='mean'",
                     self.parametrisation == "softmax" and self.init != "mean",
+                ),
+                (
+                    "sigmoid begins at the sum: init='ones'",
+                    self.parametrisation == "sigmoid" and self.init != "ones",
+                ),
+                (
+                    "gates of blocks and the balance need parametrisation='softmax' or 'sigmoid'",
+                    not self.gated and (self.gates != "module" or self.penalty == "balance"),
+                ),
+                (
+                    "gates='input' have no columns: penalty='balance' or 'none'",
+                    self.gates == "input" and self.penalty not in ("none", "balance"),
                 ),
             )
             if wrong
@@ -88,11 +110,14 @@ PRESETS: Mapping[str, Settings] = {
     ),
     "lora.rar": replace(_MKSHING, lr=0.01, penalty="cos"),
     "mkshing": _MKSHING,
+    "mole": Settings(steps=100, init="mean", parametrisation="softmax", gates="block", penalty="balance", lam=0.5),
 }
 """``default`` is loramerge's own; ``paper`` is equation 3 and appendix A of the paper; ``lora.rar`` is the ZipLoRA
 that LoRA.rar compares with, https://arxiv.org/abs/2412.05148; ``mkshing`` is
 https://github.com/mkshing/ziplora-pytorch with the README's learning rate, which moves a coefficient
-by 0.005 at most: it is here to show that this has no effect."""
+by 0.005 at most: it is here to show that this has no effect; ``mole`` are the gates by block of
+https://arxiv.org/abs/2404.13628 with its balance, the same for every input so that a file can hold them, and with
+``gates="input"`` those that follow it; the paper trains 400 steps at 1e-5, on a loss of CLIP's."""
 
 
 def settings(preset: str = "default", **changes: Any) -> Settings:

@@ -81,11 +81,16 @@ def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         OptionError: A key is unknown, or a value is of the wrong kind.
     """
+    if isinstance(data, Mapping) and "compose" in data:
+        raise OptionError(
+            f"{where} describes a composition, [compose], which no file can hold: a merge's recipe has none. Way out: "
+            f"loramerge generate --lora {where}."
+        )
     table = Table(data, where, [*KEYS, "loras", "output", "ranks"])
-    listed = table.get("loras", list, wanted="[[loras]], a list of tables", default=[])
-    if not listed:
+    tables = table.get("loras", list, wanted="[[loras]], a list of tables", default=[])
+    if not tables:
         raise OptionError(f"{where}: no LoRA is named. Wanted: [[loras]] and a path, for each.")
-    given = [_input(entry, f"{where}: loras {i}") for i, entry in enumerate(listed, start=1)]
+    given = [listed(entry, f"{where}: loras {i}") for i, entry in enumerate(tables, start=1)]
     return {
         "loras": tuple(lora for lora, _ in given),
         "weights": _weights(table, [weight for _, weight in given]),
@@ -106,9 +111,19 @@ def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _input(data: Any, where: str) -> tuple[Input, Weight | None]:
+def listed(data: Any, where: str, others: Sequence[str] = ()) -> tuple[Input, Weight | None]:
+    """Read a LoRA of a recipe, and its weight.
+
+    Args:
+        data: The entry of ``[[loras]]``.
+        where: Its name in messages.
+        others: Further keys that it may have, which are read elsewhere.
+
+    Raises:
+        OptionError: A key is unknown, or a value is of the wrong kind.
+    """
     names = [f.name for f in fields(Input)]
-    table = Table(data, where, [*names, "weight"])
+    table = Table(data, where, [*names, "weight", *others])
     found = {name: table.get(name, str) for name in names}
     try:
         if found["hub"] is not None:

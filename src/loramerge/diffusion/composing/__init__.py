@@ -3,9 +3,12 @@
 from ...registry import Registry
 from .base import Call, Composition, Use, composition
 from .clora import clora
+from .gated import mole
 from .regions import blend, composite, regions
 from .times import schedule, switch
 
-COMPOSITIONS: Registry[Composition] = Registry("composition", [blend, regions, schedule, switch, composite, clora])
+COMPOSITIONS: Registry[Composition] = Registry(
+    "composition", [blend, regions, schedule, switch, composite, clora, mole]
+)
 
 __all__ = ["COMPOSITIONS", "Call", "Composition", "Use", "composition"]

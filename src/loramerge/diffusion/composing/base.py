@@ -4,6 +4,7 @@ A composition works by two primitives. ``together`` runs the denoiser once, each
 module, row and place; ``each`` runs it once per share of the LoRAs, and the composition combines the predictions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from ...learned.attach import Attachment, Gates
 from ...merging.methods.options import Option, checked, options_of, title_of
 from ...scoring.pictures import Box
 from . import attention, places
+from .layouts import Grid, grid_of, text_of
 
 Curve: TypeAlias = Sequence[tuple[float, float]]
 """Keyframes ``(progress, factor)``, progress from 0 (noise) to 1 (picture); linear in between, constant outside."""
@@ -42,6 +44,12 @@ class Use:
     """A picture, white where it acts."""
     curve: Curve = ()
     """Factors on its weight over time."""
+
+    def __post_init__(self) -> None:
+        if not all(len(point) == 2 and 0 <= point[0] <= 1 and math.isfinite(point[1]) for point in self.curve):
+            raise OptionError(
+                f"The curve {list(self.curve)}: wanted pairs of a progress from 0 to 1 and a finite factor."
+            )
 
     @property
     def called(self) -> str | None:
@@ -99,6 +107,10 @@ class Composition:
         """The first line of the function's docstring."""
         return title_of(self.function, self.name)
 
+    def files(self) -> list[str]:
+        """List the options that are files."""
+        return [name for name, option in self.options.items() if option.kind is str and not option.choices]
+
     def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options: those given, and the defaults of the others.
 
@@ -109,7 +121,7 @@ class Composition:
 
 
 def composition(name: str, *, source: str, passes: str, placed: bool = False) -> Callable[[Compose], Composition]:
-    """Name a composition; its keyword-only parameters become its options.
+    """Name a composition; its keyword-only parameters become its options, one of any text is a file.
 
     Args:
         name: The name that users type.
@@ -128,6 +140,10 @@ class Drawing:
     """One per picture; empty if the pipeline was given embeddings."""
     pictures: int = 0
     """Zero until prompts were encoded."""
+    ids: list[list[int]] = field(default_factory=list)
+    """The tokens of each picture's text, where a template surrounds the prompt."""
+    begun: bool = False
+    """True once there are steps."""
     step: int = 0
     calls: int = 0
     """Calls of the denoiser since the last step."""
@@ -164,8 +180,13 @@ class Call:
     @property
     def latents(self) -> Tensor:
         """The noisy latents, ``(rows, …)``."""
-        found: Tensor = self.given[self.sample]
-        return found
+        found = self.given[self.sample]
+        return torch.stack(found) if isinstance(found, list) else found
+
+    @property
+    def grid(self) -> Grid:
+        """Frames, height and width of the latents, in places."""
+        return grid_of(self.given, self.latents)
 
     @property
     def rows(self) -> int:
@@ -204,9 +225,9 @@ class Call:
         Returns:
             Predictions, ``(passes, rows, …)``.
         """
-        shares = shares.to(self.weights)
+        weights = self.weights
         return torch.stack(
-            [self.together(share * self.weights, given[i] if given else None) for i, share in enumerate(shares)]
+            [self.together(share * weights, given[i] if given else None) for i, share in enumerate(shares.to(weights))]
         )
 
     @contextmanager
@@ -217,28 +238,50 @@ class Call:
             columns: For each pass the shares of the text's tokens, ``(pictures, tokens, words)``.
         """
         self.passes = []
-        with attention.looking(self.model, self.passes, columns, self.pictures):
+        with attention.looking(self.model, self.passes, columns, self.pictures, self.grid):
             yield self.passes
 
-    def columns(self, called: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
-        """Return which tokens each LoRA's words are, ``(pictures, tokens, N)``; the shares of a name's tokens add up to 1.
+    def pieces(self, called: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """Return the tokens of each LoRA's words one by one, ``(pictures, tokens, N, most)``: 1 at the token of each.
+
+        Args:
+            called: The words of each LoRA; those of a LoRA with a box or a mask aren't looked for.
+            prompts: One per picture; the drawing's by default.
 
         Raises:
             OptionError: A LoRA has no words, or a prompt lacks them.
         """
-        length = self.given["encoder_hidden_states"].shape[1]
+        length = text_of(self.given)
+        ids: Sequence[list[int] | None] = self.drawing.ids or [None] * self.pictures
         prompts = self.drawing.prompts if prompts is None else prompts
         if not prompts:
             raise OptionError(
                 "The pipeline was given embeddings, and a composition by words needs the prompt. Way out: box=."
             )
-        found = torch.zeros(len(prompts), length, self.count)
-        for row, prompt in enumerate(prompts):
-            for i, words in enumerate(called):
-                if self.uses[i].found_by_words:
-                    tokens = attention.tokens(self.pipe, prompt, words, length)
-                    found[row, tokens, i] = 1 / len(tokens)
-        return found.to(self.latents.device)
+        found = [
+            [
+                attention.tokens(self.pipe, prompt, words, length, own) if use.found_by_words else []
+                for use, words in zip(self.uses, called, strict=True)
+            ]
+            for prompt, own in zip(prompts, ids, strict=True)
+        ]
+        pieces = torch.zeros(len(prompts), length, self.count, max(len(each) for row in found for each in row))
+        for row, prompt in enumerate(found):
+            for i, tokens in enumerate(prompt):
+                pieces[row, tokens, i, range(len(tokens))] = 1
+        return pieces.to(self.latents.device)
+
+    def columns(self) -> Tensor:
+        """Return the mean of the tokens of each LoRA's words, ``(pictures, tokens, N)``, by which attention is weighed."""
+        pieces = self.pieces([use.required() if use.found_by_words else "" for use in self.uses]).sum(-1)
+        return pieces / pieces.sum(1, keepdim=True).clamp_min(1)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what was made at the first call of this drawing by that name."""
+        memory = self.drawing.memory
+        if name not in memory:
+            memory[name] = make()
+        return memory[name]
 
     def remember(self, name: str, value: Tensor, inertia: float = 0.0) -> Tensor:
         """Mix a value with that of earlier steps of this drawing, which keeps the share ``inertia``."""

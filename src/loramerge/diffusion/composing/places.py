@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +12,17 @@ from ...errors import OptionError
 from ...files.storage.paths import path_of
 from ...learned.attach import Gates, Site
 from ...scoring.pictures import Box, read
-from .attention import levels
+from .layouts import Grid, Layout, levels
 
-WORDS = re.compile(r"\.attn2\.to_[kv]$|\.add_[qkv]_proj$|_context\b|\.to_add_out$|\.context_embedder$")
+WORDS = re.compile(
+    r"\.attn2\.to_[kv]$|(?<!\.attn2)\.add_[qkv]_proj$|_context\b|\.to_add_out$|\.context_embedder$"
+    r"|\.txt_(in|mlp|mod)\b|\.text_embedder\.|\.context_refiner\."
+)
 """Modules of a denoiser that see the words of the prompt."""
-BOTH = re.compile(r"\bsingle_transformer_blocks\b")
-"""Modules that see the words and then the places."""
+UNPLACED = re.compile(r"\.attn2\.add_[kv]_proj$|\.image_embedder\.|\.cap_embedder\.")
+"""Modules that see neither the places nor the words one by one: an image as a prompt, or all rows' words in one."""
+FLAT = re.compile(r"\.all_x_embedder\.")
+"""Modules that see the places of all rows in one."""
 
 
 def everywhere(weights: Tensor) -> Gates:
@@ -26,40 +30,54 @@ def everywhere(weights: Tensor) -> Gates:
     return lambda _module, site, _x: weights if site.convolution is None else weights[None, :, None, None]
 
 
-def gates(masks: Tensor, weights: Tensor, words: Tensor | None, latents: Tensor, grid: tuple[int, int]) -> Gates:
+def gates(masks: Tensor, weights: Tensor, words: Tensor | None, rows: int, grid: Grid, layout: Layout) -> Gates:
     """Return gates that confine each LoRA to its mask.
 
     Args:
         masks: In [0, 1], ``(pictures, N, h, w)``.
         weights: The LoRAs' weights, ``(N,)``.
         words: Factors for the words of the prompt, ``(pictures, tokens, N)``; None for 1.
-        latents: The denoiser's input, which may have several rows per picture.
-        grid: Height and width of the latents, in places.
+        rows: Rows of the batch, several per picture with guidance.
+        grid: Frames, height and width of the latents, in places.
+        layout: What the denoiser's modules see.
     """
-    repeats = len(latents) // len(masks)
+    repeats = rows // len(masks)
     masks = masks.repeat(repeats, 1, 1, 1)
     texts = None if words is None else words.repeat(repeats, 1, 1)
-    grids = {h * w: (h, w) for h, w in levels(*grid)}
+    counts = [(grid[0] * h * w, (h, w)) for h, w in reversed(levels(*grid[1:]))]
+    grids = {layout.filled(count): size for count, size in counts} | dict(counts)
 
     def at(size: tuple[int, int]) -> Tensor:
         return F.interpolate(masks, size, mode="area")
 
     def places(module: str, count: int) -> Tensor:
         if count not in grids:
-            raise OptionError(f"{module} sees {count} places, which isn't a grid of latents {grid[0]} × {grid[1]}.")
-        return at(grids[count]).flatten(2).transpose(1, 2)
+            frames = f"{grid[0]} × " if grid[0] > 1 else ""
+            raise OptionError(
+                f"{module} sees {count} places, which isn't a grid of latents {frames}{grid[1]} × {grid[2]}."
+            )
+        return fitted(at(grids[count]).flatten(2).transpose(1, 2).repeat(1, grid[0], 1), count)
+
+    def fitted(found: Tensor | None, count: int) -> Tensor:
+        """Factors of 1 for what is beyond the words or places, such as padding."""
+        found = masks.new_ones(len(masks), 0, len(weights)) if found is None else found[:, :count]
+        return F.pad(found, (0, 0, 0, count - found.shape[1]), value=1.0)
 
     def gate(module: str, site: Site, x: Tensor) -> Tensor:
         if site.convolution is not None:
             return at(_output(site, x)) * weights[:, None, None]
-        if x.ndim == 2:  # of the time step, and the same for all places
+        if FLAT.search(module):
+            raise OptionError(
+                f"{module} sees all pictures in one, so no part of them. Way out: lora.exclude({module!r})."
+            )
+        if x.ndim == 2 or UNPLACED.search(module):  # of the time step, and the same for all places
             return weights
         if WORDS.search(module):
-            return weights if texts is None else texts * weights
-        if BOTH.search(module):
-            text = x.shape[1] - grid[0] * grid[1]
-            first = masks.new_ones(len(masks), text, len(weights)) if texts is None else texts
-            return torch.cat([first, places(module, x.shape[1] - text)], 1) * weights
+            return fitted(texts, x.shape[1]) * weights
+        if layout.both.search(module):
+            count = layout.filled(grid[0] * grid[1] * grid[2] // (4 if layout.places_first else 1))
+            both = [fitted(texts, x.shape[1] - count), places(module, count)]
+            return torch.cat(both[::-1] if layout.places_first else both, 1) * weights
         return places(module, x.shape[1]) * weights
 
     return gate
@@ -73,17 +91,6 @@ def _output(site: Site, x: Tensor) -> tuple[int, int]:
         for size, s, p, d, k in zip(x.shape[-2:], step, pad, spread, site.shape[-2:], strict=True)
     ]
     return sides[0], sides[1]
-
-
-def grid_of(given: Any, latents: Tensor) -> tuple[int, int]:
-    """Return height and width of the latents, in places; packed latents have their rows and columns in ``img_ids``."""
-    if latents.ndim == 4:
-        return latents.shape[-2], latents.shape[-1]
-    ids = given.get("img_ids")
-    if ids is None:
-        raise OptionError("The denoiser's latents have no height and width, so compositions by place don't work on it.")
-    ids = ids.reshape(-1, ids.shape[-1])
-    return int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
 
 
 def drawn(box: Box | None, mask: str | os.PathLike[str] | None, size: tuple[int, int]) -> Tensor | None:

@@ -11,6 +11,7 @@ from ...learned.attach import Gates
 from ...merging.methods.options import NonNegative, Share
 from . import attention, places
 from .base import Call, composition
+from .layouts import layout_of
 
 INERTIA = 0.7
 """Share of the earlier steps in the maps: those of a single step are noisy."""
@@ -69,7 +70,7 @@ def regions(call: Call, *, hard: bool = False, warm: Share = WARM) -> Tensor:
     gates: Gates | Tensor = (
         call.weights / (call.count if call.count > 2 else 1)
         if masks is None
-        else places.gates(masks, call.weights, found.words(), call.latents, found.size)
+        else places.gates(masks, call.weights, found.words(), call.rows, found.grid, layout_of(call.model))
     )
     with found.looking():
         return call.together(gates)
@@ -80,16 +81,16 @@ class Regions:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.size = places.grid_of(call.given, call.latents)
-        self.given = _given(call, self.size)
+        self.grid = call.grid
+        self.size = self.grid[1:]
+        self.given: list[Tensor | None] = call.once(
+            f"masks {self.size[0]} × {self.size[1]}",
+            lambda: [places.drawn(use.box, use.mask, self.size) for use in call.uses],
+        )
         self.by_words = any(mask is None for mask in self.given)
         # A pipeline may call the denoiser several times per step: the first time with the prompt.
         first = call.drawing.calls == 0
-        self.columns = (
-            call.columns([use.required() if use.found_by_words else "" for use in call.uses])
-            if self.by_words and first
-            else None
-        )
+        self.columns: Tensor | None = call.once("columns", call.columns) if self.by_words and first else None
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -141,15 +142,6 @@ class Regions:
         return (~(mine.any(-1, keepdim=True) & ~mine)).to(self.call.weights)
 
 
-def _given(call: Call, size: tuple[int, int]) -> list[Tensor | None]:
-    """Return the masks that the user gave; pictures are read once per drawing, not once per step."""
-    name = f"masks {size[0]} × {size[1]}"
-    if name not in call.drawing.memory:
-        call.drawing.memory[name] = [places.drawn(use.box, use.mask, size) for use in call.uses]
-    found: list[Tensor | None] = call.drawing.memory[name]
-    return found
-
-
 def _hard(found: Tensor) -> Tensor:
     return F.one_hot(found.argmax(1), found.shape[1]).movedim(-1, 1).to(found)
 
@@ -163,5 +155,7 @@ def blended(predicted: Tensor, shares: Tensor, call: Call) -> Tensor:
         call: The call that they are for.
     """
     shares = shares.repeat(call.rows // len(shares), 1, 1, 1).movedim(1, 0).to(predicted)
-    packed = predicted.ndim == 4  # (N, rows, places, channels)
-    return (predicted * (shares.flatten(2)[..., None] if packed else shares[:, :, None])).sum(0)
+    if predicted.ndim == 4:  # (N, rows, places, channels)
+        return (predicted * shares.flatten(2)[..., None]).sum(0)
+    axes = (1,) * (predicted.ndim - 4)  # channels, and frames if there are any
+    return (predicted * shares.reshape(*shares.shape[:2], *axes, *shares.shape[2:])).sum(0)

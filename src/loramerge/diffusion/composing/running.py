@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from typing import Any
@@ -14,9 +14,10 @@ from ...errors import MergeError, OptionError
 from ...files.storage.digests import file_digest
 from ...files.storage.paths import path_of
 from ...learned.attach import Attachment, attach
-from ..apply import check_fits
+from ..apply import check_bare, check_fits
 from . import COMPOSITIONS, attention
 from .base import Call, Composition, Drawing, Use
+from .layouts import LAYOUTS
 from .places import everywhere
 
 
@@ -37,7 +38,8 @@ def composed(pipe: Any, uses: Sequence[Use], name: Composition | str = "blend", 
         options: Its options.
 
     Raises:
-        OptionError: An option is wrong; the pipeline has LoRAs or a composition already, or is compiled or offloaded.
+        OptionError: An option is wrong; the pipeline has LoRAs or a composition already, or a part that torch.compile
+            replaced.
         MergeError: A LoRA doesn't fit the model, or has a layer without a low-rank form.
     """
     composition = name if isinstance(name, Composition) else COMPOSITIONS[name]
@@ -56,7 +58,11 @@ def composed(pipe: Any, uses: Sequence[Use], name: Composition | str = "blend", 
                 f"{use.lora.name} changes {outside}, where compositions don't act: lora.exclude({outside!r})."
             )
     denoiser: Any = next(models[component] for component in DENOISERS if component in models)
-    with attach(models, [use.lora for use in uses], dtype=denoiser.dtype) as attached:
+    device = getattr(pipe, "_execution_device", denoiser.device)  # an offloaded model's weights are elsewhere
+    with (
+        _uncompiled(models.values()),
+        attach(models, [use.lora for use in uses], denoiser.dtype, device) as attached,
+    ):
         stage = _Stage(pipe, denoiser, uses, attached, lambda call: composition.function(call, **chosen))
         with stage.installed():
             yield
@@ -75,7 +81,9 @@ class Composed:
 
     def recipe(self) -> dict[str, Any]:
         """Return what a picture depends on beside the LoRAs and their weights."""
-        options = COMPOSITIONS[self.composition].check(self.options)
+        composition = COMPOSITIONS[self.composition]
+        options = composition.check(self.options)
+        options |= {name: file_digest(path_of(options[name])) for name in composition.files() if options[name]}
         return {
             "composition": {"name": self.composition, "options": options, "uses": [_said(use) for use in self.uses]}
         }
@@ -112,23 +120,35 @@ def _check(pipe: Any, uses: Sequence[Use]) -> None:
     denoiser = next((model for name in DENOISERS if (model := getattr(pipe, name, None)) is not None), None)
     if denoiser is None:
         raise OptionError(f"A {type(pipe).__name__} has neither a unet nor a transformer to compose LoRAs in.")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise OptionError(
+            f"This {type(pipe).__name__} has two denoisers, and a composition works in one. Way out: from_pretrained(…, "
+            "transformer_2=None), and LoRAs for the first."
+        )
     if MARK in vars(denoiser):
         raise OptionError("A composition is at work in the pipeline already. Way out: one composition with all LoRAs.")
-    if hasattr(pipe, "get_list_adapters") and any(pipe.get_list_adapters().values()):
-        raise OptionError(
-            f"The pipeline has LoRAs already: {pipe.get_list_adapters()}. Way out: unload_lora_weights()."
-        )
-    if hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None) is not None:
-        raise OptionError(
-            "The denoiser is compiled, which fixes what it computes. Way out: compose without torch.compile."
-        )
-    if hasattr(denoiser, "_hf_hook"):
-        raise OptionError(
-            "The denoiser is offloaded. Way out: pipe.to(device), and fewer pictures at a time if need be."
-        )
+    check_bare(pipe)
+    for name in (*TEXT, *DENOISERS):
+        for module in model.modules() if isinstance(model := getattr(pipe, name, None), nn.Module) else ():
+            if hasattr(module, "_orig_mod"):
+                raise OptionError(
+                    f"torch.compile replaced a module of {name} by a compiled one, which ignores what is attached to it. Ways "
+                    f"out: pipe.{name}.compile(), or compose without torch.compile."
+                )
 
 
 MARK = "_loramerge_composition"
+
+
+@contextmanager
+def _uncompiled(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Run modules that compile() compiled in place as they were before: compiled code ignores what is attached later."""
+    name = "_compiled_call_impl"
+    with ExitStack() as restored:
+        for module in (module for model in models for module in model.modules() if vars(module).get(name)):
+            restored.callback(_restore, module, name, vars(module)[name])
+            object.__setattr__(module, name, None)
+        yield
 
 
 class _Stage:
@@ -146,8 +166,9 @@ class _Stage:
         self.drawing = Drawing()
         self.encode = pipe.encode_prompt
         self.encoding: Mapping[str, Any] = {}
+        self.device = next(iter(attached.sites.values())).up.device
         self.signature = inspect.signature(denoiser.forward)
-        self.sample = "sample" if "sample" in self.signature.parameters else "hidden_states"
+        self.sample = next(iter(self.signature.parameters))
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -161,6 +182,8 @@ class _Stage:
                 (scheduler, "step", self._step),
                 (scheduler, "set_timesteps", self._begin),
             ):
+                if not hasattr(owner, name):  # some pipelines check nothing
+                    continue
                 theirs = getattr(owner, name)
                 restored.callback(_restore, owner, name, vars(owner).get(name))
                 # Pipelines ask for the signatures: a scheduler that seems to take no generator gets none.
@@ -171,7 +194,7 @@ class _Stage:
             yield
 
     def _all_in_text(self) -> None:
-        self.attached.gates = everywhere(torch.tensor([use.weight for use in self.uses], device=self.denoiser.device))
+        self.attached.gates = everywhere(torch.tensor([use.weight for use in self.uses], device=self.device))
 
     def _forward(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
         bound = self.signature.bind(*args, **named)
@@ -182,10 +205,16 @@ class _Stage:
         if rows not in (drawing.pictures, 2 * drawing.pictures):
             raise OptionError(
                 f"The pipeline runs {rows} rows for {drawing.pictures} pictures; wanted one per picture, or two with "
-                "guidance. Way out: no other guidance than the classifier-free one."
+                "guidance. Ways out: no other guidance than the classifier-free one, one picture per prompt."
             )
+        listed = isinstance(given[self.sample], list)
+
+        def run(**given: Any) -> Tensor:
+            found = theirs(**{**given, "return_dict": False})[0]
+            return torch.stack(list(found)) if listed else found
+
         call = Call(
-            lambda **given: theirs(**{**given, "return_dict": False})[0],
+            run,
             given,
             self.sample,
             self.uses,
@@ -201,11 +230,12 @@ class _Stage:
         finally:
             self._all_in_text()
         drawing.calls += 1
+        sample: Any = list(found) if listed else found
         if not given.get("return_dict", True):
-            return (found,)
+            return (sample,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        return Transformer2DModelOutput(sample=found)
+        return Transformer2DModelOutput(sample=sample)
 
     def _progress(self) -> float:
         scheduler = self.pipe.scheduler
@@ -213,7 +243,7 @@ class _Stage:
         return self.drawing.step / max(1, total)
 
     def _begin(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        self.drawing.step = self.drawing.calls = 0
+        self.drawing.step, self.drawing.calls, self.drawing.begun = 0, 0, True
         self.drawing.memory.clear()
         return theirs(*args, **named)
 
@@ -229,31 +259,59 @@ class _Stage:
         return theirs(*args, **named)
 
     def _encode(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        if self.drawing.begun and not hasattr(self.pipe, "check_inputs"):  # nothing else says that a drawing begins
+            self.drawing = Drawing()
         if self.drawing.pictures:  # a negative prompt that is encoded by itself
             return theirs(*args, **named)
         given = inspect.signature(theirs).bind(*args, **named).arguments
         prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-        each = given.get("num_images_per_prompt", 1)
+        each = given.get("num_images_per_prompt", given.get("num_videos_per_prompt", 1))
         count = len(prompts) if prompts else len(embeds) if embeds is not None else 0
         self.drawing = Drawing([text for text in prompts for _ in range(each)] if embeds is None else [], count * each)
         self.encoding = given
-        return theirs(*args, **named)
+        layout = LAYOUTS.get(type(self.denoiser).__name__)
+        if layout is None or layout.tokenizers or not self.drawing.prompts:
+            return theirs(*args, **named)
+        with _read(self.pipe.text_encoder) as texts:
+            found = theirs(*args, **named)
+        self.drawing.ids = [ids for ids in self._told(texts, found[0]) for _ in range(each)]
+        return found
+
+    def _told(self, texts: Sequence[tuple[Tensor, Tensor]], seen: Tensor | list[Tensor]) -> list[list[int]]:
+        """Return the tokens of each text that the denoiser sees: all, or those that are no padding nor the template's head."""
+        if isinstance(seen, Tensor) and texts and len(texts[0][0]) == seen.shape[1]:
+            return [ids.tolist() for ids, _ in texts]
+        skipped = getattr(self.pipe, "prompt_template_encode_start_idx", 0)
+        return [ids[mask].tolist()[skipped:] for ids, mask in texts]
 
     def _encoded(self, prompts: Sequence[str], lora: int) -> Mapping[str, Tensor]:
         """Encode prompts as the pipeline does, with one LoRA in the text encoders, or with none for a number below zero."""
-        key = f"prompts of {lora}"
-        memory = self.drawing.memory
-        if key not in memory:
-            weights = torch.tensor([use.weight * (i == lora) for i, use in enumerate(self.uses)])
-            gates = everywhere(weights.to(self.denoiser.device))
-            self.attached.gates = gates
-            own = {"prompt": list(prompts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-            kept = {key: value for key, value in self.encoding.items() if key in ("device", "clip_skip", "lora_scale")}
-            found = self.encode(**kept, **own)
-            self._all_in_text()
-            memory[key] = {"prompt": found[0]} | ({"pooled": found[2]} if len(found) > 2 else {})
-        return memory[key]
+        weights = torch.tensor([use.weight * (i == lora) for i, use in enumerate(self.uses)])
+        self.attached.gates = everywhere(weights.to(self.device))
+        own = {"prompt": list(prompts), "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        kept = {key: value for key, value in self.encoding.items() if key in ("device", "clip_skip", "lora_scale")}
+        found = self.encode(**kept, **own)
+        self._all_in_text()
+        return {"prompt": found[0]} | ({"pooled": found[2]} if len(found) > 2 else {})
+
+
+@contextmanager
+def _read(encoder: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Read the tokens of each text that a text encoder gets in its first call inside the block, and which are no padding."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def read(_module: nn.Module, args: Any, named: Mapping[str, Any]) -> None:
+        ids = named.get("input_ids", args[0] if args else None)
+        if not found and ids is not None:
+            mask = named.get("attention_mask", torch.ones_like(ids)).bool()
+            found.extend(zip(ids, mask, strict=True))
+
+    handle = encoder.register_forward_pre_hook(read, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _restore(owner: Any, name: str, before: Any) -> None:

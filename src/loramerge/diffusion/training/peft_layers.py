@@ -13,7 +13,7 @@ from ...errors import OptionError, needed
 from ...files.architectures import ARCHITECTURES
 from ...layers import Layer
 from ...layers.lowrank import LowRank
-from ..apply import modules
+from ..apply import check_bare, modules
 from ..denoiser import Denoiser
 from .settings import FLOW_ATTENTION, TEXT, UNET, Targets, TrainSettings
 
@@ -63,10 +63,7 @@ def injected(denoiser: Denoiser, settings: TrainSettings) -> Iterator[Injected]:
     with needed("Training"):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
-    if any(denoiser.pipe.get_list_adapters().values()):
-        raise OptionError(
-            f"The pipeline has LoRAs already: {denoiser.pipe.get_list_adapters()}. Call unload_lora_weights() first."
-        )
+    check_bare(denoiser.pipe)
     models = denoiser.models
     learning = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     layers: dict[str, Any] = {}

@@ -131,6 +131,10 @@ BAKE = " To add a LoRA to a model: loramerge bake LORA --base MODEL -o NEW."
 
 
 OTHER_FILES = (
+    (
+        r"^gates\.",
+        "MoLE's gates, which follow the picture and which no LoRA file can hold: loramerge generate --compose mole -O gates=FILE",
+    ),
     (r"^lora_controlnet$", "a Control-LoRA: a ControlNet, stored as factors, which loaders of ControlNets read"),
     (r"^lllite_", "a ControlNet-LLLite"),
     (r"^(first_stage_model|cond_stage_model|model\.diffusion_model)\.", "a whole checkpoint"),

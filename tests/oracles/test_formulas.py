@@ -33,7 +33,7 @@ KINDS = (*FACTORED, "full", "dora", "dora-in")
 ENTRIES = tuple(name for name, method in METHODS.items() if method.dense)
 SHAPES: tuple[tuple[int, ...], ...] = ((24, 16), (16, 24), (12, 6, 2, 2))
 MODULE = "unet.m"
-LIMITS = dict.fromkeys(("linear", "slerp", "karcher", "model_stock", "factor_average"), 3e-7)
+LIMITS = dict.fromkeys(("linear", "slerp", "karcher", "model_stock", "factor_average"), 4e-7)
 """Largest relative errors of float32 results."""
 LIMIT = 3e-6
 """That of all other methods, which may drop what is below 10⁻⁶ of the largest."""
@@ -135,6 +135,7 @@ SHARED = [
     ("np_lora", "lokr-tucker", 109),
     ("subtract", "lokr", 166),
     ("tsv", "tucker", 130),
+    ("breadcrumbs", "lokr-tucker", 295),
 ]
 """Merges where spaces share a direction exactly, or nearly, that is 10⁻³ to 10⁻⁵ of a LoRA's largest."""
 

@@ -58,15 +58,11 @@ class Stack:
         """``down downᵀ``."""
         return linalg.gram(self.down)
 
-    @cached_property
-    def spectra(self) -> tuple[linalg.Spectrum, ...]:
-        """Each LoRA's SVD, in coordinates of its own factors."""
-        return tuple(linalg.spectrum(self.gram_up[s, s], self.gram_down[s, s]) for s in self.slices)
-
     def layer(self, left: Float64[Array, "R k"], right: Float64[Array, "k R"]) -> LowRank:
         """Make the layer (up @ left) @ (right @ down)."""
         if not left.shape[1]:  # every LoRA is zero
-            left, right = 0.0 * self.gram_up[:, :1], 0.0 * self.gram_down[:1]
+            xp, like = namespace(self.up), {"dtype": self.up.dtype, "device": self.up.device}
+            left, right = xp.zeros((self.up.shape[1], 1), **like), xp.zeros((1, self.up.shape[1]), **like)
         return low_rank(float32(self.up @ left), float32(right @ self.down), self.shape)
 
 
@@ -126,31 +122,30 @@ def core(layers: Sequence[Layer]) -> Core:
     Raises:
         NoFactorsError: A layer has no factors.
     """
-    stacked = stack(layers)
-    own = stacked.spectra
-    left, into = _orthonormal([x.left * x.sigma**0.5 for x in own], stacked.gram_up)
-    right, onto = _orthonormal([x.right * x.sigma**0.5 for x in own], stacked.gram_down)
+    stacked, own = _balanced(stack(layers))
+    left, into = _orthonormal(stacked.gram_up)
+    right, onto = _orthonormal(stacked.gram_down)
     parts, spectra = [], []
-    for x, s in zip(own, _behind([x.rank for x in own]), strict=True):
+    for x, s in zip(own, stacked.slices, strict=True):
         u, v, root = into[s].T, onto[s], x.sigma**0.5
         parts.append(u @ v)
         spectra.append((u / root, x.sigma, v / root[:, None]))
     return Core(stacked, left, tuple(parts), right.T, tuple(spectra))
 
 
-def _orthonormal(
-    blocks: Sequence[Float64[Array, "_ _"]], gram: Float64[Array, "R R"]
-) -> tuple[Float64[Array, "R k"], Float64[Array, "n k"]]:
-    """Return T, for which X T are the left singular vectors of Y = [X₁B₁ … X_N B_N], and YᵀX T, from the Gram matrix of X."""
-    turned = [block.T for block in blocks]
-    squares, vectors = linalg.eigenpairs(_spread(turned, _spread(turned, gram).T), FAINT**2)
-    return _spread(blocks, vectors / squares**0.5), vectors * squares**0.5
+def _balanced(stacked: Stack) -> tuple[Stack, list[linalg.Spectrum]]:
+    """Return the stack of each LoRA's U√S and √SVᵀ, and the SVDs: a Gram matrix of these has no large terms that cancel."""
+    xp = namespace(stacked.up)
+    own = [linalg.spectrum(stacked.gram_up[s, s], stacked.gram_down[s, s]) for s in stacked.slices]
+    ups = [stacked.up[:, s] @ (x.left * x.sigma**0.5) for x, s in zip(own, stacked.slices, strict=True)]
+    downs = [(x.right * x.sigma**0.5).T @ stacked.down[s] for x, s in zip(own, stacked.slices, strict=True)]
+    return Stack(xp.concat(ups, axis=1), xp.concat(downs), _behind([x.rank for x in own]), stacked.shape), own
 
 
-def _spread(blocks: Sequence[Float64[Array, "_ _"]], matrix: Float64[Array, "n m"]) -> Float64[Array, "R m"]:
-    """Multiply a matrix by blocks along a diagonal."""
-    rows = _behind([block.shape[1] for block in blocks])
-    return namespace(matrix).concat([block @ matrix[s] for block, s in zip(blocks, rows, strict=True)])
+def _orthonormal(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, "n k"], Float64[Array, "n k"]]:
+    """Return T, for which X T are the left singular vectors of X, and XᵀX T, from the Gram matrix of X."""
+    squares, vectors = linalg.eigenpairs(gram, FAINT**2)
+    return vectors / squares**0.5, vectors * squares**0.5
 
 
 def _behind(sizes: Sequence[int]) -> tuple[slice, ...]:
@@ -210,9 +205,10 @@ def aligned(layers: Sequence[Layer]) -> Aligned:
     Raises:
         NoFactorsError: A layer has no factors.
     """
-    stacked = stack(layers)
+    stacked, own = _balanced(stack(layers))
     # With ΔWᵢ = Uᵢ Sᵢ Vᵢᵀ the left singular vectors of all are those of [U₁S₁ … U_N S_N].
-    left, _ = _orthonormal([own.left * own.sigma for own in stacked.spectra], stacked.gram_up)
+    root = namespace(stacked.up).concat([x.sigma for x in own]) ** 0.5
+    left = root[:, None] * _orthonormal(stacked.gram_up * root[:, None] * root)[0]
     parts = Parts(float32(left.T @ stacked.gram_up), float32(stacked.down), stacked.slices)
     return Aligned(stacked, left, parts)
 

@@ -21,7 +21,9 @@ KINDS = (
     ("lokr", "LoKr"),
 )
 """Modules and names of the kinds that are recognised by the roles of their tensors; the first that fits is taken.
-LoKr is the last, as no single tensor must be there.  Each is imported when no kind before it fits: a file of plain LoRA needs one of them.
+
+LoKr is the last, as it requires no single tensor.  Each is imported when no kind before it fits: a file of plain LoRA
+needs one of them.
 """
 
 

@@ -27,7 +27,7 @@ def grams(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> tuple[Float6
 def gram(matrix: Float[Array, "r n"]) -> Float64[Array, "r r"]:
     """Return ``matrix @ matrixᵀ`` in float64."""
     xp = namespace(matrix)
-    wide = xp.astype(matrix, xp.float64)
+    wide = xp.astype(matrix, xp.float64, copy=False)
     return wide @ wide.T
 
 

@@ -136,7 +136,7 @@ def core(layers: Sequence[Layer]) -> Core:
 def _balanced(stacked: Stack) -> tuple[Stack, list[linalg.Spectrum]]:
     """Return the stack of each LoRA's U√S and √SVᵀ, and the SVDs: a Gram matrix of these has no large terms that cancel."""
     xp = namespace(stacked.up)
-    own = [linalg.spectrum(stacked.gram_up[s, s], stacked.gram_down[s, s]) for s in stacked.slices]
+    own = [linalg.spectrum(*linalg.grams(stacked.up[:, s], stacked.down[s])) for s in stacked.slices]
     ups = [stacked.up[:, s] @ (x.left * x.sigma**0.5) for x, s in zip(own, stacked.slices, strict=True)]
     downs = [(x.right * x.sigma**0.5).T @ stacked.down[s] for x, s in zip(own, stacked.slices, strict=True)]
     return Stack(xp.concat(ups, axis=1), xp.concat(downs), _behind([x.rank for x in own]), stacked.shape), own

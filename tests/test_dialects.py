@@ -538,6 +538,27 @@ def test_scales_are_found_in_their_order_of_precedence(case: str) -> None:
     assert found.layout(module).scale == scale
 
 
+@pytest.mark.parametrize("component", ["connectors", "transformer_2", "llm_adapter"])
+def test_a_component_that_loramerge_does_not_know_has_its_own_configuration(component: str) -> None:
+    from loramerge.files.lora import from_tensors
+    from loramerge.tensors import Held
+
+    rng = np.random.default_rng(0)
+    keys = {
+        f"{owner}.blocks.0.proj.lora_{side}.weight": Held(rng.standard_normal(shape).astype(np.float32))
+        for owner in ("transformer", component)
+        for side, shape in (("A", (4, 32)), ("B", (24, 4)))
+    }
+    said = {"transformer.lora_alpha": 12, "transformer.r": 4, f"{component}.lora_alpha": 2, f"{component}.r": 4}
+
+    found = from_tensors(keys, {"lora_adapter_metadata": json.dumps(said)}, "case")
+
+    assert {module.partition(".")[0]: layout.scale for module, layout in found.layouts.items()} == {
+        "transformer": 3.0,
+        component: 0.5,
+    }
+
+
 def test_a_file_that_its_trainer_scaled_by_mistake_is_reported() -> None:
     from loramerge.files.lora import from_tensors
     from loramerge.tensors import Held

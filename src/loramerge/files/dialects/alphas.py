@@ -11,7 +11,6 @@ from typing import Any
 from ...errors import LayerError, NumberError
 from ...layers import ranked_by
 from ...tensors import LARGEST, Tensor, scalar
-from ..architectures.names import COMPONENTS
 from ..storage.texts import parsed
 from .fields import WHOLE, Config, checked
 
@@ -62,12 +61,10 @@ def configs(metadata: Mapping[str, str], adapter_config: Mapping[str, Config]) -
 
 
 def _in_header(text: str) -> dict[str, Config]:
-    """Parse diffusers' configurations: one flat object whose keys begin with the component."""
+    """Parse diffusers' configurations: one flat object whose keys begin with the component, whether we know it or not."""
     flat = parsed(text, "lora_adapter_metadata in the file's header")
     found: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         component, dot, option = key.partition(".")
-        if not dot or component not in COMPONENTS:
-            component, option = "", key
-        found.setdefault(component, {})[option] = value
+        found.setdefault(component if dot else "", {})[option if dot else key] = value
     return dict(found)

@@ -491,3 +491,11 @@ def test_a_family_is_one_entry_and_one_json() -> None:
 
     assert used == models
     assert elsewhere.keys() - {TABLE, SAMPLE} == set()
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "stable-cascade"])
+def test_a_random_lora_has_layers_of_every_family(architecture: str) -> None:
+    lora = random_lora(architecture, rank=1)
+
+    assert lora.architecture == architecture
+    assert any(layout.kind == "lora" for layout in lora.layouts.values())

@@ -300,6 +300,14 @@ def test_a_wrong_recipe_says_where_and_what(text: str, words: list[str], tmp_pat
     assert all(word in message for word in words), message
 
 
+def test_a_scope_stays_with_another_rule_on_norms_and_goes_with_other_weights() -> None:
+    recipe = lm.Recipe(loras=(), weights="l2", scope="component")
+
+    assert recipe.override(weights="equal").scope == "component"
+    assert recipe.override(weights="sqrt").scope is None
+    assert recipe.override(weights=(0.5,)).scope is None
+
+
 @pytest.mark.parametrize("path", ["../both.safetensors", "/tmp/both.safetensors", "~/both.safetensors", "a/../../b.safetensors", "."])  # fmt: skip
 def test_a_recipe_writes_below_its_own_directory_only(path: str, tmp_path: Path) -> None:
     assert "below the recipe's directory" in refused(tmp_path, TWO + f"[output]\npath = '{path}'\n")

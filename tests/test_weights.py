@@ -195,6 +195,11 @@ def test_what_is_no_weight_is_refused(text: str) -> None:
         parse(text)
 
 
+def test_a_rule_in_place_of_a_weight_is_named_with_its_option() -> None:
+    with pytest.raises(lm.errors.OptionError, match=r"sqrt is a rule .*--weights sqrt"):
+        parse("sqrt")
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

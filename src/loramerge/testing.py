@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import needed
+from .errors import OptionError, needed
 from .files.architectures import ARCHITECTURES
 from .files.lora import LoRA
 from .layers import DoRA, Full, Layer, LoHa, LoKr, LowRank, Norm
@@ -49,6 +49,9 @@ def random_lora(
             the middle block (or of the first blocks of a transformer) and of the first layer
             of each text encoder.
         name: Name of the LoRA.
+
+    Raises:
+        OptionError: The choice by default finds no module in the architecture.
     """
     chosen = only or middle
     shapes = ARCHITECTURES[architecture].shapes
@@ -63,6 +66,8 @@ def random_lora(
                 dtype=dtype,
                 seed=zlib.crc32(f"{seed}/{module}".encode()),
             )
+    if not layers and only is None:
+        raise OptionError(f"random_lora chose no module of {architecture}. Way out: only=lambda module, shape: …")
     return LoRA(name=name or f"random-{seed}", architecture=architecture, dialect=dialect, layouts=layers)
 
 
@@ -85,7 +90,7 @@ def random_layer(
 
 
 PLACES = re.compile(
-    r"unet\.mid_block\.attentions\.0\.transformer_blocks\.0\.attn|transformer\.(single_)?transformer_blocks\.0\.|"
+    r"unet\.mid_block\.attentions\.0\.transformer_blocks\.0\.attn|transformer\.(\w*_)?(blocks|layers)\.0\.|"
     r"text_encoder(_\d)?\.(text_model\.encoder\.layers\.0\.self_attn|encoder\.block\.0\.layer\.0\.SelfAttention\.[qkvo]$)"
 )
 

@@ -758,6 +758,7 @@ def test_what_a_composition_recipe_has_wrong_is_said(
         (("--compose", "schedule", "--curve", "now"), "wanted PROGRESS:FACTOR"),
         (("--compose", "blend", "--words", "psq", "--words", "dog"), "doesn't have the words 'dog'"),
         (("--compose", "blend", "--box", "0,0,2,1"), "from 0 to 1"),
+        (("--compose", "switch", *("--words", "psq") * 3), "--words is given 3 times, and no setting has more than 2"),
     ],
 )
 def test_wrong_options_of_a_composition_are_said(

@@ -192,6 +192,12 @@ def read_compositions(settings: Mapping[str, "Setting"], given: Options) -> dict
         raise OptionError(
             "Nothing to compose: wanted a setting of two LoRAs or more, --lora a.safetensors+b.safetensors."
         )
+    most = max(map(len, several.values()))
+    for option, values in (("words", given.words), ("box", given.box), ("mask", given.mask), ("curve", given.curve)):
+        if len(values or ()) > most:
+            raise OptionError(
+                f"--{option} is given {len(values or ())} times, and no setting has more than {most} LoRAs."
+            )
     texts = dict(named("option", given.option or ()))
     for name in texts:
         if not any(name in each.options for each in chosen):

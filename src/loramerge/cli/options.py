@@ -59,7 +59,8 @@ MaxSize = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
 Threads = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads; each holds a weight in memory.")]
 WeightRule = Annotated[
-    str | None, typer.Option("--weights", help="A rule: uniform (1/N), sum (1), sqrt (1/√N), l2, equal, energy.")
+    str | None,
+    typer.Option("--weights", help="A rule: uniform (1/N), sum (1), sqrt (1/√N), l2, equal, energy, energy-sum."),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; look at it first.")

@@ -190,7 +190,8 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
     if path.endswith(".toml") and os.path.isfile(path):
         raise FileError(
             f"{path} is a recipe, not a LoRA. Ways out: 'loramerge merge {path}' merges as it says, and with --dry-run "
-            "shows what that would be; in Python, loramerge.Recipe.read."
+            "shows what that would be (in Python, loramerge.Recipe.read); one with [compose] is drawn, 'loramerge generate "
+            f"--lora {path}'."
         )
     if os.path.exists(path):
         return path, printable(os.path.basename(path) or os.path.basename(os.path.realpath(path)))

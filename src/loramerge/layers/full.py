@@ -59,7 +59,7 @@ class Full(_Summed):
 
     @property
     def no_factors(self) -> str:
-        cut = "" if self.rankless else "a number as the rank, such as --rank 32, "
+        cut = "" if self.rankless else "a merge with a number as the rank, such as --rank 32, "
         return (
             f"it holds a whole difference of the weight, which isn't a LoRA. Ways out: {cut}{HOLDERS}, or {LEAVE_OUT}"
         )

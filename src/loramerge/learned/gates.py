@@ -105,7 +105,7 @@ class BlockGates:
         if fingerprints(loras) != self.marks:
             raise OptionError(
                 f"The gates were learned for {len(self.marks)} other LoRAs, or for these in another order; got "
-                f"{', '.join(lora.name for lora in loras)}. Way out: loramerge zip --set gates=input, for these."
+                f"{', '.join(lora.name for lora in loras)}. Way out: loramerge zip --preset mole --set gates=input, for these."
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -108,7 +108,7 @@ def bake(
     resolved = resolve(kept, weights, scope, base=model)
     if resolved.columns:
         raise OptionError(
-            "bake takes numbers as weights. Way out: merge with the learned weights, and bake the result."
+            "bake takes numbers as weights, not one per column. Way out: merge with the learned weights, and bake the result."
         )
     job = Job(model, _updates(kept, model, resolved), parse_dtype(dtype) if dtype else None, workers, progress)
     metadata = {RECIPE: as_json(_recipe(kept, model, resolved))}
@@ -201,6 +201,11 @@ def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
     if not layout.computable:
         raise MergeError(f"{where}: {layout.inner.no_factors}.")
     if module not in model:
+        component = module.partition(".")[0]
+        if not any(name.startswith(f"{component}.") for name in model):
+            raise MergeError(
+                f"{where}: {model.name} has no such weight, as {component} isn't in it. Way out: exclude {component!r}."
+            )
         known = f"its family is {model.architecture or 'unknown'}, the LoRA's {lora.architecture or 'unknown'}"
         raise MergeError(f"{where}: {model.name} has no such weight ({known}). Way out: exclude the module.")
     has = model.weights[module].shape

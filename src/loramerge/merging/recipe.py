@@ -51,7 +51,7 @@ from .rules import Scope
 from .running import Kept
 from .spending import spent
 from .verbs import plan
-from .weights import PlainWeights, Weight, check_scope
+from .weights import PlainWeights, Weight, check_scope, takes_scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,14 +154,14 @@ class Recipe:
         """Return a copy with some entries replaced.
 
         ``options`` are added to those of the recipe; ``to``, ``dtype``, ``allow_lossy`` and ``allow_growth`` go to
-        `output`.  A new budget replaces the old one, and new weights reset the scope.  A new
+        `output`.  A new budget replaces the old one, and weights that take no scope reset it.  A new
         method drops the options that it doesn't have.  Ranks chosen for a budget are dropped by any change.
         """
         output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy", "allow_growth") if k in changes}
         options = {**self.options, **changes.pop("options", {})}
         if any(name in changes for name in BUDGETS):
             changes = dict.fromkeys(BUDGETS) | changes
-        if changes.get("weights", self.weights) != self.weights:
+        if not takes_scope(changes.get("weights", self.weights)):
             changes = {"scope": None} | changes
         changed = replace(self, **changes, output=replace(self.output, **output))
         if changed.method != self.method:

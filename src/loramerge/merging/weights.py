@@ -133,9 +133,14 @@ def check_scope(weights: object, scope: Scope | None) -> None:
         return
     if scope not in SCOPES:
         raise OptionError(f"Unknown scope {scope!r}. Available: {', '.join(SCOPES)}.")
-    if not isinstance(weights, str) or weights not in RULES or RULES[weights].count:
+    if not takes_scope(weights):
         names = ", ".join(name for name, rule in RULES.items() if rule.sizes)
         raise OptionError(f"The scope {scope!r} goes with weights by a rule on norms only: {names}.")
+
+
+def takes_scope(weights: object) -> bool:
+    """Return whether weights are by a rule on norms, which are taken over a scope."""
+    return isinstance(weights, str) and weights in RULES and RULES[weights].count is None
 
 
 def plain(weights: object) -> PlainWeights:
@@ -185,6 +190,10 @@ def _number(text: str, whole: str) -> float:
     try:
         value = float(text)
     except ValueError:
+        if whole in RULES:
+            raise OptionError(
+                f"{whole} is a rule for all LoRAs, not a weight of one. Way out: --weights {whole} (weights={whole!r})."
+            ) from None
         raise OptionError(
             f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…', 'lbw:NUMBER,NUMBER,…', "
             f"{' or '.join(PRESETS)}. {ONE_EACH}."

@@ -71,7 +71,7 @@ class Use:
             return self.called
         raise OptionError(
             f"A composition must know what {self.lora.name} is called in the prompt, and its metadata name no trigger. "
-            "Ways out: words= (--words), or a place: box= (--box)."
+            "Ways out: words= (--words), or a place: mask= (--mask) or box= (--box), which is (0, 0, 1, 1) for everywhere."
         )
 
     def at(self, progress: float) -> float:

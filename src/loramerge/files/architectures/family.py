@@ -136,7 +136,7 @@ class Label:
         return self.versions[0].partition("_")[0], self.v2
 
 
-STOPS = "stops with an error at"
+STOPS = "loads nothing, as it stops at"
 """What a reader does that then reads nothing of a file; others ignore a part of it."""
 
 

@@ -23,7 +23,7 @@ class Drop:
 
     reader: str
     does: str
-    """``ignores``, or ``stops with an error at``: then it reads nothing at all."""
+    """``ignores``, or ``loads nothing, as it stops at``."""
     what: str
     dialects: tuple[str, ...]
     concerns: Callable[[Architecture | None], bool]

@@ -197,6 +197,18 @@ def test_a_model_of_real_shapes_gives_a_lora_of_its_family_in_kohyas_names(tmp_p
     assert relative_error(found[module].delta(), np.float32(tuned) - np.float32(base)) <= 2e-3
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_lora_of_a_model_with_widths_of_its_own_says_its_family(architecture: str, tmp_path: Path) -> None:
+    paths = [
+        models.single_file(tmp_path / f"{seed}.safetensors", architecture, models.base(architecture, seed=seed))
+        for seed in (1, 2)
+    ]
+
+    lm.save(lm.extract(*paths, rank=2), tmp_path / "lora.safetensors")
+
+    assert lm.open(tmp_path / "lora.safetensors").architecture == architecture
+
+
 def test_models_with_other_modules_are_refused(tmp_path: Path) -> None:
     a = models.folder(tmp_path / "a", models.base("sdxl"))
     few = {key: value for key, value in models.base("sdxl").items() if "attn1" not in key}

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from .. import linalg
 from ..errors import MergeError, NumberError, OptionError, check_callable
 from ..files.architectures import ARCHITECTURES
+from ..files.architectures.labels import ARCHITECTURE
 from ..files.lora import LoRA
 from ..files.metadata import RECIPE
 from ..files.storage.texts import as_json
@@ -97,7 +98,8 @@ class Extraction:
             layouts={module: self._layout(module, rank) for module, rank in self.ranks.items()},
             compute=self.layer,
             no_fork=True,
-            metadata={RECIPE: as_json(self.recipe)},
+            metadata={RECIPE: as_json(self.recipe)}
+            | ({ARCHITECTURE: self.base.architecture} if self.base.architecture else {}),
             notes=self.notes,
         )
 

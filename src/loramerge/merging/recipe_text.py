@@ -9,8 +9,9 @@ from ..errors import OptionError
 from ..files import hub
 from ..files.storage.paths import path_of
 from .ranks import BUDGETS
+from .rules import RULES
 from .toml import Table
-from .weights import PlainWeights, Weight, parse, rule_of
+from .weights import PlainWeights, Weight, parse
 
 KEYS = (
     "method",
@@ -150,9 +151,12 @@ def _weights(table: Table, each: Sequence[Weight | None]) -> PlainWeights:
         raise OptionError(f"{table.where}: give either weights = {weights!r}, or each LoRA's weight, not both.")
     if weights is not None and not weights.endswith(".safetensors"):
         try:
-            weights = rule_of(weights).name
+            weights = RULES[weights].name
         except OptionError as error:
-            raise OptionError(f"{table.where}: weights: {error}") from None
+            raise OptionError(
+                f"{table.where}: weights: {error} Or a file of learned coefficients (.safetensors); numbers go to each "
+                "LoRA, as its weight."
+            ) from None
     if weights is not None or not given:
         return cast(PlainWeights, weights)
     if len(given) != len(each):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import loramerge as lm
+from loramerge.files.storage.header import Awaited
 from small import MODULES, small
 
 if sys.platform == "win32":
@@ -341,3 +342,23 @@ def test_errors_never_go_to_the_output(here: Path) -> None:
 def test_closed_streams_are_not_taken_for_the_files_that_are_opened_next(closed: str, here: Path) -> None:
     assert shell(f"lm {MERGE} {closed}", here).returncode == 0
     assert lm.load(here / "out" / "m.safetensors")
+
+
+def test_an_interrupt_at_the_start_of_a_thread_leaves_none_that_the_process_would_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, start = {*threading.enumerate()}, threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        Awaited({}, "slow", "draft", lambda: "text").begin()
+
+    left = [thread for thread in threading.enumerate() if thread not in before]
+    for thread in left:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in left)
+    assert caught.tb  # which holds on to the executor, as an error on its way out of the process does

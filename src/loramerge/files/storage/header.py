@@ -36,8 +36,10 @@ class Awaited(Mapping[str, str]):
             from concurrent.futures import ThreadPoolExecutor
 
             pool = ThreadPoolExecutor(1)
-            self._found = pool.submit(self._find)
-            pool.shutdown(wait=False)
+            try:
+                self._found = pool.submit(self._find)
+            finally:  # a thread whose start was interrupted would wait for work, and the process for the thread
+                pool.shutdown(wait=False)
         return self._found
 
     def __getitem__(self, key: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 COMMAND = "import sys; from loramerge.cli import main; sys.exit(main())"
-"""What the installed script does."""
+"""The code of the installed script."""
 
 
 def write(path: Path, listing: dict[str, Any]) -> None:

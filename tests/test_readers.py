@@ -1,4 +1,4 @@
-"""What is said of readers when a file is written is what `tools/readers` measured with their own code."""
+"""Notes on readers, when a file is written, say what `tools/readers` measured with their own code."""
 
 import importlib.util
 import json

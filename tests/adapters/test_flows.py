@@ -243,7 +243,7 @@ def test_learned_merges_fit_better_than_the_sum(architecture: str, tmp_path: Pat
     )
 
     def loss(merged: LoRA) -> float:
-        """How far the merge is from each LoRA on new examples of it, in the end."""
+        """Return the distance of the merge from each LoRA on new examples of it, in the end."""
         generator, total = torch.Generator().manual_seed(9), 0.0
         for i, lora in enumerate(both):
             given = draw(i, generator, 2)

@@ -123,7 +123,7 @@ def in_steps(denoiser: Denoiser, time: Tensor) -> float:
 
 
 def inputs_of(denoiser: Denoiser, prompt: str, noise: Tensor, steps: int = 3) -> list[tuple[Tensor, Tensor]]:
-    """What the denoiser is called with, for the prompt, while the pipeline makes an image."""
+    """Return the denoiser's arguments for the prompt while the pipeline makes an image."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a reader made of a file, weight by weight, against what the file says."""
+"""Compare a reader's result with the file, weight by weight."""
 
 import re
 import zlib
@@ -34,7 +34,7 @@ Changes = Mapping[str, torch.Tensor]
 
 
 class Verdict(NamedTuple):
-    """What a reader takes of a file."""
+    """The share of a file that a reader takes."""
 
     taken: int
     modules: int

@@ -1,4 +1,4 @@
-"""What a pipeline of diffusers draws with: which arguments it takes, its own values for them, its pictures or frames."""
+"""The arguments that a pipeline of diffusers draws with, its own values for them, and its pictures or frames."""
 
 import inspect
 from collections.abc import Mapping, Sequence

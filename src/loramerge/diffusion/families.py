@@ -36,7 +36,7 @@ class Family:
     place: Callable[[Sequence[Size]], dict[str, Tensor]] = lambda sizes: {}
     """Returns the conditions that say how each example was cropped out of its picture."""
     flow: FlowCall | None = None
-    """How a rectified flow from data to noise is called; None for a diffusion."""
+    """The call of a rectified flow from data to noise; None for a diffusion."""
     guidance: float
     """Scale of the classifier-free guidance that pictures are usually made with; 1 for none."""
 

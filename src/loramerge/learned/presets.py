@@ -33,8 +33,8 @@ class Settings:
     """The learned numbers.  ``column``: one factor per column.  ``down``: the whole ``down`` factors; the rank is the
     same.  Gates are one factor per LoRA: ``softmax``, Σ mᵢ = 1, or ``sigmoid``, each of its own in (0, 2)."""
     gates: Gates = "module"
-    """What shares a gate: a ``module``, a ``block``, or a block in one picture and step, ``input``, as MoLE's do, which no
-    file of a LoRA can hold: see `mole`."""
+    """The modules that share a gate: a ``module``, a ``block``, or a block in one picture and step, ``input``, as MoLE's
+    do, which no file of a LoRA can hold: see `mole`."""
     loss: Loss = "normalised"
     """normalised: Σ wᵢ ‖ε − εᵢ‖² / mean ‖εᵢ − ε_base‖².  norm: Σ wᵢ ‖ε − εᵢ‖₂, the paper's.  mse: the mean square."""
     penalty: Penalty = "none"

@@ -73,7 +73,7 @@ class Recipe:
     weights: PlainWeights = None
     """One per LoRA, the name of a rule, a file of learned coefficients, or None for the method's default."""
     scope: Scope | None = None
-    """What a rule on norms takes them over; None for the rule's own."""
+    """The modules over which a rule on norms takes them; None for the rule's own choice."""
     method: Method | str = "linear"
     """A name, ``package.module:name``, or the method itself."""
     options: Mapping[str, Any] = field(default_factory=dict)

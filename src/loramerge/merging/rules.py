@@ -22,7 +22,7 @@ CANCELLED = 1e-6
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the updates of N LoRAs are, over one module or many."""
+    """The sizes of the updates of N LoRAs, over one module or many."""
 
     each: Sequence[float]
     """‖ΔWᵢ‖ of every LoRA."""

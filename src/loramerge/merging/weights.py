@@ -60,7 +60,7 @@ class ModuleWeights:
     given: tuple[Weight, ...] | str = ()
     """The argument with which `resolve` gives the same weights again."""
     scope: Scope | None = None
-    """What the norms are taken over, if the weights are by a rule on norms."""
+    """The modules over which norms are taken, if the weights are by a rule on norms."""
 
 
 def resolve(

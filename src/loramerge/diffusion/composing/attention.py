@@ -68,7 +68,7 @@ def _sees_text(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one attention module computed with: queries of places, and keys of words, and then of places if it has any."""
+    """The inputs of one attention module's softmax: queries of places, and keys of words, and then of places if it has any."""
 
     q: Tensor
     """``(rows, places, heads, d)``."""

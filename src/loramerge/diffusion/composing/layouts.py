@@ -1,4 +1,4 @@
-"""How denoisers lay out the words and the places that they see, by class."""
+"""The layout of the words and the places that a denoiser sees, by its class."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""How diffusers' pipeline of a family calls a transformer that predicts a flow: what can't be read off the code."""
+"""The parts of a pipeline's call of a transformer that predicts a flow that can't be read off diffusers' code."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,7 +24,7 @@ class FlowCall:
     time: str = "timestep"
     """Its argument for the time."""
     clock: Clock = "timestep"
-    """What it is given as the time: the scheduler's timestep in [0, 1000], the share σ of noise, or 1 − σ."""
+    """The value that it is given as the time: the scheduler's timestep in [0, 1000], the share σ of noise, or 1 − σ."""
     reversed: bool = False
     """True if it predicts the velocity from noise to data."""
     patch: int = 2

@@ -137,7 +137,7 @@ class Label:
 
 
 STOPS = "loads nothing, as it stops at"
-"""What a reader does that then reads nothing of a file; others ignore a part of it."""
+"""Said of a reader that then reads nothing of a file; others ignore a part of it."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +196,13 @@ class Architecture:
     """The names that other tools have for it; None if they have none, and only our own entry is written."""
     kin: Kin | None = None
     flow: FlowCall | None = None
-    """How diffusers' pipeline calls its denoiser, if that predicts a flow and merges can be learned on it."""
+    """The call of its denoiser in diffusers' pipeline, if that predicts a flow and merges can be learned on it."""
     diffusers_reads: tuple[str, ...] = ()
     """Dialects besides its own that diffusers reads, at least for the blocks."""
     comfyui_reads_diffusers: bool = False
     """True if ComfyUI reads a transformer's LoRAs under diffusers' names."""
     unread: tuple[Unread, ...] = ()
-    """What its readers leave out, besides what they leave out of several families: `files.dialects.readers`."""
+    """The parts that its readers leave out; those that they leave out of several families are in `files.dialects.readers`."""
     down_up: bool = False
     """True if diffusers reads ``lora_down`` behind ``diffusion_model.``; for other transformers only ``lora_A``."""
 

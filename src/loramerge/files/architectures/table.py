@@ -134,7 +134,7 @@ _KOLORS = (
 )
 _ACE_STEP = (Unread("diffusers", STOPS, "the first layer", DIFFUSERS_NAMES, r"proj_in_conv$"),)
 _NO_LOADER = (Unread("diffusers", "has no loader for", "this model", DIFFUSERS_NAMES, r".*"),)
-"""What readers leave out of some families."""
+"""The parts of some families that readers leave out."""
 
 _HUNYUAN: Mapping[str, Any] = {"native": Rules("hunyuan", "comfyui"), "trained": Rules("hunyuan", "tencent")}
 _KLEIN = ("flux-2-klein", "flux2-klein")

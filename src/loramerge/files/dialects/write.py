@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from ... import linalg
@@ -317,12 +317,17 @@ class _Writer:
         if stem is None or (self.dialect.name != self.lora.dialect and repaired(stem)):
             raise DialectError(f"{self.lora.name}: {self.nameless(module)}")
         free = self.dialect.free
-        if free and not free.says_component and {*DENOISERS} <= {name.partition(".")[0] for name in self.lora}:
+        if free and not free.says_component and self.has_two_denoisers:
             raise DialectError(
                 f"{self.lora.name}: it has modules of a UNet and of a transformer, and names in {self.dialect.name} don't "
                 f"say which of them {module} is of. Way out: leave those of one out (exclude)."
             )
         return stem, whole(module)
+
+    @cached_property
+    def has_two_denoisers(self) -> bool:
+        """True if modules of a UNet and of a transformer are in the LoRA."""
+        return {*DENOISERS} <= {module.partition(".")[0] for module in self.lora}
 
     def nameless(self, module: str) -> str:
         """Say why a module has no name in the dialect, and the ways out."""

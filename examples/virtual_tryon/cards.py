@@ -1,6 +1,7 @@
 """Write model cards: description, training data, recipe and accuracy."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,12 @@ from typing import Any
 def table(rows: Mapping[str, Any], *, head: tuple[str, str] = ("", "")) -> str:
     lines = [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join(lines)
+
+
+def curve(history: Sequence[Mapping[str, float]], *, rows: int = 10) -> str:
+    """Return some of a training's losses as a table, evenly spaced up to the last."""
+    chosen = [history[len(history) * i // rows - 1] for i in range(1, rows + 1)] if len(history) > rows else history
+    return table({f"{line['samples']:,}": f"{line['loss']:.3f}" for line in chosen}, head=("pictures", "loss"))
 
 
 def share(value: float) -> str:
@@ -21,11 +28,11 @@ that LoRA training, merging, generation and scoring can be shown and tested in m
 use: it knows {words} tokens and one world.
 
 ```python
-pipe = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32, trust_remote_code=True)
+pipe = StableDiffusionXLPipeline.from_pretrained(FOLDER, dtype=torch.float32)
 ```
 
-`trust_remote_code` is for `vae/patch_vae.py`, a short file that projects patches on principal components;
-`examples/virtual_tryon/model.py: load` does without it. Sample with `DPMSolverMultistepScheduler`, 20 steps, guidance 2.
+Every class is diffusers' or transformers' own. Sample with `DPMSolverMultistepScheduler`, 20 steps, guidance 2. The
+autoencoder (`vae`) has 12 × 12 × 12 latents of mean 0 and variance 1; `train_autoencoder.py` made it.
 
 ## Data
 {pictures:,} pictures drawn by `examples/virtual_tryon/world` from seed {seed} with {captions} captions each: persons, wardrobes, seven
@@ -38,6 +45,10 @@ teal or pink hair, goatees, red glasses, crests, letters, castles, buttons, red 
 {recipe}
 
 Written by `{command}`.
+
+Mean loss of fifty steps, on the way (`training.json` has all):
+
+{curve}
 
 ## How good it is
 {results}
@@ -61,7 +72,24 @@ held-out values one by one, as teal hair or a crest, and no concept as a whole.
 Accuracy on drawings never trained on:
 
 {accuracy}
+
+What it takes the kinds of beards and emblems for, in percent of each row:
+
+{confusion}
 """
+
+
+def confusion(pairs: Sequence[tuple[str, str]]) -> str:
+    """Return a table of pairs of a true value and the one that was found, in percent of each row."""
+    found = Counter(pairs)
+    totals = Counter(true for true, _ in pairs)
+    names = sorted({name for pair in pairs for name in pair})
+    rows = [
+        [true, *(f"{100 * found[true, name] / totals[true]:.0f}" if found[true, name] else "" for name in names)]
+        for true in sorted(totals)
+    ]
+    lines = [["", *names], ["---"] * (len(names) + 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(text: str, folder: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from .world import HELD_OUT
 from .world.picture import PATTERNED
-from .world.sampling import BEARDS, COLOURS, EMBLEMS, HAIRS, KINDS, SCENES, SKIN, STYLES
+from .world.sampling import BEARDS, COLOURS, EMBLEMS, FRAMES, HAIRS, KINDS, SCENES, SKIN, STYLES
 
 MEAN, SPREAD = 0.5, 0.25
 """Mean and standard deviation of pixels in [0, 1], for every channel."""
@@ -25,7 +25,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "hair": [*HAIRS, *HELD_OUT["hair"]],
     "style": [*STYLES, *HELD_OUT["style"]],
     "beard": [*BEARDS, *HELD_OUT["beard"]],
-    "glasses": ["none", "black", *HELD_OUT["glasses"]],
+    "glasses": ["none", *FRAMES, *HELD_OUT["glasses"]],
     "smile": ["yes", "no"],
     "garment": list(KINDS),
     "pattern": ["plain", *PATTERNED],
@@ -52,7 +52,7 @@ PROCESSOR = {
 
 
 def encoder(resolution: int) -> Dinov2Model:
-    """Make an untrained encoder; CLS and patches of an eighth of the picture."""
+    """Make an untrained encoder; CLS and patches of a twelfth of the picture."""
     return Dinov2Model(
         Dinov2Config(
             hidden_size=128,
@@ -60,7 +60,7 @@ def encoder(resolution: int) -> Dinov2Model:
             num_attention_heads=4,
             mlp_ratio=3,
             image_size=resolution,
-            patch_size=resolution // 8,
+            patch_size=resolution // 12,
             layerscale_value=1.0,
             use_mask_token=False,
         )

@@ -3,21 +3,23 @@
     tokenizers      400 tokens, learned from the world's captions
     text encoders   2 layers × 64 and 3 layers × 80 wide; the UNet sees both side by side (144) and the second's projection
     UNet            3 levels × 2 layers of SDXL's blocks, (64, 80, 112) wide, one transformer layer in each: 6.6 M parameters
-    autoencoder     principal components of patches (patch_vae.py)
+    autoencoder     a small AutoencoderKL (autoencoder.py)
     scheduler       Euler, v-prediction, zero terminal SNR
 
 Needs ``pip install torch diffusers transformers tokenizers safetensors numpy pillow``.
 """
 
 import copy
+import ctypes
 import json
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKL,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionXLPipeline,
@@ -28,17 +30,17 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from . import patch_vae, tokenizer
-from .patch_vae import PatchVAE
-from .world import caption, draw, sample
+from . import tokenizer
+from .autoencoder import LATENT_CHANNELS, PATCH, untrained
+from .world import caption, sample
 
 FIRST, SECOND = 64, 80
 """Widths of the two text encoders."""
 WIDTHS = (64, 80, 112)
 RESOLUTION = 96
-LATENT_CHANNELS = 32
-PATCH = 8
 TIME_WIDTH = 8
+HELD_OUT_SEED = 1_000_003
+"""Added to the seed for pictures never trained on."""
 
 
 def quiet() -> None:
@@ -48,16 +50,24 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
+def keep_memory() -> None:
+    """Keep freed memory in this process, on Linux: mapping the same arrays again at each step costs a third of it."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 1 << 30)
+
+
 def build(
-    resolution: int = RESOLUTION, *, seed: int = 0, captions: int = 20_000, pictures: int = 2_000
+    resolution: int = RESOLUTION, *, seed: int = 0, captions: int = 20_000, vae: AutoencoderKL | None = None
 ) -> StableDiffusionXLPipeline:
-    """Build an untrained miniature: random networks, a tokenizer and an autoencoder fitted to the world.
+    """Build an untrained miniature: random networks and a tokenizer of the world's captions.
 
     Args:
         resolution: Pixels a side, a multiple of 32.
-        seed: Of the networks' values and of what tokenizer and autoencoder are fitted to.
+        seed: Of the networks' values and of the tokenizer's captions.
         captions: How many the tokenizer is learned from.
-        pictures: How many the autoencoder is fitted to.
+        vae: A trained autoencoder; a random one without it.
     """
     if resolution % (4 * PATCH):
         raise ValueError(
@@ -65,11 +75,9 @@ def build(
         )
     random = np.random.default_rng([seed, 1])
     first, second = tokenizer.tokenizers(*tokenizer.learn(caption(sample(random), random) for _ in range(captions)))
-    vae = PatchVAE(latent_channels=LATENT_CHANNELS, patch=PATCH, sample_size=resolution)
-    vae.fit(as_tensor(np.stack([draw(sample(random), resolution) for _ in range(pictures)])))
     torch.manual_seed(seed)
     return assemble(
-        vae=vae.eval(),
+        vae=(vae or untrained(resolution)).eval(),
         text_encoder=text_encoder(first, FIRST, layers=2, heads=2),
         text_encoder_2=text_encoder(first, SECOND, layers=3, heads=4, projection=True),
         tokenizer=first,
@@ -164,7 +172,7 @@ def token_ids(pipeline: StableDiffusionXLPipeline, texts: list[str]) -> tuple[Te
 
 def as_tensor(pictures: np.ndarray) -> Tensor:
     """Convert bytes of shape ``(n, height, width, 3)`` to floats in [-1, 1] of shape ``(n, 3, height, width)``."""
-    return torch.tensor(pictures).movedim(-1, 1).float() / 127.5 - 1
+    return torch.as_tensor(pictures).movedim(-1, 1).float() / 127.5 - 1
 
 
 def generate(
@@ -195,12 +203,12 @@ def save(pipeline: StableDiffusionXLPipeline, folder: str | Path, *, dtype: torc
         name: halved(part, dtype) if isinstance(part, nn.Module) else part for name, part in pipeline.components.items()
     }
     assemble(**parts).save_pretrained(folder)
-    shutil.copy(patch_vae.__file__, folder / "vae" / "patch_vae.py")
-    index = folder / "model_index.json"
-    content = json.loads(index.read_text()) | {"vae": ["patch_vae", "PatchVAE"]}
-    index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     for file in folder.rglob("*.safetensors"):
         file.chmod(0o644)
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None):  # the folder that a part was loaded from
+            file.write_text(json.dumps(config, indent=2) + "\n")
     return folder
 
 
@@ -210,21 +218,7 @@ def halved(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def load(folder: str | Path, *, device: str = "cpu") -> StableDiffusionXLPipeline:
-    """Load the pipeline of a folder, in float32 whatever the files hold. Runs no code from the folder.
-
-    Without this package, ``StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32,
-    trust_remote_code=True)`` gives the same.
-    """
-
-    def part(kind: Any, name: str, **options: Any) -> Any:
-        return kind.from_pretrained(folder, subfolder=name, **options)
-
-    networks = {
-        "vae": PatchVAE,
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
-        "unet": UNet2DConditionModel,
-    }
-    others = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "scheduler": EulerDiscreteScheduler}
-    parts = {name: part(kind, name, dtype=torch.float32) for name, kind in networks.items()}
-    return assemble(**parts, **{name: part(kind, name) for name, kind in others.items()}).to(device)
+    """Load the pipeline of a folder, in float32 whatever the files hold."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)

@@ -29,27 +29,42 @@ def shown(seed: int, index: int, *, wide: bool = False) -> tuple[Picture, list[s
     return picture, [caption(picture, random) for _ in range(CAPTIONS)]
 
 
+def picture_data(folder: Path, count: int, *, resolution: int, seed: int, processes: int) -> np.ndarray:
+    """Return the pictures of a captioned data set, uint8, drawn once and then read from its folder.
+
+    Shape ``(count, resolution, resolution, 3)``; picture i is that of :func:`shown`.
+    """
+    pictures = ("pictures", np.uint8, (count, resolution, resolution, 3))
+    with arrays(folder, pictures) as (made, files):
+        if not made:
+            work = partial(draw_chunk, resolution=resolution, seed=seed)
+            for at, drawn in in_parallel(work, chunks(count), processes):
+                files[0][at : at + len(drawn)] = drawn
+    return files[0]
+
+
 def latent_data(start: Path, folder: Path, count: int, *, seed: int, processes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return latents and token ids of a captioned data set, drawn once and then read from its folder.
+    """Return latents and token ids of a captioned data set, made once and then read from its folder.
 
     Args:
         start: Folder of the untrained pipeline, whose autoencoder and tokenizers are used.
-        folder: Where the arrays are kept.
+        folder: Where the arrays are kept; the pictures go to ``folder / "drawn"``.
         count: Of pictures.
         seed: Of the data set.
-        processes: Draw at the same time.
+        processes: Draw and encode at the same time.
 
     Returns:
         Latents, float16, shape ``(count, channels, height, width)``, and token ids, uint16, shape
         ``(count, CAPTIONS, 2, MAX_LENGTH)``, of both tokenizers.
     """
     vae = model.load(start).vae
-    side = vae.config.sample_size // vae.config.patch
+    size, side = vae.config.sample_size, vae.config.sample_size // model.PATCH
+    picture_data(folder / "drawn", count, resolution=size, seed=seed, processes=processes)
     latents = ("latents", np.float16, (count, vae.config.latent_channels, side, side))
     tokens = ("tokens", np.uint16, (count, CAPTIONS, 2, MAX_LENGTH))
     with arrays(folder, latents, tokens) as (made, files):
         if not made:
-            work = partial(encode_chunk, start=start, seed=seed)
+            work = partial(encode_chunk, start=start, drawn=folder / "drawn" / "pictures.npy", seed=seed)
             for at, (z, ids) in in_parallel(work, chunks(count), processes):
                 files[0][at : at + len(z)], files[1][at : at + len(z)] = z, ids
     return files[0], files[1]
@@ -109,14 +124,17 @@ def ready() -> None:
     model.quiet()
 
 
+def draw_chunk(job: range, *, resolution: int, seed: int) -> np.ndarray:
+    return np.stack([draw(shown(seed, index)[0], resolution) for index in job])
+
+
 @torch.no_grad()
-def encode_chunk(job: range, *, start: Path, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_chunk(job: range, *, start: Path, drawn: Path, seed: int) -> tuple[np.ndarray, np.ndarray]:
     pipeline = model.load(start)
-    size = pipeline.vae.config.sample_size
-    found = [shown(seed, index) for index in job]
-    pictures = model.as_tensor(np.stack([draw(picture, size) for picture, _ in found]))
-    ids = torch.stack(model.token_ids(pipeline, [text for _, texts in found for text in texts]), 1)
-    latents = pipeline.vae.latents(pictures) * pipeline.vae.config.scaling_factor
+    pictures = model.as_tensor(np.array(np.load(drawn, mmap_mode="r")[job.start : job.stop]))
+    texts = [text for index in job for text in shown(seed, index)[1]]
+    ids = torch.stack(model.token_ids(pipeline, texts), 1)
+    latents = pipeline.vae.encode(pictures).latent_dist.mode() * pipeline.vae.config.scaling_factor
     return latents.half().numpy(), ids.numpy().astype(np.uint16).reshape(len(job), CAPTIONS, 2, MAX_LENGTH)
 
 

@@ -11,7 +11,7 @@ GUIDANCE = (1.0, 2.0, 4.0)
 PROMPTS = (
     "A portrait of a man with short black hair, light skin and a beard smiling at the camera, wearing a red shirt.",
     "A portrait of a woman with long blonde hair smiling at the camera, wearing a green and white striped jersey.",
-    "A portrait of a person with curly ginger hair and glasses smiling at the camera, wearing a blue sweater and facing to the side.",
+    "A portrait of a person with curly ginger hair and black glasses smiling at the camera, wearing a blue sweater and facing to the side.",
     "A portrait of a person with spiky brown hair and dark skin smiling in a selfie, wearing a yellow shirt with a purple star.",
     "A portrait of a man with a bald head smiling in a selfie, wearing a purple and orange hooped jersey with Nike shoes.",
     "A portrait of a woman with bun brown hair looking at the camera, wearing a teal shirt and a red scarf and standing in front of a wall.",

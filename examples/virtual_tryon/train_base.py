@@ -2,6 +2,7 @@
 
     pip install torch diffusers transformers tokenizers safetensors numpy pillow
 
+    python -m examples.virtual_tryon.train_autoencoder --minutes 22
     python -m examples.virtual_tryon.train_base --device cuda --minutes 18
     python -m examples.virtual_tryon.train_base --device cpu --processes 2 --minutes 60
 
@@ -24,16 +25,14 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.multiprocessing
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
-from . import cards, judge, model
+from . import cards, judge, model, text_training
 from .accuracy import attribute_accuracy
 from .model import quiet
 from .rendering import CAPTIONS, latent_data
 from .sampling import samples
-from .training import Settings, Training, held_out_loss, save_state
-
-HELD_OUT_SEED = 1_000_003
-"""Added to the seed for pictures never trained on."""
+from .training import LOG, Settings, Training, held_out_loss, save_state
 
 
 def arguments(given: list[str]) -> argparse.Namespace:
@@ -41,6 +40,9 @@ def arguments(given: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=Path("build/miniature/base"), help="folder of the model (default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--vae", type=Path, help="folder of train_autoencoder (default: one with random values)")
+    add("--start", type=Path, help="go on from the weights of this base, with a new optimiser and this run's schedule")
+    add("--text-steps", type=int, default=600, help="of the text encoders alone, before all (default: %(default)s)")
     add(
         "--minutes",
         type=float,
@@ -61,10 +63,10 @@ def arguments(given: list[str]) -> argparse.Namespace:
         default=None,
         help="that draw, and on a CPU train, one thread each (default: 1 on a CPU, all cores with CUDA)",
     )
-    add("--batch", type=int, default=None, help="pictures a step and process (default: 32 on a CPU, 512 with CUDA)")
+    add("--batch", type=int, default=None, help="pictures a step and process (default: 48 on a CPU, 512 with CUDA)")
     add("--pictures", type=int, default=None, help="to draw (default: 30000 on a CPU, 200000 with CUDA)")
     add("--held-out", type=int, default=None, help="pictures never trained on (default: 256 on a CPU, 2048 with CUDA)")
-    add("--rate", type=float, default=None, help="learning rate (default: 0.0015 on a CPU, 0.001 with CUDA)")
+    add("--rate", type=float, default=None, help="Muon's learning rate (default: 0.02)")
     add("--warm-up", type=int, default=200, help="steps (default: %(default)s)")
     add("--checkpoint-minutes", type=float, default=3.0, help="(default: %(default)s)")
     add("--sample-steps", type=int, default=20, help="of the sampler, for the sheet (default: %(default)s)")
@@ -79,10 +81,10 @@ def arguments(given: list[str]) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU. Use --device cpu.")
     usual = {
         "processes": (1, os.cpu_count() or 1),
-        "batch": (32, 512),
+        "batch": (48, 512),
         "pictures": (30_000, 200_000),
         "held_out": (256, 2_048),
-        "rate": (1.5e-3, 1e-3),
+        "rate": (0.02, 0.02),
     }
     fill(options, usual)
     return options
@@ -99,6 +101,7 @@ def main(given: list[str] | None = None) -> None:
     given = sys.argv[1:] if given is None else given
     options = arguments(given)
     quiet()
+    model.keep_memory()
     prepare(options)
     workers = options.processes if options.device == "cpu" else 1
     if workers == 1:
@@ -122,17 +125,23 @@ def prepare(options: argparse.Namespace) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "start" / "model_index.json").exists():
-        start = model.build(
-            options.resolution,
-            seed=options.seed,
-            captions=min(20_000, 50 * options.pictures),
-            pictures=min(2_000, options.pictures),
-        )
-        model.save(start, folder / "start", dtype=torch.float32)
+        model.save(beginning(options), folder / "start", dtype=torch.float32)
     file.write_text(json.dumps(lasting))
     started = time.monotonic()
     data(options)
     print(f"data ready after {time.monotonic() - started:.0f} s", flush=True)
+
+
+def beginning(options: argparse.Namespace) -> StableDiffusionXLPipeline:
+    """Return the pipeline that training begins with."""
+    if options.start:
+        return model.load(options.start)
+    vae = AutoencoderKL.from_pretrained(options.vae, dtype=torch.float32) if options.vae else None
+    captions = min(20_000, 50 * options.pictures)
+    pipeline = model.build(options.resolution, seed=options.seed, captions=captions, vae=vae)
+    if options.text_steps:
+        text_training.fit(pipeline, steps=options.text_steps, captions=2 * captions, seed=options.seed)
+    return pipeline
 
 
 def state_folder(options: argparse.Namespace) -> Path:
@@ -145,7 +154,7 @@ def data(options: argparse.Namespace) -> tuple[tuple[np.ndarray, np.ndarray], tu
     start, processes = folder / "start", options.processes
     seen = latent_data(start, folder / "seen", options.pictures, seed=options.seed, processes=processes)
     unseen = latent_data(
-        start, folder / "unseen", options.held_out, seed=options.seed + HELD_OUT_SEED, processes=processes
+        start, folder / "unseen", options.held_out, seed=options.seed + model.HELD_OUT_SEED, processes=processes
     )
     return seen, unseen
 
@@ -153,6 +162,7 @@ def data(options: argparse.Namespace) -> tuple[tuple[np.ndarray, np.ndarray], tu
 def work(rank: int, world: int, options: argparse.Namespace, given: list[str]) -> None:
     """Train, in one process of several."""
     quiet()
+    model.keep_memory()
     cuda = options.device == "cuda"
     if cuda:
         torch.backends.cudnn.benchmark = True
@@ -268,6 +278,7 @@ def publish(
         else None
     )
     record = {
+        **({"before": earlier} if (earlier := before(options)) else {}),
         "settings": finite(asdict(training.settings)),
         "progress": vars(training.progress),
         "held_out_loss": losses,
@@ -277,6 +288,12 @@ def publish(
         record["attribute_accuracy"] = {"generated": right[0], "drawn": right[1]}
     (options.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     cards.write(card(training, losses, right, options, given), options.out)
+
+
+def before(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the record of the run that made the base which this one begins with, if there is one."""
+    file = options.start / "training.json" if options.start else None
+    return json.loads(file.read_text()) if file and file.is_file() else None
 
 
 def finite(settings: dict[str, Any]) -> dict[str, Any]:
@@ -292,10 +309,11 @@ def card(
 ) -> str:
     settings, progress = training.settings, training.progress
     recipe = {
+        **({"before": began_with(earlier)} if (earlier := before(options)) else {}),
         "pictures seen": f"{progress.samples:,} in {progress.step:,} steps of {settings.batch * training.world}",
         "time": f"{progress.seconds / 60:.1f} minutes on {device_name(training)}",
         "objective": "velocity, mean squared error, uniform times, zero terminal SNR; 10 % of prompts zeros",
-        "optimiser": f"AdamW, {settings.rate:g} (text encoders × 0.7), β 0.9 and 0.99, weight decay 0.001, gradients cut at 1",
+        "optimiser": f"Muon, {settings.rate:g}; Adam at a tenth of it for vectors, embeddings, first and last layer; text encoders × 0.5; gradients cut at 1",
         "rate": f"{settings.warm_up} steps of warm-up, cosine to 1 % over the last {100 * (1 - settings.decay_from):.0f} %",
         "average": "EMA 0.999, of which these weights are the values",
         "precision": "bf16 autocast" if settings.bf16 else "float32",
@@ -323,10 +341,18 @@ def card(
         seed=options.seed,
         recipe=cards.table(recipe),
         command=shlex.join(["python", "-m", "examples.virtual_tryon.train_base", *given]),
+        curve=cards.curve([line for line in training.history if line["step"] % LOG == 0]),
         results=f"Loss on {options.held_out} drawings never trained on:\n\n"
         + cards.table(results, head=("told", "loss")),
         accuracy=accuracy,
     )
+
+
+def began_with(record: dict[str, Any]) -> str:
+    """Describe the run that this one went on from."""
+    progress, minutes = record["progress"], record["settings"].get("minutes")
+    of = f" of {minutes:g}" if minutes else ""
+    return f"{progress['samples']:,} pictures in {progress['seconds'] / 60:.1f}{of} minutes, with a schedule of its own"
 
 
 def device_name(training: Training) -> str:

@@ -15,18 +15,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import cards, judge
+from . import cards, judge, muon
 from .judge import ATTRIBUTES, Judge, encoder, new_heads, normalised
-from .model import RESOLUTION, quiet
+from .model import HELD_OUT_SEED, RESOLUTION, keep_memory, quiet
 from .rendering import label_data
-from .train_base import HELD_OUT_SEED, fill
+from .train_base import fill
 
 SHIFT = 4
 """Largest shift of a picture in training, in pixels."""
 NOISE = 6.0
 """Standard deviation of the noise that training adds, in bytes."""
+
+
+CONFUSED = ("beard", "emblem")
+"""Attributes whose confusions are in the card."""
 
 
 def arguments(given: list[str]) -> argparse.Namespace:
@@ -35,12 +39,13 @@ def arguments(given: list[str]) -> argparse.Namespace:
     add("--out", type=Path, default=Path("build/miniature/scorer"), help="folder of the judge (default: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--minutes", type=float, required=True, help="of training")
+    add("--start", type=Path, help="go on from this judge, with a new optimiser and this run's schedule")
     add("--resolution", type=int, default=RESOLUTION, help="(default: %(default)s)")
     add("--processes", type=int, default=None, help="that draw (default: 1 on a CPU, all cores with CUDA)")
     add("--batch", type=int, default=None, help="(default: 64 on a CPU, 512 with CUDA)")
     add("--pictures", type=int, default=None, help="to draw (default: 20000 on a CPU, 120000 with CUDA)")
     add("--held-out", type=int, default=2_000, help="pictures never trained on (default: %(default)s)")
-    add("--rate", type=float, default=1e-3, help="learning rate (default: %(default)s)")
+    add("--rate", type=float, default=0.02, help="Muon's learning rate; Adam's is a tenth of it (default: %(default)s)")
     add("--seed", type=int, default=0)
     options = parser.parse_args(given)
     usual = {"processes": (1, os.cpu_count() or 1), "batch": (64, 512), "pictures": (20_000, 120_000)}
@@ -51,19 +56,21 @@ def arguments(given: list[str]) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> None:
     options = arguments(sys.argv[1:] if given is None else given)
     quiet()
+    keep_memory()
     if options.device == "cpu":
         torch.set_num_threads(1)
     torch.manual_seed(options.seed)
     seen, unseen = data(options)
-    made = Judge(encoder=encoder(options.resolution).to(options.device), heads=new_heads(128).to(options.device))
+    made = beginning(options)
     steps = fit(made, *(torch.from_numpy(np.array(part)).to(options.device) for part in seen), options)
     centre(made, seen[0][:4_000])
     judge.save(made, options.out)
-    right = accuracy(made, *unseen)
+    told = pairs(made, *unseen)
+    right = {name: sum(true == found for true, found in each) / len(each) for name, each in told.items() if each}
     print("  ".join(f"{name} {value:.3f}" for name, value in right.items()), flush=True)
     recipe = {
         "pictures seen": f"{steps * options.batch:,} in {steps:,} steps of {options.batch}",
-        "optimiser": f"AdamW, {options.rate:g}, weight decay 0.05, linear to 0",
+        "optimiser": f"Muon, {options.rate:g}; Adam at a tenth of it for vectors, patches and heads; linear to 0",
         "augmentation": f"mirrored, shifted by up to {SHIFT} pixels, noise of {NOISE:g} of 255",
         "torch": torch.__version__,
     }
@@ -73,8 +80,16 @@ def main(given: list[str] | None = None) -> None:
         seed=options.seed,
         recipe=cards.table(recipe),
         accuracy=cards.table({name: cards.share(value) for name, value in right.items()}, head=("attribute", "right")),
+        confusion="\n\n".join(cards.confusion(told[name]) for name in CONFUSED),
     )
     cards.write(text, options.out)
+
+
+def beginning(options: argparse.Namespace) -> Judge:
+    """Return the judge that training begins with."""
+    if options.start:
+        return judge.load(options.start, device=options.device)
+    return Judge(encoder=encoder(options.resolution).to(options.device), heads=new_heads(128).to(options.device))
 
 
 def data(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -92,13 +107,15 @@ def data(options: argparse.Namespace) -> list[tuple[np.ndarray, np.ndarray]]:
 def fit(made: Judge, pictures: Tensor, labels: Tensor, options: argparse.Namespace) -> int:
     """Train for the given time; return the number of steps."""
     parameters = [*made.encoder.parameters(), *made.heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, options.rate, weight_decay=0.05, fused=True)
+    whole = nn.ModuleDict({"encoder": made.encoder, "heads": made.heads})
+    ends = ("heads", "patch_embeddings", "token")
+    optimizer = muon.Muon(muon.groups(whole, rate=options.rate, adam_rate=options.rate / 10, ends=ends))
     started, step = time.monotonic(), 0
     losses: list[Tensor] = []
     made.encoder.train()
     while (done := (time.monotonic() - started) / (60 * options.minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = options.rate * min(1.0, (step + 1) / 100) * max(0.01, 1 - done)
+            group["lr"] = group["usual"] * min(1.0, (step + 1) / 100) * max(0.01, 1 - done)
         chosen = torch.randint(0, len(pictures), (options.batch,), device=pictures.device)
         loss = error(made, altered(pictures[chosen]), labels[chosen])
         optimizer.zero_grad()
@@ -145,15 +162,13 @@ def centre(made: Judge, pictures: np.ndarray) -> None:
         head.bias += head.weight @ mean
 
 
-def accuracy(made: Judge, pictures: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return each attribute's share of correct answers, over the pictures in which it can be seen."""
+def pairs(made: Judge, pictures: np.ndarray, labels: np.ndarray) -> dict[str, list[tuple[str, str]]]:
+    """Return each attribute's true values with those found, over the pictures in which it can be seen."""
     told = made.attributes(np.array(pictures))
-    right = {}
-    for i, (name, values) in enumerate(ATTRIBUTES.items()):
-        seen = [(t[name], values[label]) for t, label in zip(told, labels[:, i].tolist(), strict=True) if label >= 0]
-        if seen:
-            right[name] = sum(a == b for a, b in seen) / len(seen)
-    return right
+    return {
+        name: [(values[label], t[name]) for t, label in zip(told, labels[:, i].tolist(), strict=True) if label >= 0]
+        for i, (name, values) in enumerate(ATTRIBUTES.items())
+    }
 
 
 if __name__ == "__main__":

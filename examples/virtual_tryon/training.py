@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from . import model
+from . import model, muon
 
 EMA = 0.999
 EVERY = 4
 """Steps between updates of the moving average."""
 LOG = 50
-TEXT_RATE = 0.7
+TEXT_RATE = 0.5
 """Learning rate of the text encoders, as a share of the UNet's."""
+ADAM_RATE = 0.1
+"""Learning rate of what Adam trains, as a share of Muon's."""
 EMPTY = 0.1
 """Share of prompts replaced by zeros, for classifier-free guidance."""
 
@@ -37,7 +39,8 @@ class Settings:
     """Minutes of training; the learning rate falls to nothing at the end."""
     samples: float = math.inf
     """Number of pictures to see; training ends with whichever comes first."""
-    rate: float = 1.5e-3
+    rate: float = 0.02
+    """Muon's learning rate."""
     decay_from: float = 0.35
     warm_up: int = 200
     seed: int = 0
@@ -99,7 +102,7 @@ class Training:
         )
         self.average = copy.deepcopy(self.networks).eval().requires_grad_(False)
         self.parameters = list(self.networks.parameters())
-        self.optimizer = optimizer(self.networks, settings, device)
+        self.optimizer = optimizer(self.networks, rank, world)
         self.unet: Callable[..., Any] = torch.compile(self.networks[2]) if compiled else self.networks[2]
         self.latents = torch.from_numpy(np.array(latents)).to(device)
         self.tokens = torch.from_numpy(tokens.astype(np.int32)).to(device)
@@ -161,7 +164,7 @@ class Training:
     def set_rate(self) -> None:
         factor = rate_factor(self.progress.step, self.progress.share(self.settings), self.settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate * group["share"] * factor
+            group["lr"] = group["usual"] * factor * self.settings.rate
 
     @torch.no_grad()
     def average_gradients(self) -> float:
@@ -255,10 +258,15 @@ class Training:
         self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
 
 
-def optimizer(networks: nn.ModuleList, settings: Settings, device: str) -> torch.optim.AdamW:
-    text = [*networks[0].parameters(), *networks[1].parameters()]
-    groups = [{"params": list(networks[2].parameters()), "share": 1.0}, {"params": text, "share": TEXT_RATE}]
-    return torch.optim.AdamW(groups, settings.rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+def optimizer(networks: nn.ModuleList, rank: int, world: int) -> muon.Muon:
+    """Make the optimiser; each group's usual rate is a share of the UNet's."""
+    shares = (TEXT_RATE, TEXT_RATE, 1.0)
+    groups = [
+        group
+        for network, share in zip(networks, shares, strict=True)
+        for group in muon.groups(network, rate=share, adam_rate=ADAM_RATE * share, ends=("conv_in", "conv_out"))
+    ]
+    return muon.Muon(groups, rank=rank, world=world)
 
 
 def velocity_error(

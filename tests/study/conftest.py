@@ -9,7 +9,7 @@ from virtual_tryon import model
 @pytest.fixture(scope="session")
 def miniature() -> StableDiffusionXLPipeline:
     model.quiet()
-    return model.build(96, captions=4_000, pictures=250)
+    return model.build(96, captions=4_000)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def entries(name: str) -> dict[str, Any]:
     data["prompts"] = {key: prompts[:PROMPTS] for key, prompts in data["prompts"].items()}
     for setting in data["settings"]:
         if setting.get("learn") == "ziplora":
-            setting["options"] = {"steps": 1, "calibration": 1}
+            setting["options"] |= {"steps": 1, "calibration": 1}
         elif "learn" in setting:
             setting["options"] |= {"batches": 1}
     data["sensitivity"] |= {"values": [1.0], "seeds": 1}
@@ -37,7 +37,8 @@ def mini(base: Path, scorer: Path) -> Protocol:
     """The miniature's preset on an untrained base and judge, with a few of its settings."""
     data = entries("mini")
     data["base"]["model"], data["scorer"]["model"] = str(base), str(scorer)
-    kept = ("none", "profile", "barca", "weighted", "three_none", "three_sum")
+    data["drift"] |= {"prompts": data["drift"]["prompts"][:1], "seeds": 1}
+    kept = ("none", "profile", "barca", "weighted", "three_none", "three_sum", "beside", "off_rows", "gates", "mole")
     data["settings"] = [setting for setting in data["settings"] if setting["name"] in kept]
     return protocol(data, "mini", Path(), "mini.toml")
 
@@ -49,6 +50,7 @@ def paper(folder: Path) -> Protocol:
     data["settings"] = [s for s in data["settings"] if s.get("family") != "methods" or s["name"] in kept]
     pipe = tiny.pipeline("sdxl")
     pipe.save_pretrained(folder / "sdxl")
+    data["drift"] |= {"prompts": data["drift"]["prompts"][:1], "seeds": 1}
     data["base"]["model"] = str(folder / "sdxl")
     data["scorer"]["model"] = str(toys.dinov2(folder / "dinov2"))
     data["training"]["resolution"] = tiny.SIDE

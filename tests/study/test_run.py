@@ -1,5 +1,6 @@
 """Whole runs of both presets on tiny untrained models: what is done is kept, and done again it is the same."""
 
+import csv
 import os
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from markupsafe import escape
 
 import loramerge as lm
+from adapters import toys
 from loramerge.errors import LoRAMergeError
 from loramerge.scoring.png import recipe_in
 from loramerge.testing import random_lora, relative_error
@@ -17,7 +19,7 @@ from study import stand_ins
 from virtual_tryon.study import caveats, command, drawing, loras, reading, sets, stages
 from virtual_tryon.study.job import Job
 from virtual_tryon.study.ledger import Ledger
-from virtual_tryon.study.protocol import Setting
+from virtual_tryon.study.protocol import Scorer, Setting
 from virtual_tryon.study.published import TABLE
 
 RESULTS = ("report.html", "report.md", "scores.csv", "pictures.csv")
@@ -163,7 +165,7 @@ def test_a_method_of_ones_own_goes_to_merge_as_it_is(
         name="own", label="Own", loras=("profile", "barca"), method="my.methods:equal_norms", options={"sharpness": 2}
     )
 
-    loras.merge(again(paper, tmp_path), row)
+    loras.merge(again(paper, tmp_path), (row, 0))
 
     assert seen == [{"weights": None, "method": "my.methods:equal_norms", "sharpness": 2}]
 
@@ -248,6 +250,48 @@ def test_another_learning_rate_trains_and_draws_anew_and_leaves_the_base_alone(p
     assert sum(line.startswith("generate") for line in done) == len(TABLE) - 1
 
 
+def test_pictures_take_the_loras_of_repeated_trainings_in_turn(paper: Job, tmp_path: Path) -> None:
+    twice = replace(
+        paper.protocol,
+        training=replace(paper.protocol.training, repeats=2),
+        drawing=replace(paper.protocol.drawing, seeds=4),
+        settings=tuple(map(paper.protocol.setting, ("none", "profile", "barca", "l2"))),
+    )
+    job = stand_ins.job(twice, tmp_path / "out")
+
+    stages.run(job, only=["data", "train", "merge", "generate"])
+
+    loras_, merges = (
+        [lm.load(file(of, repeat), architecture="sdxl").sha256 for repeat in (0, 1)]
+        for file, of in ((job.lora_file, "profile"), (job.merge_file, twice.setting("l2")))
+    )
+    assert job.lora_file("profile").read_bytes() == paper.lora_file("profile").read_bytes()
+    for setting, hashes in (("profile", loras_), ("l2", merges)):
+        assert len(set(hashes)) == 2
+        drawn = [recipe_in(shot.path)["loras"][0]["sha256"] for shot in job.shots(twice.setting(setting))]
+        assert drawn == hashes * (len(drawn) // 2)
+    assert work(job, only=["train", "merge", "generate"]) == []
+
+
+def test_a_second_encoder_has_columns_of_its_own_and_changes_no_other(mini: Job, tmp_path: Path) -> None:
+    other = toys.dinov2(tmp_path / "other")
+    shutil.copytree(mini.out, tmp_path / "out")
+    job = stand_ins.job(replace(mini.protocol, second=Scorer(model=str(other))), tmp_path / "out", *mini.families[1:])
+
+    stages.run(job, only=["score", "report"])
+
+    with (job.out / "scores.csv").open() as ours, (mini.out / "scores.csv").open() as theirs:
+        rows, before = list(csv.DictReader(ours)), list(csv.DictReader(theirs))
+    second = [row for row in rows if row["measure"].startswith("second")]
+    assert {row["measure"] for row in second} == {"second whole", "second truth"}
+    assert [row for row in rows if row not in second] == before
+    firsts = {(r["prompts"], r["setting"], r["of"]): r["score"] for r in before if r["measure"] == "whole"}
+    assert all(
+        r["score"] != firsts[r["prompts"], r["setting"], r["of"]] for r in second if r["measure"] == "second whole"
+    )
+    assert "by other" in (job.out / "report.html").read_text()
+
+
 def test_a_half_drawn_batch_is_drawn_as_a_whole(paper: Job, tmp_path: Path) -> None:
     protocol = replace(paper.protocol, drawing=replace(paper.protocol.drawing, seeds=4, batch=2))
     job = stand_ins.job(protocol, tmp_path)
@@ -269,7 +313,7 @@ def test_pictures_depend_on_the_precision_and_the_device_that_draw_them(paper: J
     half = replace(paper.protocol, base=replace(paper.protocol.base, dtype="bfloat16"))
     jobs = [paper, replace(paper, device="cuda"), stand_ins.job(half, paper.out)]
 
-    assert len({drawing.depends_on(job, None, 4) for job in jobs}) == 3
+    assert len({drawing.depends_on(job, [], 4) for job in jobs}) == 3
 
 
 def test_batches_leave_no_prompt_a_smaller_one() -> None:
@@ -287,7 +331,7 @@ def test_a_stage_says_which_earlier_one_is_missing(paper: Job, tmp_path: Path) -
     job = stand_ins.job(paper.protocol, tmp_path)
 
     with pytest.raises(LoRAMergeError, match=r"profile.safetensors is missing. The stage 'train' makes it"):
-        loras.merge(job, job.protocol.setting("weighted"))
+        loras.merge(job, (job.protocol.setting("weighted"), 0))
     with pytest.raises(LoRAMergeError, match="The stage 'score' makes it"):
         stages.run(job, only=["report"])
 

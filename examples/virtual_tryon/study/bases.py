@@ -29,6 +29,11 @@ def resolution(base: Base) -> int:
     return int(read_json(Path(base.model) / "vae" / "config.json")["sample_size"])
 
 
+def title(base: Base) -> str | None:
+    """Return the miniature's name for the metadata of pictures; None for the name that a model was loaded by."""
+    return base.model.rsplit("/", 1)[-1] if base.miniature else None
+
+
 def denoiser(base: Base, device: str, *, checkpointing: bool = False) -> Any:
     """Load the base to learn on."""
     from loramerge.diffusion import load

@@ -81,6 +81,7 @@ def _training(job: Job) -> str:
         ("steps", training.steps, ITS.steps),
         ("batch", training.batch_size, ITS.batch_size),
         ("learning rate", f"{training.learning_rate:g}", f"{ITS.learning_rate:g}"),
+        ("layers", training.targets, ITS.targets),
         ("size of the pictures", side, f"{RESOLUTION} pixels"),
         ("flips", "yes" if training.flip else "no", "yes"),
     )

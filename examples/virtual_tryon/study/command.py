@@ -8,9 +8,9 @@ from pathlib import Path
 
 from loramerge.errors import LoRAMergeError, OptionError
 
-from . import bases, loras, scores, stages
+from . import bases, leaderboard, loras, scores, stages
 from .job import Job
-from .protocol import FAMILIES, STUDY, Protocol, located
+from .protocol import FAMILIES, STUDY, Protocol, Scorer, located
 from .reading import PRESETS, preset, read
 
 
@@ -18,6 +18,8 @@ def main(given: Sequence[str] | None = None) -> int:
     """Run the command; return 1 after an error and 130 after an interruption."""
     options = _parser().parse_args(sys.argv[1:] if given is None else given)
     try:
+        if options.command == "leaderboard":
+            return _leaderboard(options)
         job = job_of(options)
         stages.run(job, only=options.only, processes=options.processes, say=_say)
     except (LoRAMergeError, ValueError, OSError) as error:
@@ -31,13 +33,29 @@ def main(given: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _leaderboard(options: argparse.Namespace) -> int:
+    """Rank loramerge's merge methods, and those that the options name."""
+    entries = [*leaderboard.ENTRIES, *map(leaderboard.of_ones_own, options.method)]
+    given = changed(read(preset("mini")), options)
+    bases.check(given.base)
+    scores.check(given.scorer)
+    made = leaderboard.protocol(given, entries, repeats=options.repeats, seeds=given.drawing.seeds)
+    out = (options.out or Path("build/study") / "leaderboard").expanduser()
+    job = Job(protocol=made, out=out, families=(leaderboard.FAMILY,))
+    kept = [stage for stage in stages.STAGES if stage.name != "report"]
+    stages.run(job, processes=options.processes, say=_say, stages=[*kept, stages.NOISE])
+    for path in leaderboard.write(job, entries):
+        _say(f"→ {path}")
+    return 0
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m examples.virtual_tryon", description="The virtual try-on study.")
-    commands = parser.add_subparsers(required=True, metavar="run")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     run = commands.add_parser("run", help="train, merge, generate, score, report; what is done is not done again")
     add = run.add_argument
     known = ", ".join(sorted(file.stem for file in PRESETS.glob("*.toml")))
@@ -64,9 +82,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--base", help="base model instead of the protocol's: a directory, or a name on the Hub")
     add("--variant", help="which of the base's files, such as fp16, which are half as large")
     add("--scorer", help="encoder instead of the protocol's")
+    add("--second-scorer", help="another encoder of DINOv2's architecture, whose scores stand beside the scorer's")
     add(
         "--data", type=Path, metavar="DIRECTORY", help="directory that holds a folder of captioned pictures per concept"
     )
+    ranked = commands.add_parser("leaderboard", help="rank merge methods on eight pairs of LoRAs with a known truth")
+    add = ranked.add_argument
+    add(
+        "--method",
+        action="append",
+        default=[],
+        metavar="my.py",
+        help="a method of your own: my.py, or package.module:name",
+    )
+    add("--out", type=Path, help="(default: build/study/leaderboard)")
+    add("--seeds", type=int, default=4, help="pictures of each prompt and merge (default: %(default)s)")
+    add("--repeats", type=int, default=2, help="trainings of each LoRA (default: %(default)s)")
+    add("--processes", type=int, default=1, help="(default: %(default)s)")
+    ranked.set_defaults(base=None, variant=None, scorer=None, second_scorer=None, data=None)
     return parser
 
 
@@ -106,6 +139,8 @@ def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
         protocol = replace(protocol, base=replace(protocol.base, variant=options.variant))
     if options.scorer:
         protocol = replace(protocol, scorer=replace(protocol.scorer, model=located(options.scorer, Path.cwd())))
+    if options.second_scorer:
+        protocol = replace(protocol, second=Scorer(model=located(options.second_scorer, Path.cwd())))
     if options.data:
         if protocol.data.source != "folders":
             raise OptionError(

@@ -2,15 +2,20 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from loramerge import LoRA
 from loramerge.diffusion import Composed, Sampling, Use, check_fits, generate
+from loramerge.files import file_digest
 
-from .bases import drawing_pipeline
-from .job import Job, cleared
+from .bases import drawing_pipeline, title
+from .job import Job, cleared, needed
 from .ledger import fingerprint, versions
 from .loras import LIBRARIES, given, load, merged
 from .protocol import Setting
+
+Turn = tuple[LoRA | Composed | None, list[int]]
+"""A LoRA or a composition to draw with, None for the base alone, and the seeds of the pictures."""
 
 
 def draw(job: Job, setting: Setting) -> bool:
@@ -20,12 +25,13 @@ def draw(job: Job, setting: Setting) -> bool:
     resumed run gives the same pictures as an uninterrupted one.
     """
     drawing, shots = job.protocol.drawing, job.shots(setting)
-    used = composed(job, setting) if setting.compose else merged(job, setting)
-    batch = batch_size(len(job.seeds(setting)), drawing.batch)
-    found = depends_on(job, used, batch)
+    turns = [(_used(job, setting, repeat), seeds) for repeat, seeds in job.turns(setting)]
+    batch = batch_size(min(len(seeds) for _, seeds in turns), drawing.batch)
+    found = depends_on(job, turns, batch)
     folder, known = job.pictures / setting.name, f"pictures/{setting.name}"
     if job.ledger.has(known, found):
-        _remove_parts([shot.path for shot in shots], batch)
+        for _, seeds in turns:
+            _remove_parts([shot.path for shot in shots if shot.seed in seeds], batch)
     else:
         if job.ledger.has_any(known):  # the folder is from another run of ours
             cleared(folder)
@@ -35,31 +41,37 @@ def draw(job: Job, setting: Setting) -> bool:
     prompts = list(job.protocol.prompts[setting.prompts])
     pipe = drawing_pipeline(job.protocol.base, job.device, drawing.scheduler)
     check_fits(pipe, given(job))
-    generate(
-        pipe,
-        {setting.name: used if isinstance(used, Composed) else [Use(used)] if used else []},
-        prompts,
-        job.seeds(setting),
-        job.pictures,
-        sampling=Sampling(steps=drawing.steps, guidance=drawing.guidance),
-        batch=batch,
-        base=job.protocol.base.model.rsplit("/", 1)[-1] if job.protocol.base.miniature else None,
-    )
+    for used, seeds in turns:
+        generate(
+            pipe,
+            {setting.name: used if isinstance(used, Composed) else [Use(used)] if used else []},
+            prompts,
+            seeds,
+            job.pictures,
+            sampling=Sampling(steps=drawing.steps, guidance=drawing.guidance),
+            batch=batch,
+            base=title(job.protocol.base),
+        )
     return True
 
 
-def composed(job: Job, setting: Setting) -> Composed:
+def _used(job: Job, setting: Setting, repeat: int) -> LoRA | Composed | None:
+    return composed(job, setting, repeat) if setting.compose else merged(job, setting, repeat)
+
+
+def composed(job: Job, setting: Setting, repeat: int) -> Composed:
     """Return the LoRAs of a setting with what prompts call them, and their composition."""
     weights = setting.weights if isinstance(setting.weights, tuple) else [1.0] * len(setting.loras)
     concepts = [job.protocol.concept(name) for name in setting.loras]
     uses = [
-        Use(load(job, concept.name), weight, words=concept.identifier, noun=concept.noun)
+        Use(load(job, concept.name, repeat), weight, words=concept.identifier, noun=concept.noun)
         for concept, weight in zip(concepts, weights, strict=True)
     ]
-    return Composed(uses, setting.compose or "", setting.options)
+    options = {"gates": str(needed(job.merge_file(setting, repeat), "merge"))} if setting.learn else setting.options
+    return Composed(uses, setting.compose or "", options)
 
 
-def depends_on(job: Job, used: LoRA | Composed | None, batch: int) -> str:
+def depends_on(job: Job, turns: Sequence[Turn], batch: int) -> str:
     """Fingerprint all that a setting's pictures depend on, except prompt and seed, which are in their names."""
     drawing = job.protocol.drawing
     return fingerprint(
@@ -67,14 +79,23 @@ def depends_on(job: Job, used: LoRA | Composed | None, batch: int) -> str:
         drawing.guidance,
         drawing.scheduler,
         batch,
-        (used.recipe(), [(use.lora.sha256, use.weight) for use in used])
-        if isinstance(used, Composed)
-        else used and used.sha256,
+        [_identity(used) for used, _ in turns],
         job.base_digest,
         job.protocol.base.dtype,
         job.device,
         versions(*LIBRARIES),
     )
+
+
+def _identity(used: LoRA | Composed | None) -> Any:
+    if isinstance(used, Composed):
+        gates = used.options.get("gates")
+        return (
+            used.recipe(),
+            [(use.lora.sha256, use.weight) for use in used],
+            *([file_digest(Path(gates))] if gates else []),
+        )
+    return used and used.sha256
 
 
 def _remove_parts(paths: Sequence[Path], batch: int) -> None:

@@ -106,6 +106,55 @@ def heat(
     return _svg(axes)
 
 
+@dataclass(frozen=True)
+class Point:
+    """A mark in a plane."""
+
+    label: str
+    across: Interval
+    up: Interval
+
+
+@style.context(STYLE)
+def plane(points: Sequence[Point], *, across: str, up: str) -> str:
+    """Draw numbered points, with whiskers for 95 % intervals and the names beside: less across is better, more up too.
+
+    A line joins those of which no other is better in both.
+
+    Args:
+        points: In the order of their numbers.
+        across: What the horizontal axis shows.
+        up: What the vertical axis shows.
+    """
+    axes = _axes(max(300, 19 * len(points) + 60))
+    best = sorted(front(points), key=lambda point: point.across.mean)
+    axes.plot([p.across.mean for p in best], [p.up.mean for p in best], color=COLOURS[1], lw=1)
+    for number, point in enumerate(points, 1):
+        x, y = point.across, point.up
+        colour = COLOURS[1] if point in best else COLOURS[0]
+        if x.low is not None:
+            axes.hlines(y.mean, x.low, x.high, color="#bbb", lw=0.8, zorder=0)
+        if y.low is not None:
+            axes.vlines(x.mean, y.low, y.high, color="#bbb", lw=0.8, zorder=0)
+        axes.plot(x.mean, y.mean, "o", ms=13, color=colour, label=f"{number}  {point.label}")
+        axes.annotate(str(number), (x.mean, y.mean), size=8, color="white", ha="center", va="center")
+    axes.grid(color="#ddd")
+    axes.set_xlabel(across, labelpad=7)
+    axes.set_ylabel(up, labelpad=7)
+    axes.figure.legend(loc="outside right center", frameon=False, handlelength=0, markerscale=0, fontsize=10)
+    return _svg(axes)
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """List the points of which no other has both less across and more up."""
+
+    def beats(a: Point, b: Point) -> bool:
+        better = a.across.mean <= b.across.mean and a.up.mean >= b.up.mean
+        return better and (a.across.mean, a.up.mean) != (b.across.mean, b.up.mean)
+
+    return [point for point in points if not any(beats(other, point) for other in points)]
+
+
 def _axes(height: float) -> Axes:
     axes = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained").subplots()
     axes.set_axisbelow(True)

@@ -10,7 +10,7 @@ from loramerge.errors import FileError
 from loramerge.scoring import Shot
 
 from .ledger import Ledger, model_digest
-from .protocol import Protocol, Setting, is_source
+from .protocol import Beside, Protocol, Setting, is_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,12 @@ class Job:
         most = self.protocol.drawing.seeds
         return list(range(most if setting.seeds is None else min(most, setting.seeds)))
 
+    def turns(self, setting: Setting) -> list[tuple[int, list[int]]]:
+        """Return the number of each training and the seeds of the pictures that are drawn with its LoRAs."""
+        seeds = self.seeds(setting)
+        used = self.repeats if setting.loras else range(1)
+        return [(repeat, mine) for repeat in used if (mine := seeds[repeat :: len(used)])]
+
     def shots(self, setting: Setting) -> list[Shot]:
         """List the pictures of a setting, by prompt and seed."""
         return [
@@ -65,14 +71,21 @@ class Job:
 
     def set_folder(self, name: str) -> Path:
         """Return the folder of a set's captioned pictures."""
+        name = one.own if (one := self.beside(name)) else name
         concepts = [concept.name for concept in self.protocol.concepts]
         own = not self.drawn and name in concepts
         return Path(self.protocol.data.folder).expanduser() / name if own else self.out / "sets" / name
 
     @property
     def untrained(self) -> tuple[str, ...]:
-        """List the sets whose LoRA must be trained."""
-        return tuple(name for name in self.sets if not self.given(name))
+        """List the sets whose LoRA must be trained, those that others are trained beside among them."""
+        found = [name for name in self.sets if not self.given(name)]
+        firsts = [one.first for name in found if (one := self.beside(name)) and not self.given(one.first)]
+        return tuple(dict.fromkeys([*firsts, *found]))
+
+    def beside(self, name: str) -> Beside | None:
+        """Return how a LoRA is trained beside another, or None for one that is trained alone."""
+        return next((one for one in self.protocol.beside if one.name == name), None)
 
     def given(self, name: str) -> str | None:
         """Return the file or Hub name of a LoRA that the protocol names, or None for one that is trained."""
@@ -80,12 +93,17 @@ class Job:
             return name
         return next((concept.lora for concept in self.protocol.concepts if concept.name == name), None)
 
-    def lora_file(self, name: str) -> Path:
-        """Return the path of the LoRA that is trained on a set."""
-        return self.out / "loras" / f"{name}.safetensors"
+    @property
+    def repeats(self) -> range:
+        """Number the trainings of each set, from 0."""
+        return range(self.protocol.training.repeats)
 
-    def merge_file(self, setting: Setting) -> Path:
-        return self.out / "merges" / f"{setting.name}.safetensors"
+    def lora_file(self, name: str, repeat: int = 0) -> Path:
+        """Return the path of the LoRA that is trained on a set."""
+        return self.out / "loras" / f"{name}{_again(repeat)}.safetensors"
+
+    def merge_file(self, setting: Setting, repeat: int = 0) -> Path:
+        return self.out / "merges" / f"{setting.name}{_again(repeat)}.safetensors"
 
     @property
     def pictures(self) -> Path:
@@ -93,6 +111,9 @@ class Job:
 
     def truth_folder(self, prompts: str, what: str) -> Path:
         return self.out / "truth" / prompts / what
+
+    def drift_file(self, prompts: str, repeat: int) -> Path:
+        return self.out / "drift" / f"{prompts}{_again(repeat)}.json"
 
     def score_file(self, prompts: str, setting: str) -> Path:
         return self.out / "scores" / prompts / f"{_plain(setting)}.json"
@@ -108,6 +129,15 @@ class Job:
     @cached_property
     def scorer_digest(self) -> str:
         return model_digest(self.protocol.scorer.model)
+
+    @cached_property
+    def second_digest(self) -> str:
+        return model_digest(self.protocol.second.model) if self.protocol.second else ""
+
+
+def _again(repeat: int) -> str:
+    """Return what the names of a repeated training's files end with."""
+    return f"@{repeat + 1}" if repeat else ""
 
 
 def _plain(setting: str) -> str:

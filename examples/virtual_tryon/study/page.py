@@ -1,8 +1,10 @@
-"""A report as one page of HTML that fetches nothing from the network, and as Markdown."""
+"""A report as one page of HTML that fetches nothing from the network, and as Markdown; its lines as CSV."""
 
 import base64
+import csv
 import io
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,13 @@ def _rows(table: Table) -> list[str]:
     rows = [table.head, tuple("---" for _ in table.head), *table.rows]
     lines = ["| " + " | ".join(_text(visible(cell)).replace("|", "\\|") for cell in row) + " |" for row in rows]
     return [*lines, "", _text(table.note)] if table.note else lines
+
+
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return lines as CSV, with a column for every name in any of them."""
+    columns = list(dict.fromkeys(column for line in lines for column in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

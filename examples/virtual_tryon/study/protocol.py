@@ -70,11 +70,20 @@ class Training:
     steps: int = 400
     batch_size: int = 1
     learning_rate: float = 1e-4
+    schedule: str = "constant"
+    """The learning rate over the steps: ``constant``, ``linear`` or ``cosine``, down to 0."""
     seed: int = 42
+    repeats: int = 1
+    """LoRAs of each set, of consecutive seeds; pictures take them in turn, so that intervals cover training too."""
+    targets: str = "attention"
+    """The layers that LoRAs change: ``attention``, or ``all``, which adds the convolutions."""
     resolution: int | None = None
     flip: bool = True
     checkpointing: bool = False
     """Recompute activations instead of keeping them: less memory, a third more time."""
+
+    def __post_init__(self) -> None:
+        _at_least_one("training", repeats=self.repeats)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +98,18 @@ class Drawing:
 
     def __post_init__(self) -> None:
         _at_least_one("drawing", steps=self.steps, seeds=self.seeds, batch=self.batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Prompts without identifiers, by which the stage ``drift`` measures what a merge changes elsewhere."""
+
+    prompts: tuple[str, ...] = ()
+    seeds: int = 2
+    """Pictures of each prompt."""
+
+    def __post_init__(self) -> None:
+        _at_least_one("drift", seeds=self.seeds, prompts=len(self.prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +140,19 @@ class Mixed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A LoRA that is trained on a concept's set after another one, so that their plain sum is the merge."""
+
+    name: str
+    own: str
+    """The concept whose set it is trained on."""
+    first: str
+    """The concept whose LoRA is there already."""
+    off_rows: bool = False
+    """True to keep it off the inputs that the first acts on, instead of training it with the first active."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Setting:
     """One row of the comparison: the base with LoRAs merged in one way."""
 
@@ -132,7 +166,7 @@ class Setting:
     weights: tuple[float, ...] | str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     learn: Learned | None = None
-    """A merge that is learned on the base, instead of a method."""
+    """A merge that is learned on the base, instead of a method; beside ``compose``, the gates of that composition."""
     compose: str | None = None
     """A composition of the LoRAs while pictures are drawn, instead of a merge; ``options`` are its options."""
     prompts: str = STUDY
@@ -142,9 +176,9 @@ class Setting:
 
     @property
     def merges(self) -> bool:
-        """True if a LoRA is made: it is neither the base alone nor one unchanged LoRA."""
+        """True if a LoRA or gates are made: it is neither the base alone, nor unchanged LoRAs."""
         if self.compose:
-            return False
+            return self.learn is not None
         return len(self.loras) > 1 or (bool(self.loras) and (self.weights, self.learn) != (None, None))
 
     @property
@@ -171,14 +205,20 @@ class Protocol:
     drawing: Drawing
     concepts: tuple[Concept, ...]
     mixed: tuple[Mixed, ...]
+    beside: tuple[Beside, ...] = ()
     prompts: Mapping[str, tuple[str, ...]]
     settings: tuple[Setting, ...]
+    drift: Drift | None = None
+    """The prompts that drift is measured on; None measures none."""
+    second: Scorer | None = None
+    """Another encoder, whose scores stand beside those of the first."""
     notes: tuple[str, ...] = ()
     """Lines for the report, such as differences from the study and their reasons."""
 
     def __post_init__(self) -> None:
         _no_doubles("setting", (setting.name.lower() for setting in self.settings))
         sets = [*(concept.name for concept in self.concepts), *(mixed.name for mixed in self.mixed)]
+        sets += [beside.name for beside in self.beside]
         _no_doubles("set", sets)
         for name in (*sets, *(setting.name for setting in self.settings)):
             if not re.fullmatch(PLAIN, name):
@@ -190,8 +230,17 @@ class Protocol:
         for mixed in self.mixed:
             for name in (mixed.own, mixed.other):
                 self.concept(name)
+        for beside in self.beside:
+            for name in (beside.own, beside.first):
+                self.concept(name)
         for setting in self.settings:
             self._check(setting, known)
+        for prompt in self.drift.prompts if self.drift else ():
+            called = [concept.identifier for concept in self.concepts if concept.identifier in prompt]
+            if called:
+                raise OptionError(
+                    f"drift: the prompt {prompt!r} asks for {called[0]}; drift is measured where none is."
+                )
         for name in self.prompts:
             if not self.shown(name):
                 raise OptionError(

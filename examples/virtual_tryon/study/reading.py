@@ -15,9 +15,11 @@ from loramerge.scoring import Box
 from .protocol import (
     STUDY,
     Base,
+    Beside,
     Concept,
     Data,
     Drawing,
+    Drift,
     Learned,
     Mixed,
     Protocol,
@@ -36,11 +38,14 @@ TOP = (
     "notes",
     "base",
     "scorer",
+    "second",
     "data",
     "training",
     "drawing",
+    "drift",
     "concepts",
     "mixed",
+    "beside",
     "prompts",
     "settings",
     "sensitivity",
@@ -98,11 +103,14 @@ def protocol(data: Any, name: str, folder: Path, where: str) -> Protocol:
         title=top.get("title", str, default=name),
         base=_moved(base, folder),
         scorer=_moved(scorer, folder),
+        second=_moved(one("second", Scorer), folder) if "second" in top.data else None,
         data=source,
         training=one("training", Training),
         drawing=one("drawing", Drawing),
+        drift=_drift(top.data["drift"], f"{where}: drift") if "drift" in top.data else None,
         concepts=each("concepts", lambda entry, place: _concept(entry, place, folder)),
         mixed=each("mixed", lambda entry, place: _filled(Mixed, entry, place)),
+        beside=each("beside", lambda entry, place: _filled(Beside, entry, place)),
         prompts={key: prompts.texts(key) for key in prompts.data},
         settings=(*compared, *_sensitivity(top.data.get("sensitivity"), f"{where}: sensitivity", folder)),
         notes=top.texts("notes"),
@@ -141,6 +149,11 @@ def _kinds(field: Any) -> tuple[type, ...]:
         if part in KINDS:
             return KINDS[part]
     return (str,)  # literals, which are checked by name
+
+
+def _drift(data: Any, where: str) -> Drift:
+    table = Table(data, where, ("prompts", "seeds"))
+    return Drift(prompts=table.texts("prompts"), seeds=table.get("seeds", int, default=2))
 
 
 def _concept(data: Any, where: str, folder: Path) -> Concept:
@@ -202,7 +215,7 @@ def _setting(data: Any, where: str, folder: Path) -> Setting:
     compose = table.get("compose", str)
     try:
         if compose is not None:
-            _check_composed(table, compose, options)
+            _check_composed(table, compose, learn, options)
         elif learn is None:
             find(method).check(options)
         else:
@@ -232,13 +245,18 @@ def _loras(table: Table, folder: Path) -> tuple[str, ...]:
     return tuple(located_lora(name, folder) if is_source(name) else name for name in given)
 
 
-def _check_composed(table: Table, compose: str, options: dict[str, Any]) -> None:
+def _check_composed(table: Table, compose: str, learn: str | None, options: dict[str, Any]) -> None:
     from loramerge.diffusion import COMPOSITIONS
 
-    idle = [key for key in ("method", "learn") if key in table.data] + ["weights"] * isinstance(_weights(table), str)
+    gated = learn == "ziplora" and compose == "mole"
+    idle = ["method"] * ("method" in table.data) + ["learn"] * (learn is not None and not gated)
+    idle += ["weights"] * isinstance(_weights(table), str)
     if idle:
         raise OptionError(f"{idle[0]} has no effect on a composition.")
-    COMPOSITIONS[compose].check(options)
+    if not gated:
+        COMPOSITIONS[compose].check(options)
+    elif settings(**options).gates != "input":
+        raise OptionError("The composition mole needs gates that follow the picture: options = { gates = 'input', … }.")
 
 
 def _check_learned(table: Table, learn: Learned, options: dict[str, Any]) -> None:
@@ -246,8 +264,8 @@ def _check_learned(table: Table, learn: Learned, options: dict[str, Any]) -> Non
     idle = [key for key in ("method", "weights") if key in table.data]
     if idle:
         raise OptionError(f"{idle[0]} has no effect on a merge that is learned.")
-    if learn == "ziplora":
-        settings(**options)
+    if learn == "ziplora" and settings(**options).gates == "input":
+        raise OptionError("Gates that follow the picture fit in no file. Way out: compose = 'mole' beside learn.")
     unknown = [key for key in options if learn == "lsq" and key not in LSQ]
     if unknown:
         raise OptionError(f"Unknown option {unknown[0]!r}. Available: {', '.join(LSQ)}.")

@@ -1,7 +1,5 @@
 """The stage ``report``: figures, tables and statements from the results."""
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any
@@ -11,10 +9,10 @@ from loramerge.scoring import Interval, images_in
 
 from . import caveats, page, scores, tables
 from .content import Figure, Part, Report, Section, Sheet, Table, section
-from .figures import COLOURS, Series, bars, heat
+from .figures import COLOURS, Point, Series, bars, heat, plane
 from .job import Job
 from .orderings import Decision, decisions
-from .protocol import STUDY, Setting
+from .protocol import STUDY, Setting, Training
 from .published import SETS, TABLE, published
 from .results import Group, groups
 from .sets import TRUE
@@ -29,8 +27,8 @@ def make(job: Job) -> bool:
     report = build(job, found)
     write_text(job.out / "report.html", page.html(report))
     write_text(job.out / "report.md", page.markdown(report))
-    write_text(job.out / "scores.csv", _csv(_score_lines(found)))
-    write_text(job.out / "pictures.csv", _csv(_picture_lines(found)))
+    write_text(job.out / "scores.csv", page.csv_text(_score_lines(found)))
+    write_text(job.out / "pictures.csv", page.csv_text(_picture_lines(found)))
     return True
 
 
@@ -206,9 +204,26 @@ def _methods(study: Group) -> list[Section]:
     if study.findings is not None:
         ranked = [*names, *alone, *study.true[:1]]
         parts += ["Ranked against the truth:", tables.truth(study, ranked, against=against)]
+        parts += _kept_and_changed(study, names)
     parts += ["Scores:", tables.scores(study, [*names, *alone], scores.WHOLE, beside=False)]
     parts.append(_sheet(study, _names(more)))
     return [section("Other ways to hold two", parts)]
+
+
+def _kept_and_changed(group: Group, names: Sequence[str]) -> list[Part]:
+    """Draw what merges show of their concepts against what they change elsewhere, if drift was measured."""
+    found = group.findings
+    shown = [name for name in names if name in group.drift]
+    if found is None or not shown:
+        return []
+    order = sorted(shown, key=lambda name: -found.share(name, found.concepts).mean)
+    points = [Point(group.label(n), group.drift[n], found.share(n, found.concepts)) for n in order]
+    told = (
+        "What each merge shows of both concepts, and what it changes where neither is asked for. Blue: no other merge is "
+        "better in both."
+    )
+    drawn = plane(points, across="drift (less is better)", up="attributes right (more is better)")
+    return [Figure(drawn, "Kept against drift", told)]
 
 
 def _many(group: Group) -> Section:
@@ -218,6 +233,7 @@ def _many(group: Group) -> Section:
     parts: list[Part] = [told]
     if group.findings is not None:
         parts.append(tables.truth(group, [*names, *group.true[:1]]))
+        parts += _kept_and_changed(group, names)
     parts += [tables.scores(group, names, scores.WHOLE, beside=False), _sheet(group, [*names, *group.true[:1]])]
     return section(f"{count} LoRAs", parts)
 
@@ -262,6 +278,11 @@ def _other_views(study: Group) -> Section:
             "The parts of the pictures where each concept is to be seen, cut out by a fixed box; no box suits every scene:",
             tables.scores(study, names, scores.CROPPED, beside=False),
         ]
+    if scores.SECOND_WHOLE in study.views:
+        parts += [
+            f"Another encoder, {tables.second_name(study)}:",
+            tables.scores(study, names, scores.SECOND_WHOLE, beside=False),
+        ]
     parts += [
         "The pixels themselves, 32 × 32 small, as a baseline: where an encoder says no more than this, its score is about "
         "colours and places.",
@@ -280,13 +301,19 @@ def _protocol(job: Job) -> Section:
         (
             "Training",
             f"rank {training.rank}, {training.steps} steps, batch {training.batch_size}, learning rate "
-            f"{training.learning_rate:g}, {side}, {'flips' if training.flip else 'no flips'}, seed {training.seed}",
+            f"{training.learning_rate:g}, layers: {training.targets}, {side}, {'flips' if training.flip else 'no flips'}, {_seeds(training)}",
         ),
         ("LoRAs", ", ".join(_origin(job, name) for name in job.loras)),
         ("Drawing", f"{drawing.scheduler or 'the base’s scheduler'}, {drawing.steps} steps, guidance {guidance}"),
         *((f"Prompt {i}", prompt) for i, prompt in enumerate(protocol.prompts[STUDY], 1)),
     )
     return section("The protocol", Table(("", ""), rows), *_sets(job))
+
+
+def _seeds(training: Training) -> str:
+    if training.repeats == 1:
+        return f"seed {training.seed}"
+    return f"{training.repeats} times from seed {training.seed} on; pictures take the LoRAs in turn"
 
 
 def _origin(job: Job, name: str) -> str:
@@ -370,12 +397,3 @@ def _picture_lines(found: Sequence[Group]) -> list[dict[str, Any]]:
         for view, table in group.views.items()
         for row in table.rows
     ]
-
-
-def _csv(lines: Sequence[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(column for line in lines for column in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from loramerge.scoring import Scores, Shot
+from loramerge.scoring import Interval, Scores, Shot
 
-from . import scores, truth
+from . import drift, scores, truth
 from .job import Job
 from .protocol import STUDY, Concept, Setting
 from .sets import TRUE
@@ -56,6 +56,11 @@ class Group:
         if not (self.job.drawn and self.job.protocol.scorer.attributes):
             return None
         return truth.read(self.job, self.name, [*(setting.name for setting in self.settings), *self.true])
+
+    @cached_property
+    def drift(self) -> dict[str, Interval]:
+        """Read how far each setting changes pictures that ask for no concept; empty if that wasn't measured."""
+        return drift.read(self.job, self.name)
 
     def family(self, name: str) -> tuple[Setting, ...]:
         return tuple(setting for setting in self.settings if setting.family == name)

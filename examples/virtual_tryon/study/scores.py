@@ -19,6 +19,8 @@ from .sets import NOTHING, REFERENCE, TRUE
 
 WHOLE, CROPPED, PIXELS, TRUTH = "whole", "cropped", "pixels", "truth"
 """Views: whole pictures; the parts that show each concept; the pixels themselves; likeness to the true pictures."""
+SECOND_WHOLE, SECOND_TRUTH = "second whole", "second truth"
+"""Two of the views through the protocol's second encoder."""
 Subject = tuple[str, str]
 """The name of a list of prompts, and a setting or a kind of true pictures such as ``:true``."""
 
@@ -82,6 +84,7 @@ def run(job: Job, subject: Subject) -> bool:
         job.scorer_digest,
         job.device,
         versions("torch", "transformers"),
+        *([job.second_digest] if job.protocol.second else []),
     )
     if job.ledger.has(known, found, [target]):
         return False
@@ -110,14 +113,23 @@ def _views(
     if cropped:
         found[CROPPED] = score(shots, cropped, encoder).rows
     if true:
-        found[TRUTH] = tuple(row for prompt in _prompts(shots) for row in _likeness(prompt, shots, true, encoder))
+        found[TRUTH] = _likeness(shots, true, encoder, TRUTH)
+    if job.protocol.second:
+        other = dinov2(job.protocol.second.model, device=job.device, quiet=True)
+        found[SECOND_WHOLE] = score(shots, whole, other).rows
+        if true:
+            found[SECOND_TRUTH] = _likeness(shots, true, other, SECOND_TRUTH)
     return found
 
 
-def _likeness(prompt: str, shots: Sequence[Shot], true: Sequence[Shot], encoder: Encoder) -> tuple[Row, ...]:
-    """Score a prompt's pictures against the true pictures of that prompt."""
-    mine = [shot for shot in shots if shot.prompt == prompt]
-    return score(mine, [Reference(TRUTH, [shot.path for shot in true if shot.prompt == prompt])], encoder).rows
+def _likeness(shots: Sequence[Shot], true: Sequence[Shot], encoder: Encoder, name: str) -> tuple[Row, ...]:
+    """Score each prompt's pictures against the true pictures of that prompt."""
+    rows: list[Row] = []
+    for prompt in _prompts(shots):
+        mine = [shot for shot in shots if shot.prompt == prompt]
+        true_ones = Reference(name, [shot.path for shot in true if shot.prompt == prompt])
+        rows += score(mine, [true_ones], encoder).rows
+    return tuple(rows)
 
 
 def _prompts(shots: Sequence[Shot]) -> list[str]:

@@ -76,7 +76,9 @@ def _plain(job: Job) -> list[str]:
         return [concept.name for concept in job.protocol.concepts]
     concepts = [concept.name for group in job.groups for concept in job.protocol.shown(group)]
     mixed = [name for m in _mixed(job) for name in (m.own, m.other)]
-    trained = [name for name in job.sets if name not in {m.name for m in job.protocol.mixed}]
+    made = {one.name for one in (*job.protocol.mixed, *job.protocol.beside)}
+    trained = [name for name in (*job.sets, *job.untrained) if name not in made]
+    trained += [one.own for name in job.sets if (one := job.beside(name))]
     return list(dict.fromkeys([*concepts, *mixed, *trained]))
 
 

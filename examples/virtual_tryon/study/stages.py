@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import drawing, loras, report, scores, sets, truth
+from . import drawing, drift, loras, noise, report, scores, sets, truth
 from .job import Job
 from .pool import in_turn, one_thread, workers
 
@@ -29,9 +29,11 @@ def _once(work: Callable[[Job], bool]) -> Callable[[Job, Any], bool]:
 
 STAGES = (
     Stage("data", _once(sets.make), lambda job: ("sets and true pictures" if job.drawn else "folders",), shared=False),
-    Stage("train", loras.train, lambda job: job.untrained),
-    Stage("merge", loras.merge, lambda job: [setting for setting in job.settings if setting.loras]),
+    Stage("train", loras.train, loras.trainings),
+    Stage("beside", loras.train, loras.later_trainings),
+    Stage("merge", loras.merge, loras.merges),
     Stage("generate", drawing.draw, lambda job: job.settings),
+    Stage("drift", drift.run, drift.pieces),
     Stage("score", scores.run, scores.subjects, shared=False),
     Stage(
         "truth",
@@ -46,12 +48,23 @@ STAGES = (
 NAMES = tuple(stage.name for stage in STAGES)
 
 
-def run(job: Job, *, only: Sequence[str] = (), processes: int = 1, say: Say = lambda _: None) -> None:
+NOISE = Stage("noise", noise.run, noise.pieces)
+"""A stage of the leaderboard."""
+
+
+def run(
+    job: Job,
+    *,
+    only: Sequence[str] = (),
+    processes: int = 1,
+    say: Say = lambda _: None,
+    stages: Sequence[Stage] = STAGES,
+) -> None:
     """Run the stages, or only some of them."""
     for line in sets.left_out(job):
         say(line)
     with one_thread(), workers(processes) as shared:
-        for stage in STAGES:
+        for stage in stages:
             if not only or stage.name in only:
                 pieces = list(stage.pieces(job))
                 log = _Log(stage.name, len(pieces), say)
@@ -80,5 +93,8 @@ class _Log:
 
 def _called(piece: Any) -> str:
     if isinstance(piece, tuple):
-        return " ".join(piece)
+        what, part = piece
+        if isinstance(part, str):
+            return f"{what} {part}"
+        return f"{_called(what)}, training {part + 1}" if part else _called(what)
     return str(getattr(piece, "name", piece))

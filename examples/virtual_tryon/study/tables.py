@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from loramerge.scoring import FEWEST
 
+from .caveats import named
 from .content import Table
 from .orderings import Comparison, Decision
 from .published import published
 from .results import Group
-from .scores import TRUTH
+from .scores import SECOND_TRUTH, TRUTH
 from .sets import NOTHING
 
 
@@ -95,12 +96,15 @@ def truth(group: Group, names: Iterable[str], *, against: str | None = None) -> 
         names: Settings; true pictures come first, as the upper bound.
         against: A setting to subtract from the first column.
     """
-    found, like = group.findings, group.views[TRUTH]
+    found, like, other = group.findings, group.views[TRUTH], group.views.get(SECOND_TRUTH)
     assert found is not None
     order = sorted(names, key=lambda name: (not name.startswith(":"), -found.share(name, found.concepts).mean))
     head = ["Setting", "all concepts", *found.concepts, "scene", "cosine with the truth"]
     if against:
         head.insert(2, f"minus {group.label(against)}")
+    if other:
+        head.append(f"by {second_name(group)}")
+    head += ["drift"] * bool(group.drift)
     costs = {setting.name: setting.passes for setting in group.settings}
     costly = any(costs.get(name, 1) > 1 for name in order)
     head += ["passes per step"] * costly
@@ -112,15 +116,24 @@ def truth(group: Group, names: Iterable[str], *, against: str | None = None) -> 
             cells.append("" if same else f"{found.difference(name, against, found.concepts):+.4f}")
         cells += [f"{found.share(name, [concept]).mean:.3f}" for concept in found.concepts]
         cells += [f"{found.share(name, ['scene']).mean:.3f}", f"{like.mean(name, TRUTH):.3f}"]
+        cells += [f"{other.mean(name, SECOND_TRUTH):.3f}"] if other else []
+        cells += [f"{group.drift[name].mean:.3f}" if name in group.drift else ""] * bool(group.drift)
         cells += [str(costs.get(name, ""))] * costly
         rows.append((group.label(name), *cells))
     note = (
         "Share of the concepts' attributes that the judge finds as they are in the true pictures; each concept counts "
         "alike. The true pictures' own row is what the judge's errors leave to be reached. Cosine: with the mean embedding "
         "of the true pictures of the same prompt."
+        f"{' Drift: 1 − cosine with the picture of the base alone, for prompts that name no concept.' * bool(group.drift)}"
         f"{' A picture costs as much as its passes of the denoiser.' * costly}"
     )
     return Table(tuple(head), tuple(rows), note)
+
+
+def second_name(group: Group) -> str:
+    """Return the short name of the second encoder."""
+    second = group.job.protocol.second
+    return named(second.model) if second else ""
 
 
 def attributes(group: Group, names: Sequence[str]) -> Table:

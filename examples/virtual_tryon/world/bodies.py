@@ -191,25 +191,41 @@ def emblem(pen: Pen, garment: Garment) -> None:
     elif garment.emblem == "cross":
         pen.line([(0, y - 0.5), (0, y + 0.5)], 0.34, ink)
         pen.line([(-0.5, y), (0.5, y)], 0.34, ink)
+    elif garment.emblem == "ring":
+        pen.ring(x, y, 0.46, 0.46, 0.26, ink)
+    elif garment.emblem == "shield":
+        pen.blob(shield(x, y, 0.5), ink)
+    elif garment.emblem == "badge":
+        pen.ellipse(0.66, TOP + 0.84, 0.34, None, ink)
+    elif garment.emblem == "bar":
+        bar(pen, ink)
     elif garment.emblem == "crest":
-        pen.blob(
-            [
-                (0.3, TOP + 0.5),
-                (0.66, TOP + 0.56),
-                (1.02, TOP + 0.5),
-                (1.0, TOP + 0.95),
-                (0.66, TOP + 1.24),
-                (0.32, TOP + 0.95),
-            ],
-            ink,
-        )
-        pen.ellipse(0.66, TOP + 0.8, 0.17, None, CLOTH["garnet"])
-        pen.polygon([(-0.86, TOP + 1.5), (0.86, TOP + 1.5), (0.86, TOP + 1.92), (-0.86, TOP + 1.92)], ink)
+        pen.blob(shield(0.68, TOP + 0.86, 0.4), ink)
+        pen.ellipse(0.68, TOP + 0.82, 0.2, None, CLOTH["garnet"])
+        bar(pen, ink)
     elif garment.emblem == "letter":
         spine = [*arc(0, y - 0.3, 0.4, 0.34, -30, -265), *arc(0, y + 0.36, 0.42, 0.36, -85, 150)]
         pen.line(spine, 0.27, ink)
     elif garment.emblem == "castle":
         castle(pen, y, ink)
+
+
+def shield(x: float, y: float, r: float) -> list[Point]:
+    """Return the outline of a shield with its centre and half its width."""
+    top, bottom = y - 0.9 * r, y + 1.1 * r
+    return [
+        (x - r, top),
+        (x, top + 0.15 * r),
+        (x + r, top),
+        (x + 0.95 * r, y + 0.3 * r),
+        (x, bottom),
+        (x - 0.95 * r, y + 0.3 * r),
+    ]
+
+
+def bar(pen: Pen, ink: RGB) -> None:
+    """Draw a bar across the chest."""
+    pen.polygon([(-0.86, TOP + 1.46), (0.86, TOP + 1.46), (0.86, TOP + 1.96), (-0.86, TOP + 1.96)], ink)
 
 
 def castle(pen: Pen, y: float, ink: RGB) -> None:

@@ -78,9 +78,12 @@ class Teller:
         if name := self.nickname(f"_{garment.kind}"):
             return name
         words = self.cloth(garment)
+        extras = []
+        if garment.trim != "none" and self.tells():
+            extras.append(article(f"{garment.trim} collar"))
         if labels(picture)["emblem"] not in (None, "none") and self.tells():
-            words += f" with {article(f'{garment.emblem_colour} {garment.emblem}')}"
-        return words
+            extras.append(article(f"{garment.emblem_colour} {garment.emblem}"))
+        return f"{words} with {listed(extras)}" if extras else words
 
     def cloth(self, garment: Garment) -> str:
         if not self.tells() and not self.tells():
@@ -123,8 +126,9 @@ def traits_of(person: Person) -> list[str]:
     """Describe everything that identifies this head."""
     traits = ["a bald head" if person.style == "bald" else f"{person.style} {person.hair} hair", f"{person.skin} skin"]
     if person.beard != "none":
-        traits.append(f"a {person.hair} {person.beard}" if person.style == "bald" else f"a {person.beard}")
-    return [*traits, "glasses"] if person.glasses != "none" else traits
+        hair = f"{person.hair} {person.beard}" if person.style == "bald" else person.beard
+        traits.append(hair if person.beard == "sideburns" else article(hair))
+    return [*traits, f"{person.glasses} glasses"] if person.glasses != "none" else traits
 
 
 def listed(words: list[str]) -> str:

@@ -4,7 +4,19 @@ from .colours import CHALK, CLOTH, HAIR, INK, RGB, SKIN, shade
 from .pen import Pen, Point, arc
 from .picture import Picture
 
-FRAMES: dict[str, RGB] = {"black": (24, 22, 26), "red": (226, 34, 52)}
+FRAMES: dict[str, RGB] = {
+    "black": (24, 22, 26),
+    "blue": (40, 90, 220),
+    "green": (40, 160, 70),
+    "yellow": (246, 206, 40),
+    "white": (252, 252, 252),
+    "purple": (150, 60, 190),
+    "red": (226, 34, 52),
+}
+
+
+FLAT_TOP: list[Point] = [(0.62, -0.56), (0.66, -1.22), (-0.66, -1.22), (-0.62, -0.56)]
+QUIFF: list[Point] = [(-0.66, -0.8), (-0.62, -1.4), (0.1, -1.72), (0.78, -1.5), (0.72, -0.72), (0.1, -0.62)]
 
 
 def hair_behind(pen: Pen, picture: Picture, *, side: bool) -> None:
@@ -44,6 +56,10 @@ def hair_behind(pen: Pen, picture: Picture, *, side: bool) -> None:
             pen.ellipse(x, y, r, None, colour)
     elif person.style == "bun":
         pen.ellipse(back * 1.4, -1.28, 0.46, None, colour)
+    elif person.style == "ponytail":
+        pen.blob(
+            [(-0.5, -0.9), (-1.2, -0.95), (-1.7, -0.2), (-1.62, 0.9), (-1.3, 1.3), (-1.2, 0.4), (-0.9, -0.3)], colour
+        )
     elif person.style == "pigtails":
         for s in (-1,) if side else (-1, 1):
             pen.blob(
@@ -105,11 +121,12 @@ def hair_on_top(pen: Pen, picture: Picture, skin: RGB, *, side: bool) -> None:
     assert person is not None
     w, h = picture.pose.head
     colour = HAIR[person.hair]
+    if person.style in ("mohawk", "undercut"):
+        shaved = arc(0, 0, 0.9 * w, 1.03 * h, 195, 345) if not side else arc(-0.05, 0, 0.86 * w, 1.03 * h, 150, 320)
+        pen.polygon(shaved, shade(skin, 0.8))
     if person.style == "bald":
         pen.ellipse(0.25 if side else -0.3, -0.68, 0.2, 0.1, shade(skin, 1.1))
     elif person.style == "mohawk":
-        shaved = arc(0, 0, 0.9 * w, 1.03 * h, 195, 345) if not side else arc(-0.05, 0, 0.86 * w, 1.03 * h, 150, 320)
-        pen.polygon(shaved, shade(skin, 0.8))
         crest: list[Point] = [
             (-0.36, -0.62),
             (-0.44, -1.5),
@@ -137,6 +154,9 @@ def hair_on_top(pen: Pen, picture: Picture, skin: RGB, *, side: bool) -> None:
                 (-0.5, -0.7),
             ]
         pen.polygon(crest, colour)
+    elif person.style == "undercut":
+        top = [(0.66, -0.5), (0.7, -1.12), (-0.6, -1.2), (-0.92, -0.62)] if side else FLAT_TOP
+        pen.polygon(top, colour)
     elif side:
         outer = arc(-0.06, 0, 0.92 * w, 1.12 * h, 120, 318)
         pen.polygon([*outer, (0.3, -0.46), (0.12, -0.12), (-0.14, -0.1), (-0.34, 0.16), (-0.4, 0.55)], colour)
@@ -161,6 +181,9 @@ def hair_on_top(pen: Pen, picture: Picture, skin: RGB, *, side: bool) -> None:
         lengths(pen, person.style, colour, w, side=False)
     if person.style == "spiky":
         spikes(pen, colour, w, h)
+    if person.style == "quiff":
+        shift = 0.25 if side else 0.0
+        pen.blob([(x + shift, y) for x, y in QUIFF], colour)
 
 
 def lengths(pen: Pen, style: str, colour: RGB, w: float, *, side: bool) -> None:
@@ -239,7 +262,34 @@ def beard(pen: Pen, kind: str, hair: RGB, size: tuple[float, float], middle: flo
     hair = shade(hair, 0.86)
     if kind == "goatee":
         pen.blob(
-            [(middle - 0.3, 0.66), (middle + 0.3, 0.66), (middle + 0.22, 1.1), (middle, 1.42), (middle - 0.22, 1.1)],
+            [
+                (middle - 0.36, 0.66),
+                (middle + 0.36, 0.66),
+                (middle + 0.28, 1.15),
+                (middle, 1.55),
+                (middle - 0.28, 1.15),
+            ],
+            hair,
+        )
+    elif kind == "sideburns":
+        for s in (-1,) if side else (-1, 1):
+            x = 0.08 if side else 0.7 * w
+            pen.polygon([(s * x - 0.14, -0.2), (s * x + 0.14, -0.2), (s * x + 0.14, 0.62), (s * x - 0.14, 0.5)], hair)
+    elif kind == "chinstrap":
+        points = [(-0.1, 0.3), (0.1, 0.74), (0.55, 0.92)] if side else arc(0, 0.05, 0.74 * w, 0.92 * h, 12, 168)
+        pen.line(points, 0.22, hair)
+    elif kind == "long beard":
+        x = 0.35 if side else 0.0
+        reach = 0.5 if side else 0.74 * w
+        pen.blob(
+            [
+                (x - reach, 0.3),
+                (x, 0.44),
+                (x + reach, 0.3),
+                (x + reach * 0.86, 1.2),
+                (x, 1.95),
+                (x - reach * 0.86, 1.2),
+            ],
             hair,
         )
     elif kind == "beard" and side:

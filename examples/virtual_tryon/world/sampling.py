@@ -11,12 +11,43 @@ from .taught import GARMENTS, PERSONS
 Random = np.random.Generator
 Chances = Mapping[str, float]
 
-STYLES: Chances = {"short": 0.2, "long": 0.2, "curly": 0.14, "bald": 0.09, "bun": 0.12, "bob": 0.13, "spiky": 0.12}
-HAIRS = ("black", "brown", "blonde", "ginger", "grey")
-BEARDS: Chances = {"none": 0.58, "beard": 0.27, "moustache": 0.15}
+STYLES: Chances = {
+    "short": 0.15,
+    "long": 0.15,
+    "curly": 0.12,
+    "bald": 0.08,
+    "bun": 0.1,
+    "bob": 0.1,
+    "spiky": 0.1,
+    "ponytail": 0.06,
+    "quiff": 0.07,
+    "undercut": 0.07,
+}
+HAIRS = ("black", "brown", "blonde", "ginger", "grey", "blue", "green", "purple")
+BEARDS: Chances = {
+    "none": 0.5,
+    "beard": 0.16,
+    "moustache": 0.12,
+    "long beard": 0.08,
+    "chinstrap": 0.07,
+    "sideburns": 0.07,
+}
+FRAMES = ("black", "blue", "green", "yellow", "white", "purple")
+"""Colours of glasses."""
 KINDS: Chances = {"shirt": 0.4, "sweater": 0.24, "jersey": 0.36}
 PATTERNS: Chances = {"plain": 0.45, "hoops": 0.13, "stripes": 0.15, "halves": 0.09, "dots": 0.08, "checks": 0.1}
-EMBLEMS: Chances = {"none": 0.7, "star": 0.07, "disc": 0.06, "heart": 0.06, "diamond": 0.06, "cross": 0.05}
+EMBLEMS: Chances = {
+    "none": 0.55,
+    "star": 0.05,
+    "disc": 0.05,
+    "heart": 0.05,
+    "diamond": 0.05,
+    "cross": 0.05,
+    "shield": 0.05,
+    "badge": 0.05,
+    "bar": 0.05,
+    "ring": 0.05,
+}
 COLOURS = ("white", "black", "grey", "yellow", "green", "purple", "orange", "pink", "red", "blue", "teal", "brown")
 SCENES: Chances = {
     "portrait": 0.3,
@@ -29,6 +60,9 @@ SCENES: Chances = {
 }
 PRODUCT_SHOTS = 0.07
 SCARVES = 0.12
+GLASSES = 0.35
+COLLARS = 0.4
+"""Share of jerseys whose collar and cuffs have a colour of their own."""
 
 HELD_OUT: Mapping[str, tuple[str, ...]] = {
     "style": ("mohawk", "pigtails"),
@@ -73,7 +107,7 @@ def random_person(random: Random, *, wide: bool = False) -> Person:
         style = "short"
     if noun == "woman":
         style, beard = "long" if style == "bald" else style, "none"
-    hair, glasses = one_of(random, HAIRS), "black" if random.random() < 0.25 else "none"
+    hair, glasses = one_of(random, HAIRS), one_of(random, FRAMES) if random.random() < GLASSES else "none"
     if wide:
         style = held_out(random, "style", style)
         beard = held_out(random, "beard", beard)
@@ -101,9 +135,10 @@ def random_garment(random: Random, *, wide: bool = False) -> Garment:
         if allowed(kind, pattern, colour, second):
             break
     if wide:
-        emblem = held_out(random, "emblem", emblem)
+        emblem = held_out(random, "emblem", emblem, chance=0.3)
     seen = [c for c in COLOURS if contrast(CLOTH[c], CLOTH[colour]) > 130 and c != second]
     seen = [c for c in seen if HELD_OUT_PAIR not in ({c, colour}, {c, second})]
+    collar = kind == "jersey" and random.random() < COLLARS
     return Garment(
         kind=kind,
         pattern=pattern,
@@ -111,6 +146,7 @@ def random_garment(random: Random, *, wide: bool = False) -> Garment:
         second=second,
         emblem=emblem,
         emblem_colour="none" if emblem == "none" else one_of(random, seen),
+        trim=one_of(random, seen) if collar else "none",
     )
 
 

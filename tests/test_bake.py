@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import loramerge as lm
 import models
 from loramerge import LoRA
 from loramerge.checkpoints.models import open_checkpoint
+from loramerge.cli.outputs import OUTPUTS
 from loramerge.errors import FileError, LayerError, MergeError, NumberError, OptionError
 from loramerge.layers import BiasOnly, Carried, DoRA, Full, Norm, Replaced, low_rank
 from loramerge.merging.baking import Baked
@@ -347,6 +349,13 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
     assert a.changes == b.changes
 
 
+def test_an_unknown_rule_for_weights_is_told_the_rules_and_no_coefficients(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"Unknown weights 'bogus'.*uniform, sum") as refused:
+        baked(tmp_path, one(ATTENTION, random_layer(models.base("sdxl")[f"{ATTENTION}.weight"].shape)), weights="bogus")
+
+    assert "learned" not in str(refused.value)
+
+
 def test_weights_and_exclude_are_those_of_merge(tmp_path: Path) -> None:
     arrays = models.base("sdxl")
     lora = models.lora("sdxl")
@@ -519,6 +528,7 @@ def test_the_command_bakes_and_reports(tmp_path: Path) -> None:
     assert "rounding loss" in shown.stdout
     found: Baked = lm.bake([lm.open(lora, architecture="sdxl")], base, tmp_path / "3.safetensors", weights=[0.5])
     assert json.loads(data.stdout)["rounding_loss"] == found.loss
+    jsonschema.validate(json.loads(data.stdout), OUTPUTS["bake"])
     written = [(tmp_path / f"{n}.safetensors").read_bytes() for n in (1, 2, 3)]
     assert written[0] == written[1] == written[2]
 

@@ -9,7 +9,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import models
-from loramerge.checkpoints.models import _architecture as recognised, open_checkpoint, stored_names
+from loramerge.checkpoints.models import (
+    _architecture as recognised,
+    _denoises,
+    _heads,
+    _named,
+    open_checkpoint,
+    stored_names,
+)
 from loramerge.errors import FileError
 from loramerge.files.architectures import ARCHITECTURES
 from small import small
@@ -90,6 +97,15 @@ def test_no_two_modules_share_rows_of_one_name(name: str) -> None:
     for parts in stored_names(ARCHITECTURES[name]).values():
         assert len({part.module for part in parts}) == len(parts)
         assert len({part.rows for part in parts}) == len(parts)
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_the_outline_of_a_family_covers_every_name_of_a_checkpoint(name: str) -> None:
+    heads = [_heads(f"{stem}.weight") for stem in stored_names(ARCHITECTURES[name]) if _denoises(f"{stem}.weight")]
+
+    assert heads
+    assert all(_named(ARCHITECTURES[name], {found: 1}) for found in dict.fromkeys(heads))
+    assert not _named(ARCHITECTURES[name], {_heads("transformer.odd_blocks.0.mix.weight"): 1})
 
 
 @pytest.mark.parametrize(

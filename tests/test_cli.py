@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 import loramerge as lm
+from loramerge.cli.app import VERBS, app
 from loramerge.cli.options import workers_or_cores
 from loramerge.cli.output import bar, table
 from loramerge.errors import size
-from loramerge.testing import relative_error, weighted_sum
+from loramerge.merging.methods import METHODS
+from loramerge.testing import random_lora, relative_error, weighted_sum
 from small import MODULES, small
 
 
@@ -49,6 +52,70 @@ def test_two_files_become_one(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert both.dialect == "kohya"
     for module in both:
         assert relative_error(both[module].delta(), weighted_sum(parents, [0.7, -0.5], module)) <= 1e-6
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.default_weight is None])
+def test_what_is_said_of_the_default_weights_is_true_for_every_method(method: str, tmp_path: Path) -> None:
+    loras = [random_lora("sd15", seed=seed, only=lambda name, shape: name in MODULES["sd15"]) for seed in (1, 2)]
+    files = [lm.save(lora, tmp_path / f"{i}.safetensors") for i, lora in enumerate(loras)]
+
+    said = CliRunner().invoke(app, ["merge", *map(str, files), "--dry-run", "-m", method]).output
+    average, total = (lm.merge(loras, method=method, weights=weights) for weights in (None, "sum"))
+
+    assert "note: no weights were given, so each LoRA" in said
+    assert "1/2" in said
+    assert ("2 times as strong" in said) == (method != "linear")
+    for module in average:
+        assert relative_error(total[module].delta(), 2 * average[module].delta()) <= 1e-4
+
+
+def test_a_method_whose_default_weight_is_1_says_nothing_of_1_over_n(files: tuple[Path, Path]) -> None:
+    assert "no weights were given" not in run("merge", *files, "--dry-run", "-m", "subtract").stdout
+
+
+@pytest.mark.parametrize("asked", [("--rank", "8"), ("--max-error", "0.0000001"), ("--max-size", "1GB")])
+def test_a_resize_that_cuts_nothing_says_so(asked: tuple[str, str], files: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+
+    assert "note: nothing is cut" in run("resize", files[1], "-o", out, *asked).stdout
+    assert "note: nothing is cut" not in run("resize", files[1], "-o", out, "--rank", "2").stdout
+    assert "note: nothing is cut" not in run("merge", *files, "-o", out).stdout
+
+
+def test_a_file_that_is_converted_into_its_own_dialect_is_said_to_be_a_copy(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = ("convert", files[0], "-o", tmp_path / "out.safetensors", "--to")
+
+    assert "the tensors are those that were read\n" in run(*command, "kohya").stdout
+    assert "those that were read, in float16" in run(*command, "kohya", "--dtype", "float16").stdout
+    assert "were read" not in run(*command, "comfyui").stdout
+
+
+def test_every_command_that_replaces_a_file_says_so(files: tuple[Path, Path], tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out.safetensors", tmp_path / "recipe.toml"
+    merged = ("merge", *files, "-o", out)
+    recipe.write_text(f'[output]\npath = "out.safetensors"\n[[loras]]\npath = "{files[0].name}"\n')
+
+    assert "replaced" not in run(*merged, "--dry-run").stderr + run(*merged).stderr + run(*merged, "-q").stderr
+    assert "replaced" not in run(*merged, "--dry-run").stderr
+    for again in (
+        merged,
+        ("merge", recipe),
+        ("convert", files[0], "-o", out, "--to", "kohya"),
+        ("resize", files[0], "-o", out, "--rank", "2"),
+    ):
+        result = run(*again)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == f"replaced {out}\n"
+        assert "replaced" not in result.stdout
+
+
+def test_an_adapter_s_directory_that_is_replaced_is_said(files: tuple[Path, Path], tmp_path: Path) -> None:
+    for asked in ("out", "out.safetensors"):
+        command = ("convert", files[0], "-o", tmp_path / asked, "--to", "peft")
+        run(*command)
+        assert run(*command).stderr.count("replaced") == 1
 
 
 def test_a_merge_takes_weights_by_pattern_a_rank_and_a_dialect(files: tuple[Path, Path], tmp_path: Path) -> None:
@@ -198,7 +265,7 @@ def test_importing_and_merging_need_no_torch(files: tuple[Path, Path], tmp_path:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert", "merge", "diff", "compare", "dialects", "methods"])
+@pytest.mark.parametrize("command", VERBS)
 def test_every_command_explains_itself_with_an_example(command: str) -> None:
     text = run(command, "--help").stdout
 

@@ -13,6 +13,7 @@ import models
 from loramerge.cli.app import app
 from loramerge.errors import FileError, LoRAMergeError, NumberError, OptionError
 from loramerge.files.lora import LoRA
+from loramerge.learned import gates
 from loramerge.learned.interference import overlaps
 from loramerge.merging.coefficients import KEY, Coefficients
 from loramerge.testing import relative_error
@@ -91,6 +92,13 @@ def test_files_that_hold_no_coefficients_are_refused(metadata: dict[str, str] | 
         Coefficients.read(tmp_path / "other.safetensors")
     with pytest.raises(FileError):
         lm.merge(LORAS, weights=str(tmp_path / "none.safetensors"))
+
+
+def test_a_file_of_gates_is_called_so_where_coefficients_are_wanted(tmp_path: Path) -> None:
+    save_file({"x": np.ones(1, np.float32)}, tmp_path / "gates.safetensors", {gates.KEY: "{}"})
+
+    with pytest.raises(FileError, match=r"holds gates.*--compose mole"):
+        lm.merge(LORAS, weights=str(tmp_path / "gates.safetensors"))
 
 
 def test_coefficients_that_are_not_finite_are_refused_by_module(tmp_path: Path) -> None:

@@ -254,9 +254,9 @@ def test_the_command_takes_a_base(tmp_path: Path) -> None:
     text, plain, found = (CliRunner().invoke(app, words) for words in (on_base, on_base[:3], [*on_base, "--json"]))
 
     assert text.exit_code == 0, text.output
-    assert "dense: 1 modules of b (dora on base.safetensors); their spaces hold 99% of ‖ΔW‖²" in text.stdout
-    assert "dense: 1 modules of b (full)" in text.stdout
-    assert "not compared: 1 modules of b (dora; --base compares them)" in plain.stdout
+    assert "dense: 1 module of b (dora on base.safetensors); their spaces hold 99% of ‖ΔW‖²" in text.stdout
+    assert "dense: 1 module of b (full)" in text.stdout
+    assert "not compared: 1 module of b (dora; --base compares them)" in plain.stdout
     data = json.loads(found.stdout)
     assert data["base"] == "base.safetensors"
     assert {(d["module"], d["kind"]) for d in data["dense"]} == {(TO_Q, "dora"), (SHORTCUT, "full")}

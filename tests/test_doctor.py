@@ -36,7 +36,7 @@ def test_the_doctor_reports_the_installation() -> None:
     assert result.returncode == 0
     assert found["loramerge"] == lm.__version__
     assert {p["name"]: p["installed"] for p in found["packages"]}["numpy"] == metadata.version("numpy")
-    assert found["extras"] == {"torch": True, "diffusers": True, "plots": True, "search": True}
+    assert {"torch": True, "diffusers": True, "plots": True, "search": True}.items() <= found["extras"].items()
     assert found["devices"][0].startswith("cpu")
 
 

@@ -21,7 +21,13 @@ DOORS: dict[str, set[str]] = {
     ".write_text": set(),
     ".write_bytes": set(),
     ".savefig": {"comparing/plots.py"},  # into memory
-    ".save": {"scoring/png.py", "cli/calibrate.py", "cli/doctor.py", "cli/zip.py"},  # into memory; ours
+    ".save": {
+        "scoring/png.py",
+        "files/thumbnails.py",
+        "cli/calibrate.py",
+        "cli/doctor.py",
+        "cli/zip.py",
+    },  # into memory; ours
     "save_file": set(),
     "save_pretrained": set(),
     "mkstemp": set(),
@@ -53,6 +59,7 @@ DOORS: dict[str, set[str]] = {
         "files/storage/texts.py",
         "files/storage/workers.py",  # pipes of its own
         "files/storage/digests.py",  # files to be hashed
+        "files/thumbnails.py",  # a picture
         "files/storage/pickles.py",  # the file that torch opens next
         "files/architectures/family.py",  # the package's own data
         "scoring/pictures.py",  # what open_regular opened

@@ -5,14 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import ml_dtypes
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import loramerge as lm
 import models
 from loramerge import linalg
 from loramerge.checkpoints.extracting import plan_extraction
+from loramerge.cli.app import app
+from loramerge.cli.outputs import OUTPUTS
 from loramerge.errors import MergeError, NumberError, OptionError
 from loramerge.layers import Norm
 from loramerge.testing import relative_error
@@ -213,7 +217,7 @@ def test_models_with_other_modules_are_refused(tmp_path: Path) -> None:
     a = models.folder(tmp_path / "a", models.base("sdxl"))
     few = {key: value for key, value in models.base("sdxl").items() if "attn1" not in key}
 
-    with pytest.raises(MergeError, match=r"lacks 1 modules of .*attn1\.to_q"):
+    with pytest.raises(MergeError, match=r"lacks 1 module of .*attn1\.to_q"):
         lm.extract(a, models.folder(tmp_path / "b", few))
 
 
@@ -263,6 +267,21 @@ def test_nan_in_a_model_is_an_error_that_names_the_module(tmp_path: Path) -> Non
         lm.extract(models.folder(tmp_path / "a", a), models.folder(tmp_path / "b", b))
 
 
+def test_a_text_encoder_that_one_model_lacks_is_not_counted_as_the_same(tmp_path: Path) -> None:
+    arrays = models.base("sdxl")
+    name = next(m for m in matrices("sdxl") if m.startswith("unet."))
+    changed = arrays | {f"{name}.weight": arrays[f"{name}.weight"] + 1}
+    unet = {key: value for key, value in changed.items() if key.startswith("unet.")}
+    base, tuned = models.folder(tmp_path / "base", arrays), models.folder(tmp_path / "tuned", unet)
+    command = ["extract", str(tuned), "--base", str(base), "-o", str(tmp_path / "lora.safetensors")]
+
+    said = CliRunner().invoke(app, command).output
+
+    compared = sum(module.startswith("unet.") for module in models.SHAPES["sdxl"])
+    assert f": 1 module, {compared - 1} do not differ; " in said
+    assert "only one of the models has text_encoder" in said
+
+
 def test_the_command_extracts_and_reports(tmp_path: Path) -> None:
     a, b = (models.single_file(tmp_path / f"{n}.safetensors", "sdxl", models.base("sdxl", seed=n)) for n in (1, 2))
     command = [sys.executable, "-m", "loramerge", "extract", a, "--base", b, "--rank", "3", "--to", "diffusers-peft"]
@@ -274,6 +293,7 @@ def test_the_command_extracts_and_reports(tmp_path: Path) -> None:
 
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "not held by a LoRA" in shown.stdout
+    jsonschema.validate(json.loads(data.stdout), OUTPUTS["extract"])
     wanted = plan_extraction(a, b, rank=3)
     for module, layer in wanted.lora().items():
         assert json.loads(data.stdout)["modules"][module]["error"] == wanted.fits[module].error

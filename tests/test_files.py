@@ -11,11 +11,9 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,10 @@ import safetensors.torch
 import torch
 
 import loramerge as lm
+from hub_server import Hub, serving
 from listings import config, filled, listing
 from loramerge.files.hub import Reference, parse
+from loramerge.layers import LowRank
 from loramerge.testing import random_lora, relative_error, weighted_sum
 from small import MODULES, small
 from still_open import on_linux, still_open
@@ -139,6 +139,24 @@ def test_a_resize_reads_every_tensor_once(tmp_path: Path, monkeypatch: pytest.Mo
     assert sum(read) == sum(
         tensor.nbytes for tensor in safetensors.numpy.load_file(tmp_path / "a.safetensors").values()
     )
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers-peft"])
+def test_the_layers_of_a_file_are_checked_when_it_is_opened_and_not_again(dialect: str, tmp_path: Path) -> None:
+    lora = lm.open(lm.save(small(dialect=dialect, alpha=2.0), tmp_path / "a.safetensors"))
+    checks = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal checks
+        checks += event == "call" and frame.f_code.co_name == LowRank.__post_init__.__name__
+
+    sys.setprofile(count)
+    try:
+        layers = list(lora.values())
+    finally:
+        sys.setprofile(None)
+    assert [layer.rank for layer in layers] == [4] * len(MODULES["sdxl"])
+    assert checks == 0
 
 
 def test_a_closed_file_says_so(tmp_path: Path) -> None:
@@ -420,64 +438,15 @@ def test_a_url_is_told_what_to_write_instead(url: str, name: str) -> None:
         lm.open(url)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as downloading one file needs."""
-
-    files = ("readme.md", "x.safetensors")
-
-    def __init__(self, *args: object, content: bytes, **options: object) -> None:
-        self.content = content
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/secret/"):
-            self._refuse(403, "GatedRepo")
-        elif "v9" in self.path:
-            self._refuse(404, "RevisionNotFound")
-        elif self.path.startswith("/api/models/someone/lora/tree/"):
-            files = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.files]
-            self._answer(json.dumps(files).encode(), "application/json")
-        elif self.path.startswith("/api/models/someone/lora/refs"):
-            kinds = {"branches": ["main"], "tags": ["v1", "v2"]}
-            refs = {k: [{"name": n, "ref": n, "targetCommit": "0" * 40} for n in names] for k, names in kinds.items()}
-            self._answer(json.dumps({"converts": [], **refs}).encode(), "application/json")
-        elif self.path.startswith("/someone/lora/resolve/"):
-            missing = self.path.rpartition("/")[2] not in self.files
-            self._refuse(404, "EntryNotFound") if missing else self._answer(self.content, "application/octet-stream")
-        else:
-            self._refuse(404, "RepoNotFound")
-
-    def _refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def _answer(self, body: bytes, kind: str) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", '"' + hashlib.sha256(body).hexdigest() + '"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     folder = tmp_path_factory.mktemp("hub")
     content = lm.save(small(), folder / "x.safetensors", dialect="kohya").read_bytes()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, content=content))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(folder / "home")}
-    server.shutdown()
+    repos = Hub()
+    repos.add("someone/lora", {"readme.md": b"", "x.safetensors": content}, tags=("v1", "v2"))
+    repos.add("secret/lora", {"x.safetensors": content}, gated=True)
+    with serving(repos):
+        yield {**os.environ, "HF_ENDPOINT": repos.url, "HF_HOME": str(folder / "home")}
 
 
 def inspected(name: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

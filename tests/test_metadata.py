@@ -16,7 +16,7 @@ from loramerge import LoRA
 from loramerge.cli.app import app
 from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.architectures.labels import ARCHITECTURE
-from loramerge.files.triggers import LONGEST, MOST, joined, tags, words
+from loramerge.files.triggers import LONGEST, MOST, PHRASE, PHRASES, joined, tags, words
 from loramerge.testing import KINDS, random_layer, random_lora
 from small import WRITTEN, small
 
@@ -179,8 +179,20 @@ def test_a_merge_has_the_words_of_all_its_parents() -> None:
     found = joined(PARENTS)
 
     assert found["modelspec.trigger_phrase"] == "woody, rex"
-    assert json.loads(found["ss_tag_frequency"]) == {"a": {"woody": 9, "hat": 2}, "b": {"buzz": 8}}
+    assert json.loads(found["ss_tag_frequency"]) == {"a + b": {"woody": 9, "buzz": 8, "hat": 2}}
     assert joined([("c", {}), ("d", {})]) == {}
+
+
+def test_checkpoints_of_one_run_have_its_words_once() -> None:
+    checkpoints = [(f"a-{i}.safetensors", PARENTS[0][1]) for i in range(5)]
+
+    assert json.loads(joined(checkpoints)["ss_tag_frequency"]) == {"a-0": {"woody": 9, "hat": 2}}
+    assert joined(checkpoints)["modelspec.trigger_phrase"] == "woody"
+
+
+@pytest.mark.parametrize("key", PHRASES)
+def test_a_phrase_is_found_wherever_a_tool_puts_it(key: str) -> None:
+    assert joined([("a", {key: "woody"}), ("b", {PHRASE: "rex"})])[PHRASE] == "woody, rex"
 
 
 def test_what_a_merge_keeps_of_its_parents_words_is_bounded() -> None:

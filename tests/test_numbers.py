@@ -236,6 +236,39 @@ def test_an_update_of_zero_is_a_missing_module(name: str, options: dict[str, Any
     np.testing.assert_allclose(got, wanted[MODULE].delta() if MODULE in wanted else 0 * got, rtol=1e-4, atol=1e-5)
 
 
+STEEP = 10.0 ** -np.linspace(0, 12, 8)
+FACTORS: Mapping[str, Callable[[Pair], Pair]] = {
+    "plain": lambda pair: pair,
+    "steep": lambda pair: (pair[0] * STEEP, pair[1]),
+    "faint directions": lambda pair: (pair[0] @ (np.eye(8) - 0.125 * (1 - 1e-7)), pair[1]),
+    "twice": lambda pair: (np.hstack([pair[0], pair[0]]), np.vstack([pair[1], pair[1]]) / 2),
+    "a column of zeros": lambda pair: (pair[0] * ([0] + [1] * 7), pair[1]),
+    "small": lambda pair: (pair[0] * 1e-30, pair[1] * 1e-8),
+    "large": lambda pair: (pair[0] * 1e30, pair[1] * 1e-38),
+    "zero": lambda pair: (pair[0] * 0, pair[1]),
+}
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-14, 1e-9, 1e-4, 1.0, math.inf])
+@pytest.mark.parametrize("second", FACTORS)
+def test_a_distance_is_that_of_the_dense_products(second: str, change: float) -> None:
+    noise = np.random.default_rng(0).standard_normal
+    up, down = (matrix.astype(np.float64) for matrix in normal(1, 60, 8, 50))
+    a = FACTORS[second]((up, down))
+    other = [matrix.astype(np.float64) for matrix in normal(2, 60, 8, 50)]
+    b = (
+        FACTORS["plain"]((other[0], other[1]))
+        if change == math.inf
+        else (a[0] * (1 + change * noise(a[0].shape)), a[1])
+    )
+
+    products = [up.astype(np.longdouble) @ down.astype(np.longdouble) for up, down in (a, b)]
+    wanted = float(np.sqrt(((products[0] - products[1]) ** 2).sum()))
+    size = max(float(np.sqrt((product**2).sum())) for product in products)
+    for found in (distance(a, b), distance(b, a)):
+        assert found == pytest.approx(wanted, rel=1e-7, abs=1e-14 * size)
+
+
 @pytest.mark.parametrize(("norm", "apart"), [(1.0, math.nan), (math.nan, 1.0), (math.inf, math.inf), (0.0, math.nan)])
 def test_a_distance_that_is_no_number_is_infinite(norm: float, apart: float) -> None:
     assert Difference("m", norm, apart).relative == math.inf

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from glob import glob
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lm.save(person, folder / "person.safetensors", dialect="kohya")
     lm.save(jersey, folder / "jersey.safetensors", dialect="diffusers-peft")
     base_model(folder / "sdxl.safetensors")
+    (folder / "run").mkdir()
+    for step in (500, 1000, 1500, 2000):
+        checkpoint = random_lora("sdxl", rank=4, alpha=2, dtype="float16", seed=step, only=chosen)
+        lm.save(checkpoint, folder / f"run/person-step{step:08d}.safetensors", dialect="kohya")
     return folder
 
 
@@ -130,7 +135,7 @@ def test_blocks_run_and_print_what_they_show(
 
 def run_console(text: str) -> None:
     for command, shown in sessions(text):
-        words = shlex.split(command)
+        words = [word for typed in shlex.split(command) for word in sorted(glob(typed)) or [typed]]
         if words[0] != "loramerge":
             continue
         done = subprocess.run([sys.executable, "-X", "utf8", "-m", *words], capture_output=True, encoding="utf-8")

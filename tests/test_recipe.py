@@ -300,6 +300,28 @@ def test_a_wrong_recipe_says_where_and_what(text: str, words: list[str], tmp_pat
     assert all(word in message for word in words), message
 
 
+def test_a_recipe_is_the_same_as_text_and_as_a_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text(TWO)
+
+    assert lm.Recipe.parse(TWO) == lm.Recipe.read(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[loras", "mine is not TOML"),
+        ("#" * 1_000_001, "mine is too long: got 1000001"),
+        ("rank = 1", "mine: no LoRA"),
+    ],
+    ids=["broken", "long", "empty"],
+)
+def test_a_wrong_text_is_named(text: str, words: str) -> None:
+    with pytest.raises((FileError, OptionError)) as told:
+        lm.Recipe.parse(text, "mine")
+
+    assert words in str(told.value)
+
+
 def test_a_scope_stays_with_another_rule_on_norms_and_goes_with_other_weights() -> None:
     recipe = lm.Recipe(loras=(), weights="l2", scope="component")
 

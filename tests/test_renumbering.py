@@ -10,6 +10,7 @@ import loramerge as lm
 from loramerge.cli.app import app
 from loramerge.errors import DialectError, LoRAMergeError, OptionError
 from loramerge.files.renumbering import renumbered
+from loramerge.testing import random_lora
 
 
 def file(folder: Path, names: str = "diffusion_model.blocks.{}.mlp.fc", count: int = 4) -> Path:
@@ -66,6 +67,19 @@ def test_the_command_writes_the_map_and_says_what_it_leaves_out(tmp_path: Path) 
     assert [module for module in lm.open(target) if "blocks" in module] == [
         f"transformer.blocks.{i}.mlp.fc" for i in range(3)
     ]
+
+
+def test_a_map_past_the_last_block_is_told_as_such_and_not_as_an_unknown_family(tmp_path: Path) -> None:
+    source = lm.save(random_lora("flux"), tmp_path / "a.safetensors", dialect="kohya")
+    past = {"double_blocks.{i}": "double_blocks.{i+60}"}
+
+    with pytest.raises(
+        DialectError, match=r"blocks that FLUX\.1 \(flux\) doesn't have: .*double_blocks_60.*kohya, which"
+    ):
+        lm.convert(source, tmp_path / "b.safetensors", "comfyui", block_map=past)
+
+    (note,) = [note for note in renumbered(lm.load(source), past, "kohya").notes if "family" in note or "FLUX" in note]
+    assert "doesn't have" in note
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def test_a_style_and_a_distillation_are_compared_and_swept() -> None:
     plan = lm.plan(loras, weights=[0.5, 0.25])
 
     found = lm.compare(loras)
-    figures = measure(plan.lora(), plan)
+    figures = measure(plan.lora(), plan, {})
 
     assert {row.name for row in found.rows} >= {f"transformer.{name}" for name in LINEAR[:2]}
     assert figures["interference"] == pytest.approx(0, abs=1e-6)

@@ -360,11 +360,39 @@ def test_learned_weights_are_measured_per_column(recipe: Path, tmp_path: Path) -
     assert row["interference"] < 1e-6
 
 
+@pytest.mark.parametrize("weights", [(0.7, 0.5, 0.2), (1.0, -1.0, 1e-5), (1.0, -0.5, -0.5)])
+@pytest.mark.parametrize("rounding", [0.0, 1e-2, 1e-4, 1e-7])
+def test_interference_keeps_its_digits_where_a_merge_is_nearly_the_sum(
+    weights: tuple[float, ...], rounding: float
+) -> None:
+    first = small(seed=1, modules=UNET)
+    planned = lm.plan([first, replace(first, name="again"), small(seed=2, modules=UNET)], weights=weights)
+    layer = planned.lora()[UNET[0]]
+    noise = np.random.default_rng(0).standard_normal(layer.up.shape)
+    merged = replace(planned.lora(), compute=lambda _: replace(layer, up=layer.up * (1 + rounding * noise)))
+
+    found = measure(merged, planned, {})
+
+    result, *parents = (np.matmul(*lora[UNET[0]].factors(), dtype=np.float64) for lora in (merged, *planned.loras))
+    total = sum(w * parent for w, parent in zip(weights, parents, strict=True))
+    wanted = np.linalg.norm(result - total) / np.linalg.norm(total)
+    assert found["interference"] == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+
+
+def test_what_a_sweep_shares_changes_no_figure(recipe: Path, tmp_path: Path) -> None:
+    grid = {"weights": [[0.7, 0.5], [0.0, 1.0], [1.0, 0.0], "l2"], "method": ["linear", "ties"], "rank": ["sum", 2]}
+    together = lm.sweep(recipe, grid, tmp_path / "out")
+
+    alone = [lm.sweep(point.recipe, {}, tmp_path / point.name)[0] for point in points(Recipe.read(recipe), grid)]
+
+    assert [row.figures for row in together] == [row.figures for row in alone]
+
+
 def test_parents_of_one_name_have_a_column_each() -> None:
     loras = [replace(small(seed=seed), name="same") for seed in (1, 2, 3)]
     planned = lm.plan(loras)
 
-    found = measure(planned.lora(), planned)
+    found = measure(planned.lora(), planned, {})
 
     assert [*found] == ["kept:same", "kept:same_2", "kept:same_3", "interference"]
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import loramerge as lm
 from listings import DATA
 from loramerge.files.architectures import ARCHITECTURES, blocks
 from loramerge.files.architectures.blocks import Selector
+from loramerge.files.lora import LoRA
 from loramerge.merging.weights import parse, resolve
-from loramerge.testing import relative_error, weighted_sum
+from loramerge.testing import random_lora, relative_error, weighted_sum
 from small import MODULES, small
 
 TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]
@@ -183,16 +185,46 @@ def test_a_module_that_no_pattern_means_keeps_its_strength() -> None:
         ("0.5;text_encoder=0", {"*": 0.5, "text_encoder": 0.0}),
         ("unet.up*=1; OUT03 = .3", {"unet.up*": 1.0, "OUT03": 0.3}),
         ("lbw:1,0", "lbw:1,0"),
+        ("0.3..1", {"*": "0.3..1"}),
+        ("0.123456789 .. 1e-7", {"*": "0.123456789..1e-7"}),
+        ("0..-1.5;text_encoder=0; OUT* = 1..2", {"*": "0..-1.5", "text_encoder": 0.0, "OUT*": "1..2"}),
     ],
 )
 def test_weights_are_read_as_they_are_typed(text: str, weight: object) -> None:
     assert parse(text) == weight
 
 
-@pytest.mark.parametrize("text", ["half", "0.5;", "nan", "inf", "text_encoder=", ""])
+@pytest.mark.parametrize(
+    "text", ["half", "0.5;", "nan", "inf", "text_encoder=", "", "0..", "0..1..2", "..", "0..x", "nan..1", "0.3...1"]
+)
 def test_what_is_no_weight_is_refused(text: str) -> None:
     with pytest.raises(lm.errors.OptionError, match="weight"):
         parse(text)
+
+
+def test_a_word_that_is_no_weight_is_told_the_rules() -> None:
+    with pytest.raises(lm.errors.OptionError, match=r"uniform, sum, sqrt, .* Did you mean 'energy'"):
+        parse("energie")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"text_encoder": 0, "*": 0.8},
+        {"unet.down_blocks.1.*": 0.5, "unet": 1},
+        {"*conv1": 0.5, "unet.down_blocks.0.*": 0.3, "unet": 1},
+        {"@shared": 0.5, "*": 1},
+    ],
+)
+def test_a_pattern_that_a_more_general_one_overrides_everywhere_is_refused(table: dict[str, float]) -> None:
+    loras = [small(), small(seed=1, modules=MODULES["sdxl"][:1])]
+    special, *_, general = table
+
+    with pytest.raises(lm.errors.OptionError, match="is never used") as refused:
+        lm.plan(loras, weights=[table, 1.0])
+
+    assert f"Way out: {general!r} first, then {special!r}" in str(refused.value)
+    assert lm.plan(loras, weights=[dict(reversed(table.items())), 1.0])
 
 
 def test_a_rule_in_place_of_a_weight_is_named_with_its_option() -> None:
@@ -252,6 +284,72 @@ def test_a_block_vector_weighs_each_block_by_its_number() -> None:
     found = resolve([lora], [f"lbw:{numbers}"])
 
     assert [found.of(m)[0] for m in MODULES["sd15"]] == [1.0, 14.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("family", "length", "start"), [("sdxl", 20, 1), ("sd15", 26, 1), ("flux", 58, 1), ("wan-14b", 0, 0)]
+)
+def test_a_ramp_is_the_block_vector_of_a_straight_line(family: str, length: int, start: int) -> None:
+    lora = random_lora(family, rank=1, only=lambda module, _: blocks.block(module, family) not in ("-", "IN", "OUT"))
+    length = length or min(blocks.vectors(family))
+    line = np.linspace(0.25, 1.5, length - start)
+    numbers = ",".join(map(repr, [*[0.25] * start, *line.tolist()]))
+
+    ramp, vector = resolve([lora], ["0.25..1.5"]), resolve([lora], [f"lbw:{numbers}"])
+
+    assert len({ramp.of(module)[0] for module in lora}) > 5
+    np.testing.assert_allclose([ramp.of(m) for m in lora], [vector.of(m) for m in lora], rtol=1e-12)
+
+
+def test_a_ramp_stands_in_a_table_where_a_number_does() -> None:
+    lora = small("sd15")
+
+    found = resolve([lora], [{"*": "0..1", "text_encoder": 0.5, "OUT*": "1..3"}])
+
+    first, last, text = (found.of(module)[0] for module in MODULES["sd15"])
+    assert (first, last, text) == (1 / 24, 1 + 2 * 22 / 24, 0.5)
+    assert resolve([lora], list(found.given)).of(MODULES["sd15"][1]) == [last]
+    assert found.label == ("*=0..1;text_encoder=0.5;OUT*=1..3",)
+
+
+def test_a_ramp_needs_a_family() -> None:
+    unknown = LoRA(name="mine", architecture=None, dialect="kohya", layouts={TO_Q: small()[TO_Q]})
+
+    with pytest.raises(lm.errors.OptionError, match="family of mine isn't known"):
+        resolve([unknown], ["0..1"]).of(TO_Q)
+
+
+def test_shared_modules_and_those_of_one_lora_alone_weigh_apart() -> None:
+    loras = [small(seed=1), small(seed=2, modules=(TO_Q, CONV)), small(seed=3, modules=(CONV, TEXT))]
+
+    merged = lm.merge(
+        loras, weights=[{"*": 1.0, "@shared": 0.5}, {"@shared": 3.0}, {"@shared": 0.25, "text_encoder": 0.0}]
+    )
+
+    for module, weights in {TO_Q: [0.5, 3, 0], CONV: [0.5, 3, 0.25], SHORTCUT: [1, 0, 0], TEXT: [0.5, 0, 0]}.items():
+        given = [(lora, w) for lora, w in zip(loras, weights, strict=True) if module in lora]
+        wanted = weighted_sum([lora for lora, _ in given], [w for _, w in given], module)
+        assert relative_error(merged[module].delta(), wanted) <= 1e-6
+
+
+def test_a_pattern_for_what_one_lora_has_alone_matches_nothing_if_it_has_nothing_alone() -> None:
+    with pytest.raises(lm.errors.OptionError, match=r"'@alone' matches no module of .*: all 4 are in another LoRA too"):
+        resolve([small(seed=1), small(seed=2)], [{"@alone": 0.0}, 1.0])
+    assert resolve([small()], [{"@alone": 2.0}]).of(TO_Q) == [2.0]
+
+
+def test_ramps_and_shared_modules_go_through_a_recipe_and_a_merged_files_own(tmp_path: Path) -> None:
+    files = [lm.save(small(seed=i), tmp_path / f"{i}.safetensors") for i in (1, 2)]
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        "[[loras]]\npath = '1.safetensors'\nweight = '0.2..1'\n"
+        "[[loras]]\npath = '2.safetensors'\nweight = { '*' = '1..0', '@shared' = 0.5 }\n"
+    )
+
+    made = lm.Recipe.read(recipe).run(tmp_path / "out.safetensors")
+    direct = lm.merge(files, weights=["0.2..1", {"*": "1..0", "@shared": 0.5}])
+    assert all((lm.load(made)[m].delta() == direct[m].delta()).all() for m in direct)
+    assert lm.Recipe.of(lm.load(made)).weights == ({"*": "0.2..1"}, {"*": "1..0", "@shared": 0.5})
 
 
 def test_a_block_vector_without_a_number_for_a_module_is_refused() -> None:

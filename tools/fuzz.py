@@ -232,7 +232,7 @@ def fuzz_metadata(data: bytes) -> None:
     strings = {"loramerge": changed(MERGED, picks), "ss_tag_frequency": changed({"folder": {"tag": 5}}, picks)}
     lora = replace(PAIR[0], metadata={key: json.dumps(value) for key, value in strings.items()})
     json.dumps(inspection.as_data(lora, {}))
-    if any(not c.isprintable() and c not in "\n" + texts.SPACES_AND_JOINERS for c in inspection._summary(lora)):
+    if any(not c.isprintable() and c not in "\n" + texts.SPACES_AND_JOINERS for c in inspection.summary(lora)):
         raise AssertionError("a character that a terminal acts on")
     found = recipe.Recipe.of(lora)
     path = SCRATCH / "again.toml"

@@ -14,15 +14,25 @@ from .registry import face
 
 if TYPE_CHECKING:
     from .checkpoints import extract as extract
-    from .comparing import Comparison as Comparison, compare as compare
+    from .comparing import Check as Check, Comparison as Comparison, check as check, compare as compare
     from .errors import LoRAMergeError as LoRAMergeError
-    from .files import LoRA as LoRA, convert as convert, load as load, open as open, save as save
+    from .files import (
+        LoRA as LoRA,
+        convert as convert,
+        edit_metadata as edit_metadata,
+        load as load,
+        open as open,
+        read_metadata as read_metadata,
+        save as save,
+    )
     from .merging import (
         Plan as Plan,
         Recipe as Recipe,
+        average as average,
         bake as bake,
         merge as merge,
         plan as plan,
+        push as push,
         resize as resize,
         sweep as sweep,
     )
@@ -32,10 +42,10 @@ else:
         {
             "_version": ("__version__",),
             "checkpoints": ("extract",),
-            "comparing": ("Comparison", "compare"),
+            "comparing": ("Check", "Comparison", "check", "compare"),
             "errors": ("LoRAMergeError",),
-            "files": ("LoRA", "convert", "load", "open", "save"),
-            "merging": ("Plan", "Recipe", "bake", "merge", "plan", "resize", "sweep"),
+            "files": ("LoRA", "convert", "edit_metadata", "load", "open", "read_metadata", "save"),
+            "merging": ("Plan", "Recipe", "average", "bake", "merge", "plan", "push", "resize", "sweep"),
         },
     )
     __all__ = sorted([*__all__, "errors"])

@@ -116,6 +116,7 @@ EXTRAS = {
     "scipy": "diffusers",
     "matplotlib": "plots",
     "cma": "search",
+    "gradio": "ui",
 }
 """The extra of loramerge that installs each optional package."""
 
@@ -175,6 +176,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     lowered = {other.lower(): other for other in known}
     near = difflib.get_close_matches(name.lower(), lowered, n=1)
     return f" Did you mean {lowered[near[0]]!r}?" if near else ""
+
+
+def counted(count: int, noun: str) -> str:
+    """Put a number in front of a noun: ``1 module``, ``32 modules``."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def an(noun: str) -> str:

@@ -475,7 +475,8 @@ def cholesky(gram: Float[Array, "r r"]) -> Float[Array, "r r"]:
     xp = namespace(gram)
     # The inverse must fit in float32 even when all is zero: an untrained module, a weight of 0.
     lengths = 2.0 ** xp.floor(0.5 * xp.log2(xp.linalg.diagonal(gram).clip(1e-60)))
-    lengths = xp.where(lengths < 0.01 * xp.max(lengths), lengths, xp.max(lengths))
+    largest = xp.max(lengths)
+    lengths = xp.where(lengths < 0.01 * largest, lengths, largest)
     gram = gram / lengths[:, None] / lengths[None, :]
     jitter = 1e-13 * max(float(xp.linalg.trace(gram)), 1.0)
     eye = xp.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
@@ -535,15 +536,30 @@ def distance(
 ) -> float:
     """Return ‖up₁ down₁ − up₂ down₂‖ in Frobenius norm, without forming either product.
 
-    The difference is itself a product, [up₁, −up₂] @ [down₁; down₂]; QR of both sides leaves a
-    small core, so that no cancellation hides a difference of the order of rounding.
+    The difference is itself a product, [up₁, −up₂] @ [down₁; down₂], with a norm from its Gram matrices.  Where these
+    nearly cancel, QR of both sides leaves a small core, so that a difference of the order of rounding isn't hidden.
     """
     xp = namespace(first[0])
     up = xp.concat([xp.astype(first[0], xp.float64), -xp.astype(second[0], xp.float64)], axis=1)
     down = xp.concat([xp.astype(first[1], xp.float64), xp.astype(second[1], xp.float64)], axis=0)
-    wide = up.shape[1] > min(up.shape[0], down.shape[1])
-    core = up @ down if wide else xp.linalg.qr(up)[1] @ xp.linalg.qr(down.T)[1].T
-    return math.sqrt(float((core**2).sum()))
+    if up.shape[1] > min(up.shape[0], down.shape[1]):
+        return math.sqrt(float(((up @ down) ** 2).sum()))
+    terms = gram(up.T) * gram(down)
+    square = float(terms.sum())
+    if not square > CANCELLED * float(abs(terms).sum()):
+        core = _triangular(up) @ _triangular(down.T).T
+        square = float((core**2).sum())
+    return math.sqrt(square)
+
+
+CANCELLED = 1e-9
+"""The share of its terms below which a sum that should be a square has lost too many digits: six are left here."""
+
+
+def _triangular(columns: Float64[Array, "n r"]) -> Float64[Array, "k r"]:
+    """Return R of the QR decomposition, which takes half the time or less without Q."""
+    found = namespace(columns).linalg.qr(columns, mode="r")
+    return found.R if is_torch(columns) else found
 
 
 def numerical_rank(matrix: Float[Array, "out in"]) -> int:

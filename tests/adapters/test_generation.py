@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -250,6 +250,14 @@ def test_a_picture_says_how_it_was_made(tmp_path: Path) -> None:
     assert recipe["scheduler"]["beta_end"] == 0.012
     assert recipe["versions"]["diffusers"] == version("diffusers")
     assert recipe["versions"]["loramerge"] == lm.__version__
+
+
+def test_a_pipeline_that_was_loaded_by_a_path_object_draws(base: Path, tmp_path: Path) -> None:
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=torch.float32)
+
+    (drawn,) = generate(pipe, {"none": []}, toys.PROMPTS[:1], 1, tmp_path, sampling=QUICK)
+
+    assert recipe_in(drawn.path)["base"]["name"] == str(base)
 
 
 def test_drawn_pictures_are_shots_to_score(tmp_path: Path) -> None:

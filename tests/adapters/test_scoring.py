@@ -20,6 +20,7 @@ from loramerge.cli.app import app
 from loramerge.errors import DeviceMemoryError, FileError, LoRAMergeError, MissingExtraError, NumberError, OptionError
 from loramerge.scoring.bootstrap import Interval, interval, student
 from loramerge.scoring.dino import dinov2
+from loramerge.scoring.drifting import drift
 from loramerge.scoring.encoders import Encoder, embed, pixels
 from loramerge.scoring.pictures import Box, Preprocessing, read
 from loramerge.scoring.png import save_png
@@ -301,6 +302,48 @@ def test_a_difference_is_paired_by_prompt_and_seed(study: dict[str, Any]) -> Non
     assert found.values == len(pairs) == 10
     assert found.mean == pytest.approx(np.mean(pairs))
     assert found.low < found.mean < found.high
+
+
+def test_drift_is_the_distance_from_the_bases_picture_of_the_same_prompt_and_seed(study: dict[str, Any]) -> None:
+    settings = study["settings"]
+
+    found = drift(settings, colours)
+
+    assert found.settings == ("person", "both")
+    for name in found.settings:
+        pairs = [(file, settings["none"] / file.name) for file in sorted(settings[name].glob("*.png"))]
+        wanted = [1 - cosine(*(vectors([file])[0] for file in pair)) for pair in pairs]
+        assert found.mean(name, "drift").mean == pytest.approx(np.mean(wanted), abs=1e-6)
+        assert found.mean(name, "drift").low is not None
+    same = drift({"none": settings["both"], "copy": settings["both"]}, colours)
+    assert same.mean("copy", "drift").mean == pytest.approx(0, abs=1e-6)
+
+
+def test_drift_needs_the_bases_pictures(study: dict[str, Any]) -> None:
+    settings = study["settings"]
+    with pytest.raises(OptionError, match=r"Drift is measured from 'base'.*none, person, both"):
+        drift(settings, colours, base="base")
+    with pytest.raises(OptionError, match="Drift is measured from 'none'"):
+        drift({"none": settings["none"]}, colours)
+    (settings["none"] / "smiling-3.png").unlink()
+    with pytest.raises(OptionError, match=r"smiling-3\.png: 'none' has no picture of the same prompt and seed"):
+        drift(settings, colours)
+
+
+def test_drift_on_the_command_line(study: dict[str, Any], tmp_path: Path) -> None:
+    folders = list(map(str, study["settings"].values()))
+    encoder = ("--encoder", "adapters.test_scoring:colours", "--no-cache", "--no-pixels")
+
+    alone = RUNNER.invoke(app, ["score", *folders, "--drift", "none", *encoder, "-o", str(tmp_path / "tables")])
+    nothing = RUNNER.invoke(app, ["score", *folders, *encoder])
+
+    assert alone.exit_code == 0, alone.output
+    assert "1 − cosine with the base's picture" in alone.output
+    wanted = drift(study["settings"], colours).mean("both", "drift").mean
+    rows = list(csv.DictReader((tmp_path / "tables" / "scores.csv").open()))
+    assert {row["setting"]: float(row["cosine"]) for row in rows}["both"] == pytest.approx(wanted)
+    assert isinstance(nothing.exception, OptionError)
+    assert "--drift SETTING" in str(nothing.exception)
 
 
 def test_the_recipe_inside_goes_before_the_name(tmp_path: Path) -> None:

@@ -426,6 +426,68 @@ def test_drawing_on_the_way_changes_nothing(photos: Path, tmp_path: Path) -> Non
     assert np.abs(images[2] - images[0]).max() > 2
 
 
+# ---- beside another LoRA
+
+
+@pytest.fixture(scope="module")
+def first(sdxl: Denoiser, people: Path) -> LoRA:
+    return trained(sdxl, people, {"learning_rate": 0.05, "seed": 7})
+
+
+def test_beside_another_lora_is_training_on_a_model_that_has_it_in_its_weights(
+    sdxl: Denoiser, first: LoRA, photos: Path
+) -> None:
+    pipe = tiny.pipeline("sdxl")
+    for module in first:
+        weight = pipe.unet.get_submodule(module.removeprefix("unet.")).weight.data
+        weight += torch.from_numpy(np.asarray(first[module].delta()))
+
+    found = trained(sdxl, photos, beside=first)
+
+    assert distance(found, trained(load(pipe), photos)) <= 1e-3
+    assert distance(found, trained(sdxl, photos)) > 0.05
+    assert json.loads(found.metadata["loramerge.training"])["trained_on"]["beside"]["off_rows"] is False
+
+
+def test_off_the_rows_of_another_lora_the_sum_does_to_its_inputs_what_that_does(
+    sdxl: Denoiser, first: LoRA, photos: Path, tmp_path: Path
+) -> None:
+    found = trained(sdxl, photos, beside=first, off_rows=True)
+
+    assert all(np.linalg.norm(found[m].delta()) > 0 for m in found)
+    for module in found:
+        inputs = np.asarray(first[module].factors()[1], dtype=np.float64).T
+        alone, both = (np.asarray(sum(x[module].delta() for x in some)) @ inputs for some in ([first], [first, found]))
+        assert relative_error(both, alone) <= 1e-5
+    state = tmp_path / "state.safetensors"
+    trained(sdxl, photos, {"steps": 2}, beside=first, off_rows=True, checkpoint=state)
+    assert same(trained(sdxl, photos, beside=first, off_rows=True, checkpoint=state), found)
+
+
+def test_what_cannot_be_trained_beside_is_told(sdxl: Denoiser, first: LoRA, photos: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    trained(sdxl, photos, {"steps": 1}, beside=first, checkpoint=state)
+    text = LoRA(
+        name="worded",
+        architecture="sdxl",
+        dialect="diffusers",
+        layouts={"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": first[next(iter(first))]},
+    )
+    other = LoRA(
+        name="other", architecture=None, dialect="diffusers", layouts={"unet.nowhere": first[next(iter(first))]}
+    )
+
+    with pytest.raises(OptionError, match="off_rows needs beside"):
+        trained(sdxl, photos, off_rows=True)
+    with pytest.raises(OptionError, match=r"beside worded: it also changes text_encoder, .*--text-encoders"):
+        trained(sdxl, photos, beside=text)
+    with pytest.raises(lm.errors.MergeError, match=r"no module unet\.nowhere"):
+        trained(sdxl, photos, beside=other)
+    with pytest.raises(OptionError, match="beside"):
+        trained(sdxl, photos, checkpoint=state)
+    assert all(not module._forward_hooks for module in sdxl.model.modules())
+
+
 # ---- the result, and the model afterwards
 
 

@@ -30,6 +30,7 @@ def same_bits(a: Learned, b: Learned) -> bool:
 RUNS = [
     *({"preset": preset} for preset in PRESETS),
     {"parametrisation": "down"},
+    {"parametrisation": "rank"},
     {"parametrisation": "softmax", "init": "mean"},
 ]
 

@@ -15,8 +15,9 @@ from loramerge.errors import OptionError
 from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.lora import LoRA
 from loramerge.learned.attach import attach
+from loramerge.learned.calibration import calibrate
 from loramerge.learned.columns import PRESETS, Learned, Step, settings, ziplora
-from loramerge.learned.least_squares import column_solution
+from loramerge.learned.least_squares import column_solution, lsq
 from loramerge.learned.penalties import crossings, penalty
 from loramerge.merging.coefficients import Coefficients
 from loramerge.testing import relative_error
@@ -100,7 +101,7 @@ def test_nothing_is_left_in_the_model() -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("parametrisation", ["column", "softmax", "down"])
+@pytest.mark.parametrize("parametrisation", ["column", "rank", "softmax", "down"])
 def test_the_exported_lora_does_what_the_student_did(parametrisation: str, tmp_path: Path) -> None:
     model = toy()
     data, students = batch(2), []
@@ -137,6 +138,26 @@ def test_the_learned_lora_is_the_merge_with_the_coefficients(parametrisation: st
         merged = lm.merge(loras, weights=weights)
         assert set(merged) == set(learned.lora)
         assert all(relative_error(merged[m].delta(), learned.lora[m].delta()) <= 1e-6 for m in merged)
+
+
+def test_factors_by_rank_begin_at_the_closed_form_and_are_fewer() -> None:
+    model = toy()
+    loras = two(model)
+    moments = calibrate(predict(model), {"unet": model}, loras, draw, batches=2, seed=0)
+    closed, _ = lsq(loras, moments, granularity="rank")
+
+    begun = learn(model, loras, steps=0, parametrisation="rank", calibration=2)
+    learned = learn(model, loras, steps=3, parametrisation="rank", calibration=2)
+
+    shared = [m for m in loras[0] if m in loras[1]]
+    assert all(relative_error(begun.lora[m].delta(), closed[m].delta()) <= 1e-5 for m in shared)
+    assert any(relative_error(learned.lora[m].delta(), closed[m].delta()) > 1e-3 for m in shared)
+    assert learned.coefficients is None
+    for m in shared:
+        rows = np.concatenate([lora[m].factors()[1] for lora in loras])
+        found = learned.lora[m].factors()[1]
+        factors = (found * rows).sum(1) / (rows**2).sum(1)
+        assert relative_error(found, factors[:, None] * rows) <= 1e-6
 
 
 def test_coefficients_of_one_give_the_sum_and_of_one_by_n_the_average() -> None:
@@ -404,6 +425,7 @@ def test_on_sdxl_the_papers_penalty_begins_at_the_number_of_columns() -> None:
         ({"lam": 0.1}, "lam needs a penalty"),
         ({"stop_below": 0.1}, "stop_below needs a penalty"),
         ({"penalty": "dot", "parametrisation": "down"}, "not 'down'"),
+        ({"penalty": "columns", "parametrisation": "rank"}, "not 'rank'"),
         ({"parametrisation": "softmax"}, "init='mean'"),
         ({"learning_rate": 0.1}, "Unknown setting 'learning_rate'"),
         ({"preset": "ziplora"}, "Unknown preset"),

@@ -234,13 +234,33 @@ def cart(deltas: Deltas, weights: Weights, *, share: float, scale: float, **_: A
     return mass * found
 
 
-def np_lora(deltas: Deltas, weights: Weights, *, mu: float, **_: Any) -> Array:
+def np_lora(deltas: Deltas, weights: Weights, *, mu: float, order: str, **_: Any) -> Array:
     damping = 1.0 if math.isinf(mu) else mu / (1 + mu)
-    found = weights[0] * deltas[0]
-    for i in range(1, len(deltas)):
-        rows = svd(np.concatenate([svd(d)[2] for d in deltas[:i]]))[2]
-        found = found + weights[i] * (deltas[i] - damping * deltas[i] @ rows.T @ rows)
+    found = np.zeros_like(deltas[0])
+    for i, (w, d) in enumerate(zip(weights, deltas, strict=True)):
+        others = [x for j, x in enumerate(deltas) if j < i or (j > i and order == "none")]
+        rows = svd(np.concatenate([svd(x)[2] for x in others]))[2] if others else d[:0]
+        found = found + w * (d - damping * d @ rows.T @ rows)
     return found
+
+
+def wudi(deltas: Deltas, weights: Weights, *, ridge: float, **_: Any) -> Array:
+    """The normal equations' least-squares problem itself, of whole ΔWs."""
+    own = [len(deltas) * w * d for w, d in zip(weights, deltas, strict=True)]
+    sizes = [np.linalg.norm(d) for d in own]
+    root = math.sqrt(ridge)
+    equations = [d / n for d, n in zip(own, sizes, strict=True)] + [root * np.eye(own[0].shape[1])]
+    answers = [d @ d.T / n for d, n in zip(own, sizes, strict=True)] + [root * np.mean(own, axis=0).T]
+    return np.linalg.lstsq(np.concatenate(equations), np.concatenate(answers), rcond=None)[0].T
+
+
+def magmax(deltas: Deltas, weights: Weights, **_: Any) -> Array:
+    terms = np.stack([w * d for w, d in zip(weights, deltas, strict=True)])
+    sizes = np.sort(np.abs(terms), axis=0)
+    gaps.append((sizes[-1] - sizes[-2]).min() / sizes.max())
+    signed = np.stack([math.copysign(1, w) * d for w, d in zip(weights, deltas, strict=True)])
+    chosen = np.abs(terms).argmax(axis=0)
+    return sum(map(abs, weights)) * np.take_along_axis(signed, chosen[None], axis=0)[0]
 
 
 def subtract(deltas: Deltas, weights: Weights, **_: Any) -> Array:
@@ -306,6 +326,8 @@ METHODS: Mapping[str, Callable[..., Array]] = {
     "karcher": karcher,
     "model_stock": model_stock,
     "np_lora": np_lora,
+    "wudi": wudi,
+    "magmax": magmax,
     "subtract": subtract,
 }
 

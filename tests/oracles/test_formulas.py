@@ -70,7 +70,8 @@ def options_of(name: str, rng: np.random.Generator) -> dict[str, Any]:
         },
         "iso_cts": {"common": float(rng.choice([0.5, 0.8]))},
         "cart": {"share": float(rng.choice([0.08, 0.4])), "scale": float(rng.uniform(0.5, 1.5))},
-        "np_lora": {"mu": float(rng.choice([0.0, 0.5, np.inf]))},
+        "np_lora": {"mu": float(rng.choice([0.0, 0.5, np.inf])), "order": str(rng.choice(["given", "none"]))},
+        "wudi": {"ridge": float(rng.choice([0.3, 1.0, 4.0]))},
     }
     return found.get(name, {})
 

@@ -106,7 +106,17 @@ def np_lora(given: Sequence[Array], weights: Sequence[float], ranks: Sequence[in
     return merged
 
 
+def wudi(given: Sequence[Array], weights: Sequence[float], ranks: Sequence[int]) -> Array:
+    """Cheng et al., 2025, equation 8, with a ridge of 1 to the mean, as one least-squares problem on whole ΔWs."""
+    own = [len(given) * w * d for w, d in zip(weights, given, strict=True)]
+    norms = [np.linalg.norm(d) for d in own]
+    equations = np.concatenate([*(d / n for d, n in zip(own, norms, strict=True)), np.eye(own[0].shape[1])])
+    answers = np.concatenate([*(d @ d.T / n for d, n in zip(own, norms, strict=True)), np.mean(own, axis=0).T])
+    return np.linalg.lstsq(equations, answers, rcond=None)[0].T
+
+
 PAPERS: dict[str, Merge] = {
+    "wudi": wudi,
     "tsv": tsv,
     "iso_c": iso_c,
     "iso_cts": iso_cts,

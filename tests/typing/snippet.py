@@ -24,6 +24,7 @@ def merged(person: Path, jersey: str) -> lm.LoRA:
     with person.open("rb") as file:
         assert_type(lm.load(file), lm.LoRA)
     assert_type(lm.resize(ties, max_size="150MB"), lm.LoRA)
+    assert_type(lm.average([ties, "b.safetensors"], ema="sigma=0.1"), lm.LoRA)
     assert_type(lm.save(both, "both.safetensors", dialect="kohya"), Path)
     assert_type(lm.convert(jersey, Path("jersey.safetensors"), "diffusers"), Path)
     return both

@@ -96,6 +96,7 @@ def open_checkout(folder: Path) -> None:
 
     comfy.cli_args.args.cpu = True
     classes = types.ModuleType("comfy.model_base")
+    classes.__file__ = str(folder)
     classes.__getattr__ = lambda name: classes.__dict__.setdefault(name, type(name, (), {}))  # type: ignore[method-assign]
     sys.modules["comfy.model_base"] = comfy.model_base = classes
     import comfy.lora  # type: ignore[import-not-found]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import linalg
-from ..errors import MergeError, NumberError, OptionError, check_callable
+from ..errors import MergeError, NumberError, OptionError, check_callable, counted
 from ..files.architectures import ARCHITECTURES
 from ..files.architectures.labels import ARCHITECTURE
 from ..files.lora import LoRA
@@ -334,7 +334,7 @@ def _common(tuned: Checkpoint, base: Checkpoint) -> list[str]:
         missing = [module for module in absent if not EMBEDDING.search(module)]
         if missing:
             raise MergeError(
-                f"{other.name} lacks {len(missing)} modules of {one.name}, such as {missing[0]}: they are different models."
+                f"{other.name} lacks {counted(len(missing), 'module')} of {one.name}, such as {missing[0]}: they are different models."
             )
     both = [module for module in base if module in tuned]
     if not both:
@@ -372,7 +372,7 @@ def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int], roun
     notes = []
     if rounded:
         notes.append(
-            f"{len(rounded)} weights differ by rounding alone, such as {rounded[0]}: nothing is extracted of them"
+            f"{counted(len(rounded), 'weight')} differ{'s' * (len(rounded) == 1)} by rounding alone, such as {rounded[0]}: nothing is extracted of them"
         )
     if any(tuned[module].dtype != base[module].dtype for module in modules):
         notes.append(

@@ -7,6 +7,7 @@ shapes are taken from the file.  Headers are read when it is opened, a weight wh
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,18 +307,42 @@ def _spellings(a: Architecture) -> Iterator[tuple[str, Mapping[str, Parts]]]:
 
 def _architecture(shapes: Mapping[str, Shape]) -> Architecture | None:
     """Return the family with the best `_score`; None if it names none of the weights."""
-    scores = {a.name: _score(a, shapes) for a in ARCHITECTURES.values()}
-    best = max(scores, key=scores.__getitem__)
-    return ARCHITECTURES[best] if scores[best][0] else None
+    listed = [key for key, shape in shapes.items() if len(shape) > 1 and key.endswith(".weight") and _denoises(key)]
+    heads = Counter(map(_heads, listed))
+    fitting = [a for a in ARCHITECTURES.values() if _named(a, heads) >= NAMED * len(listed)]
+    scores = {a.name: _score(a, shapes, listed) for a in fitting}
+    best = max(scores, key=scores.__getitem__, default=None)
+    return ARCHITECTURES[best] if best and scores[best][0] else None
 
 
-def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int, bool]:
+NAMED = 0.9
+"""The share of a denoiser's weights that its family names, at least."""
+
+
+def _heads(key: str) -> frozenset[str]:
+    """Return the first names that a weight may have: its key's own, and those behind a prefix of denoisers."""
+    starts = ("unet.", "transformer.", "prior.", *DENOISERS)
+    return frozenset(key.removeprefix(start).partition(".")[0] for start in starts)
+
+
+def _named(a: Architecture, heads: Mapping[frozenset[str], int]) -> int:
+    """Count the weights that a family may name, as far as its outline says: to know it, few families' names are built."""
+    known = {*a.outline.own, *a.outline.others, *(companion.component for companion in a.companions)}
+    return sum(count for found, count in heads.items() if not found.isdisjoint(known))
+
+
+def _score(a: Architecture, shapes: Mapping[str, Shape], listed: Sequence[str]) -> tuple[int, int, int, bool]:
     """Return how well a family fits, to compare by.
+
+    Args:
+        a: The family.
+        shapes: The checkpoint's weights.
+        listed: The denoiser's keys among them.
 
     Returns:
         The number of weights that the family names, of weights with as many axes as its own, of weights
-        with its shapes, and whether the whole denoiser is there, with what its own code has in it.  All are 0 if the family doesn't name nine
-        in ten of the denoiser's weights.
+        with its shapes, and whether the whole denoiser is there, with what its own code has in it.  All are 0 if
+        the family doesn't name nine in ten of the denoiser's weights.
     """
     names = stored_names(a, shapes)
     modules = {
@@ -325,8 +350,7 @@ def _score(a: Architecture, shapes: Mapping[str, Shape]) -> tuple[int, int, int,
         for key, shape in shapes.items()
         if len(shape) > 1 and (parts := names.get(_stem(key), ()))
     }
-    listed = [key for key, shape in shapes.items() if len(shape) > 1 and key.endswith(".weight") and _denoises(key)]
-    if sum(_stem(key) in names for key in listed) < 0.9 * len(listed):
+    if sum(_stem(key) in names for key in listed) < NAMED * len(listed):
         return 0, 0, 0, False
     alike = sum(len(shape) == len(a.shapes[module]) for module, (shape, _) in modules.items())
     same = sum(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ..errors import counted
 from .options import ArchOfAll, Quiet, Scope, Threads, WeightRule, opened, weights_of
 from .output import more, print_json, progress, say, table
 from .settings import command
@@ -94,11 +95,13 @@ def _print(baked: "Baked", most: int) -> None:
     for line in baked.left_out:
         say(f"  left out: {line}")
     hurt = [c for c in worst if c.lost > SOME]
-    say(f"→ {baked.path}: {len(worst)} tensors changed, ‖ΔW‖ {baked.norm:.4g}, rounding loss {baked.loss:.3g} of it.")
+    say(
+        f"→ {baked.path}: {counted(len(worst), 'tensor')} changed, ‖ΔW‖ {baked.norm:.4g}, rounding loss {baked.loss:.3g} of it."
+    )
     if hurt:
         share = max(c.lost for c in hurt)
         say(
-            f"  In {len(hurt)} tensor{'s' * (len(hurt) > 1)} more than {SOME:.0%} of the values did not change, up to {share:.1%}: there the update "
+            f"  In {counted(len(hurt), 'tensor')} more than {SOME:.0%} of the values did not change, up to {share:.1%}: there the update "
             "is smaller than the dtype can hold beside the weight. Way out: --dtype float32, or the LoRA unbaked."
         )
 

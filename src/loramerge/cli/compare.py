@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import OptionError
+from ..errors import OptionError, counted
 from .options import Arch, Base, Exclude, Pickle, Quiet, opened
 from .output import Block, joined, more, print_json, progress, say, table
 from .settings import command
@@ -73,12 +73,12 @@ def run(given: Options) -> None:
     if given.json:
         print_json(found.to_dict() | {"advice": advice(found)})
     elif not given.quiet:
-        say(_report(found, notes, given.most if given.modules else None))
+        say(as_text(found, notes, given.most if given.modules else None))
         if given.heatmap:
             say("", f"→ {given.heatmap}")
 
 
-def _report(found: "Comparison", notes: Sequence[str], most: int | None) -> Block:
+def as_text(found: "Comparison", notes: Sequence[str], most: int | None) -> Block:
     """Return everything that is printed: ``most`` modules of each pair, or blocks for None."""
     from ..comparing.advising import advice
 
@@ -148,7 +148,9 @@ def _dense(found: "Comparison") -> list[str]:
     lines = []
     for (i, kind, on_base), n in sorted(Counter((d.lora, d.kind, d.on_base) for d in found.dense).items()):
         where = f"{kind} on {found.base}" if on_base else kind
-        lines.append(f"dense: {n} modules of {found.letters[i]} ({where}); their spaces hold {SHARE:.0%} of ‖ΔW‖²")
+        lines.append(
+            f"dense: {counted(n, 'module')} of {found.letters[i]} ({where}); their spaces hold {SHARE:.0%} of ‖ΔW‖²"
+        )
     return lines
 
 
@@ -156,6 +158,6 @@ def _left(found: "Comparison") -> list[str]:
     """Return a line per LoRA and kind of layer that has no ΔW to compare."""
     counts = Counter((n.lora, n.kind, n.on_base) for n in found.not_compared)
     return [
-        f"not compared: {n} modules of {found.letters[i]} ({kind}{'; --base compares them' if on_base else ''})"
+        f"not compared: {counted(n, 'module')} of {found.letters[i]} ({kind}{'; --base compares them' if on_base else ''})"
         for (i, kind, on_base), n in sorted(counts.items())
     ]

@@ -65,7 +65,7 @@ def run(given: Options) -> None:
         ) as opened,
         progress("Converting", given.quiet) as report,
     ):
-        lora = renumbered(opened, pairs(given.map)) if given.map else opened
+        lora = renumbered(opened, pairs(given.map), given.to) if given.map else opened
         kept = lora.exclude(*given.exclude) if given.exclude else lora
         dialect = written_dialect(given.to).name
         length = saved_size(kept, given.to, given.dtype, allow_lossy=given.allow_lossy)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import counted
 from .options import Arch, Pickle, Quiet, opened
 from .output import more, progress, say, table
 from .settings import command
@@ -62,4 +63,4 @@ def _print(found: "list[Difference]", same: bool, most: int) -> None:
     say(table(["module", "‖ΔW‖", "‖difference‖", "relative"], rows))
     say(more(len(found) - len(rows), "none larger"))
     answer = "The same LoRA" if same else "Not the same LoRA"
-    say(f"{answer}: the largest relative difference is {found[0].relative:.3g}, of {len(found)} modules.")
+    say(f"{answer}: the largest relative difference is {found[0].relative:.3g}, of {counted(len(found), 'module')}.")

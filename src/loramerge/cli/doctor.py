@@ -20,6 +20,7 @@ EXTRAS = {
     "diffusers": "train, zip, calibrate, generate, score",
     "plots": "compare --heatmap, coefficients --plot",
     "search": "weights by score with CMA-ES",
+    "ui": "the page",
 }
 """The commands that need each optional extra."""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ..errors import counted
 from .options import Arch, Quiet, Threads, rank_of
 from .output import more, print_json, progress, say, table, written
 from .settings import command
@@ -78,9 +79,10 @@ def _print(planned: "Extraction", path: Path, dialect: str, most: int) -> None:
         say(more(len(planned.not_held) - len(rows), "none larger"))
     for note in planned.notes:
         say(f"  note: {note}")
-    same = len(planned.base) - len(worst) - sum(n.tensor in planned.base for n in planned.not_held)
+    compared = sum(module in planned.tuned for module in planned.base)
+    same = compared - len(worst) - sum(n.tensor in planned.base for n in planned.not_held)
     say(
-        f"→ {written(path, dialect)}: {len(worst)} modules, {same} do not differ; "
+        f"→ {written(path, dialect)}: {counted(len(worst), 'module')}, {same} {'does' if same == 1 else 'do'} not differ; "
         f"error {planned.relative_error:.3g} of the difference."
     )
 

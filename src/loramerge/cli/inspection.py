@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import computing
@@ -14,7 +15,7 @@ from ..files.reading import open
 from ..files.storage.texts import said
 from ..layers import Layer
 from ..tensors import code
-from .output import Block, bar, joined, print_json, say, table
+from .output import Block as Lines, bar, joined, print_json, say, table
 
 MOST = 20
 """Rows to print for an unknown family, where every module may be a block of its own."""
@@ -31,11 +32,11 @@ def show(
 ) -> None:
     """Print what a LoRA is."""
     with open(source, architecture=architecture, adapter=adapter, allow_pickle=pickle) as lora:
-        found = _norms(lora) if norms else {}
+        found = norms_of(lora) if norms else {}
         if as_json:
             print_json(as_data(lora, found))
             return
-        say(_summary(lora), "", _by_block(lora, found))
+        say(summary(lora), "", _by_block(lora, found))
         if not norms:
             say("", "Norms of the blocks: --norms.  Every module: --json.")
 
@@ -76,7 +77,8 @@ def as_data(lora: LoRA, norms: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _summary(lora: LoRA) -> Block:
+def summary(lora: LoRA) -> Lines:
+    """Return what a LoRA is, a line per fact."""
     family = ("one of " if lora.alike else "") + titles(lora.families, ", ")
     layers = lora.layouts.values()
     facts = {
@@ -118,26 +120,46 @@ def _alpha(layer: Layer) -> float | None:
     return None if layer.own_alpha is None else float(layer.own_alpha)
 
 
-def _by_block(lora: LoRA, norms: dict[str, float]) -> Block:
+@dataclass(frozen=True)
+class Block:
+    """A block of a model in which a LoRA has modules."""
+
+    component: str
+    name: str
+    modules: tuple[str, ...]
+    ranks: str
+    norm: float
+
+
+def blocks_of(lora: LoRA, norms: Mapping[str, float]) -> list[Block]:
+    """Return the blocks in the order in which data passes them; norms are those of the modules, as far as they are known."""
     groups: dict[tuple[str, str], list[str]] = {}
     for module in lora:
         component = module.partition(".")[0]
         groups.setdefault((component, blocks.block(module, lora.architecture)), []).append(module)
-    head = ["component", "block", "modules", "ranks", *["norm", ""] * bool(norms)]
-    sums = {group: math.sqrt(sum(norms.get(m, 0.0) ** 2 for m in modules)) for group, modules in groups.items()}
-    largest = max(sums.values(), default=0.0)
-    rows = []
+    found = []
     for group, modules in sorted(groups.items(), key=lambda item: blocks.position(*item[0])):
         ranks = [rank for m in modules if (rank := lora.layout(m).rank) is not None]
         span = "" if not ranks else str(min(ranks)) if len(set(ranks)) == 1 else f"{min(ranks)}-{max(ranks)}"
-        shown = [f"{sums[group]:.4g}", bar(sums[group], largest)] if norms else []
-        rows.append([*group, str(len(modules)), span, *shown])
+        norm = math.sqrt(sum(norms.get(m, 0.0) ** 2 for m in modules))
+        found.append(Block(*group, tuple(modules), span, norm))
+    return found
+
+
+def _by_block(lora: LoRA, norms: dict[str, float]) -> Lines:
+    head = ["component", "block", "modules", "ranks", *["norm", ""] * bool(norms)]
+    found = blocks_of(lora, norms)
+    largest = max((block.norm for block in found), default=0.0)
+    rows = []
+    for block in found:
+        shown = [f"{block.norm:.4g}", bar(block.norm, largest)] if norms else []
+        rows.append([block.component, block.name, str(len(block.modules)), block.ranks, *shown])
     if lora.architecture is None and len(rows) > MOST:
         return joined([table(head, rows[:MOST]), f"… and {len(rows) - MOST} more: every module with --json."])
     return table(head, rows)
 
 
-def _norms(lora: LoRA) -> dict[str, float]:
+def norms_of(lora: LoRA) -> dict[str, float]:
     """Return the norms of the modules whose ΔW depends on the file alone."""
     return {m: _norm(lora, m) for m in lora if lora.layout(m).kind in ("lora", "loha", "lokr", "full", "norm")}
 
@@ -177,20 +199,13 @@ def _made_from(lora: LoRA) -> dict[str, str]:
     """Return the inputs of a merge and their weights, or the LoRA that was resized."""
     if not lora.metadata:
         return {}
-    from ..files.metadata import RECIPE
+    from ..files.metadata import RECIPE, weight_of
 
     try:
         recipe = said(lora.metadata.get(RECIPE))
-        inputs = [f"{i['name']} × {_weight(i, recipe)}" for i in recipe.get("inputs", [])]
+        inputs = [f"{i['name']} × {weight_of(i, recipe)}" for i in recipe.get("inputs", [])]
         budget = "".join(f", {kind} {value:g}" for kind, value in recipe.get("budget", {}).items())
         label = "merged from" if len(inputs) > 1 else "made from"
         return {label: f"{', '.join(inputs)} by {recipe['method']}, rank {recipe['rank']}{budget}"} if inputs else {}
     except (ValueError, AttributeError, KeyError, TypeError):
         return {}
-
-
-def _weight(entry: dict[str, Any], recipe: dict[str, Any]) -> str:
-    weight = entry["weight"] if "weight" in entry else f"{recipe['weights']} ({recipe['scope']})"
-    if isinstance(weight, dict):
-        return ";".join(f"{pattern}={number:g}" for pattern, number in weight.items())
-    return f"{weight:.4g}" if isinstance(weight, float) else str(weight)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError, size, span
+from ..errors import OptionError, counted, size, span
 from .options import (
     Arch,
     Base,
@@ -34,10 +34,11 @@ from .options import (
     weights_of,
     workers_or_cores,
 )
-from .output import Block, as_directory, joined, print_notes, progress, say, table, written
+from .output import Block, as_directory, joined, print_notes, progress, replacing, say, table, written
 from .settings import command
 
 if TYPE_CHECKING:
+    from ..files import LoRA
     from ..merging import Plan, Recipe
     from ..merging.methods import Method
     from ..merging.running import Kept
@@ -51,8 +52,11 @@ LARGE = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """The options that ``merge`` and ``resize`` share."""
+    """The options that ``merge``, ``average`` and ``resize`` share."""
 
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write; for peft a directory.")] = (
+        None
+    )
     max_error: MaxError = None
     energy: Energy = None
     max_size: MaxSize = None
@@ -70,7 +74,7 @@ class Making:
     quiet: Quiet = False
 
 
-HOW = ("allow_pickle", "dry_run", "workers", "quiet")
+HOW = ("output", "allow_pickle", "dry_run", "workers", "quiet")
 """The shared options that say how a merge is run; the others have entries of the same name in a recipe."""
 
 
@@ -81,9 +85,6 @@ class Options(Making):
     files: Annotated[
         list[str], typer.Argument(help="Files, directories, or names on the Hugging Face Hub; or one recipe.toml.")
     ]
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write; for peft a directory.")] = (
-        None
-    )
     weight: Annotated[
         list[str] | None,
         typer.Option(
@@ -101,6 +102,10 @@ class Options(Making):
     rank: Annotated[str | None, typer.Option("--rank", "-r", help="sum (exact, the default), max, or a number.")] = None
     option: Annotated[list[str] | None, typer.Option("--option", "-O", help="NAME=VALUE of the method.")] = None
     allow_changed: Changed = False
+    save_recipe: Annotated[
+        Path | None,
+        typer.Option("--save-recipe", help="Write this merge as a recipe too, a .toml file, even with --dry-run."),
+    ] = None
     advice: Annotated[bool, typer.Option("--advice", help="Compare the LoRAs too, and say what to make of it.")] = False
 
 
@@ -119,37 +124,48 @@ def run(given: Options) -> None:
         "rank": given.rank,
         "option": given.option,
     }
-    make(given.files, changes, given.output, given, allow_changed=given.allow_changed, advice=given.advice)
+    make(
+        given.files,
+        changes,
+        given,
+        allow_changed=given.allow_changed,
+        advice=given.advice,
+        save_recipe=given.save_recipe,
+    )
 
 
 def make(
     files: Sequence[str],
     changes: Mapping[str, Any],
-    output: Path | None,
     given: Making,
     *,
+    opened: Sequence["LoRA"] | None = None,
     allow_changed: bool = False,
     advice: bool = False,
+    save_recipe: Path | None = None,
 ) -> None:
     """Merge files, or run the one recipe among them, and print what is done.
 
     Args:
         files: LoRAs, or one recipe.
         changes: What was typed for the entries of a recipe; None or empty where nothing was.
-        output: The file to write; None leaves it to the recipe.
-        given: The other options.
+        given: The other options; without an output, the recipe says where the result goes.
+        opened: The files' LoRAs, if they are open already.
         allow_changed: Whether files may differ from those that the recipe was made with.
         advice: Whether the LoRAs are compared too.
+        save_recipe: The file to write the recipe to, if any.
     """
     from ..files.writing import check_target
 
     shared = {field.name: getattr(given, field.name) for field in fields(Making) if field.name not in HOW}
     typed = {name: value for name, value in {**changes, **shared}.items() if value}
-    recipe = overridden(recipe_of(files), typed, given.quiet)
+    recipe, output = overridden(recipe_of(files), typed, given.quiet), given.output
     if output is None and recipe.output.path is None and not given.dry_run:
         raise OptionError("Where should the merged LoRA go? Give --output FILE, or --dry-run to see the plan.")
+    if save_recipe is not None and save_recipe.suffix != ".toml":
+        raise OptionError(f"Can't save the recipe as {save_recipe}: wanted a name that ends in .toml.")
     with ExitStack() as stack:
-        loras = [stack.enter_context(lora) for lora in recipe.open(allow_pickle=given.allow_pickle)]
+        loras = opened or [stack.enter_context(lora) for lora in recipe.open(allow_pickle=given.allow_pickle)]
         target = None if given.dry_run and output is None else recipe.target(output)
         if target is not None:
             check_target(target, recipe.output.to or loras[0].dialect)
@@ -159,7 +175,18 @@ def make(
         if advice:
             _print_advice(planned, given.quiet)
         if target is not None and not given.dry_run:
-            _write(recipe, planned, target, workers_or_cores(given.workers, planned.widest), given.quiet)
+            with replacing([] if output else [target], given.quiet):
+                _write(recipe, planned, target, workers_or_cores(given.workers, planned.widest), given.quiet)
+        if save_recipe is not None:
+            _save_recipe(recipe.for_file(planned, save_recipe.parent, target), save_recipe, given.quiet)
+
+
+def _save_recipe(recipe: "Recipe", path: Path, quiet: bool) -> None:
+    from ..files.storage.writer import write_text
+
+    write_text(path, recipe.to_toml())
+    if not quiet:
+        say(f"→ {path}")
 
 
 def recipe_of(files: Sequence[str]) -> "Recipe":
@@ -197,7 +224,7 @@ def overridden(recipe: "Recipe", flags: Mapping[str, Any], quiet: bool = False) 
         changes["method"] = method_of(changes["method"])
     method = changes.get("method", recipe.method)
     if "option" in changes:
-        changes["options"] = _options(method, changes.pop("option"))
+        changes["options"] = options_of(method, changes.pop("option"))
     changed = recipe.override(**changes)
     for name in recipe.options:
         if name not in changed.options and not quiet:
@@ -207,21 +234,45 @@ def overridden(recipe: "Recipe", flags: Mapping[str, Any], quiet: bool = False) 
 
 def _announce(recipe: "Recipe", planned: "Plan", quiet: bool) -> None:
     """Print the plan; refuse it if the result would be far larger than the inputs."""
-    from ..files.writing import check_growth, outgrows, saved_size
+    from ..files.writing import check_growth
 
     made = planned.lora()
-    length = planned.size  # which needs no values, as the size of the file may
-    if not outgrows(made, length):
-        length = saved_size(made, allow_lossy=recipe.output.allow_lossy)
+    length = planned_size(recipe, planned, made)
     if not quiet:
-        say(_plan_table(planned, made.families, length))
-        number = len(planned.loras)
-        if recipe.weights is None and planned.method.linear and number > 1:
-            say(
-                f"note: no weights were given, so each LoRA acts at 1/{number} of its strength; "
-                "--weights sum does what loading all of them does"
-            )
+        say(*plan_lines(recipe, planned, made, length))
     check_growth(made, length, made.dialect)
+
+
+def planned_size(recipe: "Recipe", planned: "Plan", made: "LoRA") -> int:
+    """Return the bytes of the file of a plan, whose LoRA is ``made``."""
+    from ..files.writing import outgrows, saved_size
+
+    length = planned.size  # which needs no values, as the size of the file may
+    return length if outgrows(made, length) else saved_size(made, allow_lossy=recipe.output.allow_lossy)
+
+
+def plan_lines(recipe: "Recipe", planned: "Plan", made: "LoRA", length: int) -> list[str]:
+    """Return the printed lines of a plan, whose LoRA is ``made`` and takes ``length`` bytes as a file."""
+    lines: list[str] = [_plan_table(planned, made.families, length)]
+    if recipe.weights is None and planned.method.default_weight is None and len(planned.loras) > 1:
+        lines.append(f"note: no weights were given, so each LoRA {_by_default(planned)}")
+    if _asked_to_cut(planned) and not planned.cuts:
+        lines.append("note: nothing is cut: the ranks that were asked for are no smaller than those there are")
+    return lines
+
+
+def _by_default(planned: "Plan") -> str:
+    """Say what the default weights do; with weights N times as large, the result of every method of ours is N times as strong."""
+    number = len(planned.loras)
+    if planned.method.name == "linear":
+        return f"acts at 1/{number} of its strength; --weights sum does what loading all of them does"
+    stronger = "" if planned.method.reference else f", and the result is {number} times as strong"
+    return f"has the weight 1/{number}; with --weights sum it has 1{stronger}"
+
+
+def _asked_to_cut(planned: "Plan") -> bool:
+    """Return whether a rank or a budget was given that could have cut something."""
+    return planned.budget is not None or not isinstance(planned.rank, str)
 
 
 def _print_advice(planned: "Plan", quiet: bool) -> None:
@@ -248,12 +299,11 @@ def _write(recipe: "Recipe", planned: "Plan", target: Path, workers: int, quiet:
             noted=noted.append,
         )
     if not quiet:
-        say(f"→ {written(path, planned.dialect)}")
-        _print_kept(kept, planned)
+        say(f"→ {written(path, planned.dialect)}", *kept_lines(kept, planned))
         print_notes([*as_directory(target, path), *noted], lost)
 
 
-def _options(method: "Method | str", given: list[str]) -> dict[str, Any]:
+def options_of(method: "Method | str", given: list[str]) -> dict[str, Any]:
     """Read a method's options from NAME=VALUE, in the types of its parameters."""
     from ..merging.methods import check_options, find
 
@@ -274,13 +324,14 @@ def _plan_table(planned: "Plan", families: Sequence[str], length: int) -> Block:
     steps = planned.steps.values()
     shared = sum(all(module in lora for lora in planned.loras if lora) for module in planned.steps)
     cut = sum(map(planned.is_cut, planned.steps))
+    told = f"{counted(cut, 'module')} cut to a smaller rank" if cut else _exactness(planned)
     notes = [f"  note: {lora.name}: {note}" for lora in planned.loras for note in lora.notes]
     return joined(
         [
             table(["file", "dialect", "modules", "rank", "weight"], rows),
-            f"{planned.method.name}: {len(steps)} modules of {' or '.join(families) or 'an unknown family'} "
+            f"{planned.method.name}: {counted(len(steps), 'module')} of {' or '.join(families) or 'an unknown family'} "
             f"({shared} of them in every file), {_ranks(planned)}"
-            f"{f'{cut} modules cut to a smaller rank' if cut else _exactness(planned)}, {size(length)} in {planned.dtype}",
+            f"{told}, {size(length)} in {planned.dtype}",
             *_wider(planned),
             *notes,
         ]
@@ -303,16 +354,10 @@ def _exactness(planned: "Plan") -> str:
     return f"{exact} but for the rounding to {planned.dtype} (up to about {ROUNDING[planned.dtype]})"
 
 
-def _print_kept(kept: "Kept", planned: "Plan") -> None:
-    if not kept.errors:
-        return
-    worst = max(kept.errors, key=kept.errors.__getitem__)
-    say(
-        f"  kept {100 * kept.share:.4g} % of the energy: relative error {100 * kept.error:.3g} %, "
-        f"largest {100 * kept.errors[worst]:.3g} % in {worst}"
-    )
-    for note in _keeps_more(kept, planned):
-        say(f"  note: {note}")
+def kept_lines(kept: "Kept", planned: "Plan") -> list[str]:
+    """Return the printed lines on the losses of a merge that was cut."""
+    told = kept.told()
+    return [f"  {told}", *(f"  note: {note}" for note in _keeps_more(kept, planned))] if told else []
 
 
 def _keeps_more(kept: "Kept", planned: "Plan") -> list[str]:

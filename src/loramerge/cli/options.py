@@ -1,5 +1,6 @@
 """Options that several commands have, and functions that read what was typed for them."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -138,6 +139,27 @@ def method_of(text: str) -> "Method | str":
 def rank_of(text: str) -> int | str:
     """Return the rank that a text means: a number, or a word."""
     return int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else text
+
+
+def files_of(given: Sequence[str]) -> list[str]:
+    """Return the files that were typed; a folder of several LoRAs stands for all of them, in the order of their numbers."""
+    return [file for each in given for file in _files_in(each) or [each]]
+
+
+def _files_in(folder: str) -> list[str]:
+    """Return the LoRAs' files in a folder; none if it isn't one, or if it is the folder of one adapter."""
+    from ..files.hub import WEIGHTS
+
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
+    if len(found) < 2 or {*WEIGHTS} & {*names}:
+        return []
+    return [os.path.join(folder, name) for name in sorted(found, key=_numbered)]
+
+
+def _numbered(name: str) -> list[str | tuple[int, str]]:
+    """Return a key that sorts ``step-500`` before ``step-1000``."""
+    return [(int(part), part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
 @contextmanager

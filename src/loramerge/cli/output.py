@@ -39,11 +39,18 @@ def guarded(command: Callable[[], object]) -> None:
         with needed("This command"):
             command()
     except LoRAMergeError as error:
-        say(f"Error: {as_typed(_short(str(error)))}", file=sys.stderr)
+        say(f"Error: {explained(error)}", file=sys.stderr)
         sys.exit(1)
     except MemoryError as error:
-        say(f"Error: out of memory: {first_line(error)}", file=sys.stderr)
+        say(f"Error: {explained(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def explained(error: LoRAMergeError | MemoryError) -> str:
+    """Return an error as people read it: not too long, with arguments as they are typed."""
+    if isinstance(error, MemoryError):
+        return f"out of memory: {first_line(error)}"
+    return as_typed(_short(str(error)))
 
 
 @contextmanager
@@ -109,7 +116,9 @@ def bar(value: float, largest: float, width: int = 30) -> str:
 
 def written(path: "Path", dialect: str) -> str:
     """Return the name of a written LoRA for messages: ``both.safetensors (kohya, 12.3 MB)``."""
-    file = path if path.is_file() else path / "adapter_model.safetensors"
+    from ..files.reading import PEFT_FILE
+
+    file = path if path.is_file() else path / PEFT_FILE
     length = f", {size(file.stat().st_size)}" if file.exists() else ""
     return f"{path} ({dialect}{length})"
 
@@ -154,6 +163,36 @@ def as_directory(asked: "Path", written: "Path") -> list[str]:
     if asked.suffix == written.suffix:
         return []
     return [f"PEFT's layout is a directory: {written.name}, not {asked.name}"]
+
+
+@contextmanager
+def replacing(outputs: "Iterable[Path]", quiet: bool = False) -> Iterator[None]:
+    """Say afterwards which of the files that are there were replaced; an adapter's directory stands for its file."""
+    files = [file for path in outputs for file in _outputs(path)]
+    before = {file: found for file in files if (found := _file_at(file))}
+    try:
+        yield
+    finally:
+        for file, found in before.items():
+            if not quiet and _file_at(file) not in (None, found):
+                say(f"replaced {file}", file=sys.stderr)
+
+
+def _outputs(path: "Path") -> "list[Path]":
+    """Return the files that may be written where a path was asked for: it, and those of a PEFT adapter's directory."""
+    from ..files.reading import PEFT_FILE
+
+    beside = [path.with_suffix("") / PEFT_FILE] if path.suffix == ".safetensors" else []
+    return [path, path / PEFT_FILE, *beside]
+
+
+def _file_at(path: "Path") -> tuple[int, int] | None:
+    """Return the number and time by which a file differs from one that has replaced it; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns) if path.is_file() else None
 
 
 class Pace:

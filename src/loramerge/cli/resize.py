@@ -7,7 +7,7 @@ import typer
 
 from ..errors import OptionError
 from .merge import Making, make
-from .options import File, Output
+from .options import File
 from .settings import command
 
 
@@ -16,7 +16,6 @@ class Options(Making):
     """The options of ``loramerge resize``."""
 
     file: File
-    output: Output
     rank: Annotated[str, typer.Option("--rank", "-r", help="The rank of every module, at most its own.")] = "sum"
 
 
@@ -28,4 +27,4 @@ def run(given: Options) -> None:
     """
     if given.rank in ("sum", "max") and not (given.max_error or given.energy or given.max_size):
         raise OptionError("How small? Give --rank, --max-error, --energy or --max-size.")
-    make([given.file], {"weights": ["1"], "rank": given.rank}, given.output, given)
+    make([given.file], {"weights": ["1"], "rank": given.rank}, given)

@@ -43,8 +43,13 @@ class Options:
         typer.Argument(help="Folders of pictures, one per setting; or one folder with a folder per setting."),
     ]
     reference: Annotated[
-        list[str], typer.Option("--reference", "-r", help="NAME=FOLDER, or FOLDER: the pictures of a concept.")
-    ]
+        list[str] | None,
+        typer.Option("--reference", "-r", help="NAME=FOLDER, or FOLDER: the pictures of a concept."),
+    ] = None
+    drift: Annotated[
+        str | None,
+        typer.Option("--drift", help="Measure how far each setting's pictures are from this one's; mostly 'none'."),
+    ] = None
     crop: Annotated[
         list[str] | None,
         typer.Option("--crop", help="NAME=left,top,right,bottom, from 0 to 1: where pictures show the concept."),
@@ -89,9 +94,12 @@ def run(given: Options) -> None:
     Example: loramerge score out/ -r person=photos/person -r jersey=photos/jersey --crop jersey=0.2,0.4,0.8,1
     """
     from ..scoring import reports, scores
+    from ..scoring.drifting import drift
 
     settings = settings_in(given.folders)
-    sets = read_references(given.reference, given.crop or [], given.own_crop or [])
+    sets = read_references(given.reference or [], given.crop or [], given.own_crop or [])
+    if not sets and given.drift is None:
+        raise OptionError("Nothing to score by: give --reference NAME=FOLDER, or --drift SETTING, or both.")
     if given.against is not None and given.against not in settings:
         raise OptionError(f"No setting {given.against!r}. There are: {', '.join(settings)}.")
     if not given.quiet:
@@ -103,7 +111,10 @@ def run(given: Options) -> None:
     found = []
     for each in _encoders(given):
         with progress(f"Scoring by {each.name}", given.quiet) as report:
-            found.append(scores.score(shots, sets, each, cluster=cluster, cache=cache, progress=report))
+            if sets:
+                found.append(scores.score(shots, sets, each, cluster=cluster, cache=cache, progress=report))
+            if given.drift is not None:
+                found.append(drift(shots, each, base=given.drift, cluster=cluster, cache=cache, progress=report))
     written = reports.save_scores(found, given.output) if given.output else []
     if not given.quiet:
         tables = [shown(scores, given.against, given.by_prompt) for scores in found]
@@ -185,13 +196,15 @@ def _encoders(given: Options) -> list["Encoder"]:
 
 def shown(scores: "Scores", against: str | None, by_prompt: bool) -> Block:
     """Return the tables for people."""
-    parts = [
-        f"{scores.encoder}: cosine with the mean embedding (mean pairwise cosine), {_clusters(scores)}",
-        _means(scores),
-    ]
+    from ..scoring.drifting import DRIFT
+
+    drifted = scores.references == (DRIFT,)
+    what = "1 − cosine with the base's picture" if drifted else "cosine with the mean embedding"
+    pairwise = "" if drifted else " (mean pairwise cosine)"
+    parts = [f"{scores.encoder}: {what}{pairwise}, {_clusters(scores)}", _means(scores, pairwise=not drifted)]
     if by_prompt:
-        parts += ["by prompt: cosine with the mean embedding", _prompts(scores)]
-    if against is not None:
+        parts += [f"by prompt: {what}", _prompts(scores)]
+    if against is not None and against in scores.settings:
         parts += [f"difference from {against}, over pictures of the same prompt and seed", _against(scores, against)]
     return spaced(parts)
 
@@ -202,14 +215,15 @@ def _clusters(scores: "Scores") -> str:
     return f"95 % intervals over {what}" if first.low is not None else f"no intervals: {what} are too few"
 
 
-def _means(scores: "Scores") -> str:
+def _means(scores: "Scores", *, pairwise: bool) -> str:
+    def cell(setting: str, reference: str) -> str:
+        second = f" ({scores.mean(setting, reference, 'pairwise').mean:.3f})" if pairwise else ""
+        return f"{scores.mean(setting, reference):.3f}{second}"
+
     rows = [
         [
             setting,
-            *(
-                f"{scores.mean(setting, reference):.3f} ({scores.mean(setting, reference, 'pairwise').mean:.3f})"
-                for reference in scores.references
-            ),
+            *(cell(setting, reference) for reference in scores.references),
             str(scores.mean(setting, scores.references[0]).values),
         ]
         for setting in scores.settings

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..files.storage.paths import path_of
+from .output import replacing
+
+OUTPUTS = ("output", "save_recipe", "coefficients", "plot", "heatmap")
+"""The options of all commands that name what is written."""
 
 
 def command(run: Callable[..., None]) -> Callable[..., None]:
@@ -26,7 +30,9 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     order = [name for kind in options.__mro__ for name in get_annotations(kind) if name in declared]
 
     def typed(**values: Any) -> None:
-        run(**{name: options(**values)})
+        outputs = [values[each] for each in OUTPUTS if values.get(each)]
+        with replacing(outputs, values.get("quiet", False)):
+            run(**{name: options(**values)})
 
     typed.__doc__ = run.__doc__
     typed.__module__, typed.__qualname__ = run.__module__, run.__qualname__

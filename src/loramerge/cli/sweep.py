@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError, size
+from ..errors import OptionError, counted, size
 from .options import Changed, Pickle, Processes, Quiet, method_of, rank_of
 from .output import is_number, progress, resumable, say, table
 from .settings import command
@@ -81,7 +81,7 @@ def run(given: Options) -> None:
         say(shown(rows))
         reused = sum(row.reused for row in rows)
         there = f", {reused} of them there already" if reused else ""
-        say(f"→ {given.output}: {len(rows)} merges{there}, sweep.csv, sweep.json")
+        say(f"→ {given.output}: {counted(len(rows), 'merge')}{there}, sweep.csv, sweep.json")
     failed = [row for row in rows if row.failed]
     for row in failed:
         say(f"error: {row.name}: {row.failed}", file=sys.stderr)

@@ -30,6 +30,7 @@ from .settings import command
 
 if TYPE_CHECKING:
     from ..diffusion import Denoiser, Team, TrainSettings, TrainStep
+    from ..files.lora import LoRA
 
 OWN = (
     "rank",
@@ -92,6 +93,13 @@ class Options(OnModel, Saved):
     prior_prompt: Annotated[
         str | None, typer.Option("--prior-prompt", help="For pictures of the class without a caption.")
     ] = None
+    beside: Annotated[
+        str | None,
+        typer.Option("--beside", help="A LoRA that acts, unchanged, while this one learns: their sum is the merge."),
+    ] = None
+    off_rows: Annotated[
+        bool, typer.Option("--off-rows", help="Stay off the inputs that --beside acts on, instead of training with it.")
+    ] = False
     text_encoders: Annotated[bool, typer.Option("--text-encoders", help="Train them too.")] = False
     checkpointing: Checkpointing = False
     checkpoint: Annotated[
@@ -118,9 +126,12 @@ def run(given: Options) -> None:
     need("Training", "diffusers", "transformers", "peft", "accelerate")
     from ..diffusion import team
     from ..files.dialects.write import check_writable
+    from ..files.reading import load
     from ..files.writing import check_target
     from ..scoring.captions import captioned
 
+    if given.off_rows and given.beside is None:
+        raise OptionError("--off-rows needs --beside, the LoRA whose inputs are left alone.")
     settings = settings_of({name: getattr(given, name) for name in OWN}, given.setting or [])
     check_writable(given.to or "diffusers", "diffusers")
     place = check_target(given.output, given.to or "diffusers")
@@ -131,8 +142,9 @@ def run(given: Options) -> None:
         note_left_out(filter(None, (given.folder, given.prior)))
     together = team(cpu=given.device == "cpu")
     given = replace(given, quiet=given.quiet or not together.writes)
+    first = None if given.beside is None else load(given.beside)
     denoiser = given.load(given.base, together, checkpointing=given.checkpointing)
-    job = _Job(given, settings, place, denoiser)
+    job = _Job(given, settings, place, denoiser, first)
     lora = job.run(together)
     if together.writes:
         save_learned(lora, given.output, given.to, given.dtype, given.quiet)
@@ -167,6 +179,7 @@ class _Job:
     settings: "TrainSettings"
     place: Path
     denoiser: "Denoiser"
+    beside: "LoRA | None"
 
     @property
     def name(self) -> str:
@@ -198,6 +211,8 @@ class _Job:
                     on_step=progressing,
                     name=self.name,
                     trigger=given.trigger,
+                    beside=self.beside,
+                    off_rows=given.off_rows,
                     progress=report,
                 )
         except KeyboardInterrupt:

@@ -66,8 +66,9 @@ def run(given: Options) -> None:
     chosen = settings_of(given.preset, given.setting or [])
     if given.precision == "fp16" or given.autocast == "fp16":
         raise OptionError("In fp16 gradients underflow, so nothing can be learned. Way out: --precision bf16, or fp32.")
-    if given.coefficients and (chosen.parametrisation == "down" or chosen.gates == "input"):
-        what = "The parametrisation 'down' learns" if chosen.parametrisation == "down" else "Gates of the input are"
+    if given.coefficients and (not chosen.by_column or chosen.gates == "input"):
+        parametrised = f"The parametrisation {chosen.parametrisation!r} learns"
+        what = "Gates of the input are" if chosen.by_column else parametrised
         raise OptionError(f"{what} no coefficients. Way out: no --coefficients.")
     if chosen.gates == "input" and given.text_encoders:
         raise OptionError("Gates of the input are the denoiser's. Way out: no --text-encoders.")

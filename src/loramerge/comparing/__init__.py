@@ -7,6 +7,7 @@ from ..registry import face
 if TYPE_CHECKING:
     from .advising import advice as advice
     from .analysis import Comparison as Comparison, NotCompared as NotCompared, Row as Row, compare as compare
+    from .checking import Check as Check, Finding as Finding, check as check
     from .diffs import Difference as Difference, differences as differences
     from .measures import Alone as Alone, Pair as Pair
     from .plots import heatmap as heatmap, save_heatmap as save_heatmap
@@ -21,6 +22,7 @@ else:
                 "Row",
                 "compare",
             ),
+            "checking": ("Check", "Finding", "check"),
             "diffs": (
                 "Difference",
                 "differences",

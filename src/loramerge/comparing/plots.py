@@ -73,12 +73,17 @@ def save_figure(figure: "Figure", path: Path, dpi: int) -> Path:
     Raises:
         FileError: It can't be written.
     """
-    kind, data = path.suffix[1:].lower(), io.BytesIO()
+    write_bytes(path, drawn(figure, path.suffix[1:].lower(), dpi))
+    return path
+
+
+def drawn(figure: "Figure", kind: str, dpi: int) -> bytes:
+    """Return a picture as the bytes of a file of a kind: ``png``, ``svg`` or ``pdf``."""
+    data = io.BytesIO()
     undated: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
     with as_it_is():
         figure.savefig(data, format=kind, dpi=dpi, metadata=undated)
-    write_bytes(path, data.getvalue())
-    return path
+    return data.getvalue()
 
 
 def heatmap(comparison: Comparison) -> "Figure":

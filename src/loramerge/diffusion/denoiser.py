@@ -18,7 +18,7 @@ from ..files.storage.paths import path_of, printable
 from ..learned.batches import Batch
 from . import flows
 from .families import Conditions, Family, Size, family_of
-from .pipelines import opened
+from .pipelines import name_of, opened
 from .schedules import Schedule, schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -330,7 +330,7 @@ def load(
         kept or wanted,
         narrow,
         text_encoders,
-        os.fspath(source) if named else _name(pipe),
+        os.fspath(source) if named else name_of(pipe),
     )
     for encoder in found.encoders.values():
         encoder.eval()
@@ -345,7 +345,3 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise OptionError(f"Unknown dtype {name!r}. Available: {', '.join(DTYPES)}.")
     return DTYPES[name]
-
-
-def _name(pipe: Any) -> str:
-    return str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)

@@ -32,6 +32,7 @@ from .apply import applied, check_loads, fingerprint
 from .composing.base import Use
 from .composing.running import Composed, check_words, composed
 from .drawing import Sampling, drawn, settled
+from .pipelines import name_of
 
 LEGIBLE = 40
 """Number of a prompt's characters in a file's name."""
@@ -202,7 +203,7 @@ def _common(pipe: Any, sampling: Sampling, base: str | None) -> dict[str, Any]:
         "sampling": settled(pipe, sampling),
         "scheduler": {"name": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
         "base": {
-            "name": base or getattr(pipe, "name_or_path", None) or type(pipe).__name__,
+            "name": base or name_of(pipe),
             "pipeline": type(pipe).__name__,
             "fingerprint": fingerprint(pipe),
             "dtype": str(pipe.dtype).removeprefix("torch."),

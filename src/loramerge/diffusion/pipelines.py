@@ -136,3 +136,8 @@ def _code(path: Path, error: Exception) -> str:
 
 def _first_line(error: BaseException) -> str:
     return first_line(error).partition(" (Request ID")[0].rstrip(".")
+
+
+def name_of(pipe: Any) -> str:
+    """Return the name or path that a pipeline was loaded by; its class's name if it has none."""
+    return str(getattr(pipe, "name_or_path", "") or type(pipe).__name__)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .architectures import ARCHITECTURES as ARCHITECTURES, Architecture as Architecture
     from .architectures.blocks import block as block, vector as vector
     from .dialects import DIALECTS as DIALECTS, Dialect as Dialect
+    from .editing import edit_metadata as edit_metadata, read_metadata as read_metadata
     from .lora import LoRA as LoRA, from_tensors as from_tensors
     from .reading import Readable as Readable, Source as Source, load as load, open as open
     from .storage.digests import file_digest as file_digest, listing_digest as listing_digest
@@ -20,6 +21,7 @@ else:
     __getattr__, __dir__, __all__ = face(
         __name__,
         {
+            "editing": ("edit_metadata", "read_metadata"),
             "lora": (
                 "LoRA",
                 "from_tensors",

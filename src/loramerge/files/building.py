@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
 
-from ..errors import LayerError, LoRAMergeError, NumberError, within
+from ..errors import LayerError, LoRAMergeError, NumberError
 from ..layers import Layer, LowRank, build
 from ..layers.base import scaled
-from ..tensors import Array, Shape, Tensor, check_finite
+from ..tensors import Array, Shape, Spec, Tensor, check_finite
 from .dialects import alphas, fields
 from .dialects.fields import Config
 from .dialects.read import Reading
@@ -58,10 +58,13 @@ class LayerBuilder:
 
     def layout(self, record: Record) -> Layer:
         """Return the layer of a record without values."""
-        if record.stem not in self._layouts:
-            with within(f"{self.name}: {record.stem}"):
-                self._layouts[record.stem] = self._layout(record)
-        return self._layouts[record.stem]
+        found = self._layouts.get(record.stem)
+        if found is None:
+            try:
+                found = self._layouts[record.stem] = self._layout(record)
+            except LoRAMergeError as error:
+                raise error.at(f"{self.name}: {record.stem}") from None
+        return found
 
     def _layout(self, record: Record) -> Layer:
         layer, weight = record.layer, self.weight(record)
@@ -71,7 +74,7 @@ class LayerBuilder:
             if value == getattr(layer, "alpha", None):
                 return self._as_trained(record, layer)
             if isinstance(layer, LowRank):
-                return self._as_trained(record, _with_alpha(layer, value))
+                return self._as_trained(record, _changed(layer, {"alpha": value}))
         return self._build(record, lambda tensor: tensor, value)
 
     def _as_trained(self, record: Record, layer: Layer) -> Layer:
@@ -81,13 +84,24 @@ class LayerBuilder:
     def _whole(self, stem: str) -> Layer:
         record = self.records[stem]
         try:
-            return self._build(record, _values, self._alphas[stem])
+            return self._filled(record) or self._build(record, _values, self._alphas[stem])
         except NumberError as error:
             modules = ", ".join(part.module for part in record.parts)
             way = f"Way out: leave it out (exclude), such as --exclude '{record.parts[0].module}'"
             raise NumberError(f"{error}. {way}").at(f"{self.name}: {modules}") from None
         except LoRAMergeError as error:
             raise error.at(f"{self.name}: {stem}") from None
+
+    def _filled(self, record: Record) -> Layer | None:
+        """Return a LoRA's layout with values in the place of the file's tensors; None unless it holds these very tensors."""
+        layout = self._layouts[record.stem]
+        if not isinstance(layout, LowRank):
+            return None
+        held = layout.tensors()
+        if any(type(tensor) is Spec for tensor in held.values()):  # reshaped, or folded of several
+            return None
+        values = {role: _values(self.tensors[key]) for role, key in record.keys.items() if role in held}
+        return _changed(layout, values)
 
     def _build(self, record: Record, read: Callable[[Tensor], Any], alpha: float | None) -> Layer:
         apart = {"alpha", "scale", *["reshape_weight"] * self.widened(record)}
@@ -111,6 +125,8 @@ class LayerBuilder:
 
     def config_of(self, record: Record) -> Config | None:
         """Return PEFT's configuration of the component that a record belongs to."""
+        if not self.config:
+            return None
         folder, slash, _ = record.stem.partition("/")
         component = folder if slash else record.parts[0].module.partition(".")[0]
         return self.config.get(component) or self.config.get("")
@@ -139,10 +155,10 @@ class LayerBuilder:
         return found.pop()
 
 
-def _with_alpha(layer: LowRank, alpha: float | None) -> LowRank:
-    """Return a layer with another alpha: `dataclasses.replace` without the checks, which the layer has passed."""
+def _changed(layer: LowRank, fields: Mapping[str, Any]) -> LowRank:
+    """Return a layer with other values of some fields: `dataclasses.replace` without the checks, which the layer has passed."""
     made = object.__new__(LowRank)
-    made.__dict__.update(layer.__dict__, alpha=alpha)
+    made.__dict__.update(layer.__dict__, **fields)
     return made
 
 

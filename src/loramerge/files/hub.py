@@ -1,5 +1,6 @@
-"""Fetching files from the Hugging Face Hub."""
+"""Fetching files from the Hugging Face Hub, and what repositories there say of themselves."""
 
+import os
 import posixpath
 import re
 from collections.abc import Callable
@@ -113,6 +114,43 @@ def pinned(reference: Reference, path: Path) -> str:
     return str(reference._replace(revision=commit))
 
 
+def address(reference: Reference) -> str:
+    """Return the URL under which a browser shows a repository, or a file in it."""
+    from huggingface_hub import constants
+
+    page = f"{constants.ENDPOINT}/{reference.repo}"
+    revision = quote(reference.revision or "main", safe="")
+    if reference.file:
+        return f"{page}/blob/{revision}/{quote(reference.file)}"
+    return f"{page}/tree/{revision}" if reference.revision else page
+
+
+class Facts(NamedTuple):
+    """The facts that the card of a repository states."""
+
+    licence: str
+    """The licence's name; empty if the card names none."""
+    bases: tuple[str, ...]
+    """The repositories of its base models."""
+
+
+def facts(reference: Reference) -> Facts | None:
+    """Read what a repository's card says at a revision; None if the Hub doesn't answer, or doesn't show it."""
+    import huggingface_hub
+
+    if unreachable():
+        return None
+    try:
+        info = huggingface_hub.HfApi().model_info(reference.repo, revision=reference.revision)
+    except Exception:  # as in `_asked`; the caller says that nothing is known
+        return None
+    card: Any = info.card_data or {}
+    own = card.get("license")
+    named = card.get("license_name") if own in (None, "other") else None
+    bases = card.get("base_model") or []
+    return Facts(str(named or own or ""), tuple(map(str, [bases] if isinstance(bases, str) else bases)))
+
+
 def choose(files: list[str], where: str) -> str:
     """Choose the LoRA among the files of a repository or a directory; a pickle only if there is nothing else."""
     for ends in ((".safetensors",), PICKLES):
@@ -124,7 +162,9 @@ def choose(files: list[str], where: str) -> str:
             return weights[0]
         if weights:
             some = ", ".join(weights[:MOST]) + (", …" if len(weights) > MOST else "")
-            raise FileError(f"{where} has {len(weights)} {'/'.join(ends)} files; name one: {some}.")
+            several = f"{os.path.join(where, '*')}{ends[0]}"
+            every = f"; or, for a command that takes several, {several}" if os.path.isdir(where) else ""
+            raise FileError(f"{where} has {len(weights)} {'/'.join(ends)} files; name one: {some}{every}.")
     raise FileError(f"{where} has no .safetensors file, and no pickle either ({', '.join(PICKLES)}).")
 
 
@@ -140,7 +180,7 @@ def _listing(reference: Reference) -> list[str]:
     def online() -> list[str]:
         return huggingface_hub.HfApi().list_repo_files(reference.repo, revision=reference.revision)
 
-    why = _unreachable()
+    why = unreachable()
     found: list[str] = _asked(reference, cached if why else online, why)
     return found
 
@@ -148,7 +188,7 @@ def _listing(reference: Reference) -> list[str]:
 def _fetch(reference: Reference, file: str) -> Path:
     import huggingface_hub
 
-    why = _unreachable()
+    why = unreachable()
 
     def fetch() -> str:
         return huggingface_hub.hf_hub_download(
@@ -158,7 +198,7 @@ def _fetch(reference: Reference, file: str) -> Path:
     return Path(_asked(reference, fetch, why, file))
 
 
-def _unreachable() -> str:
+def unreachable() -> str:
     """Say why the Hub can't be reached, if that is known without asking it: its client would retry for half a minute."""
     import socket
     from urllib.parse import urlsplit

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..layers import Layer
 from ..tensors import NAMES
@@ -69,6 +69,26 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], 
 def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the entries that stay true when a LoRA is written anew."""
     return {key: value for key, value in metadata.items() if key not in STALE and not NUMBERED.fullmatch(key)}
+
+
+def inputs_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries of the LoRAs that a merge's record names; none where it has another form."""
+    found = record.get("inputs")
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def weight_of(entry: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Return the weight of one of a record's LoRAs as text: a number, patterns with numbers, or the rule for all."""
+    rule = str(record.get("weights")) + (f" ({record['scope']})" if record.get("scope") else "")
+    weight = entry.get("weight", rule)
+    if isinstance(weight, dict):
+        return ";".join(f"{pattern}={_short(number)}" for pattern, number in weight.items())
+    return _short(weight)
+
+
+def _short(number: Any) -> str:
+    """Return a weight with four digits; a record may have anything in its place."""
+    return f"{number:.4g}" if isinstance(number, float) else str(number)
 
 
 def _with_output(recipe: str, spelling: "Spelling") -> str:

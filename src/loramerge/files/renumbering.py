@@ -5,12 +5,15 @@ is about the names that the file has, behind the prefix of its dialect.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from ..errors import DialectError, OptionError
+from ..errors import DialectError, OptionError, counted
+from .architectures import ARCHITECTURES
+from .dialects import DIALECTS
 from .dialects.forms import BEFORE
+from .dialects.naming import UNKNOWN
 from .lora import LoRA, from_tensors
 
 NUMBER = re.compile(r"\{i(?:(?P<sign>[+-])(?P<shift>\d+)|\*(?P<times>\d+)/(?P<over>[1-9]\d*))?\}")
@@ -91,7 +94,7 @@ def _rule(source: str, target: str) -> Rule:
     return Rule(text, ends[0][1], old, ends[1][1], new)
 
 
-def renumbered(lora: LoRA, rules: Mapping[str, str]) -> LoRA:
+def renumbered(lora: LoRA, rules: Mapping[str, str], to: str | None = None) -> LoRA:
     """Return a LoRA that was read from a file, with other numbers for its blocks.
 
     What a rule's list has besides the blocks that the rules are about is left out, and a note says so.
@@ -99,10 +102,11 @@ def renumbered(lora: LoRA, rules: Mapping[str, str]) -> LoRA:
     Args:
         lora: The LoRA.
         rules: Old and new names of blocks: ``{"blocks.{i}": "blocks.{i+12}"}``.
+        to: The dialect that the LoRA is for, if another than its own can't hold blocks that its family lacks.
 
     Raises:
         OptionError: A rule has another form, is about no block of the file, or the LoRA wasn't read.
-        DialectError: Two blocks would have the same number.
+        DialectError: Two blocks would have the same number, or one that the LoRA's family lacks.
     """
     parsed = parse(rules)
     if lora.origin is None:
@@ -119,7 +123,7 @@ def renumbered(lora: LoRA, rules: Mapping[str, str]) -> LoRA:
         )
     left = [old for old, new in names.items() if new is None]
     note = f"left out: {len(left)} tensors of blocks that the map has no number for: {left[0]} …" if left else ""
-    return from_tensors(
+    found = from_tensors(
         kept,
         lora.metadata,
         lora.name,
@@ -128,6 +132,27 @@ def renumbered(lora: LoRA, rules: Mapping[str, str]) -> LoRA:
         notes=[f"blocks renumbered: {', '.join(rule.text for rule in parsed)}", *[note] * bool(note)],
         files=lora.files,
     )
+    if lora.architecture and not found.families:
+        return _beyond(lora, found, [new for old, new in names.items() if new not in (None, old)], to)
+    return found
+
+
+def _beyond(lora: LoRA, found: LoRA, changed: Sequence[str | None], to: str | None) -> LoRA:
+    """Return a LoRA with blocks that its family lacks, and a note; refuse it for a dialect that needs to know the family.
+
+    Raises:
+        DialectError: The dialect isn't the LoRA's own.
+    """
+    family = ARCHITECTURES[lora.architecture or ""]
+    highest = max(filter(None, changed), key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+    said = f"the map gives blocks that {family.title} ({family.name}) doesn't have: {highest}"
+    if to is not None and DIALECTS[to].name != found.dialect:
+        raise DialectError(
+            f"{lora.name}: {said}. Ways out: numbers that it has; or, for a model with more blocks, the file's own dialect, "
+            f"{found.dialect}, which keeps any names."
+        )
+    own = [note for note in found.notes if not note.startswith(UNKNOWN)]
+    return replace(found, notes=(*own, f"{said}; its {counted(len(found), 'module')} keep these names"))
 
 
 def _renamed(keys: Iterable[str], rules: list[Rule]) -> dict[str, str | None]:

@@ -8,12 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import DialectError, FileError, OptionError, check_callable, size
-from ..tensors import Array, nbytes
+from ..tensors import NAMES, Array, nbytes
 from .architectures.names import COMPONENTS
 from .dialects import written_dialect
 from .lora import LoRA
 from .reading import PEFT_CONFIG, PEFT_FILE, PEFT_FILES, Source, open
-from .renumbering import renumbered
 from .storage.paths import path_of
 
 if TYPE_CHECKING:
@@ -58,7 +57,8 @@ def save(
         progress: Called with the number of modules done and of all.
         lost: Called with a line for each thing that ``allow_lossy`` left out.
         allow_growth: Whether the file may be more than ten times as large as what it is made of.
-        noted: Called with a line for each thing that one of the dialect's readers is known to leave out.
+        noted: Called with a line for each thing that one of the dialect's readers is known to leave out, and if a file in
+            its own dialect is copied as it is.
 
     Returns:
         The path that was written.
@@ -69,7 +69,6 @@ def save(
         OptionError: The file would be too large (see ``allow_growth``).
         FileError: The path can't be written, or the disk has no room.
     """
-    from .dialects.readers import said
     from .dialects.write import spell
     from .metadata import for_writing
 
@@ -82,6 +81,13 @@ def save(
         for line in spelling.left_out:
             lost(line)
     if noted:
+        from .dialects.readers import said
+
+        if spelling.verbatim:
+            cast = f", in {NAMES[spelling.dtype]}" if spelling.dtype else ""
+            noted(
+                f"{spelling.dialect.name} is the dialect of the file itself: the tensors are those that were read{cast}"
+            )
         for line in said(spelling.dialect.name, lora.architecture, spelling.layers):
             noted(line)
     if spelling.dialect.name == "peft":
@@ -308,7 +314,7 @@ def convert(
     """
     with open(source, architecture=architecture, adapter=adapter, allow_pickle=allow_pickle) as lora:
         return save(
-            renumbered(lora, block_map) if block_map else lora,
+            _renumbered(lora, block_map, dialect) if block_map else lora,
             path,
             dialect=dialect,
             dtype=dtype,
@@ -317,3 +323,9 @@ def convert(
             progress=progress,
             allow_growth=allow_growth,
         )
+
+
+def _renumbered(lora: LoRA, block_map: Mapping[str, str], dialect: str) -> LoRA:
+    from .renumbering import renumbered
+
+    return renumbered(lora, block_map, dialect)

@@ -182,6 +182,15 @@ class Attachment:
 
         return add
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Turn the hooks off inside the block."""
+        self.active = False
+        try:
+            yield
+        finally:
+            self.active = True
+
     def check_all_ran(self) -> None:
         """Refuse a model that never ran one of the modules, so that nothing could be learned there.
 
@@ -227,6 +236,19 @@ def attach(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def frozen(models: Models) -> Iterator[None]:
+    """Turn off the gradients of the models' parameters inside the block."""
+    learning = [p for model in models.values() for p in model.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _targets(models: Models, loras: Sequence[LoRA]) -> dict[str, list[int]]:

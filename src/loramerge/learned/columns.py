@@ -21,11 +21,11 @@ from ..files.lora import LoRA
 from ..files.metadata import RECIPE
 from ..files.storage.texts import parsed
 from ..merging.coefficients import Coefficients
-from .attach import Attachment, Models, Site, attach, fingerprints
+from .attach import Attachment, Models, Site, attach, fingerprints, frozen
 from .batches import Batch, join, seen, weighed
 from .calibration import Draw, Predict, calibrate, seeded
 from .gates import TEMPERATURE, Activation, BlockGates, activated, balance
-from .least_squares import RIDGE, check_sound, column_solution, columns, costs_of
+from .least_squares import RIDGE, check_sound, column_solution, columns, costs_of, rank_solution
 from .penalties import crossings, penalty
 from .presets import PRESETS, Settings, settings
 from .problems import problem
@@ -54,7 +54,7 @@ class Learned:
     lora: LoRA
     """The merge: an ordinary LoRA of rank Σr in every module that the LoRAs share."""
     coefficients: Coefficients | None
-    """The same as weights of an ordinary merge of these LoRAs; None for ``parametrisation="down"``."""
+    """The same as weights of an ordinary merge of these LoRAs; None for the parametrisations ``down`` and ``rank``."""
     history: list[Step] = field(default_factory=list)
     """The steps of this run, without those before the checkpoint that it resumed from."""
     patterns: tuple[dict[str, float], ...] | None = None
@@ -160,7 +160,7 @@ def _running(
     if every < 1 or shard < 0:
         raise OptionError(f"ZipLoRA: every must be a number from 1 and shard one from 0; got {every} and {shard}.")
     shares = shares_of(weights, len(loras))
-    with _frozen(models), attach(models, loras) as attachment:
+    with frozen(models), attach(models, loras) as attachment:
         yield _Run(predict, models, loras, draw, settings, shares, attachment, shard, dict(identity or {}))
 
 
@@ -302,16 +302,16 @@ class _Run:
             return self._first_modules()
         if given.gated:
             return {self._group(m): torch.zeros(count) for m in self.sites}
+        by_rank = given.parametrisation == "rank"
         if given.init == "lsq":
-            columns = self._closed_form()
+            found = self._closed_form()
         else:
-            columns = {
-                m: torch.full((count, s.columns), 1.0 if given.init == "ones" else 1.0 / count)
-                for m, s in self.sites.items()
-            }
-        if given.parametrisation == "column":
-            return columns
-        return {m: site.down.float().cpu() * columns[m][site.owner.cpu()] for m, site in self.sites.items()}
+            first = 1.0 if given.init == "ones" else 1.0 / count
+            shapes = {m: s.owner.shape if by_rank else (count, s.columns) for m, s in self.sites.items()}
+            found = {m: torch.full(shape, first) for m, shape in shapes.items()}
+        if given.parametrisation != "down":
+            return found
+        return {m: site.down.float().cpu() * found[m][site.owner.cpu()] for m, site in self.sites.items()}
 
     def _first_modules(self) -> dict[str, Tensor]:
         """Return zeros for the first module of each block that runs, and for the temperature; the model runs once."""
@@ -328,15 +328,17 @@ class _Run:
         return {m: torch.zeros(size, count) for m, size in sizes.items()} | {TEMPERATURE: torch.zeros(())}
 
     def _closed_form(self) -> dict[str, Tensor]:
+        """Return the least-squares factors per column, or per unit of rank."""
         given = self.settings
+        by_rank = given.parametrisation == "rank"
         # Calibration attaches hooks of its own: these here must not add to the outputs that it sees.
-        with _silent(self.attachment):
+        with self.attachment.silent():
             moments = calibrate(
                 self.predict,
                 self.models,
                 self.loras,
                 self.draw,
-                kind="gram",
+                kind="core" if by_rank else "gram",
                 batches=given.calibration,
                 batch_size=given.batch_size,
                 seed=given.seed,
@@ -345,8 +347,13 @@ class _Run:
         for module in self.sites:
             p = problem(self.loras, module, moments)
             with within(module):
-                m = column_solution(p, RIDGE["column"], 1.0)
-                check_sound(m, costs_of(p, p.loss(columns(p, m))), "sum")
+                if by_rank:
+                    m = rank_solution(p, RIDGE["rank"], 1.0)
+                    loss = p.core_loss(torch.diag(m))
+                else:
+                    m = column_solution(p, RIDGE["column"], 1.0)
+                    loss = p.loss(columns(p, m))
+                check_sound(m, costs_of(p, loss), "sum")
             found[module] = m.float().cpu()
         return found
 
@@ -432,6 +439,8 @@ class _Run:
         if self.settings.parametrisation == "down":
             return self.parameters[module]
         site = self.sites[module]
+        if self.settings.parametrisation == "rank":
+            return site.down.float() * self.parameters[module][:, None]
         return site.down.float() * self._columns(module)[site.owner]
 
     def _fits(self, difference: Tensor) -> list[Tensor]:
@@ -480,7 +489,7 @@ class _Run:
 
     def coefficients(self, recipe: Mapping[str, Any]) -> Coefficients | None:
         """Return the same as weights of an ordinary merge; None if it isn't one."""
-        if self.settings.parametrisation == "down":
+        if not self.settings.by_column:
             return None
         columns = {m: self._columns(m).detach().cpu().contiguous().numpy() for m in self.sites}
         return Coefficients.of(columns, self.loras, [1.0] * len(self.loras), recipe)
@@ -490,26 +499,3 @@ class _Run:
         kept = {k: v for k, v in asdict(self.settings).items() if k != "steps"}
         marks = fingerprints(self.loras)
         return {**self.about, "settings": kept, "LoRAs": marks, "weights": self.weights, "shard": self.shard}
-
-
-@contextmanager
-def _frozen(models: Models) -> Iterator[None]:
-    """Turn off the gradients of the models' parameters inside the block."""
-    learning = [p for model in models.values() for p in model.parameters() if p.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _silent(attachment: Attachment) -> Iterator[None]:
-    """Turn off an attachment inside the block."""
-    attachment.active = False
-    try:
-        yield
-    finally:
-        attachment.active = True

@@ -165,7 +165,7 @@ def _mixing(p: Problem, granularity: Granularity, ridge: float, prior: Prior) ->
     if granularity == "core":
         return core_solution(p, ridge, prior)
     if granularity == "rank":
-        return torch.diag(_solved(*rank_system(p), ridge, _prior(p, prior)))
+        return torch.diag(rank_solution(p, ridge, _prior(p, prior)))
     return torch.diag(_spread(p, _solved(*layer_system(p), ridge, _prior(p, prior))))
 
 
@@ -207,6 +207,11 @@ def full_solution(p: Problem, ridge: float, prior: Prior) -> Float[Tensor, "R n"
     gram, cross = p.sums()
     pull = (ridge + p.least_ridge + LEAST) * gram.diagonal().mean().clamp_min(TINY)
     return _divide(cross + _prior(p, prior) * pull * p.down, gram + pull * eye_like(gram))
+
+
+def rank_solution(p: Problem, ridge: float, prior: float) -> Float[Tensor, " R"]:
+    """Return the factors s, one per unit of rank: ZipRank in closed form."""
+    return _solved(*rank_system(p), ridge, prior)
 
 
 def column_solution(p: Problem, ridge: float, prior: float, solver: Solver = "auto") -> Float[Tensor, "N n"]:

@@ -10,7 +10,7 @@ from ..merging.methods.options import Count, NonNegative, Positive, misfits
 
 Init = Literal["lsq", "ones", "mean"]
 Loss = Literal["normalised", "norm", "mse"]
-Parametrisation = Literal["column", "softmax", "sigmoid", "down"]
+Parametrisation = Literal["column", "rank", "softmax", "sigmoid", "down"]
 Gates = Literal["module", "block", "input"]
 Penalty = Literal["none", "dot", "absmean", "cos", "columns", "balance"]
 
@@ -30,7 +30,8 @@ class Settings:
     init: Init = "lsq"
     """Coefficients to begin with: the closed form, 1 (the sum), or 1/N (the average)."""
     parametrisation: Parametrisation = "column"
-    """The learned numbers.  ``column``: one factor per column.  ``down``: the whole ``down`` factors; the rank is the
+    """The learned numbers.  ``column``: one factor per column.  ``rank``: one factor per unit of rank, as the file has
+    them, DuoLoRA's ZipRank, https://arxiv.org/abs/2504.13206.  ``down``: the whole ``down`` factors; the rank is the
     same.  Gates are one factor per LoRA: ``softmax``, Σ mᵢ = 1, or ``sigmoid``, each of its own in (0, 2)."""
     gates: Gates = "module"
     """The modules that share a gate: a ``module``, a ``block``, or a block in one picture and step, ``input``, as MoLE's
@@ -63,13 +64,21 @@ class Settings:
         """True if there is one factor per LoRA."""
         return self.parametrisation in ("softmax", "sigmoid")
 
+    @property
+    def by_column(self) -> bool:
+        """True if the result is a merge with a weight per column, or with one weight for all of them."""
+        return self.parametrisation not in ("down", "rank")
+
     def _of_no_effect(self) -> list[str]:
         return [
             message
             for message, wrong in (
                 ("lam needs a penalty", self.lam and self.penalty == "none"),
                 ("stop_below needs a penalty", self.stop_below and self.penalty == "none"),
-                ("a penalty needs coefficients, not 'down'", self.penalty != "none" and self.parametrisation == "down"),
+                (
+                    f"a penalty needs coefficients of columns, not {self.parametrisation!r}",
+                    self.penalty != "none" and not self.by_column,
+                ),
                 (
                     "softmax begins at the average: init='mean'",
                     self.parametrisation == "softmax" and self.init != "mean",

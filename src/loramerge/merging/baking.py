@@ -105,7 +105,7 @@ def bake(
     target = _checked_target(path_of(output), model)
     _check_not_an_input(target, listed)
     left_out = _strays(kept, allow_lossy)
-    resolved = resolve(kept, weights, scope, base=model)
+    resolved = resolve(kept, weights, scope, base=model, learned=False)
     if resolved.columns:
         raise OptionError(
             "bake takes numbers as weights, not one per column. Way out: merge with the learned weights, and bake the result."

@@ -26,6 +26,10 @@ KEY = "loramerge.coefficients"
 """Key of the metadata entry that names the LoRAs and says how the coefficients were learned."""
 
 
+GATES = "loramerge.gates"
+"""Key of the metadata entry of a file of gates, which has another use."""
+
+
 @dataclass(frozen=True, eq=False)
 class Coefficients:
     """Column coefficients of a merge, and how they were learned."""
@@ -67,6 +71,11 @@ class Coefficients:
                 others, names = tuple(map(float, said["others"])), tuple(map(str, said["names"]))
                 provenance = dict(said.get("provenance", {}))
             except (KeyError, TypeError, ValueError, FileError) as error:
+                if GATES in file.metadata:
+                    raise FileError(
+                        f"{path} holds gates, which follow the picture, and not learned coefficients. Ways out: 'generate "
+                        "--compose mole' takes them; 'zip --preset mole' without --set gates=input learns weights for a file."
+                    ) from None
                 raise FileError(
                     f"{path} holds no learned coefficients: its metadata lack {KEY!r}, or not all is there: {error}."
                 ) from None

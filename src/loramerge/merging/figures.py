@@ -22,12 +22,17 @@ def extent(merged: LoRA, path: Path) -> dict[str, float | None]:
     return {"size": size, "rank_min": min(ranks, default=None), "rank_max": max(ranks, default=None)}
 
 
-def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
+Products: TypeAlias = dict[tuple[str, tuple[int, ...]], list[list[float]]]
+"""⟨ΔWᵢ, ΔWⱼ⟩ of a module's parents, by the module and the places of the parents among the LoRAs."""
+
+
+def measure(merged: LoRA, planned: Plan, products: Products) -> dict[str, float | None]:
     """Measure how much a merged LoRA has of its parents, from factors, over all modules that are merged.
 
     Args:
         merged: The merged LoRA, as it was written.
         planned: Its plan.
+        products: What other merges of the same LoRAs have in common with this one; what is missing is added.
 
     Returns:
         ``kept:NAME`` of each parent i, ⟨ΔW, ΔWᵢ⟩ / ⟨ΔWᵢ, ΔWᵢ⟩: how much of it is in the merge, along its own
@@ -39,23 +44,53 @@ def measure(merged: LoRA, planned: Plan) -> dict[str, float | None]:
     for module, step in planned.steps.items():
         if step.rankless:
             continue
-        inputs = [i for i in step.inputs if not planned.loras[i].layout(module).bias_only]
+        inputs = tuple(i for i in step.inputs if not planned.loras[i].layout(module).bias_only)
         given = [layer for layer in planned.merger.inputs(module) if not layer.bias_only]
-        weights = planned.weights.of(module)
+        weights = [planned.weights.of(module)[i] for i in inputs]
         layers = in_one_library([*given, merged[module]] if module in merged else given)
         parents = _products(layers[: len(given)])
-        total = _weighted(parents, [weights[i] for i in inputs])
         result = _products(layers[len(given) :], like=parents)
-        for i, parent in zip(inputs, parents, strict=True):
-            inner[i] += _inner(result[0], parent) if result else 0.0
-            own[i] += _inner(parent, parent)
-        apart += _distance(result[0], total) ** 2 if result else _inner(total, total)
-        whole += _inner(total, total)
+        if (module, inputs) not in products:
+            products[module, inputs] = [[_inner(a, b) for b in parents] for a in parents]
+        between = products[module, inputs]
+        shared = [_inner(result[0], parent) if result else 0.0 for parent in parents]
+        for place, i in enumerate(inputs):
+            inner[i] += shared[place]
+            own[i] += between[place][place]
+        squares = _squares(between, weights, shared, _inner(result[0], result[0]) if result else 0.0)
+        if squares is None:
+            total = _weighted(parents, weights)
+            squares = _inner(total, total), _distance(result[0], total) ** 2 if result else _inner(total, total)
+        whole += squares[0]
+        apart += squares[1]
     names: list[str] = []
     for lora in planned.loras:
         names.append(unique(lora.name, names))
     kept = {f"kept:{name}": a / b if b else None for name, a, b in zip(names, inner, own, strict=True)}
     return {**kept, "interference": math.sqrt(apart / whole) if whole else None}
+
+
+def _squares(
+    between: Sequence[Sequence[float]], weights: Sequence[Any], shared: Sequence[float], size: float
+) -> tuple[float, float] | None:
+    """Compute ‖Σ wᵢΔWᵢ‖² and ‖ΔW − Σ wᵢΔWᵢ‖² from inner products alone.
+
+    Args:
+        between: ⟨ΔWᵢ, ΔWⱼ⟩.
+        weights: The wᵢ.
+        shared: ⟨ΔW, ΔWᵢ⟩.
+        size: ‖ΔW‖².
+
+    Returns:
+        Both; None if they can't be computed from these, because a weight has a number for each column, or would
+        have too few digits.
+    """
+    if not all(isinstance(weight, float | int) for weight in weights):
+        return None
+    terms = [a * b * x for a, row in zip(weights, between, strict=True) for b, x in zip(weights, row, strict=True)]
+    whole = math.fsum(terms)
+    apart = math.fsum([size, whole, *(-2 * weight * x for weight, x in zip(weights, shared, strict=True))])
+    return (whole, apart) if min(whole, apart) > linalg.CANCELLED * (size + math.fsum(map(abs, terms))) else None
 
 
 Factors = tuple[Array, Array]

@@ -4,16 +4,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.models import Checkpoint
 from ..files.dialects import DIALECTS
 from ..files.dialects.write import spell
 from ..files.families import alike
 from ..files.lora import LoRA, agreed
 from ..files.metadata import RECIPE, lasting
 from ..files.storage.header import Awaited
-from ..files.triggers import PHRASE, TAGS, joined
+from ..files.thumbnails import PICTURES
+from ..files.triggers import LICENCE, PHRASE, TAGS, joined
 from ..files.writing import tensors_size
 from ..layers import Full, Layer, low_rank
 from ..tensors import Spec, Tensor, code, largest_rank, nbytes
@@ -26,6 +26,9 @@ from .ranks import Budget, Rank
 from .running import Kept, Merger, scaled_layer
 from .steps import Step
 from .weights import ModuleWeights
+
+if TYPE_CHECKING:
+    from ..checkpoints.models import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -46,7 +49,7 @@ class Plan:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     budget: Budget | None = None
     """The budget that the ranks were chosen for."""
-    base: Checkpoint | None = None
+    base: "Checkpoint | None" = None
     """The base model, for layers whose ΔW depends on it."""
     given: tuple[LoRA, ...] = ()
     """The LoRAs as they were given, with the modules that ``exclude`` leaves out."""
@@ -58,10 +61,12 @@ class Plan:
 
     def _stays_dense(self, step: Step) -> bool:
         """Return whether a dense result is written as it is, because factors of its rank would not be smaller."""
+        if not step.dense:
+            return False
         rows, columns = step.shape[0], math.prod(step.shape[1:])
         small = step.rank * (rows + columns) < rows * columns
         held = "full" in DIALECTS[self.dialect].holds or (isinstance(self.rank, str) and self.ranks is None)
-        return step.dense and held and not small
+        return held and not small
 
     @cached_property
     def joins(self) -> Mapping[str, Join]:
@@ -226,7 +231,9 @@ class Plan:
         """Return the metadata: entries on which all inputs agree; the others go into the record, per input."""
         metadatas = [lasting(lora.metadata) for lora in self.loras]
         known = {k: v for k, v in metadatas[0].items() if k != RECIPE and all(m.get(k) == v for m in metadatas)}
-        own = [{k: v for k, v in m.items() if k not in known or k in (PHRASE, TAGS)} for m in metadatas]
+        # A picture shows what its own LoRA does, and is large.
+        apart = [{k: v for k, v in m.items() if k not in known or k in (PHRASE, TAGS, LICENCE)} for m in metadatas]
+        own = [{k: v for k, v in m.items() if k not in PICTURES} for m in apart]
         base = UNKNOWN if self.base and self.on_base else None
         draft = as_text(record(self, [UNKNOWN] * len(self.given), base), own)
         return Awaited(known | self._of_parents(), RECIPE, draft, lambda: as_text(self.recipe, own))

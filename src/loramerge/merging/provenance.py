@@ -14,7 +14,6 @@ from ..files.storage.texts import as_json, parsed
 from ..registry import code_of
 from ..tensors import NAMES
 from .methods import METHODS
-from .recipe_text import KEYS
 
 if TYPE_CHECKING:
     from .methods import Method
@@ -127,6 +126,8 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
 
 def _as_toml(found: Mapping[str, Any]) -> dict[str, Any]:
     """Rename a record's entries to the keys of a recipe file; a record has its budget in a table of its own."""
+    from .recipe_text import KEYS
+
     data = {key: found[key] for key in (*KEYS, "ranks") if key in found}
     # JSON has no infinity, so `as_json` writes it as text.
     data["options"] = {name: float(v) if v in ("inf", "-inf") else v for name, v in found["options"].items()}

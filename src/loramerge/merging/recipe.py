@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import FileError, LoRAMergeError, MergeError, OptionError
+from ..files import hub
 from ..files.architectures import ARCHITECTURES
 from ..files.architectures.names import COMPONENTS
 from ..files.dialects import DIALECTS, written_dialect
@@ -105,16 +106,30 @@ class Recipe:
         """
         file = path_of(path)
         try:
-            data = toml.parse_toml(read_text(file, MAX_RECIPE))
+            text = read_text(file, MAX_RECIPE)
         except FileError as error:
             if not _is_lora(file):
                 raise
             raise FileError(
                 f"{file} is a LoRA, not a recipe. Way out: a recipe.toml that names it; 'loramerge merge' takes it as it is."
             ) from error
-        except (ValueError, RecursionError) as error:
-            raise FileError(f"{file} is not TOML: {error}.") from None
-        return _recipe(data, file.name, str(file.parent))
+        return _recipe(_data(text, str(file)), file.name, str(file.parent))
+
+    @classmethod
+    def parse(cls, text: str, name: str = "the recipe") -> "Recipe":
+        """Read a recipe from TOML text; its paths are relative to the working directory.
+
+        Args:
+            text: The content of a recipe's file.
+            name: The recipe's name in errors.
+
+        Raises:
+            FileError: The text is not TOML, or too long.
+            OptionError: A key is unknown, or a value is wrong.
+        """
+        if len(text) > MAX_RECIPE:
+            raise FileError(f"{name} is too long: got {len(text)} characters, wanted at most {MAX_RECIPE}.")
+        return _recipe(_data(text, name), name, "")
 
     @classmethod
     def of(cls, lora: LoRA) -> "Recipe":
@@ -169,6 +184,41 @@ class Recipe:
             options = {name: value for name, value in options.items() if name in known or name not in self.options}
         changed = replace(changed, options=options)
         return changed if changed == self else replace(changed, ranks=changes.get("ranks"))
+
+    def for_file(self, planned: Plan, folder: str | os.PathLike[str], target: Path | None = None) -> "Recipe":
+        """Return the recipe as a file in a directory has it: with paths from there, commits on the Hub, and hashes.
+
+        Args:
+            planned: The plan that it gave, whose tensors are read for the hashes.
+            folder: The directory of the file.
+            target: The merged file; one outside of the directory has no place in a recipe, and is left out.
+        """
+
+        def from_there(path: Path) -> str:
+            found = Path(os.path.relpath(os.path.realpath(path), os.path.realpath(folder))).as_posix()
+            return f"./{found}" if found.startswith("~") else found
+
+        def entry(given: Input, lora: LoRA) -> Input:
+            source = lora.origin.source if lora.origin else None
+            there = hub.parse(source) if source and source.startswith("hf://") else None
+            if there:
+                place = {"hub": there.repo, "revision": there.revision, "filename": there.file}
+            else:
+                place = {"path": from_there(path_of(given.path or "", self.folder))}
+            return replace(given, **{"path": None, **place}, sha256=lora.sha256)
+
+        weights, output = self._weights(), None if target is None else from_there(target)
+        if isinstance(weights, str) and weights.endswith(".safetensors"):
+            weights = from_there(Path(weights))
+        return replace(
+            self,
+            loras=tuple(entry(given, lora) for given, lora in zip(self.loras, planned.given, strict=True)),
+            weights=weights,
+            base=None if self.base is None else from_there(self._base_path()),
+            base_sha256=planned.base.sha256 if planned.base and planned.on_base else None,
+            output=replace(self.output, path=None if output and output.startswith("..") else output),
+            folder=os.fspath(folder),
+        )
 
     def open(self, *, allow_pickle: bool = False) -> tuple[LoRA, ...]:
         """Open the LoRAs; tensors are read when they are asked for.
@@ -359,6 +409,18 @@ class Recipe:
                     "different ranks. Way out: one rank for all of them."
                 )
         return ranks
+
+
+def _data(text: str, where: str) -> Mapping[str, Any]:
+    """Parse a recipe's TOML.
+
+    Raises:
+        FileError: It isn't TOML.
+    """
+    try:
+        return toml.parse_toml(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{where} is not TOML: {error}.") from None
 
 
 def _is_lora(path: Path) -> bool:

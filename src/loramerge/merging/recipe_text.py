@@ -8,24 +8,31 @@ from typing import Any, cast
 from ..errors import OptionError
 from ..files import hub
 from ..files.storage.paths import path_of
-from .ranks import BUDGETS
 from .rules import RULES
 from .toml import Table
 from .weights import PlainWeights, Weight, parse
 
-KEYS = (
-    "method",
-    "options",
-    "rank",
-    *BUDGETS,
-    "weights",
-    "scope",
-    "exclude",
-    "architecture",
-    "device",
-    "base",
-    "base_sha256",
-)
+ENTRIES: Mapping[str, tuple[type, ...]] = {
+    "method": (str,),
+    "options": (dict,),
+    "rank": (int, str),
+    "max_error": (int, float, str),
+    "energy": (int, float, str),
+    "max_size": (int, str),
+    "weights": (str,),
+    "scope": (str,),
+    "exclude": (list,),
+    "architecture": (str,),
+    "device": (str,),
+    "base": (str,),
+    "base_sha256": (str,),
+}
+"""The entries of a recipe besides its tables, and the kinds that each may have; a list is one of texts."""
+
+WEIGHT = (int, float, str, dict)
+"""The kinds of a LoRA's weight; a table is one of numbers."""
+
+KEYS = tuple(ENTRIES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,22 +98,16 @@ def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     tables = table.get("loras", list, wanted="[[loras]], a list of tables", default=[])
     if not tables:
         raise OptionError(f"{where}: no LoRA is named. Wanted: [[loras]] and a path, for each.")
+    own = ("weights", "exclude", "method", "options", "rank")  # with a check or a default of their own
     given = [listed(entry, f"{where}: loras {i}") for i, entry in enumerate(tables, start=1)]
     return {
         "loras": tuple(lora for lora, _ in given),
         "weights": _weights(table, [weight for _, weight in given]),
-        "scope": table.get("scope", str),
-        "method": table.get("method", str, default="linear"),
-        "options": table.get("options", dict, default={}),
-        "rank": table.get("rank", int, str, wanted='a number from 1, "sum" or "max"', default="sum"),
-        "max_error": table.get("max_error", int, float, str),
-        "energy": table.get("energy", int, float, str),
-        "max_size": table.get("max_size", int, str),
+        **{name: table.get(name, *ENTRIES[name]) for name in KEYS if name not in own},
+        "method": table.get("method", *ENTRIES["method"], default="linear"),
+        "options": table.get("options", *ENTRIES["options"], default={}),
+        "rank": table.get("rank", *ENTRIES["rank"], wanted='a number from 1, "sum" or "max"', default="sum"),
         "exclude": table.texts("exclude"),
-        "architecture": table.get("architecture", str),
-        "device": table.get("device", str),
-        "base": table.get("base", str),
-        "base_sha256": table.get("base_sha256", str),
         "ranks": table.numbers("ranks", int),
         "output": _output(data.get("output", {}), f"{where}: output"),
     }
@@ -129,11 +130,17 @@ def listed(data: Any, where: str, others: Sequence[str] = ()) -> tuple[Input, We
     try:
         if found["hub"] is not None:
             found |= _on_the_hub(found["hub"], found["revision"], found["filename"])
-        weight = table.get("weight", int, float, str, dict, wanted='a number, a table of patterns or "lbw:…"')
-        table.numbers("weight", int, float) if isinstance(weight, dict) else None
+        weight = table.get("weight", *WEIGHT, wanted='a number, a table of patterns, "a..b" or "lbw:…"')
+        _check_table(weight, where) if isinstance(weight, dict) else None
         return Input(**found), parse(weight) if isinstance(weight, str) else weight
     except OptionError as error:
         raise error if str(error).startswith(where) else OptionError(f"{where}: {error}") from None
+
+
+def _check_table(weights: dict[str, Any], where: str) -> None:
+    """Refuse a table of patterns whose values are neither numbers nor ramps such as ``"0.3..1"``."""
+    plain = {pattern: number for pattern, number in weights.items() if ".." not in str(number)}
+    Table({"weight": plain}, where, ["weight"]).numbers("weight", int, float)
 
 
 def _on_the_hub(text: str, revision: str | None, filename: str | None) -> dict[str, str | None]:
@@ -145,7 +152,9 @@ def _on_the_hub(text: str, revision: str | None, filename: str | None) -> dict[s
 
 
 def _weights(table: Table, each: Sequence[Weight | None]) -> PlainWeights:
-    weights = table.get("weights", str, wanted='a rule such as "sqrt"; numbers go to each LoRA, as its weight')
+    weights = table.get(
+        "weights", *ENTRIES["weights"], wanted='a rule such as "sqrt"; numbers go to each LoRA, as its weight'
+    )
     given = [weight for weight in each if weight is not None]
     if weights is not None and given:
         raise OptionError(f"{table.where}: give either weights = {weights!r}, or each LoRA's weight, not both.")

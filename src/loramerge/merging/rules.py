@@ -3,15 +3,17 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from ..checkpoints.models import Checkpoint, on_base
 from ..errors import MergeError, computing
 from ..files.lora import LoRA
 from ..layers import Layer
 from ..registry import Registry
 from .methods.linear import linear
 from .methods.vectors import vectors
+
+if TYPE_CHECKING:
+    from ..checkpoints.models import Checkpoint
 
 Scope: TypeAlias = Literal["module", "component", "whole"]
 SCOPES: tuple[Scope, ...] = ("module", "component", "whole")
@@ -118,7 +120,9 @@ RULES: Registry[Rule] = Registry(
 """Rules for weights, by name. N counts the LoRAs that act on the modules that are measured together."""
 
 
-def measured(rule: Rule, loras: Sequence[LoRA], scope: Scope, base: Checkpoint | None) -> Callable[[str], list[float]]:
+def measured(
+    rule: Rule, loras: Sequence[LoRA], scope: Scope, base: "Checkpoint | None"
+) -> Callable[[str], list[float]]:
     """Return a function that gives each LoRA's weight in a module by a rule on sizes.
 
     Args:
@@ -146,7 +150,7 @@ def measured(rule: Rule, loras: Sequence[LoRA], scope: Scope, base: Checkpoint |
     return weights
 
 
-def _sizes(rule: Rule, loras: Sequence[LoRA], modules: Sequence[str], where: str, base: Checkpoint | None) -> Sizes:
+def _sizes(rule: Rule, loras: Sequence[LoRA], modules: Sequence[str], where: str, base: "Checkpoint | None") -> Sizes:
     each, total = [0.0] * len(loras), 0.0
     for module in modules:
         layers: list[Layer] = []
@@ -161,9 +165,13 @@ def _sizes(rule: Rule, loras: Sequence[LoRA], modules: Sequence[str], where: str
     return Sizes([math.sqrt(square) for square in each], math.sqrt(total) if rule.total else None, where)
 
 
-def _on(layer: Layer, module: str, base: Checkpoint | None) -> Layer:
+def _on(layer: Layer, module: str, base: "Checkpoint | None") -> Layer:
     """Return a layer whose ΔW depends on the base as its whole ΔW, if there is a base."""
-    return layer if base is None or not (layer.needs_base and layer.computable) else on_base(layer, module, base)
+    if base is None or not (layer.needs_base and layer.computable):
+        return layer
+    from ..checkpoints.models import on_base
+
+    return on_base(layer, module, base)
 
 
 def _sum(layers: Sequence[Layer]) -> Layer:

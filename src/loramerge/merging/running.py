@@ -9,10 +9,9 @@ import mmap
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import linalg
-from ..checkpoints.models import Checkpoint, on_base
 from ..errors import MergeError, computing
 from ..files.lora import LoRA, in_one_library
 from ..layers import Full, Layer, LowRank, low_rank
@@ -26,6 +25,9 @@ from .methods.selection import Streams, module_seed
 from .methods.vectors import plus_biases, vectors
 from .steps import Step
 from .weights import ModuleWeights
+
+if TYPE_CHECKING:
+    from ..checkpoints.models import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,16 @@ class Kept:
         """The share of ‖ΔW‖² that was kept."""
         return 1.0 - self.error**2
 
+    def told(self) -> str | None:
+        """Say in a line what was kept; None if nothing was cut."""
+        if not self.errors:
+            return None
+        worst = max(self.errors, key=self.errors.__getitem__)
+        return (
+            f"kept {100 * self.share:.4g} % of the energy: relative error {100 * self.error:.3g} %, "
+            f"largest {100 * self.errors[worst]:.3g} % in {worst}"
+        )
+
 
 def relative_error(energy: float | None, lost: float) -> float:
     """Compute ‖ΔW − kept‖ / ‖ΔW‖ from ‖ΔW‖² and the part of it that was cut off."""
@@ -111,7 +123,7 @@ class Merger:
     measured: bool
     """True if ‖ΔW‖ of every module is computed, because some are cut."""
     device: str | None
-    base: Checkpoint | None
+    base: "Checkpoint | None"
 
     def outcome(self, module: str) -> Outcome:
         """Merge one module and bring it to its rank."""
@@ -231,6 +243,8 @@ class Merger:
         """Return the layer, or its whole ΔW if that depends on the base's weight."""
         if not layer.needs_base or self.base is None:
             return layer
+        from ..checkpoints.models import on_base
+
         return on_base(layer, step.module, self.base)
 
 

@@ -4,9 +4,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.models import Checkpoint
 from ..errors import MergeError, an, within
 from ..files.lora import LoRA
 from ..layers import Layer
@@ -14,6 +13,9 @@ from ..layers.full import LEAVE_OUT
 from ..tensors import FLOATS, Shape, Tensor, largest_rank
 from .methods import Method
 from .ranks import Rank, rule
+
+if TYPE_CHECKING:
+    from ..checkpoints.models import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -81,20 +83,22 @@ def steps_of(
         MergeError: A layer has no low-rank form, or shapes differ.
         OptionError: The rank is wrong.
     """
-    rule(rank)
+    ranked = rule(rank)
     takes_dense = method.dense and options.get("space", "delta") == "delta"
     merged: dict[str, tuple[int, ...]] = {}
     given: dict[str, Sequence[Any] | None] = {}
+    shapes: dict[str, Shape] = {}
     for module in dict.fromkeys(module for lora in loras for module in lora):
-        present = [i for i, lora in enumerate(loras) if module in lora]
+        present = [i for i, lora in enumerate(loras) if module in lora.layouts]
         found = given[module] = None if weights is None else weights(module)
         inputs = tuple(i for i in present if found is None or found[i])
         if inputs and not (method.of_first and inputs[0] != 0):
             merged[module] = inputs
-        _common_shape([loras[i] for i in present], module)
+        shapes[module] = _common_shape([loras[i] for i in present], module)
+        if inputs and len(inputs) < len(present):  # perhaps those that are left change the bias only
+            shapes[module] = _common_shape([loras[i] for i in inputs], module)
     single = len({i for inputs in merged.values() for i in inputs}) == 1
-    maker = _Maker(loras, method, options, rank, base, takes_dense, isinstance(rank, str), single)
-    shapes = {module: _common_shape([loras[i] for i in inputs], module) for module, inputs in merged.items()}
+    maker = _Maker(loras, method, options, rank, ranked, base, takes_dense, isinstance(rank, str), single)
     return {module: maker.step(module, shapes[module], inputs, given[module]) for module, inputs in merged.items()}
 
 
@@ -104,6 +108,8 @@ class _Maker:
     method: Method
     options: Mapping[str, Any]
     rank: Rank
+    ranked: Callable[[Sequence[int]], int]
+    """The rule that the rank is."""
     base: "Checkpoint | None"
     takes_dense: bool
     whole: bool
@@ -120,11 +126,12 @@ class _Maker:
             self._check(self.loras[i], module)
         layouts = [layout for layout in layouts if not layout.bias_only]
         limit = largest_rank(shape)
-        ranks = tuple(layout.rank or 0 if layout.factored else limit for layout in layouts)
-        dense = not all(layout.factored for layout in layouts)
+        factored = [layout.factored for layout in layouts]
+        ranks = tuple(layout.rank or 0 if has else limit for layout, has in zip(layouts, factored, strict=True))
+        dense = not all(factored)
         with within(module):
             full = limit if dense else self.method.rank(layouts, **self.options)
-        return Step(module, shape, inputs, ranks, full, max(1, min(rule(self.rank)(ranks), full, limit)), alone, dense)
+        return Step(module, shape, inputs, ranks, full, max(1, min(self.ranked(ranks), full, limit)), alone, dense)
 
     def _alone(self, layouts: Sequence[Layer], weight: float) -> bool:
         """Return whether a module has one layer, which can be handed on times its weight."""

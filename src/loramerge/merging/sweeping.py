@@ -17,7 +17,7 @@ from ..files.storage.scratch import make_folder
 from ..files.storage.texts import parsed
 from ..files.writing import check_target
 from ..registry import code_of
-from .figures import extent, measure
+from .figures import Products, extent, measure
 from .grid import SETTINGS, Point, points
 from .ledger import Ledger, Row
 from .plans import Plan
@@ -79,10 +79,11 @@ def sweep(
     ledger = Ledger(folder, _name(score))
     rows: list[Row] = []
     errors: list[LoRAMergeError] = []
+    products: Products = {}
     with ExitStack() as stack:
         loras = [stack.enter_context(lora) for lora in recipe.open(allow_pickle=allow_pickle)]
         for done, point in enumerate(todo, start=1):
-            row, error = _tried(point, loras, ledger, score, allow_changed, workers)
+            row, error = _tried(point, loras, products, ledger, score, allow_changed, workers)
             rows.append(row)
             errors += [error] if error else []
             if progress:
@@ -94,13 +95,19 @@ def sweep(
 
 
 def _tried(
-    point: Point, loras: Sequence[LoRA], ledger: Ledger, score: Score | None, allow_changed: bool, workers: int
+    point: Point,
+    loras: Sequence[LoRA],
+    products: Products,
+    ledger: Ledger,
+    score: Score | None,
+    allow_changed: bool,
+    workers: int,
 ) -> tuple[Row, LoRAMergeError | None]:
     """Merge a point and return its row; if it failed, the row says why, and the error is returned too."""
     row = Row(point.name, ledger.folder / point.file, point.settings, {})
     try:
         planned = point.recipe.plan(loras, allow_changed=allow_changed)
-        row = _merged(point, planned, ledger, workers)
+        row = _merged(point, planned, products, ledger, workers)
         return (_with_scores(row, planned, ledger, score) if score else row), None
     except LoRAMergeError as error:
         row = replace(row, failed=str(error))
@@ -108,7 +115,7 @@ def _tried(
         return row, type(error)(f"{point.name}: {error}")
 
 
-def _merged(point: Point, planned: Plan, ledger: Ledger, workers: int) -> Row:
+def _merged(point: Point, planned: Plan, products: Products, ledger: Ledger, workers: int) -> Row:
     """Merge a point, unless its file is there already, and return its row."""
     target = check_target(ledger.folder / point.file, planned.dialect)
     figures = ledger.figures(point.name) if _is_made(target, planned.recipe) else None
@@ -119,7 +126,7 @@ def _merged(point: Point, planned: Plan, ledger: Ledger, workers: int) -> Row:
     ledger.forget(point.name)
     point.recipe.write(planned, target, workers=workers, kept=kept)
     with open(target, architecture=planned.architecture) as merged:
-        measured = {**extent(merged, target), "error": kept.error, **measure(merged, planned)}
+        measured = {**extent(merged, target), "error": kept.error, **measure(merged, planned, products)}
     row = replace(row, figures=measured)
     ledger.add(row)
     return row

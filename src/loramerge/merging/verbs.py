@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.models import Checkpoint, open_checkpoint
 from ..devices import check_device
 from ..errors import DialectError, MergeError, OptionError, check_callable, within
 from ..files.architectures import ARCHITECTURES
@@ -26,6 +25,7 @@ from .steps import common_extras, steps_of
 from .weights import Weights, resolve
 
 if TYPE_CHECKING:
+    from ..checkpoints.models import Checkpoint
     from ..files.storage.writer import Progress
 
 
@@ -57,11 +57,7 @@ def plan(
     """
     with ExitStack() as stack:
         given = [lora if isinstance(lora, LoRA) else stack.enter_context(open(lora)) for lora in _listed(loras)]
-        model = (
-            base
-            if base is None or isinstance(base, Checkpoint)
-            else stack.enter_context(open_checkpoint(base, likely=common(given)))
-        )
+        model = None if base is None else _opened(base, given, stack)
         limit = budget(max_error, energy, max_size)
         opened = given
         rank = int(rank) if isinstance(rank, str) and re.fullmatch("[0-9]{1,9}", rank) else rank
@@ -249,6 +245,13 @@ def resize(
         device=device,
         progress=progress,
     )
+
+
+def _opened(base: "Checkpoint | str | os.PathLike[str]", loras: Sequence[LoRA], stack: ExitStack) -> "Checkpoint":
+    """Return the base model; one that is given as a path is open until the stack ends."""
+    from ..checkpoints.models import Checkpoint, open_checkpoint
+
+    return base if isinstance(base, Checkpoint) else stack.enter_context(open_checkpoint(base, likely=common(loras)))
 
 
 def _dialect_for(given: Sequence[str], architecture: str | None) -> str:

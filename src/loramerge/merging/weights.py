@@ -4,21 +4,24 @@ A weight is a number, a table of patterns, or a vector of one number per block; 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations
 from numbers import Real
-from typing import Any, Protocol, SupportsFloat, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, TypeAlias
 
-from ..checkpoints.models import Checkpoint
-from ..errors import OptionError
+from ..errors import OptionError, did_you_mean
 from ..files.architectures import blocks
 from ..files.lora import LoRA
 from .coefficients import Coefficients
 from .rules import RULES, SCOPES, Rule, Scope, measured
 
-Weight: TypeAlias = float | Mapping[str, float] | str
-"""A number; ``{pattern: number}``; or text, see `parse`."""
+if TYPE_CHECKING:
+    from ..checkpoints.models import Checkpoint
+
+Weight: TypeAlias = float | Mapping[str, float | str] | str
+"""A number; ``{pattern: number}``, where a number may be a ramp such as ``"0.3..1"``; or text, see `parse`."""
 
 
 class Listed(Protocol):
@@ -31,12 +34,15 @@ class Listed(Protocol):
 
 PlainWeights: TypeAlias = Sequence[Weight] | Coefficients | str | None
 
-Weights: TypeAlias = PlainWeights | Sequence[Weight | SupportsFloat | Mapping[str, SupportsFloat]] | Listed
+Weights: TypeAlias = PlainWeights | Sequence[Weight | SupportsFloat | Mapping[str, SupportsFloat | str]] | Listed
 """The values that are taken for weights: numbers may be scalars of numpy or torch, or one array."""
+
+SHARED, ALONE = "@shared", "@alone"
+"""Patterns for the modules that another of the LoRAs has too, and for those that no other has."""
 
 ONE_EACH = "One weight per LoRA: weights=[0.7, 0.5]"
 
-PRESETS: Mapping[str, Mapping[str, float]] = {
+PRESETS: Mapping[str, Mapping[str, float | str]] = {
     "blora:content": {"*": 0.0, "unet.up_blocks.0.attentions.0.*": 1.0},
     "blora:style": {"*": 0.0, "unet.up_blocks.0.attentions.1.*": 1.0},
 }
@@ -68,7 +74,9 @@ def resolve(
     weights: Weights,
     scope: Scope | None = None,
     default: float | None = None,
-    base: Checkpoint | None = None,
+    base: "Checkpoint | None" = None,
+    *,
+    learned: bool = True,
 ) -> ModuleWeights:
     """Turn the weights that the user gave into the weights of each module.
 
@@ -80,6 +88,7 @@ def resolve(
             (UNet, text encoder), or the ``whole`` file; None for the rule's own.
         default: The weight of each LoRA if ``weights`` is None; None for 1/N.
         base: The base model, for the norms of layers whose ΔW depends on it.
+        learned: False where learned coefficients can't be weights, so that no error offers them.
 
     Raises:
         OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
@@ -92,7 +101,7 @@ def resolve(
         weights.check(loras)
         return ModuleWeights(weights.of_module, ("learned",) * len(loras), True, True, weights.source)
     if weights is None or isinstance(weights, str):
-        rule = rule_of(weights or "uniform")
+        rule = rule_of(weights or "uniform", learned)
         if rule.count is None:
             over = scope or rule.scope
             labels = (f"{rule.name} ({over})",) * len(loras)
@@ -103,7 +112,7 @@ def resolve(
         )
     if len(weights) != len(loras):
         raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. {ONE_EACH}.")
-    given = [_Given(lora, weight) for lora, weight in zip(loras, weights, strict=True)]
+    given = [_Given(lora, weight, loras) for lora, weight in zip(loras, weights, strict=True)]
     return ModuleWeights(
         lambda module: [g.at(module) for g in given],
         tuple(g.label for g in given),
@@ -111,8 +120,8 @@ def resolve(
     )
 
 
-def rule_of(name: str) -> Rule:
-    """Return the rule for weights with this name.
+def rule_of(name: str, learned: bool = True) -> Rule:
+    """Return the rule for weights with this name; the error offers learned coefficients, too, where they can be weights.
 
     Raises:
         OptionError: There is none.
@@ -120,7 +129,8 @@ def rule_of(name: str) -> Rule:
     try:
         return RULES[name]
     except OptionError as error:
-        raise OptionError(f"{error} Or a file of learned coefficients (.safetensors). {ONE_EACH}.") from None
+        file = " Or a file of learned coefficients (.safetensors)." if learned else ""
+        raise OptionError(f"{error}{file} {ONE_EACH}.") from None
 
 
 def check_scope(weights: object, scope: Scope | None) -> None:
@@ -167,7 +177,7 @@ def _scalar(value: Any) -> Any:
 
 
 def parse(text: str) -> Weight:
-    """Parse a weight as it is typed: ``0.5``, ``0.5;text_encoder=0;*attn2*=0.3``, ``lbw:1,0,0,…`` or ``blora:style``.
+    """Parse a weight as it is typed: ``0.5``, ``0.5;text_encoder=0;*attn2*=0.3``, ``0.3..1``, ``lbw:1,0,0,…`` or ``blora:style``.
 
     Raises:
         OptionError: It has another form.
@@ -176,14 +186,30 @@ def parse(text: str) -> Weight:
         return text
     if text in PRESETS:
         return PRESETS[text]
-    table: dict[str, float] = {}
+    table: dict[str, float | str] = {}
     for item in text.split(";"):
         pattern, _, number = item.rpartition("=")
         pattern = pattern.strip() or "*"
         if pattern in table:
             raise OptionError(f"The weight {text!r} gives {pattern!r} twice. {ONE_EACH}.")
-        table[pattern] = _number(number, text)
-    return table["*"] if list(table) == ["*"] else table
+        table[pattern] = _value(number.strip(), text)
+    only = table["*"] if list(table) == ["*"] else table
+    return table if isinstance(only, str) else only
+
+
+def _value(given: object, whole: str) -> float | str:
+    """Return a number, or a ramp between two numbers as text."""
+    if not isinstance(given, str) or ".." not in given:
+        return _number(str(given), whole)
+    _ends(given, whole)
+    return "..".join(end.strip() for end in given.split(".."))
+
+
+def _ends(ramp: str, whole: str) -> list[float]:
+    """Return both numbers of a ramp."""
+    if "..." in ramp:
+        raise OptionError(f"Can't read the weight {whole!r}: a ramp has two dots, such as 0.3..1; got three or more.")
+    return [_number(end, whole) for end in ramp.split("..", 1)]
 
 
 def _number(text: str, whole: str) -> float:
@@ -195,8 +221,9 @@ def _number(text: str, whole: str) -> float:
                 f"{whole} is a rule for all LoRAs, not a weight of one. Way out: --weights {whole} (weights={whole!r})."
             ) from None
         raise OptionError(
-            f"Can't read the weight {whole!r}: wanted a number, 'NUMBER;PATTERN=NUMBER;…', 'lbw:NUMBER,NUMBER,…', "
-            f"{' or '.join(PRESETS)}. {ONE_EACH}."
+            f"Can't read the weight {whole!r}: wanted a number, NUMBER..NUMBER from the first block to the last, "
+            f"'NUMBER;PATTERN=NUMBER;…', 'lbw:NUMBER,NUMBER,…', {' or '.join(PRESETS)}. {ONE_EACH}. Or a rule for all: "
+            f"{', '.join(RULES)}.{did_you_mean(whole, RULES)}"
         ) from None
     if not math.isfinite(value):
         raise OptionError(f"The weight {whole!r} is not finite.")
@@ -206,12 +233,13 @@ def _number(text: str, whole: str) -> float:
 class _Given:
     """One LoRA's weight as the user gave it."""
 
-    def __init__(self, lora: LoRA, weight: Weight) -> None:
+    def __init__(self, lora: LoRA, weight: Weight, loras: Sequence[LoRA]) -> None:
         if isinstance(weight, str) and not weight.startswith("lbw:"):
             weight = parse(weight)
         self.lora = lora
+        self.others = [other for other in loras if other is not lora]
         if isinstance(weight, Mapping):
-            weight = {pattern: _number(str(n), f"{pattern}={n}") for pattern, n in weight.items()}
+            weight = {pattern: _value(n, f"{pattern}={n}") for pattern, n in weight.items()}
         elif not isinstance(weight, str):
             weight = _number(str(weight), str(weight))
         self.weight = weight
@@ -238,25 +266,64 @@ class _Given:
 
         return at
 
-    def _by_pattern(self, weights: Mapping[str, float]) -> Callable[[str], float]:
+    def _by_pattern(self, weights: Mapping[str, float | str]) -> Callable[[str], float]:
         architecture = self.lora.architecture
-        matching = cache(blocks.Selector(weights, architecture).matching)
+        selector = blocks.Selector([p for p in weights if p not in (SHARED, ALONE)], architecture)
+
+        @cache
+        def matching(module: str) -> list[str]:
+            found = {*selector.matching(module), SHARED if any(module in o for o in self.others) else ALONE}
+            return [pattern for pattern in weights if pattern in found]
+
         used = {"*"}.union(*map(matching, self.lora))
         for pattern in weights:
             if pattern not in used:
                 raise OptionError(
-                    f"The pattern {pattern!r} matches no module of {self.lora.name}. {blocks.offered(self.lora, architecture)}"
+                    f"The pattern {pattern!r} matches no module of {self.lora.name}{self._told(pattern)}. "
+                    f"{blocks.offered(self.lora, architecture)}"
                 )
+        self._check_order({p: {m for m in self.lora if p in matching(m)} for p in weights})
 
         def at(module: str) -> float:
             # The last match wins, as in a .gitignore: general patterns first, then exceptions.
             found = matching(module)
-            return weights[found[-1]] if found else 1.0
+            weight = weights[found[-1]] if found else 1.0
+            return self._on_ramp(weight, module) if isinstance(weight, str) else weight
 
         return at
 
+    def _check_order(self, matched: Mapping[str, Set[str]]) -> None:
+        """Refuse a pattern that a more general one behind it overrides everywhere, as the last match wins."""
+        for special, general in combinations(matched, 2):
+            if matched[special] and matched[special] < matched[general]:
+                raise OptionError(
+                    f"The weight for {special!r} is never used in {self.lora.name}: the last pattern that matches counts, and "
+                    f"{general!r} behind it matches all {len(matched[special])} of its modules and "
+                    f"{len(matched[general] - matched[special])} more. Way out: {general!r} first, then {special!r}."
+                )
 
-def _label(weight: float | Mapping[str, float]) -> str:
+    def _told(self, pattern: str) -> str:
+        """Say why a pattern on what other LoRAs have matches nothing."""
+        count = len(self.lora)
+        whole = {ALONE: f": all {count} are in another LoRA too", SHARED: f": none of its {count} is in another LoRA"}
+        return whole.get(pattern, "")
+
+    def _on_ramp(self, ramp: str, module: str) -> float:
+        architecture = self.lora.architecture
+        if architecture is None:
+            raise OptionError(
+                f"The weight {ramp} goes from a model's first block to its last, and the family of {self.lora.name} isn't "
+                "known. Way out: architecture=… (--architecture), or patterns."
+            )
+        first, last = _ends(ramp, ramp)
+        return first + (last - first) * blocks.depth(module, architecture)
+
+
+def _label(weight: float | Mapping[str, float | str]) -> str:
     if isinstance(weight, Mapping):
-        return ";".join(f"{pattern}={float(number):g}" for pattern, number in weight.items())
+        return ";".join(f"{pattern}={_label_of(number)}" for pattern, number in weight.items())
     return f"{float(weight):g}"
+
+
+def _label_of(number: float | str) -> str:
+    return number if isinstance(number, str) else f"{float(number):g}"

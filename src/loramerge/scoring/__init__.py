@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .bootstrap import FEWEST as FEWEST, Interval as Interval, interval as interval
     from .captions import METADATA as METADATA, Picture as Picture, captioned as captioned, digest as digest
     from .dino import dinov2 as dinov2
+    from .drifting import drift as drift
     from .encoders import Encoder as Encoder, pixels as pixels
     from .pictures import (
         Box as Box,
@@ -44,6 +45,7 @@ else:
                 "digest",
             ),
             "dino": ("dinov2",),
+            "drifting": ("drift",),
             "encoders": (
                 "Encoder",
                 "pixels",

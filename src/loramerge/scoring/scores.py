@@ -110,7 +110,7 @@ class Scores:
         Raises:
             OptionError: The two have no such pictures.
         """
-        mine, theirs = ({_key(r.shot): r for r in self._of(name, reference)} for name in (setting, other))
+        mine, theirs = ({key_of(r.shot): r for r in self._of(name, reference)} for name in (setting, other))
         both = [key for key in mine if key in theirs]
         if not both:
             raise OptionError(
@@ -121,7 +121,7 @@ class Scores:
 
     def paired(self) -> list[tuple[str, str]]:
         """List the pairs of settings that have pictures of the same prompt and seed."""
-        keys = {s: {_key(row.shot) for row in self.rows if row.shot.setting == s} for s in self.settings}
+        keys = {s: {key_of(row.shot) for row in self.rows if row.shot.setting == s} for s in self.settings}
         return [(a, b) for a, b in combinations(self.settings, 2) if keys[a] & keys[b]]
 
     @cached_property
@@ -140,7 +140,7 @@ class Scores:
         return self._rows[setting, reference]
 
     def _cluster(self, shot: Shot) -> Any:
-        return {"seed": shot.seed, "prompt": shot.prompt, "image": _key(shot)}[self.cluster]
+        return {"seed": shot.seed, "prompt": shot.prompt, "image": key_of(shot)}[self.cluster]
 
 
 def score(
@@ -178,11 +178,14 @@ def score(
     )
     if not shots or not sets:
         raise OptionError(f"Nothing to score: {len(shots)} pictures, {len(sets)} reference sets.")
-    _check(shots, [reference.name for reference in sets])
-    vectors = _Vectors(known, None if cache is None else path_of(cache), progress)
+    names = [reference.name for reference in sets]
+    if len(set(names)) < len(names):
+        raise OptionError(f"Two reference sets have the same name: {', '.join(names)}.")
+    check_shots(shots)
+    vectors = Vectors(known, None if cache is None else path_of(cache), progress)
     vectors.expect(shots, sets)
     rows = [row for reference in sets for row in _against(reference, shots, vectors)]
-    return Scores(known.name, tuple(rows), _clustering(cluster, shots))
+    return Scores(known.name, tuple(rows), clustering(cluster, shots))
 
 
 def shots_of(settings: Mapping[str, Files]) -> list[Shot]:
@@ -196,17 +199,17 @@ def _paths(files: Files) -> list[Path]:
     return list(map(path_of, files))
 
 
-def _check(shots: Sequence[Shot], references: Sequence[str]) -> None:
-    if len(set(references)) < len(references):
-        raise OptionError(f"Two reference sets have the same name: {', '.join(references)}.")
+def check_shots(shots: Sequence[Shot]) -> None:
+    """Refuse two pictures of the same setting, prompt and seed."""
     seen: dict[Any, Path] = {}
     for shot in shots:
-        other = seen.setdefault((shot.setting, _key(shot)), shot.path)
+        other = seen.setdefault((shot.setting, key_of(shot)), shot.path)
         if other != shot.path:
             raise FileError(f"{other} and {shot.path} are of the same setting, prompt and seed. Remove one of them.")
 
 
-def _clustering(wanted: Cluster | None, shots: Sequence[Shot]) -> Cluster:
+def clustering(wanted: Cluster | None, shots: Sequence[Shot]) -> Cluster:
+    """Return what the bootstrap draws: what is wanted, or seeds if every picture has one, or single pictures."""
     without = [shot for shot in shots if shot.seed is None]
     if wanted not in (None, *get_args(Cluster)):
         raise OptionError(f"Unknown cluster {wanted!r}. Available: {', '.join(get_args(Cluster))}.")
@@ -215,26 +218,27 @@ def _clustering(wanted: Cluster | None, shots: Sequence[Shot]) -> Cluster:
     return wanted or ("image" if without else "seed")
 
 
-def _against(reference: Reference, shots: Sequence[Shot], vectors: "_Vectors") -> list[Row]:
+def _against(reference: Reference, shots: Sequence[Shot], vectors: "Vectors") -> list[Row]:
     """Score every picture against one set."""
     import numpy as np
 
     theirs = vectors(_paths(reference.files), reference.own_crop or reference.crop)
-    ours = _unit(vectors([shot.path for shot in shots], reference.crop))
+    ours = unit(vectors([shot.path for shot in shots], reference.crop))
     middle = theirs.mean(0)
     if not np.any(middle):
         raise FileError(f"The mean embedding of {reference.name} is zero: it has no direction.")
-    cosine, pairwise = ours @ _unit(middle), (ours @ _unit(theirs).T).mean(1)
+    cosine, pairwise = ours @ unit(middle), (ours @ unit(theirs).T).mean(1)
     return [Row(shot, reference.name, float(c), float(p)) for shot, c, p in zip(shots, cosine, pairwise, strict=True)]
 
 
-def _unit(vectors: Array) -> Array:
+def unit(vectors: Array) -> Array:
+    """Return the vectors at length one."""
     import numpy as np
 
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-class _Vectors:
+class Vectors:
     """Embeddings by picture and box, each computed once, with one progress for all of them."""
 
     def __init__(self, encoder: Encoder, cache: Path | None, progress: Progress | None) -> None:
@@ -265,5 +269,6 @@ def _value(row: Row, metric: Metric) -> float:
     return row.cosine if metric == "cosine" else row.pairwise
 
 
-def _key(shot: Shot) -> tuple[str, int | None]:
+def key_of(shot: Shot) -> tuple[str, int | None]:
+    """Return a picture's prompt and seed, by which settings are paired."""
     return shot.prompt, shot.seed

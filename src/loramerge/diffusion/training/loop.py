@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from ...devices import within_memory
 from ...errors import DeviceMemoryError, NumberError, OptionError
 from ...files.lora import LoRA
 from ...files.storage.paths import path_of, printable
+from ...learned.attach import fingerprints
 from ...learned.batches import join, seen
 from ...learned.calibration import Progress
 from ...learned.state import State, check_together, resumed, save_state
@@ -21,6 +23,7 @@ from ..apply import fingerprint
 from ..denoiser import Denoiser
 from ..examples import Images, from_images
 from ..processes import Team, team
+from .beside import beside as alongside, leave
 from .metadata import described
 from .order import Order
 from .peft_layers import Injected, architecture_of, injected, seeded
@@ -50,6 +53,8 @@ def train_lora(
     on_step: Callable[[TrainStep], bool | None] | None = None,
     name: str | None = None,
     trigger: str | None = None,
+    beside: LoRA | None = None,
+    off_rows: bool = False,
     progress: Progress | None = None,
 ) -> LoRA:
     """Train a LoRA on pictures with captions.
@@ -68,6 +73,10 @@ def train_lora(
         on_step: Called after every step, once its state is saved; training stops if it returns False.
         name: The LoRA's title; the folder's name by default.
         trigger: The trigger word, for the metadata.
+        beside: A LoRA that acts, unchanged, while this one is trained, so that this one learns only what the other
+            doesn't do, and the sum of both is their merge.
+        off_rows: True leaves ``beside`` out, and keeps the rows of every ``down`` at right angles to its rows, so that
+            the sum of both does to the other's inputs what the other does alone.
         progress: Called with the number of pictures encoded and of all.
 
     Returns:
@@ -75,7 +84,9 @@ def train_lora(
 
     Raises:
         FileError: The folder, a picture, a caption or the checkpoint is missing or unreadable.
-        OptionError: A setting does not fit the model, or the checkpoint is of another run.
+        OptionError: A setting does not fit the model, the checkpoint is of another run, or ``beside`` has no module that
+            is trained.
+        MergeError: ``beside`` doesn't fit the model.
         NumberError: The loss or a gradient became NaN or infinite; the last good state is in the checkpoint.
         DeviceMemoryError: The memory does not suffice: what to lower.
         MissingExtraError: PEFT or accelerate is not installed.
@@ -96,8 +107,10 @@ def train_lora(
             "data": dict(images.description),
             "processes": together.size,
         }
-        with injected(mixed, chosen) as inside:
-            run = Run(mixed, inside, Order(images, chosen.seed), chosen, together)
+        if beside is not None:
+            about["beside"] = {"name": beside.name, "fingerprint": fingerprints([beside])[0], "off_rows": off_rows}
+        with alongside(mixed, beside, off_rows=off_rows) as spans, injected(mixed, chosen) as inside:
+            run = Run(mixed, inside, Order(images, chosen.seed), chosen, together, spans)
             run.train(checkpoint, about, every, on_step)
             layers = inside.taken()
     title = name or printable(path_of(folder).resolve().name)
@@ -196,10 +209,23 @@ class Run:
     """One run of training."""
 
     def __init__(
-        self, denoiser: Denoiser, inside: Injected, order: Order, settings: TrainSettings, together: Team
+        self,
+        denoiser: Denoiser,
+        inside: Injected,
+        order: Order,
+        settings: TrainSettings,
+        together: Team,
+        rows: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.denoiser, self.order, self.settings, self.together = denoiser, order, settings, together
         self.parameters = inside.parameters
+        self.rows = {module: span for module, span in rows.items() if module in inside.layers}
+        """The rows to stay off, by module."""
+        if rows and not self.rows:
+            raise OptionError(
+                f"Training off the rows of a LoRA: it has none of the trained modules, such as {next(iter(inside.layers))}. "
+                "Ways out: other targets, or without off_rows."
+            )
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=settings.weight_decay)
         self.scale = LossScale.of(denoiser)
         self.reached = 0
@@ -241,6 +267,8 @@ class Run:
         state = resumed(checkpoint, identity, self.settings.steps)
         if state:
             self._restore(state)
+        else:
+            leave(self.parameters, self.rows)
         check_together(self.reached, self.together.reduce, "a checkpoint on a disk that all processes see")
 
     def _restore(self, state: State) -> None:
@@ -262,6 +290,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        leave(self.parameters, self.rows)
         self.scale.stepped()
         self.reached += 1
         return TrainStep(self.reached, self.settings.steps, loss, rate)

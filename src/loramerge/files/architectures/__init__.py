@@ -25,8 +25,8 @@ def titles(names: Iterable[str], between: str = " or ") -> str:
 def name_family() -> str:
     """Return the way out for a file whose family isn't known."""
     return (
-        "name the model family if it is one that loramerge knows (--architecture NAME; in Python "
-        f"open(…, architecture=NAME)): {', '.join(ARCHITECTURES)}"
+        "name the model family if it is one that loramerge knows: --architecture NAME, such as sdxl or flux (in Python "
+        "open(…, architecture=NAME)); a wrong NAME lists all"
     )
 
 

@@ -120,6 +120,25 @@ def vectors(architecture: str) -> Mapping[int, list[str]]:
     return {len(some): some for some in (inside, base + inside, base + ends[0] + inside + ends[1])}
 
 
+def depth(module: str, architecture: str) -> float:
+    """Return how deep a module lies in the denoiser: 0 in its first block, 1 in its last one.
+
+    The text encoders and what is before the first block are at 0, what is behind the last one at 1.
+    """
+    order, name = _order(architecture), block(module, architecture)
+    if name in order:
+        return order[name] / max(1, len(order) - 1)
+    return 1.0 if name == "OUT" else 0.0
+
+
+@cache
+def _order(architecture: str) -> Mapping[str, int]:
+    """Number a denoiser's blocks in the order in which data passes them."""
+    longest = max(vectors(architecture).values(), key=len)
+    inside = [name for name in longest if name not in ("BASE", "CLIP", "T5", "IN", "OUT")]
+    return {name: i for i, name in enumerate(inside)}
+
+
 class Selector:
     """Patterns that select modules.
 

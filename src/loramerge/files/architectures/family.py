@@ -159,6 +159,7 @@ class Kin(Enum):
     SDXL = auto()
     SD3 = auto()
     FLUX = auto()
+    FLUX2 = auto()
     QWEN = auto()
     Z_IMAGE = auto()
 
@@ -201,6 +202,8 @@ class Architecture:
     """Dialects besides its own that diffusers reads, at least for the blocks."""
     comfyui_reads_diffusers: bool = False
     """True if ComfyUI reads a transformer's LoRAs under diffusers' names."""
+    comfyui_reads_peft: bool = False
+    """True if ComfyUI reads diffusers' names behind PEFT's ``base_model.model.``."""
     unread: tuple[Unread, ...] = ()
     """The parts that its readers leave out; those that they leave out of several families are in `files.dialects.readers`."""
     down_up: bool = False

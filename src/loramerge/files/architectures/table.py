@@ -37,6 +37,7 @@ FLUX2_CALL = FlowCall(
 
 _BOTH: Mapping[str, Any] = {"diffusers_reads": ("kohya", "comfyui")}
 _COMFYUI: Mapping[str, Any] = {"diffusers_reads": ("comfyui",)}
+_PEFT_TOO: Mapping[str, Any] = {"comfyui_reads_diffusers": True, "comfyui_reads_peft": True}
 
 
 def _unet(name: str, title: str, *hints: str, **options: Any) -> Architecture:
@@ -66,7 +67,7 @@ def _sd3(version: str, size: str, **options: Any) -> Architecture:
         label=Label((f"stable-diffusion-v{dotted}-{size}",), (f"sd{dotted}-{size}",), "networks.lora_sd3"),
         kin=Kin.SD3,
         flow=SD3_CALL,
-        comfyui_reads_diffusers=True,
+        **_PEFT_TOO,
         **options,
     )
 
@@ -98,6 +99,7 @@ def _flux2(size: str, title: str, *hints: str, **options: Any) -> Architecture:
         "label": label,
         "comfyui_reads_diffusers": True,
         "unread": _FLUX2,
+        "kin": Kin.FLUX2,
         "flow": FLUX2_CALL,
     }
     return _dit(f"flux2-{size}", title, *words, **given | {**_BOTH} | options)
@@ -361,7 +363,7 @@ FAMILIES = (
     _dit("sana-0.6b", "Sana 0.6B", "sana"),
     _dit("sana-4.8b", "Sana 4.8B", "sana"),
     _dit("cosmos-predict2-2b", "Cosmos-Predict2 2B", "cosmos-predict2", "cosmos", native=Rules("cosmos")),
-    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=Rules("pixart"), comfyui_reads_diffusers=True, unread=_NO_LOADER),
+    _dit("pixart-sigma", "PixArt-Σ", "pixart", native=Rules("pixart"), unread=_NO_LOADER, **_PEFT_TOO),
     _dit("mochi", "Mochi 1", "mochi", native=Rules("mochi")),
     _unet("kolors", "Kolors", "kolors", unread=_KOLORS),
     _dit("longcat-image", "LongCat-Image", "longcat", native=None),
@@ -376,7 +378,7 @@ FAMILIES = (
         label=Label(("Ideogram-4", "ideogram-4"), ("ideogram4",), "networks.lora_ideogram4"),
     ),
     _dit("minimax-h3", "MiniMax H3", "minimax", native=Rules("minimax"), by_head=Rules("minimax", "by_head"), **_BOTH),
-    _dit("omnigen2", "OmniGen2", "omnigen2", "omnigen-2"),
+    _dit("omnigen2", "OmniGen2", "omnigen2", "omnigen-2", unread=_NO_LOADER),
     _dit("omnigen", "OmniGen", "omnigen", "omnigen-1", "omnigen1", native=None, unread=_NO_LOADER),
     _dit("flux3", "FLUX.3", "flux3", "flux-3", native=Rules("flux3"), **_COMFYUI),
     _dit("bria-fibo2", "Bria FIBO 2", "fibo2", "fibo-2", "bria-fibo-2", native=None),

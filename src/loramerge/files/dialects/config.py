@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from ...layers import Layer
@@ -37,7 +37,8 @@ def component_configs(layers: Mapping[str, Layer], about: Mapping[str, Mapping[s
 def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
     ranks = {path: layer.rank for path, layer in layers.items()}
     commonest = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {_anchored(path, ranks): rank for path, rank in ranks.items() if rank != commonest}
+    ends = {path[at + 1 :] for path in ranks for at, letter in enumerate(path) if letter == "."}
+    pattern = {_anchored(path, ends): rank for path, rank in ranks.items() if rank != commonest}
     name, library = CLASSES.get(component, (None, None))
     return {
         "peft_type": "LORA",
@@ -60,13 +61,9 @@ def _config(component: str, layers: Mapping[str, Layer]) -> dict[str, Any]:
     }
 
 
-def _anchored(path: str, paths: Mapping[str, Any]) -> str:
+def _anchored(path: str, ends: Set[str]) -> str:
     """Make a pattern for one module: PEFT also accepts the end of a name after a dot, so a short name is anchored."""
-    return f"^{re.escape(path)}" if _is_an_end(path, paths) else path
-
-
-def _is_an_end(path: str, paths: Mapping[str, Any]) -> bool:
-    return "." not in path or any(other.endswith("." + path) for other in paths)
+    return f"^{re.escape(path)}" if "." not in path or path in ends else path
 
 
 def _targets(paths: Mapping[str, Any]) -> list[str] | str:

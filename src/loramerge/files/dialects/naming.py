@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Set
 from functools import cache
 
-from ...errors import FamilyError, LayerError, OptionError
+from ...errors import FamilyError, LayerError, OptionError, counted
 from ...tensors import Shape, same_weight
 from ..architectures import ARCHITECTURES, Architecture, last_numbers, titles
 from ..architectures.hints import Named
@@ -28,6 +28,10 @@ WIDENED = 2
 
 ENOUGH = 8
 """With fewer modules, having every module of a family doesn't rule out a larger family."""
+
+
+UNKNOWN = "of no model family that loramerge knows"
+"""The beginning of the note on a file of such a family."""
 
 
 class Matcher:
@@ -275,7 +279,9 @@ class Matcher:
         reasons = Counter(fix[1] for stem in self.meant if (fix := repaired(stem)))
         notes += [f"repaired {count} names: {why}" for why, count in reasons.items()]
         if a and unknown:
-            notes.append(f"{len(unknown)} modules that {a.name} doesn't list, kept under their names: {unknown[0]} …")
+            notes.append(
+                f"{counted(len(unknown), 'module')} that {a.name} doesn't list, kept under their names: {unknown[0]} …"
+            )
         return notes
 
     def unknown(self, said: Named) -> str:
@@ -292,7 +298,7 @@ class Matcher:
                 f"{self.shapes.get(strange, ())}"
             )
         return (
-            f"of no model family that loramerge knows{stated}: its {len(self.records)} modules keep the names of the "
+            f"{UNKNOWN}{stated}: its {counted(len(self.records), 'module')} keep the names of the "
             f"file, and merge with those of files of the same tool{closest}"
         )
 

@@ -22,6 +22,24 @@ def file_digest(path: Path) -> str:
     return _known(_bytes, path)
 
 
+def blob_digest(content: Path | bytes) -> str:
+    """Return the SHA-1 by which git names a file with this content.
+
+    Raises:
+        FileError: It can't be read.
+    """
+    return _git(content) if isinstance(content, bytes) else _known(_blob, content)
+
+
+def _git(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def _blob(path: Path) -> str:
+    with path.open("rb") as file:
+        return _git(file.read())
+
+
 def listing_digest(root: Path, files: Iterable[Path]) -> str:
     """Return the SHA-256 of a listing of files: the path of each below ``root``, its size, and a hash of parts of it.
 

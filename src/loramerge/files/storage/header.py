@@ -1,10 +1,7 @@
 """Header metadata with one slow entry whose length is known in advance, filled in after writing."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
+from threading import Thread
 
 
 class Awaited(Mapping[str, str]):
@@ -28,22 +25,32 @@ class Awaited(Mapping[str, str]):
         self.key = key
         self.draft = draft
         self._find = find
-        self._found: Future[str] | None = None
+        self._thread: Thread | None = None
+        self._found = ""
+        self._error: BaseException | None = None
 
-    def begin(self) -> "Future[str]":
+    def begin(self) -> Thread:
         """Start computing the slow entry, in a thread."""
-        if self._found is None:
-            from concurrent.futures import ThreadPoolExecutor
+        thread = self._thread
+        if thread is None:
+            thread = Thread(target=self._compute)
+            thread.start()
+            self._thread = thread
+        return thread
 
-            pool = ThreadPoolExecutor(1)
-            try:
-                self._found = pool.submit(self._find)
-            finally:  # a thread whose start was interrupted would wait for work, and the process for the thread
-                pool.shutdown(wait=False)
-        return self._found
+    def _compute(self) -> None:
+        try:
+            self._found = self._find()
+        except BaseException as error:  # it is raised where the entry is read
+            self._error = error
 
     def __getitem__(self, key: str) -> str:
-        return self.begin().result() if key == self.key else self.known[key]
+        if key != self.key:
+            return self.known[key]
+        self.begin().join()
+        if self._error is not None:
+            raise self._error
+        return self._found
 
     def __iter__(self) -> Iterator[str]:
         yield from self.known

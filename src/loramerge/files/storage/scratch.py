@@ -7,10 +7,8 @@ whose lock is free: the next process that writes to the same path deletes it.
 import hashlib
 import os
 import re
-import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,7 +29,7 @@ def file(target: Path) -> tuple[int, str]:
     """
     clear(target.parent, target.name)
     while True:
-        path = target.parent / f"{_beginning(target.name)}{secrets.token_hex(4)}{SUFFIX}"
+        path = target.parent / f"{_beginning(target.name)}{os.urandom(4).hex()}{SUFFIX}"
         with suppress(FileExistsError):
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
             _lock(fd, wait=True)
@@ -70,6 +68,8 @@ def folder(parent: Path, name: str) -> Iterator[Path]:
     Raises:
         OSError: It can't be made.
     """
+    import tempfile
+
     clear(parent, name)
     while True:
         with (

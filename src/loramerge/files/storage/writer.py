@@ -8,7 +8,6 @@ import shutil
 import stat
 import struct
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ from ...errors import FileError, size
 from ...tensors import Array, Spec, Stored, Tensor, is_torch, nbytes
 from . import scratch, workers as processes
 from .header import Awaited, draft
-from .reader import MAX_HEADER, pread, pwrite
+from .reader import MAX_HEADER, SafetensorsFile, pread, pwrite
 
 Progress = Callable[[int, int], None]
 """Called with the number of modules done and of all."""
@@ -69,11 +68,7 @@ def write(
     start = len(header)
     _check_space(path, start + layout.size)
     with _replacing(path) as fd:
-        if start > MAX_HEADER:
-            raise FileError(
-                f"Can't write {path}: its header would have {start} bytes, of which readers take {MAX_HEADER}. "
-                "Way out: shorter metadata."
-            )
+        _check_header(path, start)
         _reserve(fd, start + layout.size)
         _write_at(fd, header, 0)
         # Closed before the file is: a thread still at work would write into whatever is opened next.
@@ -89,6 +84,43 @@ def write(
             if len(header) != start:
                 raise FileError(f"Can't write {path}: the header became {len(header)} bytes long, not {start}.")
             _write_at(fd, header, 0)
+
+
+def write_metadata(file: SafetensorsFile, metadata: Mapping[str, str]) -> None:
+    """Replace a file by one with other metadata, whole or not at all; its tensors' bytes are copied as they lie.
+
+    Raises:
+        FileError: The disk is full, the file is read-only, or another process has just replaced it.
+    """
+    path, start = Path(file.path), file.opened.start
+    entries = {
+        key: {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [tensor.begin, tensor.end]}
+        for key, tensor in file.items()
+    }
+    header = _header(metadata, _members(entries).encode())
+    _check_header(path, len(header))
+    total = len(header) - start + file.opened.size
+    _check_space(path, total)
+    with _replacing(path) as fd:
+        _reserve(fd, total)
+        _write_at(fd, header, 0)
+        for at in range(start, file.opened.size, COPIED):
+            data = file.opened.read(at, min(COPIED, file.opened.size - at))
+            _write_at(fd, data, at - start + len(header))
+        if not file.in_place():
+            raise FileError(f"{path} was replaced while it was edited; nothing is written. Way out: edit it again.")
+
+
+COPIED = 1 << 22
+"""Bytes that are copied at once."""
+
+
+def _check_header(path: Path, length: int) -> None:
+    if length > MAX_HEADER:
+        raise FileError(
+            f"Can't write {path}: its header would have {length} bytes, of which readers take {MAX_HEADER}. "
+            "Way out: shorter metadata."
+        )
 
 
 def file_size(groups: Iterable[Group], metadata: Mapping[str, str], hashes: bool = False) -> int:
@@ -107,7 +139,7 @@ def sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
     return found.hexdigest()
 
 
-def _data(tensors: Iterable[Tensor], most: int = 1 << 22) -> Iterator[bytes | memoryview]:
+def _data(tensors: Iterable[Tensor], most: int = 1 << 18) -> Iterator[bytes | memoryview]:
     """Yield the tensors' bytes; neighbours in a file are read together."""
     run: list[Stored] = []
     for tensor in tensors:
@@ -152,10 +184,14 @@ class _Layout:
 
     def header(self, metadata: Mapping[str, str]) -> bytes:
         """Return the file's beginning, up to the tensors' bytes."""
-        own = _members({"__metadata__": dict(metadata)}).encode(errors="replace") if metadata else b""
-        text = b"{" + b",".join(filter(None, (own, self._entries))) + b"}"
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
+        return _header(metadata, self._entries)
+
+
+def _header(metadata: Mapping[str, str], entries: bytes) -> bytes:
+    own = _members({"__metadata__": dict(metadata)}).encode(errors="replace") if metadata else b""
+    text = b"{" + b",".join(filter(None, (own, entries))) + b"}"
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _members(data: Mapping[str, Any]) -> str:
@@ -254,6 +290,8 @@ def _each(groups: Sequence[Group], work: Callable[[Group], None], workers: int, 
 
 def _by_threads(groups: Sequence[Group], work: Callable[[Group], None], workers: int) -> Generator[None]:
     """Work on every group in threads, with few groups in memory at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(workers) as pool:
         waiting = iter(groups)
         running = [pool.submit(work, group) for group in islice(waiting, 4 * workers)]
@@ -339,7 +377,7 @@ def _hashes(fd: int, layout: _Layout, start: int, metadata: Mapping[str, str]) -
     return {"sshs_model_hash": whole.hexdigest(), "sshs_legacy_hash": hashlib.sha256(image).hexdigest()[:8]}
 
 
-def _chunks(fd: int, start: int, stop: int, size: int = 1 << 22) -> Iterable[bytes]:
+def _chunks(fd: int, start: int, stop: int, size: int = 1 << 18) -> Iterable[bytes]:
     while start < stop:
         chunk = pread(fd, min(size, stop - start), start)
         if not chunk:

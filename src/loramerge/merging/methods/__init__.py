@@ -15,8 +15,8 @@ from .options import Density, Range, Seed
 from .published import Published, method_at, published
 from .selection import chance, module_seed
 from .spaces import Core
-from .sparse import breadcrumbs, dare, della, magnitude_prune, sce, ties
-from .subspaces import cart, iso_c, iso_cts, np_lora, subtract, tsv
+from .sparse import breadcrumbs, dare, della, magmax, magnitude_prune, sce, ties
+from .subspaces import cart, iso_c, iso_cts, np_lora, subtract, tsv, wudi
 
 METHODS: Registry[Method] = Registry(
     "merge method",
@@ -28,6 +28,7 @@ METHODS: Registry[Method] = Registry(
         della,
         breadcrumbs,
         sce,
+        magmax,
         knots,
         tsv,
         iso_c,
@@ -37,6 +38,7 @@ METHODS: Registry[Method] = Registry(
         karcher,
         model_stock,
         np_lora,
+        wudi,
         subtract,
         factor_average,
     ],

@@ -108,6 +108,25 @@ def breadcrumbs(
     return CONSENSUS[consensus](kept, weights)
 
 
+@elementwise("magmax", source="Marczak et al., 2024, section 3.2, https://arxiv.org/abs/2407.06322")
+def magmax(deltas: Deltas, weights: Weights) -> Float[Array, "out in"]:
+    """MagMax: every entry from the LoRA in which it is largest.
+
+    Of the wᵢΔWᵢ the one with the largest magnitude is chosen, entry by entry, the earlier LoRA if two are equal.  The
+    entry is Σ|w| times the ΔW's there, or its negative where the weight is below zero: so at 1/N it is the paper's
+    formula at λ = 1, and where all LoRAs agree it is the weighted sum.
+    """
+    chosen: Array = 0.0
+    largest_yet: Array = -1.0
+    for i, weight in enumerate(weights):
+        delta = deltas[i]
+        size = abs(weight) * abs(delta)
+        larger = _as(size > largest_yet, delta)
+        chosen = chosen * (1 - larger) + larger * (delta if weight > 0 else -delta)
+        largest_yet = largest_yet * (1 - larger) + larger * size
+    return sum(map(abs, weights)) * chosen
+
+
 @elementwise("sce", source="Wan et al., 2024, section 3.2, https://arxiv.org/abs/2408.07990")
 def sce(deltas: Deltas, weights: Weights, *, density: Density = 0.1) -> Float[Array, "out in"]:
     """SCE: keep the entries in which the LoRAs differ most, weight each LoRA by its energy there, elect signs.

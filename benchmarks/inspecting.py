@@ -69,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Print the processor time of `loramerge inspect` for every listing.")
     parser.add_argument("names", nargs="*", help="names of listings; all by default")
     parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--summary", action="store_true", help="print nothing but the figures that limits.py takes")
     given = parser.parse_args()
     listings = json.loads(lzma.decompress((HERE.parent / "tests" / "data" / "families.json.xz").read_bytes()))
     start, imported = cpu(given.runs, "pass"), cpu(given.runs, "import loramerge")
@@ -80,6 +81,10 @@ def main() -> None:
             rows.append((cpu(given.runs, COMMAND, "inspect", str(path)) - start, name, len(listings[name]["keys"])))
             path.unlink()
     times = sorted(time for time, *_ in rows)
+    if given.summary:
+        figures = {"imported": imported - start, "median": median(times), "most": times[-1], "files": len(times)}
+        print("BENCH " + json.dumps(figures))
+        return
     print("# `loramerge inspect`: processor time beyond Python's start\n")
     print(f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()};")
     print(f"the least of {given.runs} runs.\n")

@@ -34,6 +34,7 @@ ENTRIES: Mapping[str, tuple[str, Options]] = {
     "della": ("della", ()),
     "breadcrumbs": ("breadcrumbs", ()),
     "sce": ("sce", ()),
+    "magmax": ("magmax", ()),
 }
 """Methods that may work on ΔW or in the core, at PEFT's density where PEFT has them."""
 
@@ -47,6 +48,7 @@ FACTORS = (
     "karcher",
     "model_stock",
     "np_lora",
+    "wudi",
     "subtract",
     "factor_average",
 )

@@ -79,7 +79,8 @@ def text(goals: Sequence[Goal]) -> str:
 
 def markdown(title: str, goals: Sequence[Goal], sections: Sequence[Section], others: float, legend: str) -> str:
     """Return everything measured, with a description of the machine."""
-    parts = [f"# {title}", *machine(others), table(GOAL_HEAD, [g.cells for g in goals]), legend]
+    asked = [table(GOAL_HEAD, [goal.cells for goal in goals])] if goals else []
+    parts = [f"# {title}", *machine(others), *asked, legend]
     for section in sections:
         parts += [f"## {section.title}", table(section.head, section.rows)]
     return "\n\n".join(parts) + "\n"

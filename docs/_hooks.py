@@ -32,6 +32,15 @@ def on_page_content(html: str, **_: Any) -> str:
     return BLOCK.sub(_with_commands, html)
 
 
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    """Publish the package's JSON Schemas."""
+    from mkdocs.structure.files import File
+
+    for path in sorted((ROOT / "src" / "loramerge").glob("*/*.schema.json")):
+        files.append(File.generated(config, f"schemas/{path.name}", abs_src_path=str(path)))
+    return files
+
+
 def _with_commands(block: re.Match[str]) -> str:
     typed = escape("\n".join(commands_of(unescape(re.sub(r"<[^>]+>", "", block[1])))))
     return block[0].replace("<div", f'<div data-copy="{typed}"', 1) if typed else block[0]

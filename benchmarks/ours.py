@@ -25,7 +25,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.device:
         import torch  # noqa: F401
-    import numpy  # noqa: F401
+    import loramerge.merging.verbs  # noqa: F401
 
     imported = time.perf_counter()
     if given.again:

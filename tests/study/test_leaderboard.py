@@ -57,8 +57,9 @@ def test_a_merge_of_nothing_is_as_far_from_each_lora_as_the_base(job: Job) -> No
     for group in job.groups:
         fits, joints = (noise.read(job, group, what) for what in (noise.FIT, noise.JOINT))
 
-        assert fits[f"{group}.faint"] == pytest.approx(1, abs=1e-3)
-        assert abs(fits[f"{group}.average"] - 1) > 2e-3
+        assert fits[f"{group}.faint"] == pytest.approx(1, abs=1e-6)
+        assert fits[f"{group}.average"] != pytest.approx(1, abs=1e-5)
+        assert joints[f"{group}.average"] != pytest.approx(joints[f"{group}.faint"], abs=1e-5)
         assert joints[f"{group}.faint"] > 0
 
 

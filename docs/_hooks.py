@@ -258,13 +258,15 @@ def method_sections() -> str:
 
 
 def _method_section(name: str, index: Any) -> str:
+    from loramerge.merging.rules import RULES
+
     method = index[name]
     text, _, raised = (inspect.getdoc(method.function) or "").partition("\n\nRaises:\n")
     refused = [entry.strip().partition(": ") for entry in re.split(r"\n(?= {4}\S)", raised) if entry.strip()]
     others = [f"`{alias}`" for alias, meant in index.aliases.items() if meant == name]
     facts = {
         "LoRAs": str(method.count or "any number"),
-        "weight unless given": "1/N" if method.default_weight is None else f"{method.default_weight:g}",
+        "weight unless given": RULES[method.weights].text.partition(":")[0],
         "also called": ", ".join(others),
         **{f"refused with `{error}`": " ".join(why.split()) for error, _, why in refused},
         "source": PAGE.sub(r"[\2](../\1)", URL.sub(r"<\1>", method.source)),

@@ -54,7 +54,7 @@ def test_two_files_become_one(files: tuple[Path, Path], tmp_path: Path) -> None:
         assert relative_error(both[module].delta(), weighted_sum(parents, [0.7, -0.5], module)) <= 1e-6
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.default_weight is None])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.weights == "uniform"])
 def test_what_is_said_of_the_default_weights_is_true_for_every_method(method: str, tmp_path: Path) -> None:
     loras = [random_lora("sd15", seed=seed, only=lambda name, shape: name in MODULES["sd15"]) for seed in (1, 2)]
     files = [lm.save(lora, tmp_path / f"{i}.safetensors") for i, lora in enumerate(loras)]

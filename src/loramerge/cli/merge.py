@@ -254,7 +254,7 @@ def planned_size(recipe: "Recipe", planned: "Plan", made: "LoRA") -> int:
 def plan_lines(recipe: "Recipe", planned: "Plan", made: "LoRA", length: int) -> list[str]:
     """Return the printed lines of a plan, whose LoRA is ``made`` and takes ``length`` bytes as a file."""
     lines: list[str] = [_plan_table(planned, made.families, length)]
-    if recipe.weights is None and planned.method.default_weight is None and len(planned.loras) > 1:
+    if recipe.weights is None and planned.method.weights == "uniform" and len(planned.loras) > 1:
         lines.append(f"note: no weights were given, so each LoRA {_by_default(planned)}")
     if _asked_to_cut(planned) and not planned.cuts:
         lines.append("note: nothing is cut: the ranks that were asked for are no smaller than those there are")

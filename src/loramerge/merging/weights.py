@@ -73,7 +73,6 @@ def resolve(
     loras: Sequence[LoRA],
     weights: Weights,
     scope: Scope | None = None,
-    default: float | None = None,
     base: "Checkpoint | None" = None,
     *,
     learned: bool = True,
@@ -86,7 +85,6 @@ def resolve(
             weight per LoRA. None is ``"uniform"``.
         scope: For a rule on norms, what they are taken over: each ``module``, each ``component``
             (UNet, text encoder), or the ``whole`` file; None for the rule's own.
-        default: The weight of each LoRA if ``weights`` is None; None for 1/N.
         base: The base model, for the norms of layers whose ΔW depends on it.
         learned: False where learned coefficients can't be weights, so that no error offers them.
 
@@ -106,7 +104,7 @@ def resolve(
             over = scope or rule.scope
             labels = (f"{rule.name} ({over})",) * len(loras)
             return ModuleWeights(measured(rule, loras, over, base), labels, True, given=rule.name, scope=over)
-        share = rule.count(len(loras)) if weights or default is None else default
+        share = rule.count(len(loras))
         return ModuleWeights(
             lambda module: [share] * len(loras), (f"{share:.4g}",) * len(loras), given=(share,) * len(loras)
         )

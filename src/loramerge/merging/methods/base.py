@@ -33,8 +33,8 @@ class Method:
     source: str
     rank: Rank
     options: Mapping[str, Option] = field(default_factory=dict)
-    default_weight: float | None = None
-    """Default weight of each LoRA; None is 1/N."""
+    weights: str = "uniform"
+    """The rule for the LoRAs' weights unless they are given."""
     count: int | None = None
     """The number of LoRAs it takes; None for any number."""
     dense: bool = False
@@ -69,7 +69,7 @@ def method(
     *,
     source: str,
     rank: Rank,
-    default_weight: float | None = None,
+    weights: str = "uniform",
     linear: bool = False,
     dense: bool = False,
 ) -> Callable[[Merge], Method]:
@@ -79,13 +79,13 @@ def method(
         name: The name that users type.
         source: The paper with the equation, or the code.
         rank: Rank of the result, from the layers' layouts.
-        default_weight: Default weight of each LoRA; None is 1/N.
+        weights: The rule for the LoRAs' weights unless they are given.
         linear: True if the result is a weighted sum of the inputs.
         dense: True if a layer may be a dense ΔW without factors.
     """
 
     def named(merge: Merge) -> Method:
-        return Method(name, merge, merge, source, rank, options_of(merge), default_weight, linear=linear, dense=dense)
+        return Method(name, merge, merge, source, rank, options_of(merge), weights, linear=linear, dense=dense)
 
     return named
 

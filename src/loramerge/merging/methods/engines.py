@@ -52,7 +52,7 @@ def on_core(
     name: str,
     *,
     source: str,
-    default_weight: float | None = None,
+    weights: str = "uniform",
     of_first: bool = False,
     allows: Allows | None = None,
     ranked: bool = False,
@@ -62,7 +62,7 @@ def on_core(
     Args:
         name: The name that users type.
         source: The paper with the equation, or the code.
-        default_weight: Default weight of each LoRA; None is 1/N.
+        weights: The rule for the LoRAs' weights unless they are given.
         of_first: True if the result is the first LoRA, changed: modules that the first lacks aren't in it.
         allows: Raises a MergeError for weights that the method can't use.
         ranked: True if the formula uses ``core.most``, the rank that the result will have.
@@ -79,7 +79,7 @@ def on_core(
 
         options = options_of(formula)
         flags: dict[str, Any] = {"of_first": of_first, "allows": allows, "ranked": ranked}
-        return Method(name, formula, merge, source, sum_of_ranks, options, default_weight, **flags)
+        return Method(name, formula, merge, source, sum_of_ranks, options, weights, **flags)
 
     return named
 

@@ -163,7 +163,7 @@ def _shares(weights: Weights) -> None:
 @on_core(
     "subtract",
     source="Projection onto the other LoRAs' column and row spaces",
-    default_weight=1.0,
+    weights="sum",
     of_first=True,
     allows=_shares,
 )

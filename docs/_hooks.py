@@ -239,10 +239,10 @@ def method_figures() -> str:
         return np.concatenate([lora[module].delta().ravel() for module in loras[0]])
 
     person, jersey = map(values, loras)
-    average = values(lm.merge(loras))
+    average = values(lm.merge(loras, weights="uniform"))
     rows = []
     for m in METHODS.values():
-        delta = values(lm.merge(loras, method=m.name))
+        delta = values(lm.merge(loras, weights="uniform", method=m.name))
         kept = [delta @ one / (one @ one) for one in (person, jersey)]
         lengths = [np.linalg.norm(x) / np.linalg.norm(average) for x in (delta, delta - average)]
         figures = (f"{figure:.2f}" for figure in (*kept, *lengths))

@@ -71,7 +71,7 @@ def test_a_smaller_rank_is_the_best_of_that_rank(rank: int) -> None:
     merged = lm.merge(loras, rank=rank)
 
     for module in merged:
-        exact = weighted_sum(loras, [0.5, 0.5], module).reshape(merged[module].shape[0], -1)
+        exact = weighted_sum(loras, [1, 1], module).reshape(merged[module].shape[0], -1)
         optimum = np.linalg.norm(np.linalg.svd(exact, compute_uv=False)[rank:])
         error = np.linalg.norm(merged[module].delta().reshape(exact.shape) - exact)
         assert error <= optimum * (1 + 1e-4) + 1e-5 * np.linalg.norm(exact)
@@ -91,13 +91,13 @@ def test_a_rank_never_exceeds_the_weight() -> None:
     merged = lm.merge(loras)
 
     assert merged[module].rank == 64
-    assert relative_error(merged[module].delta(), weighted_sum(loras, [0.5, 0.5], module)) <= 1e-6
+    assert relative_error(merged[module].delta(), weighted_sum(loras, [1, 1], module)) <= 1e-6
 
 
 def test_equal_loras_merge_into_themselves_at_their_rank() -> None:
     lora = small(rank=4)
 
-    merged = lm.merge([lora, lora, lora], rank=4)
+    merged = lm.merge([lora, lora, lora], weights="uniform", rank=4)
 
     for module in merged:
         assert relative_error(merged[module].delta(), lora[module].delta()) <= 1e-5
@@ -110,7 +110,7 @@ def test_many_loras_are_cut_by_random_projection_close_to_the_optimum(decay: flo
     layers = [low_rank(lora[TO_Q].up * spectrum, lora[TO_Q].down, (640, 640)) for lora in loras]
     loras = [replace(lora, layouts={TO_Q: layer}) for lora, layer in zip(loras, layers, strict=True)]
 
-    merged = lm.merge(loras, rank=16)[TO_Q]
+    merged = lm.merge(loras, weights="uniform", rank=16)[TO_Q]
 
     exact = weighted_sum(loras, [1 / 6] * 6, TO_Q)
     optimum = np.linalg.norm(np.linalg.svd(exact, compute_uv=False)[16:])
@@ -321,7 +321,7 @@ def test_torch_and_numpy_merge_together() -> None:
     merged = lm.merge([lm.load(a.state_dict("kohya")), b])
 
     for module in merged:
-        assert relative_error(merged[module].delta().numpy(), weighted_sum([a, b], [0.5, 0.5], module)) <= 1e-6
+        assert relative_error(merged[module].delta().numpy(), weighted_sum([a, b], [1, 1], module)) <= 1e-6
 
 
 @pytest.mark.parametrize("weights", [np.array([0.5, 0.25]), [np.float32(0.5), np.float64(0.25)], ("0.5", "0.25")])

@@ -21,8 +21,11 @@ from small import MODULES, small
 TO_Q, CONV, SHORTCUT, TEXT = MODULES["sdxl"]
 
 
-def test_uniform_is_one_over_n() -> None:
-    assert resolve([small(seed=i) for i in range(4)], None).of(TO_Q) == [0.25] * 4
+def test_uniform_is_one_over_n_and_no_weights_are_the_sum() -> None:
+    loras = [small(seed=i) for i in range(4)]
+
+    assert resolve(loras, "uniform").of(TO_Q) == [0.25] * 4
+    assert resolve(loras, None).of(TO_Q) == [1.0] * 4
 
 
 def test_l2_is_each_ones_share_of_the_norms_a_module() -> None:

@@ -27,7 +27,7 @@ class Options:
     output: Annotated[Path, typer.Option("--output", "-o", help="A file or a new directory, as the base is.")]
     weight: Annotated[
         list[str] | None,
-        typer.Option("--weight", "-w", help="One per file: 0.8, or '0.8;text_encoder=0;OUT*=0.5'. Default 1/N."),
+        typer.Option("--weight", "-w", help="One per file: 0.8, or '0.8;text_encoder=0;OUT*=0.5'. Default 1 each."),
     ] = None
     weights: WeightRule = None
     scope: Annotated[Scope | None, typer.Option("--scope", help="What l2, equal and energy take norms over.")] = None

@@ -90,7 +90,7 @@ class Options(Making):
         typer.Option(
             "--weight",
             "-w",
-            help="One per file: 0.8, or '0.8;text_encoder=0;OUT*=0.5', or 'lbw:1,0,0,…'. Default 1/N.",
+            help="One per file: 0.8, or '0.8;text_encoder=0;OUT*=0.5', or 'lbw:1,0,0,…'. Default 1 each, 1/N with most methods.",
         ),
     ] = None
     weights: WeightRule = None
@@ -254,7 +254,7 @@ def planned_size(recipe: "Recipe", planned: "Plan", made: "LoRA") -> int:
 def plan_lines(recipe: "Recipe", planned: "Plan", made: "LoRA", length: int) -> list[str]:
     """Return the printed lines of a plan, whose LoRA is ``made`` and takes ``length`` bytes as a file."""
     lines: list[str] = [_plan_table(planned, made.families, length)]
-    if recipe.weights is None and planned.method.weights == "uniform" and len(planned.loras) > 1:
+    if recipe.weights is None and not planned.method.of_first and len(planned.loras) > 1:
         lines.append(f"note: no weights were given, so each LoRA {_by_default(planned)}")
     if _asked_to_cut(planned) and not planned.cuts:
         lines.append("note: nothing is cut: the ranks that were asked for are no smaller than those there are")
@@ -264,8 +264,8 @@ def plan_lines(recipe: "Recipe", planned: "Plan", made: "LoRA", length: int) -> 
 def _by_default(planned: "Plan") -> str:
     """Say what the default weights do; with weights N times as large, the result of every method of ours is N times as strong."""
     number = len(planned.loras)
-    if planned.method.name == "linear":
-        return f"acts at 1/{number} of its strength; --weights sum does what loading all of them does"
+    if planned.method.weights == "sum":
+        return f"acts at full strength, as if all were loaded; --weights uniform gives it 1/{number}"
     stronger = "" if planned.method.reference else f", and the result is {number} times as strong"
     return f"has the weight 1/{number}; with --weights sum it has 1{stronger}"
 

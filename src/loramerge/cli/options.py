@@ -61,7 +61,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and writ
 Threads = Annotated[int, typer.Option("--workers", "-j", min=1, help="Threads; each holds a weight in memory.")]
 WeightRule = Annotated[
     str | None,
-    typer.Option("--weights", help="A rule: uniform (1/N), sum (1), sqrt (1/√N), l2, equal, energy, energy-sum."),
+    typer.Option("--weights", help="A rule: sum (1), uniform (1/N), sqrt (1/√N), l2, equal, energy, energy-sum."),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model; look at it first.")

@@ -133,10 +133,11 @@ def merge(
     Args:
         loras: LoRAs, or what `load` takes.
         weights: One weight per LoRA: a number (which may be negative), a table of patterns such as
-            ``{"*": 0.8, "text_encoder": 0}``, or ``"lbw:1,0,…"``; or a rule for all: ``"uniform"``
-            (the default) is 1/N each, ``"sum"`` 1 each, ``"sqrt"`` 1/√N each, ``"l2"`` each LoRA's
-            share of the norms, ``"equal"`` equal norms, ``"energy"`` and ``"energy-sum"`` keep the
-            mean or the sum of ‖ΔWᵢ‖².
+            ``{"*": 0.8, "text_encoder": 0}``, or ``"lbw:1,0,…"``; or a rule for all: ``"sum"`` is 1
+            each, ``"uniform"`` 1/N each, ``"sqrt"`` 1/√N each, ``"l2"`` each LoRA's share of the norms,
+            ``"equal"`` equal norms, ``"energy"`` and ``"energy-sum"`` keep the mean or the sum of
+            ‖ΔWᵢ‖².  By default the method's own rule: ``"sum"`` for ``linear`` and ``subtract``,
+            ``"uniform"`` for the others.
         method: Name of a merge method; ``"package.module:name"`` for one that isn't loramerge's own, or the `Method`
             itself.
         rank: ``"sum"`` is exact, ``"max"`` is the largest of the inputs' ranks, a number is that

@@ -82,7 +82,7 @@ def resolve(
     Args:
         loras: The LoRAs that are merged.
         weights: The name of one of the `RULES`; learned coefficients, or the path of their file; or one
-            weight per LoRA. None is ``"uniform"``.
+            weight per LoRA. None is ``"sum"``.
         scope: For a rule on norms, what they are taken over: each ``module``, each ``component``
             (UNet, text encoder), or the ``whole`` file; None for the rule's own.
         base: The base model, for the norms of layers whose ΔW depends on it.
@@ -99,7 +99,7 @@ def resolve(
         weights.check(loras)
         return ModuleWeights(weights.of_module, ("learned",) * len(loras), True, True, weights.source)
     if weights is None or isinstance(weights, str):
-        rule = rule_of(weights or "uniform", learned)
+        rule = rule_of(weights or "sum", learned)
         if rule.count is None:
             over = scope or rule.scope
             labels = (f"{rule.name} ({over})",) * len(loras)

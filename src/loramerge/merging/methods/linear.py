@@ -14,6 +14,7 @@ from .base import alive, equal_rank, method, shared_down, sum_of_ranks, with_bia
     "linear",
     source="Σ wᵢ ΔWᵢ by concatenation: docs/explanation/exact-merge.md",
     rank=sum_of_ranks,
+    weights="sum",
     linear=True,
     dense=True,
 )

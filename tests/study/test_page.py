@@ -72,6 +72,15 @@ def test_a_large_picture_is_made_smaller_and_a_small_one_stays(report: Report) -
     assert 'width="192" height="128"' in page
 
 
+def test_markdown_has_a_charts_figures_in_its_place() -> None:
+    table = Table(("weight", "score"), (("0.5", "0.371"),))
+    charts = Figure("<svg/>", "title", "caption", table), Figure("<svg/>", "title", "caption")
+
+    text = markdown(Report("title", (Section("charts", charts),)))
+
+    assert text == "# title\n\n## charts\n\n| weight | score |\n| --- | --- |\n| 0.5 | 0.371 |\n"
+
+
 def test_markdown_has_the_tables_and_escapes_bars(report: Report) -> None:
     text = markdown(report)
 

@@ -23,6 +23,8 @@ class Figure:
     title: str
     """Read out by screen readers."""
     caption: str
+    table: Table | None = None
+    """The same in figures, where there are no charts."""
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,11 @@ def _source(kind: str, data: bytes) -> str:
 
 
 def markdown(report: Report) -> str:
-    """Write the texts and tables, without charts and pictures."""
+    """Write the texts and tables, and the figures of charts that have a table."""
     lines = [f"# {_text(report.title)}", ""]
     for one in report.sections:
-        shown = [part for part in one.parts if isinstance(part, str | Table)]
+        parts = [part.table if isinstance(part, Figure) else part for part in one.parts]
+        shown = [part for part in parts if isinstance(part, str | Table)]
         if shown:
             lines += [f"## {_text(one.title)}", ""]
         for part in shown:

@@ -256,7 +256,9 @@ def _sensitivity(study: Group) -> list[Section]:
             down=f"weight of {down}",
             across=f"weight of {across}",
         )
-        return Figure(grid, what, what)
+        rows = [(f"{a:g}", *(f"{one:.3f}" for one in row)) for a, row in zip(first, values, strict=True)]
+        table = Table((f"{down} ↓, {across} →", *(f"{b:g}" for b in second)), tuple(rows), what)
+        return Figure(grid, what, what, table)
 
     count = len(study.job.seeds(points[0]))
     parts: list[Part] = [f"Weighted sums, {count} seed{'s' * (count > 1)} of each prompt; means without intervals."]

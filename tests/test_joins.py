@@ -80,7 +80,7 @@ def test_a_joined_weight_gets_the_rank_that_is_asked_for_and_the_best_fit_at_it(
 ) -> None:
     loras = [flux(0, shared=shared), flux(1, shared=shared)]
 
-    up, down = joined(save(lm.merge(loras, rank=rank), tmp_path))
+    up, down = joined(save(lm.merge(loras, weights="uniform", rank=rank), tmp_path))
 
     u, s, vt = svd(loras)
     best = u[:, :rank] * s[:rank], vt[:rank]
@@ -89,7 +89,7 @@ def test_a_joined_weight_gets_the_rank_that_is_asked_for_and_the_best_fit_at_it(
 
 
 def test_the_parts_of_a_joined_weight_share_their_down() -> None:
-    merged = lm.merge([flux(0), flux(1)], rank=5)
+    merged = lm.merge([flux(0), flux(1)], weights="uniform", rank=5)
 
     q, k, v = (merged[module] for module in QKV)
 
@@ -142,7 +142,7 @@ def test_a_size_is_met_within_one_direction(dialect: str, shared: bool, share: f
 
 def test_a_dialect_that_does_not_join_keeps_every_module_its_own_best_fit(tmp_path: Path) -> None:
     loras = [flux(0), flux(1)]
-    planned = plan([lm.load(lora.state_dict("diffusers-peft")) for lora in loras], rank=3)
+    planned = plan([lm.load(lora.state_dict("diffusers-peft")) for lora in loras], weights="uniform", rank=3)
 
     merged = planned.lora()
 
@@ -155,14 +155,14 @@ def test_a_dialect_that_does_not_join_keeps_every_module_its_own_best_fit(tmp_pa
 def test_nothing_is_cut_where_the_sum_of_ranks_is_kept(tmp_path: Path) -> None:
     loras = [flux(0), flux(1)]
 
-    up, down = joined(save(lm.merge(loras), tmp_path))
+    up, down = joined(save(lm.merge(loras, weights="uniform"), tmp_path))
 
     assert distance((up, down), factors(loras)) <= 1e-5 * svd(loras)[1][0]
 
 
 def test_what_was_lost_is_what_dense_matrices_lose() -> None:
     loras = [flux(0), flux(1)]
-    planned = plan(loras, rank=3)
+    planned = plan(loras, weights="uniform", rank=3)
     kept = Kept(planned.steps)
 
     merged = planned.lora(kept).in_memory()

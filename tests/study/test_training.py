@@ -34,6 +34,8 @@ TINY = [
     "4",
     "--sample-steps",
     "2",
+    "--text-steps",
+    "2",
 ]
 
 

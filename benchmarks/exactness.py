@@ -58,7 +58,7 @@ def cut(files: list[str], method: str, options: dict[str, Any], rank: int, count
     ``noise`` is the distance from the weighted sum over that sum's norm, before the cut and after it.
     """
     loras = [lm.open(path) for path in files]
-    planned = lm.plan(loras, method=method, rank=rank, **options)
+    planned = lm.plan(loras, weights="uniform", method=method, rank=rank, **options)
     excess, energy, lost, noise, noise_after, signal = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for module in modules(files[0], count):
         whole, linear = merged(loras, module, method, options), merged(loras, module, "linear", {})

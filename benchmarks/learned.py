@@ -112,7 +112,7 @@ class World:
 
         return {
             "sum": lambda: merged("linear", weights=[1, 1]),
-            "average": lambda: merged("linear"),
+            "average": lambda: merged("linear", weights="uniform"),
             "l2": lambda: merged("linear", weights="l2"),
             "ties, core": lambda: merged("ties", weights=[1, 1], space="core"),
             "ties": lambda: merged("ties", weights=[1, 1]),

@@ -90,7 +90,7 @@ class Miniature:
         return {
             "base": lambda: None,
             "sum": lambda: lm.merge(self.loras, weights=[1, 1]),
-            "average": lambda: lm.merge(self.loras),
+            "average": lambda: lm.merge(self.loras, weights="uniform"),
             "least squares, core": lambda: closed("core"),
             "least squares, column": lambda: closed("column"),
             "ZipLoRA, paper": lambda: zipped("paper"),

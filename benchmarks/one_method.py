@@ -31,7 +31,9 @@ def main() -> None:
 
     chosen = list(modules(given.files[0], given.modules))
     options = parsed(given.method, given.option)
-    planned = lm.plan(given.files, method=given.method, rank=given.rank, device=given.device, **options)
+    planned = lm.plan(
+        given.files, weights="uniform", method=given.method, rank=given.rank, device=given.device, **options
+    )
     planned.merger.outcome(chosen[0])  # lazy imports, and a GPU's start
     began, began_cpu, passes = time.perf_counter(), time.process_time(), 0
     while not passes or time.process_time() - began_cpu < ENOUGH:

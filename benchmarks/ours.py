@@ -43,7 +43,7 @@ def main() -> None:
 def merge(given: argparse.Namespace) -> None:
     import loramerge as lm
 
-    planned = lm.plan(given.files, weights=given.weights, rank=given.rank, device=given.device)
+    planned = lm.plan(given.files, weights=given.weights or "uniform", rank=given.rank, device=given.device)
     lm.save(planned.lora(), given.out, workers=given.workers)
 
 

@@ -94,7 +94,7 @@ def body(pen: Pen, picture: Picture, skin: RGB) -> None:
     pen.on(mask).polygon(lower(torso(picture)), 255)
     pen.image.paste(fabric, (0, 0), mask)
     neckline(pen, picture, skin)
-    emblem(pen.turned(mirror=False), garment)
+    emblem(pen, garment)
     if not behind:
         for arm in arms(picture):
             draw_arm(pen, arm, picture, skin, fabric)
@@ -168,7 +168,7 @@ def neckline(pen: Pen, picture: Picture, skin: RGB) -> None:
 
 
 def emblem(pen: Pen, garment: Garment) -> None:
-    """Draw what is on the chest, never mirrored, so that letters stay readable."""
+    """Draw what is on the chest."""
     x, y = 0.0, TOP + (1.3 if garment.kind == "jersey" else 1.16)
     ink = CLOTH.get(garment.emblem_colour, CHALK)
     if garment.emblem == "star":

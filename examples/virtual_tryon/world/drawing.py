@@ -49,9 +49,7 @@ def draw(picture: Picture, size: int = 96, *, supersample: int = 4) -> np.ndarra
 def camera(picture: Picture, image: Image.Image, n: int) -> Pen:
     pose = picture.pose
     x, y, unit = CAMERA["product" if picture.person is None else picture.scene.name]
-    if pose.mirrored:
-        x = 1 - x
-    return Pen(image, (x + pose.shift[0]) * n, (y + pose.shift[1]) * n, unit * pose.zoom * n, pose.mirrored)
+    return Pen(image, (x + pose.shift[0]) * n, (y + pose.shift[1]) * n, unit * pose.zoom * n)
 
 
 def figure(pen: Pen, picture: Picture) -> None:

@@ -15,7 +15,7 @@ _ANGLES = np.linspace(0, 2 * np.pi, 40, endpoint=False)
 
 @dataclass(frozen=True, eq=False)
 class Pen:
-    """Draws polygons, so that every shape can be tilted and mirrored."""
+    """Draws polygons, so that every shape can be tilted."""
 
     image: Image.Image
     x: float
@@ -23,18 +23,15 @@ class Pen:
     y: float
     unit: float
     """Pixels per unit."""
-    mirror: bool = False
     tilt: float = 0.0
     """Rotation about the neck, (0, 1), in degrees."""
 
     def on(self, image: Image.Image) -> "Pen":
         """Return the same pen on another image, such as a mask."""
-        return Pen(image, self.x, self.y, self.unit, self.mirror, self.tilt)
+        return Pen(image, self.x, self.y, self.unit, self.tilt)
 
-    def turned(self, *, tilt: float | None = None, mirror: bool | None = None) -> "Pen":
-        tilt = self.tilt if tilt is None else tilt
-        mirror = self.mirror if mirror is None else mirror
-        return Pen(self.image, self.x, self.y, self.unit, mirror, tilt)
+    def turned(self, *, tilt: float) -> "Pen":
+        return Pen(self.image, self.x, self.y, self.unit, tilt)
 
     def pixels(self, points: Sequence[Point] | np.ndarray) -> list[tuple[float, float]]:
         p = np.asarray(points, float)
@@ -42,8 +39,6 @@ class Pen:
             angle = math.radians(self.tilt)
             x, y = p[:, 0], p[:, 1] - 1
             p = np.stack([x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle) + 1], 1)
-        if self.mirror:
-            p = p * (-1, 1)
         return [(self.x + a * self.unit, self.y + b * self.unit) for a, b in p.tolist()]
 
     def polygon(self, points: Sequence[Point] | np.ndarray, ink: Ink) -> None:

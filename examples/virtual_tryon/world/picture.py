@@ -58,7 +58,6 @@ class Pose:
     shoulders: float = 1.0
     light: float = 1.0
     gaze: float = 0.0
-    mirrored: bool = False
     detail: int = 0
     """Seed of bricks, clouds and trousers, which are neither captioned nor posed."""
 

@@ -182,7 +182,6 @@ def random_pose(random: Random) -> Pose:
         shoulders=near(1, 0.07),
         light=near(1, 0.05),
         gaze=near(0, 0.1),
-        mirrored=bool(random.random() < 0.5),
         detail=int(random.integers(2**31)),
     )
 

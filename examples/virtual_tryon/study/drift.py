@@ -11,7 +11,6 @@ from loramerge.files import make_folder, read_json, write_text
 from loramerge.scoring import Interval, Shot, dinov2, drift, interval
 
 from . import bases, loras, scores
-from .drawing import batch_size
 from .job import Job, cleared, needed
 from .ledger import fingerprint, versions
 from .noise import Piece
@@ -63,7 +62,7 @@ def run(job: Job, piece: Piece) -> bool:
         seeds,
         folder,
         sampling=Sampling(steps=drawing.steps, guidance=drawing.guidance),
-        batch=batch_size(len(seeds), drawing.batch),
+        batch=drawing.batch,
         base=bases.title(job.protocol.base),
     )
     shots = [Shot(one.setting, one.prompt, one.seed, one.path) for one in drawn]

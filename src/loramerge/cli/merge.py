@@ -90,7 +90,7 @@ class Options(Making):
         typer.Option(
             "--weight",
             "-w",
-            help="One per file: 0.8, or '0.8;text_encoder=0;OUT*=0.5', or 'lbw:1,0,0,…'. Default 1 each, 1/N with most methods.",
+            help="One per file: 0.8, or '0.8;text_encoder=0;OUT*=0.5', or 'lbw:1,0,0,…'. Default: 1 each with linear and subtract, else 1/N.",
         ),
     ] = None
     weights: WeightRule = None

@@ -35,11 +35,11 @@ study: $(VENV)/.study  ## the whole virtual try-on study in miniature, in build/
 	$(BIN)/python -m examples.virtual_tryon run --preset mini --processes 2 --extended
 
 MINIATURE := $(BIN)/python -m examples.virtual_tryon
-miniature: $(VENV)/.study  ## train judge, autoencoder and base of the miniature from nothing, in build/miniature: seven hours of two cores
+miniature: $(VENV)/.study  ## train judge, autoencoder and base of the miniature from nothing, in build/miniature: seven and a half hours of two cores
 	$(MINIATURE).train_scorer --device cpu --minutes 45 --pictures 32000
 	$(MINIATURE).train_autoencoder --minutes 85 --pictures 30000 --processes 2
 	$(MINIATURE).train_autoencoder --minutes 15 --rate 0.006 --go-on --decoder-only --scorer build/miniature/scorer
-	$(MINIATURE).train_base --device cpu --minutes 260 --processes 2 --vae build/miniature/vae --text-steps 500 --scorer build/miniature/scorer
+	$(MINIATURE).train_base --device cpu --minutes 295 --processes 2 --vae build/miniature/vae --text-steps 500 --scorer build/miniature/scorer
 
 test: $(VENV)/.dev  ## every test
 	$(BIN)/python -m pytest -n 2

@@ -45,7 +45,7 @@ class Miniature:
         for name, mine, other in zip(NAMES, own, held, strict=True):
             make_sets.write(concept_set(CONCEPTS[name], TRAINED, seed=seed), mine, model.RESOLUTION)
             make_sets.write(concept_set(CONCEPTS[name], HELD_OUT, seed=HELD_OUT_SEED + seed), other, model.RESOLUTION)
-        chosen = TrainSettings(rank=8, steps=steps, learning_rate=1e-3, seed=seed, flip=True)
+        chosen = TrainSettings(rank=8, steps=steps, learning_rate=6e-4, seed=seed, flip=False)
         self.loras = [train_lora(self.denoiser, mine, settings=chosen) for mine in own]
         self.draw: Images = from_images(self.denoiser, own)
         self.held: Images = from_images(self.denoiser, held)

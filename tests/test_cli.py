@@ -18,6 +18,8 @@ from loramerge.cli.app import VERBS, app
 from loramerge.cli.options import workers_or_cores
 from loramerge.cli.output import bar, table
 from loramerge.errors import size
+from loramerge.files.lora import LoRA
+from loramerge.layers import Norm
 from loramerge.merging.methods import METHODS
 from loramerge.testing import random_lora, relative_error, weighted_sum
 from small import MODULES, small
@@ -337,6 +339,31 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     assert result.stdout.count("left out:") == 1
     assert "and 2 more: diffusers can't hold this layer" in result.stdout
     assert set(lm.load(tmp_path / "d.safetensors")) == set(part)
+
+
+@pytest.mark.parametrize("cut", [(), ("--max-size", "60kB")])
+@pytest.mark.parametrize("verb", ["merge", "average", "resize"])
+def test_every_merge_leaves_out_what_a_dialect_cannot_hold_if_it_may(
+    verb: str, cut: tuple[str, ...], tmp_path: Path
+) -> None:
+    files = [lm.save(with_norm(seed), tmp_path / f"run-{seed}.safetensors") for seed in (1, 2)]
+    given, out = files[:1] if verb == "resize" else files, tmp_path / "both.safetensors"
+    options = ["-o", out, "--to", "diffusers", "--allow-lossy", *(cut or ("--rank", "2"))]
+
+    result = CliRunner().invoke(app, [verb, *map(str, [*given, *options])], catch_exceptions=False)
+
+    assert f"left out: {NORM}" in result.output
+    assert set(lm.load(out)) == set(MODULES["sdxl"])
+    assert out.stat().st_size <= 60_000 or not cut
+
+
+NORM = "unet.conv_norm_out"
+
+
+def with_norm(seed: int) -> LoRA:
+    lora = small(seed=seed)
+    norm = Norm(w_norm=np.ones(320, np.float32), b_norm=np.ones(320, np.float32))
+    return dataclasses.replace(lora, layouts={**lora.layouts, NORM: norm})
 
 
 def test_nothing_is_not_written(tmp_path: Path) -> None:

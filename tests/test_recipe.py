@@ -386,6 +386,21 @@ def test_a_dry_run_of_a_recipe_writes_nothing(folder: Path) -> None:
     assert "linear: 4 modules of sdxl" in result.stdout
 
 
+@pytest.mark.parametrize("budget", [{"max_size": "30kB"}, {"max_error": 0.5}])
+def test_a_budget_is_spent_on_what_is_written_when_the_rest_is_left_out(budget: dict[str, Any], tmp_path: Path) -> None:
+    lora = small(rank=16, dtype="float32")
+    biased = dataclasses.replace(lora[MODULES["sdxl"][1]], diff_b=np.ones(320, np.float32))
+    mixed = dataclasses.replace(lora, layouts={**lora.layouts, MODULES["sdxl"][1]: biased})
+    lm.save(mixed, tmp_path / "in.safetensors", dialect="kohya")
+    output = Output(to="diffusers", allow_lossy=True)
+
+    recipe = lm.Recipe(loras=(Input(path=str(tmp_path / "in.safetensors")),), output=output, **budget)
+    made = recipe.run(tmp_path / "out.safetensors")
+
+    assert set(lm.load(made)) == {*MODULES["sdxl"]} - {MODULES["sdxl"][1]}
+    assert "max_size" not in budget or 20_000 < made.stat().st_size <= 30_000
+
+
 def test_a_recipe_comes_alone_and_with_an_output(folder: Path) -> None:
     write(folder, TWO)
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from loramerge.cli.page.choices import ALLOW, EXACT, FITS, Choices
 from loramerge.cli.page.serving import serve
 from loramerge.cli.page.shelf import Shelf, listed
 from loramerge.errors import MissingExtraError
+from loramerge.layers import Norm
 from loramerge.merging import Recipe
 from loramerge.merging.methods import METHODS
 from small import small
@@ -323,6 +325,21 @@ def test_every_method_and_way_to_choose_the_rank_has_a_command() -> None:
     )
     assert EXACT in FITS
     assert Options.__dataclass_fields__["method"]
+
+
+def test_the_page_leaves_out_what_the_dialect_cannot_hold_if_it_may(tmp_path: Path) -> None:
+    lora = small()
+    norm = Norm(w_norm=np.ones(320, np.float32))
+    held = replace(lora, layouts={**lora.layouts, "unet.conv_norm_out": norm})
+    data = lm.save(held, tmp_path / "norm.safetensors", dialect="kohya").read_bytes()
+    (tmp_path / "page").mkdir()
+    shelf = Shelf(tmp_path / "page")
+    work.added(shelf, [upload(shelf, data, "norm.safetensors")])
+
+    found = work.merged(work.Choice(shelf, {"to": "diffusers", "allow": list(ALLOW)}), silent)
+
+    assert found.file is not None, found.plan
+    assert set(lm.load(found.file)) == set(lora)
 
 
 def test_help_and_the_page_behind_its_layout_need_no_gradio() -> None:

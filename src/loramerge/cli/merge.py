@@ -237,18 +237,18 @@ def _announce(recipe: "Recipe", planned: "Plan", quiet: bool) -> None:
     from ..files.writing import check_growth
 
     made = planned.lora()
-    length = planned_size(recipe, planned, made)
+    length = planned_size(planned, made)
     if not quiet:
         say(*plan_lines(recipe, planned, made, length))
     check_growth(made, length, made.dialect)
 
 
-def planned_size(recipe: "Recipe", planned: "Plan", made: "LoRA") -> int:
+def planned_size(planned: "Plan", made: "LoRA") -> int:
     """Return the bytes of the file of a plan, whose LoRA is ``made``."""
-    from ..files.writing import outgrows, saved_size
+    from ..files.writing import outgrows
 
     length = planned.size  # which needs no values, as the size of the file may
-    return length if outgrows(made, length) else saved_size(made, allow_lossy=recipe.output.allow_lossy)
+    return length if outgrows(made, length) else planned.file_size
 
 
 def plan_lines(recipe: "Recipe", planned: "Plan", made: "LoRA", length: int) -> list[str]:

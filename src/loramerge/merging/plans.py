@@ -14,7 +14,7 @@ from ..files.metadata import RECIPE, lasting
 from ..files.storage.header import Awaited
 from ..files.thumbnails import PICTURES
 from ..files.triggers import LICENCE, PHRASE, TAGS, joined
-from ..files.writing import tensors_size
+from ..files.writing import saved_size, tensors_size
 from ..layers import Full, Layer, low_rank
 from ..tensors import Spec, Tensor, code, largest_rank, nbytes
 from .fused import Join, down_id, joins_of
@@ -56,6 +56,8 @@ class Plan:
     exclude: tuple[str, ...] = ()
     allow_growth: bool = False
     """True if the result may be more than ten times as large as the inputs."""
+    allow_lossy: bool = False
+    """True if what the dialect can't hold will be left out of the file, so that it has no part in the sizes."""
     ranks: Mapping[str, int] | None = None
     """The chosen rank of every module; for modules that are cut as one, the rank of the whole."""
 
@@ -207,7 +209,16 @@ class Plan:
         Raises:
             DialectError: The plan's dialect can't hold them.
         """
-        return tensors_size(spell(self.lora()))
+        return tensors_size(spell(self.lora(), allow_lossy=self.allow_lossy))
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file that the result is saved as, with its header.
+
+        Raises:
+            DialectError: The plan's dialect can't hold the tensors.
+        """
+        return saved_size(self.lora(), allow_lossy=self.allow_lossy)
 
     @property
     def ranked_size(self) -> int:

@@ -282,7 +282,12 @@ class Recipe:
             self._check_base(planned)
         dialect, dtype = self.output.to or planned.dialect, self.output.dtype
         check_writable(dialect, planned.dialect)
-        planned = replace(planned, dialect=DIALECTS[dialect].name, dtype=parse_dtype(dtype) if dtype else planned.dtype)
+        planned = replace(
+            planned,
+            dialect=DIALECTS[dialect].name,
+            dtype=parse_dtype(dtype) if dtype else planned.dtype,
+            allow_lossy=self.output.allow_lossy,
+        )
         limit = budget(self.max_error, self.energy, self.max_size)
         if self.ranks is not None:
             return planned.at(self._checked_ranks(planned), limit)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from .. import linalg
 from ..errors import OptionError, computing, size
-from ..files.writing import saved_size
 from ..layers import Full, Layer, LowRank
 from ..layers.base import matrix
 from ..tensors import nbytes
@@ -38,7 +37,7 @@ def spent(plan: Plan, budget: Budget, progress: "Progress | None" = None) -> Pla
     room, best = budget.value, None
     for _ in range(8):
         found = plan.at(choose(spectra, budget, int(room // nbytes((1,), plan.dtype))), budget)
-        spare = budget.value - saved_size(found.lora())
+        spare = budget.value - found.file_size
         if best and spare >= 0 and found.ranked_size == best.ranked_size:
             break
         best = found if spare >= 0 else best
@@ -65,7 +64,7 @@ def _check_least(plan: Plan, budget: Budget) -> int:
         OptionError: The file would be too large even at rank 1.  This is found before any tensor is read.
     """
     smallest = plan.at(dict.fromkeys(plan.steps, 1), budget)
-    least = saved_size(smallest.lora())
+    least = smallest.file_size
     if least > budget.value:
         narrower = ", or a dtype of 16 bits" if plan.dtype in ("F32", "F64") else ""
         raise OptionError(

@@ -169,6 +169,6 @@ def _planned(
             check_target(target, recipe.output.to or loras[0].dialect)
         plan = recipe.plan(loras, progress=progress)
         made = plan.lora()
-        length = planned_size(recipe, plan, made)
+        length = planned_size(plan, made)
         check_growth(made, length, made.dialect)
         yield plan, plan_lines(recipe, plan, made, length)

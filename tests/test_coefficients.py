@@ -124,6 +124,18 @@ def test_overlap_is_that_of_the_dense_columns_before_and_after() -> None:
         assert given == pytest.approx(wanted, rel=1e-5)
 
 
+def test_the_overlap_of_torch_and_numpy_is_that_of_numpy() -> None:
+    a, b = (small(modules=(TO_Q,), seed=i) for i in range(2))
+    m = np.random.default_rng(0).uniform(0, 1, (2, 640)).astype(np.float32)
+
+    found, wanted = (
+        overlaps(loras, Coefficients.of({TO_Q: m}, loras, [1.0, 1.0]), lambda module: "all")["all"]
+        for loras in ([lm.load(a.state_dict("kohya")), b], [a, b])
+    )
+
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_coefficients_that_share_the_columns_out_leave_no_overlap(tmp_path: Path) -> None:
     files = [lm.save(small(modules=(TO_Q,), seed=i), tmp_path / f"{i}.safetensors", dialect="kohya") for i in range(2)]
     apart = np.array([np.arange(640) % 2, 1 - np.arange(640) % 2], dtype=np.float32)

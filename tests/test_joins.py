@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import loramerge as lm
+from loramerge.comparing.diffs import differences
 from loramerge.errors import OptionError
 from loramerge.files.dialects import fuse
 from loramerge.files.lora import LoRA
@@ -220,6 +221,20 @@ def test_different_ranks_in_one_weight_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(OptionError, match=r"are one weight in the dialect kohya, and have different ranks"):
         recipe.plan()
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 3}, {"max_error": 0.3}], ids=str)
+def test_a_weight_of_torch_and_of_numpy_is_one(options: dict[str, Any], tmp_path: Path) -> None:
+    a, b = flux(1, modules=QKV), flux(2, modules=QKV[:1])
+    torches = lm.load(b.state_dict("diffusers-peft"), architecture="flux")
+
+    wanted, found = (
+        lm.save(lm.merge([a, other], **options), tmp_path / f"{i}.safetensors") for i, other in enumerate((b, torches))
+    )
+
+    for difference in differences(lm.load(wanted), lm.load(found)):
+        assert difference.relative <= 1e-4
+    assert set(lm.load(found)) == set(QKV)
 
 
 def test_the_size_counts_a_shared_down_once() -> None:

@@ -5,8 +5,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 import loramerge as lm
@@ -269,6 +271,20 @@ def test_extras_are_kept_and_conflicts_refused() -> None:
     assert set(merged.extras) == {"emb_params"}
     with pytest.raises(lm.errors.MergeError, match="emb_params"):
         lm.merge([with_extra(1, 1.0), with_extra(2, 2.0)])
+
+
+def test_an_extra_of_torch_and_an_equal_one_of_numpy_are_one() -> None:
+    def given(seed: int, extra: Any) -> LoRA:
+        return lm.load({**small(seed=seed).state_dict("kohya"), "emb_params": extra})
+
+    numpy = np.full((2, 3), 0.5, ml_dtypes.bfloat16)
+
+    merged = lm.merge([given(1, numpy), given(2, torch.full((2, 3), 0.5, dtype=torch.bfloat16))])
+
+    assert set(merged.extras) == {"emb_params"}
+    for other in (torch.full((2, 3), 0.25, dtype=torch.bfloat16), torch.full((2, 3), 0.5)):
+        with pytest.raises(lm.errors.MergeError, match="different tensors 'emb_params'"):
+            lm.merge([given(1, numpy), given(2, other)])
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])

@@ -47,6 +47,15 @@ def test_l2_over_a_scope_takes_the_norm_of_all_its_modules(scope: str, group: tu
     np.testing.assert_allclose(found, np.array(norms) / sum(norms), rtol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["l2", "equal", "energy", "energy-sum"])
+def test_a_rule_on_norms_takes_torch_and_numpy_together(rule: str) -> None:
+    a, b = small(seed=1, alpha=8), small(seed=2, alpha=1)
+
+    found = resolve([lm.load(a.state_dict("kohya")), b], rule).of(TO_Q)
+
+    np.testing.assert_allclose(found, resolve([a, b], rule).of(TO_Q), rtol=1e-5)
+
+
 def test_l2_gives_a_module_that_one_has_to_that_one() -> None:
     assert resolve([small(), small(modules=(CONV,))], "l2").of(TO_Q) == [1.0, 0.0]
 

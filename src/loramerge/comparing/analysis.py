@@ -14,9 +14,10 @@ from ..checkpoints.models import Checkpoint, on_base, open_checkpoint
 from ..errors import MergeError, NoFactorsError, OptionError, check_callable, computing
 from ..files.architectures import blocks
 from ..files.families import common, spelled_alike
-from ..files.lora import LoRA, in_one_library, without
+from ..files.lora import LoRA, without
 from ..files.reading import Source, is_list, open
 from ..layers import Layer
+from ..layers.base import in_one_library
 from ..tensors import same_weight
 from .measures import Alone, Pair
 from .pairs import Updates, chosen_rows

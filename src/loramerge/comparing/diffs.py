@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from .. import linalg
 from ..errors import NoFactorsError, computing
 from ..files.architectures import name_family
-from ..files.lora import LoRA, in_one_library
+from ..files.lora import LoRA
 from ..layers import DoRA, Layer
-from ..layers.base import dense_norm
+from ..layers.base import dense_norm, in_one_library
 from ..tensors import Array, float32, largest_rank
 
 

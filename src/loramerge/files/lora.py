@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..devices import to_torch
 from ..errors import LoRAMergeError, OptionError, check_callable, computing, span
 from ..layers import Layer
-from ..tensors import Array, Held, Shape, Tensor, is_torch, nbytes
+from ..tensors import Held, Shape, Tensor, nbytes
 from .architectures.blocks import Selector, offered
 from .building import LayerBuilder
 from .dialects import adapters, alphas, fields
@@ -326,21 +325,6 @@ def _offered(*loras: LoRA) -> str:
 def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:
     found = {module: layer.own_alpha for module, layer in layers.items()}
     return {"alphas": json.dumps({module: None if alpha is None else float(alpha) for module, alpha in found.items()})}
-
-
-def in_one_library(layers: Sequence[Layer], device: str | None = None) -> list[Layer]:
-    """Return the layers with all tensors numpy's or all torch's: torch's if one is, or if a device is named."""
-    if "torch" not in sys.modules and device is None:
-        return list(layers)
-    torches = [is_torch(tensor) for layer in layers for tensor in layer.tensors().values()]
-    if device is None and (all(torches) or not any(torches)):
-        return list(layers)
-
-    def moved(tensor: Array) -> Array:
-        found = to_torch(tensor)
-        return found if device is None else found.to(device)
-
-    return [layer.map(moved) for layer in layers]
 
 
 def from_tensors(

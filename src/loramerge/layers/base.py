@@ -5,10 +5,12 @@ where it overrides `rank` and `factors`, its ΔW, norm and spectrum follow from 
 """
 
 import math
-from collections.abc import Callable, Hashable
+import sys
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
+from ..devices import to_torch
 from ..errors import LayerError, NoFactorsError, an
 from ..tensors import (
     Array,
@@ -18,6 +20,7 @@ from ..tensors import (
     code,
     flatten,
     float32,
+    is_torch,
     namespace,
     put_rows,
     same_weight,
@@ -389,6 +392,27 @@ class Rows(Layer):
 
     def norm(self) -> float:
         return dense_norm(self.delta()) if self.rank is None else super().norm()
+
+
+L = TypeVar("L", bound=Layer)
+
+
+def in_one_library(layers: Sequence[L], device: str | None = None) -> list[L]:
+    """Return the layers with all arrays numpy's or all torch's: torch's if one is, or if a device is named."""
+    if "torch" not in sys.modules and device is None:
+        return list(layers)
+    tensors = [tensor for layer in layers for tensor in layer.tensors().values()]
+    torches = [is_torch(tensor) for tensor in tensors if not isinstance(tensor, Spec)]
+    if device is None and (all(torches) or not any(torches)):
+        return list(layers)
+
+    def moved(tensor: Array | Spec) -> Array | Spec:
+        if isinstance(tensor, Spec):
+            return tensor
+        found = to_torch(tensor)
+        return found if device is None else found.to(device)
+
+    return [layer.map(moved) for layer in layers]
 
 
 def scaled(tensor: Array | Spec | None, weight: float) -> Array | Spec | None:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import MergeError, within
-from ..files.lora import LoRA, in_one_library
+from ..files.lora import LoRA
 from ..layers import Layer
+from ..layers.base import in_one_library
 from ..tensors import Float, Shape
 
 Models = Mapping[str, nn.Module]

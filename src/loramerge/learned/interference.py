@@ -10,6 +10,8 @@ from itertools import combinations
 
 from ..comparing.pairs import Updates
 from ..files.lora import LoRA
+from ..layers.base import in_one_library
+from ..linalg import as_numpy
 from ..merging.coefficients import Coefficients
 
 
@@ -34,11 +36,11 @@ def overlaps(
     sums: dict[str, list[float]] = {}
     for module in coefficients.columns:
         owners = [i for i, lora in enumerate(loras) if module in lora]
-        updates = Updates([loras[i][module] for i in owners])
+        updates = Updates(in_one_library([loras[i][module] for i in owners]))
         m = coefficients.columns[module].read()[owners]
         total = sums.setdefault(group(module), [0.0, 0.0, 0.0, 0.0])
         for i, j in combinations(range(len(owners)), 2):
-            both, first, second = (updates.products(a, b) for a, b in ((i, j), (i, i), (j, j)))
+            both, first, second = (as_numpy(updates.products(a, b)) for a, b in ((i, j), (i, i), (j, j)))
             for place, (a, b) in enumerate(((1.0, 1.0), (m[i], m[j]))):
                 total[2 * place] += float(abs(a * b * both).sum())
                 total[2 * place + 1] += math.sqrt(float((a * a * first).sum()) * float((b * b * second).sum()))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .. import linalg
-from ..files.lora import LoRA, in_one_library
+from ..files.lora import LoRA
 from ..layers import Layer
-from ..layers.base import dense_norm, matrix
+from ..layers.base import dense_norm, in_one_library, matrix
 from ..tensors import Array, namespace
 from .grid import unique
 from .plans import Plan

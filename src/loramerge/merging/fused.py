@@ -16,7 +16,7 @@ from ..files.dialects import DIALECTS, fuse
 from ..files.dialects.base import table
 from ..files.lora import LoRA
 from ..layers import Full, Layer, LowRank, low_rank
-from ..layers.base import dense_norm, matrix
+from ..layers.base import dense_norm, in_one_library, matrix
 from ..tensors import Array, Shape, concat, largest_rank
 from .methods.base import Merged, shared_down
 from .methods.linear import linear
@@ -135,7 +135,7 @@ def side_by_side(join: Join, inputs: Sequence[Mapping[str, LowRank]]) -> LowRank
         inputs: The layers of each input by module, already times their weights.
     """
     wholes = [_whole(join, {module: replace(layer, diff_b=None) for module, layer in each.items()}) for each in inputs]
-    found = linear.merge(wholes, [1.0] * len(wholes))
+    found = linear.merge(in_one_library(wholes), [1.0] * len(wholes))
     assert isinstance(found, LowRank)
     return found
 

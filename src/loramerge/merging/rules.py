@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from ..errors import MergeError, computing
 from ..files.lora import LoRA
 from ..layers import Layer
+from ..layers.base import in_one_library
 from ..registry import Registry
 from .methods.linear import linear
 from .methods.vectors import vectors
@@ -161,7 +162,7 @@ def _sizes(rule: Rule, loras: Sequence[LoRA], modules: Sequence[str], where: str
                     each[i] += layers[-1].norm() ** 2
         if rule.total:
             with computing(module):
-                total += _sum(layers).norm() ** 2
+                total += _sum(in_one_library(layers)).norm() ** 2
     return Sizes([math.sqrt(square) for square in each], math.sqrt(total) if rule.total else None, where)
 
 

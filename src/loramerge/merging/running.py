@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from .. import linalg
 from ..errors import MergeError, computing
-from ..files.lora import LoRA, in_one_library
+from ..files.lora import LoRA
 from ..layers import Full, Layer, LowRank, low_rank
-from ..layers.base import matrix
+from ..layers.base import in_one_library, matrix
 from ..tensors import float32, largest_rank, times
 from .fused import Join, apart, lost_by, one, side_by_side
 from .methods import Method
@@ -205,7 +205,7 @@ class Merger:
                 # A method that fills its rank gets a share of it, so that the parts together fit into the whole's rank.
                 share = max(1, join.rank // len(join.modules))
                 found.append(_merged(self.uncut(replace(self.steps[module], rank=share, alone=False))))
-        return found
+        return in_one_library(found)
 
     def uncut(self, step: Step) -> Layer:
         """Merge a module by the method, before it is brought to the planned rank."""

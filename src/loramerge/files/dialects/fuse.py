@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from ... import linalg
 from ...errors import LayerError, within
 from ...layers import BiasOnly, DoRA, Full, Layer, LowRank, Rows
+from ...layers.base import in_one_library
 from ...tensors import Array, Ranges, Spec, code, concat, float32, namespace, reshape
 from ..architectures.names import Parts
 
@@ -48,7 +49,8 @@ def fused(
             return layer
         with within(parts[0].module):
             return _moved(layer, parts[0].rows, as_lora)
-    by_part = [layers.get(part.module) for part in parts]
+    in_one = dict(zip(layers, in_one_library([*layers.values()]), strict=True))
+    by_part = [in_one.get(part.module) for part in parts]
     present = [layer for layer in by_part if layer is not None]
     if whole := _same_whole(parts, present):
         return whole

@@ -287,6 +287,17 @@ def test_an_extra_of_torch_and_an_equal_one_of_numpy_are_one() -> None:
             lm.merge([given(1, numpy), given(2, other)])
 
 
+def test_a_merge_of_a_state_dict_is_its_own() -> None:
+    tensors = small().state_dict("kohya")
+    merged = lm.merge([tensors], weights=[1.0])
+    norm = merged.norm()
+
+    for tensor in tensors.values():
+        tensor.zero_()
+
+    assert merged.norm() == norm > 0
+
+
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 def test_a_merge_of_float8_files_is_saved_with_more_digits(dtype: str, tmp_path: Path) -> None:
     loras = [lm.load(small(rank=4, alpha=1.0, seed=i).state_dict("kohya", dtype=dtype)) for i in (1, 2)]

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import safetensors.torch
 import torch
 from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
 from loramerge.files.storage import writer
 from loramerge.files.storage.reader import SafetensorsFile
+from loramerge.testing import random_lora
 from small import MODULES, small
 
 
@@ -60,6 +63,49 @@ def test_values_that_are_not_finite_are_refused_by_module(value: float, dtype: s
 
     with pytest.raises(lm.errors.NumberError, match=r"attn1.to_q.*NaN or infinite"):
         lm.load(keys)
+
+
+FUSED = "transformer.transformer_blocks.0.attn."
+QKV = [FUSED + name for name in ("to_q", "to_k", "to_v")]
+
+
+def fused(seed: int) -> dict[str, torch.Tensor]:
+    lora = random_lora("sd3-medium", rank=2, seed=seed, only=lambda module, shape: module.startswith(FUSED))
+    return lora.state_dict("kohya")
+
+
+def fused_with_nan(folder: Path) -> Path:
+    """A file whose q, k and v are one weight, with a value that is NaN."""
+    keys = fused(seed=1)
+    keys[next(k for k in keys if "x_block_attn_qkv.lora_down" in k)][0, 0] = np.nan
+    safetensors.torch.save_file(keys, folder / "nan.safetensors")
+    return folder / "nan.safetensors"
+
+
+def test_a_fused_weight_that_is_not_finite_is_refused_with_all_its_modules(tmp_path: Path) -> None:
+    with pytest.raises(lm.errors.NumberError, match="leave all of them out") as caught:
+        lm.load(fused_with_nan(tmp_path))
+
+    assert re.findall("--exclude '([^']*)'", str(caught.value)) == QKV
+
+
+@pytest.mark.parametrize("form", ["file", "state dict"])
+def test_what_is_left_out_of_a_merge_may_be_nan(form: str, tmp_path: Path) -> None:
+    file = fused_with_nan(tmp_path)
+    given = file if form == "file" else safetensors.torch.load_file(file)
+    other = fused(seed=2)
+
+    made = [
+        lm.merge([given, other], exclude=QKV),
+        lm.resize(given, rank=1, exclude=QKV),
+        lm.average([given, other], exclude=QKV),
+    ]
+
+    for lora in made:
+        assert lora
+        assert not {*lora} & {*QKV}
+    with pytest.raises(lm.errors.NumberError, match="NaN or infinite"):
+        lm.merge([given, other], exclude=QKV[:1])
 
 
 def test_an_alpha_that_is_not_finite_is_refused() -> None:

@@ -86,9 +86,10 @@ class LayerBuilder:
         try:
             return self._filled(record) or self._build(record, _values, self._alphas[stem])
         except NumberError as error:
-            modules = ", ".join(part.module for part in record.parts)
-            way = f"Way out: leave it out (exclude), such as --exclude '{record.parts[0].module}'"
-            raise NumberError(f"{error}. {way}").at(f"{self.name}: {modules}") from None
+            modules = [part.module for part in record.parts]
+            excluded = " ".join(f"--exclude '{module}'" for module in modules)
+            way = f"Way out: leave {'it' if len(modules) == 1 else 'all of them'} out (exclude), such as {excluded}"
+            raise NumberError(f"{error}. {way}").at(f"{self.name}: {', '.join(modules)}") from None
         except LoRAMergeError as error:
             raise error.at(f"{self.name}: {stem}") from None
 

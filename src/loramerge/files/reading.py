@@ -152,10 +152,8 @@ def load(
         LayerError: A layer is incomplete or its shapes disagree.
         NumberError: A value is NaN or infinite.
     """
-    if isinstance(source, Mapping):
-        source = {key: _copied(value) for key, value in source.items()}
     with open(
-        source,
+        own(source),
         architecture=architecture,
         dialect=dialect,
         config=config,
@@ -175,6 +173,11 @@ def _held(key: str, value: Any) -> Held:
     if not is_known(value):
         raise OptionError(f"The state dict's {key!r} has the dtype {value.dtype}, which loramerge does not know.")
     return Held(value)
+
+
+def own(source: Source) -> Source:
+    """Return a state dict with copies of its tensors, which the caller may change later; any other source as it is."""
+    return {key: _copied(value) for key, value in source.items()} if isinstance(source, Mapping) else source
 
 
 def _copied(value: Any) -> Any:

@@ -9,6 +9,7 @@ weights add up to 1, and `merge` computes it.  β is either constant, or (1 − 
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoints.models import Checkpoint
 from ..errors import OptionError, span
 from ..files.lora import LoRA
-from ..files.reading import Source, is_list, load
+from ..files.reading import Source, is_list
 from .ranks import Rank
 from .running import Kept
 from .runs import check_once, check_one_run
 from .timeline import Timeline, timeline
-from .verbs import plan
+from .verbs import opened_in, plan
 
 if TYPE_CHECKING:
     from ..files.storage.writer import Progress
@@ -172,21 +173,22 @@ def average(
     """
     if not is_list(checkpoints):
         raise OptionError(f"Give a list of checkpoints, such as [a, b]; got a {type(checkpoints).__name__}.")
-    loras = [given if isinstance(given, LoRA) else load(given) for given in checkpoints]
-    found = averaged(checkpoints, loras, ema, steps, allow_resumed)
-    budgets: Mapping[str, Any] = {"max_error": max_error, "energy": energy, "max_size": max_size}
-    planned = plan(
-        loras,
-        weights=found.weights,
-        rank=rank or rank_for(budgets),
-        **budgets,
-        exclude=exclude,
-        base=base,
-        device=device,
-        progress=progress,
-    )
-    kept = Kept(planned.steps)
-    made = planned.lora(kept).in_memory(progress)
+    with ExitStack() as stack:
+        loras = opened_in(stack, checkpoints)
+        found = averaged(checkpoints, loras, ema, steps, allow_resumed)
+        budgets: Mapping[str, Any] = {"max_error": max_error, "energy": energy, "max_size": max_size}
+        planned = plan(
+            loras,
+            weights=found.weights,
+            rank=rank or rank_for(budgets),
+            **budgets,
+            exclude=exclude,
+            base=base,
+            device=device,
+            progress=progress,
+        )
+        kept = Kept(planned.steps)
+        made = planned.lora(kept).in_memory(progress)
     weights = ", ".join(f"{weight:.4f}" for weight in found.weights)
     return replace(made, notes=(f"{found}: weights {weights}", *found.notes, *filter(None, [kept.told()])))
 

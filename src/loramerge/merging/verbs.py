@@ -13,7 +13,7 @@ from ..files.architectures import ARCHITECTURES
 from ..files.dialects import DIALECTS
 from ..files.families import common, of_one_family
 from ..files.lora import LoRA, without
-from ..files.reading import Source, is_list, load, open
+from ..files.reading import Source, is_list, open, own
 from ..files.writing import check_growth
 from ..tensors import FLOATS, code, computed, fits_half
 from .methods import Method, check_options, find
@@ -173,29 +173,30 @@ def merge(
         >>> merge([person, jersey], weights=[0.7, 0.5]).summary("rank")
         'rank 12'
     """
-    loaded = [lora if isinstance(lora, LoRA) else load(lora) for lora in _listed(loras)]
-    planned = plan(
-        loaded,
-        weights=weights,
-        method=method,
-        rank=rank,
-        scope=scope,
-        exclude=exclude,
-        device=device,
-        max_error=max_error,
-        energy=energy,
-        max_size=max_size,
-        base=base,
-        progress=progress,
-        allow_growth=allow_growth,
-        **options,
-    )
-    made = planned.lora()
-    # Plain LoRAs never grow so much; what the dialect can't hold may be saved in another.
-    if any(layout.kind != "lora" or layout.has_core for lora in loaded for layout in lora.layouts.values()):
-        with suppress(DialectError):
-            check_growth(made, planned.size, made.dialect)
-    return made.in_memory(progress)
+    with ExitStack() as stack:
+        opened = opened_in(stack, _listed(loras))
+        planned = plan(
+            opened,
+            weights=weights,
+            method=method,
+            rank=rank,
+            scope=scope,
+            exclude=exclude,
+            device=device,
+            max_error=max_error,
+            energy=energy,
+            max_size=max_size,
+            base=base,
+            progress=progress,
+            allow_growth=allow_growth,
+            **options,
+        )
+        made = planned.lora()
+        # Plain LoRAs never grow so much; what the dialect can't hold may be saved in another.
+        if any(layout.kind != "lora" or layout.has_core for lora in opened for layout in lora.layouts.values()):
+            with suppress(DialectError):
+                check_growth(made, planned.size, made.dialect)
+        return made.in_memory(progress)
 
 
 def resize(
@@ -246,6 +247,11 @@ def resize(
         device=device,
         progress=progress,
     )
+
+
+def opened_in(stack: ExitStack, loras: "Sequence[LoRA | Source]") -> list[LoRA]:
+    """Return the LoRAs; those that are given otherwise are open until the stack ends, and only what is merged is read."""
+    return [lora if isinstance(lora, LoRA) else stack.enter_context(open(own(lora))) for lora in loras]
 
 
 def _opened(base: "Checkpoint | str | os.PathLike[str]", loras: Sequence[LoRA], stack: ExitStack) -> "Checkpoint":

@@ -236,6 +236,19 @@ def test_a_replaced_weight_is_handed_on_at_every_weight_but_never_summed(weight:
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("options", [{"rank": 2}, {"rank": 2, "method": "ties"}, {"max_error": 0.5}], ids=str)
+def test_a_replaced_weight_is_handed_on_at_every_rank_and_by_every_method(options: dict[str, Any]) -> None:
+    first, other = replacing(1), replacing(2)
+    new = first["transformer.txt_in"].set_weight
+
+    for loras, weights in (([first], [1]), ([first, other], [1, 0]), ([first, lm.load(style(2))], [1, 0.5])):
+        merged = lm.merge(loras, weights=weights, **options)
+        np.testing.assert_array_equal(merged["transformer.txt_in"].set_weight, new)
+        assert "max_error" in options or merged["transformer.blocks.0.ffn.0"].rank == 2
+    with pytest.raises(MergeError, match=r"replaces the weight.*Ways out: the weight 0"):
+        lm.merge([first, other], weights=[1, 1], **options)
+
+
 @pytest.mark.parametrize("kernel", [(), (1, 2, 2)])
 def test_a_wider_input_takes_the_other_in_its_first_columns(kind: str, kernel: tuple[int, ...]) -> None:
     module = "transformer.patch_embedding" if kernel else "transformer.x_embedder"

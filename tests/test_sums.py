@@ -1,5 +1,6 @@
 """Tensors that are summed entry by entry: biases, norms, tables, whole weights; and what a merge weighs."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,6 @@ def test_a_replaced_weight_is_handed_on_at_every_weight_but_never_summed(weight:
         lm.merge([first, replacing(2)], weights=[weight, 1])
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("options", [{"rank": 2}, {"rank": 2, "method": "ties"}, {"max_error": 0.5}], ids=str)
 def test_a_replaced_weight_is_handed_on_at_every_rank_and_by_every_method(options: dict[str, Any]) -> None:
     first, other = replacing(1), replacing(2)
@@ -249,6 +249,7 @@ def test_a_replaced_weight_is_handed_on_at_every_rank_and_by_every_method(option
         lm.merge([first, other], weights=[1, 1], **options)
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("kernel", [(), (1, 2, 2)])
 def test_a_wider_input_takes_the_other_in_its_first_columns(kind: str, kernel: tuple[int, ...]) -> None:
     module = "transformer.patch_embedding" if kernel else "transformer.x_embedder"
@@ -280,6 +281,19 @@ def test_a_tensor_that_nobody_knows_is_never_copied_unweighed() -> None:
     assert not lm.merge([lora, other], exclude=["*.mystery"]).extras
     with pytest.raises(MergeError, match="It may change the model"):
         lm.merge([lora, lora], weights=[1, 1])
+
+
+def test_a_tensor_that_nobody_knows_of_a_lora_without_modules_is_left_out_as_the_error_says() -> None:
+    loras = [lm.load({**style(), f"{WAN}blocks.3.norm.mystery": np.ones(8, np.float32)}), replacing(2)]
+    excluded = ["transformer.blocks.*"]
+
+    with pytest.raises(MergeError, match="It may change the model") as caught:
+        lm.merge(loras, weights=[1, 1], exclude=excluded)
+
+    assert "weight 1" not in str(caught.value)
+    merged = lm.merge(loras, weights=[1, 1], exclude=[*excluded, *re.findall("--exclude '([^']*)'", str(caught.value))])
+    assert set(merged) == {"transformer.txt_in"}
+    assert not merged.extras
 
 
 def test_two_files_of_the_same_biases_and_norms_are_the_same(tmp_path: Path) -> None:

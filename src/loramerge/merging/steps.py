@@ -257,10 +257,15 @@ def harmless(key: str, tensor: Tensor) -> bool:
 
 
 def _unweighed(lora: LoRA, key: str) -> str:
+    leave = f"leave it out (exclude), such as --exclude '{key}'"
+    ways = (
+        f"Ways out: the weight 1 for this LoRA in every module, if no other has such a tensor; or {leave}"
+        if lora
+        else f"This LoRA has no module in the merge that it could be weighed with. Way out: {leave}"
+    )
     return (
         f"{lora.name}: the tensor {key!r} belongs to no layer that loramerge knows. It may change the model, so it can't be "
-        "weighed, nor added to another's. Ways out: the weight 1 for this LoRA in every module, if no other has such a "
-        f"tensor; or leave it out (exclude), such as --exclude '{key}'."
+        f"weighed, nor added to another's. {ways}."
     )
 
 

@@ -365,6 +365,21 @@ def test_more_steps_go_on_from_a_finished_run(sdxl: Denoiser, photos: Path, tmp_
     assert same(trained(sdxl, photos, {"steps": 4}, checkpoint=state), trained(sdxl, photos, {"steps": 4}))
 
 
+def test_a_run_goes_on_from_the_state_of_an_optimiser_that_was_not_fused(
+    sdxl: Denoiser, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, fused = tmp_path / "state.safetensors", torch.optim.AdamW
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            torch.optim, "AdamW", lambda parameters, **options: fused(parameters, **options | {"fused": None})
+        )
+        trained(sdxl, photos, {"steps": 2}, checkpoint=state)
+
+    found = trained(sdxl, photos, {"steps": 4}, checkpoint=state)
+
+    assert distance(found, trained(sdxl, photos, {"steps": 4})) <= 1e-4
+
+
 def test_a_run_that_is_told_to_stop_keeps_its_state(sdxl: Denoiser, photos: Path, tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
 

@@ -10,6 +10,7 @@ import loramerge as lm
 from loramerge.errors import FileError, NumberError, OptionError
 from loramerge.files.lora import LoRA
 from loramerge.learned.columns import PRESETS, Learned, Step, settings, ziplora
+from loramerge.learned.state import State
 from toy import Batch, draw, lora_for, predict, toy
 
 MODEL = toy()
@@ -44,6 +45,22 @@ def test_a_run_that_goes_on_ends_at_the_same_bits(run: dict[str, str], tmp_path:
     assert [step.step for step in resumed.history] == [4, 5, 6]
     assert resumed.history == straight.history[3:]
     assert same_bits(resumed, straight)
+
+
+@pytest.mark.parametrize("flag", ["fused", "capturable", None])
+def test_a_state_goes_on_where_the_optimiser_keeps_its_count_of_steps(flag: str | None) -> None:
+    """torch keeps it on the parameter's device, here meta, if the optimiser is fused or capturable, and else on the CPU."""
+    parameter = torch.nn.Parameter(torch.ones(2, device="meta"))
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.param_groups[0].update({flag: True} if flag else {})
+    generator = torch.Generator()
+
+    State(3, {}, {"p": (torch.ones(2), torch.ones(2))}, generator.get_state(), []).restore(optimizer, generator)
+
+    found = optimizer.state[parameter]
+    assert found["step"].device.type == ("meta" if flag else "cpu")
+    assert flag or found["step"] == 3
+    assert {found[name].device.type for name in ("exp_avg", "exp_avg_sq")} == {"meta"}
 
 
 def test_a_finished_run_is_read_from_its_state(tmp_path: Path) -> None:

@@ -34,14 +34,12 @@ class State:
     def restore(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> None:
         """Set an optimiser and a generator to the saved state."""
         generator.set_state(self.generator)
-        for parameter, (first, second) in zip(
-            (p for group in optimizer.param_groups for p in group["params"]), self.moments.values(), strict=True
-        ):
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.step)),
-                "exp_avg": first.to(parameter.device),
-                "exp_avg_sq": second.to(parameter.device),
-            }
+        held = {
+            i: {"step": torch.tensor(float(self.step)), "exp_avg": first, "exp_avg_sq": second}
+            for i, (first, second) in enumerate(self.moments.values())
+        }
+        # torch puts each where the optimiser wants it: a fused one has its step on the parameter's device, others on the CPU.
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": held})
 
 
 def save_state(

@@ -226,9 +226,7 @@ class Run:
                 f"Training off the rows of a LoRA: it has none of the trained modules, such as {next(iter(inside.layers))}. "
                 "Ways out: other targets, or without off_rows."
             )
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(), weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=settings.weight_decay, fused=True)
         self.scale = LossScale.of(denoiser)
         self.reached = 0
 

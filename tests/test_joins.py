@@ -198,6 +198,22 @@ def test_every_method_is_brought_to_the_rank_of_the_joined_weight(method: str, t
     assert up.any()
 
 
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+@pytest.mark.parametrize("rank", ["sum", 6])
+@pytest.mark.parametrize("second", [QKV, QKV[2:]], ids=["equal ranks", "v has more"])
+def test_the_error_of_a_method_that_fills_its_rank_is_met(
+    method: str, rank: int | str, second: tuple[str, ...]
+) -> None:
+    loras = [flux(0, modules=QKV), flux(1, modules=second)]
+
+    found = lm.merge(loras, method=method, rank=rank, max_error=0.5)
+
+    whole = factors([lm.merge(loras, method=method, rank=rank)])
+    size = distance(whole, (0 * whole[0], whole[1]))
+    assert found.layout(QKV[0]).rank < whole[0].shape[1]
+    assert distance(factors([found]), whole) <= 0.5 * size * 1.0001
+
+
 def test_a_budget_s_ranks_come_out_again_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for seed in range(2):

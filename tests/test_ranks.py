@@ -14,6 +14,7 @@ import loramerge as lm
 from loramerge.errors import OptionError
 from loramerge.files.lora import LoRA
 from loramerge.layers import low_rank
+from loramerge.merging import Kept
 from loramerge.merging.ranks import Budget, Spectrum, budget, choose
 from small import MODULES, WRITTEN, small
 
@@ -67,6 +68,23 @@ def test_the_error_of_a_merge_is_met() -> None:
 
     assert error(found, lm.merge(loras)) <= 0.05 * 1.0001
     assert numbers(found) < numbers(lm.merge(loras))
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+@pytest.mark.parametrize("budget", [{"max_error": 0.3}, {"energy": 0.75}, {"max_error": 0.3, "rank": 12}])
+def test_the_error_of_a_method_that_fills_its_rank_is_that_of_its_result_at_the_largest(
+    method: str, budget: dict[str, Any]
+) -> None:
+    loras = [decaying(rank=8, seed=1), decaying(rank=8, seed=2)]
+    whole = lm.merge(loras, method=method, rank=budget.get("rank", "sum"))
+    planned = lm.plan(loras, method=method, **budget)
+    kept = Kept(planned.steps)
+
+    found = planned.lora(kept).in_memory()
+
+    assert numbers(found) < numbers(whole)
+    assert error(found, whole) <= math.sqrt(Budget(*next(iter(budget.items()))).share_lost) * 1.0001
+    assert kept.error == pytest.approx(error(found, whole), rel=1e-3)
 
 
 def test_energy_is_the_share_of_the_square_that_stays() -> None:

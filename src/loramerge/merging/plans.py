@@ -98,6 +98,7 @@ class Plan:
             joins=self.joins,
             dense={module for module, step in self.steps.items() if self._stays_dense(step)},
             measured=self.cuts,
+            promised=self.budget is not None and self.budget.kind != "max_size",
             device=self.device,
             base=self.base,
         )

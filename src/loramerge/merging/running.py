@@ -122,6 +122,8 @@ class Merger:
     """Modules whose dense result is written as it is."""
     measured: bool
     """True if ‖ΔW‖ of every module is computed, because some are cut."""
+    promised: bool
+    """True if a budget limits the error, which is that of a cut: a method gets the rank that the budget chose within."""
     device: str | None
     base: "Checkpoint | None"
 
@@ -200,12 +202,18 @@ class Merger:
     def uncut_parts(self, join: Join) -> list[Merged]:
         """Merge every module of a join, before the whole is cut."""
         found = []
+        rank = self._most(join)
         for module in join.modules:
             with computing(module):
+                step = self.steps[module]
                 # A method that fills its rank gets a share of it, so that the parts together fit into the whole's rank.
-                share = max(1, join.rank // len(join.modules))
-                found.append(_merged(self.uncut(replace(self.steps[module], rank=share, alone=False))))
+                most = step.rank if rank >= join.apart_rank else max(1, rank // len(join.modules))
+                found.append(_merged(self.uncut(replace(step, rank=most, alone=False))))
         return in_one_library(found)
+
+    def _most(self, weight: Step | Join) -> int:
+        """Return the rank that a method fills, if it fills one."""
+        return weight.sought if self.promised and weight.sought else weight.rank
 
     def uncut(self, step: Step) -> Layer:
         """Merge a module by the method, before it is brought to the planned rank."""
@@ -231,7 +239,7 @@ class Merger:
         if "seed" in options:
             options["seed"] = Streams(module_seed(options["seed"], step.module), inputs)
         if self.method.ranked:
-            options["most"] = step.rank
+            options["most"] = self._most(step)
         return applied(self.method, layers, list(weights), options, step.full_rank)
 
     def inputs(self, module: str) -> list[Layer]:

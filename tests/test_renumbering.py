@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import loramerge as lm
@@ -80,6 +81,51 @@ def test_a_map_past_the_last_block_is_told_as_such_and_not_as_an_unknown_family(
 
     (note,) = [note for note in renumbered(lm.load(source), past, "kohya").notes if "family" in note or "FLUX" in note]
     assert "doesn't have" in note
+
+
+def bare(architecture: str, dialect: str, folder: Path) -> Path:
+    """A file without metadata, so that only the layers tell its family."""
+    tensors = {key: tensor.numpy() for key, tensor in random_lora(architecture).state_dict(dialect).items()}
+    save_file(tensors, folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+ONE_UP = {f"{name}.{{i}}": f"{name}.{{i+1}}" for name in ("transformer_blocks", "single_transformer_blocks")}
+
+
+def test_a_file_of_several_families_is_written_for_the_one_that_is_named(tmp_path: Path) -> None:
+    """Their names in kohya's files differ: those with the map are those without it, but for the numbers."""
+    source = bare("hunyuanvideo", "diffusers-peft", tmp_path)
+    assert len(renumbered(lm.load(source), ONE_UP).families) > 1
+
+    plain, moved = (
+        load_file(lm.convert(source, tmp_path / "b.safetensors", "kohya", architecture="hunyuanvideo", block_map=rules))
+        for rules in (None, ONE_UP)
+    )
+
+    wanted = {key.replace("_blocks_0_", "_blocks_1_"): tensor for key, tensor in plain.items()}
+    assert moved.keys() == wanted.keys() != plain.keys()
+    assert all((moved[key] == wanted[key]).all() for key in wanted)
+
+
+def test_a_family_that_a_dialect_has_no_names_for_is_refused_with_a_map_as_without(tmp_path: Path) -> None:
+    source = bare("longcat-image", "diffusers-peft", tmp_path)
+
+    for rules in (None, ONE_UP):
+        with pytest.raises(DialectError, match=r"comfyui has no name for the module .* of longcat-image"):
+            lm.convert(source, tmp_path / "b.safetensors", "comfyui", architecture="longcat-image", block_map=rules)
+
+
+def test_a_block_that_only_another_family_has_is_not_one_of_the_family_that_is_named(tmp_path: Path) -> None:
+    """FLUX.1 has 19 double blocks and HunyuanVideo 20, of the same names and shapes."""
+    source = bare("flux", "kohya", tmp_path)
+    past = {"double_blocks.{i}": "double_blocks.{i+19}"}
+
+    with pytest.raises(DialectError, match=r"blocks that FLUX\.1 \(flux\) doesn't have: .*double_blocks_19"):
+        lm.convert(source, tmp_path / "b.safetensors", "comfyui", architecture="flux", block_map=past)
+
+    moved = load_file(lm.convert(source, tmp_path / "c.safetensors", "kohya", architecture="flux", block_map=past))
+    assert moved.keys() == {key.replace("double_blocks_0_", "double_blocks_19_") for key in load_file(source)}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ is about the names that the file has, behind the prefix of its dialect.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from ..errors import DialectError, OptionError, counted
 from .architectures import ARCHITECTURES
@@ -123,7 +123,8 @@ def renumbered(lora: LoRA, rules: Mapping[str, str], to: str | None = None) -> L
         )
     left = [old for old, new in names.items() if new is None]
     note = f"left out: {len(left)} tensors of blocks that the map has no number for: {left[0]} …" if left else ""
-    found = from_tensors(
+    read = partial(
+        from_tensors,
         kept,
         lora.metadata,
         lora.name,
@@ -132,25 +133,36 @@ def renumbered(lora: LoRA, rules: Mapping[str, str], to: str | None = None) -> L
         notes=[f"blocks renumbered: {', '.join(rule.text for rule in parsed)}", *[note] * bool(note)],
         files=lora.files,
     )
+    changed = [new for old, new in names.items() if new not in (None, old)]
+    try:
+        found = read(architecture=lora.origin.forced.get("architecture"))
+    except OptionError:  # the family that was named lacks most of the blocks, or another has all of them
+        said = _beyond(lora, lora.dialect, changed, to)
+        return _noted(read(), said)
     if lora.architecture and not found.families:
-        return _beyond(lora, found, [new for old, new in names.items() if new not in (None, old)], to)
+        return _noted(found, _beyond(lora, found.dialect, changed, to))
     return found
 
 
-def _beyond(lora: LoRA, found: LoRA, changed: Sequence[str | None], to: str | None) -> LoRA:
-    """Return a LoRA with blocks that its family lacks, and a note; refuse it for a dialect that needs to know the family.
+def _beyond(lora: LoRA, own: str, changed: Sequence[str | None], to: str | None) -> str:
+    """Say which block the LoRA's family lacks.
 
     Raises:
-        DialectError: The dialect isn't the LoRA's own.
+        DialectError: The dialect that it is for isn't its own, and needs to know the family.
     """
     family = ARCHITECTURES[lora.architecture or ""]
     highest = max(filter(None, changed), key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
     said = f"the map gives blocks that {family.title} ({family.name}) doesn't have: {highest}"
-    if to is not None and DIALECTS[to].name != found.dialect:
+    if to is not None and DIALECTS[to].name != own:
         raise DialectError(
             f"{lora.name}: {said}. Ways out: numbers that it has; or, for a model with more blocks, the file's own dialect, "
-            f"{found.dialect}, which keeps any names."
+            f"{own}, which keeps any names."
         )
+    return said
+
+
+def _noted(found: LoRA, said: str) -> LoRA:
+    """Return a LoRA with a note on blocks that its family lacks."""
     own = [note for note in found.notes if not note.startswith(UNKNOWN)]
     return replace(found, notes=(*own, f"{said}; its {counted(len(found), 'module')} keep these names"))
 

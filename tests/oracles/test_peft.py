@@ -323,3 +323,18 @@ def test_a_merge_is_pefts_weighted_adapter(
 
     assert set(merged) == set(truth)
     assert max(relative_error(merged[m].delta(), delta(layer, name)) for m, layer in truth.items()) <= 1e-6
+
+
+def test_the_average_of_factors_is_pefts_where_the_modules_of_one_lora_are_untrained(tmp_path: Path) -> None:
+    adapter = adapted()
+    adapter.add_adapter("second", LoraConfig(**adapter.peft_config["default"].to_dict()))
+    for name in ("default", "second"):
+        adapter.save_pretrained(tmp_path / name, selected_adapters=[name])
+    adapter.add_weighted_adapter(["default", "second"], [0.7, -0.4], "both", combination_type="linear")
+    loras = [lm.load(f, architecture="sd15") for f in (tmp_path / "default", tmp_path / "second" / "second")]
+
+    merged = lm.merge(loras, weights=[0.7, -0.4], method="factor_average")
+    truth = layers("unet", adapter.base_model.model)
+
+    assert [bool(lora.norm()) for lora in loras] == [True, False]
+    assert max(relative_error(merged[m].delta(), delta(layer, "both")) for m, layer in truth.items()) <= 1e-6

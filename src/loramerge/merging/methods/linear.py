@@ -7,7 +7,7 @@ from typing import Any
 from ...errors import MergeError
 from ...layers import Full, Layer, LowRank, low_rank
 from ...tensors import Array, Float, concat, float32, namespace, times
-from .base import alive, equal_rank, method, shared_down, sum_of_ranks, with_bias
+from .base import equal_rank, method, shared_down, sum_of_ranks, with_bias
 
 
 @method(
@@ -41,16 +41,16 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
 def factor_average(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank:
     """PEFT's "linear": sums of factors, each by √|w|. Not the weighted sum: cross terms are as large as it.
 
-    With up = Σ √|wᵢ| upᵢ and down = Σ ±√|wᵢ| downᵢ the product contains every upᵢ downⱼ.  Use it
-    to reproduce merges made by others; all LoRAs must have the same rank.
+    With up = Σ √|wᵢ| upᵢ and down = Σ ±√|wᵢ| downᵢ the product contains every upᵢ downⱼ, also of a
+    LoRA whose ΔW is zero because its upᵢ is.  Use it to reproduce merges made by others; all LoRAs
+    must have the same rank.
 
     Raises:
         MergeError: Ranks differ.
     """
     up: Array = 0.0
     down: Array = 0.0
-    live, shares, _ = alive(layers, weights)
-    for layer, weight in zip(live, shares, strict=True):
+    for layer, weight in zip(layers, weights, strict=True):
         layer_up, layer_down, scale = layer.stored_factors()  # PEFT takes the root of the scale on both
         root = math.sqrt(abs(weight * scale))
         up = up + root * float32(layer_up)

@@ -1,5 +1,6 @@
 """Laws that hold for every merge method: one that is listed is tested."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -381,6 +382,60 @@ def test_opposite_loras_have_no_arc_and_no_mean() -> None:
     for name in ("slerp", "karcher", "model_stock"):
         with pytest.raises(MergeError, match=r"opposite|cancel out"):
             merged((name, {}), [given, scaled(given, -1.0)])
+
+
+def directions(angles: Sequence[Sequence[float]]) -> list[Layer]:
+    """LoRAs with these coordinates in three ΔWs at right angles, each of length 1."""
+    rng = np.random.default_rng(0)
+    down = np.linalg.qr(rng.standard_normal((18, 3)))[0].T
+    axes = np.linalg.qr(rng.standard_normal((26 * 3, 3)))[0].T.reshape(3, 26, 3)
+    ups = np.tensordot(np.asarray(angles), axes, 1)
+    return [LowRank(down=down.astype(np.float32), up=up.astype(np.float32)) for up in ups]
+
+
+THIRDS = [(math.cos(angle), math.sin(angle), 0.0) for angle in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
+CANCELLING: dict[str, list[tuple[float, float, float]]] = {
+    "two": [(1, 0, 0), (-1, 0, 1e-3)],
+    "two, exactly": [(1, 0, 0), (-1, 0, 0)],
+    "three": [THIRDS[0], THIRDS[1], (*THIRDS[2][:2], 1e-3)],
+    "one and the mean of the others": [(1, 0, 0), (0, 1, 0), (-1, -1, 1e-3)],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "weights"),
+    [
+        *(
+            (name, "two", w)
+            for name in ("slerp", "karcher", "model_stock")
+            for w in ([0.5, 0.5], [0.7, 0.3], [0.9, 0.1])
+        ),
+        *((name, "two, exactly", [0.7, 0.3]) for name in ("slerp", "karcher", "model_stock")),
+        *((name, "three", [0.4, 0.4, 0.4]) for name in ("karcher", "model_stock")),
+        ("karcher", "one and the mean of the others", [0.5, 0.5, 0.1]),
+    ],
+)
+def test_loras_that_cancel_but_for_a_thousandth_are_refused(method: str, given: str, weights: list[float]) -> None:
+    with pytest.raises(MergeError, match=r"^unet\.m: .*(opposite|cancel out).* Way out: another method"):
+        merged((method, {}), directions(CANCELLING[given]), weights)
+
+
+def test_two_opposite_loras_have_a_karcher_mean_where_a_third_decides_it() -> None:
+    given = directions([(1, 0, 0), (-1, 0, 1e-3), (0, 1, 0)])
+
+    found = merged(("karcher", {}), given, [0.5, 0.5, 0.5])
+
+    assert relative_error(found, 1.5 * np.asarray(given[2].delta())) < 2e-3
+
+
+@pytest.mark.parametrize("cosine", [-0.9994, -0.99, 0.0])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5])
+def test_the_karcher_mean_of_two_is_slerps_up_to_the_largest_angle(cosine: float, share: float) -> None:
+    given = directions([(1, 0, 0), (cosine, math.sqrt(1 - cosine**2), 0)])
+
+    a, b = (merged((name, {}), given, [1 - share, share]) for name in ("slerp", "karcher"))
+
+    assert relative_error(b, a) < 1e-5
 
 
 def test_an_option_that_no_command_line_can_say_is_refused_when_a_method_is_made() -> None:

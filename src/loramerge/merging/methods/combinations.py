@@ -11,12 +11,15 @@ from .options import Count, Share
 PARALLEL = 0.9995
 """From this cosine on the arc counts as a straight line: sin Ω would be a small number in a denominator."""
 
+CANCELLED = math.sqrt(2 / (1 - PARALLEL))
+"""A mean whose parts together are this many times as long consists of their rounding: half way on slerp's longest arc."""
+
+WAY_OUT = "Way out: another method, such as linear"
+
 
 def _positive(weights: Sequence[float]) -> None:
     if min(weights) < 0:
-        raise MergeError(
-            f"a negative weight has no meaning on an arc, got {min(weights):g}. Way out: another method, such as linear"
-        )
+        raise MergeError(f"a negative weight has no meaning on an arc, got {min(weights):g}. {WAY_OUT}")
 
 
 @combination("slerp", source="Shoemake, 1985, https://doi.org/10.1145/325165.325242", count=2, allows=_positive)
@@ -34,7 +37,7 @@ def slerp(products: Float64[Array, "n n"], weights: Sequence[float]) -> list[flo
     t = weights[1] / scale
     cosine = _cosine(products, 0, 1)
     if cosine <= -PARALLEL:
-        raise MergeError("slerp: the two ΔWs are opposite to each other, so that no arc is the shortest")
+        raise MergeError(f"slerp: the two ΔWs are opposite to each other, so that no arc is the shortest. {WAY_OUT}")
     if cosine >= PARALLEL or not products[0, 0] or not products[1, 1]:
         return list(weights)
     angle = math.acos(cosine)
@@ -94,8 +97,10 @@ def model_stock(products: Float64[Array, "n n"], weights: Sequence[float]) -> li
     n = len(weights)
     pairs = [_cosine(products, i, j) for i in range(n) for j in range(i)]
     cosine = sum(pairs) / len(pairs)
-    if cosine <= -1 / (n - 1) + 1e-9:
-        raise MergeError(f"model_stock: the ΔWs cancel out (mean cosine {cosine:.3g}), so that no scale is defined")
+    if cosine <= -PARALLEL / (n - 1):
+        raise MergeError(
+            f"model_stock: the ΔWs cancel out (mean cosine {cosine:.3g}), so that no scale is defined. {WAY_OUT}"
+        )
     t = n * cosine / (1 + (n - 1) * cosine)
     return [t * weight for weight in weights]
 
@@ -104,6 +109,8 @@ def _cosine(products: Float64[Array, "n n"], i: int, j: int) -> float:
     size = math.sqrt(float(products[i, i]) * float(products[j, j]))
     return min(max(float(products[i, j]) / size, -1.0), 1.0) if size else 0.0
 
+
+NO_MEAN = f"karcher: the directions of the ΔWs cancel out, so that they have no mean. {WAY_OUT}"
 
 Vector = Sequence[float]
 """Coordinates of a ΔW in the unit directions of the inputs."""
@@ -115,8 +122,8 @@ def _dot(a: Vector, b: Vector, cosines: Sequence[Vector]) -> float:
 
 def _unit(vector: Vector, cosines: Sequence[Vector]) -> list[float]:
     length = math.sqrt(max(_dot(vector, vector, cosines), 0.0))
-    if length < 1e-9:
-        raise MergeError("karcher: the directions of the ΔWs cancel out, so that they have no mean")
+    if sum(map(abs, vector)) >= CANCELLED * length:
+        raise MergeError(NO_MEAN)
     return [x / length for x in vector]
 
 
@@ -125,6 +132,8 @@ def _tangent(mean: Vector, shares: Vector, cosines: Sequence[Vector]) -> tuple[l
     tangent = [0.0] * len(mean)
     for i, share in enumerate(shares):
         cosine = min(max(sum(m * cosines[j][i] for j, m in enumerate(mean)), -1.0), 1.0)
+        if cosine <= -PARALLEL:
+            raise MergeError(NO_MEAN)
         angle = math.acos(cosine)
         if angle < 1e-12:
             continue

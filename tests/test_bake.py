@@ -243,8 +243,37 @@ def test_biases_and_new_values_are_baked(tmp_path: Path) -> None:
 
     np.testing.assert_array_equal(found[f"{PROJ}.weight"], arrays[f"{PROJ}.weight"])
     np.testing.assert_array_equal(found[f"{PROJ}.bias"], arrays[f"{PROJ}.bias"] + 0.125)
-    np.testing.assert_allclose(found[f"{ATTENTION}.weight"], 0.5 * (arrays[f"{ATTENTION}.weight"] + new), rtol=1e-6)
+    np.testing.assert_allclose(found[f"{ATTENTION}.weight"], new, rtol=1e-6)
     np.testing.assert_allclose(found[f"{CONV}.bias"], arrays[f"{CONV}.bias"] + 0.5 * diff.diff_b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, -2.0])
+def test_a_bake_of_a_replaced_weight_is_the_bake_of_its_merge(weight: float, tmp_path: Path) -> None:
+    arrays = models.base("sdxl")
+    new, bias = np.full((16, 16), 3, np.float32), np.full(16, 0.25, np.float32)
+    lora = one(PROJ, Replaced(set_weight=new, diff_b=bias))
+
+    alone = baked(tmp_path, lora, arrays, weights=[weight])
+    merged = baked(tmp_path, lm.merge([lora], weights=[weight]), arrays)
+
+    for found in (alone, merged):
+        np.testing.assert_allclose(found[f"{PROJ}.weight"], new, rtol=1e-6)
+        np.testing.assert_array_equal(found[f"{PROJ}.bias"], arrays[f"{PROJ}.bias"] + np.float32(weight) * bias)
+
+
+@pytest.mark.parametrize("second", ["set", "lora", "bias"])
+def test_a_replaced_weight_that_another_lora_changes_is_neither_merged_nor_baked(second: str, tmp_path: Path) -> None:
+    arrays, new = models.base("sdxl"), Replaced(set_weight=np.ones((16, 16), np.float32))
+    others = {"set": new, "lora": random_layer((16, 16), rank=2), "bias": BiasOnly(diff_b=np.ones(16, np.float32))}
+    loras = [one(PROJ, new), one(PROJ, others[second])]
+    base = models.single_file(tmp_path / "base.safetensors", "sdxl", arrays)
+
+    for verb in (lm.merge, lambda given, weights: lm.bake(given, base, tmp_path / "out.safetensors", weights=weights)):
+        with pytest.raises(MergeError, match=rf"{PROJ} can't be .*replaces the weight.*Ways out: the weight 0"):
+            verb(loras, weights=[1.0, 0.5])
+
+    lm.bake(loras, base, tmp_path / "out.safetensors", weights=[1.0, 0.0])
+    np.testing.assert_allclose(values(tmp_path / "out.safetensors")[f"{PROJ}.weight"], new.set_weight, rtol=1e-6)
 
 
 def test_a_dora_keeps_the_bias_of_its_direction(tmp_path: Path) -> None:

@@ -128,6 +128,11 @@ class Layer:
         return False
 
     @property
+    def replaces(self) -> bool:
+        """True if the layer puts a new value in the weight's place, at any weight but 0: it is copied, never summed."""
+        return False
+
+    @property
     def rankless(self) -> bool:
         """True if there is no rank to speak of (a bias, a norm, a table): it is summed entry by entry, never cut."""
         return False
@@ -331,6 +336,10 @@ class Rows(Layer):
     @property
     def axis(self) -> Literal["out", "in"] | None:
         return self.whole.axis
+
+    @property
+    def replaces(self) -> bool:
+        return self.whole.replaces
 
     @property
     def rankless(self) -> bool:

@@ -205,9 +205,13 @@ class Replaced(Layer):
             f"Ways out: the weight 0 for the LoRA or for the others that change the module, or {LEAVE_OUT}"
         )
 
+    @property
+    def replaces(self) -> bool:
+        return True
+
     def times(self, weight: float) -> "Replaced":
-        """Return the layer: ComfyUI and diffusers put the new value in whatever the LoRA's strength is."""
-        return self
+        """Return the new value as it is, which ComfyUI and diffusers put in whatever the strength is, and the bias scaled."""
+        return self if weight == 1 else replace(self, diff_b=scaled(self.diff_b, weight))
 
     def delta(self) -> Array:
         raise NoFactorsError(self.no_factors)

@@ -22,7 +22,7 @@ from ..files.reading import Source, is_list, open
 from ..files.storage.paths import path_of
 from ..files.storage.texts import as_json
 from ..files.storage.writer import Progress
-from ..layers import Rows
+from ..layers import Layer, Rows
 from ..linalg import as_numpy
 from ..tensors import Array, Shape, float32, parse_dtype, put_rows, take_rows
 from .rules import Scope
@@ -76,7 +76,7 @@ def bake(
         base: A checkpoint, or what `open_checkpoint` takes.
         output: For a base that is a file, a ``.safetensors`` file; for a directory, a new one:
             files that change are rewritten, the others copied.
-        weights: As in `merge`: the strength of each LoRA's whole ΔW.
+        weights: As in `merge`: the strength of each LoRA's whole ΔW.  A new value for a weight is put in at any but 0.
         scope: As in `merge`.
         exclude: Patterns of modules to leave as they are.
         dtype: Dtype of every float tensor in the files that are rewritten; by default each
@@ -90,7 +90,8 @@ def bake(
         The path, and for every tensor the size of its change and its rounding loss.
 
     Raises:
-        MergeError: A module is not in the base, has another shape there, or can't be applied.
+        MergeError: A module is not in the base, has another shape there, can't be applied, or is replaced by a LoRA
+            and changed by another.
         OptionError: A weight, the dtype or the output's name is wrong, or the output is the base or a LoRA.
         NumberError: A result is NaN, infinite, or too large for the dtype.
         FileError: A file can't be read or written; the output is then as it was.
@@ -181,7 +182,8 @@ def _updates(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) -
         used = [(lora, w) for lora, w in zip(loras, shares, strict=True) if module in lora and w]
         for lora, _ in used:
             _check(lora, module, model)
-        adding = [(lora, w) for lora, w in used if not lora.layout(module).bias_only]
+            _check_alone(lora, module, len(used))
+        adding = [(lora, _strength(lora.layout(module), w)) for lora, w in used if not lora.layout(module).bias_only]
         biased = [(lora, w) for lora, w in used if lora.layout(module).delta_bias() is not None]
         if adding:
             found.append(Update(module, model.weights[module], _Sum(module, model, adding).weight))
@@ -214,6 +216,22 @@ def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
     if layout.delta_bias() is not None and module not in model.biases:
         raise MergeError(f"{where}: it changes the bias, and the module has none in {model.name}.")
     model.check(model.weights[module])
+
+
+def _check_alone(lora: LoRA, module: str, count: int) -> None:
+    """Check that a layer which replaces the weight is the only one of its module.
+
+    Raises:
+        MergeError: There are others.
+    """
+    layout = lora.layout(module)
+    if layout.replaces and count > 1:
+        raise MergeError(f"{lora.name}: {module} can't be baked with others: {layout.no_factors}.")
+
+
+def _strength(layout: Layer, weight: float) -> float:
+    """Return how much of a layer's ΔW is added at a weight: a new value replaces the whole of the old at any."""
+    return 1.0 if layout.replaces else weight
 
 
 def _fits(shape: Shape, weight: Shape) -> bool:

@@ -361,7 +361,8 @@ def test_a_lokr_alone_is_cut_to_its_nearest_matrix(kind: str, weight: float) -> 
         outcome = plan.merger.outcome(module)
         rest = whole - np.asarray(outcome.layer.delta()).reshape(whole.shape)
         assert np.linalg.norm(rest) == pytest.approx(np.linalg.norm(values[2:]), rel=1e-4)
-        assert outcome.error == pytest.approx(np.linalg.norm(values[2:]) / np.linalg.norm(values), rel=1e-4)
+        assert outcome.energy == pytest.approx(np.linalg.norm(values) ** 2, rel=1e-4)
+        assert outcome.lost == pytest.approx(np.linalg.norm(values[2:]) ** 2, rel=2e-4)
 
 
 def fused_lora(stem: str) -> LoRA:

@@ -200,8 +200,8 @@ class Layer:
 
     def delta(self) -> Array:
         """Return ΔW as a dense float32 array of the weight's shape."""
-        check_size(self, math.prod(self.shape), LARGEST_WEIGHT)
         up, down = self.factors()
+        check_size(self, math.prod(self.shape), LARGEST_WEIGHT)
         return (up @ down).reshape(self.shape)
 
     def delta_on(self, weight: Array) -> Array:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from ..errors import LayerError, NoFactorsError
+from ..errors import LayerError
 from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, take_rows
 from .base import Layer
 from .full import LEAVE_OUT
@@ -94,9 +94,6 @@ class DoRA(Layer):
     def map(self, function: Callable[[Any], Any]) -> "DoRA":
         return replace(self, direction=self.direction.map(function), magnitude=function(self.magnitude))
 
-    def delta(self) -> Array:
-        raise NoFactorsError(self.no_factors)
-
     def delta_bias(self) -> Array | Spec | None:
         return self.direction.delta_bias()
 
@@ -121,9 +118,6 @@ class DoRA(Layer):
     @property
     def by_rows(self) -> bool:
         return self.axis == "out" and self.direction.by_rows
-
-    def norm(self) -> float:
-        raise NoFactorsError(self.no_factors)
 
     def rows(self, ranges: Ranges, source: object) -> Layer:
         if self.axis == "in":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ..errors import LayerError, NoFactorsError
+from ..errors import LayerError
 from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, reshape, take_rows, widened
 from .base import Layer, dense_norm, scaled
 
@@ -28,6 +28,9 @@ class _Summed(Layer):
 
     def times(self, weight: float) -> Layer:
         return self if weight == 1 else self.map(lambda tensor: scaled(tensor, weight))
+
+    def norm(self) -> float:
+        return dense_norm(self.delta())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -67,9 +70,6 @@ class Full(_Summed):
     def delta(self) -> Array:
         return float32(self.diff)
 
-    def norm(self) -> float:
-        return dense_norm(self.delta())
-
     def _widened(self, weight: Shape) -> "Full":
         return replace(self, diff=widened(self.diff, weight[1]))
 
@@ -101,9 +101,6 @@ class BiasOnly(_Summed):
 
     def rows(self, ranges: Ranges, source: object) -> "BiasOnly":
         return BiasOnly(diff_b=take_rows(self.diff_b, ranges))
-
-    def delta(self) -> Array:
-        raise NoFactorsError(self.no_factors)
 
     def delta_on(self, weight: Array) -> Array:
         return namespace(weight).zeros_like(weight)
@@ -145,9 +142,6 @@ class Norm(_Summed):
     def delta(self) -> Array:
         return float32(self.w_norm)
 
-    def norm(self) -> float:
-        return dense_norm(self.delta())
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Table(_Summed):
@@ -177,9 +171,6 @@ class Table(_Summed):
 
     def delta(self) -> Array:
         return float32(self.diff_m)
-
-    def norm(self) -> float:
-        return dense_norm(self.delta())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -213,14 +204,8 @@ class Replaced(Layer):
         """Return the new value as it is, which ComfyUI and diffusers put in whatever the strength is, and the bias scaled."""
         return self if weight == 1 else replace(self, diff_b=scaled(self.diff_b, weight))
 
-    def delta(self) -> Array:
-        raise NoFactorsError(self.no_factors)
-
     def delta_on(self, weight: Array) -> Array:
         return float32(self.set_weight).reshape(weight.shape) - weight
-
-    def norm(self) -> float:
-        raise NoFactorsError(self.no_factors)
 
 
 TITLES = {
@@ -264,9 +249,3 @@ class Carried(Layer):
 
     def map(self, function: Callable[[Any], Any]) -> "Carried":
         return replace(self, held={role: function(t) for role, t in self.held.items()})
-
-    def delta(self) -> Array:
-        raise NoFactorsError(self.no_factors)
-
-    def norm(self) -> float:
-        raise NoFactorsError(self.no_factors)

@@ -64,9 +64,6 @@ class Relative(Layer):
     def map(self, function: Callable[[Any], Any]) -> "Relative":
         return replace(self, trained=self.trained.map(function))
 
-    def delta(self) -> Array:
-        raise NoFactorsError(self.no_factors)
-
     def delta_bias(self) -> Array | Spec | None:
         return self.trained.delta_bias()
 
@@ -83,9 +80,6 @@ class Relative(Layer):
     @property
     def by_rows(self) -> bool:
         return False
-
-    def norm(self) -> float:
-        raise NoFactorsError(self.no_factors)
 
 
 def _pissa(weight: Array, trained: LowRank) -> Array:

@@ -41,11 +41,6 @@ class Outcome:
     lost: float
     """The part of ‖ΔW‖² that was cut off."""
 
-    @property
-    def error(self) -> float:
-        """‖ΔW − kept‖ / ‖ΔW‖."""
-        return relative_error(self.energy, self.lost)
-
 
 class Kept:
     """A count of the energy that a merge keeps and loses, made while it runs: ``plan.lora(kept)``.
@@ -151,8 +146,7 @@ class Merger:
         squares = linalg.as_numpy(values).astype("float64") ** 2
         weight = self.weights.of(step.module)[step.inputs[0]]
         bias = None if layer.diff_b is None else times(float32(layer.diff_b), weight)
-        found = low_rank(times(up, weight), down, step.shape, diff_b=bias)
-        found = found if found.rank == step.rank else _zero_padded(found, step.rank)
+        found = low_rank(times(up, weight), down, step.shape, diff_b=bias).padded(step.rank)
         energy, lost = (float(part.sum()) * weight**2 for part in (squares, squares[step.rank :]))
         return Outcome(step.module, found, energy, lost)
 
@@ -276,16 +270,8 @@ def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
     elif step.rank < layer.rank:
         cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank, exact=step.sought > 0)
     else:
-        found = layer if layer.rank == step.rank else _zero_padded(layer, step.rank)
-        return Outcome(step.module, found, layer.norm() ** 2 if measured else None, 0.0)
-    fitted = low_rank(cut.up, cut.down, layer.shape, diff_b=layer.diff_b)
-    fitted = fitted if fitted.rank == step.rank else _zero_padded(fitted, step.rank)
+        return Outcome(step.module, layer.padded(step.rank), layer.norm() ** 2 if measured else None, 0.0)
+    fitted = low_rank(cut.up, cut.down, layer.shape, diff_b=layer.diff_b).padded(step.rank)
     # At the full rank of the matrix nothing is cut off; a measured loss would be rounding.
     lost = cut.lost if step.rank < largest_rank(step.shape) else 0.0
     return Outcome(step.module, fitted, cut.energy if measured else None, lost)
-
-
-def _zero_padded(layer: LowRank, rank: int) -> LowRank:
-    """Return the same ΔW at a larger rank, filled up with zeros."""
-    up, down = linalg.padded(matrix(layer.up), matrix(layer.down), rank)
-    return low_rank(up, down, layer.shape, diff_b=layer.diff_b)

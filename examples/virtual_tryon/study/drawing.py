@@ -26,8 +26,8 @@ def draw(job: Job, setting: Setting) -> bool:
     """
     drawing, shots = job.protocol.drawing, job.shots(setting)
     turns = [(_used(job, setting, repeat), seeds) for repeat, seeds in job.turns(setting)]
-    batch = batch_size(min(len(seeds) for _, seeds in turns), drawing.batch)
-    found = depends_on(job, turns, batch)
+    batch = drawing.batch
+    found = depends_on(job, turns)
     folder, known = job.pictures / setting.name, f"pictures/{setting.name}"
     if job.ledger.has(known, found):
         for _, seeds in turns:
@@ -71,14 +71,14 @@ def composed(job: Job, setting: Setting, repeat: int) -> Composed:
     return Composed(uses, setting.compose or "", options)
 
 
-def depends_on(job: Job, turns: Sequence[Turn], batch: int) -> str:
+def depends_on(job: Job, turns: Sequence[Turn]) -> str:
     """Fingerprint all that a setting's pictures depend on, except prompt and seed, which are in their names."""
     drawing = job.protocol.drawing
     return fingerprint(
         drawing.steps,
         drawing.guidance,
         drawing.scheduler,
-        batch,
+        drawing.batch,
         [_identity(used) for used, _ in turns],
         job.base_digest,
         job.protocol.base.dtype,
@@ -105,8 +105,3 @@ def _remove_parts(paths: Sequence[Path], batch: int) -> None:
         if not all(path.exists() for path in part):
             for path in part:
                 path.unlink(missing_ok=True)
-
-
-def batch_size(seeds: int, most: int) -> int:
-    """Return the largest batch size up to ``most`` that divides the number of seeds."""
-    return max(size for size in range(1, max(1, min(seeds, most)) + 1) if seeds % size == 0)

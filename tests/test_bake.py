@@ -440,13 +440,41 @@ def test_too_large_a_value_is_an_error_that_names_the_module(tmp_path: Path) -> 
         baked(tmp_path, one(ATTENTION, big), models.base("sdxl", np.float16))
 
 
+@pytest.mark.parametrize("written", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_nan_in_a_weight_is_an_error_that_names_the_module(dtype: object, tmp_path: Path) -> None:
+def test_nan_and_infinity_in_a_weight_are_errors_that_name_the_module(
+    dtype: object, value: float, written: str | None, tmp_path: Path
+) -> None:
     arrays = models.base("sdxl", dtype)
-    arrays[f"{ATTENTION}.weight"][0, 0] = np.nan
+    arrays[f"{ATTENTION}.weight"][0, 0] = value
+    base = models.folder(tmp_path / "base", arrays)
 
-    with pytest.raises(NumberError, match=f"{ATTENTION}: "):
-        baked(tmp_path, models.lora("sdxl").select(ATTENTION), arrays)
+    with pytest.raises(NumberError, match=f"{ATTENTION}: a value is NaN or infinite"):
+        lm.bake([models.lora("sdxl").select(ATTENTION)], base, tmp_path / "out", dtype=written)
+
+
+def test_infinity_in_another_part_of_a_fused_weight_is_an_error(tmp_path: Path) -> None:
+    arrays = models.base("flux", np.float16)
+    qkv = [f"{models.DOUBLE}attn.to_{p}" for p in "qkv"]
+    whole = random_layer((36, 12), kind="dora-in", rank=2)
+    parts = {module: whole.rows(((12 * i, 12 * i + 12),), "qkv") for i, module in enumerate(qkv)}
+    lora = LoRA(name="fused", architecture="flux", dialect="kohya", layouts=parts)
+    arrays[f"{qkv[1]}.weight"][0, 0] = np.inf
+    base = models.folder(tmp_path / "base", arrays)
+
+    with pytest.raises(NumberError, match=r"attn.to_[qv]: the weight in base: a value is NaN or infinite"):
+        lm.bake([lora], base, tmp_path / "out", weights=[{"*": 1.0, qkv[1]: 0.0}])
+
+
+@pytest.mark.parametrize("role", ["up", "down", "diff_b"])
+def test_infinity_in_a_lora_that_was_made_in_memory_is_an_error_that_names_it(role: str, tmp_path: Path) -> None:
+    up, down, bias = (np.ones(shape, np.float16) for shape in ((16, 2), (2, 16), 16))
+    layer = low_rank(up, down, (16, 16), diff_b=bias)
+    getattr(layer, role).reshape(-1)[0] = np.inf
+
+    with pytest.raises(NumberError, match=f"one: {PROJ}: a value is NaN or infinite"):
+        baked(tmp_path, one(PROJ, layer))
 
 
 def test_embeddings_are_an_error_unless_they_may_be_left_out(tmp_path: Path) -> None:

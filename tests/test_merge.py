@@ -204,6 +204,25 @@ def test_dora_merges_where_the_base_is_given(kind: str, tmp_path: Path) -> None:
         lm.merge(loras, method="tsv", base=tmp_path / "base.safetensors")
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_base_that_is_not_finite_is_refused_by_module(value: float, tmp_path: Path) -> None:
+    weight = np.ones(ARCHITECTURES["sdxl"].shapes[TO_Q], np.float16)
+    weight[0, 0] = value
+    save_file({f"model.diffusion_model.{SGM_TO_Q}.weight": weight}, tmp_path / "base.safetensors")
+
+    with pytest.raises(lm.errors.NumberError, match=f"{TO_Q}: the weight in base.safetensors: a value is NaN or infin"):
+        lm.merge([small(modules=(TO_Q,), kind="dora")], rank=4, base=tmp_path / "base.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_lora_made_in_memory_that_is_not_finite_is_refused_by_name(dtype: str) -> None:
+    loras = [small(modules=(TO_Q,), dtype=dtype, seed=seed, name=f"lora {seed}") for seed in (1, 2)]
+    loras[1][TO_Q].up[0, 0] = np.inf
+
+    with pytest.raises(lm.errors.NumberError, match=f"lora 2: {TO_Q}: a value is NaN or infinite"):
+        lm.merge(loras)
+
+
 def test_excluded_modules_are_left_out() -> None:
     merged = lm.merge([small(seed=1), small(seed=2)], exclude=["text_encoder*"])
 

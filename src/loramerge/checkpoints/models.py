@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..devices import to_torch
-from ..errors import FileError, MergeError
+from ..errors import FileError, MergeError, NumberError
 from ..files.architectures import ARCHITECTURES, Architecture, openclip
 from ..files.architectures.names import Part, Parts, whole
 from ..files.storage import digests
@@ -21,7 +21,19 @@ from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
 from ..layers import Full, Layer
 from ..linalg import as_numpy
-from ..tensors import FLOATS, Array, Ranges, Shape, Stored, float32, is_torch, namespace, same_weight, take_rows
+from ..tensors import (
+    FLOATS,
+    Array,
+    Ranges,
+    Shape,
+    Stored,
+    check_finite,
+    float32,
+    is_torch,
+    namespace,
+    same_weight,
+    take_rows,
+)
 from .encoders import family_of, hosts, prefixes
 from .folders import files_of, shard_indexes
 
@@ -124,6 +136,20 @@ class Checkpoint(Mapping[str, Place]):
             FileError: The weight is quantised, or the file can't be read.
         """
         return self.read(self.weights[module])
+
+    def values(self, module: str) -> Array:
+        """Return a module's weight in float32.
+
+        Raises:
+            FileError: As `weight`.
+            NumberError: A value is NaN or infinite.
+        """
+        weight = self.weight(module)
+        try:
+            check_finite(weight)  # before the cast, which turns float16's infinity and NaN into numbers
+        except NumberError as error:
+            raise NumberError(f"the weight in {self.name}: {error}") from None
+        return float32(weight)
 
     def bias(self, module: str) -> Array | None:
         """Return a module's bias in its stored dtype; None if it has none."""
@@ -448,8 +474,9 @@ def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
 
     Raises:
         MergeError: The base's weight has another shape.
+        NumberError: A value of the base's weight is NaN or infinite.
     """
-    weight = float32(base.weight(module))
+    weight = base.values(module)
     if not same_weight(tuple(weight.shape), layer.shape):
         raise MergeError(
             f"the {layer.kind} layer has the shape {tuple(layer.shape)}, the weight in the base {base.name} "

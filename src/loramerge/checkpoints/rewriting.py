@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import FileError, NumberError, computing
+from ..errors import FileError, NumberError, computing, within
 from ..files.metadata import HASHES
 from ..files.storage import scratch
 from ..files.storage.reader import SafetensorsFile
@@ -105,15 +105,13 @@ class _Sums:
 
     def arrays(self) -> Mapping[str, Array]:
         old = self._values(self.stored.read())
-        exact = widened(old)
-        exact = exact if exact.flags.writeable and exact is not old else exact.copy()
-        deltas = [self._add(exact, update) for update in self.updates]
-        try:
+        with within(", ".join(update.name for update in self.updates)):
+            check_finite(old)  # before the cast, which turns float16's infinity and NaN into numbers
+            exact = widened(old)
+            exact = exact if exact.flags.writeable and exact is not old else exact.copy()
+            deltas = [self._add(exact, update) for update in self.updates]
             check_finite(exact)
             new = cast(exact if self.scale is None else exact / self.scale, self.dtype)
-        except NumberError as error:
-            names = ", ".join(update.name for update in self.updates)
-            raise NumberError(f"{names}: {error}") from None
         for update, delta in zip(self.updates, deltas, strict=True):
             before, after = _part(old, update.place), _part(self._values(new), update.place)
             self.report(_change(update, delta, before, after, self.dtype))

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..devices import to_torch
-from ..errors import LoRAMergeError, OptionError, check_callable, computing, span
+from ..errors import LoRAMergeError, OptionError, check_callable, computing, span, within
 from ..layers import Layer
-from ..tensors import Held, Shape, Tensor, nbytes
+from ..tensors import Held, Shape, Tensor, check_finite, nbytes
 from .architectures.blocks import Selector, offered
 from .building import LayerBuilder
 from .dialects import adapters, alphas, fields
@@ -325,6 +325,20 @@ def _offered(*loras: LoRA) -> str:
 def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:
     found = {module: layer.own_alpha for module, layer in layers.items()}
     return {"alphas": json.dumps({module: None if alpha is None else float(alpha) for module, alpha in found.items()})}
+
+
+def checked(lora: LoRA, module: str) -> Layer:
+    """Return a module's layer without NaN and infinity: those of a file were refused when it was read.
+
+    Raises:
+        NumberError: A value is not finite.
+    """
+    layer = lora[module]
+    if lora.compute is None:
+        with within(f"{lora.name}: {module}"):
+            for tensor in layer.tensors().values():
+                check_finite(tensor)
+    return layer
 
 
 def from_tensors(

@@ -16,7 +16,7 @@ from ..checkpoints.models import Checkpoint, delta_on, open_checkpoint
 from ..checkpoints.rewriting import Change, Job, Update, write_folder
 from ..errors import FileError, MergeError, OptionError, check_callable
 from ..files.families import common
-from ..files.lora import LoRA, without
+from ..files.lora import LoRA, checked, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
 from ..files.storage.paths import path_of
@@ -93,7 +93,7 @@ def bake(
         MergeError: A module is not in the base, has another shape there, can't be applied, or is replaced by a LoRA
             and changed by another.
         OptionError: A weight, the dtype or the output's name is wrong, or the output is the base or a LoRA.
-        NumberError: A result is NaN, infinite, or too large for the dtype.
+        NumberError: A value or a result is NaN, infinite, or too large for the dtype.
         FileError: A file can't be read or written; the output is then as it was.
     """
     check_callable(progress=progress)
@@ -253,14 +253,14 @@ class _Sum:
         return self._sum(lambda lora: self._delta(lora, weight))
 
     def bias(self, bias: Array) -> Array:
-        return self._sum(lambda lora: as_numpy(float32(lora[self.module].delta_bias())))
+        return self._sum(lambda lora: as_numpy(float32(checked(lora, self.module).delta_bias())))
 
     def _sum(self, delta: Callable[[LoRA], Array]) -> Array:
         terms = (delta(lora) if share == 1 else share * delta(lora) for lora, share in self.inputs)
         return functools.reduce(operator.add, terms)
 
     def _delta(self, lora: LoRA, weight: Array) -> Array:
-        layer = lora[self.module]
+        layer = checked(lora, self.module)
         if isinstance(layer, Rows) and not layer.by_rows:
             fused = self._fused(lora, layer)
             return as_numpy(take_rows(delta_on(layer.whole, fused), layer.ranges)).reshape(weight.shape)
@@ -274,7 +274,7 @@ class _Sum:
         missing = layer.whole.shape[0]
         for module, other in lora.layouts.items():
             if isinstance(other, Rows) and other.source == layer.source and module in self.model:
-                put_rows(fused, other.ranges, float32(self.model.weight(module)).reshape(other.shape))
+                put_rows(fused, other.ranges, self.model.values(module).reshape(other.shape))
                 missing -= other.shape[0]
         if missing:
             raise MergeError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import linalg
 from ..errors import MergeError, computing
-from ..files.lora import LoRA
+from ..files.lora import LoRA, checked
 from ..layers import Full, Layer, LowRank, low_rank
 from ..layers.base import in_one_library, matrix
 from ..tensors import float32, largest_rank, times
@@ -239,7 +239,7 @@ class Merger:
     def inputs(self, module: str) -> list[Layer]:
         """Return the module's layers as they are merged: those that depend on the base as their whole ΔW."""
         step = self.steps[module]
-        return in_one_library([self._with_base(self.loras[i][module], step) for i in step.inputs], self.device)
+        return in_one_library([self._with_base(checked(self.loras[i], module), step) for i in step.inputs], self.device)
 
     def _with_base(self, layer: Layer, step: Step) -> Layer:
         """Return the layer, or its whole ΔW if that depends on the base's weight."""

@@ -304,6 +304,22 @@ def test_a_rank_or_a_budget_chooses_another_rank() -> None:
     assert lm.average(run, max_error="20%").norm() > lm.average(run).norm()
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, "0", "0%"])
+def test_no_error_at_all_is_the_whole_sum(zero: float | str) -> None:
+    run = [small(rank=2, seed=seed) for seed in range(2)]
+
+    found = lm.average(run, max_error=zero)
+
+    assert found.summary("rank") == "rank 4"
+    for module in found:
+        assert relative_error(found[module].delta(), weighted_sum(run, [0.5, 0.5], module)) <= 1e-6
+
+
+def test_a_rank_of_0_is_refused() -> None:
+    with pytest.raises(lm.errors.OptionError, match="The rank 0 is neither"):
+        lm.average([small(seed=seed) for seed in range(2)], rank=0)
+
+
 def of_run(**metadata: str) -> list[LoRA]:
     """Two LoRAs whose headers have these entries, the second with ``other`` behind each."""
     return [

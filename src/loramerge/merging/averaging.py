@@ -180,7 +180,7 @@ def average(
         planned = plan(
             loras,
             weights=found.weights,
-            rank=rank or rank_for(budgets),
+            rank=rank_for(budgets) if rank is None else rank,
             **budgets,
             exclude=exclude,
             base=base,
@@ -195,7 +195,7 @@ def average(
 
 def rank_for(budgets: Mapping[str, Any]) -> Rank:
     """Return the rank of an average for which none was given: the run's own, or the whole sum for a budget to choose from."""
-    return "sum" if any(budgets.values()) else "max"
+    return "max" if all(limit is None for limit in budgets.values()) else "sum"
 
 
 def name_of(given: object, lora: LoRA) -> str:

@@ -12,7 +12,7 @@ import pytest
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
 from loramerge.files.lora import LoRA
-from loramerge.layers import Layer, LowRank
+from loramerge.layers import BiasOnly, Layer, LowRank
 from loramerge.merging.methods import METHODS
 from loramerge.merging.methods.engines import elementwise
 from loramerge.merging.methods.options import options_of
@@ -364,6 +364,29 @@ def test_subtracting_keeps_the_bias_of_the_first(biases: tuple[float | None, flo
     found = lm.merge(loras, method="subtract")["unet.m"].delta_bias()
 
     assert found is None if biases[0] is None else np.array_equal(found, np.full(26, 1.0))
+
+
+@pytest.mark.parametrize(("weights", "share"), [(None, 1.0), ([0.5, 1.0], 0.5)])
+def test_subtracting_from_a_bias_alone_leaves_that_bias(weights: list[float] | None, share: float) -> None:
+    first, second = lora(BiasOnly(diff_b=np.full(26, 2, np.float32))), lora(layer("linear", 4, seed=1))
+
+    found = lm.merge([first, second], method="subtract", weights=weights)["unet.m"]
+
+    assert found.bias_only
+    assert np.array_equal(found.diff_b, np.full(26, 2 * share))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.5], "equal", "energy", "energy-sum"])
+def test_a_share_above_1_is_not_subtracted_whoever_chose_it(weights: Any) -> None:
+    first = layer("linear", 4, seed=1)
+    loras = [lora(first), lora(scaled(first, -0.5))]
+
+    with pytest.raises(
+        MergeError, match=r"unet.m: subtract: the weight of what is removed is a share in \[0, 1\], got"
+    ):
+        lm.merge(loras, method="subtract", weights=weights)
+
+    assert lm.merge(loras, method="subtract", weights="l2")["unet.m"].norm() > 0
 
 
 @pytest.mark.parametrize("method", METHODS)

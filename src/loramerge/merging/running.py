@@ -184,8 +184,8 @@ class Merger:
             return one(join, layers)
         found: dict[int, dict[str, LowRank]] = {}
         for module in join.modules:
-            weights = self.weights.of(module)
             with computing(module):
+                weights = self._weights_of(module)
                 for i, layer in zip(self.steps[module].inputs, self.inputs(module), strict=True):
                     if not layer.bias_only:
                         part = linear.merge([layer], [weights[i]])
@@ -214,7 +214,7 @@ class Merger:
         return self._uncut(step, self.inputs(step.module))
 
     def _uncut(self, step: Step, layers: Sequence[Layer]) -> Layer:
-        weights = self.weights.of(step.module)
+        weights = self._weights_of(step.module)
         pairs = [(layer, weights[i], i) for layer, i in zip(layers, step.inputs, strict=True)]
         if step.kept:
             return scaled_layer(*pairs[0][:2])
@@ -225,6 +225,17 @@ class Merger:
         biases = [pair for pair in counted if pair[0].bias_only]
         merged = self._by_method(step, weighed, shares, inputs)
         return plus_biases(merged, [layer for layer, _, _ in biases], [weight for _, weight, _ in biases])
+
+    def _weights_of(self, module: str) -> Sequence[Any]:
+        """Return the weights of a module; those that no header tells are checked here, as the others are by the plan.
+
+        Raises:
+            MergeError: The method doesn't take them.
+        """
+        weights = self.weights.of(module)
+        if self.weights.deferred and self.method.allows:
+            self.method.allows([weights[i] for i in self.steps[module].inputs])
+        return weights
 
     def _by_method(
         self, step: Step, layers: Sequence[Layer], weights: Sequence[Any], inputs: tuple[int, ...]

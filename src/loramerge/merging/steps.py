@@ -92,7 +92,9 @@ def steps_of(
         present = [i for i, lora in enumerate(loras) if module in lora.layouts]
         found = given[module] = None if weights is None else weights(module)
         inputs = tuple(i for i in present if found is None or found[i])
-        if inputs and not (method.of_first and inputs[0] != 0):
+        if method.of_first:
+            inputs = _of_first(loras[0], module, inputs)
+        if inputs:
             merged[module] = inputs
         shapes[module] = _common_shape([loras[i] for i in present], module)
         if inputs and len(inputs) < len(present):  # perhaps those that are left change the bias only
@@ -100,6 +102,13 @@ def steps_of(
     single = len({i for inputs in merged.values() for i in inputs}) == 1
     maker = _Maker(loras, method, options, rank, ranked, base, takes_dense, isinstance(rank, str), single)
     return {module: maker.step(module, shapes[module], inputs, given[module]) for module, inputs in merged.items()}
+
+
+def _of_first(first: LoRA, module: str, inputs: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the LoRAs that count if the result is the first one, changed: where it changes the bias only, it alone."""
+    if inputs[:1] != (0,):
+        return ()
+    return inputs[:1] if first.layout(module).bias_only else inputs
 
 
 @dataclass(frozen=True)

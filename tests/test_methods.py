@@ -16,7 +16,7 @@ from loramerge.layers import BiasOnly, Layer, LowRank
 from loramerge.merging.methods import METHODS
 from loramerge.merging.methods.engines import elementwise
 from loramerge.merging.methods.options import options_of
-from loramerge.merging.methods.selection import ranks_in_rows
+from loramerge.merging.methods.selection import between, ranks_in_rows
 from loramerge.merging.methods.spaces import core
 from loramerge.testing import check_method, random_layer, random_lora, relative_error
 
@@ -387,6 +387,30 @@ def test_a_share_above_1_is_not_subtracted_whoever_chose_it(weights: Any) -> Non
         lm.merge(loras, method="subtract", weights=weights)
 
     assert lm.merge(loras, method="subtract", weights="l2")["unet.m"].norm() > 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("top", [0.0, 0.007, 0.3])
+def test_entries_between_two_magnitudes_are_their_share_with_ties_too(share: float, top: float) -> None:
+    drawn = np.random.default_rng(0).standard_normal((20, 30)).astype(np.float32)
+    tied = {"none": drawn, "all": np.sign(drawn), "some": np.round(drawn)}
+
+    kept = {name: between(values, share, top) for name, values in tied.items()}
+
+    order = np.sort(np.abs(drawn).ravel())[::-1]
+    above = int(top * drawn.size)
+    assert set(np.abs(drawn)[kept["none"]]) == set(order[above : above + int(share * drawn.size)])
+    assert all(mask.mean() >= share for mask in kept.values())
+
+
+def test_breadcrumbs_keeps_entries_that_are_all_of_one_size() -> None:
+    signs = [
+        np.sign(np.random.default_rng(seed).standard_normal(shape)) for seed, shape in enumerate(((26, 1), (1, 18)))
+    ]
+    up, down = (factor.astype(np.float32) for factor in signs)
+    given = lora(LowRank(up=up, down=down))
+
+    assert lm.merge([given], weights=[1.0], method="breadcrumbs", rank=1).norm() == pytest.approx(given.norm())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -46,15 +46,16 @@ def largest(values: Float[Array, "*shape"], share: float) -> Bool[Array, "*shape
 def between(values: Float[Array, "*shape"], share: float, top: float) -> Bool[Array, "*shape"]:
     """Return a mask of the ``share`` of entries whose magnitudes come next after the ``top`` share of the largest.
 
-    If fewer entries than the share are left below those, fewer of the largest are left out.
+    If fewer entries than the share are left below those, fewer of the largest are left out.  Ties with the first or the last
+    entry that is kept are kept, too.
     """
     xp = namespace(values)
     size = math.prod(values.shape)
     kept = count(size, share)
     above = min(int(top * size), size - kept)
     magnitudes = xp.abs(values)
-    mask = magnitudes >= kth_largest(magnitudes, max(1, above + kept))
-    return mask & (magnitudes < kth_largest(magnitudes, above)) if above else mask
+    mask = magnitudes >= kth_largest(magnitudes, above + kept)
+    return mask & (magnitudes <= kth_largest(magnitudes, above + 1)) if above else mask
 
 
 def ranks_in_rows(values: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import tomllib
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import loramerge as lm
 from loramerge.errors import FileError, MergeError, OptionError
 from loramerge.files.metadata import RECIPE
-from loramerge.merging import toml
+from loramerge.merging import Coefficients, toml
 from loramerge.merging.recipe_text import Input, Output
 from loramerge.testing import relative_error, weighted_sum
 from small import MODULES, small
@@ -439,6 +440,7 @@ def recipes(draw: st.DrawFn) -> lm.Recipe:
     return lm.Recipe(
         loras=tuple(loras),
         weights=given_weights,
+        weights_sha256=draw(st.none() | st.just("0" * 64)) if isinstance(given_weights, str) else None,
         scope=draw(st.sampled_from([None, "module", "whole"])) if given_weights in ("l2", "energy-sum") else None,
         method="dare",
         options=draw(st.fixed_dictionaries({}, optional={"density": st.floats(0.1, 1), "seed": st.integers(0, 2**40)})),
@@ -538,6 +540,30 @@ def test_another_base_of_the_same_name_is_refused_until_it_is_allowed(tmp_path: 
     with pytest.raises(MergeError, match=r"base\.safetensors has changed: its sha256 .*--allow-changed"):
         recipe.plan()
     assert recipe.plan(allow_changed=True)
+
+
+def learned(folder: Path, value: float) -> None:
+    """Coefficients of one value for the LoRAs of the folder."""
+    loras = [lm.load(folder / f"{name}.safetensors") for name in ("person", "jersey")]
+    columns = {m: np.full((2, math.prod(loras[0].layout(m).shape[1:])), value, np.float32) for m in loras[0]}
+    Coefficients.of(columns, loras, [1.0, 1.0]).save(folder / "learned.safetensors")
+
+
+def test_a_merge_by_learned_weights_knows_their_numbers(folder: Path) -> None:
+    learned(folder, 0.5)
+    recipe = lm.Recipe.read(write(folder, f'weights = "learned.safetensors"\n{TWO}'))
+    merged = recipe.run(folder / "merged.safetensors")
+    with lm.open(merged) as lora:
+        made = dataclasses.replace(lm.Recipe.of(lora), folder=str(folder))
+    assert recipe_in(merged)["weights_sha256"] == made.weights_sha256 == recipe.plan().weights.sha256
+    assert again(merged).read_bytes() == merged.read_bytes()
+
+    learned(folder, 0.25)
+
+    with pytest.raises(MergeError, match=r"in learned\.safetensors have changed: their sha256 is .*--allow-changed"):
+        made.plan()
+    assert made.plan(allow_changed=True)
+    assert made.override(weights="sum").plan()
 
 
 def test_a_base_that_the_result_does_not_depend_on_is_not_hashed(folder: Path) -> None:

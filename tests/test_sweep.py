@@ -157,6 +157,24 @@ def test_a_changed_input_or_recipe_is_merged_again(recipe: Path, tmp_path: Path)
     assert [row.reused for row in (changed, other, same)] == [False, False, True]
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_changed_learned_weights_are_merged_again(saved: bool, recipe: Path, tmp_path: Path) -> None:
+    loras = lm.Recipe.read(recipe).open()
+    modules = {module: lora.layout(module).shape for lora in loras for module in lora}
+
+    def swept(value: float) -> sweeping.Row:
+        columns = {m: np.full((2, math.prod(shape[1:])), value, np.float32) for m, shape in modules.items()}
+        found = Coefficients.of(columns, loras, [1.0, 1.0])
+        weights = str(found.save(tmp_path / "learned.safetensors")) if saved else found
+        (row,) = lm.sweep(Recipe.read(recipe).override(weights=weights), {"rank": ["sum"]}, tmp_path / "out")
+        return row
+
+    first, same, changed = swept(1.0), swept(1.0), swept(0.5)
+
+    assert [row.reused for row in (first, same, changed)] == [False, True, False]
+    assert lm.load(changed.path).norm() == pytest.approx(0.5 * lm.merge(loras, weights="sum").norm(), rel=1e-5)
+
+
 def test_a_sweep_that_stopped_goes_on(recipe: Path, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done == 2:

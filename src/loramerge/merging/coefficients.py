@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..files.lora import LoRA
 from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.texts import as_json, parsed
-from ..files.storage.writer import write
+from ..files.storage.writer import sha256, write
 from ..tensors import Array, Held, Spec, Stored, check_finite
 
 KEY = "loramerge.coefficients"
@@ -56,6 +57,11 @@ class Coefficients:
         """Make coefficients for given LoRAs from arrays in memory."""
         held = {module: Held(array) for module, array in columns.items()}
         return cls(held, tuple(map(float, others)), tuple(lora.name for lora in loras), dict(provenance or {}))
+
+    @cached_property
+    def sha256(self) -> str:
+        """Content hash: SHA-256 of a safetensors file holding only these numbers, without names and provenance."""
+        return sha256(self.columns, {"others": as_json(self.others)})
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Coefficients":

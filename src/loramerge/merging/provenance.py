@@ -39,6 +39,7 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
     options = {name: "inf" if value == math.inf else value for name, value in plan.options.items()}
     found: dict[str, Any] = {"loramerge": __version__, **_method(plan.method), "options": options}
     found |= {"weights": weights} if isinstance(weights, str) else {}
+    found |= {"weights_sha256": plan.weights.sha256} if plan.weights.sha256 else {}
     found |= {"scope": plan.weights.scope} if plan.weights.scope else {}
     found |= {"rank": plan.rank}
     if plan.budget:

@@ -73,6 +73,8 @@ class Recipe:
     loras: tuple[Input, ...]
     weights: PlainWeights = None
     """One per LoRA, the name of a rule, a file of learned coefficients, or None for the method's default."""
+    weights_sha256: str | None = None
+    """`Coefficients.sha256` of learned coefficients; others are refused, unless changes are allowed."""
     scope: Scope | None = None
     """The modules over which a rule on norms takes them; None for the rule's own choice."""
     method: Method | str = "linear"
@@ -150,7 +152,7 @@ class Recipe:
         head["method"] = self.method if isinstance(self.method, str) else _name(self.method)
         each: Sequence[Weight | None] = [None] * len(self.loras)
         if isinstance(self.weights, str):
-            head |= {"weights": self.weights, "scope": self.scope}
+            head |= {"weights": self.weights, "weights_sha256": self.weights_sha256, "scope": self.scope}
         elif isinstance(self.weights, Coefficients):
             raise OptionError("Learned coefficients in memory have no place in a recipe. Way out: save them first.")
         elif self.weights is not None:
@@ -176,6 +178,8 @@ class Recipe:
         options = {**self.options, **changes.pop("options", {})}
         if any(name in changes for name in BUDGETS):
             changes = dict.fromkeys(BUDGETS) | changes
+        if "weights" in changes:
+            changes = {"weights_sha256": None} | changes
         if not takes_scope(changes.get("weights", self.weights)):
             changes = {"scope": None} | changes
         changed = replace(self, **changes, output=replace(self.output, **output))
@@ -214,6 +218,7 @@ class Recipe:
             self,
             loras=tuple(entry(given, lora) for given, lora in zip(self.loras, planned.given, strict=True)),
             weights=weights,
+            weights_sha256=planned.weights.sha256,
             base=None if self.base is None else from_there(self._base_path()),
             base_sha256=planned.base.sha256 if planned.base and planned.on_base else None,
             output=replace(self.output, path=None if output and output.startswith("..") else output),
@@ -279,6 +284,7 @@ class Recipe:
             **self.options,
         )
         if not allow_changed:
+            self._check_weights(planned)
             self._check_base(planned)
         dialect, dtype = self.output.to or planned.dialect, self.output.dtype
         check_writable(dialect, planned.dialect)
@@ -388,6 +394,15 @@ class Recipe:
                     f"{entry.sha256}. Way out: use the original file, or merge what is there now (--allow-changed, or "
                     "allow_changed=True)."
                 )
+
+    def _check_weights(self, planned: Plan) -> None:
+        found = planned.weights.sha256
+        if self.weights_sha256 is not None and found and self.weights_sha256.lower() != found:
+            raise MergeError(
+                f"The coefficients in {self.weights} have changed: their sha256 is {found}, the recipe was made with "
+                f"{self.weights_sha256}. Way out: use the original file, or merge with what is there now (--allow-changed, "
+                "or allow_changed=True)."
+            )
 
     def _check_base(self, planned: Plan) -> None:
         if self.base_sha256 is not None and planned.base and self.base_sha256.lower() != planned.base.sha256:

@@ -20,6 +20,7 @@ ENTRIES: Mapping[str, tuple[type, ...]] = {
     "energy": (int, float, str),
     "max_size": (int, str),
     "weights": (str,),
+    "weights_sha256": (str,),
     "scope": (str,),
     "exclude": (list,),
     "architecture": (str,),

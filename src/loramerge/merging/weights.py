@@ -67,6 +67,8 @@ class ModuleWeights:
     """The argument with which `resolve` gives the same weights again."""
     scope: Scope | None = None
     """The modules over which norms are taken, if the weights are by a rule on norms."""
+    sha256: str | None = None
+    """`Coefficients.sha256` of learned weights; None for others."""
 
 
 def resolve(
@@ -97,7 +99,8 @@ def resolve(
         weights = Coefficients.read(weights)
     if isinstance(weights, Coefficients):
         weights.check(loras)
-        return ModuleWeights(weights.of_module, ("learned",) * len(loras), True, True, weights.source)
+        label = ("learned",) * len(loras)
+        return ModuleWeights(weights.of_module, label, True, True, weights.source, sha256=weights.sha256)
     if weights is None or isinstance(weights, str):
         rule = rule_of(weights or "sum", learned)
         if rule.count is None:

@@ -519,8 +519,18 @@ def test_a_lora_that_is_baked_is_never_written_over(tmp_path: Path) -> None:
     base = made(tmp_path / "base", "file", "sdxl", models.base("sdxl"))
     lora = lm.save(models.lora("sdxl"), tmp_path / "lora.safetensors", dialect="kohya", allow_lossy=True)
 
+    for given in (lora, str(lora), lm.open(lora)):
+        with pytest.raises(OptionError, match="one of the LoRAs that are baked"):
+            lm.bake([given], base, lora)
+
+
+def test_a_lora_in_a_directory_is_never_written_over(tmp_path: Path) -> None:
+    base = made(tmp_path / "base", "file", "sdxl", models.base("sdxl"))
+    (tmp_path / "loras").mkdir()
+    lora = lm.save(models.lora("sdxl"), tmp_path / "loras" / "a.safetensors", dialect="kohya", allow_lossy=True)
+
     with pytest.raises(OptionError, match="one of the LoRAs that are baked"):
-        lm.bake([lora], base, lora)
+        lm.bake([lora.parent], base, lora)
 
 
 def test_a_failed_bake_of_a_directory_leaves_nothing(tmp_path: Path) -> None:

@@ -520,6 +520,21 @@ def test_a_conversion_is_not_written_over_what_it_reads(files: tuple[Path, Path]
     assert files[0].read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("read", "written", "to"),
+    [("p/adapter_model.safetensors", "p", "peft"), ("p", "p/adapter_model.safetensors", "kohya")],
+)
+def test_a_conversion_is_not_written_over_a_part_of_what_it_reads(
+    read: str, written: str, to: str, tmp_path: Path
+) -> None:
+    before = lm.load(lm.save(small(), tmp_path / "p", dialect="peft")).sha256
+
+    result = run("convert", tmp_path / read, "-o", tmp_path / written, "--to", to)
+
+    refused(result, "is the LoRA that is read", tmp_path)
+    assert lm.load(tmp_path / "p").sha256 == before
+
+
 def test_loras_without_a_module_in_common_are_told_apart_in_a_line(files: tuple[Path, Path], tmp_path: Path) -> None:
     other = lm.save(small("sd15", MODULES["sd15"][:2]), tmp_path / "other.safetensors", dialect="kohya")
 

@@ -282,6 +282,21 @@ def test_a_text_encoder_that_one_model_lacks_is_not_counted_as_the_same(tmp_path
     assert "only one of the models has text_encoder" in said
 
 
+@pytest.mark.parametrize("name", ["base", "tuned"])
+def test_the_command_does_not_write_over_a_model(name: str, tmp_path: Path) -> None:
+    paths = {
+        n: models.single_file(tmp_path / f"{n}.safetensors", "sd15", models.base("sd15", seed=seed))
+        for seed, n in enumerate(("base", "tuned"))
+    }
+    before = paths[name].read_bytes()
+
+    command = ["extract", paths["tuned"], "--base", paths["base"], "-o", paths[name]]
+    with pytest.raises(OptionError, match="is one of the models that are compared"):
+        CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
+
+    assert paths[name].read_bytes() == before
+
+
 def test_the_command_extracts_and_reports(tmp_path: Path) -> None:
     a, b = (models.single_file(tmp_path / f"{n}.safetensors", "sdxl", models.base("sdxl", seed=n)) for n in (1, 2))
     command = [sys.executable, "-m", "loramerge", "extract", a, "--base", b, "--rank", "3", "--to", "diffusers-peft"]

@@ -586,6 +586,39 @@ def test_a_recipe_does_not_write_over_what_it_reads(entry: str, what: str, folde
         lm.Recipe.read(write(folder, text)).target()
 
 
+@pytest.mark.parametrize(
+    ("read", "written", "to"),
+    [
+        ("p", "p", None),
+        ("p", "p.safetensors", None),
+        ("p", "p", "peft"),
+        ("p", "p.safetensors", "peft"),
+        ("p", "p/adapter_model.safetensors", "kohya"),
+        ("p/adapter_model.safetensors", "p", "peft"),
+        ("p/text_encoder", "p", "peft"),
+        ("alone", "alone/x.safetensors", "kohya"),
+    ],
+)
+def test_an_input_in_a_directory_is_not_written_over(read: str, written: str, to: str | None, tmp_path: Path) -> None:
+    lm.save(small(seed=1), tmp_path / "p", dialect="peft")
+    (tmp_path / "alone").mkdir()
+    lm.save(small(seed=2), tmp_path / "alone" / "x.safetensors")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    recipe = lm.Recipe(loras=(Input(path=str(tmp_path / read)),), output=Output(to=to))
+
+    with pytest.raises(OptionError, match="is one of the LoRAs that are merged"):
+        recipe.run(tmp_path / written)
+
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_a_file_may_stand_beside_the_directory_that_is_read(tmp_path: Path) -> None:
+    lm.save(small(seed=1), tmp_path / "p", dialect="peft")
+    recipe = lm.Recipe(loras=(Input(path=str(tmp_path / "p")),), output=Output(to="kohya"))
+
+    assert recipe.run(tmp_path / "p.safetensors") == tmp_path / "p.safetensors"
+
+
 @on_linux
 def test_a_recipe_closes_what_it_opened(folder: Path) -> None:
     text = "[[loras]]\npath = 'person.safetensors'\n[[loras]]\npath = '{}'\n"

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 import loramerge as lm
 from loramerge.errors import MergeError, OptionError
-from loramerge.merging import Coefficients, sweeping
+from loramerge.merging import Coefficients, Input, sweeping
 from loramerge.merging.figures import extent, measure
 from loramerge.merging.grid import left_out, points
 from loramerge.merging.ledger import ordered
@@ -155,6 +155,19 @@ def test_a_changed_input_or_recipe_is_merged_again(recipe: Path, tmp_path: Path)
     (same,) = lm.sweep(Recipe.read(recipe).override(weights=(0.1, 0.2)), {"rank": [1]}, tmp_path / "out")
 
     assert [row.reused for row in (changed, other, same)] == [False, False, True]
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "peft"])
+def test_a_sweep_does_not_write_over_an_input(dialect: str, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    read = lm.save(small(), tmp_path / "out" / "rank=2.safetensors", dialect=dialect)
+    before = lm.load(read).sha256
+
+    with pytest.raises(OptionError, match=r"rank=2.* is one of the LoRAs that are merged"):
+        lm.sweep(Recipe(loras=(Input(path=str(read)),)), {"rank": [1, 2]}, tmp_path / "out")
+
+    assert lm.load(read).sha256 == before
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [read.name]
 
 
 @pytest.mark.parametrize("saved", [True, False])

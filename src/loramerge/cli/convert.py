@@ -58,13 +58,13 @@ def run(given: Options) -> None:
     from ..files.writing import check_apart, check_growth, check_target, save, saved_size
 
     target = check_target(given.output, given.to)
-    check_apart(given.file, target)
     with (
         open(
             given.file, architecture=given.architecture, adapter=given.adapter, allow_pickle=given.allow_pickle
         ) as opened,
         progress("Converting", given.quiet) as report,
     ):
+        check_apart([given.file, *opened.paths], target)
         lora = renumbered(opened, pairs(given.map), given.to) if given.map else opened
         kept = lora.exclude(*given.exclude) if given.exclude else lora
         dialect = written_dialect(given.to).name

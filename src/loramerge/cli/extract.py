@@ -46,9 +46,10 @@ def run(given: Options) -> None:
     Example: loramerge extract tuned.safetensors --base sd_xl_base_1.0.safetensors -o tuned-lora.safetensors --rank 64
     """
     from ..checkpoints.extracting import plan_extraction
-    from ..files.writing import check_target, save
+    from ..files.writing import check_apart, check_target, save
 
-    check_target(given.output, given.to or "kohya")
+    target = check_target(given.output, given.to or "kohya")
+    check_apart([given.tuned, given.base], target, "one of the models that are compared")
     silent = given.quiet or given.json
     with progress("Comparing", silent) as report:
         planned = plan_extraction(

@@ -155,8 +155,6 @@ def make(
         advice: Whether the LoRAs are compared too.
         save_recipe: The file to write the recipe to, if any.
     """
-    from ..files.writing import check_target
-
     shared = {field.name: getattr(given, field.name) for field in fields(Making) if field.name not in HOW}
     typed = {name: value for name, value in {**changes, **shared}.items() if value}
     recipe, output = overridden(recipe_of(files), typed, given.quiet), given.output
@@ -168,7 +166,7 @@ def make(
         loras = opened or [stack.enter_context(lora) for lora in recipe.open(allow_pickle=given.allow_pickle)]
         target = None if given.dry_run and output is None else recipe.target(output)
         if target is not None:
-            check_target(target, recipe.output.to or loras[0].dialect)
+            recipe.check_target(target, loras)
         with progress("Measuring", given.quiet) as report:
             planned = recipe.plan(loras, allow_changed=allow_changed, progress=report)
         _announce(recipe, planned, given.quiet)

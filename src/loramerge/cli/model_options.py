@@ -153,13 +153,14 @@ class Learning(OnModel, Sampled):
         """Plan the sum of the LoRAs, which says what the result's modules, dialect and dtype are."""
         from ..files.dialects.write import check_writable
         from ..files.reading import load
-        from ..files.writing import check_target
+        from ..files.writing import check_apart, check_target
         from ..merging.verbs import plan
 
         loras = [load(file, architecture=self.architecture) for file in self.files]
         planned = plan(loras, weights=[1.0] * len(loras))
         check_writable(self.to or planned.dialect, planned.dialect)
-        check_target(self.output, self.to or planned.dialect)
+        target = check_target(self.output, self.to or planned.dialect)
+        check_apart(self.files, target, "one of the LoRAs that are merged")
         return planned
 
     def examples(

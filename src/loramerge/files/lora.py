@@ -131,6 +131,11 @@ class LoRA(Mapping[str, Layer]):
             file.close()
 
     @property
+    def paths(self) -> list[str]:
+        """Paths of the open files that layers are read from."""
+        return [file.path for file in self.files]
+
+    @property
     def families(self) -> tuple[str, ...]:
         """Every model family that the LoRA may be for, the likeliest first; empty if it is unknown."""
         return (self.architecture, *self.alike) if self.architecture else ()

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -13,7 +13,7 @@ from .architectures.names import COMPONENTS
 from .dialects import written_dialect
 from .lora import LoRA
 from .reading import PEFT_CONFIG, PEFT_FILE, PEFT_FILES, Source, open
-from .storage.paths import path_of
+from .storage.paths import path_of, same
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,9 +161,8 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
     target = path_of(path)
     if written_dialect(dialect).name == "peft":
         folder = peft_folder(target)
-        for component in ("", *COMPONENTS):
-            for name in (*PEFT_FILES, PEFT_CONFIG):
-                replaced_mode(folder / component / name)
+        for path in _replaced(folder)[1:]:
+            replaced_mode(path)
         return folder
     if os.path.isdir(target) or target.suffix != ".safetensors":
         raise OptionError(f"Can't write {target}: wanted a path that ends in .safetensors.")
@@ -179,15 +178,27 @@ def peft_folder(target: "Path") -> "Path":
     return target.with_suffix("") if target.suffix == ".safetensors" else target
 
 
-def check_apart(source: str | os.PathLike[str], target: "Path") -> None:
-    """Refuse to overwrite the LoRA that is being read.
+def check_apart(read: Iterable[str | os.PathLike[str]], target: "Path", what: str = "the LoRA that is read") -> None:
+    """Refuse to overwrite what is being read.
+
+    Args:
+        read: The files and directories that are read, and names on the Hub.
+        target: The path that `check_target` returned.
+        what: What is read there, for the error.
 
     Raises:
-        OptionError: They are one file or directory.
+        OptionError: Saving would replace one of them.
     """
-    path = path_of(source)
-    if path.exists() and target.exists() and path.samefile(target):
-        raise OptionError(f"{target} is the LoRA that is read. Way out: another output.")
+    if any(same(path_of(path), place) for path in read for place in _replaced(target)):
+        raise OptionError(f"{target} is {what}. Way out: another output.")
+
+
+def _replaced(target: "Path") -> "list[Path]":
+    """Return what is replaced by saving: a file, or the adapters in a PEFT directory, which is asked for without a suffix."""
+    if target.suffix == ".safetensors":
+        return [target]
+    folders = [target / component for component in ("", *COMPONENTS)]
+    return [target, *(folder / name for folder in folders for name in (*PEFT_FILES, PEFT_CONFIG))]
 
 
 def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None") -> "Path":

@@ -7,6 +7,7 @@ float32 and rounded once, to the weight's own dtype; the rounding loss is report
 import functools
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from ..files.families import common
 from ..files.lora import LoRA, checked, without
 from ..files.metadata import RECIPE
 from ..files.reading import Source, is_list, open
-from ..files.storage.paths import path_of
+from ..files.storage.paths import path_of, same
 from ..files.storage.texts import as_json
 from ..files.storage.writer import Progress
+from ..files.writing import check_apart
 from ..layers import Layer, Rows
 from ..linalg import as_numpy
 from ..tensors import Array, Shape, float32, parse_dtype, put_rows, take_rows
@@ -104,7 +106,9 @@ def bake(
     kept = without(opened, (exclude,) if isinstance(exclude, str) else exclude)
     model = base if isinstance(base, Checkpoint) else open_checkpoint(base, variant=variant, likely=common(kept))
     target = _checked_target(path_of(output), model)
-    _check_not_an_input(target, listed)
+    for lora, source in zip(opened, listed, strict=True):
+        given = [source] if isinstance(source, str | os.PathLike) else []
+        check_apart([*given, *lora.paths], target, "one of the LoRAs that are baked")
     left_out = _strays(kept, allow_lossy)
     resolved = resolve(kept, weights, scope, base=model, learned=False)
     if resolved.columns:
@@ -136,16 +140,6 @@ def _strays(loras: Sequence[LoRA], allow_lossy: bool) -> list[str]:
     return strays
 
 
-def _check_not_an_input(target: Path, loras: Sequence[object]) -> None:
-    if any(isinstance(lora, str | Path) and _same(path_of(lora), target) for lora in loras):
-        raise OptionError(f"Can't write {target}: it is one of the LoRAs that are baked. Way out: another output.")
-
-
-def _same(a: Path, b: Path) -> bool:
-    """Return whether two paths lead to the same file or directory."""
-    return a.exists() and b.exists() and a.samefile(b)
-
-
 def _checked_target(target: Path, model: Checkpoint) -> Path:
     """Return the target, if the base can be written there.
 
@@ -155,7 +149,7 @@ def _checked_target(target: Path, model: Checkpoint) -> Path:
     """
     if not target.parent.is_dir():
         raise FileError(f"Can't write {target}: no such directory: {target.parent}.")
-    if _same(model.path, target):
+    if same(model.path, target):
         raise OptionError(f"Can't write {target}: it is the base itself, which would be lost. Way out: another output.")
     if model.path.is_file():
         if target.suffix != ".safetensors" or target.is_dir():

@@ -38,7 +38,7 @@ from ..files.storage.paths import path_of
 from ..files.storage.pickles import PICKLES
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.texts import read_text
-from ..files.writing import check_target, peft_folder, save
+from ..files.writing import check_apart, check_target, peft_folder, save
 from ..tensors import parse_dtype
 from . import toml
 from .coefficients import Coefficients
@@ -327,7 +327,7 @@ class Recipe:
         target = self.target(output)
         with ExitStack() as stack:
             loras = [stack.enter_context(lora) for lora in self.open(allow_pickle=allow_pickle)]
-            check_target(target, self.output.to or loras[0].dialect)
+            self.check_target(target, loras)
             planned = self.plan(loras, allow_changed=allow_changed, progress=progress)
             return self.write(planned, target, workers=workers, progress=progress)
 
@@ -348,6 +348,24 @@ class Recipe:
             if os.path.realpath(source) == os.path.realpath(target):
                 raise OptionError(f"{target} is {what}. Way out: another output.")
         return target
+
+    def check_target(self, target: str | os.PathLike[str], loras: Sequence[LoRA], dialect: str | None = None) -> Path:
+        """Return the path that will be written, once it is sure that it can be and that no LoRA is read from there.
+
+        Args:
+            target: The path of the result, see `target`.
+            loras: The recipe's LoRAs, opened.
+            dialect: The dialect of the result, if it is known; by default that of the recipe, or of the first LoRA.
+
+        Raises:
+            OptionError: The path isn't of the dialect's kind, or a LoRA is read from there.
+            FileError: The directory is missing, or a file that would be replaced is read-only.
+        """
+        place = check_target(target, dialect or self.output.to or loras[0].dialect)
+        for entry, lora in zip(self.loras, loras, strict=True):
+            given = [path_of(entry.path, self.folder)] if entry.path else []
+            check_apart([*given, *lora.paths], place, "one of the LoRAs that are merged")
+        return place
 
     def _base_path(self) -> Path:
         return path_of(self.base or "", self.folder)

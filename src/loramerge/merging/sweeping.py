@@ -75,13 +75,15 @@ def sweep(
     todo = points(recipe, grid)
     folder = make_folder(path_of(output))
     for point in todo:
-        check_target(folder / point.file, point.recipe.output.to or "kohya")
+        check_target(point.recipe.target(folder / point.file), point.recipe.output.to or "kohya")
     ledger = Ledger(folder, _name(score))
     rows: list[Row] = []
     errors: list[LoRAMergeError] = []
     products: Products = {}
     with ExitStack() as stack:
         loras = [stack.enter_context(lora) for lora in recipe.open(allow_pickle=allow_pickle)]
+        for point in todo:
+            point.recipe.check_target(folder / point.file, loras)
         for done, point in enumerate(todo, start=1):
             row, error = _tried(point, loras, products, ledger, score, allow_changed, workers)
             rows.append(row)
@@ -117,7 +119,7 @@ def _tried(
 
 def _merged(point: Point, planned: Plan, products: Products, ledger: Ledger, workers: int) -> Row:
     """Merge a point, unless its file is there already, and return its row."""
-    target = check_target(ledger.folder / point.file, planned.dialect)
+    target = point.recipe.check_target(ledger.folder / point.file, planned.given, planned.dialect)
     figures = ledger.figures(point.name) if _is_made(target, planned.recipe) else None
     row = Row(point.name, target, point.settings, figures or {}, figures is not None)
     if figures is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...comparing import advice, compare
 from ...errors import OptionError, size
-from ...files.writing import check_growth, check_target
+from ...files.writing import check_growth
 from ...merging import Plan, Recipe
 from ...merging.running import Kept
 from ..compare import as_text
@@ -166,7 +166,7 @@ def _planned(
     with ExitStack() as stack:
         loras = [stack.enter_context(lora) for lora in recipe.open()]
         if target is not None:
-            check_target(target, recipe.output.to or loras[0].dialect)
+            recipe.check_target(target, loras)
         plan = recipe.plan(loras, progress=progress)
         made = plan.lora()
         length = planned_size(plan, made)

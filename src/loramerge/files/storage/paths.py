@@ -63,3 +63,8 @@ def is_there(text: str) -> bool:
 def printable(name: str) -> str:
     r"""Return a file's name as text; a byte of it that isn't UTF-8 is spelled ``\xff``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def same(a: "Path", b: "Path") -> bool:
+    """Return whether two paths lead to the same file or directory."""
+    return a.exists() and b.exists() and a.samefile(b)

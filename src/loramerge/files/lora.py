@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -131,7 +132,7 @@ class LoRA(Mapping[str, Layer]):
             file.close()
 
     @property
-    def paths(self) -> list[str]:
+    def paths(self) -> list[str | os.PathLike[str]]:
         """Paths of the open files that layers are read from."""
         return [file.path for file in self.files]
 

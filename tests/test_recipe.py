@@ -587,6 +587,47 @@ def test_a_recipe_does_not_write_over_what_it_reads(entry: str, what: str, folde
 
 
 @pytest.mark.parametrize(
+    "part",
+    [
+        lambda whole: lm.open(whole).exclude("text_encoder*"),
+        lambda whole: lm.load(whole).select("unet*"),
+        lambda whole: lm.plan([whole], weights=[1.0]).lora().exclude("text_encoder*"),
+    ],
+    ids=["exclude", "select", "plan"],
+)
+def test_a_part_of_a_merge_names_its_parents_and_has_no_recipe(part: Any, folder: Path) -> None:
+    whole = lm.Recipe.read(write(folder, TWO)).run(folder / "whole.safetensors")
+
+    saved = lm.save(part(whole), folder / "part.safetensors", dialect="kohya")
+
+    assert [entry["name"] for entry in recipe_in(saved)["inputs"]] in (
+        ["person.safetensors", "jersey.safetensors"],
+        ["whole.safetensors"],
+    )
+    with lm.open(saved) as lora, pytest.raises(MergeError, match=r"part\.safetensors has no recipe .* changed since"):
+        lm.Recipe.of(lora)
+
+
+def test_a_merge_without_some_modules_has_its_recipe_and_those_of_its_parents(folder: Path) -> None:
+    whole = lm.Recipe.read(write(folder, TWO)).run(folder / "whole.safetensors")
+
+    merged = lm.save(lm.plan([whole], weights=[0.5], exclude="text_encoder*").lora(), folder / "merged.safetensors")
+
+    (entry,) = recipe_in(merged)["inputs"]
+    assert json.loads(entry["metadata"][RECIPE]) == recipe_in(whole)
+    assert again(merged).read_bytes() == merged.read_bytes()
+
+
+def test_a_text_in_place_of_a_recipe_is_kept(folder: Path) -> None:
+    tensors = safetensors.numpy.load_file(folder / "person.safetensors")
+    safetensors.numpy.save_file(tensors, folder / "own.safetensors", {RECIPE: "made by hand"})
+
+    saved = lm.save(lm.open(folder / "own.safetensors").exclude("text_encoder*"), folder / "part.safetensors")
+
+    assert lm.files.read_metadata(saved)[RECIPE] == "made by hand"
+
+
+@pytest.mark.parametrize(
     ("read", "written", "to"),
     [
         ("p", "p", None),

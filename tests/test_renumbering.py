@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import loramerge as lm
 from loramerge.cli.app import app
-from loramerge.errors import DialectError, LoRAMergeError, OptionError
+from loramerge.errors import DialectError, LoRAMergeError, MergeError, OptionError
 from loramerge.files.renumbering import renumbered
 from loramerge.testing import random_lora
 
@@ -145,3 +145,14 @@ def test_a_map_that_says_too_little_is_refused(
         renumbered(lm.load(file(tmp_path)), rules)
 
     assert said in str(raised.value)
+
+
+def test_a_renumbered_merge_is_not_what_its_recipe_makes(tmp_path: Path) -> None:
+    merged = lm.save(lm.merge([file(tmp_path)]), tmp_path / "merged.safetensors")
+
+    with lm.open(merged) as lora:
+        found = renumbered(lora, {"blocks.0": "blocks.0", "blocks.3": "blocks.1"})
+        assert lm.Recipe.of(lora)
+
+    with pytest.raises(MergeError, match="changed since"):
+        lm.Recipe.of(found)

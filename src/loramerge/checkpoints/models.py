@@ -137,7 +137,7 @@ class Checkpoint(Mapping[str, Place]):
         """
         return self.read(self.weights[module])
 
-    def finite(self, module: str) -> Array:
+    def finite_weight(self, module: str) -> Array:
         """Return a module's weight in float32.
 
         Raises:
@@ -476,7 +476,7 @@ def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
         MergeError: The base's weight has another shape.
         NumberError: A value of the base's weight is NaN or infinite.
     """
-    weight = base.finite(module)
+    weight = base.finite_weight(module)
     if not same_weight(tuple(weight.shape), layer.shape):
         raise MergeError(
             f"the {layer.kind} layer has the shape {tuple(layer.shape)}, the weight in the base {base.name} "

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,11 +16,14 @@ from .building import LayerBuilder
 from .dialects import adapters, alphas, fields
 from .dialects.fields import Config
 from .dialects.read import Reading, read
+from .metadata import of_changed
 from .storage.header import Awaited
 from .storage.paths import printable
 from .storage.reader import SafetensorsFile
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     import torch
 
     from .storage.writer import Progress
@@ -132,7 +134,7 @@ class LoRA(Mapping[str, Layer]):
             file.close()
 
     @property
-    def paths(self) -> list[str | os.PathLike[str]]:
+    def paths(self) -> "list[str | PathLike[str]]":
         """Paths of the open files that layers are read from."""
         return [file.path for file in self.files]
 
@@ -184,9 +186,10 @@ class LoRA(Mapping[str, Layer]):
     def part(self, modules: Iterable[str]) -> "LoRA":
         """Return the LoRA with some of its modules only; there may be none."""
         layouts = {m: self.layouts[m] for m in modules}
-        return (
-            self if len(layouts) == len(self) else replace(self, layouts=layouts, origin=None, compute=self.__getitem__)
-        )
+        if len(layouts) == len(self):
+            return self
+        metadata = of_changed(self.metadata)
+        return replace(self, layouts=layouts, metadata=metadata, origin=None, compute=self.__getitem__)
 
     def shaped(self, weights: Mapping[str, Shape]) -> "LoRA":
         """Return the LoRA with its layers in the weights' shapes, where the file flattened a kernel.
@@ -227,7 +230,9 @@ class LoRA(Mapping[str, Layer]):
         kept = self.part(self.others(*patterns))
         selector = Selector(patterns)
         extras = {key: t for key, t in self.extras.items() if not selector.matching(key)}
-        return kept if len(extras) == len(self.extras) else replace(kept, extras=extras, origin=None)
+        if len(extras) == len(self.extras):
+            return kept
+        return replace(kept, extras=extras, metadata=of_changed(self.metadata), origin=None)
 
     @property
     def as_read(self) -> bool:
@@ -334,13 +339,13 @@ def _alphas(layers: Mapping[str, Layer]) -> dict[str, str]:
 
 
 def checked(lora: LoRA, module: str) -> Layer:
-    """Return a module's layer without NaN and infinity: those of a file were refused when it was read.
+    """Return a module's layer without NaN and infinity: those of an open file were refused when it was read.
 
     Raises:
         NumberError: A value is not finite.
     """
     layer = lora[module]
-    if lora.compute is None:
+    if not lora.files:
         with within(f"{lora.name}: {module}"):
             for tensor in layer.tensors().values():
                 check_finite(tensor)

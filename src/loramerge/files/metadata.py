@@ -11,7 +11,7 @@ from .architectures import Label
 from .architectures.labels import label_of, labelled
 from .dialects.config import adapter_metadata, component_configs
 from .storage.header import Awaited
-from .storage.texts import as_json, parsed
+from .storage.texts import as_json, said
 
 if TYPE_CHECKING:
     from .dialects.write import Spelling
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 RECIPE = "loramerge"
 """The metadata key of a merged file's recipe."""
+
+CHANGED = "changed"
+"""The entry of a recipe whose result was changed since: some of its layers were left out, or have other numbers."""
 
 HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 STALE = (
@@ -71,6 +74,18 @@ def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in STALE and not NUMBERED.fullmatch(key)}
 
 
+def of_changed(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the metadata of a LoRA that was changed: a recipe names its parents still, and says that it makes another file."""
+    if isinstance(metadata, Awaited):
+        return Awaited(metadata.known, RECIPE, _marked(metadata.draft), lambda: _marked(metadata[RECIPE]))
+    return {**metadata, RECIPE: _marked(metadata[RECIPE])} if RECIPE in metadata else metadata
+
+
+def _marked(recipe: str) -> str:
+    found = said(recipe)
+    return as_json(found | {CHANGED: True}) if "inputs" in found else recipe
+
+
 def inputs_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the entries of the LoRAs that a merge's record names; none where it has another form."""
     found = record.get("inputs")
@@ -92,8 +107,8 @@ def _short(number: Any) -> str:
 
 
 def _with_output(recipe: str, spelling: "Spelling") -> str:
-    """Return a merge's recipe with the dialect and the dtype in which it is written."""
-    found = parsed(recipe, RECIPE)
+    """Return a merge's recipe with the dialect and the dtype in which it is written; any other text as it is."""
+    found = said(recipe)
     if "inputs" not in found:
         return recipe
     output = {"dialect": spelling.dialect.name}

@@ -15,6 +15,7 @@ from .dialects import DIALECTS
 from .dialects.forms import BEFORE
 from .dialects.naming import UNKNOWN
 from .lora import LoRA, from_tensors
+from .metadata import of_changed
 
 NUMBER = re.compile(r"\{i(?:(?P<sign>[+-])(?P<shift>\d+)|\*(?P<times>\d+)/(?P<over>[1-9]\d*))?\}")
 """Matches the number of a block in a rule's right side."""
@@ -126,7 +127,7 @@ def renumbered(lora: LoRA, rules: Mapping[str, str], to: str | None = None) -> L
     read = partial(
         from_tensors,
         kept,
-        lora.metadata,
+        of_changed(lora.metadata),
         lora.name,
         config=lora.origin.config,
         dialect=lora.origin.forced.get("dialect"),

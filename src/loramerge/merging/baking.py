@@ -268,7 +268,7 @@ class _Sum:
         missing = layer.whole.shape[0]
         for module, other in lora.layouts.items():
             if isinstance(other, Rows) and other.source == layer.source and module in self.model:
-                put_rows(fused, other.ranges, self.model.finite(module).reshape(other.shape))
+                put_rows(fused, other.ranges, self.model.finite_weight(module).reshape(other.shape))
                 missing -= other.shape[0]
         if missing:
             raise MergeError(

@@ -241,7 +241,7 @@ class Plan:
 
     def _metadata(self) -> Awaited:
         """Return the metadata: entries on which all inputs agree; the others go into the record, per input."""
-        metadatas = [lasting(lora.metadata) for lora in self.loras]
+        metadatas = [lasting(lora.metadata) for lora in self.given]
         known = {k: v for k, v in metadatas[0].items() if k != RECIPE and all(m.get(k) == v for m in metadatas)}
         # A picture shows what its own LoRA does, and is large.
         apart = [{k: v for k, v in m.items() if k not in known or k in (PHRASE, TAGS, LICENCE)} for m in metadatas]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
 from ..errors import FileError, MergeError
+from ..files.metadata import CHANGED
 from ..files.storage.texts import as_json, parsed
 from ..registry import code_of
 from ..tensors import NAMES
@@ -110,6 +111,11 @@ def from_metadata(text: str | None, name: str) -> dict[str, Any]:
             f"{name} has no recipe that 'loramerge merge' can run again: it was learned on a model, by 'loramerge {learned}' "
             f"or loramerge.learned. Ways out: 'loramerge {learned}' with the settings that 'loramerge inspect --json' "
             "shows, or 'loramerge merge --weights' with its coefficients, if they were saved."
+        )
+    if found.get(CHANGED):
+        raise MergeError(
+            f"{name} has no recipe that can be run again: it was changed since, as layers were left out or have other numbers. "
+            "Way out: run the recipe of the file that it was made from, and change the result anew."
         )
     if not known:
         raise MergeError(

@@ -26,12 +26,11 @@ def draw(job: Job, setting: Setting) -> bool:
     """
     drawing, shots = job.protocol.drawing, job.shots(setting)
     turns = [(_used(job, setting, repeat), seeds) for repeat, seeds in job.turns(setting)]
-    batch = drawing.batch
     found = depends_on(job, turns)
     folder, known = job.pictures / setting.name, f"pictures/{setting.name}"
     if job.ledger.has(known, found):
         for _, seeds in turns:
-            _remove_parts([shot.path for shot in shots if shot.seed in seeds], batch)
+            _remove_parts([shot.path for shot in shots if shot.seed in seeds], drawing.batch)
     else:
         if job.ledger.has_any(known):  # the folder is from another run of ours
             cleared(folder)
@@ -49,7 +48,7 @@ def draw(job: Job, setting: Setting) -> bool:
             seeds,
             job.pictures,
             sampling=Sampling(steps=drawing.steps, guidance=drawing.guidance),
-            batch=batch,
+            batch=drawing.batch,
             base=title(job.protocol.base),
         )
     return True

@@ -243,10 +243,10 @@ def _announce(recipe: "Recipe", planned: "Plan", quiet: bool) -> None:
 
 def planned_size(planned: "Plan", made: "LoRA") -> int:
     """Return the bytes of the file of a plan, whose LoRA is ``made``."""
-    from ..files.writing import outgrows
+    from ..files.writing import outgrows, saved_size
 
     length = planned.size  # which needs no values, as the size of the file may
-    return length if outgrows(made, length) else planned.file_size
+    return length if outgrows(made, length) else saved_size(made, allow_lossy=planned.allow_lossy)
 
 
 def plan_lines(recipe: "Recipe", planned: "Plan", made: "LoRA", length: int) -> list[str]:

@@ -75,7 +75,7 @@ def lasting(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def of_changed(metadata: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the metadata of a LoRA that was changed: a recipe names its parents still, and says that it makes another file."""
+    """Return the metadata of a changed LoRA: its recipe still names the parents, and is marked as that of another file."""
     if isinstance(metadata, Awaited):
         return Awaited(metadata.known, RECIPE, _marked(metadata.draft), lambda: _marked(metadata[RECIPE]))
     return {**metadata, RECIPE: _marked(metadata[RECIPE])} if RECIPE in metadata else metadata

@@ -161,8 +161,8 @@ def check_target(path: str | os.PathLike[str], dialect: str) -> "Path":
     target = path_of(path)
     if written_dialect(dialect).name == "peft":
         folder = peft_folder(target)
-        for path in _replaced(folder)[1:]:
-            replaced_mode(path)
+        for file in _adapters(folder):
+            replaced_mode(file)
         return folder
     if os.path.isdir(target) or target.suffix != ".safetensors":
         raise OptionError(f"Can't write {target}: wanted a path that ends in .safetensors.")
@@ -189,16 +189,15 @@ def check_apart(read: Iterable[str | os.PathLike[str]], target: "Path", what: st
     Raises:
         OptionError: Saving would replace one of them.
     """
-    if any(same(path_of(path), place) for path in read for place in _replaced(target)):
+    places = [target] if target.suffix == ".safetensors" else [target, *_adapters(target)]
+    if any(same(path_of(path), place) for path in read for place in places):
         raise OptionError(f"{target} is {what}. Way out: another output.")
 
 
-def _replaced(target: "Path") -> "list[Path]":
-    """Return what is replaced by saving: a file, or the adapters in a PEFT directory, which is asked for without a suffix."""
-    if target.suffix == ".safetensors":
-        return [target]
-    folders = [target / component for component in ("", *COMPONENTS)]
-    return [target, *(folder / name for folder in folders for name in (*PEFT_FILES, PEFT_CONFIG))]
+def _adapters(folder: "Path") -> "list[Path]":
+    """Return the files that a PEFT directory may hold, and that saving into it replaces."""
+    folders = [folder / component for component in ("", *COMPONENTS)]
+    return [place / name for place in folders for name in (*PEFT_FILES, PEFT_CONFIG)]
 
 
 def _save_folder(lora: LoRA, path: "Path", spelling: "Spelling", workers: int, progress: "Progress | None") -> "Path":

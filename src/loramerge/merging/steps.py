@@ -145,7 +145,7 @@ class _Maker:
     def _alone(self, layouts: Sequence[Layer], weight: float) -> bool:
         """Return whether a module has one layer, which can be handed on times its weight."""
         layout = layouts[0]
-        if len(layouts) == 1 and layout.kind == "set":
+        if len(layouts) == 1 and layout.replaces:
             return True  # a new value of the weight, which no method changes and no rank cuts
         if len(layouts) > 1 or not self.method.linear or layout.rankless or layout.times(weight) is None:
             return False

@@ -12,7 +12,7 @@ PARALLEL = 0.9995
 """From this cosine on the arc counts as a straight line: sin Ω would be a small number in a denominator."""
 
 CANCELLED = math.sqrt(2 / (1 - PARALLEL))
-"""A mean whose parts together are this many times as long consists of their rounding: half way on slerp's longest arc."""
+"""The ratio of the parts' lengths to their mean's above which the mean is rounding: that of two ΔWs at slerp's limit."""
 
 WAY_OUT = "Way out: another method, such as linear"
 

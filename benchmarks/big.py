@@ -6,6 +6,7 @@
 Exit code 1 if a goal is missed.
 """
 
+import argparse
 from functools import partial
 from pathlib import Path
 
@@ -24,22 +25,29 @@ ROWS = {
 SAMPLE = 2
 """Modules that PEFT merges; its time is multiplied by the modules of the file."""
 PEFT = {"exact sum": "cat", "cut": "svd", "ties": "ties_svd"}
-PEERS_HEAD = ("instead of", "", "modules run", "modules", "CPU s a module", "CPU s of all, by these", "/ loramerge's")
+PEFT_MORE = {"ties": ("--density", "0.2")}
+PEERS_HEAD = ("instead of", "", "modules run", "modules", "CPU s per module", "CPU s of all, by these", "/ loramerge's")
 PEERS = """PEFT's `add_weighted_adapter` was run on {} modules of each file, on weights that take no memory, and its \
-time multiplied by the number of modules. The merge scripts of sd-scripts and musubi-tuner were not run: they are no \
-packages, and their repositories are not here. Of *ties* and *resize* the arithmetic counted is that of the cut."""
+time multiplied by the number of modules; so was the SVD of sd-scripts. The other script of sd-scripts is for FLUX.1 \
+alone, and was run on the whole file. musubi-tuner merges LoRAs only into a model. Of *ties* and *resize* the arithmetic \
+counted is that of the cut."""
+SCRIPTS = {"exact sum": ("flux_merge_lora.py", "--concat"), "cut": ("svd_merge_lora.py",)}
+"""What sd-scripts runs in place of ours."""
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0], ROWS)
     parser.add_argument("--peers", type=int, default=SAMPLE, help="modules that PEFT merges; 0 leaves it out")
+    parser.add_argument(
+        "--sd-scripts", type=Path, help="a checkout of sd-scripts; without it, its scripts are left out"
+    )
     given = parser.parse_args()
     legend = f"{LEGEND.format(dtypes='float16, Qwen-Image in bfloat16')}\n\n{PEERS.format(given.peers)}"
-    measured(given, TITLE, legend, {row: partial(family, row, given.peers) for row in ROWS})
+    measured(given, TITLE, legend, {row: partial(family, row, given) for row in ROWS})
 
 
-def family(row: str, sample: int, costs: Costs) -> None:
-    """Measure one family: every command, then PEFT in their place."""
+def family(row: str, given: argparse.Namespace, costs: Costs) -> None:
+    """Measure one family: every command, then PEFT and sd-scripts in their place."""
     title, full, dtype, dialect = ROWS[row]
     rank, bench = costs.rank(full), costs.bench
     files = costs.loras(row, full, "--dtype", dtype, "--to", "diffusers-peft")
@@ -62,8 +70,24 @@ def family(row: str, sample: int, costs: Costs) -> None:
     ]
     found = costs.section(f"{title}, two LoRAs of rank {rank}, {size / 1e6:.0f} MB each", cases)
     goals(bench, title, found, size)
-    if sample:
-        peers(bench, title, found, files, rank, sample)
+    if given.peers:
+        out, options = bench.out("peer"), ["--rank", str(rank), "--modules", str(given.peers)]
+        runs = [
+            (ours, f"PEFT `{how}`", peer("peft_merge", out, files, "--type", how, *options, *PEFT_MORE.get(ours, ())))
+            for ours, how in PEFT.items()
+        ]
+        if given.sd_scripts and row == "flux":
+            runs += [scripts(ours, out, files, given, rank) for ours in SCRIPTS]
+        peers(bench, title, found, runs)
+
+
+def scripts(ours: str, out: str, files: list[str], given: argparse.Namespace, rank: int) -> tuple[str, str, Command]:
+    """Return what sd-scripts runs in place of ours: the concatenation of the whole files, or an SVD of some modules."""
+    script, *options = SCRIPTS[ours]
+    if ours == "cut":
+        options += ["--new_rank", str(rank), "--precision", "float", "--modules", str(given.peers)]
+    said = ["--checkout", str(given.sd_scripts), "--script", script, *options]
+    return ours, f"sd-scripts `{' '.join(SCRIPTS[ours])}`", peer("sd_scripts", out, files, *said)
 
 
 def goals(bench: Bench, title: str, found: dict[str, Cost], size: int) -> None:
@@ -76,18 +100,16 @@ def goals(bench: Bench, title: str, found: dict[str, Cost], size: int) -> None:
     bench.want(f"{title}: peak memory, MB", peak, 150.0, note=note)
 
 
-def peers(bench: Bench, title: str, found: dict[str, Cost], files: list[str], rank: int, sample: int) -> None:
-    """Run PEFT on a few modules, each method in place of ours."""
+def peers(bench: Bench, title: str, found: dict[str, Cost], runs: list[tuple[str, str, Command]]) -> None:
+    """Run what others have in place of ours; a few modules stand for all of the file."""
     rows = []
-    for ours, theirs in PEFT.items():
-        print(f"  PEFT {theirs}", flush=True)
-        options = ["--rank", str(rank), *["--density", "0.2"] * (ours == "ties"), "--modules", str(sample)]
-        said = run(peer("peft_merge", bench.out("peft"), files, "--type", theirs, *options)).said
+    for ours, name, command in runs:
+        print(f"  {name}", flush=True)
+        said = run(command).said
         modules = found["cut"].limits[0][1]["modules"]
-        a_module = said["cpu_ms"] / 1000
-        figures = map(number, (a_module, a_module * modules, a_module * modules / found[ours].median("run_cpu")))
-        rows.append([ours, f"PEFT `{theirs}`", f"{said['modules']:.0f}", f"{modules:.0f}", *figures])
-    rows += [[name, "sd-scripts, musubi-tuner", "not run", "", "", "", ""] for name in ("exact sum", "cut")]
+        each = said["cpu_ms"] / 1000
+        figures = map(number, (each, each * modules, each * modules / found[ours].median("run_cpu")))
+        rows.append([ours, name, f"{said['modules']:.0f}", f"{modules:.0f}", *figures])
     bench.sections.append(Section(f"{title}: what a user would run instead", rows, PEERS_HEAD))
 
 

@@ -138,12 +138,12 @@ def features(alone: Sequence[lm.LoRA]) -> dict[str, float]:
     found = {
         name: float(getattr(pair, name)) for name in ("cosine", "input_overlap", "output_overlap", "conflict", "clash")
     }
-    for i, each in enumerate(total.loras):
+    for i, each in enumerate(total.alone):
         found[f"log_norm_{i}"] = float(np.log(each.norm))
         found[f"effective_rank_{i}"] = each.effective_rank
-    for part in compared.grouped(lambda row: "words" if ".attn2." in row.module else "other"):
-        for i, each in enumerate(part.loras):
-            found[f"share_{part.module}_{i}"] = each.square / total.loras[i].square
+    for part in compared.grouped(lambda row: "words" if ".attn2." in row.name else "other"):
+        for i, each in enumerate(part.alone):
+            found[f"share_{part.name}_{i}"] = each.square / total.alone[i].square
     return found
 
 

@@ -316,6 +316,37 @@ def test_what_a_method_gives_is_looked_at(layer: Any, said: str) -> None:
         lm.merge(loras, method=made(layer))
 
 
+def halved(layers: Sequence[Layer]) -> LowRank:
+    up, down = layers[0].factors()
+    return LowRank(up=up, down=down, alpha=up.shape[1] / 2, up_bias=np.ones(len(up), np.float32))
+
+
+def with_a_core(layers: Sequence[Layer]) -> LowRank:
+    up, down = layers[0].factors()
+    rank = up.shape[1]
+    core = np.random.default_rng(0).normal(size=(rank, rank, 3, 3)).astype("float32")
+    return LowRank(up=up[..., None, None], down=down[:, ::9, None, None], mid=core)
+
+
+@pytest.mark.parametrize("layer", [halved, with_a_core])
+@pytest.mark.parametrize("options", [{}, {"rank": 2}, {"rank": 12}, {"max_error": 0.5}])
+def test_a_methods_alpha_core_and_bias_are_part_of_its_result(layer: Any, options: dict[str, Any]) -> None:
+    module = "unet.down_blocks.0.resnets.0.conv1" if layer is with_a_core else MODULES["sdxl"][0]
+    loras = [small(seed=seed, modules=(module,)) for seed in (1, 2)]
+    given = layer([loras[0][module]])
+    left, values, right = np.linalg.svd(given.delta().reshape(given.shape[0], -1).astype(float), full_matrices=False)
+
+    found = lm.merge(loras, method=made(layer), **options)[module]
+
+    kept = len(values) if not options else found.rank
+    if "max_error" in options:
+        assert values[kept:] @ values[kept:] <= 0.25 * values @ values < values[kept - 1 :] @ values[kept - 1 :]
+    wanted = ((left * values)[:, :kept] @ right[:kept]).reshape(given.shape)
+    assert relative_error(found.delta(), wanted) < 1e-5
+    if given.up_bias is not None:
+        assert np.allclose(found.delta_bias(), 0.5)
+
+
 def test_a_method_that_is_said_to_be_linear_keeps_what_modules_share() -> None:
     modules = tuple(f"transformer.transformer_blocks.0.attn.to_{x}" for x in "qkv")
     keys = small("flux", modules).state_dict("kohya")

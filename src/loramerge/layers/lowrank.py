@@ -76,6 +76,13 @@ class LowRank(Layer):
         plain = self.without_core(to)
         return times(matrix(plain.up, to), self.scale), matrix(plain.down, to)
 
+    def as_product(self) -> "LowRank":
+        """Return the layer as ``up @ down`` alone: without alpha, a Tucker core or a bias in ``up``."""
+        if self.scale == 1.0 and self.mid is None and self.up_bias is None:
+            return self
+        up, down = self.factors()
+        return low_rank(up, down, self.shape, self.down_id if self.mid is None else None, self.delta_bias())
+
     def stored_factors(self) -> tuple[Array, Array, float]:
         plain = self.without_core()
         return flatten(plain.up), flatten(plain.down), plain.scale

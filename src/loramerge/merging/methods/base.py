@@ -124,7 +124,7 @@ def applied(
             check_finite(tensor)
     except NumberError as error:
         raise NumberError(f"{error}. Way out: a smaller weight or alpha") from None
-    return merged
+    return merged.as_product() if isinstance(merged, LowRank) else merged
 
 
 def _check_factors(method: Method, merged: LowRank, layers: Sequence[Layer], rank: int) -> None:

@@ -36,7 +36,11 @@ STRENGTHS = (0.5, 0.6, 0.71, 0.85, 1.0, 1.2)
 PLAIN = ("linear", 0.71, 0.71)
 """The sum over √2, which a tuner must beat."""
 SHAPED = ("slerp", "karcher", "ties", "magmax", "knots", "tsv", "iso_c", "np_lora", "wudi")
-"""Methods that are tried at every strength; the merge at weight 1 is scaled, so that strength means the same for all."""
+"""Methods that are tried at every strength: their merge is scaled."""
+MEANS = ("slerp", "karcher", "wudi")
+"""Those whose merge is a mean of the LoRAs; that of the others is as strong as their sum."""
+STRONGER = (1.45, 1.7)
+"""Strengths of means beside the others."""
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 Recipe = tuple[str, float, float]
@@ -48,7 +52,7 @@ Key = tuple[str, int]
 def recipes() -> list[Recipe]:
     """List what is tried: sums at all pairs of weights, other methods at all strengths."""
     sums = [("linear", a, b) for a, b in product(STRENGTHS, repeat=2)]
-    return sums + [(method, s, s) for method in SHAPED for s in STRENGTHS]
+    return sums + [(method, s, s) for method in SHAPED for s in STRENGTHS + STRONGER * (method in MEANS)]
 
 
 @dataclass(frozen=True)
@@ -92,43 +96,46 @@ def _job(out: Path) -> Job:
 
 
 def _work(piece: tuple[Job, Key]) -> Key:
-    """Measure a pair, unless that is done."""
+    """Measure by a pair what isn't measured yet."""
     job, key = piece
-    if not _file(job, key).exists():
-        with one_thread():
-            _measure(job, key)
+    with one_thread():
+        _measure(job, key)
     return key
 
 
 def _measure(job: Job, key: Key) -> None:
     pair, repeat = key
-    names = leaderboard.PAIRS[pair]
+    names, file = leaderboard.PAIRS[pair], _file(job, key)
     alone = [loras.load(job, name, repeat) for name in names]
     folders = [job.truth_folder(pair, REFERENCE), *map(job.set_folder, names)]
+    known = _read(file) if file.exists() else Measured(features(alone), {})
+    missing = [recipe for recipe in recipes() if recipe not in known.errors]
+    if not missing:
+        return
     errors = Errors(bases.denoiser(job.protocol.base, job.device), folders, alone, seed=job.protocol.data.seed)
-    rows = [{"recipe": "features", **features(alone)}]
-    for recipe, merged in _merges(alone):
-        rows.append({"recipe": " ".join(map(str, recipe)), **errors.of(merged)})
-    lines = [
-        {"recipe": row["recipe"], "name": name, "value": row[name]} for row in rows for name in row if name != "recipe"
-    ]
-    file = _file(job, key)
+    rows: list[tuple[str, Mapping[str, float]]] = [("features", known.features)]
+    rows += [(_text(recipe), values) for recipe, values in known.errors.items()]
+    rows += [(_text(recipe), errors.of(merged)) for recipe, merged in _merges(alone, missing)]
+    lines = [{"recipe": text, "name": name, "value": found[name]} for text, found in rows for name in found]
     make_folder(file.parent)
     write_text(file, csv_text(lines))
 
 
-def _merges(alone: Sequence[lm.LoRA]) -> Iterator[tuple[Recipe, lm.LoRA]]:
-    shaped = {method: lm.merge(alone, method=method, weights="sum" if method in SUMMED else None) for method in SHAPED}
-    for recipe in recipes():
+def _text(recipe: Recipe) -> str:
+    return " ".join(map(str, recipe))
+
+
+def _merges(alone: Sequence[lm.LoRA], wanted: Sequence[Recipe]) -> Iterator[tuple[Recipe, lm.LoRA]]:
+    shaped = {
+        method: lm.merge(alone, method=method, weights=None if method in MEANS else "sum")
+        for method in {method for method, *_ in wanted} - {"linear"}
+    }
+    for recipe in wanted:
         method, *weights = recipe
         if method == "linear":
             yield recipe, lm.merge(alone, weights=weights)
         else:
             yield recipe, lm.merge([shaped[method]], weights=weights[:1])
-
-
-SUMMED = ("knots", "tsv", "iso_c", "np_lora", "ties", "magmax")
-"""Methods that take each LoRA at weight 1, where the others take means."""
 
 
 def features(alone: Sequence[lm.LoRA]) -> dict[str, float]:

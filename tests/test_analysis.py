@@ -299,6 +299,16 @@ def test_some_rows_say_nearly_what_all_rows_say() -> None:
     assert the_pair(a, b, rows=640).conflict == exact.conflict
 
 
+def test_a_conflict_in_some_rows_counts_for_all_rows_of_its_module() -> None:
+    """In a tall module all signs are opposite, in a low one none: most of the values are the tall one's."""
+    tall, low = random_factors(1, 4, 2048, 32), random_factors(2, 4, 64, 32)
+    a, b = made({UP: tall, DOWN: low}), made({UP: (-tall[0], tall[1]), DOWN: low})
+
+    exact = the_pair(a, b).conflict
+    assert exact > 0.9
+    assert the_pair(a, b, rows=64).conflict == pytest.approx(exact, abs=0.02)
+
+
 def test_a_seed_chooses_the_rows_and_nothing_else() -> None:
     a, b = small(seed=1), small(seed=2)
     first, again, other = (lm.compare([a, b], rows=5, seed=seed).total.pairs[0, 1] for seed in (0, 0, 1))
@@ -528,6 +538,17 @@ def test_of_three_the_pair_that_collides_is_named() -> None:
     said = advice(lm.compare([a, b, c]))
     assert said.startswith("a and c mostly collide")
     assert said.endswith("-w '1;unet.up_blocks.*.attn2.*=0.5' -w 1 -w 1.")
+
+
+def test_a_lora_that_was_not_compared_everywhere_is_not_said_to_change_nothing() -> None:
+    modules = MODULES["sdxl"][:2]
+    lora, dora = small(seed=1, modules=modules), small(seed=2, kind="dora", modules=modules)
+    plain = small(seed=2)[modules[0]]
+    mixed = replace(dora, layouts={**dora.layouts, modules[0]: plain.times(0.0)})
+    zero = replace(dora, layouts={modules[0]: plain.times(0.0)})
+
+    assert advice(lm.compare([lora, mixed])).endswith("in the modules that were compared; 1 other layer can't be.")
+    assert "needn't have it" in advice(lm.compare([lora, zero]))
 
 
 def test_loras_that_meet_only_where_nothing_can_be_said_are_not_called_free_of_conflict() -> None:

@@ -22,6 +22,7 @@ from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.dialects import readers
 from loramerge.files.dialects.readers import DROPS, READERS
 from loramerge.files.storage.reader import SafetensorsFile
+from loramerge.layers import BiasOnly
 from loramerge.testing import random_lora
 from small import MODULES, small
 
@@ -111,6 +112,11 @@ def test_a_scale_in_the_header_is_not_read_by_all(tmp_path: Path) -> None:
     found = lm.check(tmp_path / "a.safetensors", "comfyui")
 
     assert any("4 times as strong" in finding.what for finding in found.findings)
+    whole = random_lora("flux").select("transformer").state_dict("diffusers-peft")
+    save_file({key: tensor.numpy() for key, tensor in whole.items()}, tmp_path / "b.safetensors", header)
+    found = lm.check(lm.open(tmp_path / "b.safetensors", architecture="flux"), "comfyui")
+    assert found.verdict == "in part"
+    assert f"in part, 0 of {found.layers} layers load at the strength that the file says" in str(found)
     assert not lm.check(tmp_path / "a.safetensors", "diffusers").findings
 
 
@@ -140,6 +146,21 @@ def test_modules_that_do_not_fit_the_base_are_found(tmp_path: Path) -> None:
     assert found.verdict == "in part"
     assert found.ignored == (second, first)
     assert lm.check(lora, "comfyui").verdict == "yes"
+
+
+def test_a_bias_fits_a_module_of_its_length(tmp_path: Path) -> None:
+    proj, size = "unet.down_blocks.1.attentions.0.proj_in", (640, 640)
+    folder = tmp_path / "base" / "unet"
+    folder.mkdir(parents=True)
+    weights = {f"{proj.removeprefix('unet.')}.weight": np.zeros(size, np.float16)}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+
+    def found(length: int) -> list[str]:
+        lora = replace(small(), layouts={proj: BiasOnly(diff_b=np.ones(length, np.float32))})
+        return [finding.what for finding in lm.check(lora, "comfyui", base=tmp_path / "base").findings]
+
+    assert not any("another shape" in what for what in found(640))
+    assert any("another shape" in what for what in found(320))
 
 
 LISTED = {

@@ -1,13 +1,16 @@
 """Two LoRAs are the same when they do the same, and only then."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import loramerge as lm
-from loramerge.comparing.diffs import differences
+from loramerge.comparing.diffs import apart, differences
 from loramerge.files.lora import LoRA
+from loramerge.layers import Full
+from loramerge.testing import random_layer
 from small import MODULES, small
 
 TO_Q = MODULES["sdxl"][0]
@@ -43,6 +46,20 @@ def test_a_bias_is_part_of_what_a_layer_does() -> None:
 
 def test_a_module_that_one_lacks_is_a_difference() -> None:
     assert distance(small(), small(modules=(TO_Q,))) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_updates_of_other_shapes_are_not_the_same(kind: str) -> None:
+    ones = {shape: np.ones(shape, np.float32) for shape in ((4, 8), (8, 4), (4, 2, 2, 2))}
+    layers = {shape: Full(diff=ones[shape]) for shape in ones}
+    if kind == "lora":
+        layers = {shape: random_layer(shape, rank=2) for shape in ones}
+    first, turned, kernel = (replace(small(), layouts={TO_Q: layers[shape]}) for shape in ones)
+
+    assert next(differences(first, turned)).relative == math.inf
+    assert "no module in common" in apart(first, turned)
+    assert not apart(first, kernel)
+    assert next(differences(first, kernel)).relative < math.inf
 
 
 def test_kinds_that_mean_the_same_are_the_same() -> None:

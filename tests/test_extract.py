@@ -9,6 +9,7 @@ import jsonschema
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import loramerge as lm
@@ -142,6 +143,28 @@ def test_biases_norms_and_embeddings_are_listed_as_not_held(tmp_path: Path) -> N
     assert list(planned.ranks) == [proj]
     assert set(held) == {norm, f"{proj}.bias", table.removesuffix(".weight")}
     assert held[norm] == (pytest.approx(0.5 * np.linalg.norm(a[f"{norm}.weight"])), pytest.approx(0.5))
+
+
+def test_tables_of_their_own_are_listed_as_not_held(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    shapes = {"attn1.to_q.weight": (1536, 1536), "scale_shift_table": (1, 6, 1536)}
+    values = {f"transformer.blocks.0.{n}": random.normal(size=s).astype("f") for n, s in shapes.items()}
+    for i, name in enumerate(("base", "tuned")):
+        save_file({key: value * (1 + 0.1 * i) for key, value in values.items()}, tmp_path / f"{name}.safetensors")
+
+    paths = [tmp_path / f"{name}.safetensors" for name in ("tuned", "base")]
+    planned = plan_extraction(*paths, rank=4, architecture="wan-1.3b")
+
+    assert list(planned.ranks) == ["transformer.blocks.0.attn1.to_q"]
+    assert [n.tensor for n in planned.not_held] == ["transformer.blocks.0.scale_shift_table"]
+
+
+def test_clips_projection_is_held_though_its_name_does_not_end_in_weight(tmp_path: Path) -> None:
+    base = models.base("sdxl")
+    tuned = {key: value * 1.5 if "text_projection" in key else value for key, value in base.items()}
+    paths = [models.single_file(tmp_path / f"{i}.safetensors", "sdxl", each) for i, each in enumerate((tuned, base))]
+
+    assert "text_encoder_2.text_projection" in plan_extraction(*paths, rank=2).ranks
 
 
 def test_ranks_may_be_given_by_module(tmp_path: Path) -> None:
@@ -288,13 +311,15 @@ def test_the_command_does_not_write_over_a_model(name: str, tmp_path: Path) -> N
         n: models.single_file(tmp_path / f"{n}.safetensors", "sd15", models.base("sd15", seed=seed))
         for seed, n in enumerate(("base", "tuned"))
     }
-    before = paths[name].read_bytes()
+    folders = {n: models.folder(tmp_path / f"{n}-folder", models.base("sd15", seed=s)) for s, n in enumerate(paths)}
+    inside = folders[name] / "unet" / "diffusion_pytorch_model.safetensors"
 
-    command = ["extract", paths["tuned"], "--base", paths["base"], "-o", paths[name]]
-    with pytest.raises(OptionError, match="is one of the models that are compared"):
-        CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
-
-    assert paths[name].read_bytes() == before
+    for given, output in ((paths, paths[name]), (folders, inside)):
+        before = output.read_bytes()
+        command = ["extract", given["tuned"], "--base", given["base"], "-o", output]
+        with pytest.raises(OptionError, match="is one of the models that are compared"):
+            CliRunner().invoke(app, list(map(str, command)), catch_exceptions=False)
+        assert output.read_bytes() == before
 
 
 def test_the_command_extracts_and_reports(tmp_path: Path) -> None:

@@ -137,6 +137,9 @@ def test_calibrate_keeps_moments_for_another_granularity(files: list[Path], base
         done("calibrate", *shared, "-b", base, *PROMPTED[:-1], "3", "-o", second)
     with pytest.raises(LoRAMergeError, match=r"were taken with other base\. Ways out"):
         done("calibrate", *shared, "-b", tmp_path, *PROMPTED, "-o", second, "--batches", "2")
+    with pytest.raises(LoRAMergeError, match=r"were taken with other precision\. Ways out"):
+        done("calibrate", *shared, "-b", base, *PROMPTED, "-o", second, "--batches", "2", "--precision", "bf16")
+    done("calibrate", *shared, "-b", base, *PROMPTED, "-o", second, "--batches", "2", "--precision", "fp32")
     with pytest.raises(LoRAMergeError, match="stand in another order"):
         done("calibrate", *reversed(files), "--moments", kept, "-o", first)
 

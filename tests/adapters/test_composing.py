@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from commands import done, run
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionXLImg2ImgPipeline,
 )
@@ -40,12 +43,13 @@ from loramerge.diffusion import (
 from loramerge.diffusion.composing import places
 from loramerge.diffusion.composing.attention import Maps, looking, tokens
 from loramerge.diffusion.composing.clora import _masks, contrast
-from loramerge.diffusion.composing.layouts import layout_of
+from loramerge.diffusion.composing.layouts import LAYOUTS, layout_of
 from loramerge.diffusion.composing.regions import Regions
 from loramerge.files import file_digest
 from loramerge.learned import mole, settings
 from loramerge.scoring import Box
 from loramerge.scoring.png import recipe_in
+from loramerge.testing import random_layer
 
 FAMILIES = ["sdxl", "sd15", "sd3-medium", "flux"]
 UNETS = ["sdxl", "sd15"]
@@ -275,8 +279,27 @@ def test_every_scheduler_draws_the_same_and_counts_steps(scheduler: Any) -> None
     assert half == [i / len(half) for i in range(len(half))] == seen[len(half) :]
 
 
-def test_an_image_to_image_pipeline_starts_at_its_own_first_step() -> None:
-    pipe = StableDiffusionXLImg2ImgPipeline(**pipe_of("sdxl").components)
+def test_switch_counts_the_two_calls_of_heuns_steps_as_one() -> None:
+    pipe, (first, second) = pipeline("sdxl"), loras("sdxl")
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    active: list[int] = []
+
+    @composition("switch", source="this test", passes="1")
+    def watched(call: Any, *, every: int = 1) -> Tensor:
+        before = call.together
+        call.together = lambda weights: active.append(int(weights.argmax())) or before(weights)
+        return COMPOSITIONS["switch"].function(call, every=every)
+
+    with composed(pipe, [Use(first), Use(second)], watched):
+        drawn(pipe, num_inference_steps=4)
+
+    assert active == [0, 0, 1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DDIMScheduler, DDPMScheduler])
+def test_an_image_to_image_pipeline_starts_at_its_own_first_step(scheduler: Any) -> None:
+    parts = pipe_of("sdxl").components
+    pipe = StableDiffusionXLImg2ImgPipeline(**parts | {"scheduler": scheduler.from_config(parts["scheduler"].config)})
     pipe.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     seen: list[float] = []
@@ -423,9 +446,129 @@ def test_in_regions_a_lora_acts_on_all_words_but_those_of_others() -> None:
         drawn(pipe)
 
     wanted = torch.tensor([0.5, 2.0]).repeat(4, 24, 1)
-    wanted[:, tokens(pipe, PROMPT, "barca"), 0] = 0
-    wanted[:, tokens(pipe, PROMPT, "psq"), 1] = 0
+    prompts = slice(2, None)  # the first two rows are those of the negative prompt, whose words are others
+    wanted[prompts, tokens(pipe, PROMPT, "barca"), 0] = 0
+    wanted[prompts, tokens(pipe, PROMPT, "psq"), 1] = 0
     assert torch.equal(read[0], wanted)
+
+
+def test_words_come_first_where_the_rows_with_the_prompt_do() -> None:
+    words, masks = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.ones(1, 2, 4, 4)
+    site = SimpleNamespace(convolution=None)
+    for name, row in {"ZImageTransformer2DModel": 0, "UNet2DConditionModel": 1}.items():
+        layout = LAYOUTS[name]
+        module = "context_refiner.0.attention.to_k" if row == 0 else "attn2.to_k"
+        found = places.gates(masks, torch.ones(2), words, 2, (1, 4, 4), layout)(
+            f"x.{module}", site, torch.zeros(2, 2, 8)
+        )
+        assert torch.equal(found[row], words[0])
+        assert torch.equal(found[1 - row], torch.ones(2, 2))
+
+
+def regions_of(uses: Sequence[Use], read: Callable[[Any, Regions], Any], **more: Any) -> list[Any]:
+    """What is read of the regions at every call of a drawing of one picture."""
+    found: list[Any] = []
+
+    @composition("read", source="this test", passes="1", placed=True)
+    def reading(call: Any) -> Tensor:
+        regions = Regions(call)
+        with regions.looking():
+            predicted = call.together()
+        found.append(read(call, regions))
+        return predicted
+
+    with composed(pipe_of("sdxl"), uses, reading):
+        drawn(pipe_of("sdxl"), [0], **more)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "middle"),
+    [
+        (Box(right=0.75), Box(left=0.25), {"acting": [1.0, 0.0], "blending": [1.0, 0.0]}),
+        (Box(right=0.25), Box(left=0.75), {"acting": [0.0, 0.0], "blending": [0.5, 0.5]}),
+    ],
+)
+def test_a_hard_border_gives_each_place_to_one_lora_and_to_none_outside_of_all_boxes(
+    left: Box, right: Box, middle: dict[str, list[float]]
+) -> None:
+    first, second = loras("sdxl")
+    (found,) = regions_of(
+        [Use(first, box=left), Use(second, box=right)],
+        lambda _call, regions: {what: getattr(regions, what)(True) for what in middle},
+        num_inference_steps=1,
+    )
+    for what, wanted in middle.items():
+        masks = found[what][0]
+        assert masks[:, 0, masks.shape[-1] // 2].tolist() == wanted
+        assert masks[:, 0, 0].tolist() == [1.0, 0.0]
+        assert masks[:, 0, -1].tolist() == [0.0, 1.0]
+
+
+def test_beside_a_box_a_lora_found_by_words_keeps_out_of_it_and_the_box_holds_from_the_first_step() -> None:
+    first, second = loras("sdxl")
+    seen: list[Tensor] = []
+
+    def gates(masks: Tensor, weights: Tensor, *_: Any) -> Tensor:
+        seen.append(masks * weights[:, None, None])
+        return weights
+
+    uses = [Use(first, box=Box(right=0.5)), Use(second, words="barca")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(places, "gates", gates)
+        by(pipe_of("sdxl"), uses, "regions", {"num_inference_steps": 4, "seeds": [0]}, warm=0.5)
+
+    assert len(seen) == 4
+    for i, masks in enumerate(seen):
+        half = masks.shape[-1] // 2
+        boxed, worded = masks[0]
+        assert boxed[:, :half].min() == 1
+        assert boxed[:, half:].max() == 0
+        if i < 2:
+            assert worded.min() == worded.max() == 1
+        else:
+            assert worded[:, : half - 1].max() < 1e-6  # attention is read at half the size: a border of one place
+            assert worded[:, half + 1 :].min() > 0.99
+
+
+def test_a_mask_with_a_box_is_the_mask_within_it() -> None:
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:4] = 255
+    found = places.drawn(Box(left=0.5), picture(mask), (8, 8))
+    wanted = torch.zeros(8, 8)
+    wanted[:4, 4:] = 1
+    assert found is not None
+    assert torch.equal(found, wanted)
+
+
+def test_the_second_attention_of_sd35_sees_places_and_no_words() -> None:
+    name = "transformer.transformer_blocks.0.attn2.to_k"
+    assert not LAYOUTS["SD3Transformer2DModel"].words.search(name)
+    assert LAYOUTS["SD3Transformer2DModel"].words.search("transformer.transformer_blocks.0.attn.add_k_proj")
+    assert LAYOUTS["UNet2DConditionModel"].words.search(name)
+
+    pipe = pipeline("sd3-medium")
+    torch.manual_seed(0)
+    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
+    model = type(pipe.transformer)(**{**config, "dual_attention_layers": (0,)}).eval()
+    pipe.register_modules(transformer=model)
+    shape = tuple(model.transformer_blocks[0].attn2.to_k.weight.shape)
+    own = lm.LoRA(
+        name="own",
+        architecture=None,
+        dialect="diffusers-peft",
+        layouts={name.replace("to_k", part): random_layer(shape, rank=2, alpha=12.0) for part in ("to_k", "to_v")},
+    )
+    plain = drawn(pipe)
+    assert not close(by(pipe, [Use(own, box=EVERYWHERE)], "regions"), plain, 0.01)
+    assert torch.equal(by(pipe, [Use(own, mask=picture(np.zeros((8, 8), np.uint8)))], "regions"), plain)
+
+
+def test_a_curve_may_jump_at_a_progress() -> None:
+    use = Use(loras("sdxl")[0], 2.0, curve=[(0, 1), (0.5, 1), (0.5, 0), (1, 0)])
+    assert [use.at(x) for x in (0, 0.25, 0.49, 0.5, 0.75, 1)] == [2, 2, 2, 0, 0, 0]
+    up = Use(loras("sdxl")[0], curve=[(0, 0), (0.5, 0), (0.5, 1)])
+    assert [up.at(x) for x in (0.49, 0.5)] == [0, 1]
 
 
 def test_words_are_found_every_time_they_occur_and_only_there() -> None:

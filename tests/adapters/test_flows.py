@@ -260,6 +260,13 @@ def test_learned_merges_fit_better_than_the_sum(architecture: str, tmp_path: Pat
     assert sum(report.fits.values()) < sum(report.sums.values())
 
 
+def test_a_negative_prompt_that_would_not_be_read_is_refused(tmp_path: Path) -> None:
+    pipe = tiny.pipeline("flux")
+    with pytest.raises(OptionError, match=r"reads the negative prompt only with true_cfg_scale.*no --negative"):
+        generate(pipe, {"none": []}, [LONG], [0], tmp_path, sampling=Sampling(steps=1, negative_prompt="blurry"))
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_guidance_begins_at_1_where_the_pipelines_begins_at_0() -> None:
     pipe, both = pieces("z-image")
     denoiser = load(pipe, device="cpu")

@@ -11,10 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.configuration_utils import register_to_config
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -39,7 +41,7 @@ from loramerge.errors import (
     OptionError,
 )
 from loramerge.files.lora import LoRA
-from loramerge.layers import LowRank
+from loramerge.layers import BiasOnly, LowRank
 from loramerge.scoring.png import recipe_in
 from loramerge.scoring.scores import shots_of
 from loramerge.scoring.sheets import sheet
@@ -500,6 +502,27 @@ def test_a_scheduler_can_be_chosen(base: Path) -> None:
     assert not pipe.scheduler.config.clip_sample
     with pytest.raises(OptionError, match="Did you mean 'DDIMScheduler'"):
         pipelines.load_pipeline(str(base), device="cpu", scheduler="DDIMSheduler")
+
+
+def test_a_scheduler_whose_noise_has_a_seed_of_its_own_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seeded(DDIMScheduler):
+        @register_to_config
+        def __init__(self, noise_sampler_seed: int | None = None, **given: Any) -> None:
+            super().__init__(**given)
+
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", Seeded)
+    with pytest.raises(OptionError, match="noise that doesn't follow the pictures' seeds"):
+        pipelines.load_pipeline(str(base), device="cpu", scheduler="DPMSolverSDEScheduler")
+
+
+def test_a_bias_that_fits_is_not_said_to_be_for_another_model(tmp_path: Path) -> None:
+    lora = toys.lora("sd15", 1)
+    module = "unet.down_blocks.0.resnets.0.conv1"
+    length = toys.pipeline("sd15").unet.get_submodule(module.removeprefix("unet.")).weight.shape[0]
+    for size, said in ((length, "bias"), (length + 1, "Is it for another base model")):
+        layouts = {**lora.layouts, module: BiasOnly(diff_b=np.ones(size, np.float32))}
+        with pytest.raises(LoRAMergeError, match=said):
+            draw(toys.pipeline("sd15"), tmp_path, {"a": [Use(replace(lora, layouts=layouts))]})
 
 
 def test_a_missing_base_is_an_error(tmp_path: Path) -> None:

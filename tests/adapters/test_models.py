@@ -12,7 +12,7 @@ from torch import Tensor
 
 import loramerge as lm
 from loramerge import LoRA
-from loramerge.diffusion import Denoiser, from_images, from_prompts, load
+from loramerge.diffusion import Denoiser, from_images, from_prompts, load, schedules
 from loramerge.errors import FileError, MergeError, OptionError
 from loramerge.learned.attach import attach
 from loramerge.learned.batches import Batch
@@ -280,6 +280,35 @@ def test_trajectories_are_made_with_the_text_encoders_too() -> None:
 
     assert difference(found[0][1], seen[1][0][-1]) < 1e-5
     assert difference(found[1][1], seen[1][0][-1]) > 1e-4
+
+
+def test_where_the_pipeline_gives_zeros_for_no_prompt_so_do_trajectories(tmp_path: Path) -> None:
+    lora, found = loras("sdxl")[0], []
+    for text_encoders in (True, False):
+        denoiser = model("sdxl", text_encoders=text_encoders)
+        assert denoiser.pipe.config.force_zeros_for_empty_prompt
+        draw = from_prompts(denoiser, [lora], ["a person"], steps=2, trajectories=1, guidance=5.0)
+        found.append(draw.samples[0])
+
+    assert difference(*found) < 1e-5
+
+
+@pytest.mark.parametrize("shift", ["linear", "exponential"])
+def test_a_flows_shift_is_that_of_its_scheduler(shift: str) -> None:
+    pipe = tiny.pipeline("flux")
+    pipe.scheduler.register_to_config(time_shift_type=shift, use_dynamic_shifting=True)
+    tokens = 64
+    found = schedules.schedule(pipe, True, tokens).shift
+
+    pipe.scheduler.set_timesteps(sigmas=[0.5], mu=schedules.shift(pipe, tokens))
+    assert found * 0.5 / (1 + (found - 1) * 0.5) == pytest.approx(float(pipe.scheduler.sigmas[0]), rel=1e-5)
+
+
+def test_a_prediction_of_the_picture_itself_is_refused() -> None:
+    pipe = tiny.pipeline("sd15")
+    pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "prediction_type": "sample"})
+    with pytest.raises(OptionError, match="predicts 'sample'"):
+        schedules.schedule(pipe, False, 64)
 
 
 def test_modules_of_text_encoders_are_summed_otherwise(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from adapters import toys
 from loramerge.cli.app import app
+from loramerge.cli.score import settings_in
 from loramerge.errors import DeviceMemoryError, FileError, LoRAMergeError, MissingExtraError, NumberError, OptionError
 from loramerge.scoring.bootstrap import Interval, interval, student
 from loramerge.scoring.dino import dinov2
@@ -457,6 +458,29 @@ def test_two_pictures_of_one_prompt_and_seed_are_refused(tmp_path: Path) -> None
 
     with pytest.raises(FileError, match=r"x\.png and .*y\.png"):
         score({"s": tmp_path}, {"r": tmp_path}, colours)
+
+
+def test_pictures_of_two_recipes_in_one_folder_are_refused(tmp_path: Path) -> None:
+    recipe = {"prompt": "A portrait.", "seed": 3, "loras": [{"file": "a", "weight": 1.0}]}
+    save_png(toys.picture(0), tmp_path / "x.png", recipe)
+    save_png(toys.picture(1), tmp_path / "y.png", recipe | {"seed": 4})
+    assert len(shots_of({"s": tmp_path})) == 2
+
+    save_png(toys.picture(2), tmp_path / "z.png", recipe | {"seed": 5, "loras": [{"file": "a", "weight": 0.5}]})
+    with pytest.raises(FileError, match=r"x\.png and .*z\.png .*drawn with other loras"):
+        shots_of({"s": tmp_path})
+    assert len(shots_of({"s": sorted(tmp_path.glob("*.png"))})) == 3
+
+
+def test_a_folder_with_pictures_of_its_own_is_a_setting(tmp_path: Path) -> None:
+    (tmp_path / "both" / "rejected").mkdir(parents=True)
+    toys.picture(0).save(tmp_path / "both" / "rejected" / "0.png")
+    toys.picture(0).save(tmp_path / "sheet.png")
+    assert list(settings_in([tmp_path])) == ["both"]
+    assert list(settings_in([tmp_path / "both"])) == ["rejected"]
+
+    toys.picture(0).save(tmp_path / "both" / "0.png")
+    assert list(settings_in([tmp_path / "both"])) == ["both"]
 
 
 def test_a_missing_or_wrong_model_is_an_error(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

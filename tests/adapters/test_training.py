@@ -441,6 +441,22 @@ def test_drawing_on_the_way_changes_nothing(photos: Path, tmp_path: Path) -> Non
     assert np.abs(images[2] - images[0]).max() > 2
 
 
+def test_pictures_on_the_way_are_drawn_without_dropout(photos: Path, tmp_path: Path) -> None:
+    model, pictures = load(tiny.pipeline("sdxl")), []
+
+    def on_step(step: TrainStep) -> None:
+        for name in ("a", "b"):
+            place = tmp_path / f"{name}.safetensors"
+            pictures.append(np.asarray(Image.open(draw(model, [CAPTION], place, step.step, sampling_steps=2)[0])))
+
+    given = {"dropout": 0.5}
+    found = trained(model, photos, given, on_step=on_step)
+
+    assert all(np.array_equal(a, b) for a, b in zip(pictures[::2], pictures[1::2], strict=True))
+    assert same(found, trained(model, photos, given))
+    assert not same(found, trained(model, photos))
+
+
 # ---- beside another LoRA
 
 
@@ -648,7 +664,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(sdxl: Denoiser, pho
     state = tmp_path / "state.safetensors"
     steps: list[TrainStep] = []
 
-    with pytest.raises(NumberError, match=r"not finite at step \d+.*smaller learning rate.*state\.safetensors"):
+    said = r"not finite at step \d+.*smaller learning rate.*state\.safetensors; a run with other settings takes another"
+    with pytest.raises(NumberError, match=said):
         trained(sdxl, photos, {"learning_rate": 1e30, "steps": 9}, checkpoint=state, on_step=steps.append)
 
     assert (

@@ -1,5 +1,6 @@
 """MoLE's gates: those of blocks are weights of a merge, those that follow the input are learned exactly."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,19 @@ def test_the_balance_is_the_papers_and_lowest_at_equal_shares() -> None:
 
     assert float(balance(gates)) == pytest.approx(-float(torch.tensor(q, dtype=torch.float64).log().sum()))
     assert float(balance(torch.full((3, 2), 0.5))) < float(balance(gates))
+
+
+@pytest.mark.parametrize("gates", ["module", "block"])
+def test_a_lora_that_shares_no_gate_has_no_part_in_the_balance(gates: str) -> None:
+    model, given = blocks(), loras(3)
+    shared = [module for module in given[0] if "0" in module]
+    alone = [module for module in given[2] if module not in shared]
+    apart = [given[0].select(*shared), given[1].select(*shared), given[2].select(*alone)]
+    chosen = settings("mole", gates=gates, steps=2, calibration=2, lr=0.1)
+
+    history = ziplora(lambda b: model(**b), {"transformer": model}, apart, draw, chosen).history
+
+    assert all(math.isfinite(step.penalty) for step in history)
 
 
 def test_a_heavier_balance_learns_more_equal_gates() -> None:

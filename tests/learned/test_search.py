@@ -125,6 +125,12 @@ def test_false_from_on_step_stops() -> None:
     assert list(found.history) == seen
 
 
+def test_bounds_below_zero_begin_within_them() -> None:
+    found = search_weights(LORAS, lambda lora: 0.0, bounds=(-1.0, 0.0), steps=2)
+
+    assert all(-1 <= weight < 0 for weight in found.history[0].weights)
+
+
 def test_a_score_that_is_no_number_is_refused() -> None:
     with pytest.raises(NumberError, match="nan"):
         search_weights(LORAS, lambda lora: float("nan"))
@@ -140,6 +146,7 @@ def test_a_score_that_is_no_number_is_refused() -> None:
         ({"l1": -1.0}, r"got 40 and -1\.0"),
         ({"start": [0.5]}, "start must be one weight per LoRA"),
         ({"start": [0.5, 2.0]}, "start must be one weight per LoRA"),
+        ({"start": [0.0, 0.0]}, "start must have a weight other than 0"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, object], told: str) -> None:

@@ -279,7 +279,9 @@ class _Tensor:
 
     @property
     def fits_a_lora(self) -> bool:
-        return len(self.there.shape) >= 2 and not EMBEDDING.search(self.name)
+        """True for the weight of a linear layer or a convolution; tables and scales of their own are none."""
+        named = self.there.key.endswith("weight") or self.there.transposed  # CLIP's projection has no such name
+        return named and len(self.there.shape) >= 2 and not EMBEDDING.search(self.name)
 
     def difference(self) -> Array:
         """Return W_tuned − W_base in the base's shape, in float32."""

@@ -96,14 +96,16 @@ def _check_same(said: "Mapping[str, Any]", given: Options, path: Path) -> None:
     """Refuse moments that were taken of something else, where --base asks for a calibration again.
 
     Raises:
-        OptionError: The base model, the examples or their number are others.
+        OptionError: The base model, its precision, the examples or their number are others.
     """
-    from ..diffusion.denoiser import called
+    from ..diffusion.denoiser import called, dtype_called
 
     if not given.base or "base" not in said:
         return
     calibration = {"batches": given.batches, "batch_size": given.batch_size, "seed": given.seed}
     wanted = {"base": called(given.base), "text_encoders": given.text_encoders, "calibration": calibration}
+    types = {"precision": given.precision, "autocast": given.autocast}
+    wanted |= {name: dtype_called(value) for name, value in types.items() if value}
     found = {**said, **said["data"]}
     others = [name for name, value in (wanted | given.described()).items() if found.get(name) != value]
     if others:

@@ -61,6 +61,7 @@ def run(given: Options) -> None:
             architecture=given.architecture,
             progress=report,
         )
+    check_apart([*planned.tuned.files, *planned.base.files], target, "one of the models that are compared")
     with progress("Extracting", silent) as report:
         path = save(planned.lora(), given.output, dialect=given.to, workers=given.workers, progress=report)
     if given.json:

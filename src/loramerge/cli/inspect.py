@@ -35,7 +35,7 @@ def run(given: Options) -> None:
     from .inspection import show, show_recipe
 
     if given.recipe:
-        show_recipe(given.file, architecture=given.architecture, pickle=given.allow_pickle)
+        show_recipe(given.file, architecture=given.architecture, adapter=given.adapter, pickle=given.allow_pickle)
         return
     show(
         given.file,

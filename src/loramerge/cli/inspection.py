@@ -41,12 +41,14 @@ def show(
             say("", "Norms of the blocks: --norms.  Every module: --json.")
 
 
-def show_recipe(source: str, *, architecture: str | None = None, pickle: bool = False) -> None:
+def show_recipe(
+    source: str, *, architecture: str | None = None, adapter: str | None = None, pickle: bool = False
+) -> None:
     """Print how a LoRA was merged, as a recipe that can be run again."""
     from ..merging import toml
     from ..merging.recipe import Recipe
 
-    with open(source, architecture=architecture, allow_pickle=pickle) as lora:
+    with open(source, architecture=architecture, adapter=adapter, allow_pickle=pickle) as lora:
         say(f"# How {toml.text(lora.name)} was merged.", *Recipe.of(lora).to_toml().splitlines())
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import FileError, OptionError
+from ..errors import FileError, OptionError, span
 from ..files.storage.paths import path_of
 from .options import Quiet
 from .output import Block, note_left_out, progress, say, spaced, table
@@ -134,12 +134,24 @@ def settings_in(folders: list[Path]) -> dict[str, Path]:
     for folder in folders:
         if not folder.is_dir():
             raise FileError(f"No such directory of images: {folder}.")
-        inside = _as_drawn([f for f in folder.iterdir() if f.is_dir() and f.name[0] != "."], folder)
+        inside = [] if _has_pictures(folder) else _as_drawn(_folders(folder), folder)
         for setting in inside or [folder.resolve()]:
             if setting.name in found:
                 raise OptionError(f"Two settings are called {setting.name!r}: {found[setting.name]} and {setting}.")
             found[setting.name] = setting
     return found
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Return whether a folder has pictures itself, besides the contact sheet."""
+    from ..scoring.pictures import SUFFIXES
+
+    names = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+    return any(name[0] != "." and name != "sheet.png" for name in names)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [inside for inside in folder.iterdir() if inside.is_dir() and inside.name[0] != "."]
 
 
 def _as_drawn(inside: list[Path], folder: Path) -> list[Path]:
@@ -210,9 +222,10 @@ def shown(scores: "Scores", against: str | None, by_prompt: bool) -> Block:
 
 
 def _clusters(scores: "Scores") -> str:
-    first = scores.mean(scores.settings[0], scores.references[0])
-    what = f"{first.clusters} {scores.cluster}s"
-    return f"95 % intervals over {what}" if first.low is not None else f"no intervals: {what} are too few"
+    means = [scores.mean(setting, scores.references[0]) for setting in scores.settings]
+    counts = [mean.clusters for mean in means]
+    what = f"{span(min(counts), max(counts))} {scores.cluster}s"
+    return f"no intervals: {what} are too few" if all(m.low is None for m in means) else f"95 % intervals over {what}"
 
 
 def _means(scores: "Scores", *, pairwise: bool) -> str:

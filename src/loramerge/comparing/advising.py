@@ -6,6 +6,7 @@ The rules are tried in order; the first one that applies gives the advice.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..errors import counted
 from .analysis import Comparison, Row
 from .measures import Pair
 
@@ -77,9 +78,15 @@ def _changed(comparison: Comparison, module: str) -> int:
 
 
 def _silent(comparison: Comparison, total: Row) -> str | None:
-    for name, alone in zip(comparison.names, total.alone, strict=True):
-        if not alone.square:
-            return f"{name} changes nothing: its ΔW is zero in every module, and a merge needn't have it."
+    for i, (name, alone) in enumerate(zip(comparison.names, total.alone, strict=True)):
+        if alone.square:
+            continue
+        unread = sum(each.lora == i for each in comparison.not_compared)
+        if unread:
+            return (
+                f"{name} changes nothing in the modules that were compared; {counted(unread, 'other layer')} can't be."
+            )
+        return f"{name} changes nothing: its ΔW is zero in every module, and a merge needn't have it."
     return None
 
 

@@ -18,7 +18,6 @@ from ..files.dialects.readers import READERS, Reader, dropped
 from ..files.dialects.suffixes import parse
 from ..files.lora import LoRA
 from ..files.reading import Source, open
-from ..tensors import same_weight
 
 Verdict = Literal["yes", "in part", "no", "unknown"]
 
@@ -29,6 +28,8 @@ class Finding:
 
     what: str
     modules: tuple[str, ...]
+    loads: bool = False
+    """True if the modules load all the same, but act at another strength."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class Check:
     @property
     def verdict(self) -> Verdict:
         """``yes`` if all of it loads, ``in part``, ``no`` if nothing does, and ``unknown``."""
-        if self.layers and len(self.ignored) == self.layers:
+        left_out = {module for finding in self.findings if not finding.loads for module in finding.modules}
+        if self.layers and len(left_out) == self.layers:
             return "no"
         if self.unknown:
             return "unknown"
@@ -64,7 +66,7 @@ class Check:
         if self.verdict == "unknown":
             return f"{reader}: can't tell"
         taken = self.layers - len(self.ignored)
-        strength = " at the strength that the file says" if taken else ""
+        strength = "" if self.verdict == "no" else " at the strength that the file says"
         return f"{reader}: {self.verdict}, {taken} of {self.layers} layers load{strength}"
 
 
@@ -132,7 +134,9 @@ def _strength(lora: LoRA, reader: Reader) -> Iterable[Finding]:
     if wrong:
         times = span(min(1 / abs(s) for s in wrong.values()), max(1 / abs(s) for s in wrong.values()))
         yield Finding(
-            f"{reader.title} ignores the scale in the header, so layers act {times} times as strong", tuple(wrong)
+            f"{reader.title} ignores the scale in the header, so layers act {times} times as strong",
+            tuple(wrong),
+            loads=True,
         )
 
 
@@ -141,7 +145,7 @@ def _misfits(lora: LoRA, model: Checkpoint) -> Iterable[Finding]:
     lacks = tuple(module for module in lora if module not in model)
     if lacks:
         yield Finding(f"{model.name} has no module of these names", lacks)
-    other = [m for m in lora if m in model and not same_weight(lora.layout(m).shape, model[m].shape)]
+    other = [m for m in lora if m in model and not lora.layout(m).fits(model[m].shape)]
     if other:
         shapes = f"{lora.layout(other[0]).shape} and {model[other[0]].shape}"
         yield Finding(f"{model.name} has weights of another shape ({shapes})", tuple(other))

@@ -10,7 +10,7 @@ from ..files.architectures import name_family
 from ..files.lora import LoRA
 from ..layers import DoRA, Layer
 from ..layers.base import dense_norm, in_one_library
-from ..tensors import Array, float32, largest_rank
+from ..tensors import Array, float32, largest_rank, same_weight
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
 
 
 def apart(first: LoRA, second: LoRA) -> str:
-    """Say why two LoRAs have nothing to compare: no module of one name and size; empty if they have one."""
-    sizes = {(module, math.prod(layer.shape)) for module, layer in first.layouts.items()}
-    if any((module, math.prod(layer.shape)) in sizes for module, layer in second.layouts.items()):
+    """Say why two LoRAs have nothing to compare: no module of one name and shape; empty if they have one."""
+    if any(
+        module in first and same_weight(first.layout(module).shape, x.shape) for module, x in second.layouts.items()
+    ):
         return ""
     if first.architecture is None or second.architecture is None:
         return f"no module in common ({first.dialect}, {second.dialect}). If they are of one family, {name_family()}"
@@ -78,7 +79,7 @@ def _compared_updates(first: Layer, second: Layer) -> tuple[float, float]:
     if first.bias_only or second.bias_only:
         sizes = [0.0 if layer.bias_only else _norm(layer) for layer in (first, second)]
         return sizes[0], sum(sizes)
-    if first.shape != second.shape and math.prod(first.shape) != math.prod(second.shape):
+    if not same_weight(first.shape, second.shape):
         return _norm(first), math.inf
     if isinstance(first, DoRA) and isinstance(second, DoRA):
         return _compared_doras(first, second)

@@ -157,13 +157,18 @@ class Updates:
         )
 
     def signs(self, rows: Sequence[int] | None) -> dict[tuple[int, int], tuple[float, float]]:
-        """Return per pair Σ |v₁| + |v₂| of the entries with opposite signs, and of all, over the given rows or all."""
+        """Return per pair Σ |v₁| + |v₂| of the entries with opposite signs, and of all.
+
+        Args:
+            rows: The rows to look at; the sums are scaled up to all rows, so that those of modules add up.
+        """
         found = dict.fromkeys(combinations(range(len(self.factors)), 2), (0.0, 0.0))
         for deltas in self._dense(rows) if found else ():
             for i, j in found:
                 opposed, mass = _signs(deltas[i], deltas[j])
                 found[i, j] = found[i, j][0] + opposed, found[i, j][1] + mass
-        return found
+        each = 1.0 if rows is None else self.height / len(rows)
+        return {pair: (each * opposed, each * mass) for pair, (opposed, mass) in found.items()}
 
     def _dense(self, rows: Sequence[int] | None) -> Iterator[list[Array]]:
         """Yield blocks of rows of every ΔW."""

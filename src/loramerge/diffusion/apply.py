@@ -140,7 +140,8 @@ def _check(lora: LoRA, weights: Mapping[str, tuple[int, ...]]) -> None:
             f"model doesn't have, such as {lacking[0]}. Is it for another base model?{_unnamed(lora)}"
         )
     for module in lora:
-        if lora.layout(module).shape != weights[module]:
+        layout = lora.layout(module)
+        if layout.shape != weights[module] and not (layout.bias_only and layout.fits(weights[module])):
             raise MergeError(
                 f"{lora.name}: {module} has shape {lora.layout(module).shape}, and {weights[module]} in the model. "
                 "Is it for another base model?"

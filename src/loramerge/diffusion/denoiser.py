@@ -144,8 +144,18 @@ class Denoiser:
     def unconditional(self) -> dict[str, Tensor]:
         """Return the conditions of the empty prompt, which are zeros for some models."""
         found = self.encoded([""])
-        zeros = self.pipe.config.get("force_zeros_for_empty_prompt", False)
-        return {name: torch.zeros_like(value) for name, value in found.items()} if zeros else found
+        return {name: torch.zeros_like(value) for name, value in found.items()} if self._zeros else found
+
+    def with_empty(self, prompt: str) -> dict[str, Tensor]:
+        """Return the conditions of a prompt and of the empty one, encoded in one batch with the LoRAs that act now."""
+        with torch.no_grad(), self._at_work(*self.encoders.values()), self._autocast():
+            found = self.family.encode(self.pipe, [prompt, ""], self.device)
+        kept = {name: _kept(value) for name, value in found.items()}
+        return {name: value.index_fill(0, torch.tensor(1), 0) for name, value in kept.items()} if self._zeros else kept
+
+    @property
+    def _zeros(self) -> bool:
+        return bool(self.pipe.config.get("force_zeros_for_empty_prompt", False))
 
     def encoded_image(self, pixels: Tensor) -> Tensor:
         """Encode images into latents, ``(count, …)``, on the CPU in float32.
@@ -242,6 +252,15 @@ class _Nested(nn.Module):
 def _named(model: nn.Module) -> nn.Module:
     bare = type(model).__name__ == "CLIPTextModel" and "text_model" not in dict(model.named_children())
     return _Nested(model) if bare else model
+
+
+def dtype_called(name: str) -> str | None:
+    """Return a dtype's name for metadata, such as ``"bfloat16"`` for the option ``"bf16"``.
+
+    Raises:
+        OptionError: It is unknown.
+    """
+    return _called(_dtype(name))
 
 
 def _called(dtype: torch.dtype | None) -> str | None:

@@ -44,6 +44,11 @@ def settled(pipe: Any, sampling: Sampling) -> dict[str, Any]:
     negative = sampling.negative_prompt
     if negative is not None and "negative_prompt" not in takes:
         raise OptionError(f"A {type(pipe).__name__} takes no negative prompt. Way out: none (no --negative).")
+    if negative is not None and name == "guidance_scale" and "true_cfg_scale" in takes:
+        raise OptionError(
+            f"A {type(pipe).__name__} reads the negative prompt only with true_cfg_scale, which isn't given here. "
+            "Way out: none (no --negative)."
+        )
     if negative is None and name == "true_cfg_scale" and guidance > 1:
         negative = " "  # without one these pipelines would leave the guidance out
     found = {

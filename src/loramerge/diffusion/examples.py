@@ -310,22 +310,16 @@ class _Sampler:
 
     def _both(self, given: Conditions) -> Conditions:
         """Stack the conditions of the prompt on those of the empty prompt."""
-        if not given.texts:
-            which = torch.cat([given.which, torch.tensor([self.empty_number])])
-            return Conditions({}, which, self.place(2))
-        texts = below([{n: v[given.which] for n, v in given.texts.items()}, self.empty])
+        if given.texts:
+            texts = below([{name: value[given.which] for name, value in given.texts.items()}, self.empty])
+        else:  # LoRAs act in the text encoders
+            texts = self.denoiser.with_empty(self.denoiser.prompts[int(given.which)])
         return Conditions(texts, torch.arange(2), self.place(2))
 
     @cached_property
     def empty(self) -> Mapping[str, Tensor]:
         """Return the conditions of the empty prompt."""
         return self.denoiser.unconditional()
-
-    @cached_property
-    def empty_number(self) -> int:
-        """Return the index of the empty prompt, for prompts that are encoded in every pass."""
-        self.denoiser.prompts.append("")
-        return len(self.denoiser.prompts) - 1
 
     def _begin(self, scheduler: Any) -> None:
         """Set the timesteps, as the family's pipeline does."""

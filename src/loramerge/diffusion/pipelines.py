@@ -58,11 +58,17 @@ def use_scheduler(pipe: Any, name: str) -> None:
     """Replace a pipeline's scheduler, keeping its configuration.
 
     Raises:
-        OptionError: diffusers has no scheduler of that name.
+        OptionError: diffusers has no scheduler of that name, or its noise doesn't follow the seed.
     """
     # DDIM clips to [-1, 1] by default: right for pixels, but latents are larger
     config = {"clip_sample": False, **pipe.scheduler.config}
-    pipe.scheduler = _scheduler(name).from_config(config)
+    made = _scheduler(name).from_config(config)
+    if "noise_sampler_seed" in made.config:
+        raise OptionError(
+            f"A {name} adds noise that doesn't follow the pictures' seeds. Way out: another scheduler, such as "
+            "DPMSolverMultistepScheduler."
+        )
+    pipe.scheduler = made
 
 
 def _scheduler(name: str) -> Any:

@@ -97,9 +97,16 @@ def schedule(pipe: Any, flow: bool, tokens: int) -> Schedule:
     config = pipe.scheduler.config
     if flow:
         mu = shift(pipe, tokens)
-        return Flow(_constant(pipe.scheduler) if mu is None else math.exp(mu), config.num_train_timesteps)
+        if mu is None:
+            return Flow(_constant(pipe.scheduler), config.num_train_timesteps)
+        linear = config.get("time_shift_type") == "linear"
+        return Flow(mu if linear else math.exp(mu), config.num_train_timesteps)
     from diffusers import DDPMScheduler
 
+    if config.prediction_type not in ("epsilon", "v_prediction"):
+        raise OptionError(
+            f"The model predicts {config.prediction_type!r} (its scheduler's prediction_type); wanted epsilon or v_prediction."
+        )
     alphas = DDPMScheduler.from_config(config).alphas_cumprod.float()
     return Diffusion(alphas, config.prediction_type == "v_prediction")
 

@@ -127,6 +127,10 @@ class Layer:
         """True if the layer changes the module's bias and not its weight."""
         return False
 
+    def fits(self, shape: Shape) -> bool:
+        """Return whether the layer is for a weight of this shape, whose kernel is maybe flattened in one of them."""
+        return self.shape[:1] == shape[:1] and (self.bias_only or same_weight(self.shape, shape))
+
     @property
     def replaces(self) -> bool:
         """True if the layer puts a new value in the weight's place, at any weight but 0: it is copied, never summed."""

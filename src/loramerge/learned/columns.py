@@ -250,8 +250,8 @@ class _Run:
                 keep()
                 raise NumberError(
                     f"ZipLoRA: the loss is {done.loss} at step {done.step}, or its gradients are not finite. Ways "
-                    f"out: a smaller learning rate than {given.lr:g}, float32 instead of float16, going on from the "
-                    "checkpoint."
+                    f"out: a smaller learning rate than {given.lr:g}, with another checkpoint if there is one; float32 "
+                    "instead of float16."
                 )
             if done.penalty < given.stop_below:
                 self.generator.set_state(before)
@@ -465,7 +465,8 @@ class _Run:
             return torch.zeros(())
         if given.penalty == "balance":
             found = [gate.mean(0) for gate in self.gates.opened.values()] if given.gates == "input" else None
-            return balance(torch.stack(found or [self._gate(group) for group in self.parameters]))
+            gated = {i for those in self.present.values() if len(those) > 1 for i in those}
+            return balance(torch.stack(found or [self._gate(group) for group in self.parameters])[:, sorted(gated)])
         terms = [
             penalty(given.penalty, self._columns(m)[site.present], self.crossings.get(m))
             for m, site in self.sites.items()

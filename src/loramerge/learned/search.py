@@ -155,9 +155,12 @@ def _names(lora: LoRA, per: Per) -> list[str]:
 def _begin(names: Sequence[Sequence[str]], start: Sequence[float] | None, low: float, high: float) -> Any:
     if not names:
         raise OptionError("Nothing to merge: give at least one LoRA.")
-    given = [min(max(1.0 / len(names), low), high)] * len(names) if start is None else [float(w) for w in start]
+    nearest = min(max(1.0 / len(names), low), high) or low  # a merge of zeros is none
+    given = [nearest] * len(names) if start is None else [float(w) for w in start]
     if len(given) != len(names) or not all(low <= weight <= high for weight in given):
         raise OptionError(f"start must be one weight per LoRA, {len(names)} in [{low:g}, {high:g}]; got {given}.")
+    if not any(given):
+        raise OptionError("start must have a weight other than 0.")
     return np.repeat(given, [len(parts) for parts in names])
 
 

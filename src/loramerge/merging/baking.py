@@ -26,7 +26,7 @@ from ..files.storage.writer import Progress
 from ..files.writing import check_apart
 from ..layers import Layer, Rows
 from ..linalg import as_numpy
-from ..tensors import Array, Shape, float32, parse_dtype, put_rows, take_rows
+from ..tensors import Array, float32, parse_dtype, put_rows, take_rows
 from .rules import Scope
 from .weights import ModuleWeights, Weights, resolve
 
@@ -205,7 +205,7 @@ def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
         known = f"its family is {model.architecture or 'unknown'}, the LoRA's {lora.architecture or 'unknown'}"
         raise MergeError(f"{where}: {model.name} has no such weight ({known}). Way out: exclude the module.")
     has = model.weights[module].shape
-    if not _fits(layout.shape[:1], has[:1]) or (not layout.bias_only and not _fits(layout.shape, has)):
+    if not layout.fits(has):
         raise MergeError(f"{where}: its shape is {layout.shape}, the weight in {model.name} has the shape {has}.")
     if layout.delta_bias() is not None and module not in model.biases:
         raise MergeError(f"{where}: it changes the bias, and the module has none in {model.name}.")
@@ -226,13 +226,6 @@ def _check_alone(lora: LoRA, module: str, count: int) -> None:
 def _strength(layout: Layer, weight: float) -> float:
     """Return how much of a layer's ΔW is added at a weight: a new value replaces the whole of the old at any."""
     return 1.0 if layout.replaces else weight
-
-
-def _fits(shape: Shape, weight: Shape) -> bool:
-    """Return whether two shapes are equal, up to a flattened kernel or trailing axes of size 1."""
-    return shape[:1] == weight[:1] and (
-        shape == weight or (2 in (len(shape), len(weight)) and math.prod(shape) == math.prod(weight))
-    )
 
 
 class _Sum:

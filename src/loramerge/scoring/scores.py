@@ -190,7 +190,27 @@ def score(
 
 def shots_of(settings: Mapping[str, Files]) -> list[Shot]:
     """List the pictures of every setting."""
+    for files in settings.values():
+        if isinstance(files, str | os.PathLike):
+            _check_drawn_alike(path_of(files))
     return [Shot.of(name, path) for name, files in settings.items() for path in _paths(files)]
+
+
+def _check_drawn_alike(folder: Path) -> None:
+    """Refuse pictures of several recipes in one folder, as stay there when fewer are drawn again by another one.
+
+    Raises:
+        FileError: Two recipes differ in more than prompt and seed.
+    """
+    recipes = {path: recipe for path in images_in(folder) if (recipe := recipe_in(path)) is not None}
+    for path, recipe in recipes.items():
+        (first, other), *_ = recipes.items()
+        names = [n for n in {**recipe, **other} if n not in ("prompt", "seed") and recipe.get(n) != other.get(n)]
+        if names:
+            raise FileError(
+                f"{first} and {path} are in one folder and were drawn with other {' and '.join(names)}. Way out: remove "
+                "the pictures that the last drawing left there, or give the folders one by one."
+            )
 
 
 def _paths(files: Files) -> list[Path]:

@@ -39,7 +39,7 @@ class Use:
     noun: str | None = None
     """A common noun for it, such as ``person``: `clora` tells the other LoRAs' passes no more than that."""
     box: Box | None = None
-    """The part of the picture where it acts."""
+    """The part of the picture where it acts; with a mask, the mask within that part."""
     mask: str | PathLike[str] | None = None
     """A picture, white where it acts."""
     curve: Curve = ()
@@ -78,7 +78,7 @@ class Use:
         """Return its weight at a progress in [0, 1]."""
         if not self.curve:
             return self.weight
-        points = sorted(self.curve)
+        points = sorted(self.curve, key=lambda point: point[0])  # of two at one progress the last holds after it
         for (a, low), (b, high) in pairwise(points):
             if a <= progress < b:
                 return self.weight * (low + (high - low) * (progress - a) / (b - a))
@@ -144,6 +144,8 @@ class Drawing:
     """The tokens of each picture's text, where a template surrounds the prompt."""
     begun: bool = False
     """True once there are steps."""
+    first: int = 0
+    """The scheduler's time step that the drawing begins at: not the first one in image to image."""
     step: int = 0
     calls: int = 0
     """Calls of the denoiser since the last step."""

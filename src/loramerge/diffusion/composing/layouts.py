@@ -14,6 +14,12 @@ from ...errors import OptionError
 Grid = tuple[int, int, int]
 """Frames, height and width of the latents, in places."""
 
+STREAM = (
+    r"(?<!\.attn2)\.add_[qkv]_proj$|_context\b|\.to_add_out$|\.context_embedder$"
+    r"|\.txt_(in|mlp|mod)\b|\.text_embedder\.|\.context_refiner\."
+)
+"""Modules of a stream of the prompt's words alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -22,6 +28,8 @@ class Layout:
     tokenizers: tuple[str, ...] = ()
     """The tokenizers whose tokens are the text that it sees, in order; none where a template surrounds the prompt, so
     that the tokens are those which the text encoder was given."""
+    words: re.Pattern[str] = re.compile(rf"\.attn2\.to_[kv]$|{STREAM}")
+    """Modules that see the words of the prompt."""
     both: re.Pattern[str] = re.compile(r"\bsingle_transformer_blocks\b")
     """Modules that see the words and the places in one sequence."""
     places_first: bool = False
@@ -36,7 +44,10 @@ class Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "UNet2DConditionModel": Layout(tokenizers=("tokenizer",)),
-    "SD3Transformer2DModel": Layout(tokenizers=("tokenizer", "tokenizer_3")),
+    "SD3Transformer2DModel": Layout(
+        tokenizers=("tokenizer", "tokenizer_3"),
+        words=re.compile(STREAM),  # its attn2 is the picture's attention to itself
+    ),
     "FluxTransformer2DModel": Layout(tokenizers=("tokenizer_2",)),
     "WanTransformer3DModel": Layout(tokenizers=("tokenizer",)),
     "QwenImageTransformer2DModel": Layout(),

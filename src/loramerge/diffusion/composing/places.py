@@ -14,11 +14,6 @@ from ...learned.attach import Gates, Site
 from ...scoring.pictures import Box, read
 from .layouts import Grid, Layout, levels
 
-WORDS = re.compile(
-    r"\.attn2\.to_[kv]$|(?<!\.attn2)\.add_[qkv]_proj$|_context\b|\.to_add_out$|\.context_embedder$"
-    r"|\.txt_(in|mlp|mod)\b|\.text_embedder\.|\.context_refiner\."
-)
-"""Modules of a denoiser that see the words of the prompt."""
 UNPLACED = re.compile(r"\.attn2\.add_[kv]_proj$|\.image_embedder\.|\.cap_embedder\.")
 """Modules that see neither the places nor the words one by one: an image as a prompt, or all rows' words in one."""
 FLAT = re.compile(r"\.all_x_embedder\.")
@@ -43,7 +38,10 @@ def gates(masks: Tensor, weights: Tensor, words: Tensor | None, rows: int, grid:
     """
     repeats = rows // len(masks)
     masks = masks.repeat(repeats, 1, 1, 1)
-    texts = None if words is None else words.repeat(repeats, 1, 1)
+    texts = None
+    if words is not None:  # they aren't those of the rows without the prompt
+        others = [torch.ones_like(words)] * (repeats - 1)
+        texts = torch.cat([words, *others] if layout.places_first else [*others, words])
     counts = [(grid[0] * h * w, (h, w)) for h, w in reversed(levels(*grid[1:]))]
     grids = {layout.filled(count): size for count, size in counts} | dict(counts)
 
@@ -72,7 +70,7 @@ def gates(masks: Tensor, weights: Tensor, words: Tensor | None, rows: int, grid:
             )
         if x.ndim == 2 or UNPLACED.search(module):  # of the time step, and the same for all places
             return weights
-        if WORDS.search(module):
+        if layout.words.search(module):
             return fitted(texts, x.shape[1]) * weights
         if layout.both.search(module):
             count = layout.filled(grid[0] * grid[1] * grid[2] // (4 if layout.places_first else 1))
@@ -95,15 +93,14 @@ def _output(site: Site, x: Tensor) -> tuple[int, int]:
 
 def drawn(box: Box | None, mask: str | os.PathLike[str] | None, size: tuple[int, int]) -> Tensor | None:
     """Return a LoRA's mask as the user gave it, ``(h, w)``, or None if its words are to find it."""
-    if mask is not None:
-        return _picture(mask, size)
     if box is None:
-        return None
+        return None if mask is None else _picture(mask, size)
     inside = [
         _inside(low, high, side)
         for low, high, side in zip((box.top, box.left), (box.bottom, box.right), size, strict=True)
     ]
-    return inside[0][:, None] * inside[1][None, :]
+    found = inside[0][:, None] * inside[1][None, :]
+    return found if mask is None else found * _picture(mask, size)
 
 
 def _inside(low: float, high: float, side: int) -> Tensor:

@@ -63,14 +63,18 @@ def regions(call: Call, *, hard: bool = False, warm: Share = WARM) -> Tensor:
         call: One call of the denoiser.
         hard: Give each place to one LoRA only.
         warm: Share of the steps in which LoRAs without a box or a mask act everywhere, since the picture has no
-            places yet; three LoRAs or more act at 1/N of their weight then.
+            places yet; of three LoRAs or more they act at 1/N of their weight then.  Afterwards they keep out of the
+            others' boxes and masks.
     """
     found = Regions(call)
-    masks = found.acting(hard) if call.progress >= warm or not found.by_words else None
+    masks, weights, words = None, call.weights, None
+    if call.progress >= warm or not found.by_words:
+        masks, words = found.acting(hard), found.words()
+    if masks is None:
+        masks = found.warming()
+        weights = weights / torch.where(found.worded, call.count if call.count > 2 else 1, 1)
     gates: Gates | Tensor = (
-        call.weights / (call.count if call.count > 2 else 1)
-        if masks is None
-        else places.gates(masks, call.weights, found.words(), call.rows, found.grid, layout_of(call.model))
+        weights if masks is None else places.gates(masks, weights, words, call.rows, found.grid, layout_of(call.model))
     )
     with found.looking():
         return call.together(gates)
@@ -87,7 +91,9 @@ class Regions:
             f"masks {self.size[0]} × {self.size[1]}",
             lambda: [places.drawn(use.box, use.mask, self.size) for use in call.uses],
         )
-        self.by_words = any(mask is None for mask in self.given)
+        self.worded = torch.tensor([mask is None for mask in self.given], device=call.latents.device)
+        """True for each LoRA that its words find."""
+        self.by_words = bool(self.worded.any())
         # A pipeline may call the denoiser several times per step: the first time with the prompt.
         first = call.drawing.calls == 0
         self.columns: Tensor | None = call.once("columns", call.columns) if self.by_words and first else None
@@ -120,11 +126,19 @@ class Regions:
         if self.by_words and "attention" not in self.call.drawing.memory:
             return None
         found = self.attracted()
-        if hard and self.by_words:
+        if hard:
             return _hard(found)
-        worded = torch.tensor([mask is None for mask in self.given], device=found.device)[:, None, None]
+        worded = self.worded[:, None, None]
         total = (found * worded).sum(1, keepdim=True).clamp_min(torch.finfo(found.dtype).tiny)
-        return torch.where(worded, found / total, found)
+        beside = 1 - (found * ~worded).amax(1, keepdim=True)
+        return torch.where(worded, beside * found / total, found)
+
+    def warming(self) -> Tensor | None:
+        """Return masks for the first steps: boxes and masks as they are, and everywhere for the others; None for all."""
+        if self.worded.all():
+            return None
+        masks = places.stacked(self.given, self.call.latents.float())
+        return torch.where(self.worded[:, None, None], 1.0, masks).expand(self.call.pictures, -1, -1, -1)
 
     def blending(self, hard: bool) -> Tensor:
         """Return shares of predictions that add up to 1 over the LoRAs, ``(pictures, N, h, w)``."""
@@ -143,7 +157,8 @@ class Regions:
 
 
 def _hard(found: Tensor) -> Tensor:
-    return F.one_hot(found.argmax(1), found.shape[1]).movedim(-1, 1).to(found)
+    """Return 1 for the LoRA with the largest value at each place, and 0 for all where there is none."""
+    return F.one_hot(found.argmax(1), found.shape[1]).movedim(-1, 1).to(found) * (found.amax(1, keepdim=True) > 0)
 
 
 def blended(predicted: Tensor, shares: Tensor, call: Call) -> Tensor:

@@ -238,18 +238,18 @@ class _Stage:
         return Transformer2DModelOutput(sample=sample)
 
     def _progress(self) -> float:
-        scheduler = self.pipe.scheduler
-        total = len(scheduler.timesteps) - (getattr(scheduler, "begin_index", None) or 0)
-        return self.drawing.step / max(1, total)
+        return self.drawing.step / max(1, len(self.pipe.scheduler.timesteps) - self.drawing.first)
 
     def _begin(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        self.drawing.step, self.drawing.calls, self.drawing.begun = 0, 0, True
+        self.drawing.first, self.drawing.step, self.drawing.calls, self.drawing.begun = 0, 0, 0, True
         self.drawing.memory.clear()
         return theirs(*args, **named)
 
     def _step(
         self, theirs: Callable[..., Any], output: Tensor, timestep: Any, sample: Tensor, *args: Any, **named: Any
     ) -> Any:
+        if self.drawing.step == 0:  # before, the progress is 0 whatever follows
+            self.drawing.first = _place(self.pipe.scheduler.timesteps, timestep)
         nudge = self.drawing.memory.pop("nudge", None)
         self.drawing.step, self.drawing.calls = self.drawing.step + 1, 0
         return theirs(output, timestep, sample if nudge is None else sample + nudge.to(sample), *args, **named)
@@ -312,6 +312,12 @@ def _read(encoder: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         yield found
     finally:
         handle.remove()
+
+
+def _place(timesteps: Tensor, timestep: Any) -> int:
+    """Return the place of a time step among the scheduler's; 0 if it isn't one of them."""
+    at = torch.as_tensor(timestep).flatten()[:1].to(timesteps)
+    return int(next(iter((timesteps == at).nonzero()), 0))
 
 
 def _restore(owner: Any, name: str, before: Any) -> None:

@@ -29,5 +29,6 @@ def switch(call: Call, *, every: Count = 5) -> Tensor:
         every: Steps after which the next LoRA takes over.
     """
     active = torch.zeros_like(call.weights)
-    active[call.drawing.step // every % call.count] = 1.0
+    calls = getattr(call.pipe.scheduler, "order", 1)  # schedulers such as Heun's call the denoiser twice per step
+    active[call.drawing.step // calls // every % call.count] = 1.0
     return call.together(active * call.weights)

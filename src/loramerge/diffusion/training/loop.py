@@ -168,9 +168,10 @@ def _nothing_lost(checkpoint: Path | None) -> Iterator[None]:
     except (DeviceMemoryError, NumberError) as error:
         if checkpoint is None or not checkpoint.exists():
             raise
-        raise type(error)(
-            f"{error} What was learned is in {checkpoint}, and the same run goes on from there."
-        ) from error
+        on = "a run with other settings takes another checkpoint"
+        if isinstance(error, DeviceMemoryError):
+            on = "the same run goes on from there"
+        raise type(error)(f"{error} What was learned is in {checkpoint}; {on}.") from error
 
 
 @dataclass

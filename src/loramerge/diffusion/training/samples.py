@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ...files.storage.paths import path_of
 from ...scoring.png import save_png
@@ -50,7 +51,7 @@ def draw(
     drawn = []
     # The LoRA's factors are float32, and the model may be bfloat16.
     mixed = torch.autocast(denoiser.device.type, torch.bfloat16, enabled=denoiser.dtype == torch.bfloat16)
-    with denoiser.whole() as pipe, torch.no_grad(), mixed, _silent(pipe):
+    with denoiser.whole() as pipe, torch.no_grad(), mixed, _silent(pipe), _without_dropout(denoiser):
         for i, prompt in enumerate(prompts):
             noise = torch.Generator("cpu").manual_seed(seed)
             [[frame]], _ = pictures(pipe, [prompt], [noise], settled(pipe, sampling))
@@ -59,6 +60,21 @@ def draw(
             save_png(image, path, {"prompt": prompt, "seed": seed, "step": step, "sampling": {"steps": sampling_steps}})
             drawn.append(path)
     return drawn
+
+
+@contextmanager
+def _without_dropout(denoiser: Denoiser) -> Iterator[None]:
+    """Switch off the LoRA's dropout inside the block: the pictures are those of the file."""
+    active = [
+        m for model in denoiser.models.values() for m in model.modules() if isinstance(m, nn.Dropout) and m.training
+    ]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
 
 
 @contextmanager

@@ -231,10 +231,11 @@ def report(known: Mapping[Key, Measured]) -> str:
         "# Can a recipe be chosen from the factors alone?",
         "",
         f"{len(leaderboard.PAIRS)} pairs, two trainings each, {len(tried)} recipes. *joint* minus that of the sum over √2; "
-        "[95 % interval over pairs]; less is better.",
+        "[95 % interval over pairs]; less is better. Made by `PYTHONPATH=. python benchmarks/tuning.py --out build/tuning`.",
         "",
-        "| left out | tuner | best on the other pairs | best of all, known afterwards | tuner's regret | rank correlation | of the mean over other pairs |",
-        "|---|---|---|---|---|---|---|",
+        "| left out | tuner | best on the other pairs | best of all, known afterwards | that − best on the others | tuner's regret "
+        "| rank correlation | of the mean over other pairs |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, apart in APART.items():
         rows = []
@@ -245,7 +246,17 @@ def report(known: Mapping[Key, Measured]) -> str:
             mean = np.mean([gains(other, tried) for other in seen.values()], axis=0)
             best = true.min()
             tuned, constant = true[guess.argmin()], true[mean.argmin()]
-            rows.append((tuned, constant, best, tuned - best, spearmanr(guess, true)[0], spearmanr(mean, true)[0]))
+            rows.append(
+                (
+                    tuned,
+                    constant,
+                    best,
+                    best - constant,
+                    tuned - best,
+                    spearmanr(guess, true)[0],
+                    spearmanr(mean, true)[0],
+                )
+            )
         pairs = [pair for pair, _ in known]
         cells = [f"{interval([float(row[i]) for row in rows], pairs):.4f}" for i in range(len(rows[0]))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

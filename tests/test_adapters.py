@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 import loramerge as lm
-from loramerge.errors import DialectError, FileError, NotALoRAError, OptionError
+from loramerge.cli.app import app
+from loramerge.errors import DialectError, FileError, LoRAMergeError, NotALoRAError, OptionError
 from loramerge.layers import DoRA
 from loramerge.testing import random_layer, relative_error
 from small import MODULES, small
@@ -97,6 +99,16 @@ def test_of_two_adapters_in_a_file_one_must_be_named() -> None:
         lm.load(PAIR)
     with pytest.raises(OptionError, match=r"no adapter 'bob'\. Available: person, jersey"):
         lm.load(PAIR, adapter="bob")
+
+
+def test_the_adapter_is_named_for_its_recipe_too(tmp_path: Path) -> None:
+    save_file(PAIR, tmp_path / "two.safetensors")
+    command = ["inspect", str(tmp_path / "two.safetensors"), "--recipe"]
+
+    with pytest.raises(NotALoRAError, match="2 adapters, jersey and person"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    with pytest.raises(LoRAMergeError, match="was not merged by loramerge"):
+        CliRunner().invoke(app, [*command, "--adapter", "person"], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("spelling", ["hada_w1_a", "lokr_w2", "lora_E", "lora_embedding_A", "lora_magnitude_vector"])

@@ -62,6 +62,7 @@ ENTRIES = (
     Entry("np_lora", "NP-LoRA", "np_lora", "sum"),
     Entry("mutual", "NP-LoRA without order", "np_lora", "sum", {"order": "none"}),
     Entry("wudi", "WUDI, closed form", "wudi"),
+    Entry("wudi_sqrt", "WUDI, over √N", "wudi", "sqrt"),
 )
 
 

@@ -65,10 +65,10 @@ def main() -> None:
         costs = Costs(Bench(data, given.rounds), given.small)
         chosen = {name: GROWN[name] for name in given.only or GROWN}
         found = {name: [point(costs, size) for size in sizes] for name, (_, sizes) in chosen.items()}
-    sections = [
-        Section(f"By {chosen[name][0]}", [cells(costs, point) for point in points], HEAD)
-        for name, points in found.items()
-    ]
+        sections = [
+            Section(f"By {chosen[name][0]}", [cells(costs, point) for point in points], HEAD)
+            for name, points in found.items()
+        ]
     said = markdown(TITLE, [], sections, watch.others(), LEGEND)
     print(said)
     if given.markdown:

@@ -12,7 +12,19 @@ import loramerge as lm
 from loramerge.comparing import compare
 from loramerge.errors import LayerError, NoFactorsError
 from loramerge.layers import DoRA, Layer, LowRank, Replaced, build
-from loramerge.tensors import Array, Shape, Spec, cast, code, float32, numpy_dtype, parse_dtype, scalar, widest
+from loramerge.tensors import (
+    Array,
+    Shape,
+    Spec,
+    cast,
+    code,
+    float32,
+    numpy_dtype,
+    parse_dtype,
+    row_blocks,
+    scalar,
+    widest,
+)
 from loramerge.testing import KINDS, random_layer, random_lora, relative_error
 
 LINEAR, CONV, POINT = (48, 32), (24, 16, 3, 3), (24, 16, 1, 1)
@@ -361,3 +373,36 @@ def test_rows_of_a_layer_have_its_alpha_and_magnitude() -> None:
 
     assert loha.rows([(0, 4)], "qkv").own_alpha == 1.0
     assert dora.rows([(0, 4)], "qkv").axis == "in"
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("shape", [(300, 1024), (3, 100000), (70, 40, 5, 5)])
+def test_a_dora_of_many_blocks_is_the_formula(axis: str, shape: Shape) -> None:
+    random = np.random.default_rng(0)
+    layer = random_layer(shape, kind="dora", rank=2)
+    assert isinstance(layer, DoRA)
+    own = 0 if axis == "out" else 1
+    sizes = [size if i == own else 1 for i, size in enumerate(shape)]
+    magnitude = random.uniform(0.5, 2.0, sizes).astype(np.float32)
+    layer = replace(layer, magnitude=magnitude)
+    weight = random.normal(size=shape).astype(np.float32)
+
+    patched = weight.astype(np.float64) + layer.direction.delta()
+    others = tuple(i for i in range(len(shape)) if i != own)
+    wanted = patched * (magnitude / np.sqrt((patched**2).sum(others, keepdims=True))) - weight
+    np.testing.assert_array_equal(layer.delta_on(weight), wanted.astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", [(70000,), (300, 1024), (0, 5), (1 << 16,), ((1 << 16) + 1,)])
+def test_a_cast_to_half_of_many_blocks_is_numpys(shape: Shape) -> None:
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for array in (values, np.asfortranarray(values), values[::-1]):
+        found = cast(array, "F16")
+        assert found.shape == shape
+        np.testing.assert_array_equal(found, array.astype(np.float16))
+
+
+def test_blocks_of_rows_are_all_rows_once() -> None:
+    for shape in [(1, 1 << 20), (7, 1 << 14), (1000, 1000), (5,), (0, 3)]:
+        array = np.zeros(shape)
+        assert [i for rows in row_blocks(array) for i in range(shape[0])[rows]] == list(range(shape[0]))

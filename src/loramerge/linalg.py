@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .tensors import FAINT, Array, Float, Float64, concat, is_torch, namespace
+from .tensors import FAINT, Array, Float, Float64, concat, is_torch, namespace, row_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -406,9 +406,10 @@ def truncate_dense(
     if within:  # what is promised isn't spoilt by sums in float32
         side, basis = xp.astype(side, xp.float64), xp.astype(basis, xp.float64)
     left, right, _ = _project(basis, side if exact else basis.T @ side, rank)
-    lost = _energy(side - left @ right) * unit**2
+    lost = sum(_energy(side[rows] - left[rows] @ right) for rows in row_blocks(side)) * unit**2
     up, down = (xp.astype(part, dtype) for part in ((right.T, left.T) if turned else (left, right)))
-    return Cut(up if unit == 1 else up * unit, down, _energy(side) * unit**2, lost)
+    energy = sum(_energy(side[rows]) for rows in row_blocks(side)) * unit**2
+    return Cut(up if unit == 1 else up * unit, down, energy, lost)
 
 
 def _columns(delta: Float[Array, "out in"], count: int, iterations: int) -> Float[Array, "out count"]:

@@ -51,6 +51,8 @@ SIZES = {
     for code in NAMES
 }
 ALIASES = {"fp64": "F64", "fp32": "F32", "float": "F32", "fp16": "F16", "half": "F16", "bf16": "BF16"}
+BLOCK = 1 << 16
+"""Values in a block of rows: in float64, with a few temporary arrays of them, they stay in the processor's cache."""
 FLOATS = ("F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64")
 """From narrow to wide; float16 and bfloat16 are widened together to float32."""
 
@@ -241,6 +243,19 @@ def _in_range(array: Array) -> None:
         _check_float32(_largest(array))
 
 
+def _in_blocks(function: Callable[[Array], Array], array: Array, dtype: Any) -> Array:
+    """Apply a function to the values of an array of numpy, a block at a time: its temporary arrays stay in the cache."""
+    import numpy as np
+
+    if array.size <= BLOCK:
+        return function(array)
+    found, flat = np.empty(array.shape, dtype), array.reshape(-1)
+    values = found.reshape(-1)
+    for start in range(0, flat.size, BLOCK):
+        values[start : start + BLOCK] = function(flat[start : start + BLOCK])
+    return found
+
+
 def _half_to_float(array: Array) -> Array:
     """Move bits from float16 to float32, exact for finite values; numpy's cast takes 1.9 (σ = 0.02) to 4 times as long (2e-4)."""
     import numpy as np
@@ -264,6 +279,13 @@ def times(array: Array, factor: float) -> Array:
     if factor and not 1e-30 < abs(factor) <= 1:
         _check_float32(abs(factor) * max(_largest(array), float(abs(factor) > LARGEST["F32"])))
     return array * factor
+
+
+def row_blocks(array: Array) -> list[slice]:
+    """Cut an array of numpy into blocks of rows that stay in the processor's cache; one of torch is one block."""
+    rows = len(array)
+    step = rows if is_torch(array) else max(1, BLOCK * rows // max(1, math.prod(array.shape)))
+    return [slice(start, start + step) for start in range(0, rows, max(1, step))]
 
 
 def _largest(array: Array) -> float:
@@ -320,7 +342,7 @@ def cast(array: Array, dtype: str) -> Array:
 
         return array.to(getattr(torch, NAMES[dtype]))
     if dtype == "F16" and code(array) == "F32":
-        return _float_to_half(array)
+        return _in_blocks(_float_to_half, array, "float16")
     return array.astype(numpy_dtype(dtype))
 
 

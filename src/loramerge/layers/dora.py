@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from ..errors import LayerError
-from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, take_rows
+from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, row_blocks, take_rows
 from .base import Layer
 from .full import LEAVE_OUT
 
@@ -105,15 +105,18 @@ class DoRA(Layer):
         magnitude has one value per output row.)  All is in float64: W' and W nearly cancel.
         """
         xp = namespace(weight)
-        before = xp.astype(weight, xp.float64)
-        patched = before + self.direction.delta_on(weight)
         own = 0 if self.axis == "out" else 1
         others = tuple(axis for axis in range(weight.ndim) if axis != own)
-        squares = xp.sum(patched**2, axis=others, keepdims=True)
-        if not bool((squares > 0).all()):
-            raise LayerError("W + ΔW has a row or column of zeros, which has no direction to give a length to")
-        magnitude = float32(self.magnitude).reshape(squares.shape)
-        return xp.astype(patched * (magnitude / xp.sqrt(squares)) - before, weight.dtype)
+        magnitude = float32(self.magnitude).reshape([size if i == own else 1 for i, size in enumerate(weight.shape)])
+        update, found = self.direction.delta_on(weight), xp.empty_like(weight)
+        for rows in row_blocks(weight) if own == 0 else [slice(None)]:
+            before = xp.astype(weight[rows], xp.float64)
+            patched = before + update[rows]
+            squares = xp.sum(patched**2, axis=others, keepdims=True)
+            if not bool((squares > 0).all()):
+                raise LayerError("W + ΔW has a row or column of zeros, which has no direction to give a length to")
+            found[rows] = xp.astype(patched * (magnitude[rows] / xp.sqrt(squares)) - before, weight.dtype)
+        return found
 
     @property
     def by_rows(self) -> bool:

@@ -8,8 +8,9 @@ import pytest
 
 import loramerge as lm
 from loramerge.comparing.diffs import apart, differences
+from loramerge.errors import NumberError
 from loramerge.files.lora import LoRA
-from loramerge.layers import Full
+from loramerge.layers import Full, LowRank
 from loramerge.testing import random_layer
 from small import MODULES, small
 
@@ -60,6 +61,18 @@ def test_updates_of_other_shapes_are_not_the_same(kind: str) -> None:
     assert "no module in common" in apart(first, turned)
     assert not apart(first, kernel)
     assert next(differences(first, kernel)).relative < math.inf
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_nan_and_infinity_in_memory_are_errors_and_no_numbers(bad: float) -> None:
+    up = np.ones((640, 2), np.float16)
+    up[3, 1] = bad
+    layer = LowRank(up=up, down=np.ones((2, 640), np.float16))
+    spoiled, sound = replace(small(), layouts={TO_Q: layer}), small()
+
+    for work in (spoiled.norm, lambda: lm.compare([sound, spoiled]), lambda: list(differences(sound, spoiled))):
+        with pytest.raises(NumberError, match="to_q: .*NaN or infinite"):
+            work()
 
 
 def test_kinds_that_mean_the_same_are_the_same() -> None:

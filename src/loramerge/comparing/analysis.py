@@ -14,7 +14,7 @@ from ..checkpoints.models import Checkpoint, on_base, open_checkpoint
 from ..errors import MergeError, NoFactorsError, OptionError, check_callable, computing
 from ..files.architectures import blocks
 from ..files.families import common, spelled_alike
-from ..files.lora import LoRA, without
+from ..files.lora import LoRA, checked, without
 from ..files.reading import Source, is_list, open
 from ..layers import Layer
 from ..layers.base import in_one_library
@@ -262,7 +262,7 @@ def _why(layout: Layer) -> str:
 def _updates(loras: Sequence[LoRA], module: str, base: Checkpoint | None) -> tuple[list[int], Updates]:
     """Return the numbers of the LoRAs whose layer of a module can be compared, and those updates."""
     present = [i for i, lora in enumerate(loras) if module in lora and _is_compared(lora.layout(module), base)]
-    layers = [loras[i][module] for i in present]
+    layers = [checked(loras[i], module) for i in present]
     whole = [on_base(x, module, base) if base and x.needs_base else x for x in layers]
     return present, Updates(in_one_library(whole))
 

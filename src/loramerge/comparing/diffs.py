@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .. import linalg
 from ..errors import NoFactorsError, computing
 from ..files.architectures import name_family
-from ..files.lora import LoRA
+from ..files.lora import LoRA, checked
 from ..layers import DoRA, Layer
 from ..layers.base import dense_norm, in_one_library
 from ..tensors import Array, float32, largest_rank, same_weight
@@ -36,7 +36,8 @@ def differences(first: LoRA, second: LoRA) -> Iterator[Difference]:
     """Yield the difference of every module that either LoRA has, in order."""
     for module in dict.fromkeys((*first, *second)):
         with computing(module):
-            found = Difference(module, *_compared(first.get(module), second.get(module)))
+            layers = (checked(lora, module) if module in lora else None for lora in (first, second))
+            found = Difference(module, *_compared(*layers))
         yield found
 
 

@@ -159,7 +159,7 @@ class LoRA(Mapping[str, Layer]):
         squares = 0.0
         for module in self:
             with computing(module):
-                squares += self[module].norm() ** 2
+                squares += checked(self, module).norm() ** 2
         return math.sqrt(squares)
 
     def select(self, *patterns: str) -> "LoRA":

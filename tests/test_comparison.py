@@ -71,7 +71,7 @@ def test_nan_and_infinity_in_memory_are_errors_and_no_numbers(bad: float) -> Non
     spoiled, sound = replace(small(), layouts={TO_Q: layer}), small()
 
     for work in (spoiled.norm, lambda: lm.compare([sound, spoiled]), lambda: list(differences(sound, spoiled))):
-        with pytest.raises(NumberError, match="to_q: .*NaN or infinite"):
+        with pytest.raises(NumberError, match=r"to_q: .*NaN or infinite"):
             work()
 
 

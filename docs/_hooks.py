@@ -351,12 +351,30 @@ def benchmarks() -> str:
     return re.sub(r"^#", "##", "\n\n".join(texts), flags=re.MULTILINE) or "Nothing has been measured yet."
 
 
+COSTS = ("", "wall s", "CPU s", "wall / limit", "CPU / limit", "peak MB")
+"""What a page shows of the measured columns of costs."""
+
+
+def costs(name: str) -> str:
+    """Return the measured costs of a file beside their limits, in the columns of `COSTS`."""
+    parts = []
+    for section in (RESULTS / f"{name}.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        title, *lines = section.strip().splitlines()
+        head, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines if line.startswith("|"))
+        if "wall / limit" in head:
+            places = [head.index(column) for column in COSTS]
+            parts += [f"**{title}**", table(COSTS, ([row[place] for place in places] for row in rows))]
+    return "\n\n".join(parts)
+
+
 def _order(path: Path) -> tuple[bool, str]:
     """Sort what everybody uses first, and learned merges last."""
     return path.stem.startswith(("composing", "learned", "miniature", "ziplora")), path.name
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "limits": lambda: costs("limits"),
+    "big-files": lambda: costs("big"),
     "dialects": dialects,
     "dialect-sources": sources,
     "dialect-aliases": aliases,

@@ -28,7 +28,8 @@ def linear(layers: Sequence[Layer], weights: Sequence[float]) -> LowRank | Full:
         return with_bias(_dense_sum(layers, weights), layers, weights)
     weighted = [_weighted(layer, weight) for layer, weight in zip(layers, weights, strict=True)]
     ups, downs, scales = zip(*weighted, strict=True)
-    up = concat([times(float32(up), scale) for up, scale in zip(ups, scales, strict=True)], axis=1)
+    scaled = [up if scale == 1 else times(float32(up), scale) for up, scale in zip(ups, scales, strict=True)]
+    up = concat(scaled, axis=1)
     down = concat(downs) if len(downs) > 1 else downs[0]
     return with_bias(low_rank(up, down, layers[0].shape, shared_down(layers)), layers, weights)
 

@@ -469,3 +469,27 @@ def test_files_on_the_disk_are_not_touched_by_a_refusal(tmp_path: Path) -> None:
     with pytest.raises(DialectError, match="Ways out"):
         lm.convert(tmp_path / "d.safetensors", tmp_path / "e.safetensors", "diffusers-peft")
     assert not (tmp_path / "e.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_sum_at_weights_of_1_has_the_numbers_of_its_inputs(dtype: Any, tmp_path: Path) -> None:
+    """Also where columns are so faint that float16 would keep more of them at another scale."""
+    random, module = np.random.default_rng(0), MODULES["sdxl"][0]
+    shape = small()[module].shape
+    factors = [
+        ((1e-5 * random.normal(size=(shape[0], 2))).astype(dtype), random.normal(size=(2, shape[1])).astype(dtype))
+        for _ in range(2)
+    ]
+    files = []
+    for i, (up, down) in enumerate(factors):
+        tensors = {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
+        save_file(tensors, tmp_path / f"{i}.safetensors")
+        files.append(tmp_path / f"{i}.safetensors")
+
+    lm.save(lm.plan(files).lora(), tmp_path / "sum.safetensors", dialect="diffusers-peft")
+
+    found = load_file(tmp_path / "sum.safetensors")
+    up, down = (found[f"{module}.lora_{x}.weight"] for x in "BA")
+    assert up.dtype == dtype
+    assert np.array_equal(up, np.concatenate([each for each, _ in factors], axis=1))
+    assert np.array_equal(down, np.concatenate([each for _, each in factors]))

@@ -49,7 +49,8 @@ def _row(name: str, samples: Samples) -> Row:
 
 def cli(out: str, files: list[str], rank: int | str) -> Command:
     """Merge in one process, as the peers do: memory and CPU time are those of one."""
-    return ["-m", "loramerge", "merge", *files, "-o", out, "--rank", str(rank), "--quiet", "-j", "1"]
+    options = ["--weights", "uniform", "--rank", str(rank), "--quiet", "-j", "1"]
+    return ["-m", "loramerge", "merge", *files, "-o", out, *options]
 
 
 def ours(out: str, files: list[str], rank: int | str, *options: str) -> Command:

@@ -543,9 +543,9 @@ def test_a_mask_with_a_box_is_the_mask_within_it() -> None:
 
 def test_the_second_attention_of_sd35_sees_places_and_no_words() -> None:
     name = "transformer.transformer_blocks.0.attn2.to_k"
-    assert not LAYOUTS["SD3Transformer2DModel"].words.search(name)
-    assert LAYOUTS["SD3Transformer2DModel"].words.search("transformer.transformer_blocks.0.attn.add_k_proj")
-    assert LAYOUTS["UNet2DConditionModel"].words.search(name)
+    assert not LAYOUTS["SD3Transformer2DModel"].sees_words(name)
+    assert LAYOUTS["SD3Transformer2DModel"].sees_words("transformer.transformer_blocks.0.attn.add_k_proj")
+    assert LAYOUTS["UNet2DConditionModel"].sees_words(name)
 
     pipe = pipeline("sd3-medium")
     torch.manual_seed(0)

@@ -14,11 +14,13 @@ from ...errors import OptionError
 Grid = tuple[int, int, int]
 """Frames, height and width of the latents, in places."""
 
-STREAM = (
+WORDS = re.compile(
     r"(?<!\.attn2)\.add_[qkv]_proj$|_context\b|\.to_add_out$|\.context_embedder$"
     r"|\.txt_(in|mlp|mod)\b|\.text_embedder\.|\.context_refiner\."
 )
 """Modules of a stream of the prompt's words alone."""
+CROSS = re.compile(r"\.attn2\.to_[kv]$")
+"""Modules of attention to the words, where a block's second attention is that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +30,18 @@ class Layout:
     tokenizers: tuple[str, ...] = ()
     """The tokenizers whose tokens are the text that it sees, in order; none where a template surrounds the prompt, so
     that the tokens are those which the text encoder was given."""
-    words: re.Pattern[str] = re.compile(rf"\.attn2\.to_[kv]$|{STREAM}")
-    """Modules that see the words of the prompt."""
+    cross: bool = True
+    """True if a block's second attention is to the words; False if it is the picture's to itself."""
     both: re.Pattern[str] = re.compile(r"\bsingle_transformer_blocks\b")
     """Modules that see the words and the places in one sequence."""
     places_first: bool = False
     """True if places are before the words there, and rows with the prompt before those without."""
     multiple: int = 1
     """Words and places are each filled up to a multiple of this."""
+
+    def sees_words(self, module: str) -> bool:
+        """Return whether a module sees the words of the prompt, and no places."""
+        return bool(WORDS.search(module) or (self.cross and CROSS.search(module)))
 
     def filled(self, count: int) -> int:
         """Return the length of a sequence that has a number of places."""
@@ -44,10 +50,7 @@ class Layout:
 
 LAYOUTS: Mapping[str, Layout] = {
     "UNet2DConditionModel": Layout(tokenizers=("tokenizer",)),
-    "SD3Transformer2DModel": Layout(
-        tokenizers=("tokenizer", "tokenizer_3"),
-        words=re.compile(STREAM),  # its attn2 is the picture's attention to itself
-    ),
+    "SD3Transformer2DModel": Layout(tokenizers=("tokenizer", "tokenizer_3"), cross=False),
     "FluxTransformer2DModel": Layout(tokenizers=("tokenizer_2",)),
     "WanTransformer3DModel": Layout(tokenizers=("tokenizer",)),
     "QwenImageTransformer2DModel": Layout(),

@@ -70,7 +70,7 @@ def gates(masks: Tensor, weights: Tensor, words: Tensor | None, rows: int, grid:
             )
         if x.ndim == 2 or UNPLACED.search(module):  # of the time step, and the same for all places
             return weights
-        if layout.words.search(module):
+        if layout.sees_words(module):
             return fitted(texts, x.shape[1]) * weights
         if layout.both.search(module):
             count = layout.filled(grid[0] * grid[1] * grid[2] // (4 if layout.places_first else 1))

@@ -32,7 +32,7 @@ time multiplied by the number of modules; so was the SVD of sd-scripts. The othe
 alone, and was run on the whole file. musubi-tuner merges LoRAs only into a model. Of *ties* and *resize* the arithmetic \
 counted is that of the cut."""
 SCRIPTS = {"exact sum": ("flux_merge_lora.py", "--concat"), "cut": ("svd_merge_lora.py",)}
-"""What sd-scripts runs in place of ours."""
+"""The script of sd-scripts, with its options, that runs in place of ours."""
 
 
 def main() -> None:

@@ -352,7 +352,7 @@ def benchmarks() -> str:
 
 
 COSTS = ("", "wall s", "CPU s", "wall / limit", "CPU / limit", "peak MB")
-"""What a page shows of the measured columns of costs."""
+"""The measured columns of costs that a page shows."""
 
 
 def costs(name: str) -> str:

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--modules", type=int)
     given, options = parser.parse_known_args()
     chosen = list(modules(given.files[0], given.modules))
-    transformers.utils.is_torchvision_available()
+    transformers.utils.is_torchvision_available()  # remembers the answer, before an empty one can be found
     sys.meta_path.append(_Absent())
     sys.modules.update({name: MagicMock() for name in DRAWING})
     sys.path[:0] = [str(given.checkout), str(given.checkout / "networks")]

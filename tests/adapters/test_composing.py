@@ -466,7 +466,7 @@ def test_words_come_first_where_the_rows_with_the_prompt_do() -> None:
 
 
 def regions_of(uses: Sequence[Use], read: Callable[[Any, Regions], Any], **more: Any) -> list[Any]:
-    """What is read of the regions at every call of a drawing of one picture."""
+    """Draw one picture, and return what `read` finds in the regions at every call."""
     found: list[Any] = []
 
     @composition("read", source="this test", passes="1", placed=True)

@@ -279,7 +279,7 @@ class _Tensor:
 
     @property
     def fits_a_lora(self) -> bool:
-        """True for the weight of a linear layer or a convolution; tables and scales of their own are none."""
+        """True for the weight of a linear layer or a convolution; a LoRA has no place for tables and norms."""
         named = self.there.key.endswith("weight") or self.there.transposed  # CLIP's projection has no such name
         return named and len(self.there.shape) >= 2 and not EMBEDDING.search(self.name)
 

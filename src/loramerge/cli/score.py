@@ -144,10 +144,9 @@ def settings_in(folders: list[Path]) -> dict[str, Path]:
 
 def _has_pictures(folder: Path) -> bool:
     """Return whether a folder has pictures itself, besides the contact sheet."""
-    from ..scoring.pictures import SUFFIXES
+    from ..scoring.pictures import pictures_in
 
-    names = [path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
-    return any(name[0] != "." and name != "sheet.png" for name in names)
+    return any(path.name != "sheet.png" for path in pictures_in(folder))
 
 
 def _folders(folder: Path) -> list[Path]:

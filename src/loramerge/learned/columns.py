@@ -203,6 +203,7 @@ class _Run:
             self.present[self._group(module)] = sorted({*self.present.get(self._group(module), ()), *site.present})
         # What only one LoRA has stays as it is: nothing competes with it.
         self.sites = {m: site for m, site in attachment.sites.items() if len(self.present[self._group(m)]) > 1}
+        self.competing = sorted({i for site in self.sites.values() for i in site.present})
         if not self.sites:
             raise MergeError(
                 f"{', '.join(lora.name for lora in loras)} share no module of the model: there is nothing to learn. "
@@ -465,8 +466,7 @@ class _Run:
             return torch.zeros(())
         if given.penalty == "balance":
             found = [gate.mean(0) for gate in self.gates.opened.values()] if given.gates == "input" else None
-            gated = {i for those in self.present.values() if len(those) > 1 for i in those}
-            return balance(torch.stack(found or [self._gate(group) for group in self.parameters])[:, sorted(gated)])
+            return balance(torch.stack(found or [self._gate(group) for group in self.parameters])[:, self.competing])
         terms = [
             penalty(given.penalty, self._columns(m)[site.present], self.crossings.get(m))
             for m, site in self.sites.items()

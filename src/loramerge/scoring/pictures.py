@@ -113,6 +113,11 @@ def rgb(image: "Image") -> "Image":
     return _pil().alpha_composite(_pil().new("RGBA", image.size, "white"), image).convert("RGB")
 
 
+def pictures_in(folder: Path) -> list[Path]:
+    """List the pictures directly in a folder that exists, sorted by name; it may have none."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+
+
 def images_in(folder: Path) -> list[Path]:
     """List the pictures directly in a folder, sorted by name.
 
@@ -121,7 +126,7 @@ def images_in(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileError(f"No such directory of images: {folder}.")
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+    found = pictures_in(folder)
     if not found:
         raise FileError(f"{folder} holds no image; wanted files that end in {', '.join(SUFFIXES)}.")
     return found

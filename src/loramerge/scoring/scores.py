@@ -42,9 +42,8 @@ class Shot:
     path: Path
 
     @classmethod
-    def of(cls, setting: str, path: Path) -> "Shot":
+    def of(cls, setting: str, path: Path, recipe: Mapping[str, Any] | None) -> "Shot":
         """Describe a picture by the recipe in it, or by its name."""
-        recipe = recipe_in(path)
         if recipe:
             return cls(setting, str(recipe["prompt"]), int(recipe["seed"]), path)
         match = NAMED.fullmatch(path.stem)
@@ -190,21 +189,24 @@ def score(
 
 def shots_of(settings: Mapping[str, Files]) -> list[Shot]:
     """List the pictures of every setting."""
-    for files in settings.values():
+    found = []
+    for name, files in settings.items():
+        recipes = {path: recipe_in(path) for path in _paths(files)}
         if isinstance(files, str | os.PathLike):
-            _check_drawn_alike(path_of(files))
-    return [Shot.of(name, path) for name, files in settings.items() for path in _paths(files)]
+            _check_drawn_alike(recipes)
+        found += [Shot.of(name, path, recipe) for path, recipe in recipes.items()]
+    return found
 
 
-def _check_drawn_alike(folder: Path) -> None:
+def _check_drawn_alike(recipes: Mapping[Path, Mapping[str, Any] | None]) -> None:
     """Refuse pictures of several recipes in one folder, as stay there when fewer are drawn again by another one.
 
     Raises:
         FileError: Two recipes differ in more than prompt and seed.
     """
-    recipes = {path: recipe for path in images_in(folder) if (recipe := recipe_in(path)) is not None}
-    for path, recipe in recipes.items():
-        (first, other), *_ = recipes.items()
+    known = [(path, recipe) for path, recipe in recipes.items() if recipe is not None]
+    for path, recipe in known[1:]:
+        first, other = known[0]
         names = [n for n in {**recipe, **other} if n not in ("prompt", "seed") and recipe.get(n) != other.get(n)]
         if names:
             raise FileError(

@@ -78,7 +78,7 @@ class Use:
         """Return its weight at a progress in [0, 1]."""
         if not self.curve:
             return self.weight
-        points = sorted(self.curve, key=lambda point: point[0])  # of two at one progress the last holds after it
+        points = sorted(self.curve, key=lambda point: point[0])  # of two at one progress, the later holds from there
         for (a, low), (b, high) in pairwise(points):
             if a <= progress < b:
                 return self.weight * (low + (high - low) * (progress - a) / (b - a))
@@ -145,7 +145,7 @@ class Drawing:
     begun: bool = False
     """True once there are steps."""
     first: int = 0
-    """The scheduler's time step that the drawing begins at: not the first one in image to image."""
+    """Place of the drawing's first time step among the scheduler's: not 0 in image to image."""
     step: int = 0
     calls: int = 0
     """Calls of the denoiser since the last step."""

@@ -110,12 +110,14 @@ class DoRA(Layer):
         magnitude = float32(self.magnitude).reshape([size if i == own else 1 for i, size in enumerate(weight.shape)])
         update, found = self.direction.delta_on(weight), xp.empty_like(weight)
         for rows in row_blocks(weight) if own == 0 else [slice(None)]:
-            before = xp.astype(weight[rows], xp.float64)
-            patched = before + update[rows]
+            patched = xp.astype(weight[rows], xp.float64)
+            patched += update[rows]
             squares = xp.sum(patched**2, axis=others, keepdims=True)
             if not bool((squares > 0).all()):
                 raise LayerError("W + ΔW has a row or column of zeros, which has no direction to give a length to")
-            found[rows] = xp.astype(patched * (magnitude[rows] / xp.sqrt(squares)) - before, weight.dtype)
+            patched *= magnitude[rows] / xp.sqrt(squares)
+            patched -= weight[rows]
+            found[rows] = patched
         return found
 
     @property

@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from processes import ENVIRONMENT, compile_modules
+
 HERE = Path(__file__).resolve().parent
 SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 COMMAND = "import sys; from loramerge.cli import main; sys.exit(main())"
@@ -44,10 +46,10 @@ def write(path: Path, listing: dict[str, Any]) -> None:
 
 def cpu(runs: int, code: str, *arguments: str) -> float:
     """Return the least processor time of a Python process, in milliseconds."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    compile_modules()
     times = []
     for _ in range(runs):
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, env=ENVIRONMENT)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:

@@ -72,6 +72,7 @@ def to_torch(array: Array) -> "torch.Tensor":
     if isinstance(array, torch.Tensor):
         return array
     array = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray makes a scalar 1-D
+    array = array if array.flags.writeable else array.copy()
     if array.dtype.name.startswith(("bfloat16", "float8")):
-        return torch.from_numpy(array.view(f"u{array.itemsize}").copy()).view(getattr(torch, array.dtype.name))
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+        return torch.from_numpy(array.view(f"u{array.itemsize}")).view(getattr(torch, array.dtype.name))
+    return torch.from_numpy(array)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..devices import to_torch
 from ..errors import LoRAMergeError, OptionError, check_callable, computing, span, within
 from ..layers import Layer
-from ..tensors import Held, Shape, Tensor, check_finite, nbytes
+from ..tensors import Held, Shape, Tensor, check_finite, is_torch, nbytes
 from .architectures.blocks import Selector, offered
 from .building import LayerBuilder
 from .dialects import adapters, alphas, fields
@@ -298,7 +298,10 @@ class LoRA(Mapping[str, Layer]):
         """
         from .dialects.write import state_dict
 
-        return {key: to_torch(array).clone() for key, array in state_dict(self, dialect, dtype).items()}
+        return {
+            key: array.clone() if is_torch(array) else to_torch(array.copy())
+            for key, array in state_dict(self, dialect, dtype).items()
+        }
 
 
 def without(loras: Sequence[LoRA], patterns: Sequence[str]) -> list[LoRA]:

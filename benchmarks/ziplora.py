@@ -3,15 +3,18 @@
     python benchmarks/ziplora.py                              every case, some minutes on a CPU
     python benchmarks/ziplora.py --markdown results/ziplora-cpu.md
 
-The steps on SDXL's UNet (random weights) need CUDA; without it they are reported as not run.
+The steps on SDXL's UNet (random weights) need CUDA; without it they are reported as not run.  The step on the CPU is of a
+UNet with SDXL's widths and fewer layers, on small pictures, beside that UNet's own forward and backward.
 Exit code 1 if a goal is missed.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -23,6 +26,7 @@ from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.lora import LoRA
 from loramerge.layers import LowRank, low_rank
 from loramerge.learned.attach import Site
+from loramerge.learned.columns import Step, settings, ziplora
 from loramerge.learned.least_squares import core_solution
 from loramerge.learned.problems import Problem
 from loramerge.testing import random_lora
@@ -196,42 +200,86 @@ CASES = [(count, checkpointing) for count in (2, 3, 4) for checkpointing in (Fal
 
 def steps_on_cuda() -> Iterator[Steps]:
     """Run ZipLoRA on a real-size SDXL UNet with random weights, at 1024 × 1024, in bf16; attention LoRAs of rank 64."""
-    unet = sdxl_unet() if torch.cuda.is_available() else None
+    unet = None
+    if torch.cuda.is_available():
+        with torch.device("cuda"):
+            unet = sdxl_unet().to(torch.bfloat16)
     for count, checkpointing in CASES:
         name = f"{count} LoRAs, {'with' if checkpointing else 'without'} gradient checkpointing"
         yield Steps(name) if unet is None else timed_steps(unet, name, count, checkpointing)
 
 
-def sdxl_unet() -> nn.Module:
+def step_on_cpu(rounds: int = 3, rank: int = 64) -> tuple[float, float]:
+    """Measure a step of ZipLoRA on a UNet with SDXL's widths, float32, two LoRAs, one picture of 256 × 256 of each.
+
+    Returns:
+        Median CPU seconds of a step, and of what the UNet alone needs for one: a forward without gradients for the
+        LoRAs alone, a forward and a backward for the merge.
+    """
+    unet = sdxl_unet(layers=(1, 2, 2)).requires_grad_(False)
+    loras = _loras(unet, rank, 2)
+    alone = [_passes(unet) for _ in range(rounds)]
+    ends: list[float] = []
+    ziplora(
+        partial(_predict, unet),
+        {"unet": unet},
+        loras,
+        partial(examples, size=32),
+        settings(steps=rounds + 1, init="ones", loss="mse"),
+        on_step=lambda step: ends.append(time.process_time()),
+    )
+    alone += [_passes(unet) for _ in range(rounds)]
+    return median(b - a for a, b in pairwise(ends)), median(alone)
+
+
+def _loras(unet: nn.Module, rank: int, count: int) -> list[LoRA]:
+    """Make LoRAs of a UNet's attention, at a strength at which numbers stay finite in random weights."""
+    places = dict(unet.named_modules())
+
+    def only(module: str, shape: tuple[int, ...]) -> bool:
+        return "attn" in module and len(shape) == 2 and module.removeprefix("unet.") in places
+
+    loras = [random_lora("sdxl", rank=rank, seed=i, only=only, dialect="diffusers-peft") for i in range(count)]
+    return [faint(lora) for lora in loras]
+
+
+def _predict(unet: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+    added = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
+    return unet(given["x"], given["t"], given["prompt"], added_cond_kwargs=added, return_dict=False)[0]
+
+
+def _passes(unet: nn.Module) -> float:
+    """Return the CPU seconds of a forward without gradients, a forward with them, and a backward, on two pictures."""
+    batch = examples(0, torch.Generator().manual_seed(0), 2, size=32)
+    began = time.process_time()
+    with torch.no_grad():
+        _predict(unet, batch)
+    _predict(unet, {**batch, "x": batch["x"].requires_grad_()}).sum().backward()
+    return time.process_time() - began
+
+
+def sdxl_unet(layers: tuple[int, int, int] = (1, 2, 10)) -> nn.Module:
+    """Return a UNet with SDXL's widths and random weights; 1, 2 and 10 transformer layers per block are SDXL's own."""
     from diffusers import UNet2DConditionModel
 
-    with torch.device("cuda"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(320, 640, 1280),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            transformer_layers_per_block=(1, 2, 10),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-    return unet.to(torch.bfloat16).eval()
+    return UNet2DConditionModel(
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        transformer_layers_per_block=layers,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ).eval()
 
 
 def timed_steps(unet: nn.Module, name: str, count: int, checkpointing: bool, steps: int = 5) -> Steps:
-    from loramerge.learned.columns import Step, settings, ziplora
-
     (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
 
-    def only(module: str, shape: tuple[int, ...]) -> bool:
-        return module.startswith("unet.") and "attn" in module and len(shape) == 2
-
-    loras = [random_lora("sdxl", rank=64, seed=i, only=only, dialect="diffusers-peft") for i in range(count)]
-    loras = [faint(lora) for lora in loras]
+    loras = _loras(unet, 64, count)
     ends: list[float] = []
 
     def on_step(step: Step) -> None:
@@ -241,8 +289,7 @@ def timed_steps(unet: nn.Module, name: str, count: int, checkpointing: bool, ste
     def predict(batch: dict[str, Tensor]) -> Tensor:
         given = {key: value.cuda() for key, value in batch.items()}
         given = {key: v.to(torch.bfloat16) if v.is_floating_point() else v for key, v in given.items()}
-        added = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
-        return unet(given["x"], given["t"], given["prompt"], added_cond_kwargs=added, return_dict=False)[0]
+        return _predict(unet, given)
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -260,14 +307,14 @@ def timed_steps(unet: nn.Module, name: str, count: int, checkpointing: bool, ste
     return Steps(name, (ends[-1] - ends[0]) / steps, torch.cuda.max_memory_allocated())
 
 
-def examples(lora: int, generator: torch.Generator, count: int) -> dict[str, Tensor]:
-    """Return noise in the shape of SDXL's inputs."""
+def examples(lora: int, generator: torch.Generator, count: int, size: int = 128) -> dict[str, Tensor]:
+    """Return noise in the shape of SDXL's inputs; the picture has 8 times the size."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(count, *shape, generator=generator)
 
     return {
-        "x": random(4, 128, 128),
+        "x": random(4, size, size),
         "t": torch.randint(1000, (count,), generator=generator),
         "prompt": random(77, 2048),
         "pooled": random(1280),
@@ -276,9 +323,7 @@ def examples(lora: int, generator: torch.Generator, count: int) -> dict[str, Ten
 
 
 def faint(lora: LoRA) -> LoRA:
-    """Return the LoRA at a strength at which numbers stay finite in random weights."""
-    from dataclasses import replace
-
+    """Return the LoRA at a small strength."""
     layouts = {m: replace(layer, alpha=0.1) for m, layer in lora.layouts.items() if isinstance(layer, LowRank)}
     return replace(lora, layouts=layouts)
 
@@ -328,6 +373,9 @@ def main() -> None:
     ours, dense = memory(8)
     note = f"{ours / 1e6:.0f} MB, {dense / 1e6:.0f} MB"
     goals.append(Goal("560 modules, rank 8: memory / dense", ours / dense, 1 / 40, note=note))
+    step, alone = step_on_cpu()
+    note = f"{step:.1f} s, {alone:.1f} s; a UNet of SDXL's widths, fewer layers, 256 × 256, two LoRAs of rank 64"
+    goals.append(Goal("a step on the CPU / the UNet's own passes", step / alone, 1.5, note=note))
     steps = list(steps_on_cuda())
     for step in steps:
         print("  ".join(step.cells))

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import jsonschema
@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load_file as torch_file
+from safetensors.torch import load_file as torch_file, save_file as torch_save
 
 import loramerge as lm
 import models
 from loramerge import LoRA
+from loramerge.checkpoints import rewriting
 from loramerge.checkpoints.models import open_checkpoint
 from loramerge.cli.outputs import OUTPUTS
 from loramerge.errors import FileError, LayerError, MergeError, NumberError, OptionError
@@ -296,7 +297,7 @@ def test_layers_of_torch_tensors_are_baked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("scale", [1.0, 0.03])
+@pytest.mark.parametrize("scale", [1.0, 0.03, 1e-12])
 def test_the_report_is_what_a_direct_measurement_finds(dtype: object, scale: float, tmp_path: Path) -> None:
     arrays = models.base("flux", dtype)
     lora = models.lora("flux", scale=scale)
@@ -376,6 +377,44 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
 
     assert a.path.read_bytes() == b.path.read_bytes()
     assert a.changes == b.changes
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora-in"])
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_blocks_of_any_size_give_the_same_bytes(
+    architecture: str, dtype: str | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = models.base(architecture, ml_dtypes.bfloat16)
+    base = models.single_file(tmp_path / "base.safetensors", architecture, arrays)
+    tensors = torch_file(base)
+    tensors.pop("first_stage_model.decoder.conv_in.weight", None)  # it holds NaN, which is refused when it is rounded
+    torch_save(tensors, base)
+    lora = models.lora(architecture, kinds={ATTENTION: kind, CONV: kind})
+
+    whole = lm.bake([lora], base, tmp_path / "whole.safetensors", dtype=dtype)
+    monkeypatch.setattr(rewriting, "BLOCK", 50)
+    monkeypatch.setattr(rewriting, "COPIED", 7)
+    cut = lm.bake([lora], base, tmp_path / "cut.safetensors", dtype=dtype)
+
+    assert cut.path.read_bytes() == whole.path.read_bytes()
+    for module, change in cut.changes.items():
+        assert astuple(change)[1:5] == pytest.approx(astuple(whole.changes[module])[1:5], rel=1e-5)
+
+
+def test_zero_in_the_dtype_is_an_error_of_a_whole_tensor_and_not_of_some_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = {key: np.zeros_like(value, np.float16) for key, value in models.base("sdxl").items()}
+    faint = np.full((16, 16), 1e-9, np.float32)
+    faint[5] = 1
+    monkeypatch.setattr(rewriting, "BLOCK", 50)
+
+    found = baked(tmp_path, one(PROJ, Full(diff=faint)), arrays)
+
+    np.testing.assert_array_equal(found[f"{PROJ}.weight"], faint.astype(np.float16))
+    with pytest.raises(NumberError, match=f"{PROJ}: every value is 0 in float16"):
+        baked(tmp_path, one(PROJ, Full(diff=faint[:5].repeat(16, 0)[:16])), arrays)
 
 
 def test_an_unknown_rule_for_weights_is_told_the_rules_and_no_coefficients(tmp_path: Path) -> None:

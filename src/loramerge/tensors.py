@@ -7,6 +7,7 @@ standard, which both follow.
 
 import math
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -240,7 +241,7 @@ def float64(array: Array) -> Array:
 
 def _in_range(array: Array) -> None:
     if code(array) == "F64" and math.prod(array.shape):
-        _check_float32(_largest(array))
+        _check_float32(largest_of(array))
 
 
 def _in_blocks(function: Callable[[Array], Array], array: Array, dtype: Any) -> Array:
@@ -277,7 +278,7 @@ def times(array: Array, factor: float) -> Array:
     if factor == 1 or not math.prod(array.shape):
         return array
     if factor and not 1e-30 < abs(factor) <= 1:
-        _check_float32(abs(factor) * max(_largest(array), float(abs(factor) > LARGEST["F32"])))
+        _check_float32(abs(factor) * max(largest_of(array), float(abs(factor) > LARGEST["F32"])))
     return array * factor
 
 
@@ -288,7 +289,7 @@ def row_blocks(array: Array) -> list[slice]:
     return [slice(start, start + step) for start in range(0, rows, max(1, step))]
 
 
-def _largest(array: Array) -> float:
+def largest_of(array: Array) -> float:
     """Return the largest magnitude."""
     return max(float(array.max()), -float(array.min()))
 
@@ -336,14 +337,22 @@ def cast(array: Array, dtype: str) -> Array:
     if code(array) == dtype:
         return array
     if dtype in LARGEST and math.prod(array.shape):
-        _check_range(array, dtype)
+        known = float32(array) if code(array).startswith("F8") else array  # torch can't take the maximum of float8
+        largest = largest_of(known)
+        check_not_faint(largest, dtype)
+        check_not_large(largest, dtype)
+    return rounded(array, dtype)
+
+
+def rounded(array: Array, dtype: str) -> Array:
+    """Do as `cast` does with values that are known to fit."""
     if is_torch(array):
         import torch
 
         return array.to(getattr(torch, NAMES[dtype]))
     if dtype == "F16" and code(array) == "F32":
         return _in_blocks(_float_to_half, array, "float16")
-    return array.astype(numpy_dtype(dtype))
+    return array.astype(numpy_dtype(dtype), copy=False)
 
 
 def _float_to_half(array: Array) -> Array:
@@ -366,12 +375,23 @@ def _float_to_half(array: Array) -> Array:
     return half.astype(np.int16).view(np.float16)
 
 
-def _check_range(array: Array, dtype: str) -> None:
-    known = float32(array) if code(array).startswith("F8") else array  # torch can't take the maximum of float8
-    largest = _largest(known)
-    if 0 < largest < SMALLEST[dtype]:
+def check_not_faint(largest: float, dtype: str) -> None:
+    """Refuse a tensor whose values all become zero.
+
+    Raises:
+        NumberError: The largest of its magnitudes does.
+    """
+    if 0 < largest < SMALLEST.get(dtype, 0.0):
         raise NumberError(f"every value is 0 in {NAMES[dtype]}, the largest is {largest:.4g}; save as float32")
-    if not largest <= LARGEST[dtype]:  # False for NaN too
+
+
+def check_not_large(largest: float, dtype: str) -> None:
+    """Refuse values that would become infinite, infinity and NaN.
+
+    Raises:
+        NumberError: The largest of their magnitudes would.
+    """
+    if not largest <= LARGEST.get(dtype, sys.float_info.max):  # False for NaN too
         others = "float32 or bfloat16" if dtype == "F16" else "float32"
         raise NumberError(f"{largest:.4g} is too large for {NAMES[dtype]}; save as {others}")
 

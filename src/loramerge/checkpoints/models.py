@@ -28,6 +28,7 @@ from ..tensors import (
     Shape,
     Stored,
     check_finite,
+    code,
     float32,
     is_torch,
     namespace,
@@ -163,7 +164,7 @@ class Checkpoint(Mapping[str, Place]):
         if place.rows is None:
             values = stored.read() if scale is None else float32(stored.read()) * scale
             return values.T if place.transposed else values
-        cuts = [_cut(stored, start, stop).read() for start, stop in place.rows]
+        cuts = [cut(stored, start, stop).read() for start, stop in place.rows]
         values = cuts[0] if len(cuts) == 1 else namespace(cuts[0]).concat(cuts)
         if scale is None:
             return values
@@ -201,17 +202,18 @@ def _scales(scale: Stored, stored: Stored) -> bool:
     return known and math.prod(scale.shape) in (1, stored.shape[0])
 
 
-def _cut(stored: Stored, start: int, stop: int) -> Stored:
+def cut(stored: Stored, start: int, stop: int) -> Stored:
     """Return some rows of a stored tensor, as a stored tensor."""
-    row = (stored.end - stored.begin) // stored.shape[0]
+    count, *columns = stored.shape or (1,)
+    row = (stored.end - stored.begin) // count
     begin = stored.begin
-    shape = (stop - start, *stored.shape[1:])
+    shape = (stop - start, *columns)
     return Stored(shape, stored.dtype, begin + start * row, begin + stop * row, stored.source)
 
 
 def widened(array: Array) -> Array:
     """Return float64 values as they are, others in float32."""
-    return array if str(array.dtype).endswith("float64") else float32(array)
+    return array if code(array) == "F64" else float32(array)
 
 
 def open_checkpoint(
@@ -487,6 +489,11 @@ def on_base(layer: Layer, module: str, base: Checkpoint) -> Full:
 
 def delta_on(layer: Layer, weight: Array) -> Array:
     """Compute ΔW for a base's weight, a float32 array of numpy, in the library and on the device of the layer."""
+    return layer.delta_on(beside(layer, weight))
+
+
+def beside(layer: Layer, weight: Array) -> Array:
+    """Return a base's weight, a float32 array of numpy, in the library, on the device and in the shape of a layer."""
     like: Array = next(iter(layer.tensors().values()))
     weight = weight.reshape(layer.shape)
-    return layer.delta_on(to_torch(weight).to(like.device) if is_torch(like) else weight)
+    return to_torch(weight).to(like.device) if is_torch(like) else weight

@@ -8,17 +8,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import FileError, NumberError, computing, within
+from ..errors import FileError, computing, within
 from ..files.metadata import HASHES
 from ..files.storage import scratch
 from ..files.storage.reader import SafetensorsFile
-from ..files.storage.writer import Progress, write, write_text
-from ..tensors import FLOATS, Array, Spec, Stored, cast, check_finite, float32, nbytes, put_rows, take_rows
+from ..files.storage.writer import COPIED, Progress, write, write_text
+from ..layers import DeltaRows
+from ..tensors import (
+    FLOATS,
+    Array,
+    Spec,
+    Stored,
+    check_finite,
+    check_not_faint,
+    check_not_large,
+    largest_of,
+    nbytes,
+    rounded,
+)
 from .folders import shard_indexes
-from .models import Checkpoint, Place, widened
+from .models import Checkpoint, Place, cut, widened
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 """Ends of the names of files that hold weights."""
+
+
+BLOCK = 1 << 17
+"""Numbers that are changed at once."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +65,8 @@ class Update:
 
     name: str
     place: Place
-    delta: Callable[[Array], Array]
-    """Returns Σ wᵢ ΔWᵢ, given the weight in float32."""
+    delta: Callable[[], DeltaRows]
+    """Prepares Σ wᵢ ΔWᵢ, and returns a function that computes some rows of it."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +80,17 @@ class _Copy:
     def specs(self) -> Mapping[str, Spec]:
         return {self.key: self.stored}
 
-    def arrays(self) -> Mapping[str, Array]:
-        return {self.key: self.stored.read()}
+    def arrays(self) -> Mapping[str, Iterator[Array]]:
+        import numpy as np
+
+        begin, end, source = self.stored.begin, self.stored.end, self.stored.source
+        parts = (source(at, min(at + COPIED, end)) for at in range(begin, end, COPIED))
+        return {self.key: (np.frombuffer(part, np.uint8) for part in parts)}
 
 
 @dataclass(frozen=True)
 class _Rounded:
-    """A tensor in another dtype."""
-
-    key: str
-    stored: Stored
-    dtype: str
-
-    @property
-    def specs(self) -> Mapping[str, Spec]:
-        return {self.key: Spec(self.stored.shape, self.dtype)}
-
-    def arrays(self) -> Mapping[str, Array]:
-        try:
-            return {self.key: cast(self.stored.read(), self.dtype)}
-        except NumberError as error:
-            raise NumberError(f"{self.key}: {error}") from None
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """A stored tensor with the updates of the modules in it."""
+    """A stored tensor with the updates of the modules in it, if there are any, rounded to a dtype."""
 
     key: str
     stored: Stored
@@ -103,63 +104,117 @@ class _Sums:
     def specs(self) -> Mapping[str, Spec]:
         return {self.key: Spec(self.stored.shape, self.dtype)}
 
-    def arrays(self) -> Mapping[str, Array]:
-        old = self._values(self.stored.read())
-        with within(", ".join(update.name for update in self.updates)):
-            check_finite(old)  # before the cast, which turns float16's infinity and NaN into numbers
-            exact = widened(old)
-            exact = exact if exact.flags.writeable and exact is not old else exact.copy()
-            deltas = [self._add(exact, update) for update in self.updates]
-            check_finite(exact)
-            new = cast(exact if self.scale is None else exact / self.scale, self.dtype)
-        for update, delta in zip(self.updates, deltas, strict=True):
-            before, after = _part(old, update.place), _part(self._values(new), update.place)
-            self.report(_change(update, delta, before, after, self.dtype))
-        return {self.key: new}
+    def arrays(self) -> Mapping[str, Iterator[Array]]:
+        return {self.key: self._blocks()}
 
-    def _values(self, stored: Array) -> Array:
-        return stored if self.scale is None else float32(stored) * self.scale
+    def _blocks(self) -> Iterator[Array]:
+        """Read, change, round and measure some rows at a time: they stay in the processor's cache."""
+        largest = 0.0
+        with within(", ".join(update.name for update in self.updates) or self.key):
+            parts = [_Part(update, self.dtype) for update in self.updates]
+            for part, rows, own in self._spans(parts):
+                old = cut(self.stored, rows.start, rows.stop).read()
+                check_finite(old)  # before the cast, which turns float16's infinity and NaN into numbers
+                exact = before = self._values(old, rows)
+                if part:
+                    delta = part.rows(own).reshape(before.shape)
+                    exact = before + delta
+                exact = exact if self.scale is None else exact / self._scale(rows)
+                largest = max(largest, _checked_size(exact, self.dtype))
+                new = rounded(exact, self.dtype)
+                if part:
+                    part.measure(delta, before, self._values(new, rows))
+                yield new
+            check_not_faint(largest, self.dtype)
+        for part in parts:
+            self.report(part.change())
 
-    def _add(self, exact: Array, update: Update) -> Array:
-        """Add an update to its rows, in place; return what was added."""
-        weight = _part(exact, update.place)
+    def _spans(self, parts: Sequence["_Part"]) -> Iterator[tuple["_Part | None", slice, slice]]:
+        """Yield blocks of rows, with the part that they belong to, if any, and which rows of its module they are."""
+        count, numbers = (self.stored.shape or (1,))[0], math.prod(self.stored.shape)
+        owned = sorted((*span, i) for i, part in enumerate(parts) for span in part.spans(count))
+        spans: list[tuple[int, int, int, _Part | None]] = []
+        done = 0
+        for start, stop, before, owner in owned:
+            spans += [(done, start, 0, None), (start, stop, before, parts[owner])]
+            done = stop
+        spans.append((done, count, 0, None))
+        step = max(1, BLOCK * count // max(1, numbers))
+        for start, stop, before, part in spans if numbers else []:
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                yield part, slice(first, last), slice(first - before, last - before)
+
+    def _values(self, stored: Array, rows: slice) -> Array:
+        """Return numbers in float32, float64 ones as they are, times their scale."""
+        return widened(stored) if self.scale is None else widened(stored) * self._scale(rows)
+
+    def _scale(self, rows: slice) -> Array:
+        assert self.scale is not None
+        return self.scale if self.scale.size == 1 else self.scale[rows]
+
+
+class _Part:
+    """The rows of a stored tensor that an update changes, and sums that measure by how much."""
+
+    def __init__(self, update: Update, dtype: str) -> None:
+        import numpy as np
+
+        self.update = update
+        self.dtype = dtype
+        self.sums = np.zeros(5)
+        """‖ΔW‖², ‖W' − W‖², ‖(W' − W) − ΔW‖², the number of values with ΔW ≠ 0, and of those among them that stay."""
         with computing(update.name):
-            delta = update.delta(float32(weight))
-        if update.place.rows is None:
-            weight += delta
-        else:
-            put_rows(exact, update.place.rows, weight + delta)
-        return delta
+            self.delta = update.delta()
+            if update.place.transposed:
+                turned = self.delta(slice(None)).T
+                self.delta = turned.__getitem__
+
+    def spans(self, count: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the first and the last of rows in the stored tensor, and how many rows before them aren't the module's."""
+        at = 0
+        for start, stop in self.update.place.rows or ((0, count),):
+            yield start, stop, start - at
+            at += stop - start
+
+    def rows(self, rows: slice) -> Array:
+        with computing(self.update.name):
+            return self.delta(rows)
+
+    def measure(self, delta: Array, old: Array, new: Array) -> None:
+        """Measure a block: in float32 if what is written has fewer digits than that, else in float64."""
+        import numpy as np
+
+        wide = np.float64 if self.dtype in ("F32", "F64") else np.float32
+        asked, before, after = (array.reshape(-1).astype(wide, copy=False) for array in (delta, old, new))
+        moved, wanted = after - before, asked != 0
+        counts = [int(np.count_nonzero(found)) for found in (wanted, wanted & (moved == 0))]
+        self.sums += [_square(asked), _square(moved), _square(moved - asked), *counts]
+
+    def change(self) -> Change:
+        norm, change, error = (math.sqrt(square) for square in self.sums[:3])
+        wanted, still = self.sums[3:]
+        return Change(self.update.name, norm, change, error, float(still / wanted) if wanted else 0.0, self.dtype)
 
 
-def _part(tensor: Array, place: Place) -> Array:
-    """Return a module's part of a stored tensor, in the module's shape."""
-    if place.transposed:
-        return tensor.T
-    return tensor if place.rows is None else take_rows(tensor, place.rows)
-
-
-def _change(update: Update, delta: Array, old: Array, new: Array, dtype: str) -> Change:
-    """Measure a change in float64, in chunks that fit into the processor's cache."""
+def _square(values: Array) -> float:
+    """Return ‖values‖², in float64 where the squares could leave float32's range."""
     import numpy as np
 
-    norm = change = error = 0.0
-    wanted = still = 0
-    flat = [array.reshape(-1) for array in (delta, old, new)]
-    for start in range(0, flat[0].size, CHUNK):
-        asked, before, after = (np.asarray(widened(array[start : start + CHUNK]), np.float64) for array in flat)
-        moved = after - before
-        norm, change = norm + float(asked @ asked), change + float(moved @ moved)
-        wanted += int(np.count_nonzero(asked))
-        still += int(np.count_nonzero((moved == 0) & (asked != 0)))
-        moved -= asked
-        error += float(moved @ moved)
-    lost = still / wanted if wanted else 0.0
-    return Change(update.name, math.sqrt(norm), math.sqrt(change), math.sqrt(error), lost, dtype)
+    found = float(values @ values)
+    if 1e-20 < found < 1e30:
+        return found
+    wide = values.astype(np.float64)
+    return float(wide @ wide)
 
 
-CHUNK = 1 << 15
-"""Values per chunk."""
+def _checked_size(values: Array, dtype: str) -> float:
+    """Return the largest magnitude; refuse NaN, infinity, and what would become infinite in a dtype."""
+    largest = largest_of(values)
+    if not math.isfinite(largest):
+        check_finite(values)
+    check_not_large(largest, dtype)
+    return largest
 
 
 @dataclass(frozen=True)
@@ -199,17 +254,17 @@ class Job:
         write(target, groups, {"format": "pt", **own, **metadata}, workers=self.workers, progress=report, fork=False)
         return len(groups)
 
-    def _groups(self, file: Path, source: SafetensorsFile) -> Iterator[_Copy | _Rounded | _Sums]:
+    def _groups(self, file: Path, source: SafetensorsFile) -> Iterator[_Copy | _Rounded]:
         updates: dict[str, list[Update]] = {}
         for update in self.updates:
             if update.place.file == file:
                 updates.setdefault(update.place.key, []).append(update)
         for key, stored in source.items():
             dtype, scale = self.dtype_of(stored), self._scale(file, key)
-            if key in updates:
-                yield _Sums(key, stored, dtype, updates[key], self._report, scale)
+            if key not in updates and dtype == stored.dtype:
+                yield _Copy(key, stored)
             else:
-                yield _Copy(key, stored) if dtype == stored.dtype else _Rounded(key, stored, dtype)
+                yield _Rounded(key, stored, dtype, updates.get(key, ()), self._report, scale)
 
     def _scale(self, file: Path, key: str) -> Array | None:
         """Return what a tensor's numbers are multiplied by.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..registry import face
 
 if TYPE_CHECKING:
-    from .base import Layer as Layer, Rows as Rows
+    from .base import DeltaRows as DeltaRows, Layer as Layer, Rows as Rows
     from .building import MAGNITUDES as MAGNITUDES, UNKNOWN as UNKNOWN, build as build, ranked_by as ranked_by
     from .dora import DoRA as DoRA
     from .full import (
@@ -24,7 +24,7 @@ else:
     __getattr__, __dir__, __all__ = face(
         __name__,
         {
-            "base": ("Layer", "Rows"),
+            "base": ("DeltaRows", "Layer", "Rows"),
             "building": ("MAGNITUDES", "UNKNOWN", "build", "ranked_by"),
             "dora": ("DoRA",),
             "full": ("BiasOnly", "Carried", "Full", "Norm", "Replaced", "Table"),

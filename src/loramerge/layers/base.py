@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 Convert = Callable[[Array], Array]
 """`float32` or `float64`."""
 
+DeltaRows = Callable[[slice], Array]
+"""Returns some rows of a ΔW, in float32."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Layer:
@@ -221,6 +224,15 @@ class Layer:
             NoFactorsError: ΔW can't be computed.
         """
         return self.delta()
+
+    def delta_rows(self, weight: Callable[[], Array]) -> DeltaRows:
+        """Return a function that computes some rows of `delta_on`; unless the kind knows a way, all are computed first.
+
+        Args:
+            weight: Returns the weight, see `delta_on`; it is called only if ΔW depends on it.
+        """
+        whole = self.delta_on(weight()) if self.needs_base or self.replaces else self.delta()
+        return lambda rows: whole[rows]
 
     def times(self, weight: float) -> "Layer | None":
         """Return the layer with its update times a number; None if its kind has no form for that."""

@@ -5,13 +5,13 @@ LyCORIS's, https://arxiv.org/abs/2309.14859, section 3.
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..errors import LayerError
 from ..tensors import Array, Ranges, Shape, Spec, code, flatten, float32, reshape, take_rows, times, widened
-from .base import Convert, Layer, check_size, matrix, scaled
+from .base import Convert, DeltaRows, Layer, check_size, matrix, scaled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -86,6 +86,10 @@ class LowRank(Layer):
     def stored_factors(self) -> tuple[Array, Array, float]:
         plain = self.without_core()
         return flatten(plain.up), flatten(plain.down), plain.scale
+
+    def delta_rows(self, weight: Callable[[], Array]) -> DeltaRows:
+        up, down = self.factors()
+        return lambda rows: up[rows] @ down
 
     def norm(self) -> float:
         if self.mid is None:

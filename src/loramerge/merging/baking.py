@@ -8,12 +8,12 @@ import functools
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.models import Checkpoint, delta_on, open_checkpoint
+from ..checkpoints.models import Checkpoint, beside, delta_on, open_checkpoint
 from ..checkpoints.rewriting import Change, Job, Update, write_folder
 from ..errors import FileError, MergeError, OptionError, check_callable
 from ..files.families import common
@@ -24,7 +24,7 @@ from ..files.storage.paths import path_of, same
 from ..files.storage.texts import as_json
 from ..files.storage.writer import Progress
 from ..files.writing import check_apart
-from ..layers import Layer, Rows
+from ..layers import DeltaRows, Layer, Rows
 from ..linalg import as_numpy
 from ..tensors import Array, float32, parse_dtype, put_rows, take_rows
 from .rules import Scope
@@ -71,7 +71,7 @@ def bake(
 ) -> Baked:
     """Add LoRAs to a base model and write the result in the base's own layout.
 
-    Each thread has one weight in memory at a time.  A file is written under a temporary name, and renamed when it is complete.
+    Each thread has one weight in memory at a time, at most.  A file is written under a temporary name, and renamed when it is complete.
 
     Args:
         loras: LoRAs, or what `open` takes.
@@ -236,22 +236,28 @@ class _Sum:
         self.model = model
         self.inputs = inputs
 
-    def weight(self, weight: Array) -> Array:
-        return self._sum(lambda lora: self._delta(lora, weight))
+    def weight(self) -> DeltaRows:
+        return self._sum([self._delta(lora) for lora, _ in self.inputs])
 
-    def bias(self, bias: Array) -> Array:
-        return self._sum(lambda lora: as_numpy(float32(checked(lora, self.module).delta_bias())))
+    def bias(self) -> DeltaRows:
+        return self._sum([float32(checked(lora, self.module).delta_bias()).__getitem__ for lora, _ in self.inputs])
 
-    def _sum(self, delta: Callable[[LoRA], Array]) -> Array:
-        terms = (delta(lora) if share == 1 else share * delta(lora) for lora, share in self.inputs)
-        return functools.reduce(operator.add, terms)
+    def _sum(self, terms: Sequence[DeltaRows]) -> DeltaRows:
+        shares = [share for _, share in self.inputs]
 
-    def _delta(self, lora: LoRA, weight: Array) -> Array:
+        def rows_of(rows: slice) -> Array:
+            parts = (as_numpy(term(rows)) for term in terms)
+            scaled = (part if share == 1 else share * part for part, share in zip(parts, shares, strict=True))
+            return functools.reduce(operator.add, scaled)
+
+        return rows_of
+
+    def _delta(self, lora: LoRA) -> DeltaRows:
         layer = checked(lora, self.module)
         if isinstance(layer, Rows) and not layer.by_rows:
-            fused = self._fused(lora, layer)
-            return as_numpy(take_rows(delta_on(layer.whole, fused), layer.ranges)).reshape(weight.shape)
-        return as_numpy(delta_on(layer, weight)).reshape(weight.shape)
+            fused: Array = take_rows(delta_on(layer.whole, self._fused(lora, layer)), layer.ranges)
+            return lambda rows: fused[rows]
+        return layer.delta_rows(lambda: beside(layer, self.model.finite_weight(self.module)))
 
     def _fused(self, lora: LoRA, layer: Rows) -> Array:
         """Read the base's fused weight that the layer is a part of, because its norms run over the whole of it."""

@@ -30,8 +30,8 @@ class Group(Protocol):
     def specs(self) -> Mapping[str, Spec]:
         """Shapes and dtypes, by key."""
 
-    def arrays(self) -> Mapping[str, Array]:
-        """The values, in the dtypes of `specs`."""
+    def arrays(self) -> Mapping[str, Array | Iterator[Array]]:
+        """The values, in the dtypes of `specs`; those of a large tensor may come in parts, in order."""
 
 
 def write(
@@ -223,8 +223,10 @@ _PLACEHOLDERS = {"sshs_legacy_hash": "0" * 8, "sshs_model_hash": "0" * 64}
 
 
 def _write_group(fd: int, group: Group, layout: _Layout, start: int) -> None:
-    for key, array in group.arrays().items():
-        _write_at(fd, _bytes(array), start + layout.begins[key])
+    for key, values in group.arrays().items():
+        at = start + layout.begins[key]
+        for part in values if isinstance(values, Iterator) else (values,):
+            at = _write_at(fd, _bytes(part), at)
 
 
 def _bytes(array: Array) -> memoryview:
@@ -239,11 +241,13 @@ def _bytes(array: Array) -> memoryview:
     return memoryview(octets)
 
 
-def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+def _write_at(fd: int, data: bytes | memoryview, offset: int) -> int:
+    """Write some bytes at an offset; return the offset behind them."""
     view = memoryview(data)
     while len(view):
         count = pwrite(fd, view, offset)
         view, offset = view[count:], offset + count
+    return offset
 
 
 def _check_space(path: Path, needed: int) -> None:

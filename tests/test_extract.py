@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import loramerge as lm
 import models
 from loramerge import linalg
+from loramerge.checkpoints import extracting
 from loramerge.checkpoints.extracting import plan_extraction
 from loramerge.cli.app import app
 from loramerge.cli.outputs import OUTPUTS
@@ -288,6 +289,43 @@ def test_nan_in_a_model_is_an_error_that_names_the_module(tmp_path: Path) -> Non
 
     with pytest.raises(NumberError, match=r"a: unet.down_blocks.0.attentions.0.proj_in: a value is NaN"):
         lm.extract(models.folder(tmp_path / "a", a), models.folder(tmp_path / "b", b))
+
+
+def test_nan_behind_the_first_rows_that_differ_is_an_error_when_the_module_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = models.base("sd15", seed=1), models.base("sd15", seed=2)
+    a["unet.down_blocks.0.attentions.0.proj_in.weight"][-1, -1] = np.nan
+    monkeypatch.setattr(extracting, "BLOCK", 8)
+
+    planned = plan_extraction(models.folder(tmp_path / "a", a), models.folder(tmp_path / "b", b))
+
+    with pytest.raises(NumberError, match=r"a: unet.down_blocks.0.attentions.0.proj_in: a value is NaN"):
+        lm.save(planned.lora(), tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("layouts", [("file", "file"), ("folder", "file"), ("file", "shards")])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_blocks_of_any_size_give_the_same_factors(
+    architecture: str, layouts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = models.base(architecture, np.float16)
+    changed = {key: value.copy() for key, value in arrays.items()}
+    for value in changed.values():
+        value[-1] += 1  # in the last rows alone
+    paths = [
+        made(tmp_path / name, layout, architecture, values)
+        for name, layout, values in zip("ab", layouts, (changed, arrays), strict=True)
+    ]
+
+    whole = plan_extraction(*paths, rank=2)
+    monkeypatch.setattr(extracting, "BLOCK", 50)
+    cut = plan_extraction(*paths, rank=2)
+
+    assert (cut.ranks, cut.not_held) == (whole.ranks, whole.not_held)
+    assert set(cut.ranks) == set(matrices(architecture))
+    for module, layer in whole.lora().items():
+        assert all(np.array_equal(a, b) for a, b in zip(layer.factors(), cut.layer(module).factors(), strict=True))
 
 
 def test_a_text_encoder_that_one_model_lacks_is_not_counted_as_the_same(tmp_path: Path) -> None:

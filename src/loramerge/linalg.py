@@ -375,16 +375,12 @@ def _truncate_gram(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: 
     )
 
 
-def truncate_dense(
-    delta: Float[Array, "out in"], rank: int, oversampling: int | None = None, iterations: int = 3, within: int = 0
-) -> Cut:
-    """Compute the best factors of a given rank for a dense matrix.
+def truncate_dense(delta: Float[Array, "out in"], rank: int, within: int = 0) -> Cut:
+    """Compute the best factors of a given rank for a dense matrix, and the energy that they leave out.
 
     Args:
         delta: ΔW.
         rank: Rank of the result, at least 1.
-        oversampling: Columns of the random projection beyond the rank; half of it, at least 16, unless given.
-        iterations: Power iterations.
         within: A larger rank whose directions are found first.  At any smaller rank the result then loses what it does
             at this one, and the squares of the singular values between.
 
@@ -397,19 +393,41 @@ def truncate_dense(
     """
     xp, dtype, unit = namespace(delta), delta.dtype, power_of_two(delta)
     delta = delta if unit == 1 else delta / unit
-    found = max(rank, within)
-    found += max(16, found // 2) if oversampling is None else oversampling
+    up, down = _fit(delta, rank, within)
+    energy, lost = energies(xp.astype(delta, up.dtype, copy=False), up, down)
+    up, down = xp.astype(up, dtype), xp.astype(down, dtype)
+    return Cut(up if unit == 1 else up * unit, down, energy * unit**2, lost * unit**2)
+
+
+def fit_dense(delta: Float[Array, "out in"], rank: int) -> tuple[Float[Array, "out r"], Float[Array, "r in"]]:
+    """Compute the factors of `truncate_dense` alone."""
+    unit = power_of_two(delta)
+    up, down = _fit(delta if unit == 1 else delta / unit, rank)
+    return up if unit == 1 else up * unit, down
+
+
+def energies(
+    delta: Float[Array, "out in"], up: Float[Array, "out r"], down: Float[Array, "r in"]
+) -> tuple[float, float]:
+    """Return ‖ΔW‖² and ‖ΔW − up @ down‖²."""
+    squares = [(_energy(delta[rows]), _energy(delta[rows] - up[rows] @ down)) for rows in row_blocks(delta)]
+    return sum(energy for energy, _ in squares), sum(lost for _, lost in squares)
+
+
+def _fit(
+    delta: Float[Array, "out in"], rank: int, within: int = 0, iterations: int = 3
+) -> tuple[Float[Array, "out r"], Float[Array, "r in"]]:
+    """Compute the factors of `truncate_dense` for values of a size whose squares are in range, in float64 if within a rank."""
+    xp, found = namespace(delta), max(rank, within)
+    found += max(16, found // 2)
     exact = 3 * found >= min(delta.shape)
     turned = exact and delta.shape[0] > delta.shape[1]
     side = delta.T if turned else delta
-    basis = xp.eye(side.shape[0], dtype=dtype, device=side.device) if exact else _columns(side, found, iterations)
+    basis = xp.eye(side.shape[0], dtype=delta.dtype, device=side.device) if exact else _columns(side, found, iterations)
     if within:  # what is promised isn't spoilt by sums in float32
         side, basis = xp.astype(side, xp.float64), xp.astype(basis, xp.float64)
     left, right, _ = _project(basis, side if exact else basis.T @ side, rank)
-    lost = sum(_energy(side[rows] - left[rows] @ right) for rows in row_blocks(side)) * unit**2
-    up, down = (xp.astype(part, dtype) for part in ((right.T, left.T) if turned else (left, right)))
-    energy = sum(_energy(side[rows]) for rows in row_blocks(side)) * unit**2
-    return Cut(up if unit == 1 else up * unit, down, energy, lost)
+    return (right.T, left.T) if turned else (left, right)
 
 
 def _columns(delta: Float[Array, "out in"], count: int, iterations: int) -> Float[Array, "out count"]:

@@ -24,8 +24,19 @@ from ..files.storage.writer import Progress
 from ..layers import LowRank, low_rank
 from ..layers.base import dense_norm, matrix
 from ..linalg import whole_number
-from ..tensors import FLOATS, Array, Spec, cast, check_finite, computed, float32, parse_dtype, same_weight
-from .models import Checkpoint, Place, open_checkpoint, widened
+from ..tensors import (
+    FLOATS,
+    Array,
+    Spec,
+    cast,
+    check_finite,
+    computed,
+    float32,
+    largest_rank,
+    parse_dtype,
+    same_weight,
+)
+from .models import BLOCK, Checkpoint, Place, open_checkpoint, widened
 
 Rank = int | Literal["full"]
 
@@ -79,13 +90,12 @@ class Extraction:
         """Compute a module's factors, in the dtype of the result."""
         delta = difference(self.tuned, self.base, module)
         flat = matrix(delta)
-        cut = linalg.truncate_dense(flat, self.ranks[module])
         try:
-            up, down = cast(cut.up, self.dtype), cast(cut.down, self.dtype)
+            up, down = (cast(factor, self.dtype) for factor in linalg.fit_dense(flat, self.ranks[module]))
         except NumberError as error:
             raise NumberError(f"{module}: {error}") from None
-        flat = flat - float32(up) @ float32(down)
-        self.fits[module] = Fit(module, up.shape[1], math.sqrt(cut.energy), dense_norm(flat))
+        energy, lost = linalg.energies(flat, float32(up), float32(down))
+        self.fits[module] = Fit(module, up.shape[1], math.sqrt(energy), math.sqrt(lost))
         return low_rank(up, down, delta.shape)
 
     def lora(self) -> LoRA:
@@ -150,7 +160,8 @@ def plan_extraction(
 ) -> Extraction:
     """Find what differs between two models; the arguments are those of `extract`.
 
-    Both models are read once, one weight at a time.
+    A weight is read up to the first rows that differ, and whole when the extraction computes it, which is also when NaN
+    and infinity behind those rows are refused.
 
     Args:
         progress: Called with the number of tensors compared and of all.
@@ -190,13 +201,13 @@ def _planned(
     rounded: list[str] = []
     tensors = list(_tensors(tuned, base, modules))
     for done, tensor in enumerate(tensors, start=1):
-        delta = tensor.difference()
-        if delta.any() and tensor.rounded_only:
+        differs = tensor.differs()
+        if differs and tensor.rounded_only:
             rounded.append(tensor.name)
-        elif delta.any() and tensor.fits_a_lora:
-            found[tensor.name] = _rank_of(given.get(tensor.name, rank), delta)
-        elif delta.any():
-            lost.append(tensor.not_held(delta))
+        elif differs and tensor.fits_a_lora:
+            found[tensor.name] = _rank_of(given.get(tensor.name, rank), tensor)
+        elif differs:
+            lost.append(tensor.not_held())
         if progress:
             progress(done, len(tensors))
     if not found:
@@ -285,8 +296,28 @@ class _Tensor:
 
     def difference(self) -> Array:
         """Return W_tuned − W_base in the base's shape, in float32."""
-        tuned, base = self._read(self.tuned, self.here), self._read(self.base, self.there)
-        return float32(tuned - base.reshape(tuned.shape)).reshape(self.there.shape)
+        import numpy as np
+
+        wide = "F64" in (self.here.dtype, self.there.dtype)
+        found, done = np.empty(math.prod(self.there.shape), np.float64 if wide else np.float32), 0
+        for block in self._blocks():
+            found[done : done + block.size] = block.reshape(-1)
+            done += block.size
+        return float32(found).reshape(self.there.shape)
+
+    def differs(self) -> bool:
+        """Return whether the models differ here; the rest of the rows isn't read once some of them do."""
+        return any(block.any() for block in self._blocks())
+
+    def _blocks(self) -> Iterator[Array]:
+        """Yield W_tuned − W_base, some rows at a time: they stay in the processor's cache."""
+        count, numbers = (self.there.shape or (1,))[0], math.prod(self.there.shape)
+        turned = self.here.transposed or self.there.transposed
+        step = max(1, count if turned else BLOCK * count // max(1, numbers))
+        for start in range(0, count, step):
+            part = start, min(start + step, count)
+            tuned, base = self._read(self.tuned, self.here.part(*part)), self._read(self.base, self.there.part(*part))
+            yield tuned.reshape(base.shape) - base
 
     @property
     def rounded_only(self) -> bool:
@@ -306,8 +337,8 @@ class _Tensor:
             raise NumberError(f"{model.name}: {self.name}: {error}") from None
         return widened(values)
 
-    def not_held(self, delta: Array) -> NotHeld:
-        norm, size = dense_norm(delta), dense_norm(self.base.read(self.there))
+    def not_held(self) -> NotHeld:
+        norm, size = dense_norm(self.difference()), dense_norm(self.base.read(self.there))
         return NotHeld(self.name, norm, norm / size if size else math.inf)
 
 
@@ -365,9 +396,10 @@ def _checked_ranks(ranks: Mapping[str, int], modules: list[str]) -> Mapping[str,
     return ranks
 
 
-def _rank_of(rank: Rank, delta: Array) -> int:
-    flat = matrix(delta)
-    return linalg.numerical_rank(flat) if rank == "full" else min(operator.index(rank), *flat.shape)
+def _rank_of(rank: Rank, tensor: _Tensor) -> int:
+    if rank == "full":
+        return linalg.numerical_rank(matrix(tensor.difference()))
+    return min(operator.index(rank), largest_rank(tensor.there.shape))
 
 
 def _notes(tuned: Checkpoint, base: Checkpoint, modules: Mapping[str, int], rounded: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..devices import to_torch
@@ -52,6 +52,9 @@ QUANTISED = (".scale_weight", ".weight_scale", ".weight.absmax", ".weight.quant_
 SCALES = (".scale_weight", ".weight_scale")
 """Ends of the keys by which ComfyUI's float8 files scale a weight: by one number, or one for each row."""
 
+BLOCK = 1 << 17
+"""Numbers of a weight that are read and computed with at once: in 16 and 32 bits they stay in the processor's cache."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -65,6 +68,19 @@ class Place:
     rows: Ranges | None = None
     """The rows of the stored tensor that belong to the module, in the module's order; None for all."""
     transposed: bool = False
+
+    def part(self, start: int, stop: int) -> "Place":
+        """Return the place of some of the module's rows; if it is stored transposed, only that of all of them."""
+        if not self.shape or stop - start == self.shape[0]:
+            return self
+        assert not self.transposed
+        rows, before = [], 0
+        for first, last in self.rows or ((0, self.shape[0]),):
+            low, high = max(first, first + start - before), min(last, first + stop - before)
+            if low < high:
+                rows.append((low, high))
+            before += last - first
+        return replace(self, shape=(stop - start, *self.shape[1:]), rows=tuple(rows))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

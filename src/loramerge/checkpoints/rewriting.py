@@ -27,14 +27,10 @@ from ..tensors import (
     rounded,
 )
 from .folders import shard_indexes
-from .models import Checkpoint, Place, cut, widened
+from .models import BLOCK, Checkpoint, Place, cut, widened
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx")
 """Ends of the names of files that hold weights."""
-
-
-BLOCK = 1 << 17
-"""Numbers that are changed at once."""
 
 
 @dataclass(frozen=True)

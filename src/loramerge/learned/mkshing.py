@@ -5,6 +5,7 @@ A file holds one dense ΔW per module, under ``unet.unet.<module>.lora.weight``.
 Source: https://github.com/mkshing/ziplora-pytorch, ziplora_pytorch/utils.py, ``unet_ziplora_state_dict``.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from ..files.lora import LoRA
 from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
 from ..layers import LowRank, low_rank
-from ..layers.base import dense_norm
 from ..linalg import truncate_dense, whole_number
 from ..tensors import Array, Shape, check_finite, flatten, float32
 
@@ -83,9 +83,7 @@ def _fitted(delta: Array, rank: int) -> tuple[LowRank, float]:
     if not dense.size:
         raise NumberError(f"the update of shape {delta.shape} is empty")
     cut = truncate_dense(dense, min(rank, *dense.shape))
-    # Measured on the remainder: the cut's own figure is a difference of energies, which is blind to errors below 10⁻⁴.
-    size = dense_norm(dense)
-    error = dense_norm(dense - cut.up @ cut.down) / size if size else 0.0
+    error = math.sqrt(cut.lost / cut.energy) if cut.energy else 0.0
     return low_rank(cut.up, cut.down, delta.shape), error
 
 

@@ -402,6 +402,20 @@ def test_blocks_of_any_size_give_the_same_bytes(
         assert astuple(change)[1:5] == pytest.approx(astuple(whole.changes[module])[1:5], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_changes_whose_squares_float32_can_not_hold_are_measured(size: float, tmp_path: Path) -> None:
+    arrays = {key: np.zeros_like(value, ml_dtypes.bfloat16) for key, value in models.base("sdxl").items()}
+    diff = np.full((16, 16), size, np.float32)
+    base = models.single_file(tmp_path / "base.safetensors", "sdxl", arrays)
+
+    change = lm.bake([one(PROJ, Full(diff=diff))], base, tmp_path / "out.safetensors").changes[PROJ]
+
+    assert change.norm == pytest.approx(16 * size, rel=1e-5)
+    assert change.change == pytest.approx(16 * size, rel=1e-2)
+    assert 0 < change.loss < 2.0**-8
+
+
 def test_zero_in_the_dtype_is_an_error_of_a_whole_tensor_and_not_of_some_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

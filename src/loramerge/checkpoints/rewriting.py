@@ -197,7 +197,8 @@ def _square(values: Array) -> float:
     """Return ‖values‖², in float64 where the squares could leave float32's range."""
     import numpy as np
 
-    found = float(values @ values)
+    with np.errstate(over="ignore"):
+        found = float(values @ values)
     if 1e-20 < found < 1e30:
         return found
     wide = values.astype(np.float64)

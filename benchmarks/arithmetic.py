@@ -7,7 +7,7 @@ shape is computed three times at most, and counted as often as the LoRA has it. 
 `loramerge.linalg`, with its precisions:
 
 cut      the best fit of a rank to a sum of factors: Gram products, Cholesky, an eigenproblem, two products
-spectra  the singular values of a sum of factors: Gram products, two eigenproblems, the values of a small product
+spectra  the singular values of a sum of factors: Gram products, two Cholesky factors, the values of a small product
 qr       the distance of two LoRAs: the triangles of both sides' QR, and the norm of their product
 dense    ΔW of every module
 fit      the best fit of a rank to a dense ΔW: the randomised range finder with three iterations
@@ -49,8 +49,8 @@ def spectra(rows: int, columns: int, total: int, rank: int) -> Work:
     up, down = _normal(rows, total).astype(np.float64), _normal(total, columns).astype(np.float64)
 
     def work() -> None:
-        (a, first), (b, second) = (np.linalg.eigh(gram) for gram in (up.T @ up, down @ down.T))
-        np.linalg.svd((first * np.abs(a) ** 0.5).T @ (second * np.abs(b) ** 0.5), compute_uv=False)
+        first, second = (np.linalg.cholesky(gram) for gram in (up.T @ up, down @ down.T))
+        np.linalg.svd(first.T @ second, compute_uv=False)
 
     return work
 

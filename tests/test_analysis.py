@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import loramerge as lm
 from loramerge import errors, linalg
@@ -19,6 +20,7 @@ from loramerge.files.architectures.blocks import Selector
 from loramerge.files.lora import LoRA
 from loramerge.layers import LowRank
 from loramerge.merging.methods import METHODS
+from loramerge.tensors import Array
 from loramerge.testing import everything, random_layer, random_lora
 from small import MODULES, small
 
@@ -127,6 +129,24 @@ def test_the_spectrum_of_a_kronecker_product_is_that_of_the_dense_one(kind: str,
     assert (sigma[found.rank :] < 1e-5 * sigma[0]).all()
     np.testing.assert_allclose(u.T @ u, np.eye(found.rank), atol=1e-5)
     np.testing.assert_allclose(v.T @ v, np.eye(found.rank), atol=1e-5)
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("apart", [0.0, 1e-8, 1e-5])
+def test_a_direction_counts_in_a_spectrum_if_it_is_no_rounding_error(
+    apart: float, library: Callable[[np.ndarray], Array]
+) -> None:
+    """The last column of ``up`` is that before it, moved a little, or not at all."""
+    up, down = random_factors(1)
+    up[:, 2] = up[:, 1] + apart * random_factors(2)[0][:, 0]
+
+    found = linalg.spectrum(*(library(gram) for gram in linalg.grams(up, down)))
+
+    sigma = np.linalg.svd(up @ down, compute_uv=False)
+    assert found.rank == (3 if apart > linalg.RANK_TOLERANCE else 2)
+    np.testing.assert_allclose(found.sigma, sigma[: found.rank], rtol=1e-4)
+    for side in (up @ np.asarray(found.left), down.T @ np.asarray(found.right)):
+        np.testing.assert_allclose(side.T @ side, np.eye(found.rank), atol=1e-4)
 
 
 def test_the_sum_of_three_is_that_of_the_dense_updates() -> None:

@@ -83,6 +83,12 @@ def spectrum(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -
     return Spectrum(sigma[:kept], to_up @ left[:, :kept], to_down @ right[:kept].T)
 
 
+def values(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -> Float64[Array, " k"]:
+    """Compute ΔW's singular values, from large to small, without those that are rounding errors; see `spectrum`."""
+    sigma = namespace(gram_up).linalg.svdvals(_triangle(gram_up)[1] @ _triangle(gram_down)[1].T)
+    return sigma[sigma > _noise(gram_up, gram_down)]
+
+
 def _noise(gram_up: Float64[Array, "r r"], gram_down: Float64[Array, "r r"]) -> float:
     """Return the size of singular values that are rounding errors, which are all that is left where a sum's parts cancel."""
     xp = namespace(gram_up)
@@ -98,8 +104,29 @@ def _triangle(gram: Float64[Array, "r r"]) -> tuple[Float64[Array, "r k"], Float
     xp = namespace(gram)
     lengths = xp.linalg.diagonal(gram).clip(0.0) ** 0.5
     lengths = xp.where(lengths > 0, lengths, xp.ones_like(lengths))
-    squares, vectors = eigenpairs(gram / lengths[:, None] / lengths[None, :], 1e-13)
+    gram = gram / lengths[:, None] / lengths[None, :]
+    lower = _lower(gram)
+    if lower is not None:
+        return xp.linalg.inv(lower).T / lengths[:, None], lower.T * lengths
+    squares, vectors = eigenpairs(gram, 1e-13)
     return vectors / squares**0.5 / lengths[:, None], (vectors * squares**0.5).T * lengths
+
+
+def _lower(gram: Float64[Array, "r r"]) -> Float64[Array, "r r"] | None:
+    """Return the Cholesky factor of the Gram matrix of columns of length one; None if some nearly depend on others.
+
+    With its inverse it takes a third of the time of the eigenproblem, which finds the rank.
+    """
+    xp = namespace(gram)
+    try:
+        lower = xp.linalg.cholesky(gram)
+    except (ValueError, RuntimeError):  # the LinAlgError of numpy, and of torch
+        return None
+    return lower if float(xp.min(xp.linalg.diagonal(lower))) > APART else None
+
+
+APART = 1e-3
+"""The least distance of a column of length one from the span of those before it that a Cholesky factor is used for."""
 
 
 def kron_spectrum(first: Spectrum, second: Spectrum, scale: float) -> Spectrum:
@@ -341,9 +368,7 @@ def truncate(up: Float[Array, "out r"], down: Float[Array, "r in"], rank: int, e
 
 def squares(up: Float[Array, "out r"], down: Float[Array, "r in"]) -> "np.ndarray":
     """Return the squared singular values of ``up @ down``, falling, float64; the last are left out if ΔW rounds to the rest."""
-    gram_up, gram_down = grams(*thin(up, down))
-    sigma = namespace(up).linalg.svdvals(_triangle(gram_up)[1] @ _triangle(gram_down)[1].T)
-    found = as_numpy(sigma[sigma > _noise(gram_up, gram_down)]) ** 2
+    found = as_numpy(values(*grams(*thin(up, down)))) ** 2
     kept: np.ndarray = found[found[::-1].cumsum()[::-1] > ROUNDING**2 * found.sum()]
     return kept
 

@@ -16,6 +16,7 @@ from ..files.architectures import blocks
 from ..files.families import common, spelled_alike
 from ..files.lora import LoRA, checked, without
 from ..files.reading import Source, is_list, open
+from ..files.storage.writer import keep_freed_memory
 from ..layers import Layer
 from ..layers.base import in_one_library
 from ..tensors import same_weight
@@ -189,6 +190,7 @@ def compare(
         architecture = _checked(opened, model)
         modules = list(dict.fromkeys(m for lora in opened for m in lora if _is_compared(lora.layout(m), model)))
         found = []
+        keep_freed_memory()
         for module in modules:
             with computing(module):
                 found.append(_row(_updates(opened, module, model), len(opened), module, architecture, rows, seed))

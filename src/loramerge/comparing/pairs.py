@@ -7,17 +7,15 @@ Everything is computed from Gram matrices of the factors, except the sign confli
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from functools import cached_property
+from itertools import accumulate, combinations, pairwise
 
 from .. import linalg
 from ..layers import Layer
 from ..layers.base import matrix
 from ..linalg import Spectrum
-from ..tensors import Array, namespace
+from ..tensors import BLOCK, Array, namespace
 from .measures import Alone, Pair, ratio
-
-BLOCK = 2**20
-"""The most values of ΔW to form at once."""
 
 SHARE = 0.99
 """Share of a dense ΔW's ‖ΔW‖² in the directions that count as its spaces: all directions span the whole space."""
@@ -34,30 +32,40 @@ class Updates:
         self.layers = layers
         self.factors = [factors_of(layer) for layer in layers]
         xp = self.xp = namespace(self.factors[0][0])
-        self.ups = [xp.astype(up, xp.float64) for up, _ in self.factors]
-        self.downs = [xp.astype(down, xp.float64) for _, down in self.factors]
+        self.up = xp.astype(xp.concat([up for up, _ in self.factors], axis=1), xp.float64)
+        self.down = xp.astype(xp.concat([down for _, down in self.factors]), xp.float64)
+        stops = list(accumulate(down.shape[0] for _, down in self.factors))
+        self.slices = [slice(start, stop) for start, stop in pairwise([0, *stops])]
         self.spectra: dict[int, Spectrum] = {}
-        self.sums: dict[tuple[int, ...], Array] = {}
+        self.sums: dict[tuple[int, ...], Alone] = {}
         self.blocks: dict[tuple[int, int], tuple[Array, Array]] = {}
-        wide = sum(down.shape[0] for down in self.downs) > min(self.height, self.width)
+        wide = stops[-1] > min(self.height, self.width)
         self.dense = [xp.astype(matrix(layer.delta()), xp.float64) for layer in layers] if wide else None
         self.lengths = [self.products(i, i).clip(0.0) ** 0.5 for i in range(len(layers))]
 
     @property
     def height(self) -> int:
         """Rows of ΔW."""
-        return int(self.factors[0][0].shape[0])
+        return int(self.up.shape[0])
 
     @property
     def width(self) -> int:
         """Columns of ΔW."""
-        return int(self.factors[0][1].shape[1])
+        return int(self.down.shape[1])
 
     def grams(self, i: int, j: int) -> tuple[Array, Array]:
         """Return ``upᵢᵀ upⱼ`` and ``downᵢ downⱼᵀ``."""
+        a, b = self.slices[i], self.slices[j]
+        if self.dense is None:
+            return self._grams[0][a, b], self._grams[1][a, b]
         if (i, j) not in self.blocks:
-            self.blocks[i, j] = self.ups[i].T @ self.ups[j], self.downs[i] @ self.downs[j].T
+            self.blocks[i, j] = self.up[:, a].T @ self.up[:, b], self.down[a] @ self.down[b].T
         return self.blocks[i, j]
+
+    @cached_property
+    def _grams(self) -> tuple[Array, Array]:
+        """The Gram matrices of all ups side by side, and of all downs one below the other."""
+        return linalg.grams(self.up, self.down)
 
     def spectrum(self, member: int) -> Spectrum:
         """Return the SVD of one of the updates."""
@@ -76,26 +84,22 @@ class Updates:
 
     def _whole(self, member: int) -> Array:
         """Return a dense ΔW: it is one of its trivial factors."""
-        up, down = self.ups[member], self.downs[member]
+        part = self.slices[member]
+        up, down = self.up[:, part], self.down[part]
         return down if up.shape[0] == up.shape[1] else up
 
     def sigma(self, members: tuple[int, ...]) -> Array:
         """Return the singular values of the sum of some of the updates."""
         if len(members) == 1:
             return self.spectrum(members[0]).sigma
-        if members not in self.sums:
-            self.sums[members] = self._sigma(members)
-        return self.sums[members]
-
-    def _sigma(self, members: tuple[int, ...]) -> Array:
         if self.dense is not None:
             return linalg.singular_values(sum(self.dense[i] for i in members), sum(self._size(i) for i in members))
-        return linalg.spectrum(*(self._some(which, members) for which in (0, 1))).sigma
+        return linalg.values(*(self._some(which, members) for which in (0, 1)))
 
     def _size(self, member: int) -> float:
         """Return Σ ‖column of up‖ · ‖row of down‖, the scale of a sum's rounding errors."""
-        xp = self.xp
-        lengths = xp.linalg.vector_norm(self.ups[member], axis=0) * xp.linalg.vector_norm(self.downs[member], axis=1)
+        xp, part = self.xp, self.slices[member]
+        lengths = xp.linalg.vector_norm(self.up[:, part], axis=0) * xp.linalg.vector_norm(self.down[part], axis=1)
         return float(xp.sum(lengths))
 
     def _some(self, which: int, members: tuple[int, ...]) -> Array:
@@ -114,7 +118,7 @@ class Updates:
         """Return the inner products of corresponding columns, ``(in,)``."""
         if self.dense is not None:
             return self.xp.sum(self.dense[i] * self.dense[j], axis=0)
-        return linalg.column_products(self.grams(i, j)[0], self.downs[i], self.downs[j])
+        return linalg.column_products(self.grams(i, j)[0], self.down[self.slices[i]], self.down[self.slices[j]])
 
     def overlaps(self, i: int, j: int) -> tuple[float, float]:
         """Return the overlaps of the column and of the row spaces."""
@@ -127,9 +131,11 @@ class Updates:
 
     def alone(self, members: tuple[int, ...]) -> Alone:
         """Measure the sum of some of the updates."""
-        sigma = self.sigma(members)
-        square = float((sigma**2).sum())
-        return Alone(modules=1, square=square, spread=square * linalg.effective_rank(sigma))
+        if members not in self.sums:
+            sigma = self.sigma(members)
+            square = float((sigma**2).sum())
+            self.sums[members] = Alone(modules=1, square=square, spread=square * linalg.effective_rank(sigma))
+        return self.sums[members]
 
     def pair(self, i: int, j: int, signs: Mapping[tuple[int, int], tuple[float, float]]) -> Pair:
         """Measure a pair of the updates."""
@@ -162,7 +168,7 @@ class Updates:
         Args:
             rows: The rows to look at; the sums are scaled up to all rows, so that those of modules add up.
         """
-        found = dict.fromkeys(combinations(range(len(self.factors)), 2), (0.0, 0.0))
+        found = dict.fromkeys(combinations(range(len(self.layers)), 2), (0.0, 0.0))
         for deltas in self._dense(rows) if found else ():
             for i, j in found:
                 opposed, mass = _signs(deltas[i], deltas[j])
@@ -187,7 +193,7 @@ def _signs(first: Array, second: Array) -> tuple[float, float]:
     xp = namespace(first)
     sizes = xp.abs(first) + xp.abs(second)
     # first * second < 0 would miss opposite signs: the product of two small values may underflow to 0.
-    opposed = xp.where(first * xp.sign(second) < 0, sizes, xp.zeros_like(sizes))
+    opposed = sizes * (first * xp.sign(second) < 0)
     return float(xp.sum(opposed, dtype=xp.float64)), float(xp.sum(sizes, dtype=xp.float64))
 
 
@@ -203,7 +209,7 @@ def chosen_rows(height: int, rows: int | None, seed: int, module: str) -> list[i
     import numpy as np
 
     chosen = np.random.default_rng([seed, zlib.crc32(module.encode())]).choice(height, rows, replace=False)
-    return sorted(int(row) for row in chosen)
+    return sorted(chosen.tolist())
 
 
 def _above_chance(overlap: float, rank: int, size: int) -> float:

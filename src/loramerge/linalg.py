@@ -419,9 +419,9 @@ def truncate_dense(delta: Float[Array, "out in"], rank: int, within: int = 0) ->
     xp, dtype, unit = namespace(delta), delta.dtype, power_of_two(delta)
     delta = delta if unit == 1 else delta / unit
     up, down = _fit(delta, rank, within)
-    energy, lost = energies(xp.astype(delta, up.dtype, copy=False), up, down)
+    whole, lost = energies(xp.astype(delta, up.dtype, copy=False), up, down)
     up, down = xp.astype(up, dtype), xp.astype(down, dtype)
-    return Cut(up if unit == 1 else up * unit, down, energy * unit**2, lost * unit**2)
+    return Cut(up if unit == 1 else up * unit, down, whole * unit**2, lost * unit**2)
 
 
 def fit_dense(delta: Float[Array, "out in"], rank: int) -> tuple[Float[Array, "out r"], Float[Array, "r in"]]:
@@ -435,8 +435,8 @@ def energies(
     delta: Float[Array, "out in"], up: Float[Array, "out r"], down: Float[Array, "r in"]
 ) -> tuple[float, float]:
     """Return ‖ΔW‖² and ‖ΔW − up @ down‖²."""
-    squares = [(_energy(delta[rows]), _energy(delta[rows] - up[rows] @ down)) for rows in row_blocks(delta)]
-    return sum(energy for energy, _ in squares), sum(lost for _, lost in squares)
+    squares = [(energy(delta[rows]), energy(delta[rows] - up[rows] @ down)) for rows in row_blocks(delta)]
+    return math.fsum(whole for whole, _ in squares), math.fsum(lost for _, lost in squares)
 
 
 def _fit(
@@ -470,10 +470,17 @@ def power_of_two(array: Float[Array, "*shape"]) -> float:
     return 1.0 if 1e-9 < largest < 1e9 or not 0 < largest < math.inf else 2.0 ** math.floor(math.log2(largest))
 
 
-def _energy(delta: Float[Array, "out in"]) -> float:
-    """Return ‖ΔW‖², summed in float64."""
-    xp = namespace(delta)
-    wide = xp.astype(delta, xp.float64).reshape((-1,))
+def energy(values: Float[Array, "*shape"]) -> float:
+    """Return ‖values‖² of a block of numbers, in their dtype unless squares could leave float32's range."""
+    xp, flat = namespace(values), values.reshape((-1,))
+    if not is_torch(values):  # which isn't cut into blocks, so that float32 would lose digits in long sums
+        import numpy as np
+
+        with np.errstate(over="ignore"):
+            found = float(flat @ flat)
+        if 1e-20 < found < 1e30:
+            return found
+    wide = xp.astype(flat, xp.float64)
     return float(wide @ wide)
 
 

@@ -14,6 +14,7 @@ from ..files.storage import scratch
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.writer import COPIED, Progress, write, write_text
 from ..layers import DeltaRows
+from ..linalg import energy
 from ..tensors import (
     FLOATS,
     Array,
@@ -185,24 +186,12 @@ class _Part:
         asked, before, after = (array.reshape(-1).astype(wide, copy=False) for array in (delta, old, new))
         moved, wanted = after - before, asked != 0
         counts = [int(np.count_nonzero(found)) for found in (wanted, wanted & (moved == 0))]
-        self.sums += [_square(asked), _square(moved), _square(moved - asked), *counts]
+        self.sums += [energy(asked), energy(moved), energy(moved - asked), *counts]
 
     def change(self) -> Change:
         norm, change, error = (math.sqrt(square) for square in self.sums[:3])
         wanted, still = self.sums[3:]
         return Change(self.update.name, norm, change, error, float(still / wanted) if wanted else 0.0, self.dtype)
-
-
-def _square(values: Array) -> float:
-    """Return ‖values‖², in float64 where the squares could leave float32's range."""
-    import numpy as np
-
-    with np.errstate(over="ignore"):
-        found = float(values @ values)
-    if 1e-20 < found < 1e30:
-        return found
-    wide = values.astype(np.float64)
-    return float(wide @ wide)
 
 
 def _checked_size(values: Array, dtype: str) -> float:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import loramerge as lm
-from loramerge.errors import MergeError, OptionError
+from loramerge.errors import MergeError, NumberError, OptionError
 from loramerge.files.lora import LoRA
 from loramerge.layers import BiasOnly, Layer, LowRank
 from loramerge.merging.methods import METHODS
 from loramerge.merging.methods.engines import elementwise
 from loramerge.merging.methods.options import options_of
 from loramerge.merging.methods.selection import between, ranks_in_rows
-from loramerge.merging.methods.spaces import core
+from loramerge.merging.methods.spaces import aligned, core
 from loramerge.testing import check_method, random_layer, random_lora, relative_error
 
 KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -267,9 +267,42 @@ def test_the_core_holds_every_lora_without_loss(kind: str) -> None:
 
     for part, one in zip(space.parts, given, strict=True):
         assert relative_error(space.layer(part).delta(), one.delta().reshape(space.layer(part).shape)) < 1e-6
-    left, right = space.stack.up @ space.left, space.right @ space.stack.down
+    left, right = space.stack.up(space.left), space.stack.down(space.right)
     np.testing.assert_allclose(left.T @ left, np.eye(left.shape[1]), atol=1e-5)
     np.testing.assert_allclose(right @ right.T, np.eye(right.shape[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("space", [core, aligned])
+@every_kind
+def test_a_merge_in_a_common_space_is_cut_to_the_best_fit(kind: str, space: Any) -> None:
+    found = space([layer(kind, 3, seed=i) for i in range(2)])
+    merged = found.layer(2 * found.parts[0] - found.parts[1])
+    up, down = merged.factors()
+    u, s, vt = np.linalg.svd(up.astype(np.float64) @ down.astype(np.float64), full_matrices=False)
+
+    cut = merged.cut(2)
+
+    assert relative_error(cut.up @ cut.down, (u[:, :2] * s[:2]) @ vt[:2]) < 1e-5
+    assert cut.energy == pytest.approx((s**2).sum(), rel=1e-5)
+    assert cut.lost == pytest.approx((s[2:] ** 2).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e60, 1e-60])
+def test_factors_that_float32_cannot_hold_are_refused_in_a_common_space(scale: float) -> None:
+    space = core([layer("linear", 3, seed=i) for i in range(2)])
+
+    with pytest.raises(NumberError, match="outside of the range of float32"):
+        space.layer(scale * space.parts[0]).factors()
+
+
+def test_some_rows_may_be_too_small_for_float32() -> None:
+    up, down = np.ones((1 << 18, 4), np.float32), np.eye(4, 6, dtype=np.float32)
+    up[1 << 17 :] = 1e-30
+    given = LowRank(up=up, down=np.float32(1e-4) * down)
+
+    found = core([given]).layer(1e-9 * core([given]).parts[0]).factors()[0]
+
+    assert 0 < abs(found[-1]).max() < 2.0**-126
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

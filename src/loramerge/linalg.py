@@ -451,7 +451,7 @@ def _fit(
     basis = xp.eye(side.shape[0], dtype=delta.dtype, device=side.device) if exact else _columns(side, found, iterations)
     if within:  # what is promised isn't spoilt by sums in float32
         side, basis = xp.astype(side, xp.float64), xp.astype(basis, xp.float64)
-    left, right, _ = _project(basis, side if exact else basis.T @ side, rank)
+    left, right, _ = project(basis, side if exact else basis.T @ side, rank)
     return (right.T, left.T) if turned else (left, right)
 
 
@@ -544,14 +544,14 @@ def _truncate_randomised(
         basis = up @ (down @ (down.T @ (up.T @ basis)))
     basis = _orthonormal(basis)
     inside = basis.T @ up
-    found_up, found_down, tail = _project(basis, inside @ down, rank)
+    found_up, found_down, tail = project(basis, inside @ down, rank)
     # The part outside the basis and the part cut off inside it are orthogonal, so their energies add up; taking the
     # difference of the energies before and after instead would leave little but rounding.
     missed = norm(up - basis @ inside, down) ** 2
     return Cut(found_up, found_down, norm(up, down) ** 2, missed + tail)
 
 
-def _project(
+def project(
     basis: Float[Array, "out k"], core: Float[Array, "k in"], rank: int
 ) -> tuple[Float[Array, "out r"], Float[Array, "r in"], float]:
     """Compute the best factors of ``basis @ core``, with an orthonormal basis, and the energy that they leave out."""

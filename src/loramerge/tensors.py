@@ -241,7 +241,7 @@ def float64(array: Array) -> Array:
 
 def _in_range(array: Array) -> None:
     if code(array) == "F64" and math.prod(array.shape):
-        _check_float32(largest_of(array))
+        check_float32(largest_of(array))
 
 
 def _in_blocks(function: Callable[[Array], Array], array: Array, dtype: Any) -> Array:
@@ -278,7 +278,7 @@ def times(array: Array, factor: float) -> Array:
     if factor == 1 or not math.prod(array.shape):
         return array
     if factor and not 1e-30 < abs(factor) <= 1:
-        _check_float32(abs(factor) * max(largest_of(array), float(abs(factor) > LARGEST["F32"])))
+        check_float32(abs(factor) * max(largest_of(array), float(abs(factor) > LARGEST["F32"])))
     return array * factor
 
 
@@ -294,7 +294,12 @@ def largest_of(array: Array) -> float:
     return max(float(array.max()), -float(array.min()))
 
 
-def _check_float32(largest: float) -> None:
+def check_float32(largest: float) -> None:
+    """Refuse numbers of which the largest magnitude is outside of the range of float32.
+
+    Raises:
+        NumberError: It is too large, too small and not zero, or NaN.
+    """
     if not largest <= LARGEST["F32"] or 0 < largest < 2.0**-126:
         raise NumberError(
             f"its largest value, {largest:.4g}, is outside of the range of float32, in which layers are merged. "

@@ -22,6 +22,7 @@ from .methods import Method
 from .methods.base import Merged, applied
 from .methods.linear import linear
 from .methods.selection import Streams, module_seed
+from .methods.spaces import InSpace
 from .methods.vectors import plus_biases, vectors
 from .steps import Step
 from .weights import ModuleWeights
@@ -211,7 +212,8 @@ class Merger:
 
     def uncut(self, step: Step) -> Layer:
         """Merge a module by the method, before it is brought to the planned rank."""
-        return self._uncut(step, self.inputs(step.module))
+        made = self._uncut(step, self.inputs(step.module))
+        return made.as_product() if isinstance(made, InSpace) else made
 
     def _uncut(self, step: Step, layers: Sequence[Layer]) -> Layer:
         weights = self._weights_of(step.module)
@@ -270,7 +272,7 @@ def scaled_layer(layer: Layer, weight: float) -> Layer:
 
 
 def _merged(layer: Layer) -> Merged:
-    assert isinstance(layer, LowRank | Full)
+    assert isinstance(layer, Merged)
     return layer
 
 
@@ -278,6 +280,10 @@ def _fitted(layer: Merged, step: Step, measured: bool) -> Outcome:
     """Bring a merged layer to exactly the planned rank, which the layout announced: cut it, or pad it with zeros."""
     if isinstance(layer, Full):
         cut = linalg.truncate_dense(matrix(layer.diff), step.rank, within=step.sought)
+    elif isinstance(layer, InSpace):
+        if step.rank >= layer.rank:
+            return _fitted(layer.as_product(), step, measured)
+        cut = layer.cut(step.rank)
     elif step.rank < layer.rank:
         cut = linalg.truncate(matrix(layer.up), matrix(layer.down), step.rank, exact=step.sought > 0)
     else:

@@ -8,9 +8,10 @@ from ...errors import LoRAMergeError, MergeError, NumberError, first_line
 from ...layers import Full, Layer, LowRank
 from ...tensors import Array, check_finite, flatten, float32, times
 from .options import Option, checked, options_of, title_of
+from .spaces import InSpace
 
-Merged = LowRank | Full
-"""The result for one module: factors, or a dense ΔW that is then cut to a rank."""
+Merged = LowRank | Full | InSpace
+"""The result for one module: factors, a dense ΔW that is then cut to a rank, or a matrix in the LoRAs' common space."""
 
 Weights = Sequence[float]
 
@@ -111,13 +112,13 @@ def applied(
         raise
     except Exception as error:
         raise MergeError(f"the method {method.name} raised {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(merged, LowRank | Full):
+    if not isinstance(merged, Merged):
         raise MergeError(f"the method {method.name} gave a {type(merged).__name__}, wanted a LowRank or Full layer")
     if tuple(merged.shape) != tuple(layers[0].shape):
         raise MergeError(
             f"the method {method.name} gave a layer of the shape {tuple(merged.shape)}, wanted {tuple(layers[0].shape)}"
         )
-    if isinstance(merged, LowRank):
+    if not isinstance(merged, Full):
         _check_factors(method, merged, layers, rank)
     try:
         for tensor in merged.tensors().values():
@@ -127,12 +128,12 @@ def applied(
     return merged.as_product() if isinstance(merged, LowRank) else merged
 
 
-def _check_factors(method: Method, merged: LowRank, layers: Sequence[Layer], rank: int) -> None:
+def _check_factors(method: Method, merged: LowRank | InSpace, layers: Sequence[Layer], rank: int) -> None:
     """Refuse factors that differ from the plan, by which the file's header is written."""
     if merged.rank > rank:
         raise MergeError(f"the method {method.name} gave the rank {merged.rank}, and its rank= announced {rank}")
     shared = shared_down(layers) if method.linear else None
-    if shared is not None and merged.down_id != shared:
+    if shared is not None and merged.down_key != shared:
         raise MergeError(
             f"the method {method.name} is said to be linear, and doesn't keep the down that modules share: "
             "wanted low_rank(…, shared_down(layers)), or linear=False"
@@ -180,7 +181,7 @@ def equal_rank(layers: Sequence[Layer], **_: Any) -> int:
     return ranks[0]
 
 
-L = TypeVar("L", LowRank, Full)
+L = TypeVar("L", LowRank, Full, InSpace)
 
 
 def with_bias(merged: L, layers: Sequence[Layer], weights: Sequence[float]) -> L:

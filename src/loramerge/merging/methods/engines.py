@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...layers import Full, Layer, LowRank
+from ...layers import Full, Layer
 from ...tensors import Array, largest_rank
 from .base import Merged, Method, Weights, alive, sum_of_ranks, with_bias
 from .linear import linear
 from .options import Option, options_of
 from .selection import Streams
-from .spaces import Deltas, core, inner_products
+from .spaces import Deltas, InSpace, core, inner_products
 
 Allows = Callable[[Weights], None]
 
@@ -69,7 +69,7 @@ def on_core(
     """
 
     def named(formula: Callable[..., Array]) -> Method:
-        def merge(layers: Sequence[Layer], weights: Weights, *, most: int | None = None, **options: Any) -> LowRank:
+        def merge(layers: Sequence[Layer], weights: Weights, *, most: int | None = None, **options: Any) -> InSpace:
             counted = 1 if of_first else len(layers)
             live, shares, kept = alive(layers, weights)
             space = replace(core(live), most=most)
@@ -107,7 +107,7 @@ def elementwise(name: str, *, source: str) -> Callable[[Callable[..., Array]], M
     """
 
     def named(formula: Callable[..., Array]) -> Method:
-        def merge(layers: Sequence[Layer], weights: Weights, *, space: str = "delta", **options: Any) -> Merged:
+        def merge(layers: Sequence[Layer], weights: Weights, *, space: str = "delta", **options: Any) -> Full | InSpace:
             live, shares, kept = alive(layers, weights)
             if "seed" in options:
                 options["seed"] = alive_streams(options["seed"], kept)

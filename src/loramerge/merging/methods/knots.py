@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from ...layers import Layer, LowRank
+from ...layers import Layer
 from .base import alive, method, sum_of_ranks, with_bias
 from .engines import alive_streams
 from .options import Density, Seed
-from .spaces import aligned
+from .spaces import InSpace, aligned
 from .sparse import dare, ties
 
 
@@ -19,7 +19,7 @@ def knots(
     inside: Literal["ties", "dare", "linear"] = "ties",
     density: Density = 0.2,
     seed: Seed = 0,
-) -> LowRank:
+) -> InSpace:
     """KnOTS: align the LoRAs by one SVD, [ΔW₁ … ΔW_N] = U S [V₁ … V_N], and merge the S Vᵢ inside.
 
     ``inside`` is the method for the S Vᵢ, at ``density``: ties with the magnitudes of S Vᵢ, a

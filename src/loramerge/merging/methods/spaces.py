@@ -6,13 +6,24 @@ for all LoRAs.  A method sees the parts; its result is turned into a layer again
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
+from typing import ClassVar
 
 from ... import linalg
 from ...layers import Layer, LowRank, low_rank
-from ...layers.base import matrix
-from ...tensors import Array, Float, Float32, Float64, Shape, float32, float64, namespace
+from ...layers.base import Convert, dense_norm, identity, matrix
+from ...tensors import (
+    Array,
+    Float,
+    Float32,
+    Float64,
+    Shape,
+    check_float32,
+    float32,
+    float64,
+    namespace,
+    row_blocks,
+)
 
 FAINT = 1e-6
 """Directions below this share of the largest are rounding noise and don't count as part of the span."""
@@ -38,52 +49,77 @@ class Deltas(Sequence[Array]):
 
 @dataclass(frozen=True)
 class Stack:
-    """The factors of all LoRAs of a module, concatenated: Σ ΔWᵢ = up @ down."""
+    """The factors of all LoRAs of a module, ΔWᵢ = upᵢ @ downᵢ."""
 
-    up: Float64[Array, "out R"]
-    """R = Σr; float64, so that a direction's accuracy doesn't depend on its strength."""
-    down: Float64[Array, "R in"]
+    ups: tuple[Float64[Array, "out _"], ...]
+    """float64, so that a direction's accuracy doesn't depend on its strength."""
+    downs: tuple[Float64[Array, "_ in"], ...]
     """A convolution's kernel is flattened into ``in``."""
-    slices: tuple[slice, ...]
-    """Each LoRA's columns of up and rows of down."""
     shape: Shape
 
-    @cached_property
-    def gram_up(self) -> Float64[Array, "R R"]:
-        """``upᵀ up``."""
-        return linalg.gram(self.up.T)
+    def up(self, left: Sequence[Float64[Array, "_ k"]]) -> Float32[Array, "out k"]:
+        """Return Σ upᵢ @ leftᵢ."""
+        xp, like = namespace(self.ups[0]), self.ups[0]
+        found = xp.empty((like.shape[0], left[0].shape[1]), dtype=xp.float32, device=like.device)
+        _fill(found, self.ups, left)
+        return found
 
-    @cached_property
-    def gram_down(self) -> Float64[Array, "R R"]:
-        """``down downᵀ``."""
-        return linalg.gram(self.down)
-
-    def layer(self, left: Float64[Array, "R k"], right: Float64[Array, "k R"]) -> LowRank:
-        """Make the layer (up @ left) @ (right @ down)."""
-        if not left.shape[1]:  # every LoRA is zero
-            xp, like = namespace(self.up), {"dtype": self.up.dtype, "device": self.up.device}
-            left, right = xp.zeros((self.up.shape[1], 1), **like), xp.zeros((1, self.up.shape[1]), **like)
-        return low_rank(float32(self.up @ left), float32(right @ self.down), self.shape)
+    def down(self, right: Sequence[Float64[Array, "_ k"]]) -> Float32[Array, "k in"]:
+        """Return Σ rightᵢᵀ @ downᵢ."""
+        xp, like = namespace(self.downs[0]), self.downs[0]
+        found = xp.empty((right[0].shape[1], like.shape[1]), dtype=xp.float32, device=like.device)
+        _fill(found.T, [down.T for down in self.downs], right)
+        return found
 
 
 def stack(layers: Sequence[Layer]) -> Stack:
-    """Stack the factors of layers.
+    """Return the factors of layers.
 
     Raises:
         NoFactorsError: A layer has no factors.
     """
-    factors = [linalg.thin(*layer.factors(float64)) for layer in layers]
-    xp = namespace(factors[0][0])
-    up = xp.concat([up for up, _ in factors], axis=1)
-    down = xp.concat([down for _, down in factors], axis=0)
-    return Stack(up, down, _behind([up.shape[1] for up, _ in factors]), layers[0].shape)
+    ups, downs = zip(*(linalg.thin(*layer.factors(float64)) for layer in layers), strict=True)
+    return Stack(ups, downs, layers[0].shape)
+
+
+def _fill(
+    found: Float32[Array, "n k"], columns: Sequence[Float64[Array, "n _"]], maps: Sequence[Float64[Array, "_ k"]]
+) -> None:
+    """Write Σ Xᵢ Mᵢ into an array, some rows at a time.
+
+    Raises:
+        NumberError: Its largest value is outside of the range of float32.
+    """
+    largest = 0.0
+    for rows in row_blocks(found):
+        block = sum(x[rows] @ m for x, m in zip(columns, maps, strict=True))
+        size = float(abs(block).max())
+        check_float32(max(size, 1.0))  # these rows alone may be as small as they like
+        largest = max(largest, size)
+        found[rows] = block
+    check_float32(largest)
+
+
+def _gram(
+    columns: Sequence[Float64[Array, "n _"]], maps: Sequence[Float64[Array, "_ _"] | None]
+) -> Float64[Array, "R R"]:
+    """Return XᵀX of X = [X₁M₁ … X_N M_N], of which some rows are formed at a time; without a map, Xᵢ is taken.
+
+    From the Gram matrix of the Xᵢ it would be a sum of large terms that cancel where the Xᵢ are faint.
+    """
+    xp, total = namespace(columns[0]), 0.0
+    for rows in row_blocks(columns[0]):
+        parts = [x[rows] if m is None else x[rows] @ m for x, m in zip(columns, maps, strict=True)]
+        block = xp.concat(parts, axis=1)
+        total = total + block.T @ block
+    return total
 
 
 @dataclass(frozen=True)
 class Core:
-    """The common space of one module's LoRAs: ΔWᵢ = (up @ left) @ partᵢ @ (right @ down), without loss.
+    """The common space of one module's LoRAs: ΔWᵢ = (Σ upⱼ @ leftⱼ) @ partᵢ @ (Σ rightⱼᵀ @ downⱼ), without loss.
 
-    ``up @ left`` has orthonormal columns that span those of all ``up``, ``right @ down``
+    Σ upⱼ @ leftⱼ has orthonormal columns that span those of all ``up``, Σ rightⱼᵀ @ downⱼ
     orthonormal rows that span those of all ``down``.  Both are singular vectors of the stacked
     factors, each LoRA's own factors being U√S and √SVᵀ of its ΔW: so they depend only on the
     ΔWs, not on how a file factorises them.
@@ -94,10 +130,10 @@ class Core:
     """
 
     stack: Stack
-    left: Float64[Array, "R p"]
-    """p ≤ R."""
+    left: tuple[Float64[Array, "_ p"], ...]
+    """p ≤ R = Σr."""
     parts: tuple[Float64[Array, "p q"], ...]
-    right: Float64[Array, "q R"]
+    right: tuple[Float64[Array, "_ q"], ...]
     """q ≤ R."""
     spectra: tuple[tuple[Float64[Array, "p _"], Float64[Array, " _"], Float64[Array, "_ q"]], ...]
     """The singular value decomposition U, S, Vᵀ of each part, with as many values as it has rank."""
@@ -109,11 +145,15 @@ class Core:
         """True if every LoRA is zero, so there is nothing to merge."""
         return 0 in self.parts[0].shape
 
-    def layer(self, merged: Float64[Array, "p q"]) -> LowRank:
+    def layer(self, merged: Float64[Array, "p q"]) -> "InSpace":
         """Make the layer with a merged core."""
-        if merged.shape[0] < merged.shape[1]:
-            return self.stack.layer(self.left, merged @ self.right)
-        return self.stack.layer(self.left @ merged, self.right)
+        return InSpace(space=self, merged=merged)
+
+    def factors(
+        self, left: Float64[Array, "p k"], right: Float64[Array, "k q"]
+    ) -> tuple[Float32[Array, "out k"], Float32[Array, "k in"]]:
+        """Return the factors of ΔW from those of a core."""
+        return self.stack.up([own @ left for own in self.left]), self.stack.down([own @ right.T for own in self.right])
 
 
 def core(layers: Sequence[Layer]) -> Core:
@@ -122,24 +162,30 @@ def core(layers: Sequence[Layer]) -> Core:
     Raises:
         NoFactorsError: A layer has no factors.
     """
-    stacked, own = _balanced(stack(layers))
-    left, into = _orthonormal(stacked.gram_up)
-    right, onto = _orthonormal(stacked.gram_down)
+    stacked = stack(layers)
+    own = _spectra(stacked)
+    left, into = _directions(stacked.ups, [x.left * x.sigma**0.5 for x in own])
+    right, onto = _directions([down.T for down in stacked.downs], [x.right * x.sigma**0.5 for x in own])
     parts, spectra = [], []
-    for x, s in zip(own, stacked.slices, strict=True):
-        u, v, root = into[s].T, onto[s], x.sigma**0.5
+    for x, u, v in zip(own, into, onto, strict=True):
+        u, root = u.T, x.sigma**0.5
         parts.append(u @ v)
         spectra.append((u / root, x.sigma, v / root[:, None]))
-    return Core(stacked, left, tuple(parts), right.T, tuple(spectra))
+    return Core(stacked, left, tuple(parts), right, tuple(spectra))
 
 
-def _balanced(stacked: Stack) -> tuple[Stack, list[linalg.Spectrum]]:
-    """Return the stack of each LoRA's U√S and √SVᵀ, and the SVDs: a Gram matrix of these has no large terms that cancel."""
-    xp = namespace(stacked.up)
-    own = [linalg.spectrum(*linalg.grams(stacked.up[:, s], stacked.down[s])) for s in stacked.slices]
-    ups = [stacked.up[:, s] @ (x.left * x.sigma**0.5) for x, s in zip(own, stacked.slices, strict=True)]
-    downs = [(x.right * x.sigma**0.5).T @ stacked.down[s] for x, s in zip(own, stacked.slices, strict=True)]
-    return Stack(xp.concat(ups, axis=1), xp.concat(downs), _behind([x.rank for x in own]), stacked.shape), own
+def _spectra(stacked: Stack) -> list[linalg.Spectrum]:
+    """Return the SVD of each ΔW.  A Gram matrix of all U√S, or of all √SVᵀ, has no large terms that cancel."""
+    return [linalg.spectrum(*linalg.grams(up, down)) for up, down in zip(stacked.ups, stacked.downs, strict=True)]
+
+
+def _directions(
+    columns: Sequence[Float64[Array, "n _"]], maps: Sequence[Float64[Array, "_ _"]]
+) -> tuple[tuple[Float64[Array, "_ p"], ...], tuple[Float64[Array, "_ p"], ...]]:
+    """Return Tᵢ and Cᵢ: the left singular vectors of X = [X₁M₁ … X_N M_N] are Q = Σ Xᵢ Tᵢ, and XᵢMᵢ is Q Cᵢᵀ."""
+    turn, into = _orthonormal(_gram(columns, maps))
+    slices = _behind([m.shape[1] for m in maps])
+    return tuple(m @ turn[s] for m, s in zip(maps, slices, strict=True)), tuple(into[s] for s in slices)
 
 
 def _orthonormal(gram: Float64[Array, "n n"]) -> tuple[Float64[Array, "n k"], Float64[Array, "n k"]]:
@@ -182,21 +228,66 @@ class Aligned:
     """
 
     stack: Stack
-    left: Float64[Array, "R p"]
-    """U = up @ left."""
+    left: tuple[Float64[Array, "_ p"], ...]
+    """U = Σ upᵢ @ leftᵢ."""
     parts: Parts
     """Each S Vᵢ, of shape ``(p, in)``."""
 
     @property
     def empty(self) -> bool:
         """True if every LoRA is zero, so there is nothing to merge."""
-        return not self.left.shape[1]
+        return not self.left[0].shape[1]
 
-    def layer(self, merged: Float[Array, "p in"]) -> LowRank:
+    def layer(self, merged: Float32[Array, "p in"]) -> "InSpace":
         """Make the layer U @ merged."""
-        if not merged.shape[0]:
-            return self.stack.layer(self.left, self.left.T)
-        return low_rank(float32(self.stack.up @ self.left), merged, self.stack.shape)
+        return InSpace(space=self, merged=merged)
+
+    def factors(
+        self, left: Float32[Array, "p k"], right: Float32[Array, "k in"]
+    ) -> tuple[Float32[Array, "out k"], Float32[Array, "k in"]]:
+        """Return the factors of ΔW from those of a merged S V."""
+        return self.stack.up([own @ float64(left) for own in self.left]), right
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class InSpace(Layer):
+    """A LoRA as a matrix in a common space; its factors are formed once it is known which rank they have."""
+
+    kind_name: ClassVar[str] = LowRank.kind_name
+    required: ClassVar[tuple[str, ...]] = ("merged",)
+
+    space: Core | Aligned
+    merged: Float[Array, "p q"]
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the weight."""
+        return self.space.stack.shape
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factors without loss."""
+        rank: int = max(1, min(self.merged.shape))
+        return rank
+
+    def factors(self, to: Convert = float32) -> tuple[Array, Array]:
+        """Return the factors without loss, float32."""
+        xp, like = namespace(self.merged), {"dtype": self.merged.dtype, "device": self.merged.device}
+        rows, columns = self.merged.shape
+        if self.space.empty:
+            return self.space.factors(xp.zeros((rows, 1), **like), xp.zeros((1, columns), **like))
+        if rows < columns:
+            return self.space.factors(xp.eye(rows, **like), self.merged)
+        return self.space.factors(self.merged, xp.eye(columns, **like))
+
+    def as_product(self) -> LowRank:
+        """Return the layer as factors."""
+        return low_rank(*self.factors(), self.shape, diff_b=self.diff_b)
+
+    def cut(self, rank: int) -> linalg.Cut:
+        """Compute the best factors of a rank, from those of the matrix in the space."""
+        left, right, lost = linalg.project(identity(self.merged.shape[0], self.merged), self.merged, rank)
+        return linalg.Cut(*self.space.factors(left, right), dense_norm(self.merged) ** 2, lost)
 
 
 def aligned(layers: Sequence[Layer]) -> Aligned:
@@ -205,17 +296,23 @@ def aligned(layers: Sequence[Layer]) -> Aligned:
     Raises:
         NoFactorsError: A layer has no factors.
     """
-    stacked, own = _balanced(stack(layers))
+    stacked = stack(layers)
+    own = _spectra(stacked)
+    xp = namespace(stacked.ups[0])
+    maps, slices = [x.left * x.sigma**0.5 for x in own], _behind([x.rank for x in own])
+    gram = _gram(stacked.ups, maps)
     # With ΔWᵢ = Uᵢ Sᵢ Vᵢᵀ the left singular vectors of all are those of [U₁S₁ … U_N S_N].
-    root = namespace(stacked.up).concat([x.sigma for x in own]) ** 0.5
-    left = root[:, None] * _orthonormal(stacked.gram_up * root[:, None] * root)[0]
-    parts = Parts(float32(left.T @ stacked.gram_up), float32(stacked.down), stacked.slices)
-    return Aligned(stacked, left, parts)
+    root = xp.concat([x.sigma for x in own]) ** 0.5
+    left = root[:, None] * _orthonormal(gram * root[:, None] * root)[0]
+    downs = [float32((x.right * x.sigma**0.5).T @ down) for x, down in zip(own, stacked.downs, strict=True)]
+    parts = Parts(float32(left.T @ gram), xp.concat(downs), slices)
+    return Aligned(stacked, tuple(m @ left[s] for m, s in zip(maps, slices, strict=True)), parts)
 
 
 def inner_products(layers: Sequence[Layer]) -> Float64[Array, "n n"]:
     """Compute ⟨ΔWᵢ, ΔWⱼ⟩ of all pairs from the factors."""
     stacked = stack(layers)
-    xp = namespace(stacked.up)
-    products = stacked.gram_up * stacked.gram_down
-    return xp.stack([xp.stack([products[a, b].sum() for b in stacked.slices]) for a in stacked.slices])
+    xp, none = namespace(stacked.ups[0]), [None] * len(layers)
+    products = _gram(stacked.ups, none) * _gram([down.T for down in stacked.downs], none)
+    slices = _behind([up.shape[1] for up in stacked.ups])
+    return xp.stack([xp.stack([products[a, b].sum() for b in slices]) for a in slices])

@@ -21,6 +21,7 @@ from ...tensors import (
     check_float32,
     float32,
     float64,
+    largest_of,
     namespace,
     row_blocks,
 )
@@ -93,7 +94,7 @@ def _fill(
     largest = 0.0
     for rows in row_blocks(found):
         block = sum(x[rows] @ m for x, m in zip(columns, maps, strict=True))
-        size = float(abs(block).max())
+        size = largest_of(block)
         check_float32(max(size, 1.0))  # these rows alone may be as small as they like
         largest = max(largest, size)
         found[rows] = block

@@ -1,6 +1,7 @@
 """Modules that are one weight in the file are cut as one: held against dense SVDs of the stacked matrix."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,19 @@ def test_every_method_is_brought_to_the_rank_of_the_joined_weight(method: str, t
     assert down.shape[0] == 3
     assert np.isfinite(up).all()
     assert up.any()
+
+
+@pytest.mark.parametrize("rank", ["sum", 6])
+@pytest.mark.parametrize("method", ["slerp", "karcher", "model_stock"])
+def test_a_method_that_chooses_coefficients_has_them_in_a_joined_weight(method: str, rank: int | str) -> None:
+    split, shared = flux(0, modules=QKV), flux(1, shared=True, modules=QKV)
+    apart = lm.merge([replace(split, dialect="diffusers-peft"), shared], method=method, weights=[0.7, 0.3])
+
+    found = lm.merge([split, shared], method=method, weights=[0.7, 0.3], rank=rank)
+
+    u, s, vt = svd([apart])
+    best = len(s) if rank == "sum" else int(rank)
+    assert distance(factors([found]), (u[:, :best] * s[:best], vt[:best])) <= 1e-5 * s[0]
 
 
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts"])

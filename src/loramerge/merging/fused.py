@@ -71,7 +71,14 @@ class Join:
 
 
 def joins_of(
-    steps: Mapping[str, Step], loras: Sequence[LoRA], dialect: str, architecture: str | None, exact: bool, rank: Rank
+    steps: Mapping[str, Step],
+    loras: Sequence[LoRA],
+    dialect: str,
+    architecture: str | None,
+    rank: Rank,
+    *,
+    keeps_down: bool,
+    exact: bool,
 ) -> dict[str, Join]:
     """Find the joins of a dialect, by each of their modules.
 
@@ -80,8 +87,9 @@ def joins_of(
         loras: The LoRAs that are merged.
         dialect: Name of the dialect that will be written.
         architecture: Name of the model family.
-        exact: True if the method keeps a ``down`` that modules share.
         rank: The rule that gives the rank, from the ranks that the joined weight has in each input.
+        keeps_down: True if the method keeps a ``down`` that modules share.
+        exact: True if the method's result is Σ wᵢ ΔWᵢ with the weights as they were given.
     """
     if architecture is None:
         return {}
@@ -89,15 +97,17 @@ def joins_of(
     for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():
         present = tuple(part for part in parts if part.module in steps and not steps[part.module].rankless)
         if len(present) > 1:
-            join = _join(present, [steps[part.module] for part in present], loras, exact, rank)
+            join = _join(present, [steps[part.module] for part in present], loras, rank, keeps_down, exact)
             found |= dict.fromkeys(join.modules, join)
     return found
 
 
-def _join(parts: Parts, steps: Sequence[Step], loras: Sequence[LoRA], exact: bool, rank: Rank) -> Join:
+def _join(
+    parts: Parts, steps: Sequence[Step], loras: Sequence[LoRA], rank: Rank, keeps_down: bool, exact: bool
+) -> Join:
     rows, columns = tuple(step.shape[0] for step in steps), math.prod(steps[0].shape[1:])
     written = [min(step.rank if rank == "sum" else step.full_rank, largest_rank(step.shape)) for step in steps]
-    shared = exact and len({_downs(step, loras) or step.module for step in steps}) == 1
+    shared = keeps_down and len({_downs(step, loras) or step.module for step in steps}) == 1
     apart = max(written) if shared else sum(written)
     inputs = dict.fromkeys(i for step in steps for i in step.inputs)
     ranks = [_input_rank(loras[i], steps, i) for i in inputs]

@@ -73,8 +73,16 @@ class Plan:
     @cached_property
     def joins(self) -> Mapping[str, Join]:
         """The modules that the dialect writes as one weight, by each of them."""
-        exact = self.method.linear and not self.weights.columns
-        found = joins_of(self.steps, self.loras, self.dialect, self.architecture, exact, self.rank)
+        keeps = self.method.linear and not self.weights.columns
+        found = joins_of(
+            self.steps,
+            self.loras,
+            self.dialect,
+            self.architecture,
+            self.rank,
+            keeps_down=keeps,
+            exact=keeps and self.method.name == "linear",  # others choose the coefficients of their sum
+        )
         if self.ranks is None:
             return found
         chosen = {

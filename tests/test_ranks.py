@@ -61,6 +61,26 @@ def test_an_error_is_met_and_used_up(wanted: float) -> None:
     assert 0.8 * wanted <= error(found, lora) <= wanted * 1.0001
 
 
+@pytest.mark.parametrize("weights", [[1.0], [{"*": 1.0, "*attn2*": 30.0}]])
+def test_an_error_is_met_where_alphas_or_weights_differ_between_modules(weights: list[float | dict[str, float]]) -> None:
+    plain = decaying()
+    scaled = {module: replace(layer, alpha=16 * 4.0**i) for i, (module, layer) in enumerate(plain.items())}
+    lora = replace(plain, layouts=scaled)
+
+    found = lm.merge([lora], weights=weights, max_error=0.1)
+
+    assert 0.08 <= error(found, lm.merge([lora], weights=weights)) <= 0.1 * 1.0001
+
+
+def test_an_error_is_met_with_a_tucker_core() -> None:
+    lora = small(kind="tucker", rank=8, alpha=2)
+
+    found = lm.resize(lora, max_error=0.3)
+
+    assert numbers(found) < numbers(lm.resize(lora, rank=8))
+    assert error(found, lora) <= 0.3 * 1.0001
+
+
 def test_the_error_of_a_merge_is_met() -> None:
     loras = [decaying(seed=1), decaying(seed=2)]
 

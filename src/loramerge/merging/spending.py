@@ -85,5 +85,5 @@ def _spectrum(layer: Layer, step: Step) -> Spectrum:
         cut = linalg.truncate_dense(matrix(layer.diff), step.rank, within=step.rank)
         squares, missed = linalg.squares(cut.up, cut.down), cut.lost
     else:
-        squares = linalg.squares(matrix(layer.up), matrix(layer.down))
+        squares = linalg.squares(*layer.factors())
     return Spectrum(squares[: step.rank], float(squares.sum()) + missed, step.shape[0] + math.prod(step.shape[1:]))

@@ -387,6 +387,21 @@ def test_subtracting_adds_no_module_of_what_is_subtracted() -> None:
         lm.merge([first.select(module), second], method="subtract", exclude=[module])
 
 
+@pytest.mark.parametrize("dead", [False, True], ids=["alive", "one whose ΔW is zero"])
+@every_method
+def test_biases_are_summed_by_their_weights(case: Case, dead: bool) -> None:
+    if case[0] == "subtract":
+        pytest.skip("keeps the bias of the first")
+    given = layers(case, "linear", METHODS[case[0]].count or 3, mixed=False)
+    biased = [replace(x, diff_b=np.full(26, 10.0**i, np.float32)) for i, x in enumerate(given)]
+    if dead:
+        biased[0] = replace(biased[0], up=0 * biased[0].up)  # type: ignore[attr-defined]
+
+    found = lm.merge([lora(x) for x in biased], weights=[0.5] * len(biased), method=case[0], **case[1])["unet.m"]
+
+    assert np.allclose(found.delta_bias(), 0.5 * sum(10.0**i for i in range(len(biased))), rtol=1e-6)
+
+
 @pytest.mark.parametrize("biases", [(1.0, 2.0), (1.0, None), (None, 2.0)])
 def test_subtracting_keeps_the_bias_of_the_first(biases: tuple[float | None, float | None]) -> None:
     loras = [

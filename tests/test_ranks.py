@@ -62,7 +62,9 @@ def test_an_error_is_met_and_used_up(wanted: float) -> None:
 
 
 @pytest.mark.parametrize("weights", [[1.0], [{"*": 1.0, "*attn2*": 30.0}]])
-def test_an_error_is_met_where_alphas_or_weights_differ_between_modules(weights: list[float | dict[str, float]]) -> None:
+def test_an_error_is_met_where_alphas_or_weights_differ_between_modules(
+    weights: list[float | dict[str, float]],
+) -> None:
     plain = decaying()
     scaled = {module: replace(layer, alpha=16 * 4.0**i) for i, (module, layer) in enumerate(plain.items())}
     lora = replace(plain, layouts=scaled)

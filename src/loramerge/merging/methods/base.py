@@ -181,7 +181,7 @@ def equal_rank(layers: Sequence[Layer], **_: Any) -> int:
     return ranks[0]
 
 
-L = TypeVar("L", LowRank, Full, InSpace)
+L = TypeVar("L", bound=Merged)
 
 
 def with_bias(merged: L, layers: Sequence[Layer], weights: Sequence[float]) -> L:

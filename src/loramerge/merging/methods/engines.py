@@ -40,7 +40,8 @@ def combination(
             if len(live) == 1:
                 return linear.merge(layers, weights)
             chosen = dict(zip(kept, formula(inner_products(live), shares, **options), strict=True))
-            return linear.merge(layers, [chosen.get(i, 0.0) for i in range(len(layers))])
+            merged = linear.merge(layers, [chosen.get(i, 0.0) for i in range(len(layers))])
+            return with_bias(replace(merged, diff_b=None), layers, weights)
 
         options = options_of(formula)
         return Method(name, formula, merge, source, sum_of_ranks, options, count=count, linear=True, allows=allows)

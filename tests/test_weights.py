@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from listings import DATA
 from loramerge.files.architectures import ARCHITECTURES, blocks
 from loramerge.files.architectures.blocks import Selector
 from loramerge.files.lora import LoRA
+from loramerge.layers import BiasOnly
 from loramerge.merging.weights import parse, resolve
 from loramerge.testing import random_lora, relative_error, weighted_sum
 from small import MODULES, small
@@ -121,6 +123,15 @@ def test_energy_keeps_the_mean_or_the_sum_of_the_energies(rule: str, share: str,
         assert all(found.of(module) == found.of(modules[0]) for module in modules)
         assert len({*weights}) == 1
         np.testing.assert_allclose(np.sum((weights @ rows) ** 2), getattr(np, share)(acting), rtol=1e-6)
+
+
+def test_energy_counts_a_bias_alone_beside_a_loras_update() -> None:
+    one = small(modules=(TO_Q,))
+    bias = replace(one, layouts={TO_Q: BiasOnly(diff_b=np.full(one[TO_Q].shape[0], 2.0, np.float32))})
+
+    weights = resolve([one, bias], "energy-sum").of(TO_Q)
+
+    assert weights == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("scope", [None, "module", "component", "whole"])

@@ -162,7 +162,9 @@ def _sizes(rule: Rule, loras: Sequence[LoRA], modules: Sequence[str], where: str
                     each[i] += layers[-1].norm() ** 2
         if rule.total:
             with computing(module):
-                total += _sum(in_one_library(layers)).norm() ** 2
+                biases = [layer for layer in layers if layer.bias_only]
+                weighed = [layer for layer in layers if not layer.bias_only]
+                total += sum(_sum(in_one_library(part)).norm() ** 2 for part in (biases, weighed) if part)
     return Sizes([math.sqrt(square) for square in each], math.sqrt(total) if rule.total else None, where)
 
 
@@ -177,10 +179,5 @@ def _on(layer: Layer, module: str, base: "Checkpoint | None") -> Layer:
 
 def _sum(layers: Sequence[Layer]) -> Layer:
     """Return the update Σ ΔWᵢ; from factors, it has factors."""
-    weighed = [layer for layer in layers if not layer.bias_only]
     ones = [1.0] * len(layers)
-    return (
-        vectors(layers, ones)
-        if all(layer.rankless for layer in layers)
-        else linear.merge(weighed, ones[: len(weighed)])
-    )
+    return vectors(layers, ones) if all(layer.rankless for layer in layers) else linear.merge(layers, ones)

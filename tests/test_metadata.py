@@ -242,6 +242,17 @@ def test_inspect_shows_the_words_of_each_parent_however_often_it_was_merged(tmp_
     assert json.loads(run("inspect", three, "--json"))["trigger_words"] == ["woody", "buzz", "rex"]
 
 
+def test_a_merge_in_which_one_alone_has_a_weight_has_the_entries_of_that_one(tmp_path: Path) -> None:
+    mine = {"modelspec.title": "A", "modelspec.trigger_phrase": "woody", "modelspec.author": "me"}
+    files = [saved(small(), tmp_path / "a.safetensors", **mine)]
+    files.append(saved(small(seed=1), tmp_path / "b.safetensors", **{"modelspec.title": "B"}))
+
+    found = header(lm.save(lm.merge(files, weights=[1, 0]), tmp_path / "c.safetensors"))
+
+    assert mine.items() <= found.items()
+    assert json.loads(found["loramerge"])["inputs"][1]["metadata"]["modelspec.title"] == "B"
+
+
 def test_only_a_merge_says_that_it_was_merged(tmp_path: Path) -> None:
     file = saved(small(), tmp_path / "a.safetensors", **{"modelspec.title": "A"})
     resized = lm.save(lm.resize(file, rank=2), tmp_path / "b.safetensors")

@@ -248,15 +248,21 @@ class Plan:
         return any(self.loras[i].layout(s.module).needs_base for s in self.steps.values() for i in s.inputs)
 
     def _metadata(self) -> Awaited:
-        """Return the metadata: entries on which all inputs agree; the others go into the record, per input."""
+        """Return the metadata: entries on which all used inputs agree; the others go into the record, per input."""
         metadatas = [lasting(lora.metadata) for lora in self.given]
-        known = {k: v for k, v in metadatas[0].items() if k != RECIPE and all(m.get(k) == v for m in metadatas)}
+        first, *others = [metadatas[i] for i in self._used]
+        known = {k: v for k, v in first.items() if k != RECIPE and all(m.get(k) == v for m in others)}
         # A picture shows what its own LoRA does, and is large.
-        apart = [{k: v for k, v in m.items() if k not in known or k in (PHRASE, TAGS, LICENCE)} for m in metadatas]
+        apart = [{k: v for k, v in m.items() if known.get(k) != v or k in (PHRASE, TAGS, LICENCE)} for m in metadatas]
         own = [{k: v for k, v in m.items() if k not in PICTURES} for m in apart]
         base = UNKNOWN if self.base and self.on_base else None
         draft = as_text(record(self, [UNKNOWN] * len(self.given), base), own)
         return Awaited(known | self._of_parents(), RECIPE, draft, lambda: as_text(self.recipe, own))
+
+    @cached_property
+    def _used(self) -> list[int]:
+        """The places of the inputs that have a part in the result."""
+        return sorted({i for step in self.steps.values() for i in step.inputs})
 
     def _style(self) -> str:
         """Return the style that all inputs have in the dialect, or an empty text if they differ."""
@@ -265,8 +271,7 @@ class Plan:
 
     def _of_parents(self) -> dict[str, str]:
         """Return the metadata that describe several parents together: trigger words, tags, titles."""
-        used = {i for step in self.steps.values() for i in step.inputs}
-        parents = [(lora.name, lora.metadata) for i, lora in enumerate(self.loras) if i in used]
+        parents = [(self.loras[i].name, self.loras[i].metadata) for i in self._used]
         if len(parents) < 2:
             return {}
         found = joined(parents)

@@ -205,7 +205,7 @@ def test_steps_that_can_not_be_are_refused(steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "ema", ["0.1", "sigma=0", "sigma=0.3", "sigma=nan", "beta=1", "beta=-0.5", "gamma=7", "sigma=x", ""]
+    "ema", ["0.1", "sigma=0", "sigma=1e-200", "sigma=0.3", "sigma=nan", "beta=1", "beta=-0.5", "gamma=7", "sigma=x", ""]
 )
 def test_an_ema_that_can_not_be_is_refused(ema: str) -> None:
     with pytest.raises(lm.errors.OptionError, match=r"sigma=NUMBER.*beta=NUMBER"):

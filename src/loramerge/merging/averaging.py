@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 WIDEST = 1 / math.sqrt(12)
 """σ_rel of γ = 0, an average that counts all steps alike; a larger one would count early steps more."""
 
+NARROWEST = 1e-6
+"""The least σ_rel: an average of a millionth of the run is the last checkpoint alone, and far below γ has no number."""
+
 FAINT = 1e-16
 """Weights below this are lost beside the others in float64, and are 0."""
 
@@ -216,14 +219,14 @@ def _rule(ema: str, unit: str) -> tuple[str, Reached]:
         number = float(text)
     except ValueError:
         number = math.nan
-    if name == "sigma" and 0 < number <= WIDEST:
+    if name == "sigma" and NARROWEST <= number <= WIDEST:
         gamma = gamma_of(number)
         return f"EMA of σ_rel {number:g} (γ = {gamma:.3g})", lambda t, last: (t / last) ** (gamma + 1)
     if name == "beta" and 0 < number < 1:
         return f"EMA of β {number:g} per {unit}", lambda t, last: number ** (last - t)
     raise OptionError(
-        f"Can't read the EMA {ema!r}: wanted sigma=NUMBER, the width as a share of the run, above 0 and below "
-        "0.289; or beta=NUMBER, the decay per step, between 0 and 1. For the mean, leave it out."
+        f"Can't read the EMA {ema!r}: wanted sigma=NUMBER, the width as a share of the run, from 1e-6 to "
+        "0.2886; or beta=NUMBER, the decay per step, between 0 and 1. For the mean, leave it out."
     )
 
 

@@ -243,6 +243,23 @@ def test_a_budget_s_ranks_come_out_again_bit_for_bit(tmp_path: Path, monkeypatch
     assert made.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("planned", "written"), [("kohya", "diffusers-peft"), ("diffusers-peft", "kohya")])
+@pytest.mark.parametrize("how", [{"rank": 3}, {"max_error": 0.3}], ids=str)
+def test_a_merge_that_is_saved_in_another_dialect_comes_out_again_bit_for_bit(
+    how: dict[str, Any], planned: str, written: str, tmp_path: Path
+) -> None:
+    files = [lm.save(flux(seed, modules=QKV), tmp_path / f"{seed}.safetensors", dialect=planned) for seed in range(2)]
+    made = lm.save(lm.merge(files, **how), tmp_path / "a.safetensors", dialect=written)
+
+    with lm.open(made) as merged:
+        (tmp_path / "again.toml").write_text(Recipe.of(merged).to_toml())
+    again = Recipe.read(tmp_path / "again.toml")
+
+    assert again.run(tmp_path / "b.safetensors").read_bytes() == made.read_bytes()
+    assert again.output.cut_as == planned
+    assert again.override(to="comfyui").output.cut_as is None
+
+
 def test_different_ranks_in_one_weight_are_refused(tmp_path: Path) -> None:
     lora = flux(rank=4)
     lm.save(lora, tmp_path / "0.safetensors", dialect="diffusers-peft")

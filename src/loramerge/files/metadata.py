@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..layers import Layer
 from ..tensors import NAMES
-from .architectures import Label
+from .architectures import ARCHITECTURES, Label
 from .architectures.labels import label_of, labelled
 from .dialects.config import adapter_metadata, component_configs
 from .storage.header import Awaited
@@ -62,10 +62,10 @@ def for_writing(lora: "LoRA", spelling: "Spelling") -> tuple[Mapping[str, str], 
         kept |= network(label_of(lora.architecture), list(spelling.layers.values()))
     hashed = spelling.dialect.name in HASHED_DIALECTS
     if late:
-        text = _with_output(late.draft, spelling)
-        return Awaited(kept, RECIPE, text, lambda: _with_output(late[RECIPE], spelling)), hashed
+        text = _with_output(late.draft, spelling, lora)
+        return Awaited(kept, RECIPE, text, lambda: _with_output(late[RECIPE], spelling, lora)), hashed
     if RECIPE in kept and lora.origin is None:
-        kept[RECIPE] = _with_output(kept.pop(RECIPE), spelling)
+        kept[RECIPE] = _with_output(kept.pop(RECIPE), spelling, lora)
     return kept, hashed
 
 
@@ -106,14 +106,41 @@ def _short(number: Any) -> str:
     return f"{number:.4g}" if isinstance(number, float) else str(number)
 
 
-def _with_output(recipe: str, spelling: "Spelling") -> str:
+def _with_output(recipe: str, spelling: "Spelling", lora: "LoRA") -> str:
     """Return a merge's recipe with the dialect and the dtype in which it is written; any other text as it is."""
     found = said(recipe)
     if "inputs" not in found:
         return recipe
     output = {"dialect": spelling.dialect.name}
     output |= {"dtype": NAMES[spelling.dtype]} if spelling.dtype else {}
+    output |= _cut_as(found.get("output"), spelling.dialect.name, lora)
     return as_json(found | {"output": output | ({"allow_lossy": True} if spelling.left_out else {})})
+
+
+def _cut_as(planned: Any, dialect: str, lora: "LoRA") -> dict[str, str]:
+    """Name the dialect in which a merge was planned, if it joins other modules than the one that is written.
+
+    Args:
+        planned: The record's output, as the plan has it.
+        dialect: Name of the dialect that is written.
+        lora: The merged LoRA.
+    """
+    from .dialects import DIALECTS
+
+    name = str(planned.get("cut_as", planned.get("dialect"))) if isinstance(planned, dict) else ""
+    return {"cut_as": name} if name in DIALECTS and _joined(name, lora) != _joined(dialect, lora) else {}
+
+
+def _joined(dialect: str, lora: "LoRA") -> set[tuple[str, ...]]:
+    """Return the modules of a LoRA that a dialect writes as one weight, which a merge cuts as one."""
+    from .dialects import DIALECTS
+    from .dialects.base import table
+
+    if lora.architecture is None:
+        return set()
+    whole = table(DIALECTS[dialect].names, ARCHITECTURES[lora.architecture]).values()
+    found = [tuple(part.module for part in parts if part.module in lora) for parts in whole]
+    return {modules for modules in found if len(modules) > 1}
 
 
 def network(label: Label | None, layers: Sequence[Layer]) -> dict[str, str]:

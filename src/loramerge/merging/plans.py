@@ -56,6 +56,8 @@ class Plan:
     exclude: tuple[str, ...] = ()
     allow_growth: bool = False
     """True if the result may be more than ten times as large as the inputs."""
+    cut_as: str | None = None
+    """The dialect whose joined weights are cut as one; None for that of the plan."""
     allow_lossy: bool = False
     """True if what the dialect can't hold will be left out of the file, so that it has no part in the sizes."""
     ranks: Mapping[str, int] | None = None
@@ -77,7 +79,7 @@ class Plan:
         found = joins_of(
             self.steps,
             self.loras,
-            self.dialect,
+            self.cut_as or self.dialect,
             self.architecture,
             self.rank,
             keeps_down=keeps,

@@ -55,7 +55,8 @@ def record(plan: "Plan", hashes: Sequence[str], base: str | None = None) -> dict
     if not isinstance(weights, str):
         for entry, weight in zip(found["inputs"], weights, strict=True):
             entry["weight"] = dict(weight) if isinstance(weight, Mapping) else weight
-    return found | {"output": {"dialect": plan.dialect, "dtype": NAMES[plan.dtype]}}
+    cut_as = {"cut_as": plan.cut_as} if plan.cut_as not in (None, plan.dialect) else {}
+    return found | {"output": {"dialect": plan.dialect, "dtype": NAMES[plan.dtype], **cut_as}}
 
 
 def _method(method: "Method") -> dict[str, Any]:

@@ -171,10 +171,12 @@ class Recipe:
         """Return a copy with some entries replaced.
 
         ``options`` are added to those of the recipe; ``to``, ``dtype``, ``allow_lossy`` and ``allow_growth`` go to
-        `output`.  A new budget replaces the old one, and weights that take no scope reset it.  A new
+        `output`, and a new ``to`` cuts weights as it joins them.  A new budget replaces the old one, and weights that take no scope reset it.  A new
         method drops the options that it doesn't have.  Ranks chosen for a budget are dropped by any change.
         """
-        output = {k: changes.pop(k) for k in ("to", "dtype", "allow_lossy", "allow_growth") if k in changes}
+        named = ("to", "dtype", "allow_lossy", "allow_growth")
+        output: dict[str, Any] = {name: changes.pop(name) for name in named if name in changes}
+        output |= {"cut_as": None} if "to" in output else {}
         options = {**self.options, **changes.pop("options", {})}
         if any(name in changes for name in BUDGETS):
             changes = dict.fromkeys(BUDGETS) | changes
@@ -291,6 +293,7 @@ class Recipe:
         planned = replace(
             planned,
             dialect=DIALECTS[dialect].name,
+            cut_as=DIALECTS[self.output.cut_as or dialect].name,
             dtype=parse_dtype(dtype) if dtype else planned.dtype,
             allow_lossy=self.output.allow_lossy,
         )
@@ -492,6 +495,8 @@ def check(recipe: Recipe) -> None:
         ARCHITECTURES[recipe.architecture]
     if recipe.output.to is not None:
         written_dialect(recipe.output.to)
+    if recipe.output.cut_as is not None:
+        DIALECTS[recipe.output.cut_as]
     if recipe.output.dtype is not None:
         parse_dtype(recipe.output.dtype)
     if recipe.output.path is not None:

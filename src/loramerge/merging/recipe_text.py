@@ -82,6 +82,8 @@ class Output:
     """True to leave out what the dialect can't hold."""
     allow_growth: bool = False
     """True if the file may be more than ten times as large as the inputs."""
+    cut_as: str | None = None
+    """Name of the dialect whose joined weights are cut as one, where that isn't the one that is written."""
 
 
 def entries(data: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -183,4 +185,5 @@ def _output(data: Any, where: str) -> Output:
         dtype=table.get("dtype", str),
         allow_lossy=table.get("allow_lossy", bool, default=False),
         allow_growth=table.get("allow_growth", bool, default=False),
+        cut_as=table.get("cut_as", str),
     )

@@ -58,6 +58,14 @@ def test_a_merge_with_coefficients_can_be_cut_to_a_rank() -> None:
         assert relative_error(merged[module].delta().reshape(dense.shape), (u[:, :2] * s[:2]) @ vh[:2]) <= 1e-4
 
 
+@pytest.mark.parametrize("exclude", [TO_Q, "IN04"])
+def test_modules_with_coefficients_can_be_left_out(exclude: str) -> None:
+    whole, part = lm.merge(LORAS, weights=given()), lm.merge(LORAS, weights=given(), exclude=[exclude])
+
+    assert TO_Q not in part
+    assert all(np.array_equal(part[m].delta(), whole[m].delta()) for m in part)
+
+
 def test_the_file_says_where_the_coefficients_come_from(tmp_path: Path) -> None:
     read = Coefficients.read(given().save(tmp_path / "learned.safetensors"))
 

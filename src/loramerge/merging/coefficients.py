@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, OptionError, within
+from ..files.architectures.blocks import Selector
 from ..files.dialects.write import Group
 from ..files.lora import LoRA
 from ..files.storage.paths import path_of, printable
@@ -103,8 +104,12 @@ class Coefficients:
         write(target, groups, {"format": "pt", KEY: as_json(said)})
         return target
 
-    def check(self, loras: Sequence[LoRA]) -> None:
+    def check(self, loras: Sequence[LoRA], exclude: Sequence[str] = ()) -> None:
         """Refuse LoRAs that the coefficients were not learned for.
+
+        Args:
+            loras: The LoRAs.
+            exclude: Patterns of modules that were left out of them.
 
         Raises:
             OptionError: Their number or order differs, or the columns of a module do.  Other names are no reason: files
@@ -117,8 +122,11 @@ class Coefficients:
             raise OptionError(
                 f"The coefficients are for {', '.join(self.names)} in this order, got {', '.join(given)}."
             )
+        left_out = Selector(exclude, loras[0].architecture)
         for module, tensor in self.columns.items():
             shapes = [lora.layout(module).shape for lora in loras if module in lora]
+            if not shapes and left_out.matching(module):
+                continue
             if not shapes:
                 raise OptionError(f"The coefficients have the module {module}, which none of the LoRAs has.")
             count = math.prod(shapes[0][1:])

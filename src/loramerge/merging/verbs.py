@@ -76,7 +76,7 @@ def plan(
         if chosen.count not in (None, len(opened)):
             raise OptionError(f"The method {chosen.name} merges {chosen.count} LoRAs, got {len(opened)}.")
         opened, architecture = of_one_family(opened)
-        resolved = resolve(opened, chosen.weights if weights is None else weights, scope, model)
+        resolved = resolve(opened, chosen.weights if weights is None else weights, scope, model, exclude=left_out)
         weigh = None if resolved.deferred else resolved.of  # norms and learned weights aren't known from headers
         steps = steps_of(opened, chosen, checked, rank, model, weigh)
         if not steps:

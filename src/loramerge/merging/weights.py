@@ -78,6 +78,7 @@ def resolve(
     base: "Checkpoint | None" = None,
     *,
     learned: bool = True,
+    exclude: Sequence[str] = (),
 ) -> ModuleWeights:
     """Turn the weights that the user gave into the weights of each module.
 
@@ -89,6 +90,7 @@ def resolve(
             (UNet, text encoder), or the ``whole`` file; None for the rule's own.
         base: The base model, for the norms of layers whose ΔW depends on it.
         learned: False where learned coefficients can't be weights, so that no error offers them.
+        exclude: Patterns of modules that were left out of the LoRAs; learned coefficients may be for these, too.
 
     Raises:
         OptionError: The number of weights is wrong, a number is not finite, a pattern matches nothing.
@@ -98,7 +100,7 @@ def resolve(
     if isinstance(weights, str) and weights.endswith(".safetensors"):
         weights = Coefficients.read(weights)
     if isinstance(weights, Coefficients):
-        weights.check(loras)
+        weights.check(loras, exclude)
         label = ("learned",) * len(loras)
         return ModuleWeights(weights.of_module, label, True, True, weights.source, sha256=weights.sha256)
     if weights is None or isinstance(weights, str):

@@ -355,6 +355,14 @@ def test_shared_modules_and_those_of_one_lora_alone_weigh_apart() -> None:
         assert relative_error(merged[module].delta(), wanted) <= 1e-6
 
 
+def test_a_lora_that_is_given_twice_shares_all_its_modules_with_itself() -> None:
+    lora = small()
+
+    merged = lm.merge([lora, lora], weights=[{"*": 1.0, "@shared": 0.5}, 1.0])
+
+    assert relative_error(merged[TO_Q].delta(), 1.5 * lora[TO_Q].delta()) <= 1e-6
+
+
 def test_a_pattern_for_what_one_lora_has_alone_matches_nothing_if_it_has_nothing_alone() -> None:
     with pytest.raises(lm.errors.OptionError, match=r"'@alone' matches no module of .*: all 4 are in another LoRA too"):
         resolve([small(seed=1), small(seed=2)], [{"@alone": 0.0}, 1.0])

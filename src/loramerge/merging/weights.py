@@ -115,7 +115,10 @@ def resolve(
         )
     if len(weights) != len(loras):
         raise OptionError(f"Weights given: {len(weights)}, LoRAs: {len(loras)}. {ONE_EACH}.")
-    given = [_Given(lora, weight, loras) for lora, weight in zip(loras, weights, strict=True)]
+    given = [
+        _Given(lora, weight, [*loras[:i], *loras[i + 1 :]])
+        for i, (lora, weight) in enumerate(zip(loras, weights, strict=True))
+    ]
     return ModuleWeights(
         lambda module: [g.at(module) for g in given],
         tuple(g.label for g in given),
@@ -236,11 +239,11 @@ def _number(text: str, whole: str) -> float:
 class _Given:
     """One LoRA's weight as the user gave it."""
 
-    def __init__(self, lora: LoRA, weight: Weight, loras: Sequence[LoRA]) -> None:
+    def __init__(self, lora: LoRA, weight: Weight, others: Sequence[LoRA]) -> None:
         if isinstance(weight, str) and not weight.startswith("lbw:"):
             weight = parse(weight)
         self.lora = lora
-        self.others = [other for other in loras if other is not lora]
+        self.others = others
         if isinstance(weight, Mapping):
             weight = {pattern: _value(n, f"{pattern}={n}") for pattern, n in weight.items()}
         elif not isinstance(weight, str):

@@ -368,6 +368,11 @@ def test_a_row_is_ranked_alone_however_many_there_are() -> None:
     np.testing.assert_allclose(ranks_in_rows(values), wanted, atol=1e-6)
 
 
+def test_the_average_is_a_rule_for_weights_and_no_method() -> None:
+    with pytest.raises(OptionError, match="linear, and --weights uniform"):
+        lm.plan([lora(layer("linear", 2, seed=0))] * 2, method="average")
+
+
 def test_slerp_takes_two() -> None:
     with pytest.raises(OptionError, match="slerp merges 2 LoRAs, got 3"):
         lm.plan([lora(layer("linear", 2, seed=i)) for i in range(3)], method="slerp")

@@ -46,7 +46,6 @@ METHODS: Registry[Method] = Registry(
         "cat": "linear",
         "concat": "linear",
         "weighted": "linear",
-        "average": "linear",
         "sum": "linear",
         "tsv_m": "tsv",
         "np": "np_lora",
@@ -119,6 +118,11 @@ def check_name(method: str) -> None:
 def _publisher(name: str) -> Published:
     offered = published()
     having = [each for each in offered if plain(each.name) == plain(name)]
+    if not having and plain(name) == "average":
+        raise OptionError(
+            "Unknown merge method 'average': it is linear with the same weight for all, which add up to 1. Way out: linear, and "
+            "--weights uniform (weights='uniform')."
+        )
     if not having:
         METHODS.find(name, METHODS, dict.fromkeys(each.name for each in offered))
     if len(having) > 1:

@@ -18,6 +18,7 @@ from loramerge.merging.methods.engines import elementwise
 from loramerge.merging.methods.options import options_of
 from loramerge.merging.methods.selection import between, ranks_in_rows
 from loramerge.merging.methods.spaces import aligned, core
+from loramerge.tensors import Held
 from loramerge.testing import check_method, random_layer, random_lora, relative_error
 
 KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -405,6 +406,15 @@ def test_biases_are_summed_by_their_weights(case: Case, dead: bool) -> None:
     found = lm.merge([lora(x) for x in biased], weights=[0.5] * len(biased), method=case[0], **case[1])["unet.m"]
 
     assert np.allclose(found.delta_bias(), 0.5 * sum(10.0**i for i in range(len(biased))), rtol=1e-6)
+
+
+def test_subtracting_keeps_the_tensors_of_no_layer_of_the_first() -> None:
+    loras = [
+        replace(lora(layer("linear", 4, seed)), extras={f"strange.{seed}": Held(np.full(3, seed, np.float32))})
+        for seed in range(2)
+    ]
+
+    assert list(lm.merge(loras, method="subtract").extras) == ["strange.0"]
 
 
 @pytest.mark.parametrize("biases", [(1.0, 2.0), (1.0, None), (None, 2.0)])

@@ -100,7 +100,7 @@ def plan(
             dialect=_dialect_for([lora.dialect for lora in opened], architecture),
             dtype=_dtype([opened[i] for i in sorted({i for step in steps.values() for i in step.inputs})]),
             device=device,
-            extras=common_extras(opened, weigh),
+            extras=common_extras(opened[:1] if chosen.of_first else opened, weigh),
             base=model,
             given=tuple(given),
             exclude=left_out,

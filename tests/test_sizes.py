@@ -4,6 +4,7 @@ import json
 import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,3 +326,6 @@ def test_what_grows_is_still_refused_in_memory(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(OptionError, match="allow_growth"):
         lm.merge([lora, lora])
+    with pytest.raises(OptionError, match="allow_growth"):
+        lm.average([lora, replace(lora)])
+    assert lm.average([lora, replace(lora)], allow_growth=True)["unet.m"].rank == 64

@@ -22,7 +22,7 @@ from .ranks import Rank
 from .running import Kept
 from .runs import check_once, check_one_run
 from .timeline import Timeline, timeline
-from .verbs import opened_in, plan
+from .verbs import opened_in, plan, small_enough
 
 if TYPE_CHECKING:
     from ..files.storage.writer import Progress
@@ -139,6 +139,7 @@ def average(
     base: "Checkpoint | str | os.PathLike[str] | None" = None,
     device: str | None = None,
     progress: "Progress | None" = None,
+    allow_growth: bool = False,
 ) -> LoRA:
     """Average the checkpoints of one training run: ΔW itself, not its factors.
 
@@ -157,6 +158,7 @@ def average(
         base: As for `merge`.
         device: As for `merge`.
         progress: As for `merge`.
+        allow_growth: As for `merge`.
 
     Returns:
         The average, in memory; its ``notes`` tell the weights and the error of the cut to the rank.
@@ -189,9 +191,10 @@ def average(
             base=base,
             device=device,
             progress=progress,
+            allow_growth=allow_growth,
         )
         kept = Kept(planned.steps)
-        made = planned.lora(kept).in_memory(progress)
+        made = small_enough(planned, kept).in_memory(progress)
     weights = ", ".join(f"{weight:.4f}" for weight in found.weights)
     return replace(made, notes=(f"{found}: weights {weights}", *found.notes, *filter(None, [kept.told()])))
 

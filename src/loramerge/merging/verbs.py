@@ -20,6 +20,7 @@ from .methods import Method, check_options, find
 from .plans import Plan
 from .ranks import Rank, budget
 from .rules import Scope
+from .running import Kept
 from .spending import spent
 from .steps import common_extras, steps_of
 from .weights import Weights, resolve
@@ -191,12 +192,7 @@ def merge(
             allow_growth=allow_growth,
             **options,
         )
-        made = planned.lora()
-        # Plain LoRAs never grow so much; what the dialect can't hold may be saved in another.
-        if any(layout.kind != "lora" or layout.has_core for lora in opened for layout in lora.layouts.values()):
-            with suppress(DialectError):
-                check_growth(made, planned.size, made.dialect)
-        return made.in_memory(progress)
+        return small_enough(planned).in_memory(progress)
 
 
 def resize(
@@ -247,6 +243,20 @@ def resize(
         device=device,
         progress=progress,
     )
+
+
+def small_enough(planned: Plan, kept: Kept | None = None) -> LoRA:
+    """Return the result of a plan, before it is computed; the arguments of `Plan.lora` follow the plan.
+
+    Raises:
+        OptionError: It would be far larger than the LoRAs.
+    """
+    made = planned.lora(kept)
+    # Plain LoRAs never grow so much; what the dialect can't hold may be saved in another.
+    if any(layout.kind != "lora" or layout.has_core for lora in planned.given for layout in lora.layouts.values()):
+        with suppress(DialectError):
+            check_growth(made, planned.size, made.dialect)
+    return made
 
 
 def opened_in(stack: ExitStack, loras: "Sequence[LoRA | Source]") -> list[LoRA]:

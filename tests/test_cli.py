@@ -598,6 +598,11 @@ def test_what_is_not_quite_exact_is_said(tmp_path: Path) -> None:
     assert max(relative_error(both[m].delta(), weighted_sum(parents, [1, 1], m)) for m in both) < 2e-3
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_a_merge_in_float8_is_not_called_exact(dtype: str, files: tuple[Path, Path]) -> None:
+    assert "exact but for the rounding to F8" in run("merge", *files, "--dry-run", "--dtype", dtype).stdout
+
+
 def test_a_nan_is_named_once_and_its_module_can_be_left_out(files: tuple[Path, Path], tmp_path: Path) -> None:
     tensors = {key: tensor.numpy() for key, tensor in lm.load(files[0]).state_dict("kohya").items()}
     key = next(key for key in tensors if key.endswith("to_q.lora_up.weight"))

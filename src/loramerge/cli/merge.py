@@ -43,8 +43,13 @@ if TYPE_CHECKING:
     from ..merging.methods import Method
     from ..merging.running import Kept
 
-ROUNDING = {"BF16": "0.2 %", "F16": "0.02 %"}
-"""About how much of ‖ΔW‖ rounding takes at most: both factors are rounded, each value by up to 2⁻⁹ or 2⁻¹² of it."""
+ROUNDING = {
+    "BF16": "up to about 0.2 %",
+    "F16": "up to about 0.02 %",
+    "F8_E5M2": "about 8 %, and more where values are small",
+    "F8_E4M3": "about 4 %, and far more where values are small",
+}
+"""How much of ‖ΔW‖ rounding takes: both factors are rounded, in 16 bits each value by up to 2⁻⁹ or 2⁻¹² of it."""
 
 LARGE = 0.3
 """Relative error above which a note says that much is lost."""
@@ -349,7 +354,7 @@ def _exactness(planned: "Plan") -> str:
     exact = "exact" if planned.method.linear else "nothing is cut"
     if planned.dtype not in ROUNDING:
         return exact
-    return f"{exact} but for the rounding to {planned.dtype} (up to about {ROUNDING[planned.dtype]})"
+    return f"{exact} but for the rounding to {planned.dtype} ({ROUNDING[planned.dtype]})"
 
 
 def kept_lines(kept: "Kept", planned: "Plan") -> list[str]:

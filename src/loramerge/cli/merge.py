@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from ..merging.running import Kept
 
 ROUNDING = {
-    "BF16": "up to about 0.2 %",
-    "F16": "up to about 0.02 %",
+    "BF16": "up to about 0.24 %",
+    "F16": "up to about 0.03 %",
     "F8_E5M2": "about 8 %, and more where values are small",
     "F8_E4M3": "about 4 %, and far more where values are small",
 }
-"""How much of ‖ΔW‖ rounding takes: both factors are rounded, in 16 bits each value by up to 2⁻⁹ or 2⁻¹² of it."""
+"""How much of ‖ΔW‖ rounding takes: both factors are rounded, in 16 bits each value by up to 2⁻⁸ or 2⁻¹¹ of it."""
 
 LARGE = 0.3
 """Relative error above which a note says that much is lost."""

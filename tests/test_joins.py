@@ -18,6 +18,7 @@ from loramerge.layers import low_rank
 from loramerge.merging import Kept, plan
 from loramerge.merging.recipe import Recipe
 from loramerge.merging.recipe_text import Input, Output
+from loramerge.testing import random_layer
 
 ATTENTION = "transformer.transformer_blocks.0.attn."
 QKV = tuple(ATTENTION + name for name in ("to_q", "to_k", "to_v"))
@@ -197,6 +198,17 @@ def test_every_method_is_brought_to_the_rank_of_the_joined_weight(method: str, t
     assert down.shape[0] == 3
     assert np.isfinite(up).all()
     assert up.any()
+
+
+def test_lohas_that_are_no_parts_of_one_are_cut_as_one(tmp_path: Path) -> None:
+    layouts = {module: random_layer((24, 24), kind="loha", rank=2, seed=i) for i, module in enumerate(QKV)}
+    lora = LoRA(name="lohas", architecture="flux", dialect="kohya", layouts=layouts)
+
+    up, down = joined(save(lm.resize(lora, rank=4), tmp_path))
+
+    u, s, vt = np.linalg.svd(np.concatenate([lora[module].delta() for module in QKV]), full_matrices=False)
+    assert down.shape[0] == 4
+    assert distance((up, down), (u[:, :4] * s[:4], vt[:4])) <= 1e-5 * s[0]
 
 
 @pytest.mark.parametrize("rank", ["sum", 6])

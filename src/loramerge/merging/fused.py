@@ -113,7 +113,7 @@ def _join(
     ranks = [_input_rank(loras[i], steps, i) for i in inputs]
     plain = exact and not any(step.dense for step in steps)
     full = min(apart, sum(ranks)) if plain else apart
-    if all(step.kept and loras[step.inputs[0]].layout(step.module).kind != "lora" for step in steps):
+    if shared and all(step.kept and loras[step.inputs[0]].layout(step.module).kind != "lora" for step in steps):
         return Join(parts, rows, columns, full, full, full)  # written as the one LoHa or LoKr that it was
     if rank == "sum" and not any(step.cut for step in steps):
         wanted = full

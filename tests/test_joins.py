@@ -143,6 +143,29 @@ def test_a_size_is_met_within_one_direction(dialect: str, shared: bool, share: f
     assert written == lm.files.saved_size(planned.lora())
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_size_counts_the_rows_of_modules_that_are_missing(share: float, tmp_path: Path) -> None:
+    lora = flux(rank=12, modules=QKV[:1])
+    whole = lm.save(lora, tmp_path / "whole.safetensors").stat().st_size
+
+    size = lm.save(lm.resize(lora, max_size=int(share * whole)), tmp_path / "cut.safetensors").stat().st_size
+
+    assert share * whole - 4 * (3 * SIDE + SIDE) < size <= share * whole
+
+
+def test_a_joined_weight_of_a_larger_rank_than_its_columns_is_written_once(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    down = rng.standard_normal((35, 24)).astype(np.float32)
+    ups = [rng.standard_normal((24, 35)).astype(np.float32) for _ in QKV]
+    layouts = {module: low_rank(up, down, (24, 24), "qkv") for module, up in zip(QKV, ups, strict=True)}
+    lora = LoRA(name="wide", architecture="flux", dialect="kohya", layouts=layouts)
+
+    up, down = joined(save(lm.merge([lora], weights=[0.5]), tmp_path))
+
+    assert down.shape[0] == 24
+    assert np.allclose(up @ down, 0.5 * np.concatenate([lora[module].delta() for module in QKV]), atol=1e-4)
+
+
 def test_a_dialect_that_does_not_join_keeps_every_module_its_own_best_fit(tmp_path: Path) -> None:
     loras = [flux(0), flux(1)]
     planned = plan([lm.load(lora.state_dict("diffusers-peft")) for lora in loras], weights="uniform", rank=3)

@@ -95,11 +95,41 @@ def joins_of(
         return {}
     found: dict[str, Join] = {}
     for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():
-        present = tuple(part for part in parts if part.module in steps and not steps[part.module].rankless)
+        present = _present(parts, steps)
         if len(present) > 1:
             join = _join(present, [steps[part.module] for part in present], loras, rank, keeps_down, exact)
             found |= dict.fromkeys(join.modules, join)
     return found
+
+
+def missing_rows(steps: Mapping[str, Step], dialect: str, architecture: str | None) -> dict[str, int]:
+    """Count the rows of zeros that a dialect writes for the other modules of a weight, which have no factors.
+
+    Args:
+        steps: The step of every module.
+        dialect: Name of the dialect that will be written.
+        architecture: Name of the model family.
+
+    Returns:
+        The rows by each module of the weight that has factors.
+    """
+    found: dict[str, int] = {}
+    if architecture is None:
+        return found
+    shapes = ARCHITECTURES[architecture].shapes
+    for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():
+        present = _present(parts, steps)
+        if 0 < len(present) < len(parts):
+            first = present[0].module
+            rows = sum(shapes[part.module][0] for part in parts if part not in present)
+            # The LoRAs may be for a model of another width than the family's own.
+            found |= dict.fromkeys((part.module for part in present), rows * steps[first].shape[0] // shapes[first][0])
+    return found
+
+
+def _present(parts: Parts, steps: Mapping[str, Step]) -> Parts:
+    """Return the parts of a weight that have factors."""
+    return tuple(part for part in parts if part.module in steps and not steps[part.module].rankless)
 
 
 def _join(
@@ -107,7 +137,9 @@ def _join(
 ) -> Join:
     rows, columns = tuple(step.shape[0] for step in steps), math.prod(steps[0].shape[1:])
     written = [min(step.rank if rank == "sum" else step.full_rank, largest_rank(step.shape)) for step in steps]
-    shared = keeps_down and len({_downs(step, loras) or step.module for step in steps}) == 1
+    same = keeps_down and len({_downs(step, loras) or step.module for step in steps}) == 1
+    # A sum of a larger rank than its matrix can have is brought to that, and has a down of its own then.
+    shared = same and all(step.kept or step.full_rank <= largest_rank(step.shape) for step in steps)
     apart = max(written) if shared else sum(written)
     inputs = dict.fromkeys(i for step in steps for i in step.inputs)
     ranks = [_input_rank(loras[i], steps, i) for i in inputs]

@@ -17,7 +17,7 @@ from ..files.triggers import LICENCE, PHRASE, TAGS, joined
 from ..files.writing import saved_size, tensors_size
 from ..layers import Full, Layer, low_rank
 from ..tensors import Spec, Tensor, code, largest_rank, nbytes
-from .fused import Join, down_id, joins_of
+from .fused import Join, down_id, joins_of, missing_rows
 from .methods import Method
 from .methods.base import shared_down
 from .methods.vectors import vectors
@@ -234,9 +234,17 @@ class Plan:
     @property
     def ranked_size(self) -> int:
         """Bytes that the factors take at the planned ranks."""
-        joined = {join.modules: join.step for join in self.joins.values()}
-        steps = [*(step for module, step in self.steps.items() if module not in self.joins), *joined.values()]
-        return sum(nbytes((s.shape[0] + math.prod(s.shape[1:]), s.rank), self.dtype) for s in steps if not s.rankless)
+        ranked = {self.first(module) for module, step in self.steps.items() if not step.rankless}
+        return sum(nbytes((self.cost_of(module), self.rank_of(module)), self.dtype) for module in ranked)
+
+    def cost_of(self, module: str) -> int:
+        """Return the count of numbers that one more rank of a module takes in the file; of its join, if it has one."""
+        shape = self.joins[module].shape if module in self.joins else self.steps[module].shape
+        return shape[0] + math.prod(shape[1:]) + self._missing.get(module, 0)
+
+    @cached_property
+    def _missing(self) -> Mapping[str, int]:
+        return missing_rows(self.steps, self.dialect, self.architecture)
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Choosing the rank of every module for a budget: one limit on the error, or on the size of the file."""
 
-import math
 from typing import TYPE_CHECKING
 
 from .. import linalg
@@ -49,12 +48,12 @@ def spent(plan: Plan, budget: Budget, progress: "Progress | None" = None) -> Pla
 
 def _spectrum_of(plan: Plan, module: str) -> Spectrum:
     """Compute the spectrum of a module, or of the fused weight that it is a part of."""
-    join = plan.joins.get(module)
+    join, cost = plan.joins.get(module), plan.cost_of(module)
     if join is not None:
         parts = [] if join.exact else plan.merger.uncut_parts(join)
-        return _spectrum(plan.merger.joined(join, parts), join.step)
+        return _spectrum(plan.merger.joined(join, parts), join.step, cost)
     with computing(module):
-        return _spectrum(plan.merger.uncut(plan.steps[module]), plan.steps[module])
+        return _spectrum(plan.merger.uncut(plan.steps[module]), plan.steps[module], cost)
 
 
 def _check_least(plan: Plan, budget: Budget) -> int:
@@ -74,7 +73,7 @@ def _check_least(plan: Plan, budget: Budget) -> int:
     return smallest.ranked_size
 
 
-def _spectrum(layer: Layer, step: Step) -> Spectrum:
+def _spectrum(layer: Layer, step: Step, cost: int) -> Spectrum:
     """Compute the spectrum of a layer, up to the rank of its step."""
     missed = 0.0  # what no rank that is looked at would keep, measured by itself: a difference of energies is rounding
     if near := layer.nearest(1):
@@ -86,4 +85,4 @@ def _spectrum(layer: Layer, step: Step) -> Spectrum:
         squares, missed = linalg.squares(cut.up, cut.down), cut.lost
     else:
         squares = linalg.squares(*layer.factors())
-    return Spectrum(squares[: step.rank], float(squares.sum()) + missed, step.shape[0] + math.prod(step.shape[1:]))
+    return Spectrum(squares[: step.rank], float(squares.sum()) + missed, cost)

@@ -182,6 +182,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(files: tuple[Path, Path], 
         (["--dtype", "int4"], "Unknown dtype 'int4'"),
         (["--exclude", "vae*"], "No module matches the pattern vae*"),
         (["missing.safetensors"], "No such file or directory: missing.safetensors"),
+        (["max_error=5%_rank=4.safetensors"], "No such file or directory: max_error=5%_rank=4.safetensors"),
+        (["no/energy=0.9.safetensors"], "No such file or directory: no/energy=0.9.safetensors"),
     ],
 )
 def test_a_wrong_merge_is_one_readable_error(

@@ -294,6 +294,7 @@ def test_the_command_line_sweeps(recipe: Path, tmp_path: Path) -> None:
         (["--set", "rank=1", "--score", "nowhere:f"], "Can't import the score"),
         (["--set", "rank=1", "--score", "math:nothing"], "has no 'nothing'"),
         (["--set", "rank=one"], "The rank 'one'"),
+        (["--set", "weights=1"], "One weight per LoRA: --set weights=0.7/0.5."),
         (["--set", "rank=1", "-o", "recipe.toml"], "Can't make the directory recipe.toml: File exists"),
         (["--set", "method=slerp", "--set", "weights=1/-1"], "slerp_weights=1.0+-1.0: "),
     ],

@@ -73,8 +73,10 @@ def _short(message: str) -> str:
 MOST = 2000
 """The most characters of an error's beginning and end that are shown."""
 
-ARGUMENT = re.compile(r"\((exclude|allow_[a-z]+)\)|\b(?:(max_error|max_size)|(energy)(?= is a |=))\b(=?)")
-"""Matches what a message of the library calls by its name in Python."""
+ARGUMENT = re.compile(
+    r"(?<![^\s(])(?:\((exclude|allow_[a-z]+)\)|(?:(max_error|max_size)|(energy)(?= is a |=))\b(=?))(?!\S*\.[A-Za-z])"
+)
+"""Matches what a message of the library calls by its name in Python; not a file's name, in which a sweep puts the same words."""
 
 
 def as_typed(message: str) -> str:
@@ -85,7 +87,9 @@ def as_typed(message: str) -> str:
         name = "--" + (inner or outer[0] or outer[1]).replace("_", "-")
         return f"({name})" if inner else name + " " * bool(equals)
 
-    if ".toml: " in message or sys.argv[1:2] == ["sweep"]:  # entries of recipes and settings have the names of Python
+    if sys.argv[1:2] == ["sweep"]:  # settings have the names of Python
+        return message.replace("weights=[0.7, 0.5]", "--set weights=0.7/0.5")
+    if ".toml: " in message:  # as the entries of recipes have
         return message
     return ARGUMENT.sub(typed, message).replace("weights=[0.7, 0.5]", "-w 0.7 -w 0.5")
 

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import OptionError, counted, size
 from .options import Changed, Pickle, Processes, Quiet, method_of, rank_of
-from .output import is_number, progress, resumable, say, table
+from .output import as_typed, is_number, progress, resumable, say, table
 from .settings import command
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def run(given: Options) -> None:
         say(f"→ {given.output}: {counted(len(rows), 'merge')}{there}, sweep.csv, sweep.json")
     failed = [row for row in rows if row.failed]
     for row in failed:
-        say(f"error: {row.name}: {row.failed}", file=sys.stderr)
+        say(f"error: {row.name}: {as_typed(row.failed)}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
 

@@ -512,6 +512,12 @@ def test_of_an_unknown_family_few_rows_are_shown(tmp_path: Path) -> None:
     assert "… and 3 more" in text
 
 
+def test_a_link_that_leads_nowhere_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "link.safetensors").symlink_to("gone.safetensors")
+
+    refused(run("inspect", tmp_path / "link.safetensors"), "is a link to gone.safetensors, which isn't there", tmp_path)
+
+
 def test_a_conversion_is_not_written_over_what_it_reads(files: tuple[Path, Path], tmp_path: Path) -> None:
     before = files[0].read_bytes()
     (tmp_path / "link.safetensors").symlink_to(files[0])

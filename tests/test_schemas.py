@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import tomllib
 from contextlib import nullcontext
 from pathlib import Path
@@ -219,3 +220,15 @@ def test_a_recipe_is_saved_as_toml_only(files: tuple[Path, Path], tmp_path: Path
 
     assert "wanted a name that ends in .toml" in str(result.exception)
     assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names elsewhere are text")
+def test_a_recipe_that_could_not_be_read_again_is_not_saved(files: tuple[Path, Path], tmp_path: Path) -> None:
+    files[0].rename(tmp_path / "in" / "no-character-\udcff.safetensors")
+    read = [str(path) for path in sorted((tmp_path / "in").iterdir())]
+    words = ["merge", *read, "-o", str(tmp_path / "x.safetensors"), "--save-recipe", str(tmp_path / "x.toml")]
+
+    result = CliRunner().invoke(app, words)
+
+    assert "TOML can't hold" in str(result.exception)
+    assert not list(tmp_path.glob("x.*"))

@@ -177,17 +177,18 @@ def make(
         _announce(recipe, planned, given.quiet)
         if advice:
             _print_advice(planned, given.quiet)
+        text = "" if save_recipe is None else recipe.for_file(planned, save_recipe.parent, target).to_toml()
         if target is not None and not given.dry_run:
             with replacing([] if output else [target], given.quiet):
                 _write(recipe, planned, target, workers_or_cores(given.workers, planned.widest), given.quiet)
         if save_recipe is not None:
-            _save_recipe(recipe.for_file(planned, save_recipe.parent, target), save_recipe, given.quiet)
+            _save_recipe(text, save_recipe, given.quiet)
 
 
-def _save_recipe(recipe: "Recipe", path: Path, quiet: bool) -> None:
+def _save_recipe(text: str, path: Path, quiet: bool) -> None:
     from ..files.storage.writer import write_text
 
-    write_text(path, recipe.to_toml())
+    write_text(path, text)
     if not quiet:
         say(f"→ {path}")
 

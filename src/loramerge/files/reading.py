@@ -198,6 +198,8 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
         )
     if os.path.exists(path):
         return path, printable(os.path.basename(path) or os.path.basename(os.path.realpath(path)))
+    if os.path.islink(path):
+        raise FileError(f"{path} is a link to {os.readlink(path)}, which isn't there. Way out: the file itself.")
     from . import hub
 
     if text.startswith(("http://", "https://")):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import OptionError, did_you_mean
-from ..files.storage.texts import check_plain, escaped
+from ..files.storage.texts import check_plain, escaped, whole
 
 BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a table"}
@@ -47,6 +47,10 @@ def text(value: Any) -> str:
     if isinstance(value, float) and not math.isnan(value):
         return repr(float(value))
     if isinstance(value, str):
+        if not whole(value):
+            raise OptionError(
+                f"TOML can't hold {value!r}: a byte of it is no character. Way out: if it is a file's name, another one."
+            )
         return escaped(json.dumps(value, ensure_ascii=False), lambda c: f"\\U{ord(c):08X}")
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{key(k)} = {text(v)}" for k, v in value.items()) + " }" if value else "{}"

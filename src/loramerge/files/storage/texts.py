@@ -151,6 +151,11 @@ def escaped(text: str, escape: Callable[[str], str]) -> str:
     return "".join(c if c.isprintable() or c in SPACES_AND_JOINERS else escape(c) for c in text)
 
 
+def whole(text: str) -> bool:
+    """Return whether a text can be written as UTF-8: names of files may have bytes that are no characters."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def visible(text: str) -> str:
     r"""Return a text as one line, in which nothing is hidden: ``\x1b``, ``\n``, ``\u202e``."""
     return escaped(text, lambda c: c.encode("unicode_escape").decode())

@@ -1,7 +1,9 @@
 """The page of ``loramerge ui`` behind its layout: what it takes, what it shows, and that its command and Python are true."""
 
 import os
+import re
 import shlex
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,11 +17,11 @@ from safetensors.numpy import save_file
 import loramerge as lm
 from loramerge.cli.app import real
 from loramerge.cli.merge import Options
-from loramerge.cli.page import shown, work
+from loramerge.cli.page import serving, shown, work
 from loramerge.cli.page.choices import ALLOW, EXACT, FITS, Choices
 from loramerge.cli.page.serving import serve
 from loramerge.cli.page.shelf import Shelf, listed
-from loramerge.errors import MissingExtraError
+from loramerge.errors import MissingExtraError, OptionError
 from loramerge.layers import Norm
 from loramerge.merging import Recipe
 from loramerge.merging.methods import METHODS
@@ -340,6 +342,58 @@ def test_the_page_leaves_out_what_the_dialect_cannot_hold_if_it_may(tmp_path: Pa
 
     assert found.file is not None, found.plan
     assert set(lm.load(found.file)) == set(lora)
+
+
+def test_a_layout_of_peft_that_cannot_be_downloaded_is_refused_with_the_plan(tmp_path: Path) -> None:
+    folder = lm.save(small(), tmp_path / "adapter", dialect="peft")
+    (tmp_path / "page").mkdir()
+    shelf = Shelf(tmp_path / "page", [tmp_path])
+    assert work.named(shelf, str(folder)) == ""
+
+    seen, made = work.looked_at(work.Choice(shelf)), work.merged(work.Choice(shelf), silent)
+
+    assert "layout is a directory" in seen.plan
+    assert (made.plan, made.file) == (seen.plan, None)
+    assert work.merged(work.Choice(shelf, {"to": "kohya"}), silent).file is not None
+
+
+def test_what_readers_ignore_is_a_note_and_not_left_out(shelf: Shelf) -> None:
+    found = work.merged(work.Choice(shelf, {"to": "comfyui"}), silent)
+
+    assert "  note: diffusers loads nothing" in found.plan
+    assert "left out" not in found.plan
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names elsewhere are text")
+def test_a_name_that_no_browser_can_be_sent_is_not_offered(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    (tmp_path / "\udcff.safetensors").touch()
+
+    assert listed([tmp_path]) == [str(tmp_path / "a.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"upload_limit": "much"}, "--max-upload is a number of bytes, such as 150MB or 143MiB; got 'much'"),
+        ({"host": "no.such.host.invalid"}, "Can't listen at no.such.host.invalid, port 0: "),
+        ({"folders": [""]}, "The path is empty"),
+        ({"folders": ["nowhere"]}, "nowhere is not a folder"),
+    ],
+)
+def test_what_the_page_cannot_be_served_with_is_refused(
+    given: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "need", lambda *packages: None)
+
+    with pytest.raises(lm.LoRAMergeError, match=re.escape(message)):
+        serve(**{"port": 0, **given})
+
+
+def test_a_port_that_is_taken_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "need", lambda *packages: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OptionError, match="in use"):
+        serve(port=taken.getsockname()[1])
 
 
 def test_help_and_the_page_behind_its_layout_need_no_gradio() -> None:

@@ -141,15 +141,21 @@ def print_json(data: Any) -> None:
 
 def print_notes(notes: Sequence[str], lost: Sequence[str]) -> None:
     """Say what is unusual about a file, and what was left out of it."""
-    for note in notes:
-        say(f"  note: {note}")
+    for line in note_lines(notes, lost):
+        say(line)
+
+
+def note_lines(notes: Sequence[str], lost: Sequence[str]) -> list[str]:
+    """Return the printed lines of `print_notes`."""
+    lines = [f"  note: {note}" for note in notes]
     reasons: dict[str, list[str]] = {}
     for line in lost:
         module, _, reason = line.partition(": ")
         reasons.setdefault(reason, []).append(module)
     for reason, modules in reasons.items():
         more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
-        say(f"  left out: {modules[0]}{more}: {as_typed(reason)}".removesuffix(": "))
+        lines.append(f"  left out: {modules[0]}{more}: {as_typed(reason)}".removesuffix(": "))
+    return lines
 
 
 def note_left_out(folders: "Iterable[Path]") -> None:

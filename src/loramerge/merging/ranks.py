@@ -72,7 +72,7 @@ def budget(
         raise OptionError(f"Give one budget, got {' and '.join(k for k, _ in given)}.")
     kind, value = given[0]
     if kind == "max_size":
-        return Budget("max_size", float(_bytes(value)))
+        return Budget("max_size", float(bytes_of(kind, value)))
     share = _share(kind, value)
     if kind == "max_error":
         if not 0 <= share < 1:
@@ -86,11 +86,16 @@ def budget(
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def _bytes(value: int | float | str) -> int:
+def bytes_of(kind: str, value: int | float | str) -> int:
+    """Return the number of bytes that a size means: ``150_000_000``, ``"150MB"`` or ``"143MiB"``.
+
+    Raises:
+        OptionError: It isn't one, or not above 0; ``kind`` names it.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(value))
     count = float(match[1]) * UNITS.get(match[2].lower(), 0) if match else 0
     if not 0 < count < 2**63:
-        raise OptionError(f"max_size is a number of bytes, such as 150MB or 143MiB; got {str(value)[:80]!r}.")
+        raise OptionError(f"{kind} is a number of bytes, such as 150MB or 143MiB; got {str(value)[:80]!r}.")
     return int(count)
 
 

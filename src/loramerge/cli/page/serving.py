@@ -2,13 +2,16 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from ...errors import FileError, OptionError, need
+from ...errors import FileError, OptionError, first_line, need
+from ...files.storage.paths import path_of
+from ...merging.ranks import bytes_of
 from .style import CSS, FONT, HOSTS, MONO, POLICY
 
 QUIET = {
@@ -41,22 +44,43 @@ def serve(
     Raises:
         FileError: A path isn't that of a folder.
         MissingExtraError: gradio isn't installed.
-        OptionError: The port is taken.
+        OptionError: The address can't be listened at, or the limit isn't a size.
     """
     need("The page", "gradio")
-    for folder in folders:
-        if not Path(folder).is_dir():
+    limit = bytes_of("--max-upload", upload_limit)
+    paths = [path_of(folder) for folder in folders]
+    for folder in paths:
+        if not folder.is_dir():
             raise FileError(
                 f"{folder} is not a folder. Way out: loramerge ui FOLDER, or without one, and drop files there."
             )
+    _check_free(host, port)
     root = Path(tempfile.mkdtemp(prefix="loramerge-ui-"))
     os.environ.update(QUIET, GRADIO_TEMP_DIR=str(root))
     before, tempfile.tempdir = tempfile.tempdir, str(root)  # what gradio unpacks an upload in
     try:
-        _serve(root, [Path(folder) for folder in folders], host, port, upload_limit, browser, announce)
+        _serve(root, paths, host, port, limit, browser, announce)
     finally:
         tempfile.tempdir = before
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse an address that can't be listened at; gradio would say that its ports are taken, whatever the reason.
+
+    Raises:
+        OptionError: The host has no such address, or the port is taken.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        raise OptionError(_CANT_LISTEN.format(host, port, error.strerror)) from None
+
+
+_CANT_LISTEN = "Can't listen at {}, port {}: {}. Ways out: another --port, or another --host."
 
 
 def _serve(
@@ -64,7 +88,7 @@ def _serve(
     folders: Sequence[Path],
     host: str,
     port: int,
-    upload_limit: str,
+    upload_limit: int,
     browser: bool,
     announce: Callable[[str], object],
 ) -> None:
@@ -85,7 +109,7 @@ def _serve(
             share=False,
             inbrowser=browser,
             footer_links=[],
-            max_file_size=upload_limit.lower(),
+            max_file_size=upload_limit,
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
@@ -95,7 +119,7 @@ def _serve(
             app_kwargs={"middleware": [*local, Middleware(Guarded)], "docs_url": None, "redoc_url": None},
         )
     except OSError as error:
-        raise OptionError(f"Can't listen at {host}, port {port}: {error}. Way out: another --port.") from None
+        raise OptionError(_CANT_LISTEN.format(host, port, first_line(error))) from None
     try:
         announce(address)
         Event().wait()

@@ -12,6 +12,7 @@ from ...errors import FileError, OptionError
 from ...files import hub, open
 from ...files.storage.paths import path_of
 from ...files.storage.pickles import PICKLES
+from ...files.storage.texts import whole
 from ..inspection import Block, blocks_of, norms_of
 from . import shown
 
@@ -169,7 +170,7 @@ class Shelf:
 
 
 def listed(folders: Sequence[Path]) -> list[str]:
-    """Return the paths of files in folders that may be LoRAs."""
+    """Return the paths of files in folders that may be LoRAs; one that isn't text can't be sent to a browser."""
     found = [
         os.path.join(place, name)
         for folder in folders
@@ -177,7 +178,7 @@ def listed(folders: Sequence[Path]) -> list[str]:
         for name in names
         if name.endswith(SUFFIXES)
     ]
-    return sorted(found)[:LISTED]
+    return sorted(filter(whole, found))[:LISTED]
 
 
 def _patterns(blocks: Sequence[Block]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from ...merging.running import Kept
 from ..compare import as_text
 from ..merge import kept_lines, plan_lines, planned_size
 from ..options import opened
-from ..output import joined
+from ..output import joined, note_lines
 from . import shown
 from .choices import Choices
 from .shelf import Shelf
@@ -83,12 +83,9 @@ def merged(choice: Choice, progress: "Progress") -> Shown:
         with _planned(recipe, progress, target) as (plan, lines):
             kept = Kept(plan.steps)
             lost: list[str] = []
-            recipe.write(plan, target, progress=progress, kept=kept, lost=lost.append, noted=lost.append)
-            told = [
-                *lines,
-                *kept_lines(kept, plan),
-                *(f"  left out: {line}" for line in lost),
-            ]
+            noted: list[str] = []
+            recipe.write(plan, target, progress=progress, kept=kept, lost=lost.append, noted=noted.append)
+            told = [*lines, *kept_lines(kept, plan), *note_lines(noted, lost)]
         files.append(target)
         ready = f"{target.name} is ready: {size(target.stat().st_size)}, names of {plan.dialect}."
         return shown.note(ready) + shown.lines(joined(told))
@@ -168,6 +165,11 @@ def _planned(
         if target is not None:
             recipe.check_target(target, loras)
         plan = recipe.plan(loras, progress=progress)
+        if plan.dialect == "peft":
+            raise OptionError(
+                "The first LoRA is PEFT's, whose layout is a directory: a page can't hand that out. Ways out: another choice "
+                "of 'For which tool', or the command below."
+            )
         made = plan.lora()
         length = planned_size(plan, made)
         check_growth(made, length, made.dialect)

@@ -239,6 +239,19 @@ def test_a_recipe_reaches_nothing_but_comfyuis_folders(
     assert words in str(told.value)
 
 
+def test_a_lora_in_the_layout_of_peft_is_saved_as_a_file_or_refused(pack: dict[str, Any], folder: Path) -> None:
+    adapter = lm.save(random_lora("sd15").exclude("text_encoder*"), folder / "adapter", dialect="peft")
+    (loras,) = pack["File"].run(
+        file=str((adapter / "adapter_model.safetensors").relative_to(folder)), weight=1.0, blocks=""
+    )
+
+    with pytest.raises(OptionError, match=r"saved as a folder, .* Way out: the dialect comfyui"):
+        saved(pack, loras, "adapter", dialect="as it is")
+
+    assert not (folder / "adapter.safetensors").exists()
+    assert saved(pack, loras, "adapter") == "adapter.safetensors"
+
+
 @pytest.mark.parametrize("name", ["../out", "/tmp/out", "people/../../out", "", "people/", "jersey"])
 def test_a_file_is_saved_in_the_folder_of_loras_and_replaces_none(
     pack: dict[str, Any], folder: Path, name: str

@@ -98,6 +98,10 @@ def apply(
 def save(loras: Stack, name: str, dialect: str, dtype: str, overwrite: bool) -> tuple[str]:
     """Save a LoRA into ComfyUI's folder of LoRAs, whole or not at all; how it was merged is kept in the file."""
     lora = only(loras, "Save")
+    if dialect == AS_IT_IS and lora.dialect == "peft":
+        raise OptionError(
+            f"{lora.name} has PEFT's layout, which is saved as a folder, and ComfyUI lists files. Way out: the dialect comfyui."
+        )
     path = files.target(name, overwrite)
     lm.save(
         lora,

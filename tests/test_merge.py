@@ -15,7 +15,7 @@ import loramerge as lm
 from loramerge import linalg
 from loramerge.files.architectures import ARCHITECTURES
 from loramerge.files.lora import LoRA
-from loramerge.layers import low_rank
+from loramerge.layers import Carried, low_rank
 from loramerge.testing import random_layer, relative_error, weighted_sum
 from small import MODULES, WRITTEN, small
 
@@ -228,6 +228,22 @@ def test_excluded_modules_are_left_out() -> None:
     merged = lm.merge([small(seed=1), small(seed=2)], exclude=["text_encoder*"])
 
     assert set(merged) == {TO_Q, CONV, SHORTCUT}
+
+
+@pytest.mark.parametrize("algorithm", ["oft", "glora", "ia3"])
+@pytest.mark.parametrize("weights", [(1,), (1, 0), (1, 1), "l2"])
+def test_a_layer_that_is_only_carried_is_refused_for_what_it_is(algorithm: str, weights: Any) -> None:
+    lora = small(seed=1)
+    module = next(iter(lora))
+    carried = Carried(algorithm=algorithm, held={"a": np.ones((4, 2), np.float32)})
+    other = replace(lora, layouts={**lora.layouts, module: carried}, name="other")
+    loras = [other] if weights == (1,) else [other, small(seed=2)]
+
+    with pytest.raises(lm.errors.MergeError, match=rf"^other: {module} can't be merged: .*\(exclude\)\.$"):
+        lm.merge(loras, weights=weights)
+
+    assert set(lm.merge(loras, weights=weights, exclude=[module])) == set(lora) - {module}
+    assert set(lm.merge([other, small(seed=2)], weights=[0, 1])) == set(lora)
 
 
 def test_two_families_are_refused() -> None:

@@ -149,6 +149,8 @@ class _Maker:
             return True  # a new value of the weight, which no method changes and no rank cuts
         if len(layouts) > 1 or not self.method.linear or layout.rankless or layout.times(weight) is None:
             return False
+        if not layout.shape:  # one that is only carried
+            return False
         limit = largest_rank(layout.shape)
         if layout.kind == "lora":
             return (layout.rank or 0) <= limit
@@ -217,12 +219,12 @@ def entrywise(layouts: Sequence[Layer]) -> bool:
 
 
 def _common_shape(loras: Sequence[LoRA], module: str) -> Shape:
-    """Return the shape of the weight that all layers change; a layer that is only a bias has the rows alone."""
+    """Return the shape of the weight that all layers change; a layer that is only a bias has the rows alone, a carried one none."""
     layouts = [lora.layout(module) for lora in loras]
-    whole = next((k for k, layout in enumerate(layouts) if not layout.bias_only), 0)
+    whole = next((k for k, layout in enumerate(layouts) if layout.shape and not layout.bias_only), 0)
     first = layouts[whole].shape
     for lora, layout in zip(loras, layouts, strict=True):
-        if layout.shape != (first[:1] if layout.bias_only else first):
+        if layout.shape and layout.shape != (first[:1] if layout.bias_only else first):
             raise MergeError(
                 f"{module} has the shape {first} in {loras[whole].name} and {layout.shape} in {lora.name}: "
                 "they were made for different models."

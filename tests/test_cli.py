@@ -192,6 +192,24 @@ def test_a_wrong_merge_is_one_readable_error(
     refused(run("merge", *files, "-o", tmp_path / "both.safetensors", *arguments), message, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "way_out"),
+    [
+        (["inspect", "old.pt"], "(--allow-pickle)"),
+        (["check", "old.pt", "--for", "comfyui"], "(--allow-pickle)"),
+        (["push", "old.pt", "me/old", "--dry-run"], "(loramerge convert … --allow-pickle)"),
+    ],
+)
+def test_the_way_out_is_an_option_that_the_command_has_or_that_of_a_conversion(
+    arguments: list[str], way_out: str, tmp_path: Path
+) -> None:
+    (tmp_path / "old.pt").touch()
+
+    result = run(*arguments, cwd=tmp_path)
+
+    assert (result.returncode, way_out in result.stderr) == (1, True), result.stderr
+
+
 def test_an_output_is_asked_for(files: tuple[Path, Path], tmp_path: Path) -> None:
     refused(run("merge", *files), "Give --output FILE", tmp_path)
 

@@ -193,9 +193,14 @@ def test_every_module_keeps_a_direction() -> None:
     assert {layer.rank for layer in found.values()} == {1}
 
 
-def test_a_merge_on_entries_says_when_no_rank_that_is_looked_at_meets_an_error() -> None:
-    with pytest.raises(OptionError, match=r"can't be met; at the largest rank.*Way out: a larger rank"):
-        lm.merge([small(seed=1), small(seed=2)], method="ties", max_error=0.01)
+@pytest.mark.parametrize(
+    ("budget", "way_out"), [({"max_error": 0.01}, "or a larger error"), ({"energy": 0.999}, "or a smaller share")]
+)
+def test_a_merge_on_entries_says_when_no_rank_that_is_looked_at_meets_a_budget(
+    budget: dict[str, float], way_out: str
+) -> None:
+    with pytest.raises(OptionError, match=rf"can't be met; at the largest rank.*Way out: a larger rank.*{way_out}"):
+        lm.merge([small(seed=1), small(seed=2)], method="ties", **budget)
 
 
 @pytest.mark.parametrize(

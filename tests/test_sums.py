@@ -178,6 +178,19 @@ def test_norms_that_lycoris_trained_are_summed(tmp_path: Path) -> None:
         lm.merge(loras).state_dict("diffusers-peft")
 
 
+@pytest.mark.parametrize("architecture", ["sdxl", "flux", "wan-1.3b"])
+def test_the_dialects_that_a_refusal_names_hold_the_layer(architecture: str) -> None:
+    lora = random_lora(architecture, only=lambda module, shape: "norm" in module and len(shape) == 1)
+
+    with pytest.raises(DialectError) as caught:
+        lora.state_dict("diffusers-peft")
+
+    named = re.search(r"a dialect that holds it \((.*?)\)", str(caught.value))
+    assert named
+    for dialect in named[1].split(", "):
+        assert lora.state_dict(dialect)
+
+
 def test_factors_and_a_whole_difference_are_a_whole_difference(tmp_path: Path) -> None:
     loras = [small(modules=(TO_Q, CONV), kind="full", seed=1), small(modules=(TO_Q, CONV), kind="loha", seed=2)]
 

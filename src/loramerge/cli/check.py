@@ -12,7 +12,7 @@ import typer
 from .._version import __version__
 from ..errors import FamilyError, FileError, LayerError, LoRAMergeError, NotALoRAError, NumberError, OptionError
 from .options import Arch, Files, Json, Pickle, Quiet, files_of
-from .output import more, print_json, say
+from .output import explained, more, print_json, say
 from .settings import command
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def run(given: Options) -> None:
             if not isinstance(each, LoRAMergeError):
                 _say(each)
     for error in dict.fromkeys(each for _, _, each in found if isinstance(each, LoRAMergeError)):
-        say(f"Error: {error}", file=sys.stderr)
+        say(f"Error: {explained(error)}", file=sys.stderr)
     raise typer.Exit(_code([verdict_of(each) for _, _, each in found]))
 
 

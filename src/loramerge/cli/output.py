@@ -85,6 +85,8 @@ def as_typed(message: str) -> str:
     def typed(found: re.Match[str]) -> str:
         inner, *outer, equals = found.groups()
         name = "--" + (inner or outer[0] or outer[1]).replace("_", "-")
+        if inner and not _has(name):
+            name = f"loramerge convert … {name}"
         return f"({name})" if inner else name + " " * bool(equals)
 
     if sys.argv[1:2] == ["sweep"]:  # settings have the names of Python
@@ -92,6 +94,16 @@ def as_typed(message: str) -> str:
     if ".toml: " in message:  # as the entries of recipes have
         return message
     return ARGUMENT.sub(typed, message).replace("weights=[0.7, 0.5]", "-w 0.7 -w 0.5")
+
+
+def _has(option: str) -> bool:
+    """Return whether the command that was typed has an option; the page has those of a merge, but reads no pickles."""
+    from .app import VERBS, real
+
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb == "ui":
+        return option != "--allow-pickle"
+    return verb not in VERBS or any(option in each.opts for each in real(verb).params)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Block:

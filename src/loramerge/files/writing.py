@@ -132,7 +132,7 @@ def check_growth(lora: LoRA, length: int, dialect: str) -> None:
         f"{lora.name} would take {size(length)}, {length / lora.source_bytes:.0f} times the {size(lora.source_bytes)} that it is made "
         f"of: {unheld or 'an exact sum of LoHas or LoKrs is a LoRA of their large rank'}. Ways out: a smaller rank, the best "
         "fit (merge or resize with --rank 32, or rank=32), a size (max_size=200MB), "
-        f"{'a dialect that holds them (kohya, kohya-diffusers, comfyui), ' if unheld else ''}or take the size as it is "
+        f"{'a dialect that holds them (kohya, comfyui), ' if unheld else ''}or take the size as it is "
         "(allow_growth)."
     )
 

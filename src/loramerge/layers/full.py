@@ -9,7 +9,7 @@ from ..tensors import Array, Ranges, Shape, Spec, float32, namespace, reshape, t
 from .base import Layer, dense_norm, scaled
 
 LEAVE_OUT = "leave the module out (exclude)"
-HOLDERS = "a dialect that holds it (kohya, kohya-diffusers, comfyui)"
+HOLDERS = "a dialect that holds it (kohya, comfyui)"
 
 
 def check_sizes(role: str, tensor: Array | Spec | None) -> None:

@@ -160,9 +160,10 @@ def choose(spectra: Mapping[str, Spectrum], budget: Budget, size: int = 0) -> di
         taken = _within_error(order, owners, squares, budget.share_lost * total - lost, len(names))
         if taken is None:
             share = math.sqrt(max(lost, 0.0) / total) if total else 0.0
+            allowed = "a larger error" if budget.kind == "max_error" else "a smaller share: it is 1 − the error squared"
             raise OptionError(
                 f"{budget}: can't be met; at the largest rank that is looked at the error is {share:.3g}. "
-                "Way out: a larger rank to choose from (--rank), or a larger error."
+                f"Way out: a larger rank to choose from (--rank), or {allowed}."
             )
     counts = np.bincount(owners[taken], minlength=len(names))
     return {name: int(count) for name, count in zip(names, counts, strict=True)}

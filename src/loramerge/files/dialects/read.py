@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...errors import NotALoRAError
+from ...errors import NotALoRAError, OptionError
 from ...tensors import Tensor
 from ..architectures import Architecture
 from ..architectures.hints import named
@@ -64,6 +64,7 @@ def read(
         NotALoRAError: The keys have no layer.
         LayerError: A layer is incomplete or its shapes disagree.
         FamilyError: The metadata names another family than the layers do.
+        OptionError: No layer has a name of the dialect that the caller knows.
     """
     records, extras = records_of(tensors)
     mended = rejoined(records)
@@ -82,6 +83,11 @@ def read(
     broken = DIALECTS["kohya-broken"] if mended else None
     likeliest = names.dialect(family)
     chosen = DIALECTS[dialect] if dialect else broken or likeliest
+    if dialect and chosen is not broken and not names.score(chosen, family) and names.score(likeliest, family):
+        raise OptionError(
+            f"This isn't a LoRA in the dialect {chosen.name}: none of its {len(records)} layers has a name of that, they are "
+            f"those of {likeliest.name}. Way out: the dialect {likeliest.name}, or leave it out."
+        )
     notes = names.resolve(family, chosen)
     if family is None:
         notes.append(names.unknown(said))

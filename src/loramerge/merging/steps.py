@@ -149,14 +149,11 @@ class _Maker:
             return True  # a new value of the weight, which no method changes and no rank cuts
         if len(layouts) > 1 or not self.method.linear or layout.rankless or layout.times(weight) is None:
             return False
-        if not layout.shape:  # one that is only carried
-            return False
-        limit = largest_rank(layout.shape)
         if layout.kind == "lora":
-            return (layout.rank or 0) <= limit
+            return (layout.rank or 0) <= largest_rank(layout.shape)
         if layout.factored:  # diffusers reads no file in which a LoHa or LoKr stands beside LoRAs
             return self.single or _as_lora(layout) > MAX_LORA_GROWTH * _numbers(layout)
-        return self.whole and not layout.dense
+        return self.whole and not layout.dense and layout.computable
 
     def _check(self, lora: LoRA, module: str) -> None:
         """Check that a module's layer can be merged with others.

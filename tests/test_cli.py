@@ -210,6 +210,11 @@ def test_the_way_out_is_an_option_that_the_command_has_or_that_of_a_conversion(
     assert (result.returncode, way_out in result.stderr) == (1, True), result.stderr
 
 
+@pytest.mark.parametrize("tolerance", ["-1", "nan"])
+def test_a_tolerance_is_a_number_from_0(tolerance: str, files: tuple[Path, Path]) -> None:
+    assert run("diff", files[0], files[0], "--tolerance", tolerance).returncode == 2
+
+
 def test_an_output_is_asked_for(files: tuple[Path, Path], tmp_path: Path) -> None:
     refused(run("merge", *files), "Give --output FILE", tmp_path)
 

@@ -107,7 +107,7 @@ def test_a_hash_that_would_be_wrong_is_dropped(lora: Path) -> None:
         ({"entries": {"modelspec.resolution": "large"}}, "1024x1024"),
         ({"entries": {THUMBNAIL: "woody.jpg"}}, "data URI"),
         ({"entries": {"a": 5}}, "a text under a key"),
-        ({"entries": {"": "a"}}, "a text under a key"),
+        ({"entries": {"": "a"}}, "an empty key"),
         ({"entries": {"lora_adapter_metadata": "{}"}}, "part of the LoRA"),
         ({"entries": {"unet:0:rank": "4"}}, "part of the LoRA"),
     ],

@@ -20,7 +20,9 @@ class Options:
 
     first: Annotated[str, typer.Argument(help="A LoRA.")]
     second: Annotated[str, typer.Argument(help="Another, in any dialect.")]
-    tolerance: Annotated[float, typer.Option(help="Largest relative difference of ΔW that counts as equal.")] = 1e-6
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest relative difference of ΔW that counts as equal.")] = (
+        1e-6
+    )
     most: Annotated[int, typer.Option("--most", min=0, help="Rows to print.")] = 20
     architecture: Arch = None
     allow_pickle: Pickle = False

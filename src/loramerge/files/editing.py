@@ -114,7 +114,9 @@ CHECKS: Mapping[str, tuple[Callable[[str], bool], str]] = {
 
 
 def _check(key: object, value: object) -> None:
-    if not isinstance(key, str) or not isinstance(value, str) or not key:
+    if key == "":
+        raise OptionError("An entry has an empty key. Wanted a name, such as modelspec.title.")
+    if not isinstance(key, str) or not isinstance(value, str):
         raise OptionError(
             f"An entry is a text under a key, got {key!r} and a {type(value).__name__}. Way out: str(value)."
         )

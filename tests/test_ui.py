@@ -396,6 +396,14 @@ def test_a_port_that_is_taken_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> 
         serve(port=taken.getsockname()[1])
 
 
+def test_a_base_that_is_elsewhere_is_not_asked_to_be_dropped(shelf: Shelf) -> None:
+    told = work.planned(work.Choice(shelf, {"base": "sdxl.safetensors"}), silent).plan
+
+    assert "Can&#x27;t read the base model" in told
+    assert "drop" not in told
+    assert "Hub" not in told
+
+
 def test_help_and_the_page_behind_its_layout_need_no_gradio() -> None:
     code = (
         "import sys; sys.modules['gradio'] = None; sys.argv = ['loramerge', 'ui', '--help']\n"

@@ -122,7 +122,10 @@ class Shelf:
         """
         text = text.strip()
         if text and self.allowed(text) is None:
-            raise self._refused(text)
+            raise OptionError(
+                f"Can't read the base model {text!r}: there is no such file or directory in {self._given()} given on the command "
+                "line. Way out: loramerge ui FOLDER, with the folder that holds it."
+            )
         return text or None
 
     def remove(self, name: str) -> None:
@@ -161,10 +164,12 @@ class Shelf:
             blocks = blocks_of(lora, norms_of(lora))
             self.entries.append(Entry(name, path, shown.card(lora, name, blocks), _patterns(blocks)))
 
+    def _given(self) -> str:
+        return f"{', '.join(map(str, self.folders))}, which were" if self.folders else "what is"
+
     def _refused(self, text: str) -> OptionError:
-        given = f"{', '.join(map(str, self.folders))}, which were" if self.folders else "what is"
         return OptionError(
-            f"Can't read {text!r}: there is no such file in {given} given on the command line, and it isn't the name of a "
+            f"Can't read {text!r}: there is no such file in {self._given()} given on the command line, and it isn't the name of a "
             "repository on the Hub. Way out: drop the file here, or loramerge ui FOLDER."
         )
 

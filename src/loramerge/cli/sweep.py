@@ -82,9 +82,9 @@ def run(given: Options) -> None:
         reused = sum(row.reused for row in rows)
         there = f", {reused} of them there already" if reused else ""
         say(f"→ {given.output}: {counted(len(rows), 'merge')}{there}, sweep.csv, sweep.json")
-    failed = [row for row in rows if row.failed]
-    for row in failed:
-        say(f"error: {row.name}: {as_typed(row.failed)}", file=sys.stderr)
+    failed = [(row.name, row.failed) for row in rows if row.failed]
+    for name, reason in failed:
+        say(f"error: {name}: {as_typed(reason)}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
 

@@ -327,3 +327,16 @@ def test_the_hook_of_pre_commit_runs_the_command() -> None:
 
     assert "entry: loramerge check" in text
     assert "args: [--for, comfyui]" in text
+
+
+@pytest.mark.parametrize(
+    ("file", "uri"),
+    [
+        ("my jérsey #1.safetensors", "my%20j%C3%A9rsey%20%231.safetensors"),
+        ("hf://org/repo@v2/a.safetensors", "hf://org/repo@v2/a.safetensors"),
+    ],
+)
+def test_code_scanning_gets_a_files_name_as_a_uri(file: str, uri: str) -> None:
+    (result,) = as_sarif([(file, "diffusers", lm.errors.FileError("gone"))])["runs"][0]["results"]
+
+    assert result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == uri

@@ -215,6 +215,13 @@ def test_a_tolerance_is_a_number_from_0(tolerance: str, files: tuple[Path, Path]
     assert run("diff", files[0], files[0], "--tolerance", tolerance).returncode == 2
 
 
+@pytest.mark.parametrize("other", ["--json", "--norms"])
+def test_a_recipe_is_asked_for_alone(other: str, files: tuple[Path, Path], tmp_path: Path) -> None:
+    assert run("merge", *files, "-o", tmp_path / "merged.safetensors").returncode == 0
+
+    refused(run("inspect", tmp_path / "merged.safetensors", "--recipe", other), "Give --recipe alone", tmp_path)
+
+
 def test_an_output_is_asked_for(files: tuple[Path, Path], tmp_path: Path) -> None:
     refused(run("merge", *files), "Give --output FILE", tmp_path)
 

@@ -1,11 +1,13 @@
 """``loramerge check``: whether files load in another program."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -144,7 +146,7 @@ def as_sarif(found: Sequence[Answer]) -> dict[str, Any]:
                     "ruleId": rule,
                     "level": level,
                     "message": {"text": text},
-                    "locations": [{"physicalLocation": {"artifactLocation": {"uri": Path(file).as_posix()}}}],
+                    "locations": [{"physicalLocation": {"artifactLocation": {"uri": _uri(file)}}}],
                 }
             )
     rules = {
@@ -162,6 +164,11 @@ def as_sarif(found: Sequence[Answer]) -> dict[str, Any]:
         "version": "2.1.0",
         "runs": [{"tool": {"driver": driver}, "results": results}],
     }
+
+
+def _uri(file: str) -> str:
+    """Return a file's name as the reference that SARIF wants, in which a space or an umlaut is escaped."""
+    return quote(os.fsencode(file if file.startswith("hf://") else Path(file).as_posix()), safe="/:@")
 
 
 def _results(found: "Check | LoRAMergeError") -> Iterator[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import OptionError
 from .options import Adapter, Arch, File, Pickle
 from .settings import command
 
@@ -34,6 +35,10 @@ def run(given: Options) -> None:
     """
     from .inspection import show, show_recipe
 
+    if given.recipe and (given.json or given.norms):
+        raise OptionError(
+            "A recipe is TOML, and has no norms. Give --recipe alone, or --json, which has it in the metadata."
+        )
     if given.recipe:
         show_recipe(given.file, architecture=given.architecture, adapter=given.adapter, pickle=given.allow_pickle)
         return

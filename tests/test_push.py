@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from loramerge.files import hub as downloads
 from loramerge.files.storage.texts import visible
 from loramerge.merging import model_card, push
 from loramerge.merging.markdown import code, fenced, plain
+from loramerge.testing import relative_error
 from small import small
 
 TOKEN, READER = "hf_secretsecretsecret", "hf_readerreaderreader"
@@ -363,3 +366,31 @@ def test_what_is_no_lora_or_no_place_for_one_is_refused_before_anything_is_sent(
     assert "Can't show the picture" in refused(path, pictures=[tmp_path / "notes.txt"])
     assert "No such file" in refused(tmp_path / "missing.safetensors")
     assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("to", "then", "gives"),
+    [
+        ("kohya", "kohya", "these tensors again"),
+        ("peft", "peft", "these tensors again"),
+        ("kohya", "comfyui", "the same LoRA again, in the dialect `kohya`"),
+    ],
+)
+def test_the_command_on_a_card_gives_what_the_card_says(
+    to: str, then: str, gives: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parents = [saved(tmp_path / f"{seed}.safetensors", seed, "kohya") for seed in (1, 2)]
+    merge = lm.save(lm.merge(parents, weights=[0.7, 0.5]), tmp_path / "merge.safetensors", dialect=to)
+    file = merge if then == to else lm.convert(merge, tmp_path / "converted.safetensors", then)
+
+    pushed, card = lm.load(file), model_card(file, "me/merge")
+
+    command, said = re.findall(r"^With the same files, `loramerge (.*?)` gives (.*):$", card, re.MULTILINE)[0]
+    assert said == gives
+    (tmp_path / "recipe.toml").write_text(card.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
+    assert run(*shlex.split(command)).returncode == 0
+    made = lm.load(tmp_path / command.rpartition(" ")[2])
+    assert made.dialect == to
+    assert (made.sha256 == pushed.sha256) == (then == to)
+    assert all(relative_error(made[module].delta(), pushed[module].delta()) <= 1e-6 for module in made)

@@ -165,13 +165,17 @@ class Card:
 
     def _recipe(self) -> list[str]:
         try:
-            recipe = Recipe.of(self.lora).to_toml()
+            recipe = Recipe.of(self.lora)
+            text = recipe.to_toml()
         except LoRAMergeError as error:
             reason = first_line(error).partition(" Way")[0]
             bare = {**self.record, "inputs": [_bare(entry) for entry in inputs_of(self.record)]}
             return [plain(reason), "", fenced("json", as_json(bare, 2))]
-        command = code(f"loramerge merge recipe.toml -o {quote(self.file)}")
-        return [f"With the same files, {command} gives this file again:", "", fenced("toml", recipe)]
+        to = recipe.output.to or self.lora.dialect
+        target = "adapter" if to == "peft" else PurePosixPath(self.file).name
+        command = code(f"loramerge merge recipe.toml -o {quote(target)}")
+        gives = "these tensors again" if to == self.lora.dialect else f"the same LoRA again, in the dialect {code(to)}"
+        return [f"With the same files, {command} gives {gives}:", "", fenced("toml", text)]
 
     def _stop(self, reader: str) -> str | None:
         """Say why a reader takes nothing of the file; None if it takes at least a part."""

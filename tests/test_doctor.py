@@ -1,7 +1,9 @@
 """``loramerge doctor`` and what ``loramerge`` alone says."""
 
 import json
+import os
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +61,26 @@ def test_a_wrong_merge_is_not_healthy() -> None:
     found = examined()
     assert healthy(found)
     assert not healthy(found | {"largest_error": 1e-3})
+
+
+def test_a_torch_that_cannot_be_imported_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+    result = run("doctor", "--json")
+
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["devices"] == [
+        "cpu (numpy); torch can't be imported: OSError: libcudart.so.12: cannot open shared object file"
+    ]
+
+
+def test_a_loramerge_that_was_not_installed_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+
+    with pytest.raises(lm.errors.FileError, match="was not installed"):
+        examined()

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .._version import __version__
+from ..errors import FileError, first_line
 from .output import print_json, say, table
 
 TOLERANCE = 1e-6
@@ -64,11 +65,22 @@ def healthy(found: dict[str, Any]) -> bool:
 
 
 def _packages() -> list[dict[str, str]]:
-    """Return every requirement of the core and of the extras, with the version that is installed."""
+    """Return every requirement of the core and of the extras, with the version that is installed.
+
+    Raises:
+        FileError: loramerge itself was not installed, so that nobody says what it requires.
+    """
     from packaging.requirements import Requirement
 
+    try:
+        requirements = metadata.requires("loramerge") or []
+    except metadata.PackageNotFoundError:
+        raise FileError(
+            f"loramerge is imported from {Path(__file__).parents[1]}, and was not installed. Way out: pip install -c "
+            "constraints.txt . in its checkout."
+        ) from None
     rows = []
-    for text in metadata.requires("loramerge") or []:
+    for text in requirements:
         requirement = Requirement(text)
         for part in ("core", *EXTRAS):
             if requirement.marker is None and part != "core":
@@ -99,7 +111,10 @@ def _devices() -> list[str]:
     """Return the devices that ``--device`` can name."""
     if find_spec("torch") is None:
         return ["cpu (numpy)"]
-    import torch
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:  # libraries of its own are missing, or of another version
+        return [f"cpu (numpy); torch can't be imported: {type(error).__name__}: {first_line(error)}"]
 
     found = [f"cpu ({torch.get_num_threads()} threads for torch)"]
     found += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]

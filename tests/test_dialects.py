@@ -26,6 +26,16 @@ from small import MODULES, WRITTEN, small
 FAMILIES = list(ARCHITECTURES)
 
 
+@pytest.mark.parametrize("dialect", ["diffusers", "peft", "comfyui", "xlabs", "other"])
+def test_a_dialect_that_no_name_of_the_file_is_of_is_refused(dialect: str) -> None:
+    tensors = small(alpha=2.0).state_dict("kohya")
+
+    with pytest.raises(OptionError, match=rf"isn't a LoRA in the dialect {dialect}: .* those of kohya"):
+        lm.load(tensors, dialect=dialect)
+
+    assert lm.load(tensors, dialect="kohya").dialect == "kohya"
+
+
 @pytest.mark.parametrize(("dialect", "family"), list(product(DIALECTS, FAMILIES)))
 def test_every_module_has_at_most_one_place_among_the_names(dialect: str, family: str) -> None:
     names = table(DIALECTS[dialect].names, ARCHITECTURES[family])
@@ -593,13 +603,3 @@ def test_an_unknown_dialect_to_write_is_answered_with_those_that_are_written() -
         small().state_dict("nonsense")
 
     assert "xlabs" not in str(raised.value)
-
-
-@pytest.mark.parametrize("dialect", ["diffusers", "peft", "comfyui", "xlabs", "other"])
-def test_a_dialect_that_no_name_of_the_file_is_of_is_refused(dialect: str) -> None:
-    tensors = small(alpha=2.0).state_dict("kohya")
-
-    with pytest.raises(OptionError, match=rf"isn't a LoRA in the dialect {dialect}: .* those of kohya"):
-        lm.load(tensors, dialect=dialect)
-
-    assert lm.load(tensors, dialect="kohya").dialect == "kohya"

@@ -198,12 +198,12 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
         )
     if os.path.exists(path):
         return path, printable(os.path.basename(path) or os.path.basename(os.path.realpath(path)))
-    if os.path.islink(path):
-        raise FileError(f"{path} is a link to {os.readlink(path)}, which isn't there. Way out: the file itself.")
     from . import hub
 
     if text.startswith(("http://", "https://")):
         raise FileError(f"URLs are not fetched: {text}. Way out: {hub.named_by(text)}.")
+    if os.path.islink(path):
+        raise FileError(f"{path} is a link to {os.readlink(path)}, which isn't there. Way out: the file itself.")
     reference = hub.parse(text) if isinstance(source, str) else None  # a path object is never a name on the Hub
     looks_local = not uri and (
         (path.endswith((".safetensors", *PICKLES)) and text.count("/") != 2) or os.path.isdir(text.partition("/")[0])

@@ -11,7 +11,7 @@ import safetensors.numpy
 from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
-from loramerge.errors import DialectError, OptionError
+from loramerge.errors import DialectError
 from loramerge.files.architectures import ARCHITECTURES, forms, outlines
 from loramerge.files.dialects import DIALECTS
 from loramerge.files.dialects.base import table
@@ -30,7 +30,7 @@ FAMILIES = list(ARCHITECTURES)
 def test_a_dialect_that_no_name_of_the_file_is_of_is_refused(dialect: str) -> None:
     tensors = small(alpha=2.0).state_dict("kohya")
 
-    with pytest.raises(OptionError, match=rf"isn't a LoRA in the dialect {dialect}: .* those of kohya"):
+    with pytest.raises(lm.errors.OptionError, match=rf"isn't a LoRA in the dialect {dialect}: .* those of kohya"):
         lm.load(tensors, dialect=dialect)
 
     assert lm.load(tensors, dialect="kohya").dialect == "kohya"

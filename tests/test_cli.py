@@ -637,8 +637,12 @@ def test_what_is_not_quite_exact_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
-def test_a_merge_in_float8_is_not_called_exact(dtype: str, files: tuple[Path, Path]) -> None:
-    assert "exact but for the rounding to F8" in run("merge", *files, "--dry-run", "--dtype", dtype).stdout
+def test_no_lora_is_written_in_float8(dtype: str, files: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    for command in (["merge", *files], ["convert", files[0], "--to", "kohya"], ["resize", files[0], "--rank", "2"]):
+        result = run(*command, "-o", out, "--dtype", dtype)
+        assert result.returncode == 1 and "Ways out: float16" in result.stderr
+        assert not out.exists()
 
 
 def test_a_nan_is_named_once_and_its_module_can_be_left_out(files: tuple[Path, Path], tmp_path: Path) -> None:

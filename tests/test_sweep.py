@@ -387,9 +387,11 @@ def test_learned_weights_are_measured_per_column(recipe: Path, tmp_path: Path) -
     saved = Coefficients.of(columns, loras, [1.0] * len(loras)).save(tmp_path / "learned.safetensors")
 
     (row,) = lm.sweep(recipe, {"weights": [str(saved)]}, tmp_path / "out")
+    typed = run("sweep", recipe, "-o", "typed", "--set", f"weights={saved.name}", cwd=tmp_path)
 
     assert row.failed is None
     assert row["interference"] < 1e-6
+    assert typed.returncode == 0 and "1 merge" in typed.stdout
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.5, 0.2), (1.0, -1.0, 1e-5), (1.0, -0.5, -0.5)])

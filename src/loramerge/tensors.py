@@ -161,6 +161,21 @@ def parse_dtype(name: str) -> str:
     return found
 
 
+def written_dtype(name: str) -> str:
+    """Return the code of a dtype that a LoRA is written in, as `parse_dtype`.
+
+    Raises:
+        OptionError: It is unknown, or a float8: factors have values that it rounds by percents, or to zero.
+    """
+    found = parse_dtype(name)
+    if found.startswith("F8"):
+        raise OptionError(
+            f"LoRAs aren't written in {NAMES[found]}, which rounds small values to 0. Ways out: float16, bfloat16 or float32; "
+            "a float8 file that is only renamed or converted keeps its values without a dtype."
+        )
+    return found
+
+
 def widest(codes: Sequence[str]) -> str:
     """Return the narrowest float dtype that holds every value of the given ones."""
     return _widest(frozenset(codes))

@@ -33,8 +33,8 @@ from ..tensors import (
     computed,
     float32,
     largest_rank,
-    parse_dtype,
     same_weight,
+    written_dtype,
 )
 from .models import BLOCK, Checkpoint, Place, open_checkpoint, widened
 
@@ -218,7 +218,7 @@ def _planned(
         tuned=tuned,
         base=base,
         ranks=found,
-        dtype=parse_dtype(dtype) if dtype else computed([code for code in codes if code in FLOATS]),
+        dtype=written_dtype(dtype) if dtype else computed([code for code in codes if code in FLOATS]),
         rank=rank,
         not_held=tuple(lost),
         notes=_notes(tuned, base, found, rounded),

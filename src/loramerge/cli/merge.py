@@ -43,13 +43,8 @@ if TYPE_CHECKING:
     from ..merging.methods import Method
     from ..merging.running import Kept
 
-ROUNDING = {
-    "BF16": "up to about 0.24 %",
-    "F16": "up to about 0.03 %",
-    "F8_E5M2": "about 8 %, and more where values are small",
-    "F8_E4M3": "about 4 %, and far more where values are small",
-}
-"""How much of ‖ΔW‖ rounding takes: both factors are rounded, in 16 bits each value by up to 2⁻⁸ or 2⁻¹¹ of it."""
+ROUNDING = {"BF16": 0.0024, "F16": 0.0003}
+"""About the most of ‖ΔW‖ that rounding takes: both factors are rounded, each value by up to 2⁻⁸ or 2⁻¹¹ of it."""
 
 LARGE = 0.3
 """Relative error above which a note says that much is lost."""
@@ -355,7 +350,7 @@ def _exactness(planned: "Plan") -> str:
     exact = "exact" if planned.method.linear else "nothing is cut"
     if planned.dtype not in ROUNDING:
         return exact
-    return f"{exact} but for the rounding to {planned.dtype} ({ROUNDING[planned.dtype]})"
+    return f"{exact} but for the rounding to {planned.dtype} (up to about {100 * ROUNDING[planned.dtype]:g} %)"
 
 
 def kept_lines(kept: "Kept", planned: "Plan") -> list[str]:
@@ -371,7 +366,10 @@ def _keeps_more(kept: "Kept", planned: "Plan") -> list[str]:
     sized = planned.budget is not None and planned.budget.kind == "max_size"
     larger = "--max-size" if sized else "--rank or budget"
     wide = ["--dtype float16 has room for twice the rank in this size"] * (sized and SIZES[planned.dtype] > 2)
-    return [*wide, *[f"more than 30 % of ‖ΔW‖ is lost; a larger {larger} keeps more"] * (kept.error > LARGE)]
+    lost = [f"more than 30 % of ‖ΔW‖ is lost; a larger {larger} keeps more"] * (kept.error > LARGE)
+    rounded = ROUNDING.get(planned.dtype, 0.0)
+    fine = [f"rounding to {planned.dtype} takes up to about {100 * rounded:g} % besides; --dtype float32 keeps it"]
+    return [*wide, *lost, *fine * (kept.error < 3 * rounded)]
 
 
 def _wider(planned: "Plan") -> list[str]:

@@ -127,7 +127,11 @@ def _value(name: str, text: str, methods: "Sequence[Method | str]") -> Any:
     if name == "rank":
         return rank_of(text)
     if name == "weights":
-        return text if text in RULES else tuple(parse(weight) for weight in text.split("/"))
+        return (
+            text
+            if text in RULES or text.endswith(".safetensors")
+            else tuple(parse(weight) for weight in text.split("/"))
+        )
     if name in SETTINGS:
         return text
     options = [method.options[name] for method in map(find, methods) if name in method.options]

@@ -39,7 +39,7 @@ from ..files.storage.pickles import PICKLES
 from ..files.storage.reader import SafetensorsFile
 from ..files.storage.texts import read_text
 from ..files.writing import check_apart, check_target, peft_folder, save
-from ..tensors import parse_dtype
+from ..tensors import written_dtype
 from . import toml
 from .coefficients import Coefficients
 from .methods import METHODS, Method, check_name as check_method, check_options, find
@@ -294,7 +294,7 @@ class Recipe:
             planned,
             dialect=DIALECTS[dialect].name,
             cut_as=DIALECTS[self.output.cut_as or dialect].name,
-            dtype=parse_dtype(dtype) if dtype else planned.dtype,
+            dtype=written_dtype(dtype) if dtype else planned.dtype,
             allow_lossy=self.output.allow_lossy,
         )
         limit = budget(self.max_error, self.energy, self.max_size)
@@ -498,7 +498,7 @@ def check(recipe: Recipe) -> None:
     if recipe.output.cut_as is not None:
         DIALECTS[recipe.output.cut_as]
     if recipe.output.dtype is not None:
-        parse_dtype(recipe.output.dtype)
+        written_dtype(recipe.output.dtype)
     if recipe.output.path is not None:
         _inside(recipe.output.path, recipe.folder)
 

@@ -22,8 +22,8 @@ from ...tensors import (
     code,
     float32,
     is_torch,
-    parse_dtype,
     reshape,
+    written_dtype,
 )
 from ..architectures import ARCHITECTURES, Architecture, name_family, titles
 from ..architectures.names import Part, Parts, whole
@@ -133,7 +133,7 @@ def spell(
         DialectError: The dialect is read-only, or can't hold a layer.
     """
     target = written_dialect(dialect or lora.dialect)
-    wanted = parse_dtype(dtype) if dtype else lora.dtype
+    wanted = written_dtype(dtype) if dtype else lora.dtype
     if _can_be_verbatim(lora, target, alone):
         return Spelling(target, _verbatim(lora, wanted), verbatim=True, dtype=wanted)
     check_writable(target.name, lora.dialect)

@@ -128,6 +128,58 @@ def test_a_block_that_only_another_family_has_is_not_one_of_the_family_that_is_n
     assert moved.keys() == {key.replace("double_blocks_0_", "double_blocks_19_") for key in load_file(source)}
 
 
+def ranked(module: str) -> int:
+    return 2 if ".0." in module else 3
+
+
+def scaled(module: str) -> float:
+    return 6.0 if ".0." in module else 1.0
+
+
+@pytest.mark.parametrize("dialect", ["peft", "diffusers-peft"])
+@pytest.mark.parametrize("to", ["peft", "diffusers-peft", "kohya"])
+def test_a_block_takes_its_own_rank_and_scale_out_of_a_configuration_along(
+    dialect: str, to: str, tmp_path: Path
+) -> None:
+    some = random_lora(
+        "wan-1.3b", rank=ranked, alpha=scaled, only=lambda m, s: ".attn1.to_q" in m and m.split(".")[2] in "0123"
+    )
+    path = lm.save(some, tmp_path / "a.safetensors", dialect=dialect)
+
+    again = lm.load(lm.convert(path, tmp_path / "b.safetensors", to, block_map={"blocks.{i}": "blocks.{i+2}"}))
+
+    assert len(again) == len(some)
+    for module in some:
+        new = module.replace(f"blocks.{module.split('.')[2]}.", f"blocks.{int(module.split('.')[2]) + 2}.")
+        np.testing.assert_allclose(again[new].delta(), some[module].delta(), rtol=1e-6, atol=1e-6)
+
+
+def test_patterns_of_a_configuration_are_about_the_old_numbers() -> None:
+    shape = {"lora_A": (4, 1536), "lora_B": (1536, 4)}
+    keys = {
+        f"base_model.model.blocks.{i}.attn1.to_q.{end}.weight": np.ones(size, np.float32)
+        for i in range(3)
+        for end, size in shape.items()
+    }
+    lora = lm.load(
+        keys, config={"peft_type": "LORA", "r": 4, "lora_alpha": 4, "alpha_pattern": {r"blocks\.[12]\..*": 8}}
+    )
+
+    moved = renumbered(lora, {"blocks.{i}": "blocks.{i+1}"})
+
+    assert [moved[f"transformer.blocks.{i}.attn1.to_q"].own_alpha for i in (1, 2, 3)] == [4, 8, 8]
+
+
+def test_two_blocks_change_places(tmp_path: Path) -> None:
+    before = lm.load(file(tmp_path))
+
+    after = renumbered(before, {"blocks.0": "blocks.1", "blocks.1": "blocks.0", "blocks.{i}": "blocks.{i}"})
+
+    for i, j in enumerate((1, 0, 2, 3)):
+        old, new = (f"transformer.blocks.{number}.mlp.fc" for number in (i, j))
+        np.testing.assert_array_equal(after[new].delta(), before[old].delta())
+
+
 @pytest.mark.parametrize(
     ("rules", "error", "said"),
     [

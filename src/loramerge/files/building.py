@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 from ..errors import LayerError, LoRAMergeError, NumberError
@@ -16,15 +17,30 @@ from .dialects.records import Record
 
 
 class LayerBuilder:
-    """Builds layers from the records of one file."""
+    """Builds layers from the records of one file.
+
+    Args:
+        name: The name in messages.
+        reading: The records.
+        tensors: The file's tensors by key.
+        config: PEFT's configurations by component.
+        configured_as: If keys were renamed since the configurations were made: the builder of the layers that they are
+            about, and its keys by new key.
+    """
 
     def __init__(
-        self, name: str, reading: Reading, tensors: Mapping[str, Tensor], config: Mapping[str, Config]
+        self,
+        name: str,
+        reading: Reading,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Config],
+        configured_as: "tuple[LayerBuilder, Mapping[str, str]] | None" = None,
     ) -> None:
         self.name = name
         self.records = reading.records
         self.tensors = tensors
         self.config = config
+        self.configured_as = configured_as
         self.architecture = reading.architecture
         self.parts = {part.module: (part, record) for record in reading.records.values() for part in record.parts}
         self.source = object()
@@ -124,6 +140,11 @@ class LayerBuilder:
         known = [shape for shape in shapes if shape is not None]
         return (sum(s[0] for s in known), *known[0][1:]) if len(known) == len(shapes) else None
 
+    @cached_property
+    def owners(self) -> Mapping[str, Record]:
+        """The record that holds each tensor, by key."""
+        return {key: record for record in self.records.values() for key in record.keys.values()}
+
     def config_of(self, record: Record) -> Config | None:
         """Return PEFT's configuration of the component that a record belongs to."""
         if not self.config:
@@ -141,6 +162,9 @@ class LayerBuilder:
 
     def configured(self, record: Record) -> float | None:
         """Return the alpha that PEFT's configuration gives; None if there is no configuration or nothing to scale."""
+        if self.configured_as is not None:
+            before, keys = self.configured_as
+            return before.configured(before.owners[keys[next(iter(record.keys.values()))]])
         config, roles = self.config_of(record), record.keys.keys()
         if config is None or not roles & fields.SCALED:
             return None

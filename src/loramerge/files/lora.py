@@ -361,6 +361,7 @@ def from_tensors(
     name: str,
     *,
     config: Mapping[str, Config] | None = None,
+    configured_as: tuple[LayerBuilder, Mapping[str, str]] | None = None,
     architecture: str | None = None,
     dialect: str | None = None,
     adapter: str | None = None,
@@ -375,6 +376,8 @@ def from_tensors(
         metadata: The file's metadata.
         name: The name in messages: the file's.
         config: PEFT's ``adapter_config.json``, by component.
+        configured_as: The layers to which the configuration gives their scales, if the keys were renamed: what builds
+            them, and their keys by new key.
         architecture: Name of the family, where the keys leave it open.
         dialect: Name of the dialect, where the keys leave it open.
         adapter: Which of several adapters in the keys.
@@ -393,7 +396,7 @@ def from_tensors(
         reading = read(_whole(tensors, scales), metadata, architecture=architecture, dialect=dialect)
     except LoRAMergeError as error:
         raise type(error)(f"{name}: {error}") from None
-    builder = LayerBuilder(name, reading, tensors, scales)
+    builder = LayerBuilder(name, reading, tensors, scales, configured_as)
     said = [*notes, *reading.notes, *_notes(tensors, reading, scales)]
     order = list(reading.architecture.shapes) if reading.architecture else []
     modules = dict.fromkeys([*(m for m in order if m in builder.parts), *builder.parts])

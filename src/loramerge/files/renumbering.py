@@ -11,6 +11,7 @@ from functools import cached_property, partial
 
 from ..errors import DialectError, OptionError, counted
 from .architectures import ARCHITECTURES
+from .building import LayerBuilder
 from .dialects import DIALECTS
 from .dialects.forms import BEFORE
 from .dialects.naming import UNKNOWN
@@ -117,7 +118,7 @@ def renumbered(lora: LoRA, rules: Mapping[str, str], to: str | None = None) -> L
     if len(kept) < sum(new is not None for new in names.values()):
         twice = next(new for new in kept if sum(new == other for other in names.values()) > 1)
         raise DialectError(f"{lora.name}: with this map two blocks would have the tensor {twice}.")
-    if not kept or kept.keys() == lora.origin.tensors.keys():
+    if not kept or all(new == old for old, new in names.items()):
         listed = ", ".join(rule.text for rule in parsed)
         raise OptionError(
             f"{lora.name}: the map {listed} changes nothing; the file's names are such as {next(iter(names))}."
@@ -130,6 +131,7 @@ def renumbered(lora: LoRA, rules: Mapping[str, str], to: str | None = None) -> L
         of_changed(lora.metadata),
         lora.name,
         config=lora.origin.config,
+        configured_as=(_builder(lora), {new: old for old, new in names.items() if new is not None}),
         dialect=lora.origin.forced.get("dialect"),
         notes=[f"blocks renumbered: {', '.join(rule.text for rule in parsed)}", *[note] * bool(note)],
         files=lora.files,
@@ -138,11 +140,30 @@ def renumbered(lora: LoRA, rules: Mapping[str, str], to: str | None = None) -> L
     try:
         found = read(architecture=lora.origin.forced.get("architecture"))
     except OptionError:  # the family that was named lacks most of the blocks, or another has all of them
-        said = _beyond(lora, lora.dialect, changed, to)
-        return _noted(read(), said)
-    if lora.architecture and not found.families:
-        return _noted(found, _beyond(lora, found.dialect, changed, to))
-    return found
+        found = _noted(read(), _beyond(lora, lora.dialect, changed, to))
+    else:
+        if lora.architecture and not found.families:
+            found = _noted(found, _beyond(lora, found.dialect, changed, to))
+    # A copy of the file would have the old names in its configuration or its header.
+    return replace(found, origin=None) if found.about else found
+
+
+def _builder(lora: LoRA) -> LayerBuilder:
+    """Return the builder of the layers under the names that the file has."""
+    assert lora.origin
+    forced = lora.origin.forced
+    read = from_tensors(
+        lora.origin.tensors,
+        lora.metadata,
+        lora.name,
+        config=lora.origin.config,
+        architecture=forced.get("architecture"),
+        dialect=forced.get("dialect"),
+        adapter=forced.get("adapter"),
+    )
+    assert read.origin
+    assert read.origin.builder
+    return read.origin.builder
 
 
 def _beyond(lora: LoRA, own: str, changed: Sequence[str | None], to: str | None) -> str:

@@ -29,8 +29,8 @@ class DoRA(Layer):
         out, *rest = self.direction.shape
         sizes = tuple(self.magnitude.shape)
         count = math.prod(sizes)
-        per_row = out if len(sizes) == 1 else count
-        if not rest or count != max(sizes, default=0) or count not in (out, rest[0]) or count != per_row:
+        wanted = [out] * (sizes[:1] == (count,)) + rest[:1] * (len(sizes) > 1)
+        if not rest or count != max(sizes, default=0) or count not in wanted:
             raise LayerError(f"the DoRA magnitude has shape {sizes}; the weight has shape {self.direction.shape}")
 
     @property

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_every_suffix_is_parsed_into_its_role_and_style(style: str) -> None:
         assert parse(stem + suffix) == (stem, role, style)
 
 
+@pytest.mark.parametrize(("dialect", "family"), list(product(DIALECTS, FAMILIES)))
+def test_a_name_and_its_suffix_come_apart_where_they_were_put_together(dialect: str, family: str) -> None:
+    described, a = DIALECTS[dialect], ARCHITECTURES[family]
+    suffixes = [suffix for style in described.styles & STYLES.keys() for suffix in STYLES[style].values()]
+    stems = {stem for names in described.tables for stem in table(names, a)}
+    forms = {re.sub(r"\d+", "0", stem) for stem in stems} & stems  # of numbered blocks the first
+
+    assert [s + end for s in forms for end in suffixes if (found := parse(s + end)) is None or found.stem != s] == []
+
+
 def test_adapter_names_inside_a_key_are_seen_through() -> None:
     assert parse("unet.a.lora_A.default.weight") == ("unet.a", "down", "peft-named")
     assert parse("unet.a.lora_B.person.bias") == ("unet.a", "up_bias", "peft-named")
@@ -191,6 +202,23 @@ def test_peft_around_the_models_own_code_is_read() -> None:
 
     assert (found.dialect, found.architecture) == ("peft", "flux")
     assert relative_error(found[q].delta(), lora[q].delta()) == 0
+
+
+def test_the_single_blocks_of_xlabs_are_those_of_flux() -> None:
+    block, fused = "single_blocks.7.processor", np.arange(9216, dtype=np.float32)[:, None]
+    keys = {
+        f"{block}.qkv_lora.down.weight": np.ones((1, 3072), np.float32),
+        f"{block}.qkv_lora.up.weight": fused,
+        f"{block}.proj_lora.down.weight": np.ones((1, 15360), np.float32),
+        f"{block}.proj_lora.up.weight": np.ones((3072, 1), np.float32),
+    }
+
+    lora = lm.load(keys)
+
+    inside = "transformer.single_transformer_blocks.7."
+    assert (lora.architecture, lora.dialect) == ("flux", "xlabs")
+    assert set(lora) == {f"{inside}{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_out")}
+    np.testing.assert_array_equal(lora[f"{inside}attn.to_k"].factors()[0], fused[3072:6144])
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "model.diffusion_model."])

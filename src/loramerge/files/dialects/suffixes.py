@@ -82,6 +82,8 @@ _EXACT: dict[str, tuple[str, str]] = {
     **{suffix: (role, style) for style, roles in STYLES.items() for role, suffix in roles.items()},
 }
 _GLUED = tuple(suffix for suffix in _EXACT if suffix[0] not in ".:")
+_XLABS = re.compile(r"\.processor\.(?:qkv|proj)_lora\.(?:down|up)\.weight")
+"""Matches the ends of XLabs' keys of single blocks, whose stems end in ``_lora``."""
 _NAMED = (
     r"(.+)\.(lora_(?:A|B|E|magnitude_vector|embedding_A|embedding_B)|hada_\w+|lokr_\w+)\.([^.]+?)(\.weight|\.bias|)"
 )
@@ -107,7 +109,7 @@ class Key(NamedTuple):
 def parse(key: str) -> Key | None:
     """Take a key apart; None if it has no known suffix."""
     # "to_q_lora.down.weight" ends in ".down.weight" too: the glued suffixes come first.
-    if key.endswith(_GLUED):
+    if key.endswith(_GLUED) and not _XLABS.search(key):
         suffix = next(suffix for suffix in _GLUED if key.endswith(suffix))
         return Key(key[: -len(suffix)], *_EXACT[suffix])
     for start in _starts(key):

@@ -204,6 +204,16 @@ def test_peft_around_the_models_own_code_is_read() -> None:
     assert relative_error(found[q].delta(), lora[q].delta()) == 0
 
 
+def test_only_fused_weights_alternate_head_by_head() -> None:
+    lora = random_lora("minimax-h3", dialect="peft")
+    plain = {key: tensor.numpy() for key, tensor in lora.state_dict("peft").items()}
+
+    named = lm.load({key.replace(".weight", ".person.weight"): value for key, value in plain.items()})
+
+    assert set(named) == set(lora)
+    assert all(relative_error(named[module].delta(), lora[module].delta()) < 1e-6 for module in lora)
+
+
 def test_the_single_blocks_of_xlabs_are_those_of_flux() -> None:
     block, fused = "single_blocks.7.processor", np.arange(9216, dtype=np.float32)[:, None]
     keys = {

@@ -235,7 +235,8 @@ class Matcher:
 
     def rows(self, a: Architecture, stem: str, parts: Parts) -> Parts:
         """Return the modules with the rows that they have in this tool's weight."""
-        return a.alternating.get(parts[0].module, parts) if self.records[stem].style == "peft-named" else parts
+        fused = len(parts) > 1 and self.records[stem].style == "peft-named"
+        return a.alternating.get(parts[0].module, parts) if fused else parts
 
     def known(self, a: Architecture) -> int:
         """Count the stems that have a name in a family, whatever their shape."""

@@ -499,3 +499,38 @@ def test_a_random_lora_has_layers_of_every_family(architecture: str) -> None:
 
     assert lora.architecture == architecture
     assert any(layout.kind == "lora" for layout in lora.layouts.values())
+
+
+def text_only(family: str, dialect: str, component: str) -> dict[str, np.ndarray]:
+    lora = random_lora(family, only=lambda module, shape: module.startswith(f"{component}.") and "_proj" in module)
+    return {key: tensor.numpy() for key, tensor in lora.state_dict(dialect).items()}
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "comfyui", "diffusers", "diffusers-peft", "peft"])
+@pytest.mark.parametrize(
+    ("family", "component"), [("sdxl", "text_encoder"), ("sdxl", "text_encoder_2"), ("flux", "text_encoder")]
+)
+def test_a_whole_text_encoder_rules_out_no_model_that_has_others_too(family: str, component: str, dialect: str) -> None:
+    assert family in lm.load(text_only(family, dialect, component)).families
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_pefts_adapter_of_a_text_encoder_is_of_every_family_that_has_it(family: str) -> None:
+    new = text_only(family, "peft", "text_encoder")
+    old = {key.replace(".encoder.", ".text_model.encoder."): value for key, value in new.items()}
+
+    assert {"sd15", "sdxl", "flux"} <= {*lm.load(new).families} & {*lm.load(old).families}
+
+
+def test_an_encoder_that_is_another_of_each_family_has_no_name_until_the_family_is_said(tmp_path: Path) -> None:
+    """kohya's third text encoder is T5: diffusers' second one of FLUX.1, and the third of SD 3."""
+    lora = random_lora(
+        "sd3-medium", only=lambda module, shape: module.startswith("text_encoder_3.") and "block.0.layer.0.S" in module
+    )
+    keys = {key: tensor.numpy() for key, tensor in lora.state_dict("kohya").items()}
+
+    with pytest.raises(FamilyError, match=r"may be for FLUX\.1"):
+        lm.save(lm.load(keys), tmp_path / "a.safetensors", dialect="diffusers-peft")
+
+    said = lm.load(keys, architecture="sd3-medium")
+    assert set(lm.load(lm.save(said, tmp_path / "a.safetensors", dialect="diffusers-peft"))) == set(lora)

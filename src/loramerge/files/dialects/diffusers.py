@@ -87,6 +87,11 @@ def peft_old_text_names(a: Architecture) -> Mapping[str, Parts]:
     return _peft_text_names(a, FOLDER, ())
 
 
+def peft_own_names(a: Architecture) -> Mapping[str, Parts]:
+    """Name modules as PEFT, whichever version of transformers was installed."""
+    return {**peft_old_text_names(a), **peft_names(a)}
+
+
 def peft_folder_names(a: Architecture) -> Mapping[str, Parts]:
     return {f"{a.denoiser}/base_model.model.{path}": parts for path, parts in a.denoiser_paths.items()}
 
@@ -184,6 +189,7 @@ PEFT = Dialect(
         peft_native_names,
         *(peft_text_names(folder, number) for folder in FOLDERS for number in range(3)),
     ),
+    recognised_by=peft_own_names,
     style="peft",
     also_reads=frozenset({"peft-short", "peft-named"}),
     begins=("base_model.model.", *(f"{component}/" for component in COMPONENTS)),

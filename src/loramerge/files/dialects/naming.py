@@ -72,7 +72,8 @@ class Matcher:
         if fits and not hinted and (said.families or said.unknown):
             raise FamilyError(self.contradiction(fits, said))
         fits = self.most_own(hinted or fits)
-        return [a for a in fits if self.covers(a)] or fits if len(fits) > 1 else fits
+        denoised = len(self.text) < len(self.records)  # text encoders don't tell of which of their models they are
+        return [a for a in fits if denoised and self.covers(a)] or fits if len(fits) > 1 else fits
 
     def told(self, name: str) -> Architecture:
         """Return the family that the caller names, or the size of it that fits.

@@ -297,10 +297,14 @@ class _Writer:
             FamilyError: They differ for a module of the LoRA.
         """
         for module in self.lora:
-            if module in homes and module in others and homes[module] != others[module]:
+            known = (
+                module in others or module not in ARCHITECTURES[other].shapes
+            )  # else the dialect has no name for it there
+            if module in homes and known and homes[module] != others.get(module):
+                theirs = others[module][0] if module in others else "otherwise"
                 raise FamilyError(
                     f"{self.lora.name} may be for {titles(self.lora.families)}: its layers have the names and shapes of each, and "
-                    f"{self.dialect.name} calls {module} {homes[module][0]} in the first and {others[module][0]} in "
+                    f"{self.dialect.name} calls {module} {homes[module][0]} in the first and {theirs} in "
                     f"{other}. Way out: say which it is, --architecture {self.lora.architecture} or {other} "
                     "(in Python architecture=…)."
                 )

@@ -339,6 +339,19 @@ def test_a_peft_directory_is_written_and_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[module].delta(), lora[module].delta())
 
 
+@pytest.mark.parametrize("typed", [".", "..", "../person", "../person/"])
+def test_a_directory_has_its_name_whatever_leads_to_it(
+    typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm.save(random_lora("sd15"), tmp_path / "person", dialect="peft")
+    monkeypatch.chdir(tmp_path / "person" / "text_encoder" if typed == ".." else tmp_path / "person")
+
+    with lm.open(typed) as lora:
+        assert lora.name == "person"
+        assert lora.origin
+        assert lora.origin.source == "person"
+
+
 def test_peft_goes_back_with_its_own_scale(tmp_path: Path) -> None:
     name = "sd15_hyper07_peft_base_model"
     folder = tmp_path / "in"

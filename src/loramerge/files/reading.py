@@ -197,7 +197,7 @@ def _found(source: str | os.PathLike[str]) -> tuple[str, str]:
             f"--lora {path}'."
         )
     if os.path.exists(path):
-        return path, printable(os.path.basename(path) or os.path.basename(os.path.realpath(path)))
+        return path, printable(os.path.basename(os.path.abspath(path)))
     from . import hub
 
     if text.startswith(("http://", "https://")):
@@ -262,7 +262,7 @@ def _open_folder(
         raise FileError(REPLACED.format(path))
     # A configuration that is given replaces the directory's own, not those of the text encoders' directories.
     options = {**options, "config": config | options.get("config", {})}
-    return from_tensors(tensors, metadata, path.name, files=files, **options)
+    return from_tensors(tensors, metadata, os.path.basename(os.path.abspath(path)), files=files, **options)
 
 
 REPLACED = "{} was replaced while it was read. Way out: read it again when the process that writes it is done."

@@ -480,6 +480,10 @@ def test_algorithms_that_are_only_carried_go_back_and_refuse_the_rest(algorithm:
     assert list(lora.state_dict()) == list(keys)
     with pytest.raises(lm.errors.MergeError, match="neither merged nor baked"):
         lm.merge([lora, lora])
+    with pytest.raises(lm.errors.MergeError, match="neither merged nor baked"):
+        lm.merge([lora])  # alone it would have no file but its own
+    with pytest.raises(lm.errors.MergeError, match="neither merged nor baked"):
+        lm.resize(lora, rank=1)
 
 
 FUSED = "transformer.transformer_blocks.0.attn."

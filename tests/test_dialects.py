@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import given, settings, strategies as st
 
 import loramerge as lm
-from loramerge.errors import DialectError
+from loramerge.errors import DialectError, LayerError
 from loramerge.files.architectures import ARCHITECTURES, forms, outlines
 from loramerge.files.dialects import DIALECTS
 from loramerge.files.dialects.base import table
@@ -588,6 +588,16 @@ def test_scales_are_found_in_their_order_of_precedence(case: str) -> None:
     found = from_tensors({k: Held(np.asarray(t)) for k, t in keys.items()}, metadata, "case")
 
     assert found.layout(module).scale == scale
+
+
+@pytest.mark.parametrize("roles", [{"diff": (640, 640)}, {"lokr_w1": (8, 8), "lokr_w2": (80, 80)}, {"diff_b": (640,)}])
+def test_a_scale_that_only_some_readers_apply_is_refused(roles: dict[str, tuple[int, ...]]) -> None:
+    stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    keys = {f"{stem}.{role}": np.ones(shape, np.float32) for role, shape in roles.items()}
+
+    with pytest.raises(LayerError, match=r"to_q\.scale is 0\.5"):
+        lm.load({**keys, f"{stem}.scale": np.float32(0.5)})
+    assert len(lm.load({**keys, f"{stem}.scale": np.float32(1)})) == 1
 
 
 @pytest.mark.parametrize("component", ["connectors", "transformer_2", "llm_adapter"])

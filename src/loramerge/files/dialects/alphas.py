@@ -24,12 +24,21 @@ def stored(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> float | No
     Args:
         keys: The layer's keys by role.
         tensors: The file's tensors.
+
+    Raises:
+        LayerError: It isn't one number, or is a scale of a layer that has none.
+        NumberError: It isn't finite.
     """
-    if "alpha" in keys and (keys.keys() >= WHOLE or keys.keys() <= UNSCALED):
-        return _unused(tensors[keys["alpha"]])
+    unscaled = keys.keys() >= WHOLE or keys.keys() <= UNSCALED
     if "alpha" in keys:
-        return _one(tensors, keys["alpha"])
-    return _one(tensors, keys["scale"]) * rank(keys, tensors) if "scale" in keys else None
+        return _unused(tensors[keys["alpha"]]) if unscaled else _one(tensors, keys["alpha"])
+    scale = _one(tensors, keys["scale"]) if "scale" in keys else None
+    if unscaled and scale not in (None, 1):
+        raise LayerError(
+            f"{keys['scale']} is {scale:g}, beside whole tensors, which A1111 scales and others don't. Way out: multiply "
+            "it into the tensors where the file was made, and leave it out"
+        )
+    return None if scale is None else scale * rank(keys, tensors)
 
 
 def rank(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> int:

@@ -248,6 +248,19 @@ def test_biases_and_new_values_are_baked(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[f"{CONV}.bias"], arrays[f"{CONV}.bias"] + 0.5 * diff.diff_b, rtol=1e-6)
 
 
+def test_a_bias_of_zeros_asks_for_no_bias_in_the_base(tmp_path: Path) -> None:
+    arrays, zeros = models.base("sdxl"), np.zeros(16, np.float32)
+    plain = random_layer((16, 16))
+
+    assert f"{ATTENTION}.bias" not in arrays
+    np.testing.assert_array_equal(
+        baked(tmp_path, one(ATTENTION, replace(plain, diff_b=zeros)), arrays)[f"{ATTENTION}.weight"],
+        baked(tmp_path, one(ATTENTION, plain), arrays)[f"{ATTENTION}.weight"],
+    )
+    with pytest.raises(MergeError, match="it changes the bias, and the module has none"):
+        baked(tmp_path, one(ATTENTION, replace(plain, diff_b=zeros + 1)), arrays)
+
+
 @pytest.mark.parametrize("weight", [1.0, 0.5, -2.0])
 def test_a_bake_of_a_replaced_weight_is_the_bake_of_its_merge(weight: float, tmp_path: Path) -> None:
     arrays = models.base("sdxl")

@@ -1,15 +1,18 @@
 """diffusers' own loader, on pipelines with every block of the published models."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
 import loramerge as lm
 from loramerge import LoRA
+from loramerge.errors import DialectError
 from loramerge.files.architectures import ARCHITECTURES
 from loramerge.testing import KINDS, relative_error
 from oracles import pipelines
@@ -131,6 +134,38 @@ def test_a_text_projection_with_a_rank_of_its_own_has_its_delta_in_the_pipeline(
         module = "text_encoder_2.text_projection"
 
         assert wrong(layers, lambda module: truth(lora, module), {module}) == {}
+
+
+def with_one_bias(lora: LoRA) -> tuple[LoRA, str]:
+    """The LoRA with a bias of ones in the denoiser's first layer, and that layer's module."""
+    first = next(module for module in lora if not module.startswith("text_encoder"))
+    bias = np.ones(lora[first].shape[0], np.float32)
+    layer = lora[first].with_inner(lambda inner: replace(inner, diff_b=bias))
+    return replace(lora, layouts={**lora.layouts, first: layer}), first
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "flux"])
+def test_a_bias_of_one_layer_leaves_no_other_of_its_model_without_values(architecture: str, tmp_path: Path) -> None:
+    lora, first = with_one_bias(lora_for(architecture, a_few))
+    model = {module for module in lora if module.partition(".")[0] == first.partition(".")[0]}
+    path = lm.save(lora, tmp_path / "lora.safetensors", dialect="diffusers-peft")
+
+    with loaded(architecture, str(path)) as layers:
+        biases = {module: layers[module].lora_B[ADAPTER].bias.detach().numpy() for module in model}
+        assert {module: (bias == (module == first)).all() for module, bias in biases.items()} == dict.fromkeys(
+            model, True
+        )
+        assert wrong(layers, lambda module: truth(lora, module), set(lora)) == {}
+
+
+@pytest.mark.parametrize("dialect", ["diffusers-peft", "peft"])
+def test_a_bias_beside_dora_is_refused_as_peft_refuses_it(dialect: str, tmp_path: Path) -> None:
+    lora, _ = with_one_bias(lora_for("sdxl", a_few, kind=lambda module: "dora"))
+
+    with pytest.raises(DialectError, match="changes a bias"):
+        lm.save(lora, tmp_path / "lora.safetensors", dialect=dialect)
+    with pytest.raises(ValueError, match="not supported for DoRA"):
+        LoraConfig(use_dora=True, lora_bias=True)
 
 
 @pytest.mark.parametrize(("architecture", "dialect"), PAIRS)

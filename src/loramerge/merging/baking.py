@@ -181,7 +181,7 @@ def _updates(loras: Sequence[LoRA], model: Checkpoint, weights: ModuleWeights) -
         biased = [(lora, w) for lora, w in used if lora.layout(module).delta_bias() is not None]
         if adding:
             found.append(Update(module, model.weights[module], _Sum(module, model, adding).weight))
-        if biased:
+        if biased and module in model.biases:
             found.append(Update(f"{module}.bias", model.biases[module], _Sum(module, model, biased).bias))
     return found
 
@@ -207,9 +207,15 @@ def _check(lora: LoRA, module: str, model: Checkpoint) -> None:
     has = model.weights[module].shape
     if not layout.fits(has):
         raise MergeError(f"{where}: its shape is {layout.shape}, the weight in {model.name} has the shape {has}.")
-    if layout.delta_bias() is not None and module not in model.biases:
+    if layout.delta_bias() is not None and module not in model.biases and _has_bias(lora[module]):
         raise MergeError(f"{where}: it changes the bias, and the module has none in {model.name}.")
     model.check(model.weights[module])
+
+
+def _has_bias(layer: Layer) -> bool:
+    """Return whether a layer changes the bias: a file may have zeros there, see `files.dialects.write`."""
+    bias: Array | None = layer.delta_bias()
+    return bias is not None and bool((bias != 0).any())
 
 
 def _check_alone(lora: LoRA, module: str, count: int) -> None:

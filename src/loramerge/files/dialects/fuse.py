@@ -195,6 +195,11 @@ def _unscaled(layer: LowRank) -> LowRank:
     return replace(layer, up=up, alpha=None)
 
 
+def with_zero_bias(layer: Layer) -> Layer:
+    """Return a LoRA with a difference of the bias that is zero; any other layer as it is."""
+    return replace(layer, diff_b=_zeros((layer.shape[0],), layer.up)) if isinstance(layer, LowRank) else layer
+
+
 def _zeros(shape: tuple[int, ...], like: Array | Spec) -> Array | Spec:
     if isinstance(like, Spec):
         return Spec(shape, like.dtype)

@@ -72,19 +72,27 @@ def _finite(array: Array, dtype: str) -> Array:
 
 
 def _check_magnitudes(lora: "LoRA", layers: Mapping[str, Layer]) -> None:
-    """Refuse a model with both LoRA and DoRA layers: PEFT gives every layer of a model a magnitude, or none.
+    """Refuse a model with DoRA layers and also LoRA layers or biases: PEFT gives every layer a magnitude, and then no bias.
 
     Raises:
         DialectError: A model has both.
     """
-    plain = {module.partition(".")[0]: module for module, layer in layers.items() if layer.kind == "lora"}
+    plain = {_component(module): module for module, layer in layers.items() if layer.kind == "lora"}
+    biased = {_component(module): module for module, layer in layers.items() if layer.delta_bias() is not None}
     for module, layer in layers.items():
-        other = plain.get(module.partition(".")[0])
-        if layer.axis is not None and other:
+        if layer.axis is None:
+            continue
+        if other := plain.get(_component(module)):
             raise DialectError(
                 f"{lora.name}: {module} is a DoRA layer and {other} is not, and PEFT and diffusers read the layers of a model "
                 "as the one or the other. Ways out: another dialect, such as kohya or comfyui, or leave the one or the "
                 "other out (exclude)."
+            )
+        if other := biased.get(_component(module)):
+            raise DialectError(
+                f"{lora.name}: {module} is a DoRA layer and {other} changes a bias, and PEFT and diffusers read no bias of a "
+                "model with DoRA layers. Ways out: another dialect, such as kohya or comfyui, or leave the one or the other "
+                "out (exclude)."
             )
 
 
@@ -221,6 +229,7 @@ class _Writer:
         self.architecture: Architecture | None = ARCHITECTURES[lora.architecture] if lora.architecture else None
         self.style = dialect.written_style(self.architecture, lora.style if lora.dialect == dialect.name else "")
         self.constant = _constant_alpha(lora.layouts.values()) if dialect.alpha == "constant" else None
+        self.biased = {_component(module) for module, lay in lora.layouts.items() if lay.delta_bias() is not None}
         self.layers: dict[str, Layer] = {}
         self.left_out: list[str] = []
 
@@ -354,7 +363,13 @@ class _Writer:
         """Join the modules of a stem into one layer that the dialect's readers get right."""
         held = {part.module: self.held(part, get(part.module)) for part in parts if part.module in self.lora}
         fused = fuse.fused(parts, held, self.rows_in(held), lambda layer: _as_lora(layer, self.dialect))
-        return self.scaled(self.evened(parts[0].module, self.checked(parts[0].module, fused)))
+        module = parts[0].module
+        return self.with_bias(module, self.scaled(self.evened(module, self.checked(module, fused))))
+
+    def with_bias(self, module: str, layer: Layer) -> Layer:
+        """Give a layer a bias of zeros if another one of its model has a bias: diffusers leaves a missing one without values."""
+        wanted = self.dialect.style == "peft" and _component(module) in self.biased and layer.delta_bias() is None
+        return layer.with_inner(fuse.with_zero_bias) if wanted else layer
 
     def evened(self, module: str, layer: Layer) -> Layer:
         """Pad a layer to the rank that diffusers will give it: the commonest of its component."""
@@ -465,6 +480,10 @@ class _Writer:
             key: np.asarray(layer.own_alpha, dtype=np.float32) if isinstance(t, Spec) else t
             for key, t in self.tensors(stem, parts, layer).items()
         }
+
+
+def _component(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def _shape_only(tensor: Array | Spec) -> Spec:

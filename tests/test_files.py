@@ -25,7 +25,9 @@ import torch
 import loramerge as lm
 from hub_server import Hub, serving
 from listings import config, filled, listing
+from loramerge.errors import FileError
 from loramerge.files.hub import Reference, parse
+from loramerge.files.storage import reader
 from loramerge.layers import LowRank
 from loramerge.testing import random_lora, relative_error, weighted_sum
 from small import MODULES, small
@@ -197,6 +199,19 @@ def test_every_file_of_a_lora_is_closed_with_it(make: Callable[[Path], Path], tm
 
 
 @on_linux
+def test_a_file_that_is_open_when_python_ends_is_closed_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = reader.OpenFile(lm.save(random_lora("sd15"), tmp_path / "a.safetensors"))
+
+    with monkeypatch.context() as ending:
+        ending.setattr(reader, "os", None)
+        file.__del__()
+
+    with pytest.raises(FileError, match="is closed"):
+        file.read(0, 8)
+
+
 def test_a_file_that_is_refused_is_closed(tmp_path: Path) -> None:
     safetensors.numpy.save_file({"weight": np.zeros(3, np.float32)}, tmp_path / "a.safetensors")
     (in_folders(tmp_path) / "text_encoder/adapter_config.json").write_text("[]")

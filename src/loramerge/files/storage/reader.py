@@ -44,6 +44,9 @@ class OpenFile:
         FileError: The file can't be opened.
     """
 
+    _release = staticmethod(os.close)
+    """Kept by the class: when Python ends, this module's names may be gone before its last file is closed."""
+
     def __init__(self, path: str | os.PathLike[str], data: bytes | None = None, start: int = 0) -> None:
         self.path = path
         self.start = start
@@ -65,7 +68,7 @@ class OpenFile:
         self._data, self._ahead = None, (0, b"")
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            self._release(fd)
 
     def __del__(self) -> None:
         self.close()

@@ -225,6 +225,7 @@ WRONG: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
     ),
     "half a factor": ({"lokr_w1": (2, 2), "lokr_w2_a": (4, 2)}, "wanted either lokr_w2"),
     "two kinds": ({"down": (2, 8), "up": (8, 2), "hada_w1_a": (8, 2)}, "not a whole"),
+    "a convolution in groups": ({"down": (4, 8, 3, 3), "up": (8, 2, 1, 1)}, "A convolution in 2 groups"),
     "magnitude of rows as one of columns": ({"down": (2, 8), "up": (6, 2), "magnitude": (1, 6)}, "DoRA magnitude"),
     "magnitude of nothing": ({"down": (2, 8), "up": (6, 2), "magnitude": (5, 1)}, "DoRA magnitude"),
 }

@@ -45,8 +45,10 @@ class LowRank(Layer):
         ):
             raise LayerError(f"mid of shape {tuple(self.mid.shape)} doesn't fit up {up} and down {down}")
         if self.mid is None and down[0] != up[1]:
-            exchanged = f". They would fit the other way round, at rank {up[0]}" if down[1] == up[0] else ""
-            raise LayerError(f"up and down disagree on the rank: up has shape {up}, down has shape {down}{exchanged}")
+            why = f". They would fit the other way round, at rank {up[0]}" if down[1] == up[0] else ""
+            if set(down[2:]) - {1} and down[0] % up[1] == 0:
+                why = f". A convolution in {down[0] // up[1]} groups has such factors, and none are read"
+            raise LayerError(f"up and down disagree on the rank: up has shape {up}, down has shape {down}{why}")
         if self.up_bias is not None and tuple(self.up_bias.shape) != up[:1]:
             raise LayerError(f"bias of up has shape {tuple(self.up_bias.shape)}, wanted {up[:1]}")
 

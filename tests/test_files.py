@@ -75,6 +75,16 @@ def test_our_bytes_are_the_reference_implementations(tmp_path: Path) -> None:
     assert ours[start:] == theirs[start:]
 
 
+def test_a_header_whose_metadata_is_null_is_read_as_by_the_reference_implementation() -> None:
+    written = safetensors.numpy.save({"foo.lora_down.weight": np.ones((1, 2)), "foo.lora_up.weight": np.ones((3, 1))})
+    (length,) = struct.unpack("<Q", written[:8])
+    header = json.dumps({"__metadata__": None, **json.loads(written[8 : 8 + length])}).encode()
+    null = struct.pack("<Q", len(header)) + header + written[8 + length :]
+
+    assert safetensors.numpy.load(null).keys() == {"foo.lora_down.weight", "foo.lora_up.weight"}
+    assert lm.load(null).metadata == {}
+
+
 @pytest.mark.parametrize("workers", [2, 5])
 def test_bytes_are_the_same_for_any_number_of_threads(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

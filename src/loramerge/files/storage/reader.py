@@ -146,7 +146,7 @@ class SafetensorsFile(dict[str, Stored]):
                 f"is truncated or no safetensors file: its header claims {length} bytes, {size - 8} are there"
             )
         header = self._json(self.opened.read(8, length))
-        metadata = self._checked_metadata(header.pop("__metadata__", {}))
+        metadata = self._checked_metadata(header.pop("__metadata__", None))
         self.opened.start = 8 + length
         return metadata, self._tensors(header, size - 8 - length)
 
@@ -170,6 +170,8 @@ class SafetensorsFile(dict[str, Stored]):
         return header
 
     def _checked_metadata(self, metadata: Any) -> dict[str, str]:
+        if metadata is None:
+            return {}
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise FileError(f"{self.path}: the header's __metadata__ must map strings to strings.")
         return metadata

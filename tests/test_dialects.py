@@ -204,6 +204,26 @@ def test_peft_around_the_models_own_code_is_read() -> None:
     assert relative_error(found[q].delta(), lora[q].delta()) == 0
 
 
+def test_magnitudes_of_columns_of_a_fused_weight_stay_with_the_whole_of_it() -> None:
+    stem, own = "lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"
+    keys = {
+        ".lora_down.weight": np.random.default_rng(1).standard_normal((2, 3072), dtype=np.float32),
+        ".lora_up.weight": np.random.default_rng(2).standard_normal((9216, 2), dtype=np.float32),
+        ".alpha": np.float32(1),
+        ".dora_scale": np.random.default_rng(3).uniform(1, 2, (1, 3072)).astype(np.float32),
+    }
+    lora = lm.load({stem + end: value for end, value in keys.items()})
+
+    found = lora.state_dict("comfyui")
+
+    assert found.keys() == {own + end for end in keys}
+    assert all((found[own + end].numpy() == value).all() for end, value in keys.items())
+    with pytest.raises(DialectError, match="depends on the base weight"):
+        lora.state_dict("diffusers-peft")
+    with pytest.raises(DialectError, match="are one weight here"):
+        lora.select("*.to_q").state_dict("comfyui")
+
+
 def test_only_fused_weights_alternate_head_by_head() -> None:
     lora = random_lora("minimax-h3", dialect="peft")
     plain = {key: tensor.numpy() for key, tensor in lora.state_dict("peft").items()}

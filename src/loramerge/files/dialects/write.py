@@ -399,7 +399,7 @@ class _Writer:
 
     def held(self, part: Part, layer: Layer) -> Layer:
         """Return a layer as the dialect can hold it: itself, or the LoRA with the same ΔW."""
-        if layer.axis is not None and layer.kind in self.dialect.holds:
+        if layer.inner is not layer and layer.kind in self.dialect.holds:
             return layer.with_inner(partial(self.held, part))
         if (part.rows is None and isinstance(layer, Rows)) or layer.kind not in self.dialect.holds:
             layer = _as_lora(layer, self.dialect, part.module)

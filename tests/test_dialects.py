@@ -224,6 +224,18 @@ def test_magnitudes_of_columns_of_a_fused_weight_stay_with_the_whole_of_it() -> 
         lora.select("*.to_q").state_dict("comfyui")
 
 
+def test_magnitudes_have_the_axes_of_the_weight_as_the_factors_have() -> None:
+    """Stable Diffusion 1's proj_in is a convolution, which some files store as a matrix."""
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    sizes = {".lora_down.weight": (2, 1280), ".lora_up.weight": (1280, 2), ".dora_scale": (1, 1280)}
+    matrix = {stem + end: np.ones(size, np.float32) for end, size in sizes.items()}
+
+    written = lm.load(matrix, architecture="sd15").state_dict("comfyui")
+
+    shapes = {key.rpartition("proj_in")[2]: tuple(value.shape) for key, value in written.items()}
+    assert shapes == {end: (*size, 1, 1) for end, size in sizes.items()}
+
+
 def test_only_fused_weights_alternate_head_by_head() -> None:
     lora = random_lora("minimax-h3", dialect="peft")
     plain = {key: tensor.numpy() for key, tensor in lora.state_dict("peft").items()}

@@ -592,4 +592,6 @@ def _roles(layer: Layer, dialect: Dialect) -> dict[str, Array | Spec]:
         shape = linear if rest == 1 else conv
         magnitude = tensors.pop("magnitude")
         tensors["row_magnitude" if peft else "magnitude"] = reshape(magnitude, shape)
+    elif layer.axis == "in":
+        tensors["magnitude"] = reshape(tensors["magnitude"], (1, layer.shape[1], *[1] * (len(layer.shape) - 2)))
     return tensors

@@ -391,7 +391,8 @@ def test_learned_weights_are_measured_per_column(recipe: Path, tmp_path: Path) -
 
     assert row.failed is None
     assert row["interference"] < 1e-6
-    assert typed.returncode == 0 and "1 merge" in typed.stdout
+    assert typed.returncode == 0
+    assert "1 merge" in typed.stdout
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.5, 0.2), (1.0, -1.0, 1e-5), (1.0, -0.5, -0.5)])

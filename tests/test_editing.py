@@ -87,6 +87,18 @@ def test_no_change_leaves_the_file_alone(lora: Path) -> None:
     assert (lora.read_bytes(), lora.stat().st_ino) == before
 
 
+def test_a_link_is_not_replaced_by_a_copy(lora: Path, tmp_path: Path) -> None:
+    link, before = tmp_path / "link.safetensors", lora.read_bytes()
+    link.symlink_to(lora.name)
+
+    with pytest.raises(lm.errors.FileError, match="is a link to person.safetensors"):
+        lm.edit_metadata(link, {PHRASE: "woody"})
+
+    assert link.is_symlink()
+    assert lora.read_bytes() == before
+    assert lm.edit_metadata(link) == lm.read_metadata(lora)
+
+
 def test_a_hash_that_would_be_wrong_is_dropped(lora: Path) -> None:
     hashes = {key: value for key, value in lm.read_metadata(lora).items() if key.startswith("sshs_")}
     assert len(hashes) == 2

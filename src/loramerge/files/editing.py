@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from ..errors import FamilyError, FileError, LoRAMergeError, OptionError, did_you_mean
 from .architectures import ARCHITECTURES, titles
@@ -57,7 +58,7 @@ def edit_metadata(
         All entries of the file, as they are now.
 
     Raises:
-        FileError: The file or the picture can't be read, or the file can't be written.
+        FileError: The file or the picture can't be read, or the file can't be written, or the path is a link.
         OptionError: A key to remove isn't there, an entry's readers would stop at the value, the entry holds the scale, or
             it names another model family than the layers are of.
         MissingExtraError: The picture must be scaled down, and Pillow is not installed.
@@ -85,10 +86,20 @@ def edit_metadata(
         if any(key.startswith("ss_") for key in changed) and LEGACY_HASH not in wanted:
             after.pop(LEGACY_HASH, None)
         if after != before:
+            _check_no_link(path_of(path))
             write_metadata(file, after)
         return after
     finally:
         file.close()
+
+
+def _check_no_link(path: Path) -> None:
+    """Refuse a link: it would be replaced by a changed copy of the file that it leads to, which would stay as it is."""
+    if path.is_symlink():
+        raise FileError(
+            f"{path} is a link to {os.readlink(path)}, whose file stays as it is. Ways out: the file itself, or a copy of one in "
+            "the Hub's cache, which is shared."
+        )
 
 
 def _is_tags(text: str) -> bool:

@@ -404,6 +404,23 @@ def test_a_cast_to_half_of_many_blocks_is_numpys(shape: Shape) -> None:
         np.testing.assert_array_equal(found, array.astype(np.float16))
 
 
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_a_kernels_dora_per_column_is_the_formula_once_the_kernel_is_known(kind: str) -> None:
+    """LyCORIS stores a LoHa's kernel as a matrix, beside magnitudes of shape (1, in, 1, 1)."""
+    flat, whole = (12, 6 * 9), (12, 6, 3, 3)
+    direction = random_layer(flat, kind=kind, rank=2)
+    magnitude = np.random.default_rng(0).uniform(0.5, 2.0, (1, 6, 1, 1)).astype(np.float32)
+    layer = DoRA(direction=direction, magnitude=magnitude)
+    weight = np.random.default_rng(1).normal(size=whole).astype(np.float32)
+
+    patched = weight.astype(np.float64) + direction.delta().reshape(whole)
+    wanted = patched * magnitude / np.sqrt((patched**2).sum((0, 2, 3), keepdims=True)) - weight
+
+    np.testing.assert_allclose(layer.shaped(whole).delta_on(weight), wanted, atol=1e-6)
+    with pytest.raises(LayerError, match="the kernel's shape isn't known"):
+        layer.delta_on(weight.reshape(flat))
+
+
 def test_blocks_of_rows_are_all_rows_once() -> None:
     for shape in [(1, 1 << 20), (7, 1 << 14), (1000, 1000), (5,), (0, 3)]:
         array = np.zeros(shape)

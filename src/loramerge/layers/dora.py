@@ -30,7 +30,8 @@ class DoRA(Layer):
         sizes = tuple(self.magnitude.shape)
         count = math.prod(sizes)
         wanted = [out] * (sizes[:1] == (count,)) + rest[:1] * (len(sizes) > 1)
-        if not rest or count != max(sizes, default=0) or count not in wanted:
+        flattened = len(sizes) > 2 and len(rest) == 1 and count > 0 and rest[0] % count == 0  # its kernel is told later
+        if not rest or count != max(sizes, default=0) or (count not in wanted and not flattened):
             raise LayerError(f"the DoRA magnitude has shape {sizes}; the weight has shape {self.direction.shape}")
 
     @property
@@ -107,6 +108,11 @@ class DoRA(Layer):
         xp = namespace(weight)
         own = 0 if self.axis == "out" else 1
         others = tuple(axis for axis in range(weight.ndim) if axis != own)
+        if math.prod(self.magnitude.shape) != weight.shape[own]:
+            raise LayerError(
+                f"the DoRA magnitude has shape {tuple(self.magnitude.shape)}, and the weight {tuple(weight.shape)}: the kernel's "
+                "shape isn't known"
+            )
         magnitude = float32(self.magnitude).reshape([size if i == own else 1 for i, size in enumerate(weight.shape)])
         update, found = self.direction.delta_on(weight), xp.empty_like(weight)
         for rows in row_blocks(weight) if own == 0 else [slice(None)]:
@@ -119,6 +125,10 @@ class DoRA(Layer):
             patched -= weight[rows]
             found[rows] = patched
         return found
+
+    def _shaped(self, weight: Shape) -> "DoRA":
+        fits = self.axis == "out" or math.prod(self.magnitude.shape) == weight[1]
+        return replace(self, direction=self.direction.shaped(weight)) if fits else self
 
     @property
     def by_rows(self) -> bool:

@@ -148,6 +148,7 @@ def test_the_recipe_of_a_stranger_imports_nothing_when_it_is_read(installed: Pat
         ("function", r"The package plain 1\.0 .*plain_code:function is a function, wanted a merge method"),
         ("shadow_code:ties", "has the name 'ties', which means a method of loramerge"),
         ("good_code:nothing", "the module good_code has no 'nothing'"),
+        ("good_code.py:blend", "Way out: good_code:blend"),
         ("good_code:", "wanted package.module:name"),
         ("not/a module:name", "Can't import the method"),
         (None, "is a NoneType, wanted a name"),

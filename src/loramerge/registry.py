@@ -92,6 +92,11 @@ def referenced(text: str, noun: str) -> Any:
     module, _, name = text.partition(":")
     if not module or not name:
         raise OptionError(f"Can't read the {noun} {text!r}: wanted package.module:name.")
+    if module.endswith(".py"):
+        raise OptionError(
+            f"Can't find the {noun} {text!r}: a module is named without .py. Way out: {module.removesuffix('.py')}:{name}, where "
+            "the file is in the working directory."
+        )
     found = _imported(module, f"the {noun} {text!r}")
     for part in name.split("."):
         if not hasattr(found, part):

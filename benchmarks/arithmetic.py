@@ -7,7 +7,8 @@ shape is computed three times at most, and counted as often as the LoRA has it. 
 `loramerge.linalg`, with its precisions:
 
 cut      the best fit of a rank to a sum of factors: Gram products, Cholesky, an eigenproblem, two products
-spectra  the singular values of a sum of factors: Gram products, two Cholesky factors, the values of a small product
+compare  two halves of the factors: Gram products, the SVDs of both and the singular values of their sum, inner products
+         of columns, and the signs of 64 rows
 qr       the distance of two LoRAs: the triangles of both sides' QR, and the norm of their product
 dense    ΔW of every module
 fit      the best fit of a rank to a dense ΔW: the randomised range finder with three iterations
@@ -45,14 +46,30 @@ def cut(rows: int, columns: int, total: int, rank: int) -> Work:
     return work
 
 
-def spectra(rows: int, columns: int, total: int, rank: int) -> Work:
-    up, down = _normal(rows, total).astype(np.float64), _normal(total, columns).astype(np.float64)
+def compare(rows: int, columns: int, total: int, rank: int) -> Work:
+    narrow = _normal(rows, total), _normal(total, columns)
+    up, down = (factor.astype(np.float64) for factor in narrow)
+    halves = slice(0, total // 2), slice(total // 2, total)
+
+    def root(gram: Array) -> Array:
+        return np.linalg.cholesky(gram + 1e-9 * np.trace(gram) * np.eye(len(gram)))
 
     def work() -> None:
-        first, second = (np.linalg.cholesky(gram) for gram in (up.T @ up, down @ down.T))
-        np.linalg.svd(first.T @ second, compute_uv=False)
+        gram_up, gram_down = up.T @ up, down @ down.T
+        for own in halves:
+            np.linalg.svd(root(gram_up[own, own]).T @ root(gram_down[own, own]), full_matrices=False)
+        np.linalg.svd(root(gram_up).T @ root(gram_down), compute_uv=False)
+        for i, j in ((0, 0), (0, 1), (1, 1)):
+            (down[halves[i]] * (gram_up[halves[i], halves[j]] @ down[halves[j]])).sum(axis=0)
+        first, second = (narrow[0][:ROWS, own] @ narrow[1][own] for own in halves)
+        sizes = np.abs(first) + np.abs(second)
+        (sizes * (first * np.sign(second) < 0)).sum()
 
     return work
+
+
+ROWS = 64
+"""Rows of ΔW whose signs are compared."""
 
 
 def qr(rows: int, columns: int, total: int, rank: int) -> Work:
@@ -85,7 +102,7 @@ def fit(rows: int, columns: int, total: int, rank: int) -> Work:
     return work
 
 
-TASKS = {task.__name__: task for task in (cut, spectra, qr, dense, fit)}
+TASKS = {task.__name__: task for task in (cut, compare, qr, dense, fit)}
 
 
 def _normal(rows: int, columns: int) -> Array:

@@ -15,7 +15,6 @@ from processes import run
 from report import Section, number
 
 TITLE = "Costs and limits of the commands"
-COMPARED = "Of *compare* the arithmetic counted is that of the spectra, without the conflict of signs."
 RANK = 32
 KIND_RANK = 8
 SWEEP = 100
@@ -30,7 +29,7 @@ IMPORTED = 15.0
 
 def main() -> None:
     given = arguments(__doc__.splitlines()[0], ROWS).parse_args()
-    measured(given, TITLE, f"{LEGEND.format(dtypes='float16')} {COMPARED}", ROWS)
+    measured(given, TITLE, LEGEND.format(dtypes="float16"), ROWS)
 
 
 def start(costs: Costs) -> None:
@@ -84,7 +83,7 @@ def files(costs: Costs) -> None:
             writes=out,
             arithmetic=of("cut", 4 * rank, rank),
         ),
-        Case(name="compare", verb=["compare", *two, "--quiet"], reads=two, arithmetic=of("spectra", 2 * rank)),
+        Case(name="compare", verb=["compare", *two, "--quiet"], reads=two, arithmetic=of("compare", 2 * rank)),
         Case(name="diff", verb=["diff", *two, "--tolerance", "9", "--quiet"], reads=two, arithmetic=of("qr", 2 * rank)),
     ]
     costs.section(f"SDXL's 986 kohya modules, LoRAs of rank {rank}", cases)

@@ -1,6 +1,7 @@
 """Measure commands beside their limits: reading and writing the same bytes, and the arithmetic alone."""
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -112,16 +113,24 @@ class Costs:
         return [self.made("lora", family, *given, "--seed", str(seed)) for seed in range(count)]
 
     def measure(self, case: Case, rounds: int | None = None) -> Cost:
-        """Run a command and its limits in turn, and remove what they write."""
+        """Run a command and its limits in turn, and remove what they write.
+
+        Before each turn as many bytes as are read are moved and thrown away, and everything is written to the disk: else
+        the kernel's work for files of before, and for room in its cache, would count for whoever comes first.
+        """
         cost, raw = Cost(case), self.bench.out("raw")
         io = [f"{HERE}/moving.py", raw, "--read", *case.reads, *["--headers"] * case.header]
         blas = [[f"{HERE}/arithmetic.py", *case.arithmetic]] if case.arithmetic else []
         for _ in range(rounds or self.bench.rounds):
             remove(case.writes)
+            run([*io, "--write", str(sum(size for path in case.reads for size in sizes(path)))])
+            remove(raw)
+            os.sync()
             cost.verb.append(run([f"{HERE}/verb.py", *case.verb]))
             written = sizes(case.reads[0] if case.in_place else case.writes)
             cost.largest.append(max(size for path in (*case.reads, case.writes) for size in sizes(path)))
             remove(case.writes)  # the disk holds one of the two outputs at a time
+            os.sync()
             cost.limits.append([run(command) for command in ([*io, "--write", str(sum(written))], *blas)])
             remove(raw)
             cost.moved.append(int(cost.limits[-1][0]["bytes"]))

@@ -4,6 +4,7 @@ import json
 import lzma
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from glob import glob
@@ -119,7 +120,8 @@ def test_blocks_run_and_print_what_they_show(
         pytest.importorskip("matplotlib")
     more = request.getfixturevalue("files_of_tools").iterdir() if page.stem == "families" else ()
     for sample in (*samples.iterdir(), *more):
-        (tmp_path / sample.name).symlink_to(sample)
+        copy = shutil.copytree if sample.is_dir() else shutil.copyfile
+        copy(sample, tmp_path / sample.name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}

@@ -33,6 +33,7 @@ from ..tensors import (
     computed,
     float32,
     largest_rank,
+    rows_per_block,
     same_weight,
     written_dtype,
 )
@@ -311,9 +312,9 @@ class _Tensor:
 
     def _blocks(self) -> Iterator[Array]:
         """Yield W_tuned − W_base, some rows at a time: they stay in the processor's cache."""
-        count, numbers = (self.there.shape or (1,))[0], math.prod(self.there.shape)
-        turned = self.here.transposed or self.there.transposed
-        step = max(1, count if turned else BLOCK * count // max(1, numbers))
+        shape = self.there.shape or (1,)
+        count, turned = shape[0], self.here.transposed or self.there.transposed
+        step = max(1, count) if turned else rows_per_block(shape, BLOCK)
         for start in range(0, count, step):
             part = start, min(start + step, count)
             tuned, base = self._read(self.tuned, self.here.part(*part)), self._read(self.base, self.there.part(*part))

@@ -26,6 +26,7 @@ from ..tensors import (
     largest_of,
     nbytes,
     rounded,
+    rows_per_block,
 )
 from .folders import shard_indexes
 from .models import BLOCK, Checkpoint, Place, cut, widened
@@ -128,7 +129,8 @@ class _Rounded:
 
     def _spans(self, parts: Sequence["_Part"]) -> Iterator[tuple["_Part | None", slice, slice]]:
         """Yield blocks of rows, with the part that they belong to, if any, and which rows of its module they are."""
-        count, numbers = (self.stored.shape or (1,))[0], math.prod(self.stored.shape)
+        shape = self.stored.shape or (1,)
+        count, step = shape[0], rows_per_block(shape, BLOCK)
         owned = sorted((*span, i) for i, part in enumerate(parts) for span in part.spans(count))
         spans: list[tuple[int, int, int, _Part | None]] = []
         done = 0
@@ -136,8 +138,7 @@ class _Rounded:
             spans += [(done, start, 0, None), (start, stop, before, parts[owner])]
             done = stop
         spans.append((done, count, 0, None))
-        step = max(1, BLOCK * count // max(1, numbers))
-        for start, stop, before, part in spans if numbers else []:
+        for start, stop, before, part in spans if math.prod(shape) else []:
             for first in range(start, stop, step):
                 last = min(first + step, stop)
                 yield part, slice(first, last), slice(first - before, last - before)

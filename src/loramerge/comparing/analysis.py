@@ -16,10 +16,9 @@ from ..files.architectures import blocks
 from ..files.families import common, spelled_alike
 from ..files.lora import LoRA, checked, without
 from ..files.reading import Source, is_list, open
-from ..files.storage.writer import keep_freed_memory
 from ..layers import Layer
 from ..layers.base import in_one_library
-from ..tensors import same_weight
+from ..tensors import keep_freed_memory, same_weight
 from .measures import Alone, Pair
 from .pairs import Updates, chosen_rows
 

@@ -5,7 +5,6 @@ A file holds one dense ΔW per module, under ``unet.unet.<module>.lora.weight``.
 Source: https://github.com/mkshing/ziplora-pytorch, ziplora_pytorch/utils.py, ``unet_ziplora_state_dict``.
 """
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from ..files.storage.paths import path_of, printable
 from ..files.storage.reader import SafetensorsFile
 from ..layers import LowRank, low_rank
 from ..linalg import truncate_dense, whole_number
+from ..merging.running import relative_error
 from ..tensors import Array, Shape, check_finite, flatten, float32
 
 KEY = re.compile(r"(?:unet\.)+(?P<path>.+)\.lora\.weight")
@@ -83,8 +83,7 @@ def _fitted(delta: Array, rank: int) -> tuple[LowRank, float]:
     if not dense.size:
         raise NumberError(f"the update of shape {delta.shape} is empty")
     cut = truncate_dense(dense, min(rank, *dense.shape))
-    error = math.sqrt(cut.lost / cut.energy) if cut.energy else 0.0
-    return low_rank(cut.up, cut.down, delta.shape), error
+    return low_rank(cut.up, cut.down, delta.shape), relative_error(cut.energy, cut.lost)
 
 
 def _architecture(shapes: Mapping[str, Shape]) -> str | None:

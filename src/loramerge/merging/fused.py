@@ -6,7 +6,7 @@ matrix [ΔW_q; ΔW_k; ΔW_v] = [up_q; up_k; up_v] @ down they share it, and the 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .. import linalg
@@ -91,11 +91,8 @@ def joins_of(
         keeps_down: True if the method keeps a ``down`` that modules share.
         exact: True if the method's result is Σ wᵢ ΔWᵢ with the weights as they were given.
     """
-    if architecture is None:
-        return {}
     found: dict[str, Join] = {}
-    for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():
-        present = _present(parts, steps)
+    for _, present in _weights(steps, dialect, architecture):
         if len(present) > 1:
             join = _join(present, [steps[part.module] for part in present], loras, rank, keeps_down, exact)
             found |= dict.fromkeys(join.modules, join)
@@ -113,12 +110,9 @@ def missing_rows(steps: Mapping[str, Step], dialect: str, architecture: str | No
     Returns:
         The rows by each module of the weight that has factors.
     """
+    shapes = ARCHITECTURES[architecture].shapes if architecture else {}
     found: dict[str, int] = {}
-    if architecture is None:
-        return found
-    shapes = ARCHITECTURES[architecture].shapes
-    for parts in table(DIALECTS[dialect].names, ARCHITECTURES[architecture]).values():
-        present = _present(parts, steps)
+    for parts, present in _weights(steps, dialect, architecture):
         if 0 < len(present) < len(parts):
             first = present[0].module
             rows = sum(shapes[part.module][0] for part in parts if part not in present)
@@ -127,9 +121,11 @@ def missing_rows(steps: Mapping[str, Step], dialect: str, architecture: str | No
     return found
 
 
-def _present(parts: Parts, steps: Mapping[str, Step]) -> Parts:
-    """Return the parts of a weight that have factors."""
-    return tuple(part for part in parts if part.module in steps and not steps[part.module].rankless)
+def _weights(steps: Mapping[str, Step], dialect: str, architecture: str | None) -> Iterator[tuple[Parts, Parts]]:
+    """Yield the parts of every weight that a dialect writes, and those of them that have factors."""
+    names = table(DIALECTS[dialect].names, ARCHITECTURES[architecture]) if architecture else {}
+    for parts in names.values():
+        yield parts, tuple(part for part in parts if part.module in steps and not steps[part.module].rankless)
 
 
 def _join(

@@ -375,7 +375,7 @@ class _Writer:
         """Pad a layer to the rank that diffusers will give it: the commonest of its component."""
         if not module.endswith(self.dialect.even_rank):
             return layer
-        component = module.partition(".")[0]
+        component = _component(module)
         ranks = [lay.rank for m, lay in self.lora.layouts.items() if m.startswith(f"{component}.") and m != module]
         return layer.padded(Counter(ranks).most_common(1)[0][0] or 0) if ranks else layer
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import FileError, size
-from ...tensors import Array, Spec, Stored, Tensor, is_torch, nbytes
+from ...tensors import Array, Spec, Stored, Tensor, is_torch, keep_freed_memory, nbytes
 from . import scratch, workers as processes
 from .header import Awaited, draft
 from .reader import MAX_HEADER, SafetensorsFile, pread, pwrite
@@ -153,17 +153,6 @@ def _data(tensors: Iterable[Tensor], most: int = 1 << 18) -> Iterator[bytes | me
             yield _bytes(tensor.read())
     if run:
         yield run[0].source(run[0].begin, run[-1].end)
-
-
-def keep_freed_memory(size: int = 1 << 24) -> None:
-    """Have the allocator keep the memory that one module frees for the next, instead of returning it to the kernel.
-
-    glibc raises its mmap threshold to the size of the largest block freed so far, so freeing one
-    untouched block is enough.  It saves a fifth to a third of the time of a merge or a comparison.
-    """
-    import numpy as np
-
-    np.empty(size, np.uint8)
 
 
 class _Layout:
